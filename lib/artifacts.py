@@ -1,0 +1,583 @@
+"""A stage's folder in outputs/run_NNN: what it read, what it wrote, and the manifest that says it is complete.
+
+`Stage` is the only thing that touches outputs/. The manifest is written last, so its existence means that the
+stage is complete; entering a complete stage again with the same config and inputs does nothing, with others it
+is refused. `python -m lib.artifacts RUN` prints one line per manifest.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib import durable
+from lib.config import ROOT, Config
+from lib.errors import BadConfig, BadData, Busy, CannotCreate, MissingInput, UsageError
+from lib.log import log_to, say
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from lib.schema import TableSchema
+
+OUTPUTS = ROOT / "outputs"
+STAGES = (
+    "00_check_data",
+    "01_prepare_dataset",
+    "02_generate_candidates",
+    "03_build_rewards",
+    "04_train",
+    "05_train_critic",
+    "06_sample",
+)
+MANIFEST_SCHEMA = Path(__file__).with_name("manifest.schema.json")
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """The flags that mean the same in all seven scripts, without --config and --set."""
+
+    run_dir: Path | None = None
+    quick_test: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    command: tuple[str, ...] = ()
+    only_mode: str | None = None  # 04 only: train the models of this mode and leave the rest
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def run_number(path: Path) -> int | None:
+    match = re.fullmatch(r"run_(\d{3,})", path.name)
+    return int(match[1]) if match and path.is_dir() else None
+
+
+def existing_runs(outputs: Path) -> list[Path]:
+    """Run folders, oldest first."""
+    runs = outputs.glob("run_*") if outputs.is_dir() else ()
+    return sorted((p for p in runs if run_number(p) is not None), key=lambda p: run_number(p) or 0)
+
+
+def find_run(stage_name: str, config: Config, args: RunArgs, outputs: Path) -> Path:
+    """--run_dir, or: stage 00 continues the newest run of this very config or starts one; others the newest."""
+    if args.run_dir is not None:
+        return args.run_dir
+    runs = existing_runs(outputs)
+    if stage_name != STAGES[0]:
+        if not runs:
+            raise MissingInput(f"there is no run in {outputs} yet; start one with `python 00_check_data.py`")
+        return runs[-1]
+    for run in reversed(runs):
+        if _stored_config(run) == config.model_dump(mode="json"):
+            return run
+    return outputs / f"run_{(run_number(runs[-1]) or 0) + 1 if runs else 1:03d}"
+
+
+def _stored_config(run: Path) -> dict | None:
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------- manifests
+
+
+def load_manifest(folder: Path) -> dict | None:
+    """The manifest of a stage folder, None if the stage is not complete. Raises BadData when damaged."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path} cannot be read ({error}); run its stage again with --overwrite") from None
+    needed = ("stage", "config", "inputs", "outputs", "stats")
+    if not isinstance(manifest, dict) or any(key not in manifest for key in needed):
+        raise BadData(f"{path} is not a manifest of this project; run its stage again with --overwrite")
+    for name, output in manifest["outputs"].items():
+        target = (folder / output["path"]).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise BadData(f"{path}: output '{name}' points outside its folder: {output['path']}")
+    return manifest
+
+
+def validate_manifest(manifest: dict) -> None:
+    """Hold a manifest to the JSON Schema beside this file. Raises jsonschema.ValidationError."""
+    import jsonschema
+
+    jsonschema.validate(manifest, json.loads(MANIFEST_SCHEMA.read_text(encoding="utf-8")))
+
+
+def changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """`training.steps: 400 -> 500` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for name in sorted(old.keys() | new.keys()):
+            inner = f"{path}.{name}" if path else name
+            lines += changes(old.get(name, "(none)"), new.get(name, "(none)"), inner)
+        return lines
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text[:12] + "..." if re.fullmatch(r"[0-9a-f]{64}", text) else text[:80]
+
+
+# --------------------------------------------------------------------------------------------- stage
+
+
+@dataclass
+class Stage:
+    """One stage of one run, as a context manager.
+
+    Args:
+        script: `__file__` of the numbered script; its stem names the stage.
+        config, args: as loaded by lib.cli.
+        uses: top-level config sections that the result depends on.
+        reads: earlier stages whose tables and folders are read.
+        files: files outside outputs/ that are read (raw data, checkpoints), hashed at entry.
+        outputs: where runs live; tests give their own.
+
+    In the body, first `if stage.finished: return`.
+    """
+
+    script: str
+    config: Config
+    args: RunArgs
+    uses: Iterable[str]
+    reads: Iterable[str] = ()
+    files: Iterable[Path] = ()
+    outputs_root: Path = OUTPUTS
+    stats: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+    def __enter__(self) -> "Stage":
+        self.name = Path(self.script).stem
+        self.run_dir = find_run(self.name, self.config, self.args, self.outputs_root)
+        self.folder = self.run_dir / self.name
+        self._check_run_dir()
+        self._config = self.config.slice(self.uses)
+        self._outputs: dict[str, dict] = {}
+        self._upstream = {name: self._load_upstream(name) for name in self.reads}
+        self._verified: set[tuple[str, str]] = set()
+        self._locks = contextlib.ExitStack()
+        try:
+            self._enter_locked()
+        except BaseException:
+            self._locks.close()
+            raise
+        return self
+
+    def _enter_locked(self) -> None:
+        for name in self.reads:
+            self._lock(name, fcntl.LOCK_SH)
+        self._lock(self.name, fcntl.LOCK_EX)
+        self._inputs = self._gather_inputs()
+        if self.args.overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.finished = self._is_finished()
+        self.resuming = False
+        if self.finished:
+            say(f"{self.name} in {self._shown(self.run_dir)} is up to date")
+            return
+        self._begin()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None and not self.finished and not self._incomplete:
+                self._write_manifest()
+        finally:
+            log_to(None)
+            self._locks.close()
+
+    _incomplete = False
+
+    def leave_incomplete(self, reason: str) -> None:
+        """End without a manifest although nothing failed: more is to be done under the same config."""
+        self._incomplete = True
+        say(reason)
+
+    # ------------------------------------------------------------------------------ entering
+
+    def _check_run_dir(self) -> None:
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            raise CannotCreate(f"--run_dir {self.run_dir} is a file; give a folder")
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotCreate(f"cannot create the run folder {self.run_dir}: {error.strerror}") from None
+
+    def _load_upstream(self, name: str) -> dict:
+        manifest = load_manifest(self.run_dir / name)
+        if manifest is None:
+            raise MissingInput(
+                f"{self.name} needs {name}, which has not finished in {self._shown(self.run_dir)}; "
+                f"run `python {name}.py --run_dir {self._shown(self.run_dir)}` first, with the same --config"
+            )
+        current = self.config.model_dump(mode="json")
+        differing = [
+            line
+            for section, value in manifest["config"].items()
+            for line in changes(value, current.get(section), section)
+        ]
+        if differing:
+            raise BadConfig(
+                f"{name} in {self._shown(self.run_dir)} was made with another config than this command has:\n  "
+                + "\n  ".join(differing)
+                + "\ngive the same --config, --quick_test and --set, or another --run_dir"
+            )
+        return manifest
+
+    def _lock(self, stage_name: str, kind: int) -> None:
+        folder = self.run_dir / ".locks"
+        try:
+            folder.mkdir(exist_ok=True)
+            file = self._locks.enter_context(open(folder / stage_name, "a+"))  # noqa: SIM115
+        except OSError as error:
+            raise CannotCreate(f"cannot create {folder / stage_name}: {error.strerror}") from None
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(
+                f"another process is at work on {stage_name} in {self._shown(self.run_dir)}; wait for it, or use another --run_dir"
+            ) from None
+
+    def _gather_inputs(self) -> dict[str, dict]:
+        inputs: dict[str, dict] = {}
+        for name, manifest in self._upstream.items():
+            for output, record in manifest["outputs"].items():
+                entry = {"stage": name, "path": f"{name}/{record['path']}", "sha256": record["sha256"]}
+                inputs[f"{name}/{output}"] = entry | ({"rows": record["rows"]} if "rows" in record else {})
+        for path in self.files:
+            digest = durable.sha256_folder(path) if path.is_dir() else durable.sha256_file(path)
+            inputs[path.name if path.name not in inputs else str(path)] = {
+                "path": str(path),
+                "sha256": digest,
+            }
+        return inputs
+
+    def _is_finished(self) -> bool:
+        manifest = load_manifest(self.folder)
+        if manifest is None:
+            if self.args.resume and not self._marker.exists():
+                raise UsageError(
+                    f"--resume: {self.name} has nothing unfinished in {self._shown(self.run_dir)}"
+                )
+            return False
+        self._refuse_if_changed(manifest["config"], manifest["inputs"], "was made with")
+        for name, record in manifest["outputs"].items():
+            path = self.folder / record["path"]
+            size = (
+                durable.folder_bytes(path) if path.is_dir() else path.stat().st_size if path.exists() else -1
+            )
+            if size != record["bytes"]:
+                raise BadData(
+                    f"{path}, output '{name}' of the finished {self.name}, is missing or was changed; "
+                    "run the stage again with --overwrite"
+                )
+        if self.args.resume:
+            raise UsageError(
+                f"--resume: {self.name} has finished in {self._shown(self.run_dir)}; nothing to resume"
+            )
+        return True
+
+    def _refuse_if_changed(self, config: dict, inputs: dict, verb: str) -> None:
+        differing = changes(config, json.loads(json.dumps(self._config)))
+        old = {name: entry["sha256"] for name, entry in inputs.items()}
+        new = {name: entry["sha256"] for name, entry in self._inputs.items()}
+        differing += [f"input {line}" for line in changes(old, new)]
+        if differing:
+            raise BadConfig(
+                f"{self.name} in {self._shown(self.run_dir)} {verb} another config or other inputs:\n  "
+                + "\n  ".join(differing)
+                + "\npass --overwrite to make it again, or choose another --run_dir"
+            )
+
+    @property
+    def _marker(self) -> Path:
+        return self.folder / "unfinished.json"
+
+    def _begin(self) -> None:
+        """Mark the folder as unfinished work of this config and these inputs, or check that it is."""
+        try:
+            if self._marker.exists():
+                marker = json.loads(self._marker.read_text(encoding="utf-8"))
+                self._refuse_if_changed(marker["config"], marker["inputs"], "was begun with")
+                self.resuming = True
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                durable.write_json(self._marker, {"config": self._config, "inputs": self._inputs})
+        except (ValueError, KeyError) as error:
+            raise BadData(f"{self._marker} is damaged ({error}); run again with --overwrite") from None
+        except OSError as error:
+            raise CannotCreate(f"cannot write into {self.folder}: {error.strerror}") from None
+        if self.name == STAGES[0]:
+            durable.write_json(self.run_dir / "config.json", self.config.model_dump(mode="json"))
+        self._started, self._clock = datetime.now(UTC), time.monotonic()
+        log_to(self.folder / "log.txt")
+        say(f"{self.name}: {'continuing' if self.resuming else 'starting'} in {self._shown(self.run_dir)}")
+
+    # ------------------------------------------------------------------------- reading, writing
+
+    def _verified_path(self, stage_name: str, output: str) -> Path:
+        record = self._upstream[stage_name]["outputs"].get(output)
+        if record is None:
+            raise MissingInput(f"{stage_name} in {self._shown(self.run_dir)} has no output '{output}'")
+        path = self.run_dir / stage_name / record["path"]
+        if (stage_name, output) not in self._verified:
+            if not path.exists():
+                raise MissingInput(f"{path} is gone; run `python {stage_name}.py --overwrite` again")
+            digest = durable.sha256_folder(path) if path.is_dir() else durable.sha256_file(path)
+            if digest != record["sha256"]:
+                raise BadData(
+                    f"{path} is damaged or was changed: its sha256 is not the one in {stage_name}/manifest.json; "
+                    f"run `python {stage_name}.py --overwrite` again"
+                )
+            self._verified.add((stage_name, output))
+        return path
+
+    def has_output(self, stage_name: str, output: str) -> bool:
+        return output in self._upstream[stage_name]["outputs"]
+
+    def read(
+        self, stage_name: str, output: str, schema: "TableSchema", columns: list[str] | None = None
+    ) -> "pa.Table":
+        """A whole table of an earlier stage, checked against its hash and schema."""
+        import pyarrow as pa
+
+        batches = list(self.batches(stage_name, output, schema, columns))
+        return pa.Table.from_batches(batches) if batches else schema.arrow.empty_table()
+
+    def batches(
+        self,
+        stage_name: str,
+        output: str,
+        schema: "TableSchema",
+        columns: list[str] | None = None,
+        rows: int = 65536,
+    ) -> Iterator["pa.RecordBatch"]:
+        """The same in batches, so that memory does not grow with the table."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self._verified_path(stage_name, output)
+        try:
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            missing = [f.name for f in schema.arrow if f.name not in file.schema_arrow.names]
+            if missing:
+                raise BadData(f"{path}: columns {missing} are missing; it was written by another version")
+            yield from file.iter_batches(batch_size=rows, columns=columns)
+        except pa.ArrowException as error:
+            raise BadData(f"{path} cannot be read: {error}") from None
+
+    def folder_of(self, stage_name: str, output: str) -> Path:
+        """A folder output (tokenizer, model) of an earlier stage, checked against its hash."""
+        return self._verified_path(stage_name, output)
+
+    def upstream_stats(self, stage_name: str) -> dict:
+        return self._upstream[stage_name]["stats"]
+
+    def write(self, name: str, table: "pa.Table", schema: "TableSchema") -> None:
+        with self.writer(name, schema) as writer:
+            writer.write(table)
+
+    @contextlib.contextmanager
+    def writer(self, name: str, schema: "TableSchema") -> Iterator["TableWriter"]:
+        """Write `<name>.parquet` piece by piece; it appears, whole, when the block ends well."""
+        path = self.folder / f"{name}.parquet"
+        with durable.replacing(path) as temporary:
+            writer = TableWriter(temporary, schema)
+            try:
+                yield writer
+            finally:
+                writer.close()
+        self._outputs[name] = {
+            "path": path.name,
+            "sha256": durable.sha256_file(path),
+            "bytes": path.stat().st_size,
+            "rows": writer.num_rows,
+            "columns": writer.columns,
+        }
+
+    def add_file(self, name: str, path: Path) -> None:
+        """Declare a file already written in the stage's folder as an output."""
+        self._outputs[name] = {
+            "path": path.relative_to(self.folder).as_posix(),
+            "sha256": durable.sha256_file(path),
+            "bytes": path.stat().st_size,
+        }
+
+    def add_folder(self, name: str, folder: Path) -> None:
+        """Declare a folder already written in the stage's folder as an output."""
+        self._outputs[name] = {
+            "path": folder.relative_to(self.folder).as_posix(),
+            "sha256": durable.sha256_folder(folder),
+            "bytes": durable.folder_bytes(folder),
+            "files": sum(1 for p in folder.rglob("*") if p.is_file()),
+        }
+
+    def _write_manifest(self) -> None:
+        manifest = {
+            "manifest_version": 1,
+            "stage": self.name,
+            "run": self.run_dir.name,
+            "quick_test": self.args.quick_test,
+            "command": list(self.args.command),
+            "started_at": self._started.isoformat(timespec="seconds"),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._clock, 3),
+            "config": self._config,
+            "inputs": self._inputs,
+            "outputs": self._outputs,
+            "stats": plain(self.stats),
+            "code": code_version(),
+            "environment": environment() | plain(self.environment),
+        }
+        manifest = json.loads(json.dumps(manifest, allow_nan=False))
+        validate_manifest(manifest)
+        durable.write_json(self.folder / "manifest.json", manifest)
+        self._marker.unlink(missing_ok=True)
+        say(f"{self.name}: done in {manifest['seconds']:.1f} s")
+        following = STAGES.index(self.name) + 1 if self.name in STAGES else len(STAGES)
+        if following < len(STAGES) and os.environ.get("REMASK_MAKE") is None:
+            say(f"next: python {STAGES[following]}.py --run_dir {self._shown(self.run_dir)}")
+
+    @staticmethod
+    def _shown(path: Path) -> str:
+        """The path as a user would type it."""
+        return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+class TableWriter:
+    """Parquet with zstd and page checksums, a row group per `write`, keys unique over all of them."""
+
+    def __init__(self, path: Path, schema: "TableSchema"):
+        self._path, self._schema, self._file = path, schema, None
+        self._keys: list = []
+        self.num_rows = 0
+        self.columns: dict[str, str] = {}
+
+    def write(self, table: "pa.Table") -> None:
+        from lib.schema import conform, key_hashes
+
+        table = conform(table, self._schema)
+        if self._file is None:
+            self._open(table.schema)
+        assert self._file is not None
+        self._keys.append(key_hashes(table, self._schema))
+        self._file.write_table(table)
+        self.num_rows += table.num_rows
+
+    def _open(self, arrow_schema) -> None:
+        import pyarrow.parquet as pq
+
+        self.columns = {f.name: str(f.type) for f in arrow_schema}
+        self._file = pq.ParquetWriter(
+            self._path, arrow_schema, compression="zstd", write_page_checksum=True, write_statistics=True
+        )
+
+    def close(self) -> None:
+        """Finish the file; a repeated key over several writes is an error here."""
+        import numpy as np
+
+        if self._file is None:
+            self._open(self._schema.arrow)
+        assert self._file is not None
+        self._file.close()
+        keys = np.concatenate(self._keys) if self._keys else np.empty(0)
+        if len(np.unique(keys)) != len(keys):
+            raise BadData(f"table {self._schema.name}: two rows have the same {self._schema.key}")
+
+
+# --------------------------------------------------------------------------------- what ran, and where
+
+
+def plain(value: Any) -> Any:
+    """numpy and torch scalars to Python ones; floats that JSON cannot hold to None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def code_version() -> dict[str, Any]:
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+        status = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        )
+        return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def environment() -> dict[str, Any]:
+    versions = {}
+    for package in ("torch", "transformers", "pyarrow", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1024 if sys.platform != "darwin" else 1024**2
+    )
+    return {"python": platform.python_version(), **versions, "peak_memory_mb": round(peak, 1)}
+
+
+def inspect(run_dir: Path) -> str:
+    """One line per manifest: stage, seconds, memory, rows, and the stats that are single numbers."""
+    lines = []
+    for name in STAGES:
+        manifest = load_manifest(run_dir / name)
+        if manifest is None:
+            state = "unfinished" if (run_dir / name / "unfinished.json").exists() else "-"
+            lines.append(f"{name:<24} {state}")
+            continue
+        rows = {k: o["rows"] for k, o in manifest["outputs"].items() if "rows" in o}
+        facts = [f"{k}={v} rows" for k, v in rows.items()]
+        facts += [f"{k}={v:.4g}" for k, v in manifest["stats"].items() if isinstance(v, int | float)]
+        memory = manifest["environment"].get("peak_memory_mb", 0)
+        lines.append(f"{name:<24} {manifest['seconds']:8.1f} s {memory:7.0f} MB  {'  '.join(facts)}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    if len(sys.argv) > 2 or (len(sys.argv) == 2 and sys.argv[1].startswith("-")):
+        print("usage: python -m lib.artifacts [RUN_DIR]   (default: the newest run in outputs/)")
+        return 2
+    runs = [Path(sys.argv[1])] if len(sys.argv) == 2 else existing_runs(OUTPUTS)[-1:]
+    if not runs or not runs[0].is_dir():
+        print("no run to inspect; start one with `python 00_check_data.py`", file=sys.stderr)
+        return 66
+    print(runs[0])
+    print(inspect(runs[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,74 @@
+"""Errors that a user can cause or mend, each with the exit code that the shell sees.
+
+Anything else that escapes a stage is a fault of ours and keeps its traceback.
+
+| code | class           | meaning                                                      |
+|------|-----------------|--------------------------------------------------------------|
+| 2    | UsageError      | the command line is wrong                                    |
+| 65   | BadData         | the data, or a file of an earlier stage, is wrong or damaged |
+| 66   | MissingInput    | an input is not there; the message names the command for it  |
+| 73   | CannotCreate    | a file or folder cannot be created                           |
+| 74   | CannotWrite     | writing failed: disk full, device error                      |
+| 75   | Busy            | another process holds this stage; try again later            |
+| 76   | NonFiniteLoss   | training met NaN or infinity and stopped before the update   |
+| 78   | BadConfig       | a config file or --set is wrong, or disagrees with the run   |
+| 130  | Interrupted     | Ctrl-C (SIGINT); 143 for SIGTERM. Run again to continue      |
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RemaskError(Exception):
+    """Base class: `str(error)` is the whole message for the user."""
+
+    exit_code = 70
+
+
+class UsageError(RemaskError):
+    exit_code = 2
+
+
+class BadData(RemaskError):
+    exit_code = 65
+
+
+class MissingInput(RemaskError):
+    exit_code = 66
+
+
+class CannotCreate(RemaskError):
+    exit_code = 73
+
+
+class CannotWrite(RemaskError):
+    exit_code = 74
+
+
+class Busy(RemaskError):
+    exit_code = 75
+
+
+class NonFiniteLoss(RemaskError):
+    exit_code = 76
+
+
+class BadConfig(RemaskError):
+    exit_code = 78
+
+
+class Interrupted(RemaskError):
+    """Raised at a safe point after SIGINT (130) or SIGTERM (143)."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'steps'?` when a known word is near, else the list of known words."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""

@@ -1,0 +1,78 @@
+"""What people read while a stage runs: lines on the screen and in the stage's log.txt, and a progress bar.
+
+On a terminal the bar is tqdm's; elsewhere one line every 30 seconds, so that logs stay small.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+_file: IO[str] | None = None
+HEARTBEAT_SECONDS = 30.0
+
+
+def log_to(path: Path | None) -> None:
+    """Also append every line to `path`; None closes the file."""
+    global _file
+    if _file is not None:
+        _file.close()
+    _file = open(path, "a", encoding="utf-8") if path is not None else None  # noqa: SIM115 - closed above
+
+
+def say(text: str) -> None:
+    """One line for the user, on standard error, so that results on standard output can be piped."""
+    bar = Progress.current
+    if bar is not None and bar.on_terminal:
+        bar.clear()
+    print(text, file=sys.stderr, flush=True)
+    if _file is not None:
+        print(text, file=_file, flush=True)
+
+
+class Progress:
+    """A bar over `total` steps with values beside it.
+
+    with Progress("generator", 700, start=100) as progress:
+        progress.update(step, loss="2.31", speed="21k tokens/s")
+    """
+
+    current: "Progress | None" = None
+
+    def __init__(self, label: str, total: int, start: int = 0):
+        self.label, self.total, self.start, self.step = label, total, start, start
+        self.on_terminal = sys.stderr.isatty()
+        self._begin = self._last = time.monotonic()
+        self._bar = None
+
+    def __enter__(self) -> "Progress":
+        if self.on_terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.total, initial=self.start, desc=self.label, leave=False, dynamic_ncols=True
+            )
+        Progress.current = self
+        return self
+
+    def __exit__(self, *_) -> None:
+        Progress.current = None
+        if self._bar is not None:
+            self._bar.close()
+
+    def clear(self) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+
+    def update(self, step: int, **values: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+            self._bar.update(step - self.step)
+        self.step = step
+        now = time.monotonic()
+        if not self.on_terminal and now - self._last >= HEARTBEAT_SECONDS:
+            self._last = now
+            done = step - self.start
+            left = (now - self._begin) / max(done, 1) * (self.total - step)
+            shown = "  ".join(f"{k} {v}" for k, v in values.items())
+            say(f"{self.label}: step {step}/{self.total}  {shown}  {left:.0f} s left")

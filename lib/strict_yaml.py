@@ -1,0 +1,89 @@
+"""YAML as people read it: duplicate keys are errors, `1e-4` is a number, `no` and `12:30` are text.
+
+PyYAML follows YAML 1.1, in which `1e-4` is a string, `12:30` is 750, `010` is 8, and the last of two equal
+keys wins in silence. Here a mapping's keys are plain words, only `true` and `false` are booleans, and every
+key's line is kept for error messages.
+"""
+
+import re
+from typing import NamedTuple
+
+import yaml
+
+from lib.errors import BadConfig
+
+
+class Location(NamedTuple):
+    file: str
+    line: int  # 1-based; 0 when there are no lines, as on the command line
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the implicit types of YAML 1.2's core schema only."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML's own protocol
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("null", r"~|null|", "~n\0"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first]
+    )
+
+
+def parse_yaml(text: str, file: str) -> tuple[dict, dict[tuple, Location]]:
+    """The mapping in `text` and the Location of every key path in it. Raises BadConfig."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        locations: dict[tuple, Location] = {}
+        if node is None:
+            return {}, locations
+        if not isinstance(node, yaml.MappingNode):
+            raise BadConfig(f"{file}: expected `key: value` lines, found a {node.id}")
+        _note_keys(node, (), file, locations)
+        return loader.construct_document(node), locations
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise BadConfig(f"{file}{line}: not valid YAML: {error.problem or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadConfig(f"{file}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def parse_scalar(text: str, source: str):
+    """The value after `=` on the command line, by the same rules as in a file."""
+    tree, _ = parse_yaml(f"value: {text}" if text.strip() else "value: ''", source)
+    return tree["value"]
+
+
+def _note_keys(node: yaml.Node, path: tuple, file: str, locations: dict) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _note_keys(child, path, file, locations)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise BadConfig(f"{file}:{line}: a key must be a plain word")
+        name = key_node.value
+        if name in seen:
+            raise BadConfig(f"{file}:{line}: '{name}' stands here and on line {seen[name]}; keep one of them")
+        seen[name] = line
+        locations[(*path, name)] = Location(file, line)
+        _note_keys(value_node, (*path, name), file, locations)

@@ -1,0 +1,78 @@
+"""Tasks: all that stages 00 to 03 need to know about a kind of data. Stages 04 to 06 know no task.
+
+A task is one module, `lib/tasks/<name>.py` or a package of that name, chosen by `task: <name>` in the config.
+It has these functions:
+
+    sources(config)                    -> the files it reads, for hashing
+    check(config)                      -> Document | Problem, one after the other          (stage 00)
+    prepare(config, documents)         -> Example | Dropped, one after the other           (stage 01)
+    candidates(examples, context)      -> a table of schema.CANDIDATES for these examples  (stage 02)
+    rewards(config, candidates)        -> (rewards in [0, 1], {name of term: values})      (stage 03)
+    explain(row)                       -> a few words about one result row, for the report (optional)
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+from lib.errors import BadConfig, did_you_mean
+
+REQUIRED = ("sources", "check", "prepare", "candidates", "rewards")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One thing as it came: a text, or a record as JSON."""
+
+    document_id: str
+    content: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in the raw data. `error`: training would be wrong; `warning`: left out or mended."""
+
+    severity: str
+    kind: str
+    source: str
+    location: str
+    found: str
+    expected: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn from; see schema.EXAMPLES for the columns."""
+
+    example_id: str
+    prompt: str
+    target: str
+    split: str
+    group: str
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What `prepare` left out, and why: kept, so that nothing vanishes."""
+
+    example_id: str
+    reason: str
+    text: str
+
+
+def get_task(name: str) -> ModuleType:
+    """The module of a task. Raises BadConfig for an unknown name or a module that lacks a function."""
+    known = [m.name for m in pkgutil.iter_modules(__path__)]
+    if name not in known:
+        raise BadConfig(f"task: '{name}' is not in lib/tasks/{did_you_mean(name, known)}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    missing = [f for f in REQUIRED if not callable(getattr(module, f, None))]
+    if missing:
+        raise BadConfig(
+            f"lib/tasks/{name} lacks {', '.join(missing)}; lib/tasks/__init__.py says what a task has"
+        )
+    return module
