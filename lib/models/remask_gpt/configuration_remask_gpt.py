@@ -1,0 +1,221 @@
+"""Configuration of the Remask GPT backbone.
+
+This file and `modeling_remask_gpt.py` import nothing of this project, so that a saved folder carries its own code.
+"""
+
+import difflib
+import functools
+import math
+
+from transformers import PreTrainedConfig
+
+ATTENTION_TYPES = ("bidirectional", "causal")
+SCORE_ACTIVATIONS = ("none", "sigmoid")
+POOLINGS = ("first", "last", "mean")
+
+
+@functools.cache
+def _inherited_keys() -> frozenset[str]:
+    """Keys that transformers itself writes to a config.json or passes while loading one."""
+    passed_while_loading = {
+        "attn_implementation", "experts_implementation", "auto_map", "distributed_config", "model_type", "name_or_path",
+        "num_labels", "output_attentions", "quantization_config", "torch_dtype", "_attn_implementation", "_commit_hash",
+        "_name_or_path",
+    }  # fmt: skip
+    return frozenset(PreTrainedConfig().to_dict()) | passed_while_loading
+
+
+class RemaskGptConfig(PreTrainedConfig):
+    """Shape and behaviour of a `RemaskGpt*` model.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width D of the residual stream; divisible by `num_attention_heads`, with an even head width.
+        num_hidden_layers: transformer blocks of the trunk.
+        num_attention_heads: attention heads per block.
+        intermediate_size: width of the MLP; None means four times `hidden_size`.
+        max_position_embeddings: largest number of positions. Positions are rotary, so no weight depends on it; longer
+            inputs are refused because the model never saw such distances.
+        attention: "bidirectional" (masked LM, classifiers) or "causal" (ordinary language model).
+        dropout: probability of dropping an element of the embeddings and of each block's two outputs.
+        bias: whether the linear layers of the blocks and the language-model head have biases.
+        rope_theta: base of the rotary frequencies.
+        initializer_range: standard deviation of the initial matrices; None means 1/sqrt(fan-in), and 0.02 for the
+            embeddings. Output projections of the blocks start at zero in any case.
+        logit_softcap: logits become cap * tanh(logits / cap); 0 switches it off.
+        rms_norm_eps: added to the mean square before the root.
+        tie_word_embeddings: the language-model head is the embedding matrix.
+        use_cache: causal models return the key/value cache in evaluation mode.
+        pad_token_id, mask_token_id, cls_token_id, unk_token_id: special ids, each inside the vocabulary or None.
+        bos_token_id, eos_token_id, sep_token_id: not used by the model; kept for `generate` and tokenizers.
+        critic_layers: None for no critic head; n >= 0 for n transformer blocks and a linear layer of width 1.
+        score_activation: "none", or "sigmoid" for a sequence head with one label whose score lies in [0, 1].
+        classifier_dropout: dropout before the head of the two classifiers; None means `dropout`.
+        pooling: which token the sequence head reads: "first", "last" (both among the real ones) or "mean"; None means
+            first for bidirectional models, last for causal ones.
+
+    Raises:
+        ValueError: on an unknown key (the message names the nearest right one) or a value that makes no model.
+    """
+
+    model_type = "remask_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers reads a list)
+
+    def __init__(
+        self,
+        vocab_size: int = 70,
+        hidden_size: int = 192,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 6,
+        intermediate_size: int | None = None,
+        max_position_embeddings: int = 128,
+        attention: str = "bidirectional",
+        dropout: float = 0.0,
+        bias: bool = False,
+        rope_theta: float = 10000.0,
+        initializer_range: float | None = None,
+        logit_softcap: float = 0.0,
+        rms_norm_eps: float = 1e-6,
+        tie_word_embeddings: bool = True,
+        use_cache: bool = True,
+        pad_token_id: int | None = 0,
+        mask_token_id: int | None = 1,
+        cls_token_id: int | None = 2,
+        unk_token_id: int | None = 3,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        sep_token_id: int | None = None,
+        critic_layers: int | None = None,
+        score_activation: str = "none",
+        classifier_dropout: float | None = None,
+        pooling: str | None = None,
+        **kwargs,
+    ):
+        self._refuse_unknown(kwargs)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.max_position_embeddings = max_position_embeddings
+        self.attention = attention
+        self.dropout = dropout
+        self.bias = bias
+        self.rope_theta = rope_theta
+        self.initializer_range = initializer_range
+        self.logit_softcap = logit_softcap
+        self.rms_norm_eps = rms_norm_eps
+        self.tie_word_embeddings = tie_word_embeddings
+        self.use_cache = use_cache
+        self.mask_token_id = mask_token_id
+        self.cls_token_id = cls_token_id
+        self.unk_token_id = unk_token_id
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.sep_token_id = sep_token_id
+        self.critic_layers = critic_layers
+        self.score_activation = score_activation
+        self.classifier_dropout = classifier_dropout
+        self.pooling = pooling
+        if score_activation == "sigmoid" and kwargs.get("problem_type") is None:
+            # Otherwise the text-classification pipeline puts a second sigmoid on the score.
+            kwargs["problem_type"] = "regression"
+        self.check()
+        super().__init__(**kwargs)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position sees only itself and earlier ones."""
+        return self.attention == "causal"
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def check(self) -> None:
+        """Raise one ValueError that lists every value no model can be built from."""
+        problems = []
+
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                problems.append(message)
+
+        for key, least in (
+            ("vocab_size", 1), ("hidden_size", 2), ("num_hidden_layers", 0), ("num_attention_heads", 1),
+            ("intermediate_size", 1), ("max_position_embeddings", 1),
+        ):  # fmt: skip
+            value = getattr(self, key)
+            need(
+                _is_int(value) and value >= least,
+                f"{key} must be an integer of at least {least}, got {value!r}",
+            )
+        if not problems:
+            width, heads = self.hidden_size, self.num_attention_heads
+            divides = width % heads == 0
+            need(divides, f"hidden_size {width} is not divisible by num_attention_heads {heads}")
+            even = not divides or (width // heads) % 2 == 0
+            need(
+                even,
+                f"hidden_size {width} / num_attention_heads {heads} = {width // heads}: rotary needs it even",
+            )
+            for key in ("pad", "mask", "cls", "unk"):
+                value = getattr(self, f"{key}_token_id")
+                inside = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
+                need(
+                    inside,
+                    f"{key}_token_id must be None or an id below vocab_size {self.vocab_size}, got {value!r}",
+                )
+        for key, choices in (
+            ("attention", ATTENTION_TYPES), ("score_activation", SCORE_ACTIVATIONS), ("pooling", (None, *POOLINGS)),
+        ):  # fmt: skip
+            value = getattr(self, key)
+            need(value in choices, f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        for key in ("dropout", "classifier_dropout"):
+            value = getattr(self, key)
+            none_is_right = key == "classifier_dropout" and value is None
+            need(
+                none_is_right or (_is_number(value) and 0 <= value < 1),
+                f"{key} must lie in [0, 1), got {value!r}",
+            )
+        for key, open_bound in (("rope_theta", True), ("rms_norm_eps", True), ("logit_softcap", False)):
+            value = getattr(self, key)
+            right = _is_number(value) and (value > 0 or (not open_bound and value == 0))
+            need(
+                right, f"{key} must be a {'positive' if open_bound else 'non-negative'} number, got {value!r}"
+            )
+        std, blocks = self.initializer_range, self.critic_layers
+        need(
+            std is None or (_is_number(std) and std > 0),
+            f"initializer_range must be None or positive, got {std!r}",
+        )
+        need(
+            blocks is None or (_is_int(blocks) and blocks >= 0),
+            f"critic_layers must be None or an integer of at least 0, got {blocks!r}",
+        )
+        if problems:
+            raise ValueError("RemaskGptConfig: " + "; ".join(problems))
+
+    @classmethod
+    def _refuse_unknown(cls, kwargs: dict) -> None:
+        known = _inherited_keys()
+        own = [name for name in cls.__init__.__annotations__ if name != "return"]
+        for key in kwargs:
+            if key not in known:
+                near = difflib.get_close_matches(key, [*own, *known], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(own)}"
+                raise ValueError(f"RemaskGptConfig: unknown key {key!r}{hint}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+RemaskGptConfig.register_for_auto_class()
+
+__all__ = ["RemaskGptConfig"]
