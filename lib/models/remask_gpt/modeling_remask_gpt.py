@@ -33,6 +33,7 @@ from .configuration_remask_gpt import RemaskGptConfig
 IGNORED = -100
 # Below this many rows a float32 product on the CPU takes another code path and gives other last bits.
 FEWEST_ROWS = 16
+MAX_WRITTEN_OUT = 512  # longest input whose attention weights are held in full on the CPU
 HEAD_STD = 0.02  # small first weights: a new head starts close to "no opinion"
 
 
@@ -51,9 +52,62 @@ def _may_look_at(tensor: Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _RmsNorm(torch.autograd.Function):
+    """`rms_norm` with the derivative written out: half the passes over memory of the composed one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        scale = _inverse_rms(x, eps)  # (..., 1)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        y, scale = ctx.saved_tensors
+        return _rms_norm_gradient(grads[0], y, scale), None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, kept as 1."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm = norm.to(torch.promote_types(x.dtype, torch.float32))
+    return norm.square().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+
+
+def _rms_norm_gradient(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """Derivative of y = x * scale(x): scale * (grad - y * mean(grad * y))."""
+    along = (grad * y).mean(dim=-1, keepdim=True)
+    return torch.addcmul(grad, y, along, value=-1).mul_(scale)
+
+
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Divide the last dimension by its root mean square (Zhang & Sennrich 2019), without parameters."""
-    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+    if _is_tracing():
+        return F.rms_norm(x, (x.shape[-1],), eps=eps)
+    return _RmsNorm.apply(x, eps)  # pyright: ignore[reportReturnType]
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """`squared_relu` that keeps one tensor instead of two and goes back in one pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return torch.addcmul(positive.new_zeros(()), grads[0], positive, value=2)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0) squared (So et al. 2021)."""
+    return F.relu(x).square() if _is_tracing() else _SquaredRelu.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def rotary_tables(
@@ -68,18 +122,67 @@ def rotary_tables(
         position_ids: (T,) or (B, T) integer positions.
 
     Returns:
-        cos, sin: (T, 1, head_dim / 2) or (B, T, 1, head_dim / 2) of `dtype`.
+        cos, sin: (1, T, head_dim / 2) or (B, 1, T, head_dim / 2) of `dtype`, to go with heads (B, H, T, head_dim).
     """
     exact = torch.float32 if position_ids.device.type == "mps" else torch.float64
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=exact) / head_dim
-    angles = position_ids.to(exact)[..., None, None] * theta**-exponent
+    angles = (position_ids.to(exact)[..., None] * theta**-exponent).unsqueeze(-3)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head by its position's angles. x: (B, T, ..., H, D / H)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the halves of x (..., T, head_dim) as one complex number per pair by the angles; written to `out`."""
+    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out
+
+
+class _SplitHeads(torch.autograd.Function):
+    """`split_heads` whose gradient lands in one buffer, without the zero-filled slices that indexing would make."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float):
+        batch, length, width = qkv.shape
+        parts = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+        query_key = parts[:2]  # (2, B, H, T, D / H)
+        scale = _inverse_rms(query_key, eps)  # (2, B, H, T, 1)
+        out = torch.empty_like(query_key, memory_format=torch.contiguous_format)
+        # A rotation keeps the norm, so the scale may come last.
+        out = _rotate_into(out, query_key, cos, sin).mul_(scale)
+        ctx.save_for_backward(out, scale, cos, sin)
+        query, key = out.unbind()
+        return query, key, parts[2].contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        out, scale, cos, sin = ctx.saved_tensors
+        _, batch, heads, length, head_dim = out.shape
+        grad_qkv = out.new_empty(batch, length, 3, heads, head_dim)
+        slots = grad_qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D / H)
+        for index in range(2):
+            grad = _rms_norm_gradient(grads[index], out[index], scale[index])
+            _rotate_into(slots[index], grad, cos, -sin)
+        slots[2].copy_(grads[2])
+        return grad_qkv.view(batch, length, -1), None, None, None, None
+
+
+def split_heads(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, T, D / H) out of one projection (B, T, 3 D).
+
+    Queries and keys are normalised (Henry et al. 2020) and rotated by their positions (Su et al. 2021).
+    """
+    cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
+    if not _is_tracing():
+        return _SplitHeads.apply(qkv, cos, sin, num_heads, eps)  # pyright: ignore[reportReturnType]
+    batch, length, width = qkv.shape
+    parts = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    first, second = rms_norm(parts[:2], eps).chunk(2, dim=-1)
+    query, key = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).unbind()
+    return query, key, parts[2]
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -94,15 +197,23 @@ def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, for its weights. All (B, H, T or S, D / H); returns the same and weights (B, H, T, S)."""
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, T, S)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, H, T, S)
     if is_causal:
         length = scores.shape[-1]
         mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    exact = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(dim=-1, dtype=exact).to(value.dtype)
+    weights = scores.softmax(dim=-1)  # sums in float32 whatever the dtype
     return weights @ value, weights
+
+
+def _products_are_faster(query: Tensor, key: Tensor) -> bool:
+    """Whether to write attention out although SDPA was asked for.
+
+    The fused kernel of the CPU goes backward in bfloat16 eight times slower than three plain products, and about
+    as fast in float32; its only gain, memory, is small for short inputs.
+    """
+    return query.device.type == "cpu" and key.shape[-2] <= MAX_WRITTEN_OUT and not _is_tracing()
 
 
 class RemaskGptAttention(nn.Module):
@@ -127,15 +238,10 @@ class RemaskGptAttention(nn.Module):
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         batch, length, width = hidden.shape
-        qkv = self.qkv_proj(hidden).view(batch, length, 3, self.num_heads, self.head_dim)
-        query_key = qkv[:, :, :2]  # (B, T, 2, H, D / H): both are normalised and rotated in one go
-        cos, sin = rotary
-        query_key = rotate(rms_norm(query_key, self.eps), cos.unsqueeze(-3), sin.unsqueeze(-3))
-        query, key = query_key.unbind(dim=2)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+        query, key, value = split_heads(self.qkv_proj(hidden), *rotary, self.num_heads, self.eps)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.config._attn_implementation == "eager":
+        if self.config._attn_implementation == "eager" or _products_are_faster(query, key):
             mixed, weights = eager_attention(query, key, value, mask, is_causal)
         else:
             mixed, weights = (
@@ -155,7 +261,7 @@ class RemaskGptMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(hidden)).square())
+        return self.down_proj(squared_relu(self.up_proj(hidden)))
 
 
 class RemaskGptLayer(GradientCheckpointingLayer):

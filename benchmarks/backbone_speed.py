@@ -1,0 +1,107 @@
+"""Training speed of the backbone: tokens per second of forward, backward and the weight copies, without optimiser.
+
+    python benchmarks/backbone_speed.py                     # masked LM, 6 layers x 192, context 128, batch 32
+    python benchmarks/backbone_speed.py --causal            # causal LM, 4 layers x 128, context 64, batch 32
+    python benchmarks/backbone_speed.py --precision bf16 --profile
+
+Precisions: `fp32`; `autocast` (bfloat16 products under torch.autocast, float32 weights); `bf16` (the working copy of
+the model is bfloat16, float32 master weights are copied into it each step and get its gradients as float32).
+The best of several short runs counts: other work on the machine only makes a run slower.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib.models.remask_gpt import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
+
+PRECISIONS = ("fp32", "autocast", "bf16")
+
+
+def make_step(causal: bool, precision: str, batch: int, vocab: int):
+    """A function that runs one forward and backward pass, and the number of tokens it reads."""
+    torch.manual_seed(0)
+    if causal:
+        shape = {
+            "num_hidden_layers": 4,
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+        }
+        model = RemaskGptForCausalLM(RemaskGptConfig(vocab_size=vocab, attention="causal", **shape))
+    else:
+        model = RemaskGptForMaskedLM(RemaskGptConfig(vocab_size=vocab))
+    length = model.config.max_position_embeddings
+    for weight in model.parameters():  # projections that start at zero would hide the cost of real numbers
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    masters = [weight.detach().clone() for weight in model.parameters()]
+    for weight in masters:
+        weight.grad = torch.zeros_like(weight)
+    if precision == "bf16":
+        model.bfloat16()
+    weights = list(model.parameters())
+    ids = torch.randint(4, vocab, (batch, length))
+    labels = ids if causal else torch.where(torch.rand(ids.shape) < 0.5, ids, -100)
+    mixed = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else contextlib.nullcontext()
+
+    def step() -> float:
+        if precision == "bf16":
+            with torch.no_grad():
+                torch._foreach_copy_(weights, masters)
+        with mixed:
+            loss = model(input_ids=ids, labels=labels, logits_at=None if causal else "labels").loss
+        loss.backward()
+        if precision == "bf16":
+            with torch.no_grad():
+                torch._foreach_copy_([m.grad for m in masters], [w.grad for w in weights])
+        model.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step, batch * length
+
+
+def best_seconds(step, seconds: float, runs: int) -> float:
+    """Shortest mean time of a step over `runs` runs of about `seconds` each."""
+    for _ in range(3):
+        step()
+    best = float("inf")
+    for _ in range(runs):
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            step()
+            count += 1
+        best = min(best, (time.perf_counter() - start) / count)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--precision", choices=PRECISIONS, action="append")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--vocab", type=int, default=70)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    for precision in args.precision or PRECISIONS:
+        step, tokens = make_step(args.causal, precision, args.batch, args.vocab)
+        best = best_seconds(step, args.seconds, args.runs)
+        print(f"{precision:9s} {best * 1e3:7.2f} ms/step  {tokens / best:9,.0f} tokens/s", flush=True)
+        if args.profile:
+            with torch.profiler.profile() as profiler:
+                for _ in range(5):
+                    step()
+            print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
+
+
+if __name__ == "__main__":
+    main()
