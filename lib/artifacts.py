@@ -387,6 +387,24 @@ class Stage:
         except pa.ArrowException as error:
             raise BadData(f"{path} cannot be read: {error}") from None
 
+    def tables(
+        self,
+        stage_name: str,
+        output: str,
+        schema: "TableSchema",
+        columns: list[str] | None = None,
+        rows: int = 65536,
+    ) -> Iterator["pa.Table"]:
+        """`batches` as tables."""
+        import pyarrow as pa
+
+        for batch in self.batches(stage_name, output, schema, columns, rows):
+            yield pa.Table.from_batches([batch])
+
+    def rows(self, stage_name: str, output: str) -> int:
+        """Number of rows of an earlier stage's table, from its manifest."""
+        return self._upstream[stage_name]["outputs"][output]["rows"]
+
     def folder_of(self, stage_name: str, output: str) -> Path:
         """A folder output (tokenizer, model) of an earlier stage, checked against its hash."""
         return self._verified_path(stage_name, output)

@@ -14,9 +14,18 @@ It has these functions:
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+from lib import randomness
+from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lib.synthetic import MaskedLMEngine
 
 REQUIRED = ("sources", "check", "prepare", "candidates", "rewards")
 
@@ -62,6 +71,53 @@ class Dropped:
     example_id: str
     reason: str
     text: str
+
+
+@dataclass
+class CandidateContext:
+    """What stage 02 lends a task: the tokenizer, keyed noise, and masked LMs where the config asks for them.
+
+    `engines` holds one masked LM, or one per fold when cross-fitting; it is empty for other sources.
+    """
+
+    config: Config
+    tokenizer: Any
+    engines: "list[MaskedLMEngine]"
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def key(self, purpose: str) -> int:
+        return randomness.key(self.seed, f"candidates {purpose}")
+
+    @cached_property
+    def same_tokenizer(self) -> bool:
+        """Whether the masked LM reads the run's own tokens."""
+        return bool(self.engines) and self.engines[0].tokenizer.get_vocab() == self.tokenizer.get_vocab()
+
+    def draw_mask(self, eligible: "np.ndarray", ratio: "np.ndarray", rows: "np.ndarray") -> "np.ndarray":
+        """(B, T) bool: the share `ratio[b]` of each row's eligible tokens, by the configured kind of masking."""
+        from lib.diffusion.masking import draw_mask, masked_counts
+
+        counts = masked_counts(ratio, eligible.sum(1))
+        return draw_mask(self.config.candidates.masking, eligible, counts, self.key("mask"), rows)
+
+    def fold_of(self, groups: list[str], splits: list[str]) -> "np.ndarray":
+        """(N,) which engine rewrites each example: one that did not train on its group."""
+        import numpy as np
+
+        folds = len(self.engines)
+        inside = [
+            cross_fit_fold(self.seed, g, folds) if s == "train" else 0
+            for g, s in zip(groups, splits, strict=True)
+        ]
+        return np.asarray(inside)
+
+
+def cross_fit_fold(seed: int, group: str, folds: int) -> int:
+    """The fold of a group; the generator of fold f does not train on the groups of fold f."""
+    return int(randomness.hash_fraction(seed, "fold", group) * folds) if folds > 1 else 0
 
 
 def get_task(name: str) -> ModuleType:

@@ -1,0 +1,124 @@
+"""
+04: train the models that the config names, in its order: generator, judge, inspector, ranker and their baselines.
+
+Each has a mode, an attention type, a split it learns from and a start. A model that is complete is not trained
+again; one that was cut off goes on from its last checkpoint.
+
+reads   01_prepare_dataset: examples, tokenizer; 02_generate_candidates: candidates, generator; 03_build_rewards
+writes  <name>/best_model, <name>/final_model, <name>/metrics.jsonl, <name>/training_manifest.json
+
+python 04_train.py --quick_test --run_dir outputs/demo
+python 04_train.py --quick_test --run_dir outputs/demo --mode sequence_scorer
+"""
+
+from pathlib import Path
+
+from lib.artifacts import RunArgs, Stage
+from lib.cli import run_stage
+from lib.config import Config, ModelSpec
+from lib.errors import MissingInput
+from lib.log import say
+
+
+def main(config: Config, args: RunArgs) -> None:
+    from lib.report.table import results_table
+    from lib.runtime import Runtime
+    from lib.training.named import train_named
+
+    reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
+    uses = ("seed", "device", "precision", "diffusion", "models")
+    outside = [Path(s.start) for s in config.models.values() if is_folder(s.start, config)]
+    with Stage(__file__, config, args, uses=uses, reads=reads, files=outside) as stage:
+        if stage.finished:
+            return
+        runtime = Runtime.detect(config)
+        stage.environment |= runtime.fence()
+        materials = materials_of(stage, config, runtime)
+
+        # Train what is asked for; models of other modes keep what they have
+        wanted = {n: s for n, s in config.models.items() if args.only_mode in (None, s.mode)}
+        if not wanted:
+            say(f"no model of the config has mode {args.only_mode}")
+        for name, spec in wanted.items():
+            train_named(name, spec, materials, stage.folder / name, start_folder(stage, config, spec))
+
+        # The stage is complete when every model of the config is
+        records = {name: record_of(stage.folder / name) for name in config.models}
+        left = [name for name, record in records.items() if record is None]
+        if left:
+            stage.leave_incomplete(f"still to train: {', '.join(left)}; run without --mode for all of them")
+            return
+        rows = []
+        for name, record in records.items():
+            for part in ("best_model", "final_model"):
+                stage.add_folder(f"{name}/{part}", stage.folder / name / part)
+            for part in ("metrics.jsonl", "training_manifest.json"):
+                stage.add_file(f"{name}/{part}", stage.folder / name / part)
+            stage.stats[name] = {
+                k: record[k] for k in ("mode", "parameters", "best_step", "transfer", "held_out")
+            }
+            rows += record["table"]
+        stage.stats["table"] = rows
+        say(results_table(rows))
+
+
+def is_folder(start: str, config: Config) -> bool:
+    return start not in ("scratch", "02_generate_candidates", *config.models)
+
+
+def start_folder(stage: Stage, config: Config, spec: ModelSpec) -> Path | None:
+    """The folder a model starts from; None for scratch."""
+    if spec.start == "scratch":
+        return None
+    if spec.start == "02_generate_candidates":
+        name = "generator" if config.candidates.cross_fit_folds == 1 else "generator_fold_0"
+        if config.candidates.source != "masked_lm" or config.generator.checkpoint:
+            raise MissingInput(
+                "stage 02 trained no generator (candidates.source or generator.checkpoint says so), so no model can "
+                "start from it; set its start to scratch or to a folder"
+            )
+        return stage.folder_of("02_generate_candidates", name)
+    if spec.start in config.models:
+        folder = stage.folder / spec.start / "best_model"
+        if record_of(stage.folder / spec.start) is None:
+            raise MissingInput(
+                f"a model starts from '{spec.start}', which is not trained yet; run without --mode first"
+            )
+        return folder
+    return Path(spec.start)
+
+
+def materials_of(stage: Stage, config: Config, runtime):
+    """Readers of the stages before, for the models to learn from."""
+    from lib import schema
+    from lib.tokenization import load_tokenizer
+    from lib.training.data import select_split
+    from lib.training.joins import with_rewards
+    from lib.training.named import Materials
+
+    def examples(split):
+        return select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
+
+    def candidates(split):
+        table = select_split(stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES), split)
+        rewards = stage.read("03_build_rewards", "rewards", schema.REWARDS)
+        columns = ["example_id", "group"]
+        groups = stage.read("01_prepare_dataset", "examples", schema.EXAMPLES, columns)
+        return with_rewards(table, rewards, groups)
+
+    tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
+    return Materials(config, tokenizer, runtime, examples, candidates)
+
+
+def record_of(folder: Path) -> dict | None:
+    """The training manifest of a model's folder, None while it is not complete."""
+    import json
+
+    from lib.training.named import RECORD
+
+    file = folder / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

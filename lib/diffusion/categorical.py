@@ -1,0 +1,43 @@
+"""Drawing tokens from logits with keyed noise: one uniform number per token, by inversion of the distribution.
+
+Inversion needs a single random number where Gumbel noise needs one per word of the vocabulary, and it has none
+of the bias that fp32 Gumbel noise has (Zheng et al., Masked Diffusion Models are Secretly Time-Agnostic, 2024).
+"""
+
+import torch
+from torch import Tensor
+
+
+def draw(
+    logits: Tensor,
+    noise: Tensor,
+    forbidden: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """A token per row and how sure the model was of it.
+
+    Args:
+        logits: (N, V).
+        noise: (N,) uniform in [0, 1).
+        forbidden: (F,) ids that are never drawn: the special ones.
+        top_k: keep the k likeliest (0: all); top_p: keep the likeliest that hold this much probability.
+
+    Returns:
+        (N,) ids, and (N,) their probabilities at temperature 1 over all allowed tokens.
+    """
+    logits = logits.float().index_fill(1, forbidden, -torch.inf)
+    plain = torch.softmax(logits, -1)
+    shares = plain if temperature == 1.0 else torch.softmax(logits / temperature, -1)
+    if 0 < top_k < shares.shape[1]:
+        limit = shares.topk(top_k, dim=-1).values[:, -1:]
+        shares = torch.where(shares >= limit, shares, 0.0)
+    if top_p < 1.0:
+        ordered, order = shares.sort(-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # a token stays while those before it hold less than top_p
+        kept = torch.where(before < top_p * ordered.sum(-1, keepdim=True), ordered, 0.0)
+        shares = torch.zeros_like(shares).scatter(1, order, kept)
+    rising = shares.cumsum(-1, dtype=torch.float64)
+    ids = (rising <= noise.double()[:, None] * rising[:, -1:]).sum(-1).clamp(max=shares.shape[1] - 1)
+    return ids, plain.gather(1, ids[:, None]).squeeze(1)

@@ -1,0 +1,119 @@
+"""Numbers that judge predictions, with 95 % intervals from resampling whole groups. numpy and scikit-learn only."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from lib import randomness
+
+RESAMPLES = 1000
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _counts(units: int, resamples: int) -> np.ndarray:
+    """(R, U) how often each unit is drawn in each resample: the same draws for every metric, so rows are paired."""
+    generator = np.random.Generator(np.random.Philox(randomness.key(0, "bootstrap", units)))
+    return generator.multinomial(units, np.full(units, 1 / units), size=resamples)
+
+
+def ratio(
+    numerators: np.ndarray, denominators: np.ndarray | None = None, resamples: int = RESAMPLES
+) -> Estimate:
+    """sum(numerators) / sum(denominators) over units (the mean if no denominators), resampling units."""
+    numerators = np.asarray(numerators, np.float64)
+    denominators = np.ones_like(numerators) if denominators is None else np.asarray(denominators, np.float64)
+    counts = _counts(len(numerators), resamples)
+    values = (counts @ numerators) / np.maximum(counts @ denominators, 1e-12)
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Estimate(float(numerators.sum() / max(denominators.sum(), 1e-12)), float(low), float(high))
+
+
+def resampled(metric: Callable[[np.ndarray], float], groups: np.ndarray, resamples: int = 200) -> Estimate:
+    """A metric that needs all values at once, such as AUROC. `metric(weights)` gets a weight per value."""
+    _, unit = np.unique(groups, return_inverse=True)
+    counts = _counts(unit.max() + 1, resamples)
+    values = [metric(c[unit].astype(np.float64)) for c in counts]
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return Estimate(float(metric(np.ones(len(unit)))), float(low), float(high))
+
+
+def sum_by(groups: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+    """Sums of each array over the rows of every group, in the order of the sorted group names."""
+    _, unit = np.unique(groups, return_inverse=True)
+    return [np.bincount(unit, weights=np.asarray(v, np.float64)) for v in values]
+
+
+# ----------------------------------------------------------------------------------------- per mode
+
+
+def regression(predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """MSE, MAE, R2 (against the constant that is the targets' mean), Pearson, Spearman."""
+    from scipy.stats import spearmanr
+
+    error = predicted - target
+    mse, variance = float(np.mean(error**2)), float(np.var(target))
+    flat = np.std(predicted) == 0 or variance == 0
+    return {
+        "mse": mse,
+        "mae": float(np.mean(np.abs(error))),
+        "r2": 1 - mse / variance if variance else float("nan"),
+        "pearson": float("nan") if flat else float(np.corrcoef(predicted, target)[0, 1]),
+        "spearman": float("nan") if flat else float(spearmanr(predicted, target).statistic),
+    }
+
+
+def classification(confusion: np.ndarray) -> dict[str, float]:
+    """Accuracy and, per class, precision, recall and F1 from a (true, predicted) table of counts."""
+    hit, of_class, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    result = {"accuracy": float(hit.sum() / max(confusion.sum(), 1))}
+    for c in range(len(confusion)):
+        if not of_class[c] and not predicted[c]:
+            continue  # a class that neither occurs nor is predicted has no scores
+        result[f"precision_{c}"] = float(hit[c] / max(predicted[c], 1))
+        result[f"recall_{c}"] = float(hit[c] / max(of_class[c], 1))
+        result[f"f1_{c}"] = float(2 * hit[c] / max(of_class[c] + predicted[c], 1))
+    result["macro_f1"] = float(np.mean([v for k, v in result.items() if k.startswith("f1_")] or [0.0]))
+    return result
+
+
+def calibration_error(probability: np.ndarray, happened: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error over equally filled bins (Naeini et al., 2015)."""
+    order = np.argsort(probability, kind="stable")
+    parts = np.array_split(order, min(bins, len(order)))
+    gaps = [len(p) * abs(probability[p].mean() - happened[p].mean()) for p in parts if len(p)]
+    return float(sum(gaps) / len(order))
+
+
+def auroc(score: np.ndarray, happened: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Chance that a positive scores above a negative; NaN when there is only one kind."""
+    from sklearn.metrics import roc_auc_score
+
+    if len(np.unique(happened)) < 2:
+        return float("nan")
+    return float(roc_auc_score(happened, score, sample_weight=weights))
+
+
+def average_precision(score: np.ndarray, happened: np.ndarray, weights: np.ndarray | None = None) -> float:
+    from sklearn.metrics import average_precision_score
+
+    if not happened.any():
+        return float("nan")
+    return float(average_precision_score(happened, score, sample_weight=weights))
+
+
+def ngram_entropy(sequences: list[np.ndarray], n: int) -> float:
+    """Entropy in nats of the pooled n-grams of token sequences (n-grams do not cross sequences)."""
+    grams = [np.lib.stride_tricks.sliding_window_view(s, n) for s in sequences if len(s) >= n]
+    if not grams:
+        return 0.0
+    _, counts = np.unique(np.concatenate(grams), axis=0, return_counts=True)
+    share = counts / counts.sum()
+    return float(-(share * np.log(share)).sum())

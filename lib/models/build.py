@@ -1,0 +1,188 @@
+"""Make, start, save and load the models of every mode. Mode = which head class; the trunk is always the same.
+
+Transfer: any mode starts from any other mode's folder. The trunk must fit tensor by tensor; heads that do not fit
+are dropped by name and said so, new ones are made; anything else that does not fit is an error.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib import randomness
+from lib.config import ArchitectureConfig
+from lib.errors import BadData, MissingInput
+from lib.models.ranker import CandidateRanker
+from lib.models.remask_gpt import (
+    RemaskGptConfig,
+    RemaskGptForCausalLM,
+    RemaskGptForMaskedLM,
+    RemaskGptForSequenceClassification,
+    RemaskGptForTokenClassification,
+)
+
+_CLASSES = {
+    c.__name__: c
+    for c in (
+        RemaskGptForCausalLM,
+        RemaskGptForMaskedLM,
+        RemaskGptForSequenceClassification,
+        RemaskGptForTokenClassification,
+    )
+}
+TRUNK = "model."
+
+
+@dataclass
+class Transfer:
+    """Which tensors came from the start, which heads of it were left, which are new."""
+
+    start: str = "scratch"
+    loaded: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "start": self.start,
+            "loaded": len(self.loaded),
+            "dropped": self.dropped,
+            "created": self.created,
+        }
+
+
+def model_config(
+    architecture: ArchitectureConfig, attention: str, vocab_size: int, **heads
+) -> RemaskGptConfig:
+    """The Hugging Face config of our backbone. One position more than the context: [CLS] stands in front."""
+    return RemaskGptConfig(
+        vocab_size=vocab_size,
+        hidden_size=architecture.width,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        max_position_embeddings=architecture.context + 1,
+        attention=attention,
+        dropout=architecture.dropout,
+        bias=architecture.bias,
+        **heads,
+    )
+
+
+def make_model(mode: str, config: RemaskGptConfig, seed: int, label: str) -> nn.Module:
+    """A fresh model whose weights are a function of seed and label."""
+    with torch.random.fork_rng():
+        torch.manual_seed(randomness.key(seed, f"{label} weights") % 2**63)
+        if mode == "language_model":
+            return (RemaskGptForCausalLM if config.is_causal else RemaskGptForMaskedLM)(config)
+        if mode == "token_classifier":
+            return RemaskGptForTokenClassification(config)
+        model = RemaskGptForSequenceClassification(config)
+        return CandidateRanker(model) if mode == "ranker" else model
+
+
+def heads_of(mode: str, target_type: str = "score", num_classes: int = 3) -> dict[str, Any]:
+    """The config keys that make a mode's head."""
+    if mode == "token_classifier" or (mode == "sequence_scorer" and target_type == "classification"):
+        return {"num_labels": num_classes}
+    if mode == "sequence_scorer":
+        return {"num_labels": 1, "score_activation": "sigmoid"}
+    return {"num_labels": 1} if mode == "ranker" else {}
+
+
+def start_model(
+    mode: str,
+    architecture: ArchitectureConfig,
+    attention: str,
+    vocab_size: int,
+    seed: int,
+    label: str,
+    start: Path | None = None,
+    **heads,
+) -> tuple[nn.Module, Transfer]:
+    """A model of `mode`, fresh or with the trunk (and fitting heads) of the folder `start`.
+
+    The architecture of a started model is its start's; the attention is the one asked for.
+    """
+    if start is None:
+        config = model_config(architecture, attention, vocab_size, **heads)
+        return make_model(mode, config, seed, label), Transfer(created=["everything"])
+    source, tensors = read_folder(start)
+    if source.vocab_size != vocab_size:
+        raise BadData(
+            f"{start} has a vocabulary of {source.vocab_size} ids, the tokenizer of this run has {vocab_size}; "
+            "start from a model with the same tokenizer"
+        )
+    shape = source.to_dict()
+    keep = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "bias", "rope_theta",
+            "logit_softcap", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")  # fmt: skip
+    config = RemaskGptConfig(
+        vocab_size=vocab_size,
+        attention=attention,
+        dropout=architecture.dropout,
+        **{k: shape[k] for k in keep},
+        **heads,
+    )
+    model = make_model(mode, config, seed, label)
+    inner = model.encoder if isinstance(model, CandidateRanker) else model
+    return model, _load_fitting(inner, tensors, start)
+
+
+def _load_fitting(model: nn.Module, tensors: dict[str, torch.Tensor], start: Path) -> Transfer:
+    report = Transfer(start=str(start))
+    own = model.state_dict()
+    tied = {"lm_head.weight"}  # stands for the embedding in the state dict
+    with torch.no_grad():
+        for name, value in own.items():
+            given = tensors.get(name)
+            if given is not None and given.shape == value.shape:
+                value.copy_(given)
+                report.loaded.append(name)
+            elif name.startswith(TRUNK):
+                problem = (
+                    "is missing"
+                    if given is None
+                    else f"has shape {tuple(given.shape)}, not {tuple(value.shape)}"
+                )
+                raise BadData(f"{start}: tensor {name} {problem}; the trunk must fit whole")
+            elif name not in tied:
+                report.created.append(name)
+    report.dropped = sorted(n for n in tensors if n not in report.loaded and n not in tied)
+    alien = [n for n in report.dropped if n.startswith(TRUNK)]
+    if alien:
+        raise BadData(f"{start}: tensors {alien} have no place in the new model; the trunk must fit whole")
+    return report
+
+
+def read_folder(folder: Path) -> tuple[RemaskGptConfig, dict[str, torch.Tensor]]:
+    """(config, tensors) of a saved folder of ours. Raises MissingInput or BadData."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        hint = "; pickled weights are not read" if list(folder.glob("*.bin")) else ""
+        raise MissingInput(
+            f"{folder} has no model.safetensors{hint}; give a folder that a training stage wrote"
+        )
+    try:
+        return RemaskGptConfig.from_pretrained(folder), load_file(str(weights))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise BadData(f"{folder} cannot be loaded: {error}") from None
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model of a saved folder, in evaluation mode, by the class its config names."""
+    config, _ = read_folder(folder)
+    name = (config.architectures or ["?"])[0]
+    if name not in _CLASSES:
+        raise BadData(f"{folder}/config.json names the architecture {name}; known: {', '.join(_CLASSES)}")
+    return _CLASSES[name].from_pretrained(folder).eval()
+
+
+def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
+    """Weights, config and tokenizer into `folder`, as Hugging Face writes them."""
+    inner = model.encoder if isinstance(model, CandidateRanker) else model
+    inner.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

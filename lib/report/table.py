@@ -1,0 +1,41 @@
+"""The results table on the screen: every model beside what doing nothing clever gives."""
+
+
+def results_table(rows: list[dict]) -> str:
+    """Aligned text of result rows (lib.training.objectives.base.ResultRow as dictionaries)."""
+    head = ("model", "metric", "value", "95 % interval", "baseline", "", "beats it")
+    lines = [head]
+    for row in rows:
+        lines.append(
+            (
+                row["model"],
+                row["metric"],
+                f"{row['value']:.3f}",
+                f"{row['low']:.3f} .. {row['high']:.3f}",
+                row["baseline"],
+                f"{row['baseline_value']:.3f}",
+                "yes" if row["beats_baseline"] else "NO",
+            )
+        )
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Columns of equal width, numbers to the right, a rule below the head."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    numeric = [all(_is_number(line[i]) for line in lines[1:]) for i in range(len(widths))]
+    text = [
+        "  ".join(
+            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * max(len(t) for t in text), *text[1:]])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text in ("", "-")
+    return True

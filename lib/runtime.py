@@ -1,0 +1,62 @@
+"""Where and how the arithmetic runs: device, precision, threads. Found out once, recorded in the manifest."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lib.config import Config
+from lib.errors import BadConfig
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: torch.device
+    precision: str  # fp32 | bf16
+
+    @classmethod
+    def detect(cls, config: Config) -> "Runtime":
+        """Resolve `device: auto` and `precision: auto`. Raises BadConfig for what this machine has not got."""
+        cuda = torch.cuda.is_available()
+        if config.device == "cuda" and not cuda:
+            raise BadConfig("device is cuda, but torch sees no CUDA device here; set device: cpu or auto")
+        device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+        native = _has_native_bf16(device)
+        precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
+        torch.set_flush_denormal(True)  # denormals are 40 times slower and mean nothing here
+        if device.type == "cuda":
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        return cls(device, precision)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Matrix products in bf16 where that is on; weights, sums and losses stay in fp32."""
+        if self.precision == "bf16":
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield
+        else:
+            yield
+
+    def fence(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to give the same bits."""
+        device = str(self.device)
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            device = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        return {
+            "torch": torch.__version__,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "precision": self.precision,
+        }
+
+
+def _has_native_bf16(device: torch.device) -> bool:
+    """bf16 in hardware. Emulated bf16 is more than twice as slow as fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

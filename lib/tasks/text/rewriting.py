@@ -1,0 +1,105 @@
+"""Candidates for text (stage 02) and what they are worth (stage 03).
+
+Of the K candidates of a passage one is the original, at a uniformly drawn place; the others are rewritten: each
+draws its own share of masked tokens, and only those change. A token's label says where it came from.
+"""
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from lib import randomness
+from lib.config import Config
+from lib.tasks import CandidateContext
+from lib.tasks.text.foreign import rewrite_with_other_tokenizer
+from lib.tokenization import decode
+
+ORIGINAL, RANDOM_REPLACEMENT, PREDICTED = 0, 1, 2
+
+
+def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
+    """K candidates for each example, rows of one example together.
+
+    Every draw is keyed by the example's id and the candidate's number, so a candidate is the same whichever
+    examples are made with it.
+    """
+    config, k = context.config.candidates, context.config.candidates.per_example
+    count = examples.num_rows
+    keys = pd.util.hash_array(np.asarray(examples["example_id"].to_pylist(), dtype=object)).astype(np.int64)
+    rows = (keys[:, None] * 64 + np.arange(k)).reshape(-1)  # (N K,); K is at most 64
+    owner = np.repeat(np.arange(count), k)
+    place = np.floor(randomness.uniform(context.key("original place"), keys, 1)[:, 0] * k).astype(np.int64)
+    is_original = np.tile(np.arange(k), count) == np.repeat(place, k)
+    low, high = config.mask_ratio
+    ratio = low + (high - low) * randomness.uniform(context.key("mask ratio"), rows, 1)[:, 0]
+    lists = examples["token_ids"].to_pylist()
+    token_ids: list = [lists[o] for o in owner]
+    labels: list = [np.zeros(len(ids), np.int8) for ids in token_ids]
+    texts = [examples["target"][int(o)].as_py() for o in owner]
+    changed = np.flatnonzero(~is_original)
+    if config.source != "original_only" and len(changed):
+        new = _rewrite(examples, owner[changed], token_ids, changed, ratio[changed], rows[changed], context)
+        for i, (ids, label, text) in zip(changed, new, strict=True):
+            token_ids[i], labels[i], texts[i] = ids, label, text
+    return pa.table(
+        {
+            "example_id": examples["example_id"].take(pa.array(owner)),
+            "candidate_id": np.tile(np.arange(k, dtype=np.int32), count),
+            "split": examples["split"].take(pa.array(owner)),
+            "kind": np.where(is_original, "original", config.source),
+            "text": texts,
+            "mask_ratio": pa.array(ratio, mask=is_original | (config.source == "original_only")),
+            "synthetic_fraction": [float((label > 0).mean()) if len(label) else 0.0 for label in labels],
+            "token_ids": pa.array([np.asarray(t, np.int32) for t in token_ids], pa.list_(pa.int32())),
+            "token_labels": pa.array(labels, pa.list_(pa.int8())),
+        }
+    )
+
+
+def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: CandidateContext):
+    """(ids, labels, text) for each chosen candidate."""
+    config = context.config.candidates
+    if config.source == "masked_lm" and not context.same_tokenizer:
+        texts = [examples["target"][int(o)].as_py() for o in owner]
+        return rewrite_with_other_tokenizer(texts, ratio, rows, context)
+    ids, valid = pad([token_ids[i] for i in chosen], context.tokenizer.pad_token_id)
+    masked = context.draw_mask(valid, ratio, rows)
+    if config.source == "random_tokens":
+        filled = np.where(masked, _random_ids(ids.shape[1], rows, context), ids)
+        label = RANDOM_REPLACEMENT
+    else:
+        folds = context.fold_of(examples["group"].to_pylist(), examples["split"].to_pylist())[owner]
+        filled = ids.copy()
+        for fold in np.unique(folds):
+            here = folds == fold
+            engine = context.engines[fold]
+            filled[here] = engine.fill(ids[here], valid[here], masked[here], config, context.seed, rows[here])
+        label = PREDICTED
+    lengths = valid.sum(1)
+    kept = [filled[r, :n].astype(np.int32) for r, n in enumerate(lengths)]
+    marks = [np.where(masked[r, :n], label, ORIGINAL).astype(np.int8) for r, n in enumerate(lengths)]
+    return zip(kept, marks, decode(context.tokenizer, kept), strict=True)
+
+
+def _random_ids(width: int, rows: np.ndarray, context: CandidateContext) -> np.ndarray:
+    """(B, T) ordinary ids, each drawn on its own."""
+    ordinary = np.setdiff1d(np.arange(len(context.tokenizer)), context.tokenizer.all_special_ids)
+    noise = randomness.uniform(context.key("random token"), rows, width)
+    return ordinary[np.floor(noise * len(ordinary)).astype(np.int64)]
+
+
+def pad(sequences: list, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """((B, T) int64 ids, (B, T) bool valid) of ragged sequences."""
+    lengths = np.array([len(s) for s in sequences])
+    valid = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(valid.shape, pad_id, np.int64)
+    ids[valid] = np.concatenate([np.asarray(s) for s in sequences])
+    return ids, valid
+
+
+def rewards(config: Config, table: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Authenticity of each candidate: the configured curve of its synthetic fraction, 1 for untouched text."""
+    fraction = table["synthetic_fraction"].to_numpy()
+    points = np.asarray(config.rewards.curve)
+    authenticity = np.interp(fraction, points[:, 0], points[:, 1])
+    return authenticity, {"authenticity": authenticity, "untouched": (fraction == 0).astype(np.float64)}

@@ -1,0 +1,31 @@
+"""Tables of several stages joined by their keys, never by the place of a row."""
+
+import pandas as pd
+import pyarrow as pa
+
+from lib.errors import BadData
+
+
+def with_rewards(candidates: pa.Table, rewards: pa.Table, examples: pa.Table) -> pa.Table:
+    """Candidates with `reward` and their example's `group`, in the candidates' order.
+
+    Raises BadData naming the first candidates that have no reward.
+    """
+    key = ["example_id", "candidate_id"]
+    left = candidates.select(key).to_pandas()
+    right = rewards.select([*key, "reward"]).to_pandas()
+    joined = left.merge(right, on=key, how="left", validate="one_to_one")
+    missing = joined["reward"].isna()
+    if missing.any():
+        first = joined.loc[missing, key].head(3).to_dict("records")
+        raise BadData(
+            f"{int(missing.sum())} candidates have no reward, such as {first}; run 03_build_rewards again"
+        )
+    groups = examples.select(["example_id", "group"]).to_pandas()
+    joined = joined.merge(groups, on="example_id", how="left", validate="many_to_one")
+    if joined["group"].isna().any():
+        first = joined.loc[joined["group"].isna(), "example_id"].iloc[0]
+        raise BadData(f"candidates of example {first} belong to no example; run 02_generate_candidates again")
+    assert isinstance(joined, pd.DataFrame)
+    table = candidates.append_column("reward", pa.array(joined["reward"].to_numpy()))
+    return table.append_column("group", pa.array(joined["group"].to_numpy(), pa.string()))

@@ -1,0 +1,181 @@
+"""`language_model`: masked diffusion for bidirectional models, next-token prediction for causal ones.
+
+Both report nats per token over all tokens of a window: the diffusion model its NELBO, the causal one its exact
+NLL, which reads [CLS] as the beginning so that the first token counts too.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib import randomness
+from lib.config import DiffusionConfig
+from lib.diffusion.nelbo import MaskedBatch, mask_batch, mean_and_standard_error
+from lib.metrics import ratio
+from lib.runtime import Runtime
+from lib.training.data import Rows, Windows
+from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
+
+EVALUATION_BATCH = 64
+
+
+class _Language:
+    """Windows of the train split by keyed order, and a fixed set of held-out windows."""
+
+    def __init__(
+        self, label, train: Windows, held_out: Windows, runtime: Runtime, seed, batch_size, num_evaluated
+    ):
+        self.label, self.train, self.held_out, self.runtime, self.seed = label, train, held_out, runtime, seed
+        self.batch_size = batch_size
+        self.tokens_per_row = train.width
+        self._order = Rows(seed, f"{label} order", train.count)
+        spread = randomness.permutation(seed, "held-out windows", 0, held_out.count)
+        self._evaluated = np.sort(spread[:num_evaluated])
+
+    def windows(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows (B,), ids (B, T), valid (B, T)) of global training rows."""
+        index = np.arange(rows.start, rows.stop)
+        place = randomness.uniform(randomness.key(self.seed, f"{self.label} window"), index, 1)[:, 0]
+        return index, *self.train.batch(self._order.samples(index), place)
+
+    def unigram_nll(self) -> float:
+        """Nats per token of held-out text under the train split's token frequencies: the constant baseline."""
+        size = int(max(self.train.ids.max(), self.held_out.ids.max())) + 1
+        counts = np.bincount(self.train.ids, minlength=size) + 1.0
+        share = np.bincount(self.held_out.ids, minlength=size) / len(self.held_out.ids)
+        return float(-(share * np.log(counts / counts.sum())).sum())
+
+
+class MaskedDiffusion(_Language):
+    selection = "nelbo"
+
+    def __init__(self, config: DiffusionConfig, mask_id: int, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.config, self.mask_id = config, mask_id
+        # Evaluation is the true bound whatever the training draws.
+        self._bound = config.model_copy(update={"weight": "exact_count", "min_masked_ratio": 0.0})
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        """The NELBO estimate of the batch, nats per token."""
+        index, ids, valid = self.windows(rows)
+        batch = mask_batch(self.config, valid, self.seed, f"{self.label} diffusion", index, self.batch_size)
+        ce, at = self.cross_entropies(model, ids, valid, batch)
+        weights = tensor(batch.weights.reshape(-1)[at], self.runtime)
+        return {"loss": (ce * weights).sum() / len(ids)}
+
+    def cross_entropies(self, model, ids, valid, batch: MaskedBatch) -> tuple[Tensor, np.ndarray]:
+        """((N,) cross-entropies at the masked positions, (N,) flat indices of those); logits only there."""
+        at = np.flatnonzero(batch.masked)
+        inputs = np.where(batch.masked, self.mask_id, ids)
+        logits = forward(
+            model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)
+        ).logits  # (N, V)
+        return F.cross_entropy(
+            logits.float(), tensor(ids.reshape(-1)[at], self.runtime), reduction="none"
+        ), at
+
+    def row_nelbos(self, model: nn.Module, windows: Windows, examples: np.ndarray, draws: int = 1):
+        """((R,) NELBO of each window, (R,) accuracy sums, (R,) masked counts), R = examples x draws."""
+        nelbo, hits, masked = [], [], []
+        total = np.tile(examples, draws)
+        for part in chunks(len(total), EVALUATION_BATCH):
+            ids, valid = windows.batch(total[part], np.zeros(len(part)))
+            batch = mask_batch(self._bound, valid, self.seed, "evaluation", part, EVALUATION_BATCH)
+            at = np.flatnonzero(batch.masked)
+            inputs = np.where(batch.masked, self.mask_id, ids)
+            logits = forward(
+                model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)
+            ).logits.float()
+            targets = tensor(ids.reshape(-1)[at], self.runtime)
+            ce = F.cross_entropy(logits, targets, reduction="none").cpu().numpy()
+            hit = (logits.argmax(-1) == targets).cpu().numpy()
+            row = at // ids.shape[1]
+            size = len(part)
+            nelbo.append(np.bincount(row, ce * batch.weights.reshape(-1)[at], size))
+            hits.append(np.bincount(row, hit, size))
+            masked.append(batch.masked.sum(1))
+        return np.concatenate(nelbo), np.concatenate(hits), np.concatenate(masked)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        nelbo, hits, masked = self.row_nelbos(model, self.held_out, self._evaluated)
+        mean, error = mean_and_standard_error(nelbo)
+        return {
+            "nelbo": mean,
+            "nelbo_standard_error": error,
+            "masked_accuracy": float(hits.sum() / masked.sum()),
+        }
+
+    def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
+        """Held-out NELBO with four mask draws per window, accuracy on masked tokens, and the same on train text."""
+        examples = np.arange(self.held_out.count)
+        nelbo, hits, masked = self.row_nelbos(model, self.held_out, examples, draws=4)
+        seen = np.sort(
+            randomness.permutation(self.seed, "train windows", 0, self.train.count)[: len(examples)]
+        )
+        train_nelbo, train_hits, train_masked = self.row_nelbos(model, self.train, seen, draws=1)
+        per_window = nelbo.reshape(4, -1).mean(0)
+        mean, error = mean_and_standard_error(per_window)
+        unigram = self.unigram_nll()
+        metrics = {
+            "nelbo": mean,
+            "nelbo_standard_error": error,
+            "masked_accuracy": float(hits.sum() / masked.sum()),
+            "train_nelbo": float(train_nelbo.mean()),
+            "train_masked_accuracy": float(train_hits.sum() / train_masked.sum()),
+            "unigram_nll": unigram,
+        }
+        name = "NELBO, nats/token"
+        return metrics, [
+            result_row(self.label, name, ratio(per_window), "unigram", unigram, lower_is_better=True)
+        ]
+
+
+class NextToken(_Language):
+    """The ordinary causal language model."""
+
+    selection = "nll"
+
+    def __init__(self, cls_id: int, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cls_id = cls_id
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        _, ids, valid = self.windows(rows)
+        nll, mask = self.token_nll(model, ids, valid)
+        return {"loss": (nll * mask).sum() / mask.sum()}
+
+    def token_nll(self, model: nn.Module, ids: np.ndarray, valid: np.ndarray) -> tuple[Tensor, Tensor]:
+        """((B, T) nats of every token given [CLS] and those before it, (B, T) float validity)."""
+        return causal_nll(model, self.runtime, ids, valid, self.cls_id)
+
+    def _nll(self, model: nn.Module, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sums, counts = [], []
+        for part in chunks(len(examples), EVALUATION_BATCH):
+            ids, valid = self.held_out.batch(examples[part], np.zeros(len(part)))
+            nll, mask = self.token_nll(model, ids, valid)
+            sums.append((nll * mask).sum(1).cpu().numpy())
+            counts.append(valid.sum(1))
+        return np.concatenate(sums), np.concatenate(counts)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        sums, counts = self._nll(model, self._evaluated)
+        return {"nll": float(sums.sum() / counts.sum())}
+
+    def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
+        sums, counts = self._nll(model, np.arange(self.held_out.count))
+        unigram = self.unigram_nll()
+        estimate = ratio(sums, counts)
+        row = result_row(self.label, "NLL, nats/token", estimate, "unigram", unigram, lower_is_better=True)
+        return {"nll": estimate.value, "unigram_nll": unigram}, [row]
+
+
+def causal_nll(
+    model, runtime: Runtime, ids: np.ndarray, valid: np.ndarray, cls_id: int
+) -> tuple[Tensor, Tensor]:
+    """((B, T) nats per token of a causal model, (B, T) validity): every token counts, the first given [CLS]."""
+    inputs = np.concatenate([np.full_like(ids[:, :1], cls_id), ids[:, :-1]], 1)
+    seen = np.concatenate([np.ones_like(valid[:, :1]), valid[:, :-1]], 1)
+    logits = forward(model, runtime, inputs, seen).logits.float()  # (B, T, V)
+    nll = F.cross_entropy(logits.flatten(0, 1), tensor(ids, runtime).flatten(), reduction="none")
+    return nll.view(ids.shape), tensor(valid, runtime).to(torch.float32)

@@ -1,0 +1,121 @@
+"""`sequence_scorer`: one score in [0, 1] per sequence, or one of N classes."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib import metrics, randomness
+from lib.runtime import Runtime
+from lib.training.data import Rows, Sequences
+from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor, with_cls
+
+
+class SequenceScore:
+    """MSE on targets in [0, 1], read at [CLS]. The model's `logits` are the scores already."""
+
+    selection = "mse"
+
+    def __init__(self, label, train: Sequences, train_targets: np.ndarray, held_out: Sequences,
+                 held_out_targets: np.ndarray, groups: np.ndarray, cls_id: int, runtime: Runtime, seed: int,
+                 num_evaluated: int):  # fmt: skip
+        self.label, self.runtime, self.cls_id = label, runtime, cls_id
+        self.train, self.train_targets = train, train_targets
+        self.held_out, self.held_out_targets, self._groups = held_out, held_out_targets, groups
+        self._order = Rows(seed, f"{label} order", train.count)
+        spread = randomness.permutation(seed, "held-out candidates", 0, held_out.count)
+        self._evaluated = np.sort(spread[:num_evaluated])
+        self.tokens_per_row = train.width + 1
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        samples = self._order.samples(np.arange(rows.start, rows.stop))
+        ids, valid = with_cls(*self.train.batch(samples), self.cls_id)
+        scores = forward(model, self.runtime, ids, valid).logits.float().squeeze(-1)  # (B,)
+        target = tensor(self.train_targets[samples].astype(np.float32), self.runtime)
+        return {"loss": F.mse_loss(scores, target)}
+
+    def predict(self, model: nn.Module, rows: np.ndarray) -> np.ndarray:
+        """(R,) scores of held-out rows."""
+        scores = []
+        for part in chunks(len(rows), 64):
+            ids, valid = with_cls(*self.held_out.batch(rows[part]), self.cls_id)
+            scores.append(forward(model, self.runtime, ids, valid).logits.float().squeeze(-1).cpu().numpy())
+        return np.concatenate(scores)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return metrics.regression(
+            self.predict(model, self._evaluated), self.held_out_targets[self._evaluated]
+        )
+
+    def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
+        """All held-out sequences, beside the constant that is the mean of the training targets."""
+        target = self.held_out_targets
+        predicted = self.predict(model, np.arange(self.held_out.count))
+        constant = float(self.train_targets.mean())
+        squared, base = metrics.sum_by(self._groups, (predicted - target) ** 2, (constant - target) ** 2)
+        count = metrics.sum_by(self._groups, np.ones_like(target))[0]
+        values = metrics.regression(predicted, target)
+        values |= {"constant_mse": float(base.sum() / count.sum())}
+        untouched = target == target.max()
+        if 0 < untouched.sum() < len(target):
+            values["auroc_untouched"] = metrics.auroc(predicted, untouched)
+        mse = metrics.ratio(squared, count)
+        row = result_row(self.label, "MSE", mse, "constant", values["constant_mse"], lower_is_better=True)
+        unexplained = metrics.ratio(squared, base)
+        r2 = metrics.Estimate(1 - unexplained.value, 1 - unexplained.high, 1 - unexplained.low)
+        return values, [row, result_row(self.label, "R2", r2, "constant", 0.0, lower_is_better=False)]
+
+
+class SequenceClasses(SequenceScore):
+    """Cross-entropy over N classes per sequence; targets are class numbers."""
+
+    selection = "cross_entropy"
+
+    def __init__(self, *args, num_classes: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_classes = num_classes
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        samples = self._order.samples(np.arange(rows.start, rows.stop))
+        ids, valid = with_cls(*self.train.batch(samples), self.cls_id)
+        logits = forward(model, self.runtime, ids, valid).logits.float()  # (B, C)
+        return {
+            "loss": F.cross_entropy(
+                logits, tensor(self.train_targets[samples].astype(np.int64), self.runtime)
+            )
+        }
+
+    def predict(self, model: nn.Module, rows: np.ndarray) -> np.ndarray:
+        """(R, C) log-probabilities."""
+        scores = []
+        for part in chunks(len(rows), 64):
+            ids, valid = with_cls(*self.held_out.batch(rows[part]), self.cls_id)
+            logits = forward(model, self.runtime, ids, valid).logits.float()
+            scores.append(torch.log_softmax(logits, -1).cpu().numpy())
+        return np.concatenate(scores)
+
+    def _scores(self, model: nn.Module, rows: np.ndarray) -> tuple[np.ndarray, dict]:
+        target = self.held_out_targets[rows].astype(np.int64)
+        scores = self.predict(model, rows)
+        pairs = target * self.num_classes + scores.argmax(1)
+        confusion = np.bincount(pairs, minlength=self.num_classes**2).reshape(self.num_classes, -1)
+        ce = -scores[np.arange(len(target)), target]
+        return ce, {"cross_entropy": float(ce.mean()), **metrics.classification(confusion)}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return self._scores(model, self._evaluated)[1]
+
+    def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
+        ce, values = self._scores(model, np.arange(self.held_out.count))
+        share = (
+            np.bincount(self.train_targets.astype(np.int64), minlength=self.num_classes) / self.train.count
+        )
+        prior = -np.log(np.maximum(share, 1e-9))[self.held_out_targets.astype(np.int64)]
+        total, base, count = metrics.sum_by(self._groups, ce, prior, np.ones_like(ce))
+        constant = float(base.sum() / count.sum())
+        estimate = metrics.ratio(total, count)
+        return values, [
+            result_row(
+                self.label, "cross-entropy, nats", estimate, "class shares", constant, lower_is_better=True
+            )
+        ]

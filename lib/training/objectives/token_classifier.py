@@ -1,0 +1,107 @@
+"""`token_classifier`: a class for every token, such as original, random replacement or predicted."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib import metrics, randomness
+from lib.runtime import Runtime
+from lib.training.data import Rows, Sequences
+from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
+
+
+class TokenClasses:
+    """Cross-entropy per token.
+
+    Args:
+        labels: `Sequences` over the classes, aligned with the ids.
+        num_classes: at least 2.
+        class_weighting: none; inverse_frequency (over the training set); dynamic (over each batch).
+    """
+
+    selection = "cross_entropy"
+
+    def __init__(self, label, train, train_labels, held_out, held_out_labels, groups, num_classes: int,
+                 class_weighting: str, runtime: Runtime, seed: int, num_evaluated: int):  # fmt: skip
+        self.label, self.runtime, self.seed, self.num_classes = label, runtime, seed, num_classes
+        self.train: Sequences = train
+        self.train_labels: Sequences = train_labels
+        self.held_out: Sequences = held_out
+        self.held_out_labels: Sequences = held_out_labels
+        self._groups = groups  # (held-out rows,) resampled together
+        self._order = Rows(seed, f"{label} order", train.count)
+        spread = randomness.permutation(seed, "held-out candidates", 0, held_out.count)
+        self._evaluated = np.sort(spread[:num_evaluated])
+        self.weighting = class_weighting
+        self.frequencies = np.bincount(train_labels.ids, minlength=num_classes) / max(
+            len(train_labels.ids), 1
+        )
+        self.tokens_per_row = train.width
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        samples = self._order.samples(np.arange(rows.start, rows.stop))
+        ids, valid = self.train.batch(samples)
+        labels, _ = self.train_labels.batch(samples)
+        logits = (
+            forward(model, self.runtime, ids, valid).logits[tensor(valid, self.runtime)].float()
+        )  # (N, C)
+        target = labels[valid]
+        weight = self._class_weights(target)
+        return {"loss": F.cross_entropy(logits, tensor(target, self.runtime), weight=weight)}
+
+    def _class_weights(self, target: np.ndarray) -> Tensor | None:
+        """(C,) weights with mean 1 over the tokens; absent classes weigh nothing."""
+        if self.weighting == "none":
+            return None
+        share = self.frequencies
+        if self.weighting == "dynamic":
+            share = np.bincount(target, minlength=self.num_classes) / len(target)
+        present = share > 0
+        weight = np.where(present, 1.0 / np.maximum(share, 1e-12), 0.0) / present.sum()
+        return tensor(weight.astype(np.float32), self.runtime)
+
+    def _predict(self, model: nn.Module, rows: np.ndarray):
+        """Over `rows`: (N, C) log-probabilities, (N,) classes, (N,) row numbers, for valid tokens."""
+        scores, classes, owners = [], [], []
+        for part in chunks(len(rows), 64):
+            ids, valid = self.held_out.batch(rows[part])
+            labels, _ = self.held_out_labels.batch(rows[part])
+            logits = forward(model, self.runtime, ids, valid).logits.float()
+            scores.append(torch.log_softmax(logits, -1).cpu().numpy()[valid])
+            classes.append(labels[valid])
+            owners.append(np.broadcast_to(rows[part][:, None], valid.shape)[valid])
+        return np.concatenate(scores), np.concatenate(classes), np.concatenate(owners)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        scores, classes, _ = self._predict(model, self._evaluated)
+        ce = -scores[np.arange(len(classes)), classes].mean()
+        return {"cross_entropy": float(ce), **metrics.classification(self._confusion(scores, classes))}
+
+    def _confusion(self, scores: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        pairs = classes * self.num_classes + scores.argmax(1)
+        return np.bincount(pairs, minlength=self.num_classes**2).reshape(self.num_classes, self.num_classes)
+
+    def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
+        """All held-out candidates: per class scores, the confusion table, AUROC of "not original"."""
+        scores, classes, owners = self._predict(model, np.arange(self.held_out.count))
+        confusion = self._confusion(scores, classes)
+        ce = -scores[np.arange(len(classes)), classes]
+        prior = -np.log(np.maximum(self.frequencies, 1e-9))[classes]
+        # The number of predicted tokens alone may be what a classifier knows; the constant knows the class shares.
+        total, base, count = metrics.sum_by(self._groups[owners], ce, prior, np.ones_like(ce))
+        changed, suspicion = classes > 0, 1 - np.exp(scores[:, 0])
+        found = metrics.resampled(lambda w: metrics.auroc(suspicion, changed, w), self._groups[owners])
+        constant = float(base.sum() / count.sum())
+        values = {
+            "cross_entropy": float(ce.mean()),
+            "constant_cross_entropy": constant,
+            "auroc_changed": found.value,
+            "confusion": confusion.tolist(),
+            **metrics.classification(confusion),
+        }
+        rows = [
+            result_row(self.label, "cross-entropy, nats/token", metrics.ratio(total, count), "class shares", constant, lower_is_better=True),
+            result_row(self.label, "AUROC, changed tokens", found, "chance", 0.5, lower_is_better=False),
+        ]  # fmt: skip
+        return values, rows

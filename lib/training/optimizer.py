@@ -1,0 +1,81 @@
+"""Muon for the hidden matrices, AdamW for embeddings, heads and vectors; the learning rate by step.
+
+Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix by a Newton-Schulz iteration; its updates are
+scaled to the size of AdamW's (Liu et al., Muon is Scalable, 2025).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lib.config import TrainingConfig
+
+
+def learning_rate_factor(step: int, settings: TrainingConfig) -> float:
+    """Rise from 0, stay at 1, fall to 0: a function of the step, so that a resumed run cannot get it wrong."""
+    warmup = max(1.0, settings.warmup_fraction * settings.steps)
+    decay = max(1.0, settings.decay_fraction * settings.steps)
+    return min(1.0, (step + 1) / warmup, (settings.steps - step) / decay)
+
+
+class Optimizer:
+    """The pair of optimisers over a model's named parameters, saved and loaded as named tensors."""
+
+    def __init__(self, model: nn.Module, settings: TrainingConfig):
+        self.settings = settings
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        matrices = hidden_matrices(model)
+        muon = [p for n, p in self.parameters.items() if n in matrices]
+        adam = [p for n, p in self.parameters.items() if n not in matrices]
+        decay = settings.weight_decay
+        self.parts: list[torch.optim.Optimizer] = []
+        if muon:
+            self.parts.append(
+                torch.optim.Muon(
+                    muon, lr=settings.muon_learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        if adam:
+            # Vectors, heads and embeddings are not decayed: their scale is their meaning.
+            self.parts.append(
+                torch.optim.AdamW(
+                    adam, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
+                )
+            )
+        self._base = [part.param_groups[0]["lr"] for part in self.parts]
+
+    def gradient_norm(self) -> float:
+        """Clip the gradients to `gradient_clip` and return their norm before that."""
+        return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip))
+
+    def step(self, step: int) -> None:
+        """Update every parameter at this step's learning rate and forget the gradients."""
+        factor = learning_rate_factor(step, self.settings)
+        for part, base in zip(self.parts, self._base, strict=True):
+            part.param_groups[0]["lr"] = base * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every moment by `<parameter>/<moment>`."""
+        tensors = {}
+        for name, p in self.parameters.items():
+            for part in self.parts:
+                for moment, value in part.state.get(p, {}).items():
+                    tensors[f"{name}/{moment}"] = value.detach().clone().contiguous()
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        owner = {id(p): part for part in self.parts for p in part.param_groups[0]["params"]}
+        for name, value in tensors.items():
+            parameter, _, moment = name.rpartition("/")
+            p = self.parameters[parameter]
+            owner[id(p)].state[p][moment] = value.to(p.device) if moment != "step" else value
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the weights of Linear layers inside transformer blocks: what Muon is made for."""
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in f".{name}.":
+            names.add(f"{name}.weight")
+    return names
