@@ -203,7 +203,7 @@ class ModelSpec(Section):
 
 
 class CriticConfig(Section):
-    method: Literal["token_critic", "ppo"]
+    method: Literal["token_critic"]
     generator: str
     coupling: Literal["decoupled", "joint"]
     layers: Count

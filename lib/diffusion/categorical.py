@@ -12,7 +12,7 @@ def draw(
     logits: Tensor,
     noise: Tensor,
     forbidden: Tensor,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -22,6 +22,7 @@ def draw(
         logits: (N, V).
         noise: (N,) uniform in [0, 1).
         forbidden: (F,) ids that are never drawn: the special ones.
+        temperature: one for all, or (N, 1).
         top_k: keep the k likeliest (0: all); top_p: keep the likeliest that hold this much probability.
 
     Returns:
@@ -29,7 +30,8 @@ def draw(
     """
     logits = logits.float().index_fill(1, forbidden, -torch.inf)
     plain = torch.softmax(logits, -1)
-    shares = plain if temperature == 1.0 else torch.softmax(logits / temperature, -1)
+    unheated = isinstance(temperature, float) and temperature == 1.0
+    shares = plain if unheated else torch.softmax(logits / temperature, -1)
     if 0 < top_k < shares.shape[1]:
         limit = shares.topk(top_k, dim=-1).values[:, -1:]
         shares = torch.where(shares >= limit, shares, 0.0)

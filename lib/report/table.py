@@ -39,3 +39,20 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return text in ("", "-")
     return True
+
+
+def detection_table(detection: dict[str, dict]) -> str:
+    """How well each score tells wrong tokens from right ones."""
+    lines = [("error detection", "AUROC", "95 % interval", "average precision", "ECE")]
+    for name, found in detection.items():
+        auroc = found["auroc"]
+        lines.append(
+            (
+                name,
+                f"{auroc['value']:.3f}",
+                f"{auroc['low']:.3f} .. {auroc['high']:.3f}",
+                f"{found['average_precision']:.3f}",
+                f"{found['ece']:.3f}",
+            )
+        )
+    return aligned(lines)

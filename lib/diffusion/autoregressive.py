@@ -1,0 +1,45 @@
+"""Sampling from a causal model, token by token: the baseline. One forward pass per token, so NFE = tokens."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib import randomness
+from lib.config import SamplerConfig
+from lib.diffusion.categorical import draw
+from lib.diffusion.sampler import Samples
+from lib.runtime import Runtime
+
+
+@torch.no_grad()
+def sample_autoregressively(
+    model: nn.Module,
+    ids: np.ndarray,
+    free: np.ndarray,
+    rows: np.ndarray,
+    cls_id: int,
+    forbidden: list[int],
+    settings: SamplerConfig,
+    runtime: Runtime,
+    seed: int,
+) -> Samples:
+    """Write the free positions of (B, T) ids from left to right; given ones are read, not changed.
+
+    Keys and values of earlier tokens are cached. The sample's noise is keyed by `rows`, as in the sampler.
+    """
+    device = runtime.device
+    ids = ids.copy()
+    barred = torch.tensor(forbidden, device=device)
+    noise = randomness.uniform(randomness.key(seed, "autoregressive token"), rows, ids.shape[1])
+    last = np.full((len(ids), 1), cls_id)
+    cache = None
+    for position in range(ids.shape[1]):
+        with runtime.autocast():
+            inputs = torch.from_numpy(last).to(device)
+            output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        here = torch.from_numpy(noise[:, position]).to(device)
+        tokens, _ = draw(output.logits[:, -1], here, barred, settings.temperature, top_p=settings.top_p)
+        ids[:, position] = np.where(free[:, position], tokens.cpu().numpy(), ids[:, position])
+        last = ids[:, position : position + 1]
+    return Samples(ids, ids.shape[1])

@@ -1,0 +1,54 @@
+"""From a critic's raw probability of error to how often such a token is one (isotonic regression)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib import durable
+from lib.errors import BadData
+
+POINTS = 101
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A rising curve through points; between them straight lines. Without points, the identity."""
+
+    raw: tuple[float, ...] = (0.0, 1.0)
+    calibrated: tuple[float, ...] = (0.0, 1.0)
+
+    def __call__(self, probability: np.ndarray) -> np.ndarray:
+        return np.interp(probability, self.raw, self.calibrated)
+
+    @classmethod
+    def fit(cls, probability: np.ndarray, happened: np.ndarray) -> "Calibration":
+        """Isotonic regression of what happened on what was said, kept at evenly filled points.
+
+        Isotonic steps are flat, and ties between tokens would be settled by chance; the points, joined by lines
+        and lifted by a hair, keep the critic's own order.
+        """
+        from sklearn.isotonic import IsotonicRegression
+
+        if len(np.unique(happened)) < 2:
+            return cls()
+        model = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(probability, happened)
+        raw = np.unique(np.concatenate([[0.0], np.quantile(probability, np.linspace(0, 1, POINTS)), [1.0]]))
+        curve = np.clip(model.predict(raw), 1e-4, 1 - 1e-4)
+        # The curve's ends are where there was data; beyond it the identity's ends 0 and 1 are no better a guess.
+        lifted = 0.999 * curve + 0.001 * raw
+        return cls(tuple(raw.tolist()), tuple(np.maximum.accumulate(lifted).tolist()))
+
+    def save(self, path: Path) -> None:
+        durable.write_json(path, {"raw": list(self.raw), "calibrated": list(self.calibrated)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return cls(tuple(stored["raw"]), tuple(stored["calibrated"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadData(
+                f"{path} is no calibration: {error}; run 05_train_critic with --overwrite"
+            ) from None

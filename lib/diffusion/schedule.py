@@ -1,0 +1,39 @@
+"""How many tokens are still masked after each round of sampling.
+
+The policies are compared on one schedule, so that only the choice of places differs.
+"""
+
+import numpy as np
+
+from lib.config import SamplerConfig
+from lib.errors import BadConfig
+
+
+def masked_shares(config: SamplerConfig, rounds: int) -> np.ndarray:
+    """(rounds,) share of the free tokens left masked after each round; the last is 0.
+
+    linear: evenly from start_ratio to end_ratio; cosine: cos(pi/2 x done), slow at first (Chang et al., MaskGIT,
+    2022); custom: `masking_ratios`, of which there must be one for each round after the first.
+    """
+    if config.schedule == "custom":
+        if len(config.masking_ratios) != rounds - 1:
+            raise BadConfig(
+                f"sampler.masking_ratios has {len(config.masking_ratios)} values, but {rounds} rounds need "
+                f"{rounds - 1}: one for each round after the first"
+            )
+        shares = np.asarray(config.masking_ratios)
+    elif config.schedule == "cosine":
+        shares = np.cos(np.pi / 2 * np.arange(1, rounds) / rounds)
+    else:
+        shares = np.linspace(config.start_ratio, config.end_ratio, rounds - 1)
+    return np.append(shares, 0.0)
+
+
+def masked_counts_left(shares: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """(rounds, B) tokens left masked after each round, for rows with `free[b]` tokens to write.
+
+    At least one token is left until the last round where there is more than one, so no round is idle at its end.
+    """
+    counts = np.rint(shares[:, None] * free[None, :]).astype(np.int64)
+    counts[:-1] = np.clip(counts[:-1], np.minimum(1, free), np.maximum(free - 1, 0))
+    return counts
