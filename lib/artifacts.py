@@ -434,6 +434,11 @@ class Stage:
             "columns": writer.columns,
         }
 
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `<name>.json` and declare it as an output."""
+        durable.write_json(self.folder / f"{name}.json", plain(value))
+        self.add_file(name, self.folder / f"{name}.json")
+
     def add_file(self, name: str, path: Path) -> None:
         """Declare a file already written in the stage's folder as an output."""
         self._outputs[name] = {
@@ -476,6 +481,10 @@ class Stage:
         following = STAGES.index(self.name) + 1 if self.name in STAGES else len(STAGES)
         if following < len(STAGES) and os.environ.get("REMASK_MAKE") is None:
             say(f"next: python {STAGES[following]}.py --run_dir {self._shown(self.run_dir)}")
+
+    def shown(self, path: Path) -> str:
+        """The path as a user would type it."""
+        return self._shown(path)
 
     @staticmethod
     def _shown(path: Path) -> str:

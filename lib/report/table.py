@@ -56,3 +56,23 @@ def detection_table(detection: dict[str, dict]) -> str:
             )
         )
     return aligned(lines)
+
+
+def sampling_table(policies: list[dict]) -> str:
+    """Quality of samples per policy and budget, real text last."""
+    lines = [("policy", "NFE", "seconds", "NLL, nats/char", "95 % interval", "char entropy", "4-gram entropy", "valid words")]  # fmt: skip
+    for row in policies:
+        nll, words = row["reference_nll"], row["valid_words"]
+        lines.append(
+            (
+                row["policy"],
+                str(row["passes"]) if row["passes"] else "-",
+                f"{row['seconds']:.1f}" if row["seconds"] else "-",
+                f"{nll['value']:.3f}" if nll else "-",
+                f"{nll['low']:.3f} .. {nll['high']:.3f}" if nll else "-",
+                f"{row['character_entropy']:.3f}",
+                f"{row['fourgram_entropy']:.3f}",
+                f"{words['value']:.1%}" if words else "-",
+            )
+        )
+    return aligned(lines)

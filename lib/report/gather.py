@@ -1,0 +1,116 @@
+"""From a run's stages to what the report and the sampling table show."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lib.artifacts import STAGES, Stage, load_manifest
+from lib.config import Config, SamplerConfig
+from lib.errors import BadConfig
+from lib.report.data import ReportData
+from lib.report.quality import reference_nll
+from lib.tokenization import decode_batch, encode_batch, encode_with_masks
+from lib.training.objectives.base import chunks, forward, with_cls
+
+
+def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.ndarray:
+    """(T,) ids to start from: all masks, a prompt followed by masks, or a text with its [MASK]s."""
+    length = settings.length or context
+    if length > context:
+        raise BadConfig(f"sampler.length is {length}, but the generator reads at most {context} tokens")
+    if settings.infill:
+        row = np.asarray(encode_with_masks(tokenizer, settings.infill))
+        if not (row == tokenizer.mask_token_id).any():
+            raise BadConfig(
+                "sampler.infill has no [MASK] to fill; write [MASK] once for each token to be written"
+            )
+        if len(row) > context:
+            raise BadConfig(
+                f"sampler.infill has {len(row)} tokens, but the generator reads at most {context}"
+            )
+        return row.astype(np.int64)
+    row = np.full(length, tokenizer.mask_token_id, np.int64)
+    if settings.prompt:
+        given = encode_batch(tokenizer, [settings.prompt])[0]
+        if len(given) >= length:
+            raise BadConfig(
+                f"sampler.prompt has {len(given)} tokens; with {length} in all nothing is left to write"
+            )
+        row[: len(given)] = given
+    return row
+
+
+@dataclass
+class Measured:
+    """Samples with what the judges say of them."""
+
+    texts: list[str]
+    size: np.ndarray  # (B,) characters written
+    nll: np.ndarray | None  # (B,) nats of the written tokens under the reference model
+    errors: np.ndarray  # (B, T) calibrated chance of error
+    judged: np.ndarray | None  # (B,) the judge's score
+    free: np.ndarray
+
+    @classmethod
+    def of(cls, ids: np.ndarray, free: np.ndarray, bench: Any) -> "Measured":
+        tokenizer, runtime = bench.tokenizer, bench.runtime
+        texts = decode_batch(tokenizer, ids)
+        written = decode_batch(tokenizer, [row[f] for row, f in zip(ids, free, strict=True)])
+        nll = None
+        if bench.reference is not None:
+            nll = reference_nll(bench.reference, runtime, ids, free, tokenizer.cls_token_id)
+        errors = np.concatenate([bench.sampler.critic_error(ids[p]).numpy() for p in chunks(len(ids), 64)])
+        judged = None if bench.judge is None else _judge(bench.judge, runtime, ids, tokenizer.cls_token_id)
+        return cls(texts, np.array([len(t) for t in written], float), nll, errors, judged, free)
+
+    def means(self) -> dict[str, float | None]:
+        return {
+            "judge_score": None if self.judged is None else float(self.judged.mean()),
+            "critic_error": float(self.errors[self.free].mean()),
+        }
+
+
+@torch.no_grad()
+def _judge(model, runtime, ids: np.ndarray, cls_id: int) -> np.ndarray:
+    scores = []
+    for part in chunks(len(ids), 64):
+        with_front = with_cls(ids[part], np.ones_like(ids[part], bool), cls_id)
+        scores.append(forward(model, runtime, *with_front).logits.float().squeeze(-1).cpu().numpy())
+    return np.concatenate(scores)
+
+
+def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, policies: list[dict],
+           results: list[dict], tokenizer: Any) -> ReportData:  # fmt: skip
+    """Everything that the report shows, from this stage and the manifests before it."""
+    manifests = {name: m for name in STAGES if (m := load_manifest(stage.run_dir / name)) is not None}
+    curves = {name: _lines(stage.run_dir / "04_train" / name / "metrics.jsonl") for name in config.models}
+    curves["critic"] = _lines(stage.run_dir / "05_train_critic" / "metrics.jsonl")
+    generator_alone = _lines(stage.run_dir / "02_generate_candidates" / "generator" / "metrics.jsonl")
+    if generator_alone:
+        curves = {"generator (stage 02)": generator_alone} | curves
+    architecture = config.models[config.critic.generator].architecture
+    settings = (
+        f"data: {config.data.path}, {config.tokenizer.kind} tokens; backbone: {architecture.layers} layers x "
+        f"{architecture.width}, context {architecture.context}; seed {config.seed}"
+    )
+    names = {i: t for t, i in tokenizer.get_vocab().items()}
+    special = set(tokenizer.all_special_ids)
+
+    def token_text(i: int) -> str:
+        return names.get(i, "?") if i in special else decode_batch(tokenizer, [[i]])[0]
+
+    return ReportData(
+        stage.run_dir.name, settings, manifests, curves, results, policies, samples, trace, token_text,
+        tokenizer.mask_token_id,
+    )  # fmt: skip
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,70 @@
+"""How good samples are, measured: likelihood under a causal model that saw other text, diversity, real words.
+
+A likelihood alone can be gamed by dull text, so the entropies stand beside it (Zheng et al., 2024).
+"""
+
+import re
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib import metrics
+from lib.runtime import Runtime
+from lib.training.objectives.base import chunks
+from lib.training.objectives.language_model import causal_nll
+
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+
+
+@torch.no_grad()
+def reference_nll(
+    model: nn.Module, runtime: Runtime, ids: np.ndarray, counted: np.ndarray, cls_id: int
+) -> np.ndarray:
+    """(B,) nats of the counted tokens of each text under a causal model, every token given all before it."""
+    sums = []
+    for part in chunks(len(ids), 64):
+        nll, _ = causal_nll(model, runtime, ids[part], np.ones_like(counted[part]), cls_id)
+        sums.append((nll.cpu().numpy() * counted[part]).sum(1))
+    return np.concatenate(sums)
+
+
+def lexicon(texts) -> set[str]:
+    """Lower-case words of texts."""
+    return {word for text in texts for word in _WORD.findall(text.lower())}
+
+
+def valid_words(texts: list[str], known: set[str]) -> metrics.Estimate | None:
+    """Share of words that are in the lexicon. A text's first and last word are left out: they may be cut."""
+    pairs = []
+    for text in texts:
+        words = _WORD.findall(text.lower())[1:-1]
+        pairs.append((sum(w in known for w in words), len(words)))
+    valid, total = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return metrics.ratio(valid, total) if total.sum() else None
+
+
+def characters(texts: list[str]) -> list[np.ndarray]:
+    """Code points of each text."""
+    return [np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) for text in texts]
+
+
+def describe(policy: str, nfe: int, passes: int, seconds: float, texts: list[str], known: set[str],
+             nll: np.ndarray | None, counted_characters: np.ndarray) -> dict:  # fmt: skip
+    """One row of the sampling table. `nll`: nats per text, over `counted_characters` of it."""
+    codes = characters(texts)
+    words = valid_words(texts, known)
+    likelihood = None if nll is None else metrics.ratio(nll, counted_characters)._asdict()
+    return {
+        "policy": policy,
+        "nfe": nfe,
+        "passes": passes,
+        "samples": len(texts),
+        "seconds": seconds,
+        "reference_nll": likelihood,
+        "character_entropy": metrics.ngram_entropy(codes, 1),
+        "fourgram_entropy": metrics.ngram_entropy(codes, 4),
+        "valid_words": None if words is None else words._asdict(),
+        "judge_score": None,
+        "critic_error": None,
+    }
