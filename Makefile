@@ -1,0 +1,61 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make pipeline` and `make test`.
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+CONFIG  ?= configs/default.yaml
+RUN     ?=
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/installed
+STAGES  := $(sort $(wildcard 0[0-9]_*.py))
+FLAGS    = --config $(CONFIG) $(if $(RUN),--run_dir $(RUN))
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: pipeline quick_test test inspect report lint format types setup clean help
+
+## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., RUN=...)
+pipeline: $(STAMP)
+	@set -e; for stage in $(STAGES); do REMASK_MAKE=1 $(BIN)/python $$stage $(FLAGS); done
+
+## Run all seven stages, small, from scratch, in under a minute
+quick_test: $(STAMP)
+	@set -e; for stage in $(STAGES); do \
+	  REMASK_MAKE=1 $(BIN)/python $$stage --config $(CONFIG) --quick_test --overwrite --run_dir outputs/quick_test; done
+
+## Run the tests
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+## One line per manifest of the newest run (or RUN=...)
+inspect: $(STAMP)
+	@$(BIN)/python -m lib.artifacts $(RUN)
+
+## Say where the report of the newest run (or RUN=...) is, and make it again if its stage 06 was not run
+report: $(STAMP)
+	@REMASK_MAKE=1 $(BIN)/python 06_sample.py $(FLAGS)
+	@ls $(if $(RUN),$(RUN),outputs/run_*)/06_sample/report.html | tail -n 1
+
+## Check style and types
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+## Make the environment (the other targets do it by themselves)
+setup: $(STAMP)
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $(STAMP)
+
+## Print this list
+help:
+	@awk '/^## /{text=substr($$0,4)} /^[a-z_]+:/{if(text){sub(":.*","");printf "make %-12s %s\n",$$0,text;text=""}}' Makefile
