@@ -111,7 +111,11 @@ SAMPLES = TableSchema(
         ("given", pa.list_(pa.field("item", pa.bool_(), nullable=False))),  # protected positions
         ("reference_nll", pa.float64(), _NULLABLE),  # nats per token under reference_lm
         ("critic_error", pa.float64(), _NULLABLE),  # mean calibrated chance that a written token is an error
-        ("token_error", pa.list_(pa.field("item", pa.float32(), nullable=False)), _NULLABLE),  # the same per token
+        (
+            "token_error",
+            pa.list_(pa.field("item", pa.float32(), nullable=False)),
+            _NULLABLE,
+        ),  # the same per token
         ("judge_score", pa.float64(), _NULLABLE),
     ),
     key=("policy", "nfe", "sample_id"),

@@ -80,9 +80,11 @@ class MaskedLMEngine:
         In `fill_passes` passes; each writes an equal share of what is left, at keyed random places.
 
         Args:
-            ids: (B, T), T at most `width`; what stands at masked positions is not read.
+            ids: (B, T); what stands at masked positions is not read. Longer rows than `width` go in pieces.
             rows: (B,) keys of the rows; the same row is filled the same way in any batch.
         """
+        if ids.shape[1] > self.width:
+            return self._fill_in_pieces(ids, valid, masked, config, seed, rows)
         filled = ids.copy()
         full = valid.all(1)
         for part in (np.flatnonzero(full), np.flatnonzero(~full)):
@@ -90,6 +92,22 @@ class MaskedLMEngine:
                 b = part[start : start + config.batch_size]
                 filled[b] = self._fill_batch(filled[b], valid[b], masked[b], config, seed, rows[b])
         return filled
+
+    def _fill_in_pieces(self, ids, valid, masked, config, seed, rows) -> np.ndarray:
+        """Rows longer than the model reads, in consecutive pieces of `width`, each a row of its own."""
+        pieces = -(-ids.shape[1] // self.width)
+        extra = ((0, 0), (0, pieces * self.width - ids.shape[1]))
+        shape = (len(ids) * pieces, self.width)
+        cut = [
+            np.pad(ids, extra, constant_values=self.tokenizer.pad_token_id).reshape(shape),
+            np.pad(valid, extra).reshape(shape),
+            np.pad(masked, extra).reshape(shape),
+        ]
+        keys = (rows[:, None] + np.arange(pieces) * 0x1E3779B97F4A7C15).reshape(-1)
+        filled = cut[0].copy()
+        used = np.flatnonzero(cut[2].any(1))
+        filled[used] = self.fill(*(c[used] for c in cut), config, seed, keys[used])
+        return filled.reshape(len(ids), -1)[:, : ids.shape[1]]
 
     def _fill_batch(self, ids, valid, masked, config, seed, rows) -> np.ndarray:
         left = masked.copy()

@@ -36,7 +36,7 @@ def draw(
         limit = shares.topk(top_k, dim=-1).values[:, -1:]
         shares = torch.where(shares >= limit, shares, 0.0)
     if top_p < 1.0:
-        ordered, order = shares.sort(-1, descending=True, stable=True)
+        ordered, order = torch.sort(shares, dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # a token stays while those before it hold less than top_p
         kept = torch.where(before < top_p * ordered.sum(-1, keepdim=True), ordered, 0.0)
         shares = torch.zeros_like(shares).scatter(1, order, kept)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from lib import randomness
 from lib.config import ArchitectureConfig
@@ -22,6 +23,9 @@ from lib.models.remask_gpt import (
     RemaskGptForSequenceClassification,
     RemaskGptForTokenClassification,
 )
+
+# A bar for every load and save of a small model drowns what matters.
+transformers_logging.disable_progress_bar()
 
 _CLASSES = {
     c.__name__: c

@@ -12,7 +12,7 @@ from lib import randomness
 from lib.config import Config
 from lib.tasks import CandidateContext
 from lib.tasks.text.foreign import rewrite_with_other_tokenizer
-from lib.tokenization import decode
+from lib.tokenization import decode_batch
 
 ORIGINAL, RANDOM_REPLACEMENT, PREDICTED = 0, 1, 2
 
@@ -78,7 +78,7 @@ def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: Candidate
     lengths = valid.sum(1)
     kept = [filled[r, :n].astype(np.int32) for r, n in enumerate(lengths)]
     marks = [np.where(masked[r, :n], label, ORIGINAL).astype(np.int8) for r, n in enumerate(lengths)]
-    return zip(kept, marks, decode(context.tokenizer, kept), strict=True)
+    return zip(kept, marks, decode_batch(context.tokenizer, kept), strict=True)
 
 
 def _random_ids(width: int, rows: np.ndarray, context: CandidateContext) -> np.ndarray:

@@ -1,0 +1,198 @@
+"""Drawing tokens, schedules, policies and the sampler, on fakes whose answers are known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib.config import load_config
+from lib.diffusion.calibration import Calibration
+from lib.diffusion.categorical import draw
+from lib.diffusion.policies import POLICIES, rounds_for
+from lib.diffusion.sampler import STILL_MASKED, TAKEN_BACK, WRITTEN, Sampler
+from lib.diffusion.schedule import masked_counts_left, masked_shares
+from lib.errors import BadConfig
+from lib.models.build import make_model, model_config
+from lib.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+MASK, SPECIAL, WORDS = 1, [0, 1, 2, 3], 12
+NONE = torch.empty(0, dtype=torch.long)
+
+
+def settings(**changes):
+    base = load_config().sampler
+    return base.model_copy(update={"batch_size": 64, **changes})
+
+
+# ------------------------------------------------------------------------------------------- drawing
+
+
+def test_draw_follows_the_distribution():
+    shares = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    noise = (torch.arange(100_000) + 0.5) / 100_000
+    ids, sure = draw(shares.log().expand(100_000, 4), noise, NONE)
+    assert torch.bincount(ids, minlength=4).div(100_000).sub(shares).abs().max() < 1e-4
+    torch.testing.assert_close(sure, shares[ids])
+
+
+def test_draw_never_gives_forbidden_or_impossible_tokens():
+    logits = torch.full((1000, 6), 5.0)
+    logits[:, 4] = -torch.inf
+    noise = torch.linspace(0, 1 - 1e-7, 1000)
+    ids, _ = draw(logits, noise, torch.tensor([0, 5]))
+    assert set(ids.tolist()) == {1, 2, 3}
+
+
+def test_top_k_top_p_and_temperature():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(5000, 4)
+    noise = torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    assert set(draw(logits, noise, NONE, top_k=2)[0].tolist()) == {0, 1}
+    assert set(draw(logits, noise, NONE, top_p=0.6)[0].tolist()) == {0}  # the first alone holds 0.64
+    assert set(draw(logits, noise, NONE, top_p=0.7)[0].tolist()) == {0, 1}
+    cold = (draw(logits, noise, NONE, temperature=0.2)[0] == 0).float().mean()
+    hot = (draw(logits, noise, NONE, temperature=5.0)[0] == 0).float().mean()
+    assert cold > 0.98 and hot < 0.4
+
+
+# ----------------------------------------------------------------------------------------- schedules
+
+
+def test_schedules():
+    linear = masked_shares(settings(start_ratio=0.9, end_ratio=0.1), 5)
+    np.testing.assert_allclose(linear, [0.9, 0.6333, 0.3667, 0.1, 0], atol=1e-3)
+    cosine = masked_shares(settings(schedule="cosine"), 4)
+    np.testing.assert_allclose(cosine, [np.cos(np.pi / 8), np.cos(np.pi / 4), np.cos(3 * np.pi / 8), 0])
+    assert masked_shares(settings(schedule="custom", masking_ratios=(0.5, 0.2)), 3).tolist() == [0.5, 0.2, 0]
+    with pytest.raises(BadConfig, match=r"2 values, but 4 rounds need 3"):
+        masked_shares(settings(schedule="custom", masking_ratios=(0.5, 0.2)), 4)
+    left = masked_counts_left(linear, np.array([100, 3, 0]))
+    assert left[-1].tolist() == [0, 0, 0] and left[0].tolist() == [90, 2, 0] and (left[:-1, 0] >= 1).all()
+
+
+def test_rounds_pay_for_the_extra_pass():
+    assert rounds_for(POLICIES["random"], 32) == 32
+    assert rounds_for(POLICIES["critic"], 32) == 16  # 16 rounds and 15 judgements are 31 passes
+
+
+# ------------------------------------------------------------------------------------------- sampler
+
+
+class Oracle(nn.Module):
+    """Knows the text; writes each masked token right with probability `skill`; its critic sees every error."""
+
+    def __init__(self, truth: np.ndarray, skill: float = 0.5):
+        super().__init__()
+        self.truth, self.skill, self.passes = torch.from_numpy(truth), skill, 0
+
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm"):
+        self.passes += 1
+        truth = self.truth.expand(input_ids.shape)
+        if head == "critic":
+            return SimpleNamespace(logits=torch.where(input_ids == truth, -9.0, 9.0))
+        shares = torch.full((*input_ids.shape, WORDS), (1 - self.skill) / (WORDS - 5))
+        shares.scatter_(-1, truth[..., None], self.skill)
+        logits = shares.log().flatten(0, 1)
+        return SimpleNamespace(logits=logits.view(*input_ids.shape, WORDS) if logits_at is None else logits[logits_at])
+
+
+TRUTH = np.random.default_rng(0).integers(4, WORDS, 40)
+
+
+def oracle_sampler(**changes) -> Sampler:
+    return Sampler(Oracle(TRUTH), MASK, SPECIAL, CPU, settings(**changes), seed=5)
+
+
+def run(sampler: Sampler, name: str, nfe: int, count: int = 16, trace: bool = False, free=None):
+    ids = np.full((count, 40), MASK)
+    free = np.ones(ids.shape, bool) if free is None else free
+    return sampler.sample(ids, free, np.arange(count), POLICIES[name], nfe, trace)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_every_pass_is_counted_and_the_budget_is_kept(name):
+    for nfe in (2, 7, 8):
+        sampler = oracle_sampler()
+        result = run(sampler, name, nfe)
+        assert result.nfe == sampler.model.passes <= nfe
+        assert not np.isin(result.ids, SPECIAL).any()
+
+
+def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
+    right = {name: (run(oracle_sampler(randomness_strength=0.0), name, 15, 64).ids == TRUTH).mean() for name in POLICIES}
+    assert right["critic"] > right["random"] + 0.2
+    assert right["critic"] > right["none"] + 0.2
+    assert abs(right["none"] - 0.5) < 0.05  # this model cannot do better than its skill without going back
+
+
+def test_randomness_strength_one_makes_the_critic_blind():
+    blind = (run(oracle_sampler(randomness_strength=1.0), "critic", 15, 64).ids == TRUTH).mean()
+    seeing = (run(oracle_sampler(randomness_strength=0.0), "critic", 15, 64).ids == TRUTH).mean()
+    assert seeing > blind + 0.2
+
+
+def test_given_tokens_are_never_touched_and_never_counted():
+    ids = np.full((4, 40), MASK)
+    ids[:, :30] = TRUTH[:30]
+    ids[0, 0] = 4 if TRUTH[0] != 4 else 5  # a given "error" that the critic sees: it must stay all the same
+    free = ids == MASK
+    for name in POLICIES:
+        result = oracle_sampler(start_ratio=0.9, end_ratio=0.5).sample(ids, free, np.arange(4), POLICIES[name], 9, trace=True)
+        np.testing.assert_array_equal(result.ids[~free], ids[~free])
+        for round_ in result.rounds[:-1]:
+            assert (round_.events[~free] == 0).all()
+            assert ((round_.ids == MASK).sum(1) <= 9).all()  # at most 0.9 of the ten free ones
+
+
+def test_the_trace_tells_what_happened():
+    rounds = run(oracle_sampler(), "confidence", 6, 4, trace=True).rounds
+    assert (rounds[0].events != STILL_MASKED).all()
+    for before, after in zip(rounds, rounds[1:], strict=False):
+        masked_before = before.ids == MASK
+        np.testing.assert_array_equal(before.events == TAKEN_BACK, masked_before)
+        kept = ~masked_before & (after.ids != MASK)
+        np.testing.assert_array_equal(after.ids[kept], before.ids[kept])
+        assert (after.events[masked_before & (after.ids != MASK)] == WRITTEN).all()
+    assert (rounds[-1].ids != MASK).all()
+
+
+def test_ancestral_sampling_writes_each_token_once():
+    rounds = run(oracle_sampler(), "none", 8, 4, trace=True).rounds
+    assert (sum((r.events == WRITTEN).astype(int) for r in rounds) == 1).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_sample_does_not_depend_on_its_batch(name, precision):
+    architecture = load_config(quick_test=True).architecture
+    config = model_config(architecture, "bidirectional", 40, critic_layers=1)
+    model = make_model("language_model", config, 0, "test").eval()
+    with torch.no_grad():  # zero-initialised projections would make every layer the identity
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    runtime = Runtime(torch.device("cpu"), precision)
+    ids, rows = np.full((33, 64), MASK), np.arange(33)
+    free = np.ones(ids.shape, bool)
+    free[:, :5], ids[:, :5] = False, 7
+    results = [
+        Sampler(model, MASK, SPECIAL, runtime, settings(batch_size=size), 3).sample(ids, free, rows, POLICIES[name], 6)
+        for size in (1, 33)
+    ]
+    np.testing.assert_array_equal(results[0].ids, results[1].ids)
+
+
+# ---------------------------------------------------------------------------------------- calibration
+
+
+def test_calibration_mends_overconfidence_and_keeps_the_order(tmp_path):
+    rng = np.random.default_rng(1)
+    said = rng.random(20_000)
+    happened = rng.random(20_000) < said**2
+    calibration = Calibration.fit(said, happened)
+    grid = np.linspace(0.02, 0.98, 50)
+    assert np.abs(calibration(grid) - grid**2).max() < 0.06
+    assert (np.diff(calibration(np.linspace(0, 1, 200))) > 0).all()
+    calibration.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == calibration

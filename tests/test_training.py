@@ -1,0 +1,249 @@
+"""The training loop: it learns, and however often it is killed it ends with the same bits."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from lib.config import ROOT, TrainingConfig, load_config
+from lib.errors import BadConfig, BadData, Interrupted, NonFiniteLoss
+from lib.models.build import load_model, save_model, start_model
+from lib.runtime import Runtime
+from lib.training.data import Rows, Windows, pools
+from lib.training.loop import train
+from lib.training.objectives.language_model import MaskedDiffusion, NextToken
+from lib.training.optimizer import Optimizer, learning_rate_factor
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+def windows(width: int = 16) -> Windows:
+    """A language in which each token tells the next: easy to learn, so that a few steps show."""
+    ids = np.tile(np.arange(4, 14), 200).astype(np.int32)
+    lists = pa.chunked_array([pa.array(ids.reshape(-1, 50).tolist(), pa.list_(pa.int32()))])
+    return Windows(pa.table({"token_ids": lists, "continues": [i % 4 > 0 for i in range(40)]}), width, 0)
+
+
+def settings(**changes) -> TrainingConfig:
+    base = load_config(quick_test=True).training.model_dump()
+    return TrainingConfig(**base | {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "batch_size": 8} | changes)
+
+
+def start(folder: Path, attention: str = "bidirectional", dropout: float = 0.1, fault=None, **changes):
+    """Train the tiny language from the folder's checkpoint or its start. `fault(step)` may raise before a step."""
+    config = load_config(quick_test=True)
+    architecture = config.architecture.model_copy(update={"dropout": dropout, "width": 32, "context": 16})
+    common = {"label": "tiny", "train": windows(), "held_out": windows(), "runtime": CPU, "seed": 3, "batch_size": 8,
+              "num_evaluated": 16}  # fmt: skip
+    objective = (
+        NextToken(2, **common) if attention == "causal" else MaskedDiffusion(config.diffusion, 1, **common)
+    )
+    plain_loss = objective.loss
+
+    def loss(model, step, rows):
+        if fault is not None:
+            fault(step)
+        return plain_loss(model, step, rows)
+
+    objective.loss = loss
+    model, _ = start_model("language_model", architecture, attention, 14, 3, "tiny")
+    return train(model, objective, settings(**changes), CPU, folder, seed=3, label="tiny",
+                 save=lambda m, path: save_model(m, path, NoTokenizer()))  # fmt: skip
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes of all that must come out the same."""
+    files = ["metrics.jsonl", "best_model/model.safetensors", "final_model/model.safetensors"]
+    return {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    start(folder)
+    return fingerprint(folder)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_it_learns(tmp_path, attention):
+    result = start(tmp_path, attention, dropout=0.0, steps=60, evaluate_every=20)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    name = "nll" if attention == "causal" else "nelbo"
+    assert lines[-1]["held_out"][name] < 0.75 * np.log(10)
+    assert result.metrics[name] == min(line["held_out"][name] for line in lines)
+    assert isinstance(load_model(tmp_path / "best_model"), torch.nn.Module)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the loop catches it, nothing is saved on its way."""
+
+
+def test_killed_before_every_step_in_turn_it_ends_with_the_same_bits(tmp_path, undisturbed):
+    for kill_at in range(12):
+        folder = tmp_path / str(kill_at)
+
+        def fault(step, kill_at=kill_at):
+            if step == kill_at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            start(folder, fault=fault)
+        start(folder)
+        assert fingerprint(folder) == undisturbed, f"killed before step {kill_at}"
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, undisturbed):
+    calls = []
+
+    def fault(step):
+        calls.append(step)
+        if len(calls) % 5 == 0:
+            raise Killed
+
+    for _ in range(20):
+        try:
+            start(tmp_path, fault=fault)
+            break
+        except Killed:
+            continue
+    assert len(calls) > 13
+    assert fingerprint(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_real_sigkill_at_random_moments(tmp_path, undisturbed):
+    """Another process is killed by the system while it trains and saves, then runs to its end."""
+    code = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[2])); from pathlib import Path\n"
+        "from tests.test_training import start\n"
+        "print('ready', flush=True); start(Path(sys.argv[1])); print('done', flush=True)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())]
+    for delay in (0.2, None):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert fingerprint(tmp_path) == undisturbed
+
+
+def test_sigterm_finishes_the_step_commits_and_says_143(tmp_path, undisturbed):
+    def fault(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        start(tmp_path, fault=fault)
+    assert caught.value.exit_code == 143
+    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    assert state["step"] == 5
+    start(tmp_path)
+    assert fingerprint(tmp_path) == undisturbed
+
+
+def test_an_evaluation_more_or_less_changes_no_weight(tmp_path, undisturbed):
+    start(tmp_path, evaluate_every=12)
+    assert fingerprint(tmp_path)["final_model/model.safetensors"] == undisturbed["final_model/model.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    with pytest.raises(Killed):
+        start(tmp_path, fault=_kill_at_seven)
+    file = tmp_path / "checkpoint" / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BadData, match=r"weights\.safetensors is damaged"):
+        start(tmp_path)
+
+
+def _kill_at_seven(step: int) -> None:
+    if step == 7:
+        raise Killed
+
+
+def test_resuming_under_another_precision_is_refused_unless_allowed(tmp_path):
+    with pytest.raises(Killed):
+        start(tmp_path, fault=_kill_at_seven)
+    state = tmp_path / "checkpoint" / "state.json"
+    changed = json.loads(state.read_text())
+    changed["fence"]["precision"] = "bf16"
+    state.write_text(json.dumps(changed))
+    hashes = json.loads((tmp_path / "checkpoint" / "hashes.json").read_text())
+    hashes["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    (tmp_path / "checkpoint" / "hashes.json").write_text(json.dumps(hashes))
+    with pytest.raises(BadConfig, match="precision: bf16 -> fp32"):
+        start(tmp_path)
+    assert start(tmp_path, allow_inexact_resume=True).steps == 12
+
+
+def test_a_non_finite_loss_stops_before_the_update(tmp_path):
+    with pytest.raises(NonFiniteLoss) as caught:
+        start(tmp_path, learning_rate=1e30, muon_learning_rate=1e30, steps=12)
+    assert caught.value.exit_code == 76
+    assert json.loads((tmp_path / "non_finite.json").read_text())["seed"] == 3
+
+
+# --------------------------------------------------------------------------------------------- parts
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    s = settings(steps=100, warmup_fraction=0.1, decay_fraction=0.5)
+    values = [learning_rate_factor(step, s) for step in range(101)]
+    assert values[0] == pytest.approx(0.1) and values[9] == 1 and values[50] == 1 and values[100] == 0
+    assert (np.diff(values[50:]) < 0).all()
+
+
+def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
+    model, _ = start_model("language_model", load_config(quick_test=True).architecture, "bidirectional", 14, 0, "m")
+    parts = Optimizer(model, settings()).parts
+    names = {id(p): n for n, p in model.named_parameters()}
+    muon, adam = ({names[id(p)] for p in part.param_groups[0]["params"]} for part in parts)
+    assert isinstance(parts[0], torch.optim.Muon) and all(".layers." in n for n in muon)
+    assert adam == {"model.embed_tokens.weight"}
+
+
+def test_windows_stay_inside_their_run_and_cover_every_token():
+    data = windows(16)
+    index = np.arange(data.count)
+    seen = np.zeros(len(data.ids), bool)
+    for place in np.linspace(0, 0.999, 50):
+        ids, valid = data.batch(index, np.full(data.count, place))
+        assert valid.all()
+        start_at = data._starts + np.floor(place * data._lengths).astype(int)
+        start_at = np.minimum(start_at, np.maximum(data._run_start, data._run_end - 16))
+        assert (start_at // 200 == (start_at + 15) // 200).all()  # runs are four examples of 50 tokens
+        np.testing.assert_array_equal(ids, data.ids[start_at[:, None] + np.arange(16)])
+        seen[start_at[:, None] + np.arange(16)] = True
+    assert seen.all()
+
+
+def test_rows_visit_every_sample_once_per_epoch_in_another_order():
+    rows = Rows(1, "order", 10)
+    first, second = rows.samples(np.arange(10)), rows.samples(np.arange(10, 20))
+    assert sorted(first) == sorted(second) == list(range(10)) and list(first) != list(second)
+    np.testing.assert_array_equal(rows.samples(np.arange(7, 13)), np.concatenate([first[7:], second[:3]]))
+
+
+def test_pools_gather_the_rows_of_each_example():
+    table = pools(np.array(["a", "a", "b", "b", "b", "c"]))
+    assert table.tolist() == [[0, 1, -1], [2, 3, 4], [5, -1, -1]]
+    with pytest.raises(BadData, match="do not stand together"):
+        pools(np.array(["a", "b", "a"]))
