@@ -85,11 +85,12 @@ def classification(confusion: np.ndarray) -> dict[str, float]:
 
 
 def calibration_error(probability: np.ndarray, happened: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error over equally filled bins (Naeini et al., 2015)."""
-    order = np.argsort(probability, kind="stable")
-    parts = np.array_split(order, min(bins, len(order)))
-    gaps = [len(p) * abs(probability[p].mean() - happened[p].mean()) for p in parts if len(p)]
-    return float(sum(gaps) / len(order))
+    """Expected calibration error over about equally filled bins (Naeini et al., 2015); equal forecasts share one."""
+    edges = np.unique(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1]))
+    bin_of = np.searchsorted(edges, probability, side="right")
+    count = np.bincount(bin_of, minlength=len(edges) + 1)
+    gap = np.bincount(bin_of, probability, len(edges) + 1) - np.bincount(bin_of, happened, len(edges) + 1)
+    return float(np.abs(gap).sum() / count.sum())
 
 
 def auroc(score: np.ndarray, happened: np.ndarray, weights: np.ndarray | None = None) -> float:

@@ -17,7 +17,9 @@ def sticky(p1: float, p2: float) -> StickyMasking:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([RANDOM, sticky(0.3, 0.0), sticky(0.02, 0.9), sticky(0.0, 0.9), sticky(0.0, 0.0), sticky(1, 1)]),
+    st.sampled_from(
+        [RANDOM, sticky(0.3, 0.0), sticky(0.02, 0.9), sticky(0.0, 0.9), sticky(0.0, 0.0), sticky(1, 1)]
+    ),
     st.integers(1, 40),
     st.integers(0, 10_000),
     st.data(),

@@ -95,7 +95,9 @@ class Oracle(nn.Module):
         shares = torch.full((*input_ids.shape, WORDS), (1 - self.skill) / (WORDS - 5))
         shares.scatter_(-1, truth[..., None], self.skill)
         logits = shares.log().flatten(0, 1)
-        return SimpleNamespace(logits=logits.view(*input_ids.shape, WORDS) if logits_at is None else logits[logits_at])
+        return SimpleNamespace(
+            logits=logits.view(*input_ids.shape, WORDS) if logits_at is None else logits[logits_at]
+        )
 
 
 TRUTH = np.random.default_rng(0).integers(4, WORDS, 40)
@@ -121,7 +123,10 @@ def test_every_pass_is_counted_and_the_budget_is_kept(name):
 
 
 def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
-    right = {name: (run(oracle_sampler(randomness_strength=0.0), name, 15, 64).ids == TRUTH).mean() for name in POLICIES}
+    right = {
+        name: (run(oracle_sampler(randomness_strength=0.0), name, 15, 64).ids == TRUTH).mean()
+        for name in POLICIES
+    }
     assert right["critic"] > right["random"] + 0.2
     assert right["critic"] > right["none"] + 0.2
     assert abs(right["none"] - 0.5) < 0.05  # this model cannot do better than its skill without going back
@@ -139,7 +144,9 @@ def test_given_tokens_are_never_touched_and_never_counted():
     ids[0, 0] = 4 if TRUTH[0] != 4 else 5  # a given "error" that the critic sees: it must stay all the same
     free = ids == MASK
     for name in POLICIES:
-        result = oracle_sampler(start_ratio=0.9, end_ratio=0.5).sample(ids, free, np.arange(4), POLICIES[name], 9, trace=True)
+        result = oracle_sampler(start_ratio=0.9, end_ratio=0.5).sample(
+            ids, free, np.arange(4), POLICIES[name], 9, trace=True
+        )
         np.testing.assert_array_equal(result.ids[~free], ids[~free])
         for round_ in result.rounds[:-1]:
             assert (round_.events[~free] == 0).all()
@@ -177,7 +184,9 @@ def test_a_sample_does_not_depend_on_its_batch(name, precision):
     free = np.ones(ids.shape, bool)
     free[:, :5], ids[:, :5] = False, 7
     results = [
-        Sampler(model, MASK, SPECIAL, runtime, settings(batch_size=size), 3).sample(ids, free, rows, POLICIES[name], 6)
+        Sampler(model, MASK, SPECIAL, runtime, settings(batch_size=size), 3).sample(
+            ids, free, rows, POLICIES[name], 6
+        )
         for size in (1, 33)
     ]
     np.testing.assert_array_equal(results[0].ids, results[1].ids)

@@ -39,7 +39,9 @@ def windows(width: int = 16) -> Windows:
 
 def settings(**changes) -> TrainingConfig:
     base = load_config(quick_test=True).training.model_dump()
-    return TrainingConfig(**base | {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "batch_size": 8} | changes)
+    return TrainingConfig(
+        **base | {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "batch_size": 8} | changes
+    )
 
 
 def start(folder: Path, attention: str = "bidirectional", dropout: float = 0.1, fault=None, **changes):
@@ -133,7 +135,9 @@ def test_a_real_sigkill_at_random_moments(tmp_path, undisturbed):
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())]
     for delay in (0.2, None):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
+        )
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         try:
             process.wait(delay)
@@ -160,7 +164,9 @@ def test_sigterm_finishes_the_step_commits_and_says_143(tmp_path, undisturbed):
 
 def test_an_evaluation_more_or_less_changes_no_weight(tmp_path, undisturbed):
     start(tmp_path, evaluate_every=12)
-    assert fingerprint(tmp_path)["final_model/model.safetensors"] == undisturbed["final_model/model.safetensors"]
+    assert (
+        fingerprint(tmp_path)["final_model/model.safetensors"] == undisturbed["final_model/model.safetensors"]
+    )
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -212,7 +218,9 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
 
 
 def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
-    model, _ = start_model("language_model", load_config(quick_test=True).architecture, "bidirectional", 14, 0, "m")
+    model, _ = start_model(
+        "language_model", load_config(quick_test=True).architecture, "bidirectional", 14, 0, "m"
+    )
     parts = Optimizer(model, settings()).parts
     names = {id(p): n for n, p in model.named_parameters()}
     muon, adam = ({names[id(p)] for p in part.param_groups[0]["params"]} for part in parts)

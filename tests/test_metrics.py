@@ -1,0 +1,59 @@
+"""Metrics against formulas written out, and intervals that cover as often as they say."""
+
+import numpy as np
+import pytest
+
+from lib import metrics
+
+
+def test_regression_against_formulas():
+    target = np.array([0.0, 0.5, 1.0, 0.25])
+    predicted = np.array([0.1, 0.4, 0.8, 0.3])
+    values = metrics.regression(predicted, target)
+    assert values["mse"] == pytest.approx(((predicted - target) ** 2).mean())
+    assert values["r2"] == pytest.approx(1 - values["mse"] / target.var())
+    assert values["spearman"] == 1
+    assert metrics.regression(np.full(4, target.mean()), target)["r2"] == pytest.approx(0)
+
+
+def test_classification_of_a_known_table():
+    values = metrics.classification(np.array([[8, 2, 0], [1, 4, 0], [0, 0, 0]]))
+    assert values["accuracy"] == pytest.approx(12 / 15)
+    assert values["precision_1"] == pytest.approx(4 / 6) and values["recall_1"] == pytest.approx(4 / 5)
+    assert values["f1_1"] == pytest.approx(8 / 11) and "f1_2" not in values
+
+
+def test_calibration_error_of_honest_and_boastful_forecasts():
+    rng = np.random.default_rng(0)
+    p = rng.random(50_000)
+    happened = rng.random(50_000) < p
+    assert metrics.calibration_error(p, happened) < 0.01
+    assert metrics.calibration_error(np.where(p > 0.5, 1.0, 0.0), happened) == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(300):
+        estimate = metrics.ratio(rng.normal(3, 1, 60), resamples=300)
+        hits += estimate.low <= 3 <= estimate.high
+    assert 0.90 < hits / 300 < 0.985
+
+
+def test_groups_are_resampled_whole():
+    """Ten copies of each value carry no more knowledge than one."""
+    rng = np.random.default_rng(2)
+    score, happened = rng.random(100), rng.random(100) < 0.5
+    groups = np.arange(100)
+    width = {}
+    for copies in (1, 10):
+        s, h, g = (np.repeat(x, copies) for x in (score, happened, groups))
+        e = metrics.resampled(lambda w, s=s, h=h: metrics.auroc(s, h, w), g)
+        width[copies] = e.high - e.low
+    assert width[10] == pytest.approx(width[1], rel=0.01)
+
+
+def test_ngram_entropy():
+    even = [np.tile([1, 2, 3, 4], 50)]
+    assert metrics.ngram_entropy(even, 1) == pytest.approx(np.log(4))
+    assert metrics.ngram_entropy([np.zeros(9, int)], 4) == 0

@@ -1,0 +1,71 @@
+"""Stage 03: ranks, ties, whole pools, the authenticity curve."""
+
+import importlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib import schema
+from lib.config import load_config
+from lib.errors import BadConfig, BadData
+from lib.tasks.text.rewriting import rewards
+from lib.training.joins import with_rewards
+
+stage = importlib.import_module("03_build_rewards")
+
+
+def pool_table(ids: list[str]) -> pa.Table:
+    numbers = [ids[:i].count(e) for i, e in enumerate(ids)]
+    return pa.table({"example_id": ids, "candidate_id": pa.array(numbers, pa.int32())})
+
+
+def test_ranks_and_ties():
+    table = stage.reward_table(
+        pool_table(["a", "a", "a", "b", "b"]), np.array([0.5, 1.0, 0.5, 0.2, 0.2]), {"x": np.arange(5)}
+    )
+    table = schema.conform(table, schema.REWARDS)
+    assert table["rank"].to_pylist() == [2, 1, 2, 1, 1]
+    assert table["tied"].to_pylist() == [True, False, True, True, True]
+    assert table["best"].to_pylist() == [False, True, False, True, True]
+    assert table["term_x"].to_pylist() == [0, 1, 2, 3, 4]
+
+
+def test_sums_that_differ_in_the_last_bit_are_ties():
+    table = stage.reward_table(pool_table(["a", "a"]), np.array([0.1 + 0.2, 0.3]), {})
+    assert table["tied"].to_pylist() == [True, True]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_no_pool_is_cut_in_two(size):
+    ids = ["a"] * 4 + ["b"] * 1 + ["c"] * 7 + ["d"] * 3
+    whole = pool_table(ids)
+    pieces = list(stage.whole_pools(whole.slice(i, size) for i in range(0, len(ids), size)))
+    assert pa.concat_tables(pieces).to_pylist() == whole.to_pylist()
+    owners = [set(p["example_id"].to_pylist()) for p in pieces]
+    assert sum(len(o) for o in owners) == 4
+
+
+def test_authenticity_follows_the_curve():
+    table = pa.table({"synthetic_fraction": [0.0, 0.25, 0.5, 1.0]})
+    value, terms = rewards(load_config(), table)
+    assert value.tolist() == [1, 0.75, 0.5, 0]
+    assert terms["untouched"].tolist() == [1, 0, 0, 0]
+    bent = load_config(overrides=["rewards.curve=[[0, 1], [0.5, 0.2], [1, 0]]"])
+    assert rewards(bent, table)[0].tolist() == pytest.approx([1, 0.6, 0.2, 0])
+    with pytest.raises(BadConfig, match="must not rise"):
+        load_config(overrides=["rewards.curve=[[0, 0], [1, 1]]"])
+
+
+def test_joins_go_by_key_and_name_what_is_missing():
+    left = pool_table(["a", "a", "b"]).append_column("x", pa.array([1, 2, 3]))
+    right = stage.reward_table(pool_table(["b", "a", "a"]), np.array([0.3, 0.1, 0.2]), {})
+    examples = pa.table({"example_id": ["b", "a"], "group": ["gb", "ga"]})
+    joined = with_rewards(left, right, examples)
+    assert joined["reward"].to_pylist() == [0.1, 0.2, 0.3] and joined["group"].to_pylist() == [
+        "ga",
+        "ga",
+        "gb",
+    ]
+    with pytest.raises(BadData, match="1 candidates have no reward"):
+        with_rewards(left, right.slice(0, 2), examples)

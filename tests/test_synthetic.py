@@ -1,0 +1,217 @@
+"""Synthetic text: only masks change, no special token is written, a row does not depend on its batch."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from lib import schema
+from lib.config import load_config
+from lib.errors import BadData, MissingInput
+from lib.models.build import make_model, model_config, save_model
+from lib.runtime import Runtime
+from lib.synthetic import MaskedLMEngine
+from lib.tasks import CandidateContext
+from lib.tasks.text.rewriting import candidates
+from lib.tokenization import encode_batch, train_tokenizer
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from it"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer("character", [TEXT], 0)
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer) -> MaskedLMEngine:
+    config = model_config(load_config(quick_test=True).architecture, "bidirectional", len(tokenizer))
+    model = make_model("language_model", config, 0, "engine")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.2)
+    return MaskedLMEngine(model, tokenizer, CPU, 64)
+
+
+def context(tokenizer, engines, **changes) -> CandidateContext:
+    config = load_config(quick_test=True)
+    updated = config.candidates.model_copy(update=changes)
+    return CandidateContext(config.model_copy(update={"candidates": updated}), tokenizer, engines)
+
+
+def examples(tokenizer, count: int = 40) -> pa.Table:
+    texts = [TEXT[i % 20 : i % 20 + 30 + i % 3] for i in range(count)]
+    rows = [
+        {"example_id": f"d:{i}", "prompt": "", "target": t, "split": "train", "group": f"g{i // 4}",
+         "continues": False, "token_ids": ids.tolist()}
+        for i, (t, ids) in enumerate(zip(texts, encode_batch(tokenizer, texts), strict=True))
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema.EXAMPLES.arrow)
+
+
+# --------------------------------------------------------------------------------------------- engine
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_only_masks_change_and_no_special_token_is_written(tokenizer, engine, passes):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, len(tokenizer), (30, 64))
+    masked = rng.random(ids.shape) < 0.5
+    config = context(tokenizer, [engine], fill_passes=passes).config.candidates
+    filled = engine.fill(ids, np.ones_like(masked), masked, config, 1, np.arange(30))
+    np.testing.assert_array_equal(filled[~masked], ids[~masked])
+    assert (filled[masked] > 3).all()
+    assert (filled[masked] != ids[masked]).mean() > 0.5  # an untrained model does not write the original
+
+
+def test_a_row_is_filled_the_same_way_in_any_batch_also_when_padded_or_long(tokenizer, engine):
+    rng = np.random.default_rng(1)
+    ids = rng.integers(4, len(tokenizer), (20, 100))  # longer than the engine's 64
+    valid = np.arange(100) < rng.integers(40, 101, 20)[:, None]
+    masked = (rng.random(ids.shape) < 0.5) & valid
+    rows = np.arange(20) * 7
+    config = context(tokenizer, [engine]).config.candidates
+    together = engine.fill(ids, valid, masked, config, 1, rows)
+    for i in (0, 7, 19):
+        one = slice(i, i + 1)
+        np.testing.assert_array_equal(
+            engine.fill(ids[one], valid[one], masked[one], config, 1, rows[one])[0], together[i]
+        )
+
+
+def test_more_passes_see_more_context(tokenizer):
+    """A model that only copies its left neighbour writes one run of equal letters when it goes token by token."""
+
+    class CopyLeft(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None, logits_at=None):
+            left = torch.cat([input_ids[:, :1], input_ids[:, :-1]], 1).flatten()[logits_at]
+            logits = torch.zeros(len(left), len(tokenizer))
+            known = left > 3
+            logits[known] = -30.0
+            logits[known, left[known]] = 30.0
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=logits)
+
+    engine = MaskedLMEngine(CopyLeft(), tokenizer, CPU, 32)
+    ids, masked = np.full((200, 32), 5), np.ones((200, 32), bool)
+    masked[:, 0] = False
+    same = {}
+    for passes in (1, 31):
+        config = context(tokenizer, [engine], fill_passes=passes).config.candidates
+        filled = engine.fill(ids, np.ones_like(masked), masked, config, 1, np.arange(200))
+        same[passes] = (filled[:, 1:] == filled[:, :-1]).mean()
+    assert same[31] > same[1] + 0.3
+
+
+def test_loading_checks_what_it_is_given(tmp_path, tokenizer):
+    with pytest.raises(MissingInput, match=r"no config\.json"):
+        MaskedLMEngine.load(tmp_path, CPU)
+    config = model_config(load_config(quick_test=True).architecture, "bidirectional", 10)
+    save_model(make_model("language_model", config, 0, "m"), tmp_path / "small", tokenizer)
+    with pytest.raises(BadData, match="do not belong together"):
+        MaskedLMEngine.load(tmp_path / "small", CPU)
+
+
+# ------------------------------------------------------------------------------------------ candidates
+
+
+def test_one_original_at_a_uniform_place_and_the_fraction_is_counted(tokenizer, engine):
+    table = candidates(examples(tokenizer, 400), context(tokenizer, [engine]))
+    schema.conform(table, schema.CANDIDATES)
+    rows = table.to_pylist()
+    places = [r["candidate_id"] for r in rows if r["kind"] == "original"]
+    assert len(places) == 400
+    counts = np.bincount(places, minlength=4)
+    assert ((counts - 100) ** 2 / 100).sum() < 16.3  # chi square, 3 degrees of freedom, p = 0.001
+    truth = {r["example_id"]: r for r in rows if r["kind"] == "original"}
+    for r in rows:
+        labels, ids = np.array(r["token_labels"]), np.array(r["token_ids"])
+        clean = np.array(truth[r["example_id"]]["token_ids"])
+        assert r["synthetic_fraction"] == pytest.approx((labels == 2).mean())
+        np.testing.assert_array_equal(ids[labels == 0], clean[labels == 0])
+        if r["kind"] == "original":
+            assert r["mask_ratio"] is None and r["synthetic_fraction"] == 0
+        else:
+            assert (labels == 2).sum() == max(1, round(r["mask_ratio"] * len(ids)))
+            assert 0.1 <= r["mask_ratio"] <= 0.8
+
+
+def test_a_candidate_does_not_depend_on_its_neighbours(tokenizer, engine):
+    table = examples(tokenizer)
+    whole = candidates(table, context(tokenizer, [engine])).to_pylist()
+    part = candidates(table.slice(10, 3), context(tokenizer, [engine])).to_pylist()
+    assert part == whole[40:52]
+
+
+def test_random_tokens_are_each_drawn_on_their_own(tokenizer):
+    table = candidates(
+        examples(tokenizer), context(tokenizer, [], source="random_tokens", mask_ratio=(0.5, 0.5))
+    )
+    written = [
+        t
+        for r in table.to_pylist()
+        for t, label in zip(r["token_ids"], r["token_labels"], strict=True)
+        if label == 1
+    ]
+    assert min(written) > 3
+    share = np.bincount(written, minlength=len(tokenizer))[4:] / len(written)
+    assert np.abs(share - 1 / len(share)).max() < 0.02
+
+
+def test_original_only_makes_one_untouched_candidate(tokenizer):
+    table = candidates(examples(tokenizer, 5), context(tokenizer, [], source="original_only", per_example=1))
+    assert table["text"].to_pylist() == examples(tokenizer, 5)["target"].to_pylist()
+    assert set(table["kind"].to_pylist()) == {"original"} and table["mask_ratio"].null_count == 5
+
+
+def test_cross_fitting_gives_a_passage_to_the_generator_that_did_not_see_it(tokenizer):
+    c = context(tokenizer, [object(), object(), object()])
+    from lib.tasks import cross_fit_fold
+
+    groups = [f"g{i}" for i in range(300)]
+    folds = c.fold_of(groups, ["train"] * 300)
+    assert folds.tolist() == [cross_fit_fold(c.seed, g, 3) for g in groups]
+    assert (np.bincount(folds, minlength=3) > 60).all()
+    assert set(c.fold_of(groups, ["held_out"] * 300)) == {0}
+
+
+# --------------------------------------------------------------------------- another model's tokenizer
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    trained = BertWordPieceTokenizer(lowercase=False)
+    trained.train_from_iterator([TEXT] * 3, vocab_size=60, min_frequency=1)
+    wrapped = BertTokenizerFast(tokenizer_object=trained._tokenizer, do_lower_case=False)
+    torch.manual_seed(0)
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                   intermediate_size=32, max_position_embeddings=64)
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def test_a_foreign_masked_lm_changes_only_its_own_stretches(tokenizer, bert_folder):
+    engine = MaskedLMEngine.load(bert_folder, CPU)
+    table = candidates(examples(tokenizer, 12), context(tokenizer, [engine], mask_ratio=(0.2, 0.4)))
+    schema.conform(table, schema.CANDIDATES)
+    originals = {r["example_id"]: r["text"] for r in table.to_pylist() if r["kind"] == "original"}
+    changed = 0
+    for r in table.to_pylist():
+        if r["kind"] == "original":
+            continue
+        labels = np.array(r["token_labels"])
+        assert len(labels) == len(r["token_ids"]) and 0 < (labels == 2).mean() < 1
+        kept = "".join(c for c, label in zip(r["text"], labels, strict=True) if label == 0)
+        rest = iter(originals[r["example_id"]])
+        assert all(c in rest for c in kept)  # what is labelled original stands in the original in this order
+        changed += r["text"] != originals[r["example_id"]]
+    assert changed > 20
