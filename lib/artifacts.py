@@ -152,7 +152,8 @@ class Stage:
         uses: top-level config sections that the result depends on.
         reads: earlier stages whose tables and folders are read.
         files: files outside outputs/ that are read (raw data, checkpoints), hashed at entry.
-        outputs: where runs live; tests give their own.
+        restarts: unfinished work is not worth keeping: begin again, also when config or inputs have changed.
+        outputs_root: where runs live; tests give their own.
 
     In the body, first `if stage.finished: return`.
     """
@@ -163,6 +164,7 @@ class Stage:
     uses: Iterable[str]
     reads: Iterable[str] = ()
     files: Iterable[Path] = ()
+    restarts: bool = False
     outputs_root: Path = OUTPUTS
     stats: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -317,7 +319,7 @@ class Stage:
     def _begin(self) -> None:
         """Mark the folder as unfinished work of this config and these inputs, or check that it is."""
         try:
-            if self._marker.exists():
+            if self._marker.exists() and not self.restarts:
                 marker = json.loads(self._marker.read_text(encoding="utf-8"))
                 self._refuse_if_changed(marker["config"], marker["inputs"], "was begun with")
                 self.resuming = True

@@ -71,5 +71,5 @@ def test_all_masks_of_a_count_are_equally_likely():
     valid = np.ones((30_000, 4), bool)
     masked = mask_batch(config("exact_count"), valid, 4, "test", np.arange(30_000), 30).masked
     two = masked[masked.sum(1) == 2]
-    share = [np.mean((two[:, a] & two[:, b])) for a, b in itertools.combinations(range(4), 2)]
+    share = [np.mean(two[:, a] & two[:, b]) for a, b in itertools.combinations(range(4), 2)]
     assert np.abs(np.array(share) - 1 / 6).max() < 0.02

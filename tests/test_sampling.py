@@ -1,5 +1,6 @@
 """Drawing tokens, schedules, policies and the sampler, on fakes whose answers are known."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_given_tokens_are_never_touched_and_never_counted():
 def test_the_trace_tells_what_happened():
     rounds = run(oracle_sampler(), "confidence", 6, 4, trace=True).rounds
     assert (rounds[0].events != STILL_MASKED).all()
-    for before, after in zip(rounds, rounds[1:], strict=False):
+    for before, after in itertools.pairwise(rounds):
         masked_before = before.ids == MASK
         np.testing.assert_array_equal(before.events == TAKEN_BACK, masked_before)
         kept = ~masked_before & (after.ids != MASK)

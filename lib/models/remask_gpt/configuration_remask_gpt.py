@@ -118,9 +118,6 @@ class RemaskGptConfig(PreTrainedConfig):
         self.score_activation = score_activation
         self.classifier_dropout = classifier_dropout
         self.pooling = pooling
-        if score_activation == "sigmoid" and kwargs.get("problem_type") is None:
-            # Otherwise the text-classification pipeline puts a second sigmoid on the score.
-            kwargs["problem_type"] = "regression"
         self.check()
         super().__init__(**kwargs)
 
@@ -212,8 +209,8 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value, least: float = -math.inf, below: float = math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < below
 
 
 RemaskGptConfig.register_for_auto_class()

@@ -8,6 +8,7 @@ masked and what a label means is decided by its callers.
 Shapes in comments: B batch, T tokens, S tokens including cached ones, D width, H heads, V vocabulary, N chosen rows.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -26,14 +27,15 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_remask_gpt import RemaskGptConfig
 
 IGNORED = -100
 # Below this many rows a float32 product on the CPU takes another code path and gives other last bits.
 FEWEST_ROWS = 16
-MAX_WRITTEN_OUT = 512  # longest input whose attention weights are held in full on the CPU
+ELEMENTS_IN_CACHE = 2**19  # size of the slices that CPU code works on: 1 MB in bfloat16
+MAX_SLICED_LENGTH = 1024  # beyond, one sequence's attention weights no longer fit the cache
 HEAD_STD = 0.02  # small first weights: a new head starts close to "no opinion"
 
 
@@ -90,19 +92,35 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """`squared_relu` that keeps one tensor instead of two and goes back in one pass."""
+    """`squared_relu` that keeps its input only, a slice at a time: what is made of a slice stays in the cache."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        positive = x.clamp_min(0)
-        ctx.save_for_backward(positive)
-        return positive * positive
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows, out_rows = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
+        for part in _slices(rows.shape[0], rows.shape[1]):
+            positive = rows[part].clamp_min(0)
+            torch.mul(positive, positive, out=out_rows[part])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(positive.new_zeros(()), grads[0], positive, value=2)
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+        out = grad_x.view(-1, x.shape[-1])
+        for part in _slices(rows.shape[0], rows.shape[1]):
+            twice = rows[part].clamp_min(0).mul_(2)
+            torch.mul(twice, grad[part], out=out[part])
+        return grad_x
+
+
+def _slices(count: int, width: int) -> list[slice]:
+    """Cut `count` items of `width` elements each into runs that fit the processor's second-level cache."""
+    step = max(1, ELEMENTS_IN_CACHE // max(width, 1))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -138,36 +156,6 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-class _SplitHeads(torch.autograd.Function):
-    """`split_heads` whose gradient lands in one buffer, without the zero-filled slices that indexing would make."""
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float):
-        batch, length, width = qkv.shape
-        parts = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
-        query_key = parts[:2]  # (2, B, H, T, D / H)
-        scale = _inverse_rms(query_key, eps)  # (2, B, H, T, 1)
-        out = torch.empty_like(query_key, memory_format=torch.contiguous_format)
-        # A rotation keeps the norm, so the scale may come last.
-        out = _rotate_into(out, query_key, cos, sin).mul_(scale)
-        ctx.save_for_backward(out, scale, cos, sin)
-        query, key = out.unbind()
-        return query, key, parts[2].contiguous()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        out, scale, cos, sin = ctx.saved_tensors
-        _, batch, heads, length, head_dim = out.shape
-        grad_qkv = out.new_empty(batch, length, 3, heads, head_dim)
-        slots = grad_qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D / H)
-        for index in range(2):
-            grad = _rms_norm_gradient(grads[index], out[index], scale[index])
-            _rotate_into(slots[index], grad, cos, -sin)
-        slots[2].copy_(grads[2])
-        return grad_qkv.view(batch, length, -1), None, None, None, None
-
-
 def split_heads(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,14 +163,96 @@ def split_heads(
 
     Queries and keys are normalised (Henry et al. 2020) and rotated by their positions (Su et al. 2021).
     """
-    cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
-    if not _is_tracing():
-        return _SplitHeads.apply(qkv, cos, sin, num_heads, eps)  # pyright: ignore[reportReturnType]
     batch, length, width = qkv.shape
     parts = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     first, second = rms_norm(parts[:2], eps).chunk(2, dim=-1)
     query, key = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).unbind()
     return query, key, parts[2]
+
+
+class _SlicedAttention(torch.autograd.Function):
+    """From the projection (B, T, 3 D) to the mixed heads (B, T, D), a few sequences at a time.
+
+    The same as `split_heads` and `eager_attention`. The fused kernel of the CPU goes backward in bfloat16 many times
+    slower than plain products; plain products of a whole batch are bound by memory. Here the weights of a slice
+    never leave the cache and are computed again on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, qkv: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, num_heads: int, eps: float
+    ) -> Tensor:
+        batch, length, width = qkv.shape
+        parts = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+        query_key = torch.empty_like(parts[:2], memory_format=torch.contiguous_format)  # (2, B, H, T, D / H)
+        scale = query_key.new_empty((*query_key.shape[:-1], 1))
+        out = qkv.new_empty(batch, length, num_heads, query_key.shape[-1])
+        for rows in _slices(batch, num_heads * length * length):
+            raw, done, part_scale = parts[:2, rows], query_key[:, rows], scale[:, rows]
+            part_scale.copy_(_inverse_rms(raw, eps))
+            # A rotation keeps the norm, so the scale may come last.
+            _rotate_into(done, raw, _of_rows(cos, rows), _of_rows(sin, rows)).mul_(part_scale)
+            query, key, value = _flat(done[0]), _flat(done[1]), _flat(parts[2, rows])
+            weights = _attention_weights(query, key, _of_rows(bias, rows), num_heads)
+            mixed = torch.bmm(weights, value).view(-1, num_heads, length, value.shape[-1])
+            out[rows].transpose(1, 2).copy_(mixed)
+        ctx.save_for_backward(qkv, query_key, scale, cos, sin, bias)
+        return out.view(batch, length, -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        qkv, query_key, scale, cos, sin, bias = ctx.saved_tensors
+        _, batch, num_heads, length, head_dim = query_key.shape
+        values = qkv.view(batch, length, 3, num_heads, head_dim)[:, :, 2].transpose(1, 2)  # (B, H, T, D / H)
+        grad_out = grads[0].reshape(batch, length, num_heads, head_dim).transpose(1, 2)
+        grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        slots = grad_qkv.view(batch, length, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
+        for rows in _slices(batch, num_heads * length * length):
+            shape = (-1, num_heads, length, head_dim)
+            query, key, value, grad = (_flat(x[rows]) for x in (*query_key, values, grad_out))
+            weights = _attention_weights(query, key, _of_rows(bias, rows), num_heads)
+            slots[2, rows].copy_(torch.bmm(weights.transpose(1, 2), grad).view(shape))
+            grad_weights = torch.bmm(grad, value.transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            pair = (torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query))
+            back = (_of_rows(cos, rows), -_of_rows(sin, rows))
+            for index, grad_rotated in enumerate(pair):
+                rotated, part_scale = query_key[index, rows], scale[index, rows]
+                grad_rotated = grad_rotated.mul_(head_dim**-0.5).view(shape)
+                _rotate_into(slots[index, rows], _rms_norm_gradient(grad_rotated, rotated, part_scale), *back)
+        return grad_qkv, None, None, None, None, None
+
+
+def _of_rows(x, rows: slice):
+    """The rows of a tensor that has one per sequence; a tensor shared by all, or None, as it is."""
+    return x if x is None or x.shape[0] == 1 else x[rows]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, H, T, D / H) to (B * H, T, D / H)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _attention_weights(query: Tensor, key: Tensor, bias: Tensor | None, num_heads: int) -> Tensor:
+    """Attention weights (B * H, T, S) of flat heads; bias (1 or B, 1 or H, 1 or T, S) is added to the scores."""
+    scores = torch.bmm(query * query.shape[-1] ** -0.5, key.transpose(1, 2))
+    if bias is not None:
+        scores.view(-1, num_heads, *scores.shape[1:]).add_(bias)
+    return torch.softmax(scores, dim=-1)
+
+
+def sliced_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, is_causal: bool, num_heads: int, eps: float
+) -> Tensor:
+    """Attention (B, T, D) of one projection (B, T, 3 D) on the CPU; see `_SlicedAttention`."""
+    if is_causal:
+        mask = torch.ones(1, 1, qkv.shape[1], qkv.shape[1], dtype=torch.bool, device=qkv.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=qkv.dtype, device=qkv.device).masked_fill_(~mask, -math.inf)
+    elif mask is not None:
+        mask = mask.to(qkv.dtype)
+    return _SlicedAttention.apply(qkv, cos, sin, mask, num_heads, eps)  # pyright: ignore[reportReturnType]
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -207,15 +277,6 @@ def eager_attention(
     return weights @ value, weights
 
 
-def _products_are_faster(query: Tensor, key: Tensor) -> bool:
-    """Whether to write attention out although SDPA was asked for.
-
-    The fused kernel of the CPU goes backward in bfloat16 eight times slower than three plain products, and about
-    as fast in float32; its only gain, memory, is small for short inputs.
-    """
-    return query.device.type == "cpu" and key.shape[-2] <= MAX_WRITTEN_OUT and not _is_tracing()
-
-
 class RemaskGptAttention(nn.Module):
     """Multi-head self-attention with rotary positions and normalised queries and keys (Henry et al. 2020)."""
 
@@ -238,17 +299,27 @@ class RemaskGptAttention(nn.Module):
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         batch, length, width = hidden.shape
-        query, key, value = split_heads(self.qkv_proj(hidden), *rotary, self.num_heads, self.eps)
+        qkv = self.qkv_proj(hidden)  # (B, T, 3 D)
+        cos, sin = (table.to(qkv.dtype) for table in rotary)
+        eager = self.config._attn_implementation == "eager"
+        weights = None
+        if self._may_slice(qkv) and past_key_values is None and not eager:
+            mixed = sliced_attention(qkv, cos, sin, mask, is_causal, self.num_heads, self.eps)
+            return self.o_proj(mixed), None
+        query, key, value = split_heads(qkv, cos, sin, self.num_heads, self.eps)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.config._attn_implementation == "eager" or _products_are_faster(query, key):
+        if eager:
             mixed, weights = eager_attention(query, key, value, mask, is_causal)
         else:
-            mixed, weights = (
-                F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal),
-                None,
-            )
+            if mask is not None and mask.dtype != torch.bool:
+                mask = mask.to(query.dtype)
+            mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, width)), weights
+
+    def _may_slice(self, qkv: Tensor) -> bool:
+        """Whether the CPU's own way applies: not on an accelerator, not while exporting, not for very long inputs."""
+        return qkv.device.type == "cpu" and qkv.shape[1] <= MAX_SLICED_LENGTH and not _is_tracing()
 
 
 class RemaskGptMLP(nn.Module):
@@ -887,9 +958,13 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
     """A class, several labels, a number, or a score in [0, 1] for the whole sequence."""
 
     def __init__(self, config: RemaskGptConfig):
-        super().__init__(config)
         if config.score_activation == "sigmoid" and config.num_labels != 1:
             raise ValueError(f'score_activation="sigmoid" needs num_labels=1, got {config.num_labels}')
+        if config.score_activation == "sigmoid" and config.problem_type is None:
+            # Said in this model's own copy, else the text-classification pipeline puts a second sigmoid on the score.
+            config = copy.copy(config)
+            config.problem_type = "regression"
+        super().__init__(config)
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
         self.model = RemaskGptModel(config)
         self.dropout = _classifier_dropout(config)

@@ -1,0 +1,8 @@
+"""Text: passages of documents are learned, rewritten by a masked LM, and rewarded for being untouched."""
+
+from lib.tasks.text.check import check
+from lib.tasks.text.passages import prepare
+from lib.tasks.text.raw import sources
+from lib.tasks.text.rewriting import candidates, rewards
+
+__all__ = ["candidates", "check", "prepare", "rewards", "sources"]

@@ -1,0 +1,159 @@
+"""
+01: turn the documents into examples in splits, and train the tokenizer.
+
+An example has a prompt (empty for text), a target, a split and a group; no group is ever in two splits. What was left
+out is kept too, with the reason.
+
+reads   00_check_data: documents
+writes  examples.parquet, dropped.parquet, tokenizer/
+
+python 01_prepare_dataset.py --quick_test --run_dir outputs/demo
+"""
+
+from collections.abc import Iterator
+
+from lib.artifacts import RunArgs, Stage
+from lib.cli import run_stage
+from lib.config import Config
+from lib.errors import BadData
+from lib.log import say
+
+ROWS_PER_GROUP = 8192
+
+
+def main(config: Config, args: RunArgs) -> None:
+    from lib import durable, schema
+    from lib.tasks import get_task
+    from lib.tokenization import train_tokenizer
+
+    uses = ("seed", "task", "data", "tokenizer")
+    with Stage(__file__, config, args, uses=uses, reads=("00_check_data",)) as stage:
+        if stage.finished:
+            return
+        task = get_task(config.task)
+
+        # First pass: the tokenizer. A character one knows all characters; BPE learns from the train split alone
+        kind = config.tokenizer.kind
+        tokenizer = train_tokenizer(
+            kind, texts(task, config, stage, kind == "character"), config.tokenizer.vocab_size
+        )
+        with durable.replacing_folder(stage.folder / "tokenizer") as folder:
+            tokenizer.save_pretrained(folder)
+        stage.add_folder("tokenizer", stage.folder / "tokenizer")
+
+        # Second pass: the examples
+        tally = Tally()
+        with (
+            stage.writer("examples", schema.EXAMPLES) as kept,
+            stage.writer("dropped", schema.DROPPED) as dropped,
+        ):
+            for examples, left_out in groups(task.prepare(config, documents(stage)), ROWS_PER_GROUP):
+                if examples:
+                    kept.write(tally.add(encoded(examples, tokenizer, config.tokenizer.unknown)))
+                if left_out:
+                    dropped.write(tally.drop(left_out))
+        tally.check(config)
+        stage.stats |= tally.summary(len(tokenizer))
+        say(tally.line(len(tokenizer)))
+
+
+def documents(stage: Stage) -> Iterator:
+    from lib import schema
+    from lib.tasks import Document
+
+    for batch in stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=64):
+        for row in batch.to_pylist():
+            yield Document(**row)
+
+
+def texts(task, config: Config, stage: Stage, every_split: bool) -> Iterator[str]:
+    """Prompts and targets to train the tokenizer on."""
+    from lib.tasks import Example
+
+    for item in task.prepare(config, documents(stage)):
+        if isinstance(item, Example) and (every_split or item.split == "train"):
+            yield item.prompt + item.target
+
+
+def groups(items, size: int):
+    """(examples, dropped) in lists of about `size` together."""
+    from lib.tasks import Example
+
+    examples, dropped = [], []
+    for item in items:
+        (examples if isinstance(item, Example) else dropped).append(item)
+        if len(examples) + len(dropped) >= size:
+            yield examples, dropped
+            examples, dropped = [], []
+    yield examples, dropped
+
+
+def encoded(examples: list, tokenizer, unknown: str):
+    import pyarrow as pa
+
+    from lib import schema
+    from lib.tokenization import encode_batch
+
+    ids = encode_batch(tokenizer, [e.target for e in examples], unknown)
+    rows = [vars(e) | {"token_ids": i} for e, i in zip(examples, ids, strict=True)]
+    return pa.Table.from_pylist(rows, schema.EXAMPLES.arrow)
+
+
+class Tally:
+    """Counts per split and per reason of being left out."""
+
+    def __init__(self) -> None:
+        self.examples: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
+        self.characters = self.unknown = 0
+
+    def add(self, table):
+        import pyarrow.compute as pc
+
+        for split in pc.unique(table["split"]).to_pylist():
+            part = table.filter(pc.equal(table["split"], split))
+            self.examples[split] = self.examples.get(split, 0) + part.num_rows
+            count = pc.sum(pc.list_value_length(part["token_ids"])).as_py() or 0
+            self.tokens[split] = self.tokens.get(split, 0) + count
+        self.characters += pc.sum(pc.utf8_length(table["target"])).as_py()
+        self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), 3)).as_py() or 0
+        return table
+
+    def drop(self, items: list):
+        import pyarrow as pa
+
+        from lib import schema
+
+        for item in items:
+            self.dropped[item.reason] = self.dropped.get(item.reason, 0) + 1
+        return pa.Table.from_pylist([vars(i) for i in items], schema.DROPPED.arrow)
+
+    def check(self, config: Config) -> None:
+        """Every split with a share must have examples."""
+        empty = [s for s, share in config.data.fractions.items() if share > 0 and not self.examples.get(s)]
+        if empty:
+            raise BadData(
+                f"nothing fell into split {', '.join(empty)} (examples per split: {self.examples}); set a smaller "
+                "data.block_characters, another seed, or give more data"
+            )
+
+    def summary(self, vocabulary: int) -> dict:
+        total = sum(self.tokens.values())
+        return {
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "dropped": self.dropped,
+            "vocabulary": vocabulary,
+            "unknown_share": self.unknown / max(total, 1),
+            "characters_per_token": self.characters / max(total, 1),
+        }
+
+    def line(self, vocabulary: int) -> str:
+        splits = ", ".join(f"{s} {n:,} ({self.tokens[s]:,} tokens)" for s, n in self.examples.items())
+        left = ", ".join(f"{n} x {reason}" for reason, n in self.dropped.items()) or "nothing"
+        return f"examples: {splits}; vocabulary {vocabulary}; left out: {left}"
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

@@ -1,0 +1,283 @@
+"""
+Speed beside a peer, both in one run: the ratios are what counts, the absolute figures are this machine's.
+
+python -m benchmarks.speed trainer      # our training step against Hugging Face Trainer + BertForMaskedLM, same size
+python -m benchmarks.speed logits       # logits at masked positions only against logits everywhere, vocabulary 8k
+python -m benchmarks.speed generation   # synthetic generation against the bare forward pass
+python -m benchmarks.speed overhead     # hashing, fsync and keyed noise as a share of a training stage
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+
+from lib import durable, randomness
+from lib.config import ArchitectureConfig, Config, TrainingConfig, load_config
+from lib.diffusion.nelbo import mask_batch
+from lib.models.build import make_model, model_config, save_model
+from lib.runtime import Runtime
+from lib.synthetic import MaskedLMEngine
+from lib.training.data import Windows
+from lib.training.loop import train
+from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.optimizer import Optimizer
+
+ROUNDS = 5
+
+
+def settings(steps: int, **architecture) -> tuple[Config, ArchitectureConfig, TrainingConfig]:
+    config = load_config()
+    shape = {"layers": 6, "width": 192, "heads": 6, "context": 128} | architecture
+    training = config.training.model_dump() | {
+        "steps": steps, "batch_size": 32, "evaluate_every": steps, "checkpoint_every": steps, "evaluation_examples": 32,
+    }  # fmt: skip
+    return config, config.architecture.model_copy(update=shape), TrainingConfig(**training)
+
+
+def random_windows(vocabulary: int, width: int) -> Windows:
+    ids = np.random.default_rng(0).integers(4, vocabulary, 200_000).astype(np.int32)
+    lists = pa.chunked_array([pa.array(ids.reshape(-1, 500).tolist(), pa.list_(pa.int32()))])
+    return Windows(pa.table({"token_ids": lists, "continues": [i > 0 for i in range(400)]}), width, 0)
+
+
+def objective_of(
+    config: Config, vocabulary: int, width: int, runtime: Runtime, batch_size: int
+) -> MaskedDiffusion:
+    data = random_windows(vocabulary, width)
+    return MaskedDiffusion(config.diffusion, 1, label="speed", train=data, held_out=data, runtime=runtime, seed=0,
+                           batch_size=batch_size, num_evaluated=32)  # fmt: skip
+
+
+def ours(steps: int, vocabulary: int) -> float:
+    """Tokens per second of our loop, everything in it: data, noise, forward, backward, Muon, running mean."""
+    config, architecture, training = settings(steps)
+    runtime = Runtime.detect(config)
+    objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
+    model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
+                       save=lambda m, p: save_model(m, p, _NoTokenizer()))  # fmt: skip
+    return result.tokens_per_second
+
+
+class _NoTokenizer:
+    def save_pretrained(self, folder) -> None:
+        pass
+
+
+def hugging_face(steps: int, vocabulary: int) -> float:
+    """Tokens per second of Trainer with BertForMaskedLM of the same size, bf16 where the processor has it."""
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainingArguments,
+    )
+
+    from lib.tokenization import train_tokenizer
+
+    _, architecture, training = settings(steps)
+    runtime = Runtime.detect(load_config())
+    letters = "".join(chr(0x4E00 + i) for i in range(vocabulary - 4))
+    tokenizer = train_tokenizer("character", [letters], 0)
+    ids = np.random.default_rng(0).integers(
+        4, vocabulary, (training.batch_size * (steps + 8), architecture.context)
+    )
+    data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=vocabulary, hidden_size=architecture.width, num_hidden_layers=architecture.layers,
+                   num_attention_heads=architecture.heads, intermediate_size=4 * architecture.width,
+                   max_position_embeddings=architecture.context)
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=training.batch_size, report_to=[],
+            bf16=runtime.precision == "bf16", use_cpu=runtime.device.type == "cpu", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0,
+        )  # fmt: skip
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5)
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
+        begin = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - begin
+    return steps * training.batch_size * architecture.context / seconds
+
+
+def compare_trainer(steps: int) -> None:
+    ours(3, 70), hugging_face(3, 70)  # warm up both
+    pairs = [(ours(steps, 70), hugging_face(steps, 70)) for _ in range(3)]
+    for a, b in pairs:
+        print(f"ours {a:8,.0f} tokens/s   Trainer + BertForMaskedLM {b:8,.0f} tokens/s   ratio {a / b:.2f}")
+    print(
+        f"median ratio {statistics.median(a / b for a, b in pairs):.2f} (6 layers x 192, context 128, batch 32, vocabulary 70)"
+    )
+
+
+def compare_logits() -> None:
+    """One optimiser step with logits where the loss needs them, and with logits everywhere."""
+    vocabulary = 8192
+    config, architecture, training = settings(1)
+    runtime = Runtime.detect(config)
+    objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
+    index, ids, valid = objective.windows(range(training.batch_size))
+    batch = mask_batch(config.diffusion, valid, 0, "speed", index, training.batch_size)
+    targets, at = torch.from_numpy(ids).flatten(), torch.from_numpy(np.flatnonzero(batch.masked))
+    weights = torch.from_numpy(batch.weights).flatten()
+    inputs = torch.from_numpy(np.where(batch.masked, 1, ids))
+
+    def loss_of(model, sparse: bool):
+        with runtime.autocast():
+            logits = model(input_ids=inputs, logits_at=at if sparse else None).logits.float()
+        if sparse:
+            return (F.cross_entropy(logits, targets[at], reduction="none") * weights[at]).sum()
+        return (F.cross_entropy(logits.flatten(0, 1), targets, reduction="none") * weights).sum()
+
+    model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
+    optimizer = Optimizer(model, training)
+    with torch.no_grad():
+        fp32 = Runtime(runtime.device, "fp32")
+        runtime, kept = fp32, runtime
+        difference = abs(loss_of(model, True).item() / loss_of(model, False).item() - 1)
+        runtime = kept
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(ROUNDS + 1):
+        for sparse in (True, False):
+            begin = time.perf_counter()
+            loss_of(model, sparse).backward()
+            optimizer.step(0)
+            if number:
+                times[sparse].append(time.perf_counter() - begin)
+    sparse, full = (statistics.median(times[s]) for s in (True, False))
+    print(
+        f"logits at the {len(at)} masked of {targets.numel()} positions: {sparse * 1e3:.0f} ms a step; everywhere: {full * 1e3:.0f} ms"
+    )
+    print(f"ratio {full / sparse:.2f}; relative difference of the losses in fp32 {difference:.1e}")
+
+
+def compare_generation() -> None:
+    """Tokens per second of candidate rewriting against the bare forward pass at the same batch."""
+    config, architecture, _ = settings(1)
+    runtime = Runtime.detect(config)
+    from lib.tokenization import train_tokenizer
+
+    tokenizer = train_tokenizer("character", ["".join(chr(0x4E00 + i) for i in range(66))], 0)
+    model = make_model(
+        "language_model", model_config(architecture, "bidirectional", len(tokenizer)), 0, "speed"
+    ).eval()
+    engine = MaskedLMEngine(model, tokenizer, runtime, architecture.context)
+    size = config.candidates.batch_size
+    ids = np.random.default_rng(0).integers(4, len(tokenizer), (8 * size, architecture.context))
+    valid, rows = np.ones(ids.shape, bool), np.arange(len(ids))
+    masked = mask_batch(config.diffusion, valid, 0, "speed", rows, size).masked
+
+    @torch.no_grad()
+    def bare() -> None:
+        for start in range(0, len(ids), size):
+            with runtime.autocast():
+                model(input_ids=torch.from_numpy(ids[start : start + size]))
+
+    speeds: dict[str, list[float]] = {"bare": [], "fill": []}
+    for _ in range(ROUNDS + 1):
+        for name, work in (
+            ("bare", bare),
+            ("fill", lambda: engine.fill(ids, valid, masked, config.candidates, 0, rows)),
+        ):
+            begin = time.perf_counter()
+            work()
+            speeds[name].append(ids.size / (time.perf_counter() - begin))
+    fill, forward = (statistics.median(speeds[n][1:]) for n in ("fill", "bare"))
+    print(f"filling {fill:,.0f} tokens/s, bare forward {forward:,.0f} tokens/s: {fill / forward:.0%}")
+
+
+def measure_overhead() -> None:
+    """What bookkeeping costs beside training: keyed noise per step, hashing and fsync per checkpoint."""
+    config, architecture, training = settings(60)
+    runtime = Runtime.detect(config)
+    objective = objective_of(config, 70, architecture.context, runtime, training.batch_size)
+    model = make_model("language_model", model_config(architecture, "bidirectional", 70), 0, "speed")
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
+              save=lambda m, p: save_model(m, p, _NoTokenizer()))  # fmt: skip
+        step = _step_seconds(model, objective, training)
+        noise = _seconds(lambda: _noise(config, objective, training))
+        file = Path(folder) / "final_model" / "model.safetensors"
+        payload = file.read_bytes() * 4  # weights, running mean and two moments
+        hashing = _seconds(lambda: _hash(Path(folder), payload))
+        plain, synced = (_seconds(lambda s=s: _write(Path(folder), payload, s)) for s in (False, True))
+    every = config.training.checkpoint_every
+    share = (noise + (hashing + synced - plain) / every) / step
+    print(f"step {step * 1e3:.1f} ms; keyed noise {noise * 1e3:.2f} ms a step; hashing {hashing * 1e3:.0f} ms and "
+          f"fsync {(synced - plain) * 1e3:.0f} ms a checkpoint of {len(payload) / 1e6:.0f} MB every {every} steps")  # fmt: skip
+    print(f"overhead {share:.2%} of a training stage")
+
+
+def _seconds(work) -> float:
+    work()
+    times = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def _step_seconds(model, objective, training) -> float:
+    optimizer = Optimizer(model, training)
+
+    def step() -> None:
+        objective.loss(model, 0, range(training.batch_size))["loss"].backward()
+        optimizer.gradient_norm()
+        optimizer.step(0)
+
+    return _seconds(step)
+
+
+def _noise(config: Config, objective: MaskedDiffusion, training: TrainingConfig) -> None:
+    index = np.arange(training.batch_size)
+    objective._order.samples(index)
+    randomness.uniform(1, index, 1)
+    mask_batch(config.diffusion, np.ones((len(index), 128), bool), 0, "x", index, training.batch_size)
+
+
+def _hash(folder: Path, payload: bytes) -> None:
+    import hashlib
+
+    hashlib.sha256(payload).hexdigest()
+
+
+def _write(folder: Path, payload: bytes, synced: bool) -> None:
+    path = folder / "payload"
+    if synced:
+        with durable.replacing(path) as temporary:
+            temporary.write_bytes(payload)
+    else:
+        path.write_bytes(payload)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["trainer", "logits", "generation", "overhead"])
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    if options.what == "trainer":
+        compare_trainer(options.steps)
+    elif options.what == "logits":
+        compare_logits()
+    elif options.what == "generation":
+        compare_generation()
+    else:
+        measure_overhead()
+
+
+if __name__ == "__main__":
+    main()

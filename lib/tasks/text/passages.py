@@ -1,0 +1,159 @@
+"""Stage 01 for text: documents to passages in splits, with nothing repeated across splits.
+
+A document is a string; everything here is a span (start, end) of it. Repeated paragraphs are taken out, what is left
+is cut into blocks, each of one split, and the blocks into passages. A passage `continues` the one before it when it
+starts where that one ended, in the same split.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+
+from lib import randomness
+from lib.config import Config, DataConfig
+from lib.tasks import Document, Dropped, Example
+
+Span = tuple[int, int]
+
+_PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
+_SPACE = re.compile(r"\s+")
+FEWEST_REPEATED = 40  # characters; shorter paragraphs, such as headings, may stand twice
+_ORDER = ("train", "held_out", "reference")
+
+
+def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example | Dropped]:
+    """Passages of every document in order, each with its split and group, and what was left out with the reason."""
+    data = config.data
+    if data.split == "contiguous":
+        documents = list(documents)  # where to cut depends on the whole length
+        total = sum(len(d.content) for d in documents)
+    else:
+        total = 0
+    paragraphs: set[bytes] = set()
+    passages: dict[bytes, str] = {}
+    offset = 0
+    for document in documents:
+        text, name = document.content, document.document_id
+        stretches, repeated = _without_repeats(text, data, paragraphs)
+        for a, b in repeated:
+            yield Dropped(f"{name}@{a}", "repeated paragraph", text[a:b])
+        number, end_before, split_before = 0, -1, ""
+        for block, span in enumerate(s for stretch in stretches for s in _blocks(text, stretch, data)):
+            group = name if data.split_unit == "document" or data.split == "contiguous" else f"{name}:{block}"
+            for a, b, fits in _passages(text, span, data):
+                if not fits:
+                    yield Dropped(
+                        f"{name}@{a}", "tail of a paragraph longer than data.passage_characters", text[a:b]
+                    )
+                    continue
+                split = _contiguous(data, (offset + a) / total) if total else _hashed(config, group)
+                if _elsewhere(text[a:b], split, passages, data):
+                    yield Dropped(f"{name}@{a}", "the same passage stands in another split", text[a:b])
+                    continue
+                continues = a == end_before and split == split_before
+                yield Example(
+                    f"{name}:{number}",
+                    "",
+                    text[a:b],
+                    split,
+                    f"{group}/{split}" if total else group,
+                    continues,
+                )
+                number, end_before, split_before = number + 1, b, split
+        offset += len(text)
+
+
+def _spans_of_paragraphs(text: str, span: Span) -> Iterator[Span]:
+    """Paragraphs with the blank lines behind them: together they are the whole span."""
+    start = span[0]
+    for match in _PARAGRAPH_END.finditer(text, *span):
+        yield start, match.end()
+        start = match.end()
+    if start < span[1]:
+        yield start, span[1]
+
+
+def _without_repeats(text: str, data: DataConfig, seen: set[bytes]) -> tuple[list[Span], list[Span]]:
+    """(stretches of text with nothing left out inside, repeated paragraphs). `seen` holds digests of paragraphs."""
+    if data.deduplicate != "paragraph":
+        return [(0, len(text))], []
+    stretches: list[Span] = []
+    repeated: list[Span] = []
+    for a, b in _spans_of_paragraphs(text, (0, len(text))):
+        normal = _SPACE.sub(" ", text[a:b]).strip()
+        digest = _digest(normal)
+        if len(normal) >= FEWEST_REPEATED and digest in seen:
+            repeated.append((a, b))
+            continue
+        seen.add(digest)
+        if stretches and stretches[-1][1] == a:
+            stretches[-1] = (stretches[-1][0], b)
+        else:
+            stretches.append((a, b))
+    return stretches, repeated
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+
+
+def _blocks(text: str, stretch: Span, data: DataConfig) -> Iterator[Span]:
+    """Blocks of about `block_characters`, cut at the last paragraph end that fits, or in mid-text if none does."""
+    start, end = stretch
+    while end - start > data.block_characters:
+        limit = start + data.block_characters
+        cut = max(
+            (m.end() for m in _PARAGRAPH_END.finditer(text, start + data.block_characters // 2, limit)),
+            default=limit,
+        )
+        yield start, cut
+        start = cut
+    if start < end:
+        yield start, end
+
+
+def _passages(text: str, span: Span, data: DataConfig) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, whether it is a passage) over a block."""
+    size = data.passage_characters
+    if data.passages == "fixed":
+        for start in range(span[0], span[1], size):
+            yield start, min(start + size, span[1]), True
+        return
+    begin = end = span[0]
+    for a, b in _spans_of_paragraphs(text, span):
+        if end > begin and b - begin > size:
+            yield begin, end, True
+            begin = a
+        end = b
+        if end - begin > size:  # one paragraph that is longer than a passage
+            yield begin, begin + size, True
+            if text[begin + size : end].strip():
+                yield begin + size, end, False
+            begin = end
+    if end > begin:
+        yield begin, end, True
+
+
+def _hashed(config: Config, group: str) -> str:
+    place = randomness.hash_fraction(config.seed, "split", group)
+    return _contiguous(config.data, place)
+
+
+def _contiguous(data: DataConfig, place: float) -> str:
+    """The split at a place in [0, 1) when the splits lie behind each other."""
+    edge, last = 0.0, "train"
+    for split in _ORDER:
+        share = data.fractions.get(split, 0.0)
+        if share <= 0:
+            continue
+        edge, last = edge + share, split
+        if place < edge:
+            return split
+    return last
+
+
+def _elsewhere(passage: str, split: str, seen: dict[bytes, str], data: DataConfig) -> bool:
+    """Whether the same passage was seen in another split. Short ones may be."""
+    if data.deduplicate != "paragraph" or len(passage) < FEWEST_REPEATED:
+        return False
+    return seen.setdefault(_digest(_SPACE.sub(" ", passage).strip()), split) != split

@@ -1,0 +1,132 @@
+"""Character and BPE tokenizers, kept as Hugging Face tokenizers.
+
+The special ids are 0 to 3 and collide with nothing: data is encoded without looking for their names, so a text that
+contains "[MASK]" is seven ordinary tokens. Only `encode_with_masks`, for what a user types, reads [MASK] as the mask.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import BadData
+
+SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[CLS]", "[UNK]")
+PAD, MASK, CLS, UNK = range(4)
+
+
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Any:
+    """A PreTrainedTokenizerFast: `character` (an id per character of the texts) or `bpe` (byte-level)."""
+    from transformers import PreTrainedTokenizerFast
+
+    core = _character(texts) if kind == "character" else _byte_pairs(texts, vocab_size)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        cls_token="[CLS]",
+        unk_token="[UNK]",
+        model_max_length=int(1e9),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _character(texts: Iterable[str]):
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted(set().union(*(set(text) for text in texts)))
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    return core
+
+
+def _byte_pairs(texts: Iterable[str], vocab_size: int):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
+        raise BadData(
+            f"tokenizer.vocab_size is {vocab_size}; byte-level BPE needs at least {len(alphabet) + len(SPECIAL_TOKENS)}"
+        )
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return core
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a stage's or a model's folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadData(f"{folder} holds no tokenizer that can be loaded: {error}") from None
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -> list[np.ndarray]:
+    """int32 ids of each text. Raises BadData listing every character outside the vocabulary, unless `unknown: unk`."""
+    if not len(texts):
+        return []
+    table = _code_points(tokenizer)
+    if table is not None:
+        ids = [table[np.minimum(_points(text), len(table) - 1)] for text in texts]
+    else:
+        coded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = [np.asarray(i, np.int32) for i in coded]
+    if unknown == "error":
+        strange = [text for text, i in zip(texts, ids, strict=True) if (i == UNK).any()]
+        if strange:
+            outside = sorted(set("".join(strange)) - set(tokenizer.get_vocab()))
+            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in outside[:20])
+            raise BadData(
+                f"{len(outside)} characters are outside the vocabulary: {shown}; leave them out, train the tokenizer "
+                "on text that has them, or set tokenizer.unknown=unk"
+            )
+    return ids
+
+
+def _points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _code_points(tokenizer: Any) -> np.ndarray | None:
+    """Id of every code point for a character tokenizer, kept on it; None for others. The last entry is [UNK]."""
+    if hasattr(tokenizer, "_remask_code_points"):
+        return tokenizer._remask_code_points
+    words = {t: i for t, i in tokenizer.get_vocab().items() if i > UNK}
+    table = None
+    if type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel" and all(len(t) == 1 for t in words):
+        table = np.full(max((ord(t) for t in words), default=0) + 2, UNK, np.int32)
+        for token, i in words.items():
+            table[ord(token)] = i
+    tokenizer._remask_code_points = table
+    return table
+
+
+def decode_batch(tokenizer: Any, sequences: Iterable[Sequence[int] | np.ndarray]) -> list[str]:
+    """The exact text of each sequence of ids; special tokens are shown by their names."""
+    if _code_points(tokenizer) is not None:
+        names = {i: t for t, i in tokenizer.get_vocab().items()}
+        return ["".join(names[int(i)] for i in sequence) for sequence in sequences]
+    lists = [[int(i) for i in sequence] for sequence in sequences]
+    return tokenizer.batch_decode(lists, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def encode_with_masks(tokenizer: Any, text: str) -> np.ndarray:
+    """int32 ids of a text in which [MASK] stands for one token to be written."""
+    pieces = text.split("[MASK]")
+    coded = encode_batch(tokenizer, pieces)
+    mask = np.array([tokenizer.mask_token_id], np.int32)
+    joined = [part for piece in coded for part in (mask, piece)]
+    return np.concatenate(joined[1:])
