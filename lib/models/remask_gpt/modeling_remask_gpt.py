@@ -36,6 +36,7 @@ IGNORED = -100
 FEWEST_ROWS = 16
 ELEMENTS_IN_CACHE = 2**19  # size of the slices that CPU code works on: 1 MB in bfloat16
 MAX_SLICED_LENGTH = 1024  # beyond, one sequence's attention weights no longer fit the cache
+EMBEDDING_STD = 0.02
 HEAD_STD = 0.02  # small first weights: a new head starts close to "no opinion"
 
 
@@ -277,6 +278,17 @@ def eager_attention(
     return weights @ value, weights
 
 
+def make_linear(wide_in: int, wide_out: int, bias: bool, initial_std: float) -> nn.Linear:
+    """A linear layer with its own initial standard deviation.
+
+    The layer carries it because transformers initialises module by module, and passes over those of custom code
+    that hold no parameter themselves: a block could not correct its layers afterwards.
+    """
+    layer = nn.Linear(wide_in, wide_out, bias=bias)
+    layer.initial_std = initial_std  # pyright: ignore[reportArgumentType]
+    return layer
+
+
 class RemaskGptAttention(nn.Module):
     """Multi-head self-attention with rotary positions and normalised queries and keys (Henry et al. 2020)."""
 
@@ -288,7 +300,8 @@ class RemaskGptAttention(nn.Module):
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        # A block that adds nothing at first keeps the residual stream as it is at any depth (Zhang et al. 2019).
+        self.o_proj = make_linear(config.hidden_size, config.hidden_size, config.bias, initial_std=0.0)
 
     def forward(
         self,
@@ -329,7 +342,9 @@ class RemaskGptMLP(nn.Module):
         super().__init__()
         assert config.intermediate_size is not None
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        self.down_proj = make_linear(
+            config.intermediate_size, config.hidden_size, config.bias, initial_std=0.0
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(squared_relu(self.up_proj(hidden)))
@@ -387,22 +402,16 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
         """Fill the module's own parameters. There are no buffers in this model."""
         given = self.config.initializer_range
         if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=given or 0.02)
+            init.normal_(module.weight, std=given or EMBEDDING_STD)
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=given or module.in_features**-0.5)
+            own = getattr(module, "initial_std", None)
+            std = own if own is not None else given or module.in_features**-0.5
+            if std:
+                init.normal_(module.weight, std=std)
+            else:
+                init.zeros_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        # A block that adds nothing at first keeps the residual stream as it is at any depth (Zhang et al. 2019).
-        if isinstance(module, RemaskGptAttention):
-            init.zeros_(module.o_proj.weight)
-        elif isinstance(module, RemaskGptMLP):
-            init.zeros_(module.down_proj.weight)
-        elif isinstance(module, RemaskGptCritic):
-            init.normal_(module.score.weight, std=HEAD_STD)
-        elif isinstance(module, RemaskGptForTokenClassification | RemaskGptForSequenceClassification):
-            init.normal_(module.classifier.weight, std=HEAD_STD)
-        elif isinstance(module, RemaskGptForMaskedLM | RemaskGptForCausalLM):
-            init.normal_(module.lm_head.weight, std=given or 0.02)
 
     def _pick_mask(
         self, attention_mask: Tensor | None, batch: int, length: int, past: int, like: Tensor
@@ -699,7 +708,7 @@ class RemaskGptCritic(nn.Module):
         super().__init__()
         assert config.critic_layers is not None
         self.layers = nn.ModuleList([RemaskGptLayer(config, index) for index in range(config.critic_layers)])
-        self.score = nn.Linear(config.hidden_size, 1)
+        self.score = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
         self.eps = config.rms_norm_eps
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -721,7 +730,8 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
             raise ValueError('RemaskGptForMaskedLM needs attention="bidirectional", the config says "causal"')
         super().__init__(config)
         self.model = RemaskGptModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
+        std = config.initializer_range or EMBEDDING_STD
+        self.lm_head = make_linear(config.hidden_size, config.vocab_size, config.bias, initial_std=std)
         self.critic = RemaskGptCritic(config) if config.critic_layers is not None else None
         self.post_init()
 
@@ -820,7 +830,8 @@ class RemaskGptForCausalLM(_LanguageModelHead, GenerationMixin):
             raise ValueError('RemaskGptForCausalLM needs attention="causal", the config says "bidirectional"')
         super().__init__(config)
         self.model = RemaskGptModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
+        std = config.initializer_range or EMBEDDING_STD
+        self.lm_head = make_linear(config.hidden_size, config.vocab_size, config.bias, initial_std=std)
         self.post_init()
 
     @can_return_tuple
@@ -914,7 +925,7 @@ class RemaskGptForTokenClassification(RemaskGptPreTrainedModel):
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
         self.model = RemaskGptModel(config)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.classifier = make_linear(config.hidden_size, self.num_labels, bias=True, initial_std=HEAD_STD)
         self.post_init()
 
     @can_return_tuple
@@ -968,7 +979,7 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
         self.model = RemaskGptModel(config)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.classifier = make_linear(config.hidden_size, self.num_labels, bias=True, initial_std=HEAD_STD)
         self.post_init()
 
     @can_return_tuple
