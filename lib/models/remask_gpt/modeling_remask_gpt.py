@@ -32,8 +32,9 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_remask_gpt import RemaskGptConfig
 
 IGNORED = -100
-# Below this many rows a float32 product on the CPU takes another code path and gives other last bits.
-FEWEST_ROWS = 16
+FEWEST_ROWS = (
+    16  # rows, and outputs, of a product on the CPU below which its last bits depend on their number
+)
 ELEMENTS_IN_CACHE = 2**19  # size of the slices that CPU code works on: 1 MB in bfloat16
 MAX_SLICED_LENGTH = 1024  # beyond, one sequence's attention weights no longer fit the cache
 EMBEDDING_STD = 0.02
@@ -257,11 +258,20 @@ def sliced_attention(
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` on rows (N, D) whose bits do not depend on N: few rows are padded with zeros on the CPU."""
-    missing = FEWEST_ROWS - x.shape[0]
-    if _is_tracing() or x.device.type != "cpu" or missing <= 0:
+    """`F.linear` on rows (N, D) whose bits do not depend on N.
+
+    On the CPU few rows, or few outputs, take code that adds in an order chosen by N: both are padded with zeros.
+    """
+    if _is_tracing() or x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    return F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: x.shape[0]]
+    rows, outputs = x.shape[0], weight.shape[0]
+    if rows < FEWEST_ROWS:
+        x = F.pad(x, (0, 0, 0, FEWEST_ROWS - rows))
+    if outputs < FEWEST_ROWS:
+        weight = F.pad(weight, (0, 0, 0, FEWEST_ROWS - outputs))
+        product = F.linear(x, weight)[:rows, :outputs]
+        return product if bias is None else product + bias
+    return F.linear(x, weight, bias)[:rows]
 
 
 def eager_attention(
@@ -396,6 +406,11 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
     def __init__(self, config: RemaskGptConfig, *inputs, **kwargs):
         config.check()  # values may have been set after the config was made
         super().__init__(config, *inputs, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Yes: attention reads the config at every call. transformers would guess from words in this file."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

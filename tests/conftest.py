@@ -1,0 +1,28 @@
+"""One small run of all seven stages serves many tests."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from lib.artifacts import STAGES, RunArgs
+from lib.config import Config, load_config
+
+
+def run_stages(run_dir: Path, config: Config, names=STAGES, **flags) -> None:
+    """The main of each stage in order, in this process."""
+    for name in names:
+        importlib.import_module(name).main(config, RunArgs(run_dir=run_dir, quick_test=True, command=(name,), **flags))
+
+
+@pytest.fixture(scope="session")
+def quick_config() -> Config:
+    return load_config(quick_test=True)
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory, quick_config) -> Path:
+    """The run folder of a finished quick run. Tests read it and change nothing."""
+    run_dir = tmp_path_factory.mktemp("outputs") / "run_001"
+    run_stages(run_dir, quick_config)
+    return run_dir

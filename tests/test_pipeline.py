@@ -1,0 +1,209 @@
+"""All seven stages together: manifests, the chain of hashes, no-op reruns, refusals, equal bits on equal input."""
+
+import importlib
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lib import durable, schema
+from lib.artifacts import STAGES, RunArgs, inspect, load_manifest, validate_manifest
+from lib.config import load_config
+from lib.errors import BadConfig, BadData, MissingInput
+from tests.conftest import run_stages
+
+
+@pytest.fixture(scope="module")
+def manifests(quick_run) -> dict[str, dict]:
+    found = {name: load_manifest(quick_run / name) for name in STAGES}
+    assert all(found.values())
+    return {name: m for name, m in found.items() if m is not None}
+
+
+def test_every_stage_has_a_manifest_that_keeps_to_the_schema(manifests):
+    for name, manifest in manifests.items():
+        validate_manifest(manifest)
+        assert manifest["stage"] == name and manifest["quick_test"] is True
+
+
+def test_the_hashes_of_outputs_and_inputs_form_a_chain(quick_run, manifests):
+    for name, manifest in manifests.items():
+        for output in manifest["outputs"].values():
+            path = quick_run / name / output["path"]
+            actual = durable.sha256_folder(path) if path.is_dir() else durable.sha256_file(path)
+            assert actual == output["sha256"], path
+        for key, record in manifest["inputs"].items():
+            if "stage" in record:
+                source = manifests[record["stage"]]["outputs"][key.partition("/")[2]]
+                assert record["sha256"] == source["sha256"]
+
+
+def test_tables_keep_to_their_schemas(quick_run):
+    tables = {
+        "00_check_data/documents": schema.DOCUMENTS,
+        "00_check_data/problems": schema.PROBLEMS,
+        "01_prepare_dataset/examples": schema.EXAMPLES,
+        "01_prepare_dataset/dropped": schema.DROPPED,
+        "02_generate_candidates/candidates": schema.CANDIDATES,
+        "03_build_rewards/rewards": schema.REWARDS,
+        "06_sample/samples": schema.SAMPLES,
+        "06_sample/trace": schema.TRACE,
+    }
+    for path, table_schema in tables.items():
+        schema.conform(pq.read_table(quick_run / f"{path}.parquet"), table_schema)
+
+
+def test_a_second_run_does_nothing(quick_run, quick_config):
+    before = {p: p.stat().st_mtime_ns for p in quick_run.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    run_stages(quick_run, quick_config)
+    after = {p: p.stat().st_mtime_ns for p in quick_run.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    assert before == after
+
+
+@pytest.fixture(scope="module")
+def copied(quick_run, tmp_path_factory):
+    """A copy of the run that a test may spoil."""
+
+    def make():
+        target = tmp_path_factory.mktemp("copy") / "run_001"
+        shutil.copytree(quick_run, target)
+        return target
+
+    return make
+
+
+def test_another_setting_is_refused_and_named(copied, quick_config):
+    run_dir = copied()
+    changed = load_config(quick_test=True, overrides=["rewards.curve=[[0, 1], [1, 0.5]]"])
+    with pytest.raises(BadConfig, match=r"rewards\.curve"):
+        run_stages(run_dir, changed, ["03_build_rewards"])
+    with pytest.raises(BadConfig, match=r"03_build_rewards in .* was made with another config"):
+        run_stages(run_dir, changed, ["04_train"])
+
+
+def test_what_was_changed_upstream_is_noticed_downstream(copied, quick_config):
+    run_dir = copied()
+    other = load_config(quick_test=True, overrides=["seed=7"])
+    run_stages(run_dir, other, STAGES[:2], overwrite=True)
+    with pytest.raises(BadConfig, match="02_generate_candidates in .* was made with"):
+        run_stages(run_dir, other, STAGES[2:3])
+
+
+def test_a_damaged_table_is_named(copied, quick_config):
+    run_dir = copied()
+    file = run_dir / "02_generate_candidates" / "candidates.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BadData, match=r"candidates\.parquet is damaged"):
+        run_stages(run_dir, quick_config, ["03_build_rewards"], overwrite=True)
+
+
+def test_a_missing_stage_is_named_with_its_command(tmp_path, quick_config):
+    with pytest.raises(MissingInput, match=r"python 01_prepare_dataset\.py"):
+        run_stages(tmp_path / "run_001", quick_config, ["02_generate_candidates"])
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(quick_run, tmp_path, quick_config, manifests):
+    """Every output of stages 00 to 05 again, and the samples."""
+    run_stages(tmp_path / "run_001", quick_config)
+    for name in STAGES:
+        again = load_manifest(tmp_path / "run_001" / name)
+        assert again is not None
+        for output, record in manifests[name]["outputs"].items():
+            if output in ("report", "metrics"):
+                continue  # they show seconds
+            assert again["outputs"][output]["sha256"] == record["sha256"], f"{name}/{output}"
+
+
+def test_killed_between_models_stage_04_goes_on_and_ends_with_the_same_bits(copied, quick_config, manifests, monkeypatch):
+    run_dir = copied()
+    shutil.rmtree(run_dir / "04_train")
+    from lib.training import named
+
+    real, calls = named.train, []
+
+    class Killed(BaseException):
+        pass
+
+    def train(*args, **kwargs):
+        calls.append(kwargs["label"])
+        if len(calls) == 3:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(named, "train", train)
+    with pytest.raises(Killed):
+        run_stages(run_dir, quick_config, ["04_train"])
+    assert load_manifest(run_dir / "04_train") is None
+    run_stages(run_dir, quick_config, ["04_train"])
+    assert calls[:3] == calls[0:2] + calls[3:4]  # two models were kept, the third trained again
+    again = load_manifest(run_dir / "04_train")
+    assert again is not None
+    assert again["outputs"] == manifests["04_train"]["outputs"]
+
+
+def test_mode_trains_only_its_models(copied, quick_config):
+    run_dir = copied()
+    shutil.rmtree(run_dir / "04_train")
+    stage = importlib.import_module("04_train")
+    stage.main(quick_config, RunArgs(run_dir=run_dir, only_mode="language_model"))
+    trained = {p.name for p in (run_dir / "04_train").iterdir() if p.is_dir()}
+    assert trained == {"generator", "reference_lm", "ar_baseline"}
+    assert load_manifest(run_dir / "04_train") is None
+
+
+def test_no_text_is_in_two_splits(quick_run):
+    rows = pq.read_table(quick_run / "01_prepare_dataset" / "examples.parquet").to_pylist()
+    splits: dict[str, set] = {}
+    for r in rows:
+        splits.setdefault(r["group"], set()).add(r["split"])
+        if len(r["target"]) >= 40:
+            splits.setdefault("text " + r["target"], set()).add(r["split"])
+    assert all(len(s) == 1 for s in splits.values())
+    assert {r["split"] for r in rows} == {"train", "held_out", "reference"}
+
+
+def test_generator_accuracy_is_counted_from_the_candidates(quick_run, manifests):
+    rows = pq.read_table(quick_run / "02_generate_candidates" / "candidates.parquet").to_pylist()
+    truth = {r["example_id"]: np.array(r["token_ids"]) for r in rows if r["kind"] == "original"}
+    right = total = 0
+    for r in rows:
+        if r["split"] == "train":
+            predicted = np.array(r["token_labels"]) == 2
+            right += (np.array(r["token_ids"])[predicted] == truth[r["example_id"]][predicted]).sum()
+            total += predicted.sum()
+    stats = manifests["02_generate_candidates"]["stats"]
+    assert stats["generator_accuracy"]["train"] == pytest.approx(right / total)
+    assert sum(stats["synthetic_fraction_histogram"]) == stats["rewritten"]
+
+
+def test_samples_are_whole_and_counted(quick_run, quick_config):
+    rows = pq.read_table(quick_run / "06_sample" / "samples.parquet").to_pylist()
+    assert len(rows) == len(quick_config.sampler.policies) * quick_config.sampler.num_samples
+    assert all(min(r["token_ids"]) > 3 for r in rows)
+    policies = json.loads((quick_run / "06_sample" / "metrics.json").read_text())["policies"]
+    for row in policies:
+        if row["nfe"]:
+            assert row["passes"] <= row["nfe"]
+    assert {r["policy"] for r in policies} >= {*quick_config.sampler.policies, "autoregressive", "real text"}
+
+
+@pytest.mark.parametrize("given", ["prompt", "infill"])
+def test_given_text_comes_back_unchanged(copied, given):
+    run_dir = copied()
+    text = "The value of the " + ("[MASK]" * 9 if given == "infill" else "")
+    config = load_config(quick_test=True, overrides=[f"sampler.{given}={json.dumps(text)}", "sampler.num_samples=2"])
+    run_stages(run_dir, config, ["06_sample"], overwrite=True)
+    for r in pq.read_table(run_dir / "06_sample" / "samples.parquet").to_pylist():
+        assert r["text"].startswith("The value of the ")
+        assert r["given"][:17] == [True] * 17 and not any(r["given"][17:])
+
+
+def test_inspect_prints_a_line_per_stage(quick_run):
+    lines = inspect(quick_run).splitlines()
+    assert [line.split()[0] for line in lines] == list(STAGES)
+    assert all(" s " in line for line in lines)
