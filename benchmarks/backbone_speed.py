@@ -11,6 +11,7 @@ The best of several short runs counts: other work on the machine only makes a ru
 
 import argparse
 import contextlib
+import ctypes
 import sys
 import time
 from pathlib import Path
@@ -23,17 +24,19 @@ from lib.models.remask_gpt import RemaskGptConfig, RemaskGptForCausalLM, RemaskG
 PRECISIONS = ("fp32", "autocast", "bf16")
 
 
+@torch.no_grad()
+def copy_all(sources, targets) -> None:
+    """Copy tensors one to one, casting to the targets' type."""
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
 def make_step(causal: bool, precision: str, batch: int, vocab: int):
     """A function that runs one forward and backward pass, and the number of tokens it reads."""
     torch.manual_seed(0)
     if causal:
-        shape = {
-            "num_hidden_layers": 4,
-            "hidden_size": 128,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-        }
-        model = RemaskGptForCausalLM(RemaskGptConfig(vocab_size=vocab, attention="causal", **shape))
+        config = RemaskGptConfig(vocab, 128, 4, 4, max_position_embeddings=64, attention="causal")
+        model = RemaskGptForCausalLM(config)
     else:
         model = RemaskGptForMaskedLM(RemaskGptConfig(vocab_size=vocab))
     length = model.config.max_position_embeddings
@@ -41,8 +44,7 @@ def make_step(causal: bool, precision: str, batch: int, vocab: int):
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.02)
     masters = [weight.detach().clone() for weight in model.parameters()]
-    for weight in masters:
-        weight.grad = torch.zeros_like(weight)
+    gradients = [torch.zeros_like(weight) for weight in masters]
     if precision == "bf16":
         model.bfloat16()
     weights = list(model.parameters())
@@ -52,18 +54,24 @@ def make_step(causal: bool, precision: str, batch: int, vocab: int):
 
     def step() -> float:
         if precision == "bf16":
-            with torch.no_grad():
-                torch._foreach_copy_(weights, masters)
+            copy_all(masters, weights)
         with mixed:
             loss = model(input_ids=ids, labels=labels, logits_at=None if causal else "labels").loss
         loss.backward()
         if precision == "bf16":
-            with torch.no_grad():
-                torch._foreach_copy_([m.grad for m in masters], [w.grad for w in weights])
+            copy_all([weight.grad for weight in weights], gradients)
         model.zero_grad(set_to_none=True)
         return loss.item()
 
     return step, batch * length
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: else each step asks the kernel for tens of thousands of fresh pages."""
+    trim_threshold, mmap_threshold, largest_mmap_threshold = -1, -3, 32 << 20
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, largest_mmap_threshold)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def best_seconds(step, seconds: float, runs: int) -> float:
@@ -90,8 +98,13 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=70)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--keep_memory", action="store_true", help="never hand freed memory back to the system"
+    )
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
+    if args.keep_memory:
+        keep_freed_memory()
     for precision in args.precision or PRECISIONS:
         step, tokens = make_step(args.causal, precision, args.batch, args.vocab)
         best = best_seconds(step, args.seconds, args.runs)

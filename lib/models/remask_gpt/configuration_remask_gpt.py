@@ -159,7 +159,7 @@ class RemaskGptConfig(PreTrainedConfig):
             )
             for key in ("pad", "mask", "cls", "unk"):
                 value = getattr(self, f"{key}_token_id")
-                inside = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
+                inside = value is None or (_is_int(value) and _is_number(value, 0, self.vocab_size))
                 need(
                     inside,
                     f"{key}_token_id must be None or an id below vocab_size {self.vocab_size}, got {value!r}",

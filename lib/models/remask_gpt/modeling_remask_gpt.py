@@ -195,7 +195,9 @@ class _SlicedAttention(torch.autograd.Function):
             # A rotation keeps the norm, so the scale may come last.
             _rotate_into(done, raw, _of_rows(cos, rows), _of_rows(sin, rows)).mul_(part_scale)
             query, key, value = _flat(done[0]), _flat(done[1]), _flat(parts[2, rows])
-            weights = _attention_weights(query, key, _of_rows(bias, rows), num_heads)
+            weights = _attention_weights(
+                query, key, None if bias is None else _of_rows(bias, rows), num_heads
+            )
             mixed = torch.bmm(weights, value).view(-1, num_heads, length, value.shape[-1])
             out[rows].transpose(1, 2).copy_(mixed)
         ctx.save_for_backward(qkv, query_key, scale, cos, sin, bias)
@@ -213,10 +215,12 @@ class _SlicedAttention(torch.autograd.Function):
         for rows in _slices(batch, num_heads * length * length):
             shape = (-1, num_heads, length, head_dim)
             query, key, value, grad = (_flat(x[rows]) for x in (*query_key, values, grad_out))
-            weights = _attention_weights(query, key, _of_rows(bias, rows), num_heads)
+            weights = _attention_weights(
+                query, key, None if bias is None else _of_rows(bias, rows), num_heads
+            )
             slots[2, rows].copy_(torch.bmm(weights.transpose(1, 2), grad).view(shape))
             grad_weights = torch.bmm(grad, value.transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             pair = (torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query))
             back = (_of_rows(cos, rows), -_of_rows(sin, rows))
             for index, grad_rotated in enumerate(pair):
@@ -226,9 +230,9 @@ class _SlicedAttention(torch.autograd.Function):
         return grad_qkv, None, None, None, None, None
 
 
-def _of_rows(x, rows: slice):
-    """The rows of a tensor that has one per sequence; a tensor shared by all, or None, as it is."""
-    return x if x is None or x.shape[0] == 1 else x[rows]
+def _of_rows(x: Tensor, rows: slice) -> Tensor:
+    """The rows of a tensor that has one per sequence; a tensor shared by all as it is."""
+    return x if x.shape[0] == 1 else x[rows]
 
 
 def _flat(x: Tensor) -> Tensor:
