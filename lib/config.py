@@ -44,6 +44,7 @@ class DataConfig(Section):
     text_key: str
     id_key: str | None
     min_document_characters: Positive
+    whitespace: Literal["keep", "squeeze"]
     passages: Literal["fixed", "paragraph"]
     passage_characters: Positive
     deduplicate: Literal["none", "document", "paragraph"]
@@ -329,12 +330,12 @@ def _read(file: Path) -> tuple[dict, dict]:
 
 
 def _merge(into: dict, other: dict) -> None:
-    """Deep merge. A masking block of another type replaces the old one: their keys do not mix."""
+    """Deep merge; `data.fractions`, and a masking block of another type, replace the old one as a whole."""
     for name, value in other.items():
         old = into.get(name)
         if isinstance(old, dict) and isinstance(value, dict):
-            if "type" in value and value["type"] != old.get("type"):
-                into[name] = value
+            if name == "fractions" or ("type" in value and value["type"] != old.get("type")):
+                into[name] = _copy(value)
             else:
                 _merge(old, value)
         else:

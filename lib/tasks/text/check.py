@@ -10,6 +10,7 @@ from lib.tasks.text.raw import RawText, read
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SPACE = re.compile(r"\s+")
+_SQUEEZED = ((re.compile(r"[ \t]+"), " "), (re.compile(r" ?\n ?"), "\n"), (re.compile(r"\n{3,}"), "\n\n"))
 
 
 def check(config: Config) -> Iterator[Document | Problem]:
@@ -26,6 +27,8 @@ def check(config: Config) -> Iterator[Document | Problem]:
         yield from problems
         if text is None:
             continue
+        if config.data.whitespace == "squeeze":
+            text = squeeze(text)
         reason = _unfit(text, config, seen, raw)
         if reason is not None:
             yield reason
@@ -86,6 +89,13 @@ def _text_of(raw: RawText) -> tuple[str | None, list[Problem]]:
         )
         data = _CONTROL.sub("", data)
     return data, problems
+
+
+def squeeze(text: str) -> str:
+    """No indentation, one space between words, at most one blank line."""
+    for pattern, replacement in _SQUEEZED:
+        text = pattern.sub(replacement, text)
+    return text.strip()
 
 
 def _unfit(text: str, config: Config, seen: dict[bytes, str], raw: RawText) -> Problem | None:
