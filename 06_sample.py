@@ -164,6 +164,7 @@ class Bench:
         import numpy as np
 
         from lib.diffusion.autoregressive import sample_autoregressively
+        from lib.randomness import permutation
         from lib.report.quality import describe
 
         rows = []
@@ -187,8 +188,10 @@ class Bench:
                 measured.size,
             )
             rows.append(row | measured.means())
-        real, valid = self.real.batch(np.arange(self.real.count), np.zeros(self.real.count))
-        real = real[valid.all(1)][: 4 * len(ids), : ids.shape[1]]
+        # As many texts as samples: the entropy of n-grams grows with their number
+        some = permutation(self.config.seed, "real text", 0, self.real.count)
+        real, valid = self.real.batch(some, np.zeros(len(some)))
+        real = real[valid.all(1)][: len(ids), : ids.shape[1]]
         if len(real):
             measured = self.measure(real, np.ones_like(real, bool))
             row = describe("real text", 0, 0, 0.0, measured.texts, self.words, measured.nll, measured.size)

@@ -12,7 +12,9 @@ from lib.config import Config, load_config
 def run_stages(run_dir: Path, config: Config, names=STAGES, **flags) -> None:
     """The main of each stage in order, in this process."""
     for name in names:
-        importlib.import_module(name).main(config, RunArgs(run_dir=run_dir, quick_test=True, command=(name,), **flags))
+        importlib.import_module(name).main(
+            config, RunArgs(run_dir=run_dir, quick_test=True, command=(name,), **flags)
+        )
 
 
 @pytest.fixture(scope="session")

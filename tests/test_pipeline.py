@@ -56,7 +56,9 @@ def test_tables_keep_to_their_schemas(quick_run):
 
 
 def test_a_second_run_does_nothing(quick_run, quick_config):
-    before = {p: p.stat().st_mtime_ns for p in quick_run.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    before = {
+        p: p.stat().st_mtime_ns for p in quick_run.rglob("*") if p.is_file() and ".locks" not in p.parts
+    }
     run_stages(quick_run, quick_config)
     after = {p: p.stat().st_mtime_ns for p in quick_run.rglob("*") if p.is_file() and ".locks" not in p.parts}
     assert before == after
@@ -107,7 +109,9 @@ def test_a_missing_stage_is_named_with_its_command(tmp_path, quick_config):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits_and_another_one_others(quick_run, tmp_path, quick_config, manifests):
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(
+    quick_run, tmp_path, quick_config, manifests
+):
     """Every output of stages 00 to 05 again, and the samples."""
     run_stages(tmp_path / "run_001", quick_config)
     for name in STAGES:
@@ -119,7 +123,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(quick_run, tmp
             assert again["outputs"][output]["sha256"] == record["sha256"], f"{name}/{output}"
 
 
-def test_killed_between_models_stage_04_goes_on_and_ends_with_the_same_bits(copied, quick_config, manifests, monkeypatch):
+def test_killed_between_models_stage_04_goes_on_and_ends_with_the_same_bits(
+    copied, quick_config, manifests, monkeypatch
+):
     run_dir = copied()
     shutil.rmtree(run_dir / "04_train")
     from lib.training import named
@@ -196,7 +202,9 @@ def test_samples_are_whole_and_counted(quick_run, quick_config):
 def test_given_text_comes_back_unchanged(copied, given):
     run_dir = copied()
     text = "The value of the " + ("[MASK]" * 9 if given == "infill" else "")
-    config = load_config(quick_test=True, overrides=[f"sampler.{given}={json.dumps(text)}", "sampler.num_samples=2"])
+    config = load_config(
+        quick_test=True, overrides=[f"sampler.{given}={json.dumps(text)}", "sampler.num_samples=2"]
+    )
     run_stages(run_dir, config, ["06_sample"], overwrite=True)
     for r in pq.read_table(run_dir / "06_sample" / "samples.parquet").to_pylist():
         assert r["text"].startswith("The value of the ")

@@ -1,0 +1,174 @@
+"""The report of a run: one HTML file that needs no network, reads on paper and in the dark."""
+
+from html import escape
+from pathlib import Path
+
+from lib.report import plots
+from lib.report.data import ReportData
+from lib.report.trace import heat_map, trace_section
+
+STYLE = Path(__file__).with_name("report.css")
+SCRIPT = Path(__file__).with_name("report.js")
+SAMPLES_SHOWN = 3
+
+
+def build_report(data: ReportData) -> str:
+    """The whole page. All text of the run is escaped: it may hold anything."""
+    sections = [
+        _header(data),
+        _section("Models", "Each trained model beside what doing nothing clever gives. The 95 % interval must lie on the good side.", _results(data.results)),
+        _section("Sampling", "Every policy wrote the same numbered samples with about as many forward passes. A low NLL counts only beside an entropy like real text's: dull text is likely too.", _policies(data.policies)),
+        _section("Samples", "The same sample numbers under each policy; given text is underlined.", _samples(data)),
+        _section("How a sample came about", "A row is a round, a column a token. Step through the rounds to see what was written and taken back.", trace_section(data)),
+        _section("What the critic suspects", "The redder a token, the likelier the critic holds it for an error; hover for the number.", heat_map(data, SAMPLES_SHOWN)),
+        _section("The critic against the generator's own confidence", "AUROC: chance that a wrong token is more suspected than a right one. ECE: how far stated chances are from what happened.", _critic(data)),
+        _section("Learning", "Training loss and the held-out number that chose the best model.", _curves(data)),
+        _section("Synthetic text", "How much of each rewritten candidate a masked LM wrote.", _synthetic(data)),
+        _section("Stages", "What ran, how long, and with which settings.", _stages(data)),
+    ]  # fmt: skip
+    style, script = STYLE.read_text(encoding="utf-8"), SCRIPT.read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Remask: {escape(data.run)}</title><style>{style}</style></head><body><main>\n"
+        + "\n".join(sections)
+        + f"\n</main><script>{script}</script></body></html>\n"
+    )
+
+
+def _section(title: str, hint: str, body: str) -> str:
+    return f'<section><h2>{escape(title)}</h2><p class="hint">{escape(hint)}</p>{body}</section>'
+
+
+def _header(data: ReportData) -> str:
+    seconds = sum(m["seconds"] for m in data.manifests.values())
+    memory = max((m["environment"]["peak_memory_mb"] for m in data.manifests.values()), default=0)
+    machine = next(iter(reversed(data.manifests.values())), {}).get("environment", {})
+    facts = f"{seconds / 60:.1f} minutes before this stage, at most {memory:,.0f} MB; torch {machine.get('torch', '?')}, {machine.get('device', '?')}, {machine.get('precision', '?')}, {machine.get('threads', '?')} threads"
+    return f'<header><h1>{escape(data.run)}</h1><p>{escape(data.settings)}</p><p class="hint">{escape(facts)}</p></header>'
+
+
+def _table(head: list[str], rows: list[list[str]], classes: list[str] | None = None) -> str:
+    """Cells are HTML already. Numbers are set to the right by their look."""
+    cells = "".join(f"<th>{escape(h)}</th>" for h in head)
+    body = ""
+    for i, row in enumerate(rows):
+        name = f' class="{classes[i]}"' if classes and classes[i] else ""
+        body += f"<tr{name}>" + "".join(f'<td class="{_kind(c)}">{c}</td>' for c in row) + "</tr>"
+    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _kind(cell: str) -> str:
+    return "number" if cell[:1].isdigit() or cell[:1] in "-+–" else "text"
+
+
+def _interval(value: dict | None, percent: bool = False) -> list[str]:
+    if value is None:
+        return ["–", ""]
+    f = (lambda v: f"{v:.1%}") if percent else (lambda v: f"{v:.3f}")
+    return [f(value["value"]), f'<span class="interval">{f(value["low"])} – {f(value["high"])}</span>']
+
+
+def _results(rows: list[dict]) -> str:
+    if not rows:
+        return "<p>No model was judged.</p>"
+    lines = [
+        [escape(r["model"]), escape(r["metric"]), *_interval(r), escape(r["baseline"]), f"{r['baseline_value']:.3f}",
+         "better" if r["beats_baseline"] else "<b>not better</b>"]
+        for r in rows
+    ]  # fmt: skip
+    return _table(["model", "metric", "value", "95 % interval", "baseline", "its value", "verdict"], lines)
+
+
+def _policies(rows: list[dict]) -> str:
+    if not rows:
+        return "<p>Nothing was sampled.</p>"
+    lines, classes = [], []
+    for r in rows:
+        judged = "–" if r["judge_score"] is None else f"{r['judge_score']:.3f}"
+        lines.append(
+            [escape(r["policy"]), str(r["passes"] or "–"), f"{r['seconds']:.1f}" if r["seconds"] else "–",
+             *_interval(r["reference_nll"]), f"{r['character_entropy']:.3f}", f"{r['fourgram_entropy']:.3f}",
+             *_interval(r["valid_words"], percent=True), judged]
+        )  # fmt: skip
+        classes.append("" if r["passes"] else "reference")
+    head = ["policy", "passes (NFE)", "seconds", "NLL, nats/char", "95 % interval", "character entropy", "4-gram entropy", "valid words", "95 % interval", "judge"]  # fmt: skip
+    picture = plots.policies(rows) if any(r["reference_nll"] for r in rows) else ""
+    missing = (
+        "" if picture else "<p>No model was trained on the reference split, so no likelihood is shown.</p>"
+    )
+    return _table(head, lines, classes) + picture + missing
+
+
+def _samples(data: ReportData) -> str:
+    rows = data.samples.to_pylist()
+    if not rows:
+        return "<p>Nothing was sampled.</p>"
+    highest = max(r["nfe"] for r in rows)
+    columns = ""
+    for policy in dict.fromkeys(r["policy"] for r in rows):
+        these = [r for r in rows if r["policy"] == policy and r["nfe"] == highest][:SAMPLES_SHOWN]
+        texts = "".join(f"<pre>{_given(r, data)}</pre>" for r in these)
+        columns += f'<div class="card"><h3>{escape(policy)}</h3>{texts}</div>'
+    return f'<div class="cards">{columns}</div>'
+
+
+def _given(row: dict, data: ReportData) -> str:
+    """The text, what was given underlined."""
+    if not any(row["given"]):
+        return escape(row["text"])
+    parts = [(escape(data.token_text(t)), g) for t, g in zip(row["token_ids"], row["given"], strict=True)]
+    return "".join(f"<u>{text}</u>" if given else text for text, given in parts)
+
+
+def _critic(data: ReportData) -> str:
+    stats = data.manifests.get("05_train_critic", {}).get("stats", {})
+    if "detection" not in stats:
+        return "<p>No critic was trained.</p>"
+    lines = [
+        [escape(name), *_interval(d["auroc"]), f"{d['average_precision']:.3f}", f"{d['ece']:.3f}"]
+        for name, d in stats["detection"].items()
+    ]
+    table = _table(["score", "AUROC", "95 % interval", "average precision", "ECE"], lines)
+    ece = stats["detection"]["critic_calibrated"]["ece"]
+    return table + plots.reliability(stats["reliability"], ece)
+
+
+def _curves(data: ReportData) -> str:
+    baselines = {
+        r["model"]: r["baseline_value"] for r in reversed(data.results) if "AUROC" not in r["metric"]
+    }
+    return (
+        plots.loss_curves(data.curves, baselines)
+        if any(data.curves.values())
+        else "<p>No model was trained.</p>"
+    )
+
+
+def _synthetic(data: ReportData) -> str:
+    stats = data.manifests.get("02_generate_candidates", {}).get("stats", {})
+    counts = stats.get("synthetic_fraction_histogram")
+    if not counts or not sum(counts):
+        return "<p>No candidate was rewritten.</p>"
+    accuracy = ", ".join(f"{s} {v:.1%}" for s, v in stats["generator_accuracy"].items())
+    text = f"<p>{stats['rewritten']:,} rewritten candidates, {stats['unchanged']} came out as the original. Predicted tokens equal to the original's: {escape(accuracy) or 'not compared'}.</p>"
+    return text + plots.histogram(counts, "synthetic fraction")
+
+
+def _stages(data: ReportData) -> str:
+    lines = []
+    for name, m in data.manifests.items():
+        rows = ", ".join(f"{k} {o['rows']:,}" for k, o in m["outputs"].items() if "rows" in o)
+        memory = m["environment"]["peak_memory_mb"]
+        lines.append([escape(name), f"{m['seconds']:.1f}", f"{memory:,.0f}", escape(rows)])
+    return _table(["stage", "seconds", "peak MB", "rows"], lines) + _settings(data)
+
+
+def _settings(data: ReportData) -> str:
+    import yaml
+
+    merged: dict = {}
+    for m in data.manifests.values():
+        merged |= m["config"]
+    text = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+    return f"<details><summary>Settings</summary><pre>{escape(text)}</pre></details>"

@@ -1,0 +1,104 @@
+"""Figures of the report as inline SVG: colours that colour-blind eyes tell apart, shapes that survive grey print."""
+
+import io
+import math
+from typing import Any
+
+# Okabe and Ito's palette, with a line style and a marker each, so that no colour carries a meaning alone.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
+MARKERS = ("o", "s", "^", "D", "v", "P", "*")
+SELECTION = ("nelbo", "nll", "cross_entropy", "mse", "critic_loss")
+
+
+def _figure(width: float, height: float):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "remask", "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})  # fmt: skip
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    """The figure's <svg> element; the same figure always gives the same bytes."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> str:
+    """A panel per model: training loss and the held-out number that selects the best model."""
+    shown = {name: lines for name, lines in curves.items() if lines}
+    columns = min(4, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = _figure(2.7 * columns, 2.1 * rows)
+    for axes, (name, lines) in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, shown.items(), strict=False
+    ):
+        steps = [line["step"] for line in lines]
+        metric = next(m for m in SELECTION if m in lines[0]["held_out"])
+        axes.plot(steps, [line["train"]["loss"] for line in lines], color=PALETTE[0], label="train loss")
+        held_out = [line["held_out"][metric] for line in lines]
+        axes.plot(
+            steps,
+            held_out,
+            color=PALETTE[1],
+            linestyle="--",
+            marker="o",
+            markersize=3,
+            label=f"held-out {metric}",
+        )
+        if name in baselines:
+            axes.axhline(baselines[name], color="#777777", linestyle=":", linewidth=1, label="baseline")
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.legend(fontsize=6.5, frameon=False)
+    for axes in figure.axes[len(shown) :]:
+        axes.set_visible(False)
+    return _svg(figure)
+
+
+def reliability(points: list[list[float]], ece: float) -> str:
+    """Said against happened: an honest critic lies on the diagonal."""
+    figure = _figure(3.4, 3.2)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#777777", linestyle=":", linewidth=1)
+    axes.plot(*zip(*points, strict=True), color=PALETTE[0], marker="o", markersize=4)
+    axes.set(xlabel="calibrated chance of error", ylabel="share that were errors", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"calibration error {ece:.3f}", fontsize=9, loc="left")
+    return _svg(figure)
+
+
+def policies(rows: list[dict]) -> str:
+    """Likelihood under the reference model against diversity: up and left is worse than down and right."""
+    figure = _figure(6.2, 3.8)
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    for row in rows:
+        nll = row["reference_nll"]
+        if nll is None:
+            continue
+        i = names.index(row["policy"])
+        color = PALETTE[i % len(PALETTE)]
+        error = [[nll["value"] - nll["low"]], [nll["high"] - nll["value"]]]
+        axes.errorbar(row["fourgram_entropy"], nll["value"], yerr=error, color=color, marker=MARKERS[i % len(MARKERS)], markersize=6, capsize=2, linewidth=1)  # fmt: skip
+        label = row["policy"] + (f", {row['passes']}" if row["passes"] else "")
+        axes.annotate(label, (row["fourgram_entropy"], nll["value"]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)  # fmt: skip
+    axes.set(
+        xlabel="4-gram entropy, nats (more is more varied)",
+        ylabel="NLL under the reference model, nats per character",
+    )
+    axes.margins(0.15)
+    return _svg(figure)
+
+
+def histogram(counts: list[int], label: str) -> str:
+    """Counts over [0, 1] in equal bins."""
+    figure = _figure(3.4, 2.4)
+    axes = figure.subplots()
+    width = 1 / len(counts)
+    axes.bar([(i + 0.5) * width for i in range(len(counts))], counts, width=0.9 * width, color=PALETTE[0])
+    axes.set(xlabel=label, ylabel="candidates", xlim=(0, 1))
+    return _svg(figure)
