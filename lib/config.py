@@ -311,7 +311,7 @@ def load_config(
         _merge(merged, tree)
         where.update(locations)
     for block, locations in quick_blocks if quick_test else []:
-        _merge(merged, block)
+        _merge(merged, _without_dropped_models(block, merged))
         where.update(locations)
     for text in overrides:
         _apply_override(merged, where, text)
@@ -340,6 +340,15 @@ def _merge(into: dict, other: dict) -> None:
                 _merge(old, value)
         else:
             into[name] = _copy(value)
+
+
+def _without_dropped_models(block: dict, merged: dict) -> dict:
+    """A quick_test block without what it says of models that a config has set to null."""
+    models = block.get("models")
+    if not isinstance(models, dict):
+        return block
+    gone = {name for name, spec in merged.get("models", {}).items() if spec is None}
+    return block | {"models": {name: spec for name, spec in models.items() if name not in gone}}
 
 
 def _copy(value):

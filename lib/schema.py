@@ -156,16 +156,16 @@ def conform(table: pa.Table, schema: TableSchema) -> pa.Table:
             for c in table.column_names
             if c.startswith(schema.open_prefix)
         ]
-    try:
-        table = table.select([f.name for f in fields]).cast(pa.schema(fields))
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError) as error:
-        raise BadData(f"table {schema.name}: a column has the wrong type: {error}") from None
     for f in fields:
         if not f.nullable and table[f.name].null_count:
             row = table[f.name].is_null().to_pylist().index(True)
             raise BadData(
                 f"table {schema.name}, column {f.name}: empty in row {row}; every row needs a value"
             )
+    try:
+        table = table.select([f.name for f in fields]).cast(pa.schema(fields))
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError) as error:
+        raise BadData(f"table {schema.name}: a column has the wrong type: {error}") from None
     _check_ranges(table, schema)
     _check_keys(table, schema)
     return table

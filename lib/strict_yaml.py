@@ -27,6 +27,9 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML's own protocol
 
 
+_POINT = r"(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_EXPONENT = r"[0-9][0-9_]*[eE][-+]?[0-9]+"
+
 for _tag, _pattern, _first in (
     ("bool", r"true|false", "tf"),
     ("null", r"~|null|", "~n\0"),
@@ -44,8 +47,9 @@ for _tag, _pattern, _first in (
 
 def parse_yaml(text: str, file: str) -> tuple[dict, dict[tuple, Location]]:
     """The mapping in `text` and the Location of every key path in it. Raises BadConfig."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         locations: dict[tuple, Location] = {}
         if node is None:
@@ -61,7 +65,8 @@ def parse_yaml(text: str, file: str) -> tuple[dict, dict[tuple, Location]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadConfig(f"{file}: not valid YAML: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def parse_scalar(text: str, source: str):

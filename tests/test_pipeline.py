@@ -89,7 +89,7 @@ def test_what_was_changed_upstream_is_noticed_downstream(copied, quick_config):
     run_dir = copied()
     other = load_config(quick_test=True, overrides=["seed=7"])
     run_stages(run_dir, other, STAGES[:2], overwrite=True)
-    with pytest.raises(BadConfig, match="02_generate_candidates in .* was made with"):
+    with pytest.raises(BadConfig, match=r"02_generate_candidates in .* was made with"):
         run_stages(run_dir, other, STAGES[2:3])
 
 

@@ -1,0 +1,193 @@
+"""Stages: whole or not there, locked, hashed; runs are found by the documented rules."""
+
+import fcntl
+import json
+import os
+
+import pyarrow as pa
+import pytest
+
+from lib import durable, schema
+from lib.artifacts import RunArgs, Stage, existing_runs, load_manifest
+from lib.config import load_config
+from lib.errors import BadConfig, BadData, Busy, CannotCreate, MissingInput, UsageError
+
+CONFIG = load_config(quick_test=True)
+
+
+def rewards(count: int = 3) -> pa.Table:
+    return pa.table(
+        {"example_id": [f"e{i}" for i in range(count)], "candidate_id": pa.array([0] * count, pa.int32()),
+         "reward": [0.5] * count, "rank": pa.array([1] * count, pa.int32()), "best": [True] * count, "tied": [False] * count}
+    )  # fmt: skip
+
+
+def stage(tmp_path, name="00_check_data", config=CONFIG, uses=("seed",), reads=(), **flags) -> Stage:
+    return Stage(f"{name}.py", config, RunArgs(run_dir=tmp_path / "run", **flags), uses=uses, reads=reads)
+
+
+def finish(tmp_path, **kwargs) -> dict:
+    with stage(tmp_path, **kwargs) as s:
+        s.write("rewards", rewards(), schema.REWARDS)
+    manifest = load_manifest(s.folder)
+    assert manifest is not None
+    return manifest
+
+
+def test_the_manifest_comes_last_and_an_error_leaves_none(tmp_path):
+    with pytest.raises(RuntimeError), stage(tmp_path) as s:
+        s.write("rewards", rewards(), schema.REWARDS)
+        raise RuntimeError
+    assert (s.folder / "rewards.parquet").exists() and load_manifest(s.folder) is None
+    manifest = finish(tmp_path)
+    assert manifest["outputs"]["rewards"]["sha256"] == durable.sha256_file(s.folder / "rewards.parquet")
+    assert not (s.folder / "unfinished.json").exists() and not list(s.folder.glob("*.tmp"))
+
+
+def test_a_finished_stage_is_a_no_op_and_a_changed_one_is_refused(tmp_path):
+    finish(tmp_path)
+    with stage(tmp_path) as s:
+        assert s.finished
+    other = load_config(quick_test=True, overrides=["seed=5"])
+    with pytest.raises(BadConfig, match=r"seed: 1337 -> 5\n.*--overwrite"), stage(tmp_path, config=other):
+        pass
+    with stage(tmp_path, config=other, overwrite=True) as s:
+        assert not s.finished
+        s.write("rewards", rewards(), schema.REWARDS)
+
+
+def test_unfinished_work_of_another_config_is_refused_too(tmp_path):
+    with pytest.raises(RuntimeError), stage(tmp_path):
+        raise RuntimeError
+    with stage(tmp_path, resume=True) as s:
+        assert s.resuming
+    other = load_config(quick_test=True, overrides=["seed=5"])
+    (s.folder / "manifest.json").unlink()
+    durable.write_json(s.folder / "unfinished.json", {"config": {"seed": 1}, "inputs": {}})
+    with pytest.raises(BadConfig, match="was begun with"), stage(tmp_path, config=other):
+        pass
+
+
+def test_resume_insists_on_unfinished_work(tmp_path):
+    with pytest.raises(UsageError, match="nothing unfinished"), stage(tmp_path, resume=True):
+        pass
+    finish(tmp_path)
+    with pytest.raises(UsageError, match="has finished"), stage(tmp_path, resume=True):
+        pass
+
+
+def test_a_second_process_is_told_to_wait(tmp_path):
+    finish(tmp_path)
+    with open(tmp_path / "run" / ".locks" / "00_check_data") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match="another process is at work on 00_check_data"), stage(tmp_path):
+            pass
+        with pytest.raises(Busy), stage(tmp_path, "01_prepare_dataset", reads=("00_check_data",)):
+            pass
+
+
+def test_inputs_are_hashed_checked_and_named(tmp_path):
+    finish(tmp_path)
+    with stage(tmp_path, "01_prepare_dataset", reads=("00_check_data",)) as s:
+        assert s.read("00_check_data", "rewards", schema.REWARDS).num_rows == 3
+        with pytest.raises(MissingInput, match="has no output 'nothing'"):
+            s.read("00_check_data", "nothing", schema.REWARDS)
+        with pytest.raises(BadData, match=r"columns .* are missing"):
+            s.read("00_check_data", "rewards", schema.CANDIDATES)
+    with open(tmp_path / "run" / "00_check_data" / "rewards.parquet", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(BadData, match=r"rewards\.parquet.*was changed"), stage(tmp_path):
+        pass
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
+    finish(tmp_path)
+    path = tmp_path / "run" / "00_check_data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["outputs"]["rewards"]["path"] = "../../secret"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BadData, match="points outside"):
+        load_manifest(path.parent)
+    path.write_text("{")
+    with pytest.raises(BadData, match="cannot be read"):
+        load_manifest(path.parent)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    durable.write_text(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        durable.write_text(path, "new")
+    assert path.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_folder_is_replaced_whole_and_recovered(tmp_path):
+    folder = tmp_path / "model"
+    for text in ("one", "two"):
+        with durable.replacing_folder(folder) as temporary:
+            (temporary / "a").write_text(text)
+    assert (folder / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(RuntimeError), durable.replacing_folder(folder) as temporary:
+        raise RuntimeError
+    assert (folder / "a").read_text() == "two"
+    os.replace(folder, tmp_path / "model.old")  # as a crash between the two renames leaves it
+    durable.recover_folder(folder)
+    assert (folder / "a").read_text() == "two"
+
+
+def test_runs_are_found_by_the_rules(tmp_path):
+    def run_of(name, config=CONFIG):
+        with Stage(f"{name}.py", config, RunArgs(), uses=("seed",), outputs_root=tmp_path) as s:
+            return s.run_dir.name
+
+    with pytest.raises(MissingInput, match="no run in"):
+        run_of("01_prepare_dataset")
+    assert run_of("00_check_data") == "run_001"
+    other = load_config(quick_test=True, overrides=["seed=5"])
+    assert run_of("00_check_data", other) == "run_002"
+    assert run_of("00_check_data") == "run_001"  # the newest run of this very config
+    assert run_of("01_prepare_dataset", other) == "run_002"  # simply the newest
+    assert [p.name for p in existing_runs(tmp_path)] == ["run_001", "run_002"]
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(CannotCreate, match="is a file"), stage(tmp_path):
+        pass
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward": [0.1, None, 0.2]}, "column reward: empty in row 1"),
+        ({"reward": [0.1, 1.5, 0.2]}, r"row 1: 1\.5 is outside"),
+        ({"reward": [0.1, float("nan"), 0.2]}, "row 1: nan is outside"),
+        ({"example_id": ["a", "a", "b"]}, "stands in 2 rows"),
+        ({"reward": ["x", "y", "z"]}, "wrong type"),
+        ({"other": [1, 2, 3]}, r"unknown columns \['other'\]"),
+    ],
+)
+def test_tables_are_held_to_their_schema(change, message):
+    columns = rewards().to_pydict() | change
+    with pytest.raises(BadData, match=message):
+        schema.conform(pa.table(columns), schema.REWARDS)
+    kept = schema.conform(rewards().append_column("term_x", pa.array([1, 2, 3])), schema.REWARDS)
+    assert str(kept.schema.field("term_x").type) == "double"
+
+
+def test_a_key_repeated_over_two_writes_is_found(tmp_path):
+    with (
+        pytest.raises(BadData, match="two rows have the same"),
+        stage(tmp_path) as s,
+        s.writer("rewards", schema.REWARDS) as w,
+    ):
+        w.write(rewards())
+        w.write(rewards())

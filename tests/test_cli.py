@@ -1,0 +1,117 @@
+"""The command line: frozen flags, documented exit codes, help at once."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lib.cli import make_parser, run_stage
+from lib.config import ROOT
+from lib.errors import Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
+
+SCRIPTS = sorted(p.name for p in ROOT.glob("0[0-9]_*.py"))
+
+
+def test_there_are_seven_scripts_and_their_flags_are_frozen():
+    assert len(SCRIPTS) == 7
+    flags = {f for action in make_parser("")._actions for f in action.option_strings}
+    assert flags == {
+        "-h",
+        "--help",
+        "--config",
+        "--run_dir",
+        "--quick_test",
+        "--set",
+        "--overwrite",
+        "--resume",
+    }
+
+
+def shell(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_at_once_without_torch_or_arrow(script):
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', [m for m in ('torch', 'pyarrow', 'pandas', 'transformers') if m in sys.modules])"
+    )
+    best = 9.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        done = shell("-c", code, script)
+        best = min(best, time.perf_counter() - begin)
+    assert "--quick_test" in done.stdout and "HEAVY []" in done.stdout
+    assert best < 2.0  # half a second on a machine that does nothing else; here other tests may run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--quick_tset"], 2, "did you mean '--quick_test'?"),
+        (["--overwrite", "--resume"], 2, "contradict"),
+        (["--set", "training.stepz=1"], 78, "did you mean 'steps'?"),
+        (["--set", "data.path=nowhere.txt"], 66, "nowhere.txt does not exist"),
+        (["--config", "nowhere.yaml"], 66, "nowhere.yaml does not exist"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_their_code(tmp_path, arguments, code, words):
+    done = shell("00_check_data.py", "--run_dir", str(tmp_path / "run"), *arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_data_ends_with_65_and_mended_data_goes_on(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"good words " * 3000 + b"\xff\xfe bad")
+    command = ["00_check_data.py", "--run_dir", str(tmp_path / "run"), "--set", f"data.path={text}"]
+    done = shell(*command)
+    assert done.returncode == 65 and "encoding" in done.stderr and "byte 33000" in done.stderr
+    assert (tmp_path / "run" / "00_check_data" / "problems.parquet").exists()
+    text.write_bytes(b"good words, each one of them. \n\n" * 3000)
+    assert shell(*command).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("x"), 2), (Busy("x"), 75), (NonFiniteLoss("x"), 76), (CannotWrite("x"), 74),
+        (Interrupted("x", 143), 143), (KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 74),
+        (PermissionError(13, "Permission denied", "f"), 73),
+    ],
+)  # fmt: skip
+def test_errors_become_exit_codes(monkeypatch, capsys, error, code):
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+
+    def main(config, args):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_stage(main, "test")
+    assert caught.value.code == code
+    assert capsys.readouterr().err.startswith("stage.py: error: ")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+
+    def main(config, args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_stage(main, "test")
+
+
+def test_every_script_opens_with_what_it_does_and_a_command_that_names_it():
+    for script in SCRIPTS:
+        text = (ROOT / script).read_text()
+        assert text.startswith(f'"""\n{script[:2]}: ')
+        head = text.split('"""')[1]
+        assert "reads   " in head and "writes  " in head and f"python {script}" in head
+        assert len(text.splitlines()) <= 280, f"{script} is too long to be a story"
+    assert Path(ROOT / "Makefile").exists()

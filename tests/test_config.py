@@ -1,0 +1,160 @@
+"""Settings: one home per knob, every typo answered, strict YAML."""
+
+import re
+import string
+
+import pytest
+from pydantic import BaseModel
+
+from lib.config import DEFAULTS, ROOT, Config, ModelSpec, load_config
+from lib.errors import BadConfig, MissingInput, UsageError
+from lib.strict_yaml import parse_scalar, parse_yaml
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_config_loads_and_small_too(path):
+    for quick in (False, True):
+        config = load_config([path], quick_test=quick)
+        again = load_config_of(config)
+        assert again == config
+    assert path.read_text().startswith("#"), "a config opens with what it changes, expects and got"
+
+
+def load_config_of(config: Config) -> Config:
+    return Config.model_validate(config.model_dump(mode="json"))
+
+
+def test_every_knob_of_the_defaults_has_a_comment_or_explains_itself_by_its_section():
+    lines = DEFAULTS.read_text().split("quick_test:")[0].splitlines()
+    explained = [line for line in lines if "#" in line]
+    assert len(explained) > 70
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        inner = isinstance(kind, type) and issubclass(kind, BaseModel)
+        found += keys_of(kind, f"{prefix}{name}.") if inner else [prefix + name]  # type: ignore[arg-type]
+    return found
+
+
+def test_no_default_outside_the_yaml():
+    sections = [f.annotation for f in Config.model_fields.values() if isinstance(f.annotation, type)]
+    for section in sections:
+        if issubclass(section, BaseModel) and section is not ModelSpec:
+            assert all(f.is_required() for f in section.model_fields.values()), section
+
+
+@pytest.mark.parametrize(
+    "key", [k for k in keys_of(Config) if not k.startswith("models") and "top_" not in k]
+)
+def test_a_typo_of_any_key_is_refused_with_the_right_name(key):
+    section, _, name = key.rpartition(".")
+    typo = name[:-1] + ("x" if name[-1] != "x" else "y") if len(name) > 3 else name + "x"
+    with pytest.raises(BadConfig) as caught:
+        load_config(overrides=[f"{section + '.' if section else ''}{typo}=1"])
+    assert typo in str(caught.value) and name in str(caught.value)
+
+
+def test_order_of_precedence(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("seed: 1\ntraining: {steps: 11}\nquick_test: {training: {steps: 5}}\n")
+    second.write_text("seed: 2\n")
+    assert load_config([first, second]).seed == 2 and load_config([second, first]).seed == 1
+    assert load_config([first]).training.steps == 11
+    assert load_config([first], quick_test=True).training.steps == 5
+    assert load_config([first], quick_test=True, overrides=["training.steps=7"]).training.steps == 7
+
+
+def test_a_model_states_only_what_differs(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "training: {steps: 11, batch_size: 3}\nmodels: {judge: {training: {steps: 9}}, ranker: null}\n"
+    )
+    config = load_config([file])
+    assert config.models["judge"].training.steps == 9 and config.models["judge"].training.batch_size == 3
+    assert "ranker" not in config.models
+
+
+def test_all_problems_at_once_each_with_its_line(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("seed: -3\ntraining:\n  stepz: 5\n  batch_size: many\nmodels:\n  judge: {mode: jugde}\n")
+    with pytest.raises(BadConfig) as caught:
+        load_config([file])
+    text = str(caught.value)
+    assert f"{file}:1: seed is -3" in text
+    assert f"{file}:3: training.stepz: unknown key; did you mean 'steps'?" in text
+    assert f"{file}:4: training.batch_size is 'many'" in text
+    assert f"{file}:6: models.judge.mode is 'jugde'" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("architecture.width=101", "must be a multiple of 2 x heads"),
+        ("data.fractions={train: 0.5, held_out: 0.2}", "must add up to 1"),
+        ("candidates.mask_ratio=[0.9, 0.1]", "low <= high"),
+        ("candidates.source=original_only", "set candidates.per_example to 1"),
+        ("sampler.schedule=custom", "needs masking_ratios"),
+        ("models.judge.start=ranker", "must come before it"),
+        ("training.warmup_fraction=0.9", "must not exceed 1"),
+        ("rewards.curve=[[0, 1], [0.5, 2]]", "less than or equal to 1"),
+    ],
+)
+def test_rules_across_keys(override, message):
+    with pytest.raises(BadConfig, match=re.escape(message)):
+        load_config(overrides=[override])
+
+
+def test_names_of_earlier_versions_are_accepted():
+    for old, new in (("unmasking", "language_model"), ("remasking_binary", "token_classifier"),
+                     ("token_classification", "token_classifier"), ("sequence_scoring", "sequence_scorer")):  # fmt: skip
+        assert load_config(overrides=[f"models.extra={{mode: {old}}}"]).models["extra"].mode == new
+
+
+def test_a_missing_file_and_a_bad_override():
+    with pytest.raises(MissingInput, match=r"nowhere\.yaml does not exist"):
+        load_config(["nowhere.yaml"])
+    with pytest.raises(UsageError, match="KEY=VALUE"):
+        load_config(overrides=["training.steps"])
+    with pytest.raises(BadConfig, match="'steps' is not a section"):
+        load_config(overrides=["training.steps.more=1"])
+
+
+# ------------------------------------------------------------------------------------------ YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("1E3", 1000.0), (".5", 0.5), ("12:30", "12:30"), ("010", "010"), ("no", "no"), ("yes", "yes"),
+     ("true", True), ("null", None), ("~", None), ("-7", -7), ("1_000", 1000), ("2026-01-01", "2026-01-01"),
+     ("[1, a]", [1, "a"]), ("", ""), (".inf", float("inf")), ("0x10", "0x10"), ("'5'", "5")],
+)  # fmt: skip
+def test_scalars_are_what_they_look_like(text, value):
+    assert parse_scalar(text, "test") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: 1\nb: 2\na: 3\n", "f:3: 'a' stands here and on line 1"), ("a: {b: 1, b: 2}", "'b' stands here"),
+     ("- 1\n", "expected `key: value` lines"), ("a: [1", "not valid YAML"), ("a: 1\n---\nb: 2\n", "not valid YAML"),
+     ("a: !!python/object/apply:os.system ['x']", "not valid YAML"), ("? [1]\n: 2\n", "a key must be a plain word")],
+)  # fmt: skip
+def test_bad_yaml_says_where(text, message):
+    with pytest.raises(BadConfig, match=re.escape(message)):
+        parse_yaml(text, "f")
+
+
+def test_random_bytes_never_crash_the_parser():
+    import random
+
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choice(string.printable + ":-{}[]&*!|>'\"%@`") for _ in range(rng.randrange(60)))
+        try:
+            parse_yaml(text, "f")
+        except BadConfig:
+            continue

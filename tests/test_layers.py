@@ -1,0 +1,86 @@
+"""The house keeps its order: imports go down the list of floors, and what is banned stays out."""
+
+import ast
+
+import pytest
+
+from lib.config import ROOT
+
+FLOORS = [
+    {"errors"},
+    {"strict_yaml", "randomness", "durable", "log"},
+    {"config"},
+    {"schema", "artifacts", "cli", "metrics", "runtime", "tokenization"},
+    {"models"},
+    {"diffusion", "synthetic", "ranking"},
+    {"training"},
+    {"tasks"},
+    {"report"},
+]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+NO_TORCH = {"errors", "strict_yaml", "randomness", "durable", "log", "config", "schema", "artifacts", "cli"}
+FILES = sorted((ROOT / "lib").rglob("*.py"))
+BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
+LEGACY = ROOT / "lib" / "models" / "legacy_import.py"
+
+
+def room(path) -> str:
+    return path.relative_to(ROOT / "lib").parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [node.module] if node.module != "lib" else [f"lib.{a.name}" for a in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path):
+    if path.name == "__init__.py" and path.parent == ROOT / "lib":
+        return
+    here = room(path)
+    assert here in FLOOR_OF, f"{here} has no floor yet: give it one"
+    tree = ast.parse(path.read_text())
+    for name in imports(tree):
+        assert not name[:1].isdigit(), f"{path} imports a script"
+        if name.startswith("lib."):
+            other = name.split(".")[1]
+            assert FLOOR_OF[other] <= FLOOR_OF[here], f"{path}: {here} must not import {other}"
+
+
+@pytest.mark.parametrize("name", sorted(NO_TORCH))
+def test_the_ground_floor_imports_torch_nowhere_at_the_top(name):
+    tree = ast.parse((ROOT / "lib" / f"{name}.py").read_text())
+    top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert not [i for node in top for i in imports(node) if i.split(".")[0] in ("torch", "transformers")]
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, *sorted(ROOT.glob("0*.py"))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_nothing_unsafe_is_called(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                assert node.func.id not in BANNED_CALLS, f"{path}:{node.lineno}"
+            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                called = f"{node.func.value.id}.{node.func.attr}"
+                allowed = called == "torch.load" and path == LEGACY
+                assert allowed or called not in ("torch.load", "yaml.load", "os.system", "joblib.load"), (
+                    f"{path}:{node.lineno}"
+                )
+            for keyword in node.keywords:
+                on = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+                assert not (on and keyword.arg in ("shell", "allow_pickle", "trust_remote_code")), (
+                    f"{path}:{node.lineno}"
+                )
+        for name in imports(node) if isinstance(node, ast.Import | ast.ImportFrom) else []:
+            assert name.split(".")[0] not in ("pickle", "joblib", "dill", "shelve"), f"{path}:{node.lineno}"
+
+
+def test_the_ignore_file_does_not_hide_the_library():
+    assert "lib/" not in (ROOT / ".gitignore").read_text().split()

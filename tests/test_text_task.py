@@ -1,0 +1,190 @@
+"""The text task: every fault of raw data is named, and passages are exact pieces of it in clean splits."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.config import Config, load_config
+from lib.errors import MissingInput
+from lib.tasks import Document, Dropped, Example, Problem, get_task
+from lib.tasks.text import check, prepare, sources
+
+PROSE = "A sentence that is long enough to stand on its own as a paragraph, number {}.\n\n"
+
+
+def config(**data) -> Config:
+    base = load_config()
+    return base.model_copy(update={"data": base.data.model_copy(update=data)})
+
+
+def checked(path: Path, **data) -> tuple[list[Document], list[Problem]]:
+    items = list(check(config(path=str(path), **data)))
+    return [i for i in items if isinstance(i, Document)], [i for i in items if isinstance(i, Problem)]
+
+
+# -------------------------------------------------------------------------------------------- check
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "severity", "kind", "found"),
+    [
+        ("a.txt", b"", "warning", "empty", "no text"),
+        ("a.txt", b"   \n\n ", "warning", "empty", "no text"),
+        ("a.txt", b"short", "warning", "too short", "5 characters"),
+        ("a.txt", b"text \xff text" * 9, "error", "encoding", "byte 5"),
+        ("a.txt", b"text\x00text" * 9, "error", "binary", "byte 4"),
+        ("a.txt", b"\xef\xbb\xbf" + b"words " * 9, "warning", "byte order mark", "EF BB BF"),
+        ("a.txt", b"line one\r\nline two\r\n" * 3, "warning", "line ends", "6 carriage returns"),
+        ("a.txt", b"beep \x07 and \x1b[0m " * 4, "warning", "control characters", "U+0007, U+001B"),
+        ("a.txt", b"one line that is long enough to keep", "error", "too little text", "36 characters"),
+        ("a.jsonl", b'{"text": "fine and long enough to keep"}\n{oops\n', "error", "not JSON", "oops"),
+        ("a.jsonl", b'{"txt": "fine and long enough"}\n', "error", "no text", "txt"),
+        ("a.jsonl", b'{"text": 5}\n', "error", "not text", "int 5"),
+        ("a.parquet", b"PAR1 nonsense", "error", "damaged", "arquet"),
+    ],
+)
+def test_each_fault_is_a_problem_with_its_place(tmp_path, name, content, severity, kind, found):
+    (tmp_path / name).write_bytes(content)
+    _, problems = checked(tmp_path / name)
+    match = [p for p in problems if p.kind == kind]
+    assert match and match[0].severity == severity and found in match[0].found, problems
+    assert match[0].expected and match[0].advice
+
+
+def test_all_problems_of_a_folder_at_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{oops\n" + json.dumps({"txt": 1}) + "\n")
+    (tmp_path / "b.txt").write_bytes(b"\xff" * 50)
+    (tmp_path / "c.txt").write_text("".join(PROSE.format(i) for i in range(2000)))
+    (tmp_path / "d.txt").write_text("".join(PROSE.format(i) for i in range(2000)))
+    documents, problems = checked(tmp_path)
+    assert sorted(p.kind for p in problems) == ["duplicate", "encoding", "no text", "not JSON"]
+    assert [d.document_id for d in documents] == ["c"]
+    assert next(p for p in problems if p.kind == "no text").location == "line 2"
+
+
+def test_columns_and_ids_of_records(tmp_path):
+    table = pa.table(
+        {"body": ["a text that is long enough " * 3, "another text, also long " * 3], "name": ["x", "x"]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    documents, problems = checked(
+        tmp_path / "a.parquet", text_key="body", id_key="name", split_unit="document"
+    )
+    assert [d.document_id for d in documents] == ["x", "x~2"]
+    assert {p.kind for p in problems} == {"repeated id", "too little text"}
+    _, problems = checked(tmp_path / "a.parquet", text_key="bodi")
+    assert "did you mean 'body'?" in problems[0].advice
+
+
+@pytest.mark.parametrize("name", ["nothing.txt", "folder", "a.docx", "a.txt.xz"])
+def test_missing_input_is_said_before_anything_else(tmp_path, name):
+    if name != "nothing.txt":
+        (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).write_text("x")
+    with pytest.raises(MissingInput, match=r"data\.path"):
+        sources(config(path=str(tmp_path / name)))
+
+
+def test_white_space_can_be_squeezed(tmp_path):
+    (tmp_path / "a.txt").write_text("    def  f():\n\n\n\n        return  1   \n" * 400)
+    documents, _ = checked(tmp_path / "a.txt", whitespace="squeeze", deduplicate="none")
+    assert documents[0].content.startswith("def f():\n\nreturn 1\ndef f()")
+    documents, _ = checked(tmp_path / "a.txt", whitespace="keep", deduplicate="none")
+    assert documents[0].content.startswith("    def  f()")
+
+
+def test_builtin_text_is_there_and_its_small_form_is_its_beginning():
+    whole, problems = checked(Path("builtin"))
+    small, _ = checked(Path("builtin_small"))
+    assert sum(len(d.content) for d in whole) > 300_000 and not [p for p in problems if p.severity == "error"]
+    assert [d.document_id for d in small] == [d.document_id for d in whole][: len(small)]
+
+
+# ------------------------------------------------------------------------------------------ prepare
+
+PARAGRAPHS = st.lists(
+    st.text(alphabet="abc .\n", min_size=1, max_size=300).map(lambda t: t + "\n\n"), min_size=1, max_size=12
+).map("".join)
+
+
+def prepared(text: str, **data) -> tuple[list[Example], list[Dropped]]:
+    items = list(prepare(config(**data), [Document("d", text, "f")]))
+    return [i for i in items if isinstance(i, Example)], [i for i in items if isinstance(i, Dropped)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(PARAGRAPHS, st.integers(5, 60), st.integers(60, 200), st.sampled_from(["hash", "contiguous"]))
+def test_fixed_passages_are_the_whole_text_in_order(text, size, block, split):
+    examples, dropped = prepared(
+        text, passage_characters=size, block_characters=block, deduplicate="none", split=split
+    )
+    assert not dropped and "".join(e.target for e in examples) == text
+    assert [e.example_id for e in examples] == [f"d:{i}" for i in range(len(examples))]
+    assert all(len(e.target) <= size for e in examples) and not examples[0].continues
+    for before, after in itertools.pairwise(examples):
+        assert after.continues == (before.split == after.split)
+
+
+@settings(max_examples=80, deadline=None)
+@given(PARAGRAPHS, st.integers(10, 80))
+def test_paragraph_passages_start_at_paragraphs(text, size):
+    examples, dropped = prepared(
+        text, passages="paragraph", passage_characters=size, block_characters=10_000, deduplicate="none"
+    )
+    starts = {0} | {m.end() for m in re.finditer(r"\n[ \t]*\n\s*", text)}
+    position = 0
+    for e in examples:
+        position = next(at for at in sorted(starts) if at >= position and text.startswith(e.target, at))
+        assert len(e.target) <= size
+    kept = sum(len(e.target) for e in examples) + sum(len(d.text) for d in dropped)
+    assert kept <= len(text)
+
+
+def test_a_repeated_paragraph_is_left_out_once_it_stood_somewhere():
+    text = "".join(PROSE.format(i % 5) for i in range(10))
+    examples, dropped = prepared(text, block_characters=200)
+    assert len(dropped) == 5 and {d.reason for d in dropped} == {"repeated paragraph"}
+    assert "".join(e.target for e in examples) == text[: len(text) // 2]
+
+
+def test_no_long_text_is_in_two_splits_and_groups_are_whole():
+    text = "".join(PROSE.format(i % 40) for i in range(400))
+    examples, _ = prepared(text, deduplicate="paragraph", block_characters=400, passage_characters=80)
+    split_of: dict[str, set] = {}
+    for e in examples:
+        split_of.setdefault(e.target.strip(), set()).add(e.split)
+        split_of.setdefault("group " + e.group, set()).add(e.split)
+    assert all(len(s) == 1 for s in split_of.values())
+
+
+def test_contiguous_splits_lie_behind_each_other_in_their_shares():
+    text = "".join(PROSE.format(i) for i in range(2000))
+    fractions = {"train": 0.9, "held_out": 0.1}
+    examples, _ = prepared(text, split="contiguous", fractions=fractions, deduplicate="none")
+    order = [e.split for e in examples]
+    assert order == sorted(order, reverse=True)  # train before held_out
+    share = sum(len(e.target) for e in examples if e.split == "train") / len(text)
+    assert share == pytest.approx(0.9, abs=0.002)
+
+
+def test_the_hash_split_depends_on_the_name_and_keeps_its_shares():
+    text = "".join(PROSE.format(i) for i in range(20_000))
+    first, _ = prepared(text, block_characters=400, deduplicate="none")
+    again, _ = prepared(text, block_characters=400, deduplicate="none")
+    assert [e.split for e in first] == [e.split for e in again]
+    for split, share in load_config().data.fractions.items():
+        assert sum(e.split == split for e in first) / len(first) == pytest.approx(share, abs=0.03)
+
+
+def test_tasks_are_found_by_name_and_typos_are_answered():
+    from lib.errors import BadConfig
+
+    assert get_task("text").__name__ == "lib.tasks.text"
+    with pytest.raises(BadConfig, match="did you mean 'text'"):
+        get_task("txt")
