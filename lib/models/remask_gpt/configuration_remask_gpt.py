@@ -172,10 +172,7 @@ class RemaskGptConfig(PreTrainedConfig):
         for key in ("dropout", "classifier_dropout"):
             value = getattr(self, key)
             none_is_right = key == "classifier_dropout" and value is None
-            need(
-                none_is_right or (_is_number(value) and 0 <= value < 1),
-                f"{key} must lie in [0, 1), got {value!r}",
-            )
+            need(none_is_right or _is_number(value, 0, 1), f"{key} must lie in [0, 1), got {value!r}")
         for key, open_bound in (("rope_theta", True), ("rms_norm_eps", True), ("logit_softcap", False)):
             value = getattr(self, key)
             right = _is_number(value) and (value > 0 or (not open_bound and value == 0))
