@@ -93,6 +93,7 @@ class ArchitectureConfig(Section):
 class TrainingConfig(Section):
     steps: Positive
     batch_size: Positive
+    optimizer: Literal["muon", "adamw"]
     muon_learning_rate: AboveZero
     learning_rate: AboveZero
     weight_decay: NonNegative

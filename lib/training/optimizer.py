@@ -24,22 +24,28 @@ class Optimizer:
         self.settings = settings
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = hidden_matrices(model)
-        muon = [p for n, p in self.parameters.items() if n in matrices]
-        adam = [p for n, p in self.parameters.items() if n not in matrices]
-        decay = settings.weight_decay
+        hidden = [p for n, p in self.parameters.items() if n in matrices]
+        rest = [p for n, p in self.parameters.items() if n not in matrices]
         self.parts: list[torch.optim.Optimizer] = []
-        if muon:
+        if settings.optimizer == "muon" and hidden:
             self.parts.append(
                 torch.optim.Muon(
-                    muon, lr=settings.muon_learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                    hidden,
+                    lr=settings.muon_learning_rate,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
                 )
             )
-        if adam:
-            # Vectors, heads and embeddings are not decayed: their scale is their meaning.
+            hidden = []
+        # Vectors, heads and embeddings are not decayed: their scale is their meaning.
+        groups = [
+            {"params": hidden, "weight_decay": settings.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        groups = [g for g in groups if g["params"]]
+        if groups:
             self.parts.append(
-                torch.optim.AdamW(
-                    adam, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
-                )
+                torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), foreach=True)
             )
         self._base = [part.param_groups[0]["lr"] for part in self.parts]
 
@@ -51,7 +57,8 @@ class Optimizer:
         """Update every parameter at this step's learning rate and forget the gradients."""
         factor = learning_rate_factor(step, self.settings)
         for part, base in zip(self.parts, self._base, strict=True):
-            part.param_groups[0]["lr"] = base * factor
+            for group in part.param_groups:
+                group["lr"] = base * factor
             part.step()
             part.zero_grad(set_to_none=True)
 
@@ -65,7 +72,7 @@ class Optimizer:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        owner = {id(p): part for part in self.parts for p in part.param_groups[0]["params"]}
+        owner = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
         for name, value in tensors.items():
             parameter, _, moment = name.rpartition("/")
             p = self.parameters[parameter]
