@@ -176,6 +176,7 @@ def causal_nll(
     """((B, T) nats per token of a causal model, (B, T) validity): every token counts, the first given [CLS]."""
     inputs = np.concatenate([np.full_like(ids[:, :1], cls_id), ids[:, :-1]], 1)
     seen = np.concatenate([np.ones_like(valid[:, :1]), valid[:, :-1]], 1)
-    logits = forward(model, runtime, inputs, seen).logits.float()  # (B, T, V)
+    # Without use_cache=False an evaluating model would keep keys and values that nobody asks for
+    logits = forward(model, runtime, inputs, seen, use_cache=False).logits.float()  # (B, T, V)
     nll = F.cross_entropy(logits.flatten(0, 1), tensor(ids, runtime).flatten(), reduction="none")
     return nll.view(ids.shape), tensor(valid, runtime).to(torch.float32)
