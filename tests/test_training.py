@@ -81,7 +81,7 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_it_learns(tmp_path, attention):
-    result = start(tmp_path, attention, dropout=0.0, steps=60, evaluate_every=20)
+    result = start(tmp_path, attention, dropout=0.0, steps=120, evaluate_every=40)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     name = "nll" if attention == "causal" else "nelbo"
     assert lines[-1]["held_out"][name] < 0.75 * np.log(10)
