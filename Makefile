@@ -3,25 +3,27 @@
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 CONFIG  ?= configs/default.yaml
 RUN     ?=
+SET     ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
 STAGES  := $(sort $(wildcard 0[0-9]_*.py))
-FLAGS    = --config $(CONFIG) $(if $(RUN),--run_dir $(RUN))
+FLAGS    = --config $(CONFIG) $(foreach s,$(SET),--set $(s)) $(if $(RUN),--run_dir $(RUN))
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
 .PHONY: pipeline quick_test test inspect report lint format types setup clean help
 
-## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., RUN=...)
+## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., SET="key=value ...", RUN=...)
 pipeline: $(STAMP)
 	@set -e; for stage in $(STAGES); do REMASK_MAKE=1 $(BIN)/python $$stage $(FLAGS); done
 
 ## Run all seven stages, small, from scratch, in under a minute
 quick_test: $(STAMP)
 	@set -e; for stage in $(STAGES); do \
-	  REMASK_MAKE=1 $(BIN)/python $$stage --config $(CONFIG) --quick_test --overwrite --run_dir outputs/quick_test; done
+	  REMASK_MAKE=1 $(BIN)/python $$stage --config $(CONFIG) $(foreach s,$(SET),--set $(s)) --quick_test --overwrite \
+	    --run_dir outputs/quick_test; done
 
 ## Run the tests
 test: $(STAMP)

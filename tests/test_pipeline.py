@@ -215,3 +215,76 @@ def test_inspect_prints_a_line_per_stage(quick_run):
     lines = inspect(quick_run).splitlines()
     assert [line.split()[0] for line in lines] == list(STAGES)
     assert all(" s " in line for line in lines)
+
+
+# ------------------------------------------------------------------------- other ways through the stages
+
+
+def test_byte_pairs_go_end_to_end(tmp_path):
+    config = load_config(
+        quick_test=True, overrides=["tokenizer.kind=bpe", "tokenizer.vocab_size=320", *FEW_STEPS]
+    )
+    run_stages(tmp_path / "run_001", config)
+    manifest = load_manifest(tmp_path / "run_001" / "01_prepare_dataset")
+    assert manifest is not None and manifest["stats"]["characters_per_token"] > 1.1
+    rows = pq.read_table(tmp_path / "run_001" / "06_sample" / "samples.parquet").to_pylist()
+    assert all(len(r["text"]) >= len(r["token_ids"]) / 4 for r in rows)
+
+
+FEW_STEPS = ["training.steps=4", "generator.training.steps=4", "critic.training.steps=6", "training.evaluate_every=3",
+             *(f"models.{m}.training.steps=4" for m in ("generator", "reference_lm", "ar_baseline", "inspector", "judge", "ranker"))]  # fmt: skip
+
+
+def test_cross_fitting_trains_a_generator_per_fold_that_never_saw_the_fold(tmp_path, monkeypatch):
+    from lib.tasks import cross_fit_fold
+    from lib.training import named
+
+    learned: dict[str, set] = {}
+    real = named.train_named
+
+    def spy(name, spec, materials, folder, start):
+        learned[name] = set(materials.examples("train")["group"].to_pylist())
+        return real(name, spec, materials, folder, start)
+
+    monkeypatch.setattr(named, "train_named", spy)
+    config = load_config(quick_test=True, overrides=["candidates.cross_fit_folds=2", *FEW_STEPS])
+    run_stages(tmp_path / "run_001", config, STAGES[:5])
+    for fold in (0, 1):
+        groups = learned[f"generator_fold_{fold}"]
+        assert groups and all(cross_fit_fold(config.seed, g, 2) != fold for g in groups)
+    assert (tmp_path / "run_001" / "04_train" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("coupling", ["joint", "decoupled"])
+def test_the_critic_killed_and_continued_gives_the_same_bits(copied, coupling, monkeypatch):
+    from lib.training.objectives.token_critic import TokenCritic
+
+    config = load_config(
+        quick_test=True, overrides=[f"critic.coupling={coupling}", "critic.training.checkpoint_every=4"]
+    )
+    hashes = []
+    for kill in (False, True):
+        run_dir = copied()
+        shutil.rmtree(run_dir / "05_train_critic")
+        shutil.rmtree(run_dir / "06_sample")
+        if kill:
+            kill_once(monkeypatch, TokenCritic, at=10)
+            with pytest.raises(RuntimeError, match="killed"):
+                run_stages(run_dir, config, ["05_train_critic"])
+            monkeypatch.undo()
+        run_stages(run_dir, config, ["05_train_critic"])
+        manifest = load_manifest(run_dir / "05_train_critic")
+        assert manifest is not None
+        hashes.append(manifest["outputs"])
+    assert hashes[0] == hashes[1]
+
+
+def kill_once(monkeypatch, objective, at: int) -> None:
+    real = objective.loss
+
+    def loss(self, model, step, rows):
+        if step == at:
+            raise RuntimeError("killed")
+        return real(self, model, step, rows)
+
+    monkeypatch.setattr(objective, "loss", loss)

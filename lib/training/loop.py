@@ -5,6 +5,7 @@ step and call `train` again: the weights, the metrics and the best model come ou
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lib import durable, randomness
 from lib.config import TrainingConfig
-from lib.errors import Interrupted, NonFiniteLoss
+from lib.errors import BadConfig, Interrupted, NonFiniteLoss
 from lib.log import Progress, say
 from lib.runtime import Runtime
 from lib.training import checkpoint
@@ -81,6 +82,10 @@ def train(
     Raises NonFiniteLoss before an update with NaN or infinity, Interrupted after SIGINT or SIGTERM, with the
     step finished and a checkpoint committed.
     """
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise BadConfig(
+            "training.tensorboard is true, but tensorboard is not installed; `pip install tensorboard`"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     durable.recover_folder(folder / "best_model")
     run = _Run(model, objective, settings, runtime, folder, seed, label, save)

@@ -1,0 +1,147 @@
+"""The token critic: labels come from the clean text, joint training ramps, frozen trunks stay frozen."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from lib.config import load_config
+from lib.models.build import heads_of, read_folder, save_model, start_model
+from lib.runtime import Runtime
+from lib.training.data import Windows
+from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.objectives.token_critic import TokenCritic
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+
+
+def objective(coupling: str = "decoupled", **changes) -> TokenCritic:
+    config = load_config(quick_test=True)
+    ids = np.tile(np.arange(4, 14), 64).astype(np.int32)
+    lists = pa.chunked_array([pa.array(ids.reshape(-1, 32).tolist(), pa.list_(pa.int32()))])
+    data = Windows(pa.table({"token_ids": lists, "continues": [False] * 20}), 40, 0)  # windows with padding
+    diffusion = MaskedDiffusion(config.diffusion, 1, label="critic", train=data, held_out=data, runtime=CPU, seed=3,
+                                batch_size=8, num_evaluated=16)  # fmt: skip
+    critic = config.critic.model_copy(update={"coupling": coupling, **changes})
+    return TokenCritic(critic, diffusion, [0, 1, 2, 3], np.arange(20).astype(str))
+
+
+def model(critic_layers: int = 1):
+    architecture = load_config(quick_test=True).architecture
+    return start_model(
+        "language_model", architecture, "bidirectional", 14, 0, "t", critic_layers=critic_layers
+    )[0]
+
+
+def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_error():
+    target = objective(clean_fraction=1.0)
+    index, ids, valid = target.diffusion.windows(range(8))
+    filled = target.fill(model(), ids, valid, index, "critic", 8)
+    assert (filled.written <= valid).all() and filled.written.any()
+    np.testing.assert_array_equal(filled.ids[~filled.written], ids[~filled.written])
+    assert not np.isin(filled.ids[filled.written], [0, 1, 2, 3]).any()
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None, head="lm", **_):
+            wrong = torch.from_numpy(filled.ids != ids)
+            seen["head"] = head
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=torch.where(wrong, 20.0, -20.0))
+
+    loss = target._critic_loss(Spy(), filled, index, "critic")
+    assert (
+        seen["head"] == "critic" and loss.item() < 1e-6
+    )  # a critic that knows the clean text is never wrong
+    assert (filled.ids != ids)[filled.written].any()
+
+
+def test_padding_counts_nothing():
+    target = objective(clean_fraction=1.0)
+    index, ids, valid = target.diffusion.windows(range(8))
+    assert not valid.all()
+    filled = target.fill(model(), ids, valid, index, "critic", 8)
+    logits = torch.zeros(ids.shape)
+    logits[torch.from_numpy(~valid)] = 1e4  # a wild opinion about padding
+
+    class Wild(torch.nn.Module):
+        def forward(self, **_):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=logits)
+
+    assert target._critic_loss(Wild(), filled, index, "critic").item() == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_alpha_ramps_between_its_two_shares():
+    target = objective("joint", alpha=0.5, ramp=(0.25, 0.75))
+    steps = target.config.training.steps
+    assert [target.alpha(s) for s in (0, steps // 4)] == [0, 0]
+    assert target.alpha(steps // 2) == pytest.approx(0.25) and target.alpha(steps) == 0.5
+
+
+def test_joint_loss_is_named_and_selected_on_the_generator_alone():
+    target = objective("joint", ramp=(0.0, 0.0))
+    terms = target.loss(model(), 5, range(8))
+    assert terms["loss"].item() == pytest.approx(
+        terms["generator_loss"].item() + target.config.alpha * terms["critic_loss"].item(), rel=1e-5
+    )
+    assert target.selection == "nelbo" and objective().selection == "critic_loss"
+
+
+@pytest.mark.parametrize("coupling", ["joint", "decoupled"])
+def test_a_step_moves_what_it_should(coupling):
+    target, net = objective(coupling, ramp=(0.0, 0.0)), model()
+    if coupling == "decoupled":
+        for name, p in net.named_parameters():
+            p.requires_grad_(name.startswith("critic."))
+    target.loss(net, 5, range(8))["loss"].backward()
+    moved = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any(n.startswith("critic.") for n in moved)
+    assert any(n.startswith("model.") for n in moved) == (coupling == "joint")
+
+
+def test_the_report_beats_chance_only_if_the_critic_knows_something():
+    target = objective()
+    values, rows, calibration = target.report(model())
+    assert set(values["detection"]) == {"critic", "critic_calibrated", "confidence", "confidence_fresh"}
+    assert 0 < values["error_rate"] < 1 and len(rows) == 2
+    assert 0 <= calibration(np.array([0.5]))[0] <= 1
+
+
+def test_transfer_says_what_it_took_and_refuses_a_trunk_that_does_not_fit(tmp_path):
+    from lib.errors import BadData, MissingInput
+
+    class NoTokenizer:
+        def save_pretrained(self, folder):
+            pass
+
+    architecture = load_config(quick_test=True).architecture
+    source = model()
+    save_model(source, tmp_path / "a", NoTokenizer())
+    for mode in ("token_classifier", "sequence_scorer", "ranker", "language_model"):
+        new, report = start_model(
+            mode, architecture, "bidirectional", 14, 0, "n", tmp_path / "a", **heads_of(mode)
+        )
+        inner = getattr(new, "encoder", new)
+        torch.testing.assert_close(inner.model.embed_tokens.weight, source.model.embed_tokens.weight)
+        assert all(n.startswith("critic.") for n in report.dropped)
+        assert (len(report.created) > 0) == (mode != "language_model")
+    with pytest.raises(BadData, match="vocabulary of 14 ids"):
+        start_model("ranker", architecture, "bidirectional", 15, 0, "n", tmp_path / "a", **heads_of("ranker"))
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    name = next(n for n in tensors if n.startswith("model.layers.1"))
+    save_file(
+        {n: t for n, t in tensors.items() if n != name},
+        tmp_path / "a" / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(BadData, match=f"{name} is missing"):
+        start_model("ranker", architecture, "bidirectional", 14, 0, "n", tmp_path / "a", **heads_of("ranker"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(MissingInput, match="pickled weights are not read"):
+        read_folder(tmp_path / "b")
