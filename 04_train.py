@@ -50,6 +50,7 @@ def main(config: Config, args: RunArgs) -> None:
             return
         rows = []
         for name, record in records.items():
+            assert record is not None
             for part in ("best_model", "final_model"):
                 stage.add_folder(f"{name}/{part}", stage.folder / name / part)
             for part in ("metrics.jsonl", "training_manifest.json"):

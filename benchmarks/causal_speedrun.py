@@ -28,9 +28,12 @@ def plain_model(config: Config, vocabulary: int) -> torch.nn.Module:
 
     a = config.models["generator"].architecture
     torch.manual_seed(config.seed)
-    shape = {"n_layer": a.layers, "n_embd": a.width, "n_head": a.heads, "n_positions": a.context}
-    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape, **dropouts))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary, n_layer=a.layers, n_embd=a.width, n_head=a.heads, n_positions=a.context,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
 
 
 def run(config: Config, materials: Materials, plain: bool) -> tuple[float, float, float]:

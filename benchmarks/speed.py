@@ -38,7 +38,7 @@ def settings(steps: int, **architecture) -> tuple[Config, ArchitectureConfig, Tr
     training = config.training.model_dump() | {
         "steps": steps, "batch_size": 32, "evaluate_every": steps, "checkpoint_every": steps, "evaluation_examples": 32,
     }  # fmt: skip
-    return config, config.architecture.model_copy(update=shape), TrainingConfig(**training)
+    return config, config.architecture.model_copy(update=shape), TrainingConfig.model_validate(training)
 
 
 def random_windows(vocabulary: int, width: int) -> Windows:
@@ -112,7 +112,8 @@ def hugging_face(steps: int, vocabulary: int) -> float:
 
 
 def compare_trainer(steps: int) -> None:
-    ours(3, 70), hugging_face(3, 70)  # warm up both
+    warm_up = (ours(3, 70), hugging_face(3, 70))
+    assert all(warm_up)
     pairs = [(ours(steps, 70), hugging_face(steps, 70)) for _ in range(3)]
     for a, b in pairs:
         print(f"ours {a:8,.0f} tokens/s   Trainer + BertForMaskedLM {b:8,.0f} tokens/s   ratio {a / b:.2f}")

@@ -33,7 +33,7 @@ class MaskedLMEngine:
         width: rows are padded to this many tokens.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     runtime: Runtime
     width: int
@@ -106,7 +106,7 @@ class MaskedLMEngine:
         keys = (rows[:, None] + np.arange(pieces) * 0x1E3779B97F4A7C15).reshape(-1)
         filled = cut[0].copy()
         used = np.flatnonzero(cut[2].any(1))
-        filled[used] = self.fill(*(c[used] for c in cut), config, seed, keys[used])
+        filled[used] = self.fill(cut[0][used], cut[1][used], cut[2][used], config, seed, keys[used])
         return filled.reshape(len(ids), -1)[:, : ids.shape[1]]
 
     def _fill_batch(self, ids, valid, masked, config, seed, rows) -> np.ndarray:

@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from lib.config import DiffusionConfig, RandomMasking
+from lib.config import DiffusionConfig
 from lib.diffusion.nelbo import mask_batch, mean_and_standard_error, stratified
 
 
 def config(weight: str, low: float = 0.0) -> DiffusionConfig:
-    return DiffusionConfig(weight=weight, min_masked_ratio=low, masking=RandomMasking(type="random"))
+    return DiffusionConfig.model_validate(
+        {"weight": weight, "min_masked_ratio": low, "masking": {"type": "random"}}
+    )
 
 
 def test_stratified_ratios_spread_evenly_within_a_step_and_are_uniform_over_steps():

@@ -2,6 +2,7 @@
 
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ class Oracle(nn.Module):
 TRUTH = np.random.default_rng(0).integers(4, WORDS, 40)
 
 
-def oracle_sampler(**changes) -> Sampler:
+def oracle_sampler(**changes) -> Any:
     return Sampler(Oracle(TRUTH), MASK, SPECIAL, CPU, settings(**changes), seed=5)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lib import randomness
@@ -104,7 +105,7 @@ def start_model(
     label: str,
     start: Path | None = None,
     **heads,
-) -> tuple[nn.Module, Transfer]:
+) -> tuple[Any, Transfer]:
     """A model of `mode`, fresh or with the trunk (and fitting heads) of the folder `start`.
 
     The architecture of a started model is its start's; the attention is the one asked for.
@@ -176,7 +177,7 @@ def read_folder(folder: Path) -> tuple[RemaskGptConfig, dict[str, torch.Tensor]]
         raise BadData(f"{folder} cannot be loaded: {error}") from None
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path) -> PreTrainedModel:
     """The model of a saved folder, in evaluation mode, by the class its config names."""
     config, _ = read_folder(folder)
     name = (config.architectures or ["?"])[0]
@@ -187,6 +188,6 @@ def load_model(folder: Path) -> nn.Module:
 
 def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """Weights, config and tokenizer into `folder`, as Hugging Face writes them."""
-    inner = model.encoder if isinstance(model, CandidateRanker) else model
+    inner: Any = model.encoder if isinstance(model, CandidateRanker) else model
     inner.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

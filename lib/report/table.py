@@ -4,7 +4,7 @@
 def results_table(rows: list[dict]) -> str:
     """Aligned text of result rows (lib.training.objectives.base.ResultRow as dictionaries)."""
     head = ("model", "metric", "value", "95 % interval", "baseline", "", "beats it")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         lines.append(
             (

@@ -154,8 +154,8 @@ class _Run:
             return
         # Young runs forget faster, so that the mean is not stuck at the initial weights.
         decay = min(self.settings.ema_decay, (1 + self.state.step) / (10 + self.state.step))
-        now = [self.optimizer.parameters[n].detach() for n in self.mean]
-        torch._foreach_lerp_(list(self.mean.values()), now, 1 - decay)
+        for name, mean in self.mean.items():
+            mean.lerp_(self.optimizer.parameters[name].detach(), 1 - decay)
 
     def _non_finite(self, what: str, value: float) -> str:
         size, step = self.settings.batch_size, self.state.step

@@ -129,7 +129,7 @@ def _relative(start: str, folder: Path) -> str:
 
 
 def _context_of(model: nn.Module) -> int:
-    inner = model.encoder if isinstance(model, CandidateRanker) else model
+    inner: Any = model.encoder if isinstance(model, CandidateRanker) else model
     return inner.config.max_position_embeddings - 1
 
 
