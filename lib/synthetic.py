@@ -54,7 +54,7 @@ class MaskedLMEngine:
                 f"generator.checkpoint: {folder} has no config.json; give the folder of a masked LM"
             )
         tokenizer = _load_tokenizer(folder)
-        model = load_model(folder) if _is_ours(folder) else _load_foreign(folder)
+        model: Any = load_model(folder) if _is_ours(folder) else _load_foreign(folder)
         size = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > size:
             raise BadData(

@@ -39,8 +39,8 @@ def windows(width: int = 16) -> Windows:
 
 def settings(**changes) -> TrainingConfig:
     base = load_config(quick_test=True).training.model_dump()
-    return TrainingConfig(
-        **base | {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "batch_size": 8} | changes
+    return TrainingConfig.model_validate(
+        base | {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "batch_size": 8} | changes
     )
 
 

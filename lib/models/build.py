@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lib import randomness
@@ -177,7 +176,7 @@ def read_folder(folder: Path) -> tuple[RemaskGptConfig, dict[str, torch.Tensor]]
         raise BadData(f"{folder} cannot be loaded: {error}") from None
 
 
-def load_model(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path) -> Any:
     """The model of a saved folder, in evaluation mode, by the class its config names."""
     config, _ = read_folder(folder)
     name = (config.architectures or ["?"])[0]
