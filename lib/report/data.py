@@ -21,6 +21,7 @@ class ReportData:
         samples: schema.SAMPLES; trace: schema.TRACE (a few samples per policy).
         token_text: token id -> its characters, special ones by name.
         mask_id: the mask's id.
+        explain: the task's few words about a row of samples, if it has any.
     """
 
     run: str
@@ -33,3 +34,4 @@ class ReportData:
     trace: pa.Table
     token_text: Callable[[int], str]
     mask_id: int
+    explain: Callable[[dict], str] | None = None

@@ -14,6 +14,7 @@ from lib.config import Config, SamplerConfig
 from lib.errors import BadConfig
 from lib.report.data import ReportData
 from lib.report.quality import reference_nll
+from lib.tasks import get_task
 from lib.tokenization import decode_batch, encode_batch, encode_with_masks
 from lib.training.objectives.base import chunks, forward, with_cls
 
@@ -106,7 +107,7 @@ def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, pol
 
     return ReportData(
         stage.run_dir.name, settings, manifests, curves, results, policies, samples, trace, token_text,
-        tokenizer.mask_token_id,
+        tokenizer.mask_token_id, getattr(get_task(config.task), "explain", None),
     )  # fmt: skip
 
 

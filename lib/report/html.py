@@ -108,9 +108,13 @@ def _samples(data: ReportData) -> str:
     columns = ""
     for policy in dict.fromkeys(r["policy"] for r in rows):
         these = [r for r in rows if r["policy"] == policy and r["nfe"] == highest][:SAMPLES_SHOWN]
-        texts = "".join(f"<pre>{_given(r, data)}</pre>" for r in these)
+        texts = "".join(f"<pre>{_given(r, data)}</pre>{_explained(r, data)}" for r in these)
         columns += f'<div class="card"><h3>{escape(policy)}</h3>{texts}</div>'
     return f'<div class="cards">{columns}</div>'
+
+
+def _explained(row: dict, data: ReportData) -> str:
+    return f'<p class="legend">{escape(data.explain(row))}</p>' if data.explain else ""
 
 
 def _given(row: dict, data: ReportData) -> str:

@@ -103,3 +103,15 @@ def rewards(config: Config, table: pa.Table) -> tuple[np.ndarray, dict[str, np.n
     points = np.asarray(config.rewards.curve)
     authenticity = np.interp(fraction, points[:, 0], points[:, 1])
     return authenticity, {"authenticity": authenticity, "untouched": (fraction == 0).astype(np.float64)}
+
+
+def explain(row: dict) -> str:
+    """What the models think of one sample, in a line."""
+    parts = []
+    if row["critic_error"] is not None:
+        parts.append(f"the critic expects {row['critic_error']:.0%} wrong tokens")
+    if row["judge_score"] is not None:
+        parts.append(f"the judge holds {row['judge_score']:.0%} of it for authentic")
+    if row["reference_nll"] is not None:
+        parts.append(f"{row['reference_nll']:.2f} nats per token under the reference model")
+    return "; ".join(parts)
