@@ -113,13 +113,13 @@ def critic_objective(stage: Stage, config: Config, runtime, tokenizer, context: 
         tokenizer.mask_token_id,
         label="critic",
         train=Windows(train, context, tokenizer.pad_token_id),
-        held_out=Windows(held_out, context, tokenizer.pad_token_id),
+        held_out=(tiles := Windows(held_out, context, tokenizer.pad_token_id).tiled()),
         runtime=runtime,
         seed=config.seed,
         batch_size=training.batch_size,
         num_evaluated=training.evaluation_examples,
     )
-    groups = np.asarray(held_out["group"].to_pylist())
+    groups = np.asarray(held_out["group"].to_pylist())[tiles.owner]
     return TokenCritic(config.critic, diffusion, sorted(set(tokenizer.all_special_ids)), groups)
 
 

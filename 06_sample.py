@@ -142,7 +142,7 @@ class Bench:
         ):
             rows = zip(batch["target"].to_pylist(), batch["split"].to_pylist(), strict=True)
             words |= lexicon(text for text, split in rows if split != "held_out")
-        return Windows(held_out, self.context, self.tokenizer.pad_token_id), words
+        return Windows(held_out, self.context, self.tokenizer.pad_token_id).tiled(), words
 
     def start(self):
         """((B, T) ids, (B, T) free): masks everywhere, or the prompt or text of the config with its [MASK]s."""

@@ -243,6 +243,14 @@ def test_windows_stay_inside_their_run_and_cover_every_token():
     assert seen.all()
 
 
+def test_tiles_hold_every_token_exactly_once():
+    data = windows(16)
+    tiles = data.tiled()
+    ids, valid = tiles.batch(np.arange(tiles.count), np.full(tiles.count, 0.7))
+    np.testing.assert_array_equal(ids[valid], data.ids)
+    assert valid.sum(1).max() == 16 and (tiles.owner == np.repeat(np.arange(40), 50)[tiles._starts]).all()
+
+
 def test_rows_visit_every_sample_once_per_epoch_in_another_order():
     rows = Rows(1, "order", 10)
     first, second = rows.samples(np.arange(10)), rows.samples(np.arange(10, 20))

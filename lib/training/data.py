@@ -6,6 +6,7 @@ step * B .. step * B + B - 1; ranks of a distributed run take slices of them.
 Knows token ids and labels, and neither files nor models. Legend: B rows, T positions, K candidates.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -70,6 +71,26 @@ class Windows:
         ends = self._starts + lengths
         self._run_end = np.append(ends[:-1][run_first[1:]], ends[-1])[run]
         self.count = len(lengths)
+        self.owner = np.arange(self.count)  # the example that a window belongs to
+
+    def tiled(self) -> "Windows":
+        """The same text as windows side by side, each token in exactly one: for evaluation.
+
+        A tile starts where the one before it in its run ended; the last of a run may be shorter.
+        """
+        first = np.flatnonzero(np.append(True, self._run_start[1:] != self._run_start[:-1]))
+        sizes = self._run_end[first] - self._run_start[first]
+        tiles = -(-sizes // self.width)
+        run = np.repeat(np.arange(len(first)), tiles)
+        number = np.arange(len(run)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+        result = copy.copy(self)
+        result._starts = self._run_start[first][run] + number * self.width
+        result._run_end = np.minimum(result._starts + self.width, self._run_end[first][run])
+        result._run_start = result._starts
+        result._lengths = result._run_end - result._starts
+        result.count = len(run)
+        result.owner = np.searchsorted(self._starts, result._starts, side="right") - 1
+        return result
 
     def batch(self, examples: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """((B, T) int64 ids, (B, T) bool valid). `place` in [0, 1) is where in its example a window starts."""

@@ -180,6 +180,7 @@ def _language_objective(name: str, spec: ModelSpec, materials: Materials, contex
         Windows(materials.examples(split), context, tokenizer.pad_token_id)
         for split in (spec.split, "held_out")
     )
+    held_out = held_out.tiled()
     common = {
         "label": name,
         "train": train,
