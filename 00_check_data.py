@@ -10,14 +10,17 @@ writes  documents.parquet, problems.parquet
 python 00_check_data.py --quick_test --run_dir outputs/demo
 """
 
+from collections.abc import Iterator
+
 from lib.artifacts import RunArgs, Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadData
 from lib.log import say
 
-WORST_SHOWN = 5
+SHOWN_PER_KIND = 5
 ROWS_PER_GROUP = 256
+CHARACTERS_PER_GROUP = 2**24
 
 
 def main(config: Config, args: RunArgs) -> None:
@@ -31,32 +34,44 @@ def main(config: Config, args: RunArgs) -> None:
             return
 
         # Read everything once: documents to one table, problems to the other
-        problems, counts = [], {"documents": 0, "characters": 0}
-        with stage.writer("documents", schema.DOCUMENTS) as writer:
-            waiting: list[Document] = []
-            for item in task.check(config):
-                if not isinstance(item, Document):
-                    problems.append(item)
-                    continue
-                counts["documents"] += 1
-                counts["characters"] += len(item.content)
-                waiting.append(item)
-                if len(waiting) >= ROWS_PER_GROUP or sum(len(d.content) for d in waiting) > 2**24:
-                    writer.write(as_table(waiting, schema.DOCUMENTS))
-                    waiting = []
-            if waiting:
-                writer.write(as_table(waiting, schema.DOCUMENTS))
-        stage.write("problems", as_table(problems, schema.PROBLEMS), schema.PROBLEMS)
+        documents = characters = 0
+        tally = Tally()
+        with (
+            stage.writer("documents", schema.DOCUMENTS) as kept,
+            stage.writer("problems", schema.PROBLEMS) as problems,
+        ):
+            for items in groups(task.check(config)):
+                fit = [item for item in items if isinstance(item, Document)]
+                faults = [item for item in items if not isinstance(item, Document)]
+                documents, characters = documents + len(fit), characters + sum(len(d.content) for d in fit)
+                if fit:
+                    kept.write(as_table(fit, schema.DOCUMENTS))
+                if faults:
+                    tally.add(faults)
+                    problems.write(as_table(faults, schema.PROBLEMS))
 
         # Say what was found; stop here if training on it would be wrong
-        stage.stats |= counts | {"problems": count_by_kind(problems)}
-        say(f"{counts['documents']} documents, {counts['characters']:,} characters")
-        for line in summary(problems):
+        stage.stats |= {"documents": documents, "characters": characters, "problems": tally.by_kind()}
+        say(f"{documents:,} documents, {characters:,} characters")
+        for line in tally.lines():
             say(line)
-        errors = sum(p.severity == "error" for p in problems)
+        errors = tally.count("error")
         if errors:
             where = stage.shown(stage.folder / "problems.parquet")
-            raise BadData(f"{errors} problems in the data must be mended first; all of them are in {where}")
+            what = "1 problem" if errors == 1 else f"{errors:,} problems"
+            raise BadData(f"{what} in the data must be mended first; see {where} for all that was found")
+
+
+def groups(items: Iterator) -> Iterator[list]:
+    """Lists of items, short enough to hold in memory."""
+    group, characters = [], 0
+    for item in items:
+        group.append(item)
+        characters += len(getattr(item, "content", ""))
+        if len(group) >= ROWS_PER_GROUP or characters >= CHARACTERS_PER_GROUP:
+            yield group
+            group, characters = [], 0
+    yield group
 
 
 def as_table(items: list, table_schema):
@@ -65,27 +80,37 @@ def as_table(items: list, table_schema):
     return pa.Table.from_pylist([vars(item) for item in items], table_schema.arrow)
 
 
-def count_by_kind(problems: list) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for p in problems:
-        counts[p.kind] = counts.get(p.kind, 0) + 1
-    return counts
+class Tally:
+    """How many problems of each kind there are, and the first few of them."""
 
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], int] = {}  # (severity, kind)
+        self.first: dict[tuple[str, str], list] = {}
 
-def summary(problems: list) -> list[str]:
-    """A line per kind with its count, and the first few of each."""
-    lines = []
-    for severity in ("error", "warning"):
-        these = [p for p in problems if p.severity == severity]
-        for kind, count in count_by_kind(these).items():
-            lines.append(f"{severity}: {kind} ({count})")
-            shown = [p for p in these if p.kind == kind][:WORST_SHOWN]
+    def add(self, problems: list) -> None:
+        for p in problems:
+            kind = (p.severity, p.kind)
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            shown = self.first.setdefault(kind, [])
+            if len(shown) < SHOWN_PER_KIND:
+                shown.append(p)
+
+    def count(self, severity: str) -> int:
+        return sum(n for kind, n in self.counts.items() if kind[0] == severity)
+
+    def by_kind(self) -> dict[str, int]:
+        return {kind: n for (_, kind), n in sorted(self.counts.items())}
+
+    def lines(self) -> Iterator[str]:
+        """Errors before warnings; a line per kind, its first few below."""
+        for (severity, kind), count in sorted(self.counts.items()):
+            yield f"{severity}: {kind} ({count:,})"
+            shown = self.first[severity, kind]
             for p in shown:
                 place = f"{p.source} {p.location}".strip()
-                lines.append(f"    {place}: {p.found}; expected {p.expected}; {p.advice}")
+                yield f"    {place}: {p.found}; expected {p.expected}; {p.advice}"
             if count > len(shown):
-                lines.append(f"    ... and {count - len(shown)} more")
-    return lines
+                yield f"    ... and {count - len(shown):,} more"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.tokenization import train_tokenizer
 
     uses = ("seed", "task", "data", "tokenizer")
-    with Stage(__file__, config, args, uses=uses, reads=("00_check_data",)) as stage:
+    with Stage(__file__, config, args, uses=uses, reads=("00_check_data",), restarts=True) as stage:
         if stage.finished:
             return
         task = get_task(config.task)
@@ -35,7 +35,7 @@ def main(config: Config, args: RunArgs) -> None:
         # First pass: the tokenizer. A character one knows all characters; BPE learns from the train split alone
         kind = config.tokenizer.kind
         tokenizer = train_tokenizer(
-            kind, texts(task, config, stage, kind == "character"), config.tokenizer.vocab_size
+            kind, texts(task, config, Documents(stage), kind == "character"), config.tokenizer.vocab_size
         )
         with durable.replacing_folder(stage.folder / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)
@@ -47,7 +47,7 @@ def main(config: Config, args: RunArgs) -> None:
             stage.writer("examples", schema.EXAMPLES) as kept,
             stage.writer("dropped", schema.DROPPED) as dropped,
         ):
-            for examples, left_out in groups(task.prepare(config, documents(stage)), ROWS_PER_GROUP):
+            for examples, left_out in groups(task.prepare(config, Documents(stage)), ROWS_PER_GROUP):
                 if examples:
                     kept.write(tally.add(encoded(examples, tokenizer, config.tokenizer.unknown)))
                 if left_out:
@@ -57,20 +57,26 @@ def main(config: Config, args: RunArgs) -> None:
         say(tally.line(len(tokenizer)))
 
 
-def documents(stage: Stage) -> Iterator:
-    from lib import schema
-    from lib.tasks import Document
+class Documents:
+    """The documents of stage 00 from the disk, as often as they are asked for."""
 
-    for batch in stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=64):
-        for row in batch.to_pylist():
-            yield Document(**row)
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    def __iter__(self) -> Iterator:
+        from lib import schema
+        from lib.tasks import Document
+
+        for batch in self.stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=16):
+            for i in range(batch.num_rows):  # a document becomes Python text only when it is its turn
+                yield Document(**batch.slice(i, 1).to_pylist()[0])
 
 
-def texts(task, config: Config, stage: Stage, every_split: bool) -> Iterator[str]:
+def texts(task, config: Config, documents: Documents, every_split: bool) -> Iterator[str]:
     """Prompts and targets to train the tokenizer on."""
     from lib.tasks import Example
 
-    for item in task.prepare(config, documents(stage)):
+    for item in task.prepare(config, documents):
         if isinstance(item, Example) and (every_split or item.split == "train"):
             yield item.prompt + item.target
 

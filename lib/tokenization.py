@@ -35,8 +35,10 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Any:
 def _character(texts: Iterable[str]):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    characters = sorted(set().union(*(set(text) for text in texts)))
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *sorted(characters)])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()

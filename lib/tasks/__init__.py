@@ -5,7 +5,8 @@ It has these functions:
 
     sources(config)                    -> the files it reads, for hashing
     check(config)                      -> Document | Problem, one after the other          (stage 00)
-    prepare(config, documents)         -> Example | Dropped, one after the other           (stage 01)
+    prepare(config, documents)         -> Example | Dropped, one after the other           (stage 01);
+                                          documents can be gone over more than once
     candidates(examples, context)      -> a table of schema.CANDIDATES for these examples  (stage 02)
     rewards(config, candidates)        -> (rewards in [0, 1], {name of term: values})      (stage 03)
     explain(row)                       -> a few words about one result row, for the report (optional)

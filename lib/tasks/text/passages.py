@@ -15,20 +15,20 @@ from lib.tasks import Document, Dropped, Example
 
 Span = tuple[int, int]
 
-_PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
+_PARAGRAPH_END = re.compile(r"\n(?:[ \t]*\n)+")  # indentation belongs to the paragraph that follows
 _SPACE = re.compile(r"\s+")
 FEWEST_REPEATED = 40  # characters; shorter paragraphs, such as headings, may stand twice
 _ORDER = ("train", "held_out", "reference")
 
 
 def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example | Dropped]:
-    """Passages of every document in order, each with its split and group, and what was left out with the reason."""
+    """Passages of every document in order, each with its split and group, and what was left out with the reason.
+
+    Contiguous splits need the whole length first: `documents` is then gone over twice.
+    """
     data = config.data
-    if data.split == "contiguous":
-        documents = list(documents)  # where to cut depends on the whole length
-        total = sum(len(d.content) for d in documents)
-    else:
-        total = 0
+    assert data.split != "contiguous" or not isinstance(documents, Iterator), "an iterator can be read once only"
+    total = sum(len(d.content) for d in documents) if data.split == "contiguous" else 0
     paragraphs: set[bytes] = set()
     passages: dict[bytes, str] = {}
     offset = 0
@@ -81,11 +81,12 @@ def _without_repeats(text: str, data: DataConfig, seen: set[bytes]) -> tuple[lis
     repeated: list[Span] = []
     for a, b in _spans_of_paragraphs(text, (0, len(text))):
         normal = _SPACE.sub(" ", text[a:b]).strip()
-        digest = _digest(normal)
-        if len(normal) >= FEWEST_REPEATED and digest in seen:
-            repeated.append((a, b))
-            continue
-        seen.add(digest)
+        if len(normal) >= FEWEST_REPEATED:
+            digest = _digest(normal)
+            if digest in seen:
+                repeated.append((a, b))
+                continue
+            seen.add(digest)
         if stretches and stretches[-1][1] == a:
             stretches[-1] = (stretches[-1][0], b)
         else:
@@ -98,18 +99,33 @@ def _digest(text: str) -> bytes:
 
 
 def _blocks(text: str, stretch: Span, data: DataConfig) -> Iterator[Span]:
-    """Blocks of about `block_characters`, cut at the last paragraph end that fits, or in mid-text if none does."""
+    """Blocks of about `block_characters`, cut at the last paragraph end that fits in their second half.
+
+    If none fits, the cut is in mid-text; passages that must start at paragraphs get a longer block instead.
+    """
     start, end = stretch
-    while end - start > data.block_characters:
-        limit = start + data.block_characters
-        cut = max(
-            (m.end() for m in _PARAGRAPH_END.finditer(text, start + data.block_characters // 2, limit)),
-            default=limit,
-        )
+    size = data.block_characters
+    while end - start > size:
+        limit = start + size
+        if data.passages == "paragraph":
+            cut = _paragraph_end(text, start + size // 2, limit, end)
+        else:
+            ends = (m.end() for m in _PARAGRAPH_END.finditer(text, start + size // 2, limit))
+            cut = max(ends, default=limit)
         yield start, cut
         start = cut
     if start < end:
         yield start, end
+
+
+def _paragraph_end(text: str, first: int, limit: int, end: int) -> int:
+    """The last paragraph end in (first, limit], or else the next one, or else the end of the text."""
+    cut = 0
+    for match in _PARAGRAPH_END.finditer(text, first, end):
+        if match.end() > limit:
+            return cut or match.end()
+        cut = match.end()
+    return cut or end
 
 
 def _passages(text: str, span: Span, data: DataConfig) -> Iterator[tuple[int, int, bool]]:
