@@ -140,8 +140,8 @@ class Tally:
         empty = [s for s, share in config.data.fractions.items() if share > 0 and not self.examples.get(s)]
         if empty:
             raise BadData(
-                f"nothing fell into split {', '.join(empty)} (examples per split: {self.examples}); set a smaller "
-                "data.block_characters, another seed, or give more data"
+                f"nothing fell into split {', '.join(empty)} (examples per split: {self.examples}; left out: "
+                f"{self.left_out()}); set a smaller data.block_characters, another seed, or give more data"
             )
 
     def summary(self, vocabulary: int) -> dict:
@@ -157,8 +157,10 @@ class Tally:
 
     def line(self, vocabulary: int) -> str:
         splits = ", ".join(f"{s} {n:,} ({self.tokens[s]:,} tokens)" for s, n in self.examples.items())
-        left = ", ".join(f"{n} x {reason}" for reason, n in self.dropped.items()) or "nothing"
-        return f"examples: {splits}; vocabulary {vocabulary}; left out: {left}"
+        return f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}"
+
+    def left_out(self) -> str:
+        return ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items()) or "nothing"
 
 
 if __name__ == "__main__":

@@ -268,11 +268,13 @@ class Stage:
                 entry = {"stage": name, "path": f"{name}/{record['path']}", "sha256": record["sha256"]}
                 inputs[f"{name}/{output}"] = entry | ({"rows": record["rows"]} if "rows" in record else {})
         for path in self.files:
-            digest = durable.sha256_folder(path) if path.is_dir() else durable.sha256_file(path)
-            inputs[path.name if path.name not in inputs else str(path)] = {
-                "path": str(path),
-                "sha256": digest,
-            }
+            try:
+                digest = durable.sha256_folder(path) if path.is_dir() else durable.sha256_file(path)
+            except OSError as error:
+                raise MissingInput(f"{path} cannot be read: {error.strerror}") from None
+            # A name that is not UTF-8 is kept as an escape: JSON cannot hold it
+            name, shown = (os.fsencode(p).decode("utf-8", "backslashreplace") for p in (path.name, path))
+            inputs[name if name not in inputs else shown] = {"path": shown, "sha256": digest}
         return inputs
 
     def _is_finished(self) -> bool:
@@ -515,11 +517,22 @@ class TableWriter:
         self.num_rows += table.num_rows
 
     def _open(self, arrow_schema) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.columns = {f.name: str(f.type) for f in arrow_schema}
+        # Least and greatest value of a text column are whole texts: they serve nothing and cost much memory
+        plain_columns = [
+            f.name
+            for f in arrow_schema
+            if not (pa.types.is_large_string(f.type) or pa.types.is_nested(f.type))
+        ]
         self._file = pq.ParquetWriter(
-            self._path, arrow_schema, compression="zstd", write_page_checksum=True, write_statistics=True
+            self._path,
+            arrow_schema,
+            compression="zstd",
+            write_page_checksum=True,
+            write_statistics=plain_columns,  # type: ignore[arg-type] - a list is documented
         )
 
     def close(self) -> None:

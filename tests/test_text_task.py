@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import re
+import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +18,7 @@ from lib.config import Config, load_config
 from lib.errors import MissingInput
 from lib.tasks import Document, Dropped, Example, Problem, get_task
 from lib.tasks.text import check, prepare, sources
+from lib.tasks.text.check import squeeze
 
 PROSE = "A sentence that is long enough to stand on its own as a paragraph, number {}.\n\n"
 
@@ -47,6 +51,13 @@ def checked(path: Path, **data) -> tuple[list[Document], list[Problem]]:
         ("a.jsonl", b'{"text": "fine and long enough to keep"}\n{oops\n', "error", "not JSON", "oops"),
         ("a.jsonl", b'{"txt": "fine and long enough"}\n', "error", "no text", "txt"),
         ("a.jsonl", b'{"text": 5}\n', "error", "not text", "int 5"),
+        ("a.jsonl", b'"just text"\n', "error", "no text", "str just text"),
+        ("a.jsonl", b'{"text": null}\n', "error", "not text", "no value"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', "error", "encoding", "byte 27"),
+        ("a.jsonl", b'{"text": "' + b"words " * 9 + b'\\ud83d"}\n', "warning", "half characters", "1 lone"),
+        ("a.txt", "lost \ufffd ".encode() * 9, "warning", "lost characters", "9 x U+FFFD"),
+        ("a.txt", ("words " * 9).encode("utf-16"), "error", "encoding", "byte 0"),
+        ("a.txt", ("words " * 9).encode("utf-16-le"), "error", "encoding", "byte 1"),
         ("a.parquet", b"PAR1 nonsense", "error", "damaged", "arquet"),
     ],
 )
@@ -81,6 +92,83 @@ def test_columns_and_ids_of_records(tmp_path):
     assert {p.kind for p in problems} == {"repeated id", "too little text"}
     _, problems = checked(tmp_path / "a.parquet", text_key="bodi")
     assert "did you mean 'body'?" in problems[0].advice
+
+
+def test_what_a_folder_holds_besides_is_said_and_hidden_files_are_not_looked_at(tmp_path):
+    (tmp_path / "A.TXT").write_text("".join(PROSE.format(i) for i in range(2000)))
+    for name in ("notes.md", "more.txt.xz", ".hidden.txt"):
+        (tmp_path / name).write_text("x")
+    documents, problems = checked(tmp_path)
+    assert [d.document_id for d in documents] == ["A"]
+    assert [(p.kind, p.severity) for p in problems] == [("packed", "warning"), ("other file", "warning")]
+    assert "unxz --keep" in problems[0].advice
+
+
+def test_a_folder_of_packed_files_says_how_to_unpack_them(tmp_path):
+    (tmp_path / "a.txt.xz").write_text("x")
+    with pytest.raises(MissingInput, match=r"a\.txt\.xz is packed; unpack it first: unxz --keep"):
+        sources(config(path=str(tmp_path)))
+
+
+def test_names_and_texts_that_utf8_cannot_hold_become_something_that_it_can(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("".join(PROSE.format(i) for i in range(2000)))
+    (tmp_path / "b.jsonl").write_bytes(b'{"\\ud800": 1}\n{"text": "' + b"words " * 9 + b'\\ud800 end"}\n')
+    documents, problems = checked(tmp_path)
+    for value in [v for item in (*documents, *problems) for v in vars(item).values()]:
+        value.encode("utf-8")
+    assert documents[0].content.endswith("words \ufffd end")
+
+
+def test_many_records_of_one_name_take_no_longer_than_others(tmp_path):
+    lines = [json.dumps({"id": "same", "text": f"{i} a text that is long enough"}) for i in range(20_000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    begin = time.process_time()
+    documents, _ = checked(tmp_path, id_key="id")
+    assert len({d.document_id for d in documents}) == len(documents) == 20_000
+    assert time.process_time() - begin < 6
+
+
+def test_a_damaged_page_of_a_parquet_file_is_found(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [PROSE.format(i) for i in range(5000)]}), path, row_group_size=500)
+    data = bytearray(path.read_bytes())
+    for i in range(len(data) // 2, len(data) // 2 + 200):
+        data[i] ^= 0x55
+    path.write_bytes(data)
+    documents, problems = checked(path)
+    assert [p.kind for p in problems] == ["damaged"] and problems[0].location.startswith("row ")
+    assert documents
+
+
+def test_unreadable_files_are_named_beside_other_problems(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(PROSE.format(name) * 2000)
+    (tmp_path / "c.jsonl").write_text("{oops\n")
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    documents, problems = checked(tmp_path)
+    assert sorted(p.kind for p in problems) == ["not JSON", "unreadable"] and len(documents) == 1
+
+
+@given(st.text(alphabet="ab \n\t", max_size=200))
+def test_squeezing_equals_its_plain_meaning(text):
+    lines = [re.sub(r"[ \t]+", " ", line).strip(" ") for line in text.split("\n")]
+    assert squeeze(text) == re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def test_the_digest_of_a_text_minds_words_only(monkeypatch):
+    module = sys.modules["lib.tasks.text.check"]
+    text = "one two\n\nthree  four five\n" * 50
+    whole = module.digest(text)
+    assert whole[1] == len(" ".join(text.split())) and module.digest(text.replace(" ", "  ")) == whole
+    monkeypatch.setattr(module, "_PIECE", 7)
+    assert module.digest(text) == whole
 
 
 @pytest.mark.parametrize("name", ["nothing.txt", "folder", "a.docx", "a.txt.xz"])
@@ -132,18 +220,52 @@ def test_fixed_passages_are_the_whole_text_in_order(text, size, block, split):
 
 
 @settings(max_examples=80, deadline=None)
-@given(PARAGRAPHS, st.integers(10, 80))
-def test_paragraph_passages_start_at_paragraphs(text, size):
+@given(PARAGRAPHS, st.integers(10, 80), st.integers(80, 400))
+def test_paragraph_passages_start_at_paragraphs_and_nothing_but_blanks_vanishes(text, size, block):
     examples, dropped = prepared(
-        text, passages="paragraph", passage_characters=size, block_characters=10_000, deduplicate="none"
+        text, passages="paragraph", passage_characters=size, block_characters=block, deduplicate="none"
     )
-    starts = {0} | {m.end() for m in re.finditer(r"\n[ \t]*\n\s*", text)}
-    position = 0
+    starts = [0] + [m.end() for m in re.finditer(r"\n(?:[ \t]*\n)+", text)]
+    end = 0
     for e in examples:
-        position = next(at for at in sorted(starts) if at >= position and text.startswith(e.target, at))
+        position = next(at for at in starts if at >= end and text.startswith(e.target, at))
         assert len(e.target) <= size
-    kept = sum(len(e.target) for e in examples) + sum(len(d.text) for d in dropped)
-    assert kept <= len(text)
+        assert not e.continues or position == end
+        end = position + len(e.target)
+    pieces = sorted([(int(d.example_id.split("@")[1]), d.text) for d in dropped])
+    left = "".join(e.target for e in examples) + "".join(text for _, text in pieces)
+    assert sorted(left.replace("\n", "").replace(" ", "")) == sorted(text.replace("\n", "").replace(" ", ""))
+
+
+def test_a_paragraph_longer_than_a_block_never_makes_a_passage_start_in_its_middle():
+    text = "word " * 2000 + "\n\n" + PROSE.format(1) + "tail " * 100
+    examples, dropped = prepared(text, passages="paragraph", passage_characters=100, block_characters=400)
+    assert [e.target[:10] for e in examples] == ["word word ", "A sentence", "tail tail "]
+    assert sum(len(d.text) for d in dropped) > 10_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=60),
+    st.integers(20, 100),
+    st.integers(100, 300),
+    st.sampled_from(["fixed", "paragraph"]),
+    st.sampled_from(["hash", "contiguous"]),
+)
+def test_with_repeats_left_out_no_long_text_stands_in_two_splits(numbers, size, block, passages, split):
+    texts = ["".join(PROSE.format(n) for n in numbers[start::2]) for start in (0, 1)]
+    documents = [Document(f"d{i}", text, "f") for i, text in enumerate(texts) if text]
+    settings_of_data = config(passages=passages, passage_characters=size, block_characters=block, split=split)
+    items = list(prepare(settings_of_data, documents))
+    examples = [i for i in items if isinstance(i, Example)]
+    split_of: dict[str, set[str]] = {}
+    for e in examples:
+        split_of.setdefault(e.group, set()).add(e.split)
+        if len(e.target) >= 40:
+            split_of.setdefault("text " + " ".join(e.target.split()), set()).add(e.split)
+    assert all(len(s) == 1 for s in split_of.values())
+    together = "".join(i.target if isinstance(i, Example) else i.text for i in items)
+    assert passages == "paragraph" or sorted(together) == sorted("".join(texts))
 
 
 def test_a_repeated_paragraph_is_left_out_once_it_stood_somewhere():

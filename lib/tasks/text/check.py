@@ -13,7 +13,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 _SPACE = re.compile(r"\s")
 # Each pattern matches only what it changes: one match per word of a long text would cost gigabytes
-_SQUEEZED = ((re.compile(r"[ \t]{2,}|\t"), " "), (re.compile(r" \n ?|\n "), "\n"), (re.compile(r"\n{3,}"), "\n\n"))
+_SQUEEZED = (
+    (re.compile(r"[ \t]{2,}|\t"), " "),
+    (re.compile(r" \n ?|\n "), "\n"),
+    (re.compile(r"\n{3,}"), "\n\n"),
+)
 _PIECE = 2**20  # characters looked at together where a whole text would be copied
 
 

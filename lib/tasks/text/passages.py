@@ -27,7 +27,9 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
     Contiguous splits need the whole length first: `documents` is then gone over twice.
     """
     data = config.data
-    assert data.split != "contiguous" or not isinstance(documents, Iterator), "an iterator can be read once only"
+    assert data.split != "contiguous" or not isinstance(documents, Iterator), (
+        "an iterator can be read once only"
+    )
     total = sum(len(d.content) for d in documents) if data.split == "contiguous" else 0
     paragraphs: set[bytes] = set()
     passages: dict[bytes, str] = {}
