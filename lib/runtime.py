@@ -26,7 +26,6 @@ class Runtime:
         native = _has_native_bf16(device)
         precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
         torch.set_flush_denormal(True)  # denormals are 40 times slower and mean nothing here
-        keep_freed_memory()
         if device.type == "cuda":
             torch.use_deterministic_algorithms(True, warn_only=True)
         return cls(device, precision)
@@ -53,23 +52,6 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "precision": self.precision,
         }
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc not to hand freed blocks back to the kernel.
-
-    A training step frees and takes the same few megabytes again and again; by default each round trip costs page
-    faults, about a fifth of a step's time on a CPU. Elsewhere than on glibc nothing happens.
-    """
-    import ctypes
-    import platform
-
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    m_mmap_threshold, m_trim_threshold = -3, -1
-    libc.mallopt(m_mmap_threshold, 32 << 20)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _has_native_bf16(device: torch.device) -> bool:

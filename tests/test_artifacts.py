@@ -161,28 +161,6 @@ def test_a_run_folder_that_cannot_be_made(tmp_path):
         pass
 
 
-# ------------------------------------------------------------------------------------------ tables
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"reward": [0.1, None, 0.2]}, "column reward: empty in row 1"),
-        ({"reward": [0.1, 1.5, 0.2]}, r"row 1: 1\.5 is outside"),
-        ({"reward": [0.1, float("nan"), 0.2]}, "row 1: nan is outside"),
-        ({"example_id": ["a", "a", "b"]}, "stands in 2 rows"),
-        ({"reward": ["x", "y", "z"]}, "wrong type"),
-        ({"other": [1, 2, 3]}, r"unknown columns \['other'\]"),
-    ],
-)
-def test_tables_are_held_to_their_schema(change, message):
-    columns = rewards().to_pydict() | change
-    with pytest.raises(BadData, match=message):
-        schema.conform(pa.table(columns), schema.REWARDS)
-    kept = schema.conform(rewards().append_column("term_x", pa.array([1, 2, 3])), schema.REWARDS)
-    assert str(kept.schema.field("term_x").type) == "double"
-
-
 def test_a_key_repeated_over_two_writes_is_found(tmp_path):
     with (
         pytest.raises(BadData, match="two rows have the same"),
