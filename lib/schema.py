@@ -157,18 +157,36 @@ def conform(table: pa.Table, schema: TableSchema) -> pa.Table:
             if c.startswith(schema.open_prefix)
         ]
     for f in fields:
-        if not f.nullable and table[f.name].null_count:
-            row = table[f.name].is_null().to_pylist().index(True)
-            raise BadData(
-                f"table {schema.name}, column {f.name}: empty in row {row}; every row needs a value"
-            )
-    try:
-        table = table.select([f.name for f in fields]).cast(pa.schema(fields))
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError) as error:
-        raise BadData(f"table {schema.name}: a column has the wrong type: {error}") from None
+        _check_nulls(table[f.name], f, schema.name)
+    columns = [_cast(table[f.name], f, schema.name) for f in fields]
+    table = pa.Table.from_arrays(columns, schema=pa.schema(fields))
     _check_ranges(table, schema)
     _check_keys(table, schema)
     return table
+
+
+def _check_nulls(column: pa.ChunkedArray, f: pa.Field, table: str) -> None:
+    import pyarrow.compute as pc
+
+    if not f.nullable and column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise BadData(f"table {table}, column {f.name}: empty in row {row}; every row needs a value")
+    if pa.types.is_list(f.type) and not f.type.value_field.nullable and pa.types.is_list(column.type):
+        inside = pc.list_flatten(column)
+        if inside.null_count:
+            row = pc.list_parent_indices(column).filter(inside.is_null())[0]
+            raise BadData(f"table {table}, column {f.name}, row {row}: the list holds an empty value")
+
+
+def _cast(column: pa.ChunkedArray, f: pa.Field, table: str) -> pa.ChunkedArray:
+    if column.type == f.type:
+        return column
+    try:
+        return column.cast(f.type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError) as error:
+        raise BadData(
+            f"table {table}, column {f.name} has the wrong type: {column.type} where {f.type} belongs ({error})"
+        ) from None
 
 
 def _check_ranges(table: pa.Table, schema: TableSchema) -> None:

@@ -48,7 +48,7 @@ def parse_yaml(text: str, file: str) -> tuple[dict, dict[tuple, Location]]:
         loader = _Loader(text)
         node = loader.get_single_node()
         locations: dict[tuple, Location] = {}
-        if node is None:
+        if node is None or (node.tag == "tag:yaml.org,2002:null" and not node.value):
             return {}, locations
         if not isinstance(node, yaml.MappingNode):
             raise BadConfig(f"{file}: expected `key: value` lines, found a {node.id}")

@@ -30,7 +30,7 @@ SELF_EVIDENT = {
 }  # fmt: skip
 
 
-def test_every_knob_stands_in_the_defaults_and_is_explained_where_it_stands_first_or_by_its_name():
+def test_every_knob_stands_in_the_defaults_and_is_explained():
     lines = DEFAULTS.read_text().split("\nquick_test:")[0].splitlines()
     explained = {line.split("#")[0].partition(":")[0].strip() for line in lines if "#" in line}
     inner = keys_of(Config) + keys_of(ModelSpec, "models.")
@@ -39,9 +39,8 @@ def test_every_knob_stands_in_the_defaults_and_is_explained_where_it_stands_firs
         for key in inner
         if not re.fullmatch(r"models\.(architecture|training)\..*", key)
     }
-    missing = names - {line.partition(":")[0].strip() for line in lines}
-    assert not missing, "not in configs/default.yaml"
-    assert not names - explained - SELF_EVIDENT - {"models"}, "no comment in configs/default.yaml"
+    assert names <= {line.partition(":")[0].strip() for line in lines}
+    assert sorted(names - explained - SELF_EVIDENT) == [], "these have no comment in configs/default.yaml"
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:

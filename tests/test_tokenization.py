@@ -71,6 +71,41 @@ def test_the_hugging_face_view_agrees():
         assert tokenizer("a [MASK] b")["input_ids"].count(1) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_folder_serves_the_fill_mask_pipeline(kind, tmp_path):
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
+
+    KINDS[kind].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.pad_token, tokenizer.mask_token, tokenizer.cls_token, tokenizer.unk_token) == (
+        "[PAD]", "[MASK]", "[CLS]", "[UNK]"
+    )  # fmt: skip
+    shape = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    model = BertForMaskedLM(shape)
+    fills = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)("To be or not [MASK]o be")
+    assert len(fills) == 3 and all("o be" in fill["sequence"] for fill in fills)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_ids_are_shown_by_name_between_exact_texts(kind):
+    tokenizer = KINDS[kind]
+    left, right = encode_batch(tokenizer, ["To be ", " not\n"])
+    ids = np.concatenate([[2], left, [1, 1], right, [0]])
+    assert decode_batch(tokenizer, [ids, left, []]) == ["[CLS]To be [MASK][MASK] not\n[PAD]", "To be ", ""]
+    assert encode_batch(tokenizer, []) == [] and encode_batch(tokenizer, [""])[0].dtype == np.int32
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(BadData, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_vocabulary_too_small_for_bytes_is_refused():
     with pytest.raises(BadData, match="needs at least 260"):
         train_tokenizer("bpe", [TEXT], 100)

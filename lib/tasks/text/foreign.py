@@ -37,7 +37,9 @@ def rewrite_with_other_tokenizer(
         for text, spans, mask, row in zip(texts, coded["offset_mapping"], masked, filled, strict=True)
     ]
     own_ids = encode_batch(context.tokenizer, [t for t, _ in new], context.config.tokenizer.unknown)
-    offsets = context.tokenizer([t for t, _ in new], add_special_tokens=False, return_offsets_mapping=True)
+    offsets = context.tokenizer(
+        [t for t, _ in new], add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
     result = []
     for (text, touched), tokens, spans in zip(new, own_ids, offsets["offset_mapping"], strict=True):
         before = np.concatenate([[0], np.cumsum(touched)])

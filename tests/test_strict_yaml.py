@@ -1,0 +1,61 @@
+"""Strict YAML: values are what they look like, and what is doubtful is refused with its line."""
+
+import random
+import re
+import string
+
+import pytest
+
+from lib.errors import BadConfig
+from lib.strict_yaml import Location, parse_scalar, parse_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("1E3", 1000.0), (".5", 0.5), ("12:30", "12:30"), ("010", "010"), ("no", "no"), ("yes", "yes"),
+     ("true", True), ("null", None), ("~", None), ("-7", -7), ("1_000", 1000), ("2026-01-01", "2026-01-01"),
+     ("[1, a]", [1, "a"]), ("", ""), (".inf", float("inf")), ("0x10", "0x10"), ("'5'", "5")],
+)  # fmt: skip
+def test_scalars_are_what_they_look_like(text, value):
+    assert parse_scalar(text, "test") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: 1\nb: 2\na: 3\n", "f:3: 'a' stands here and on line 1"), ("a: {b: 1, b: 2}", "'b' stands here"),
+     ("- 1\n", "expected `key: value` lines"), ("a: [1", "not valid YAML"), ("a: 1\n---\nb: 2\n", "not valid YAML"),
+     ("a: !!python/object/apply:os.system ['x']", "not valid YAML"), ("? [1]\n: 2\n", "a key must be a plain word")],
+)  # fmt: skip
+def test_bad_yaml_says_where(text, message):
+    with pytest.raises(BadConfig, match=re.escape(message)):
+        parse_yaml(text, "f")
+
+
+def test_random_bytes_never_crash_the_parser():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choice(string.printable + ":-{}[]&*!|>'\"%@`") for _ in range(rng.randrange(60)))
+        try:
+            parse_yaml(text, "f")
+        except BadConfig:
+            continue
+
+
+def test_every_key_has_its_place():
+    tree, places = parse_yaml("a: 1\nb:\n  c: {d: 2}\n  # a comment\n  e: [{f: 3}]\n", "f")
+    assert tree == {"a": 1, "b": {"c": {"d": 2}, "e": [{"f": 3}]}}
+    assert places["a",] == Location("f", 1) and places["b", "c", "d"] == Location("f", 3)
+    assert str(places["b", "e"]) == "f:5" and str(Location("--set a=1", 0)) == "--set a=1"
+
+
+def test_an_empty_file_holds_nothing():
+    for text in ("", "# only a comment\n", "---\n"):
+        assert parse_yaml(text, "f") == ({}, {})
+
+
+def test_anchors_are_values_but_bombs_are_small():
+    tree, _ = parse_yaml("a: &x {b: 1}\nc: *x\n", "f")
+    assert tree["c"] == {"b": 1}
+    deep = "a: " + "[" * 3000 + "]" * 3000
+    with pytest.raises(BadConfig, match="not valid YAML"):
+        parse_yaml(deep, "f")
