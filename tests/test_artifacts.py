@@ -4,11 +4,12 @@ import fcntl
 import json
 import os
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from lib import durable, schema
-from lib.artifacts import RunArgs, Stage, existing_runs, load_manifest
+from lib.artifacts import RunArgs, Stage, changes, existing_runs, load_manifest, plain
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, Busy, CannotCreate, MissingInput, UsageError
 
@@ -126,6 +127,35 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert path.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fills_up_at_any_write_of_a_stage_never_makes_it_complete(tmp_path, monkeypatch, call):
+    """The n-th call fails, for every n: no manifest, or a whole one; the stage before is as it was."""
+    finish(tmp_path)
+    real, done = getattr(os, call), False
+    for number in range(1, 30):
+        countdown = iter(range(number, 0, -1))
+
+        def full(*args, countdown=countdown):
+            if next(countdown, 0) == 1:
+                raise OSError(28, "No space left on device")
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            try:
+                finish(tmp_path, name="01_prepare_dataset", reads=("00_check_data",), overwrite=True)
+                done = next(countdown, 0) != 0  # fewer calls than that: every place has had its turn
+            except (OSError, CannotCreate):
+                manifest = load_manifest(tmp_path / "run" / "01_prepare_dataset")
+                assert manifest is None or set(manifest["outputs"]) == {"rewards"}
+                assert not list((tmp_path / "run").rglob("*.tmp"))
+            with stage(tmp_path) as s:
+                assert s.finished
+        if done:
+            break
+    assert done and number > 3
+
+
 def test_a_folder_is_replaced_whole_and_recovered(tmp_path):
     folder = tmp_path / "model"
     for text in ("one", "two"):
@@ -153,6 +183,47 @@ def test_runs_are_found_by_the_rules(tmp_path):
     assert run_of("00_check_data") == "run_001"  # the newest run of this very config
     assert run_of("01_prepare_dataset", other) == "run_002"  # simply the newest
     assert [p.name for p in existing_runs(tmp_path)] == ["run_001", "run_002"]
+
+
+def test_an_input_file_that_cannot_be_read_or_named_in_utf8(tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    odd.write_text("x")
+    args = RunArgs(run_dir=tmp_path / "run")
+    with Stage("00_check_data.py", CONFIG, args, uses=("seed",), files=[odd]) as s:
+        pass
+    manifest = load_manifest(s.folder)
+    assert manifest is not None and list(manifest["inputs"]) == ["caf\\xe9.txt"]
+    gone = [tmp_path / "gone.txt"]
+    with (
+        pytest.raises(MissingInput, match=r"gone\.txt cannot be read"),
+        Stage("00_check_data.py", CONFIG, args, uses=("seed",), files=gone),
+    ):
+        pass
+
+
+def test_unfinished_work_that_holds_nothing_worth_keeping_begins_again(tmp_path):
+    args = RunArgs(run_dir=tmp_path / "run")
+    with pytest.raises(RuntimeError), Stage("00_check_data.py", CONFIG, args, uses=("seed",)):
+        raise RuntimeError
+    other = load_config(quick_test=True, overrides=["seed=5"])
+    with Stage("00_check_data.py", other, args, uses=("seed",), restarts=True) as s:
+        assert not s.resuming and not s.finished
+        s.write("rewards", rewards(), schema.REWARDS)
+    manifest = load_manifest(s.folder)
+    assert manifest is not None and manifest["config"] == {"seed": 5}
+
+
+def test_values_of_numpy_and_what_json_cannot_hold():
+    given = {"a": np.float32(0.5), 2: [np.int64(3), float("nan")], "c": np.array([1, 2]), "d": float("inf")}
+    assert plain(given) == {"a": 0.5, "2": [3, None], "c": [1, 2], "d": None}
+
+
+def test_what_changed_is_said_leaf_by_leaf():
+    old = {"a": {"b": 1, "gone": 2}, "c": "0" * 64}
+    new = {"a": {"b": 3, "new": 4}, "c": "1" * 64}
+    assert changes(old, new) == [
+        "a.b: 1 -> 3", "a.gone: 2 -> (none)", "a.new: (none) -> 4", f"c: {'0' * 12}... -> {'1' * 12}..."
+    ]  # fmt: skip
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path):

@@ -42,7 +42,7 @@ def test_help_answers_at_once_without_torch_or_arrow(script):
         "print('HEAVY', [m for m in ('torch', 'pyarrow', 'pandas', 'transformers') if m in sys.modules])"
     )
     best = 9.0
-    for _ in range(2):
+    for _ in range(2):  # the first one may have to read the files from the disk
         begin = time.perf_counter()
         done = shell("-c", code, script)
         best = min(best, time.perf_counter() - begin)
@@ -58,6 +58,12 @@ def test_help_answers_at_once_without_torch_or_arrow(script):
         (["--set", "training.stepz=1"], 78, "did you mean 'steps'?"),
         (["--set", "data.path=nowhere.txt"], 66, "nowhere.txt does not exist"),
         (["--config", "nowhere.yaml"], 66, "nowhere.yaml does not exist"),
+        (["--config", "."], 78, "cannot be read"),
+        (["--config"], 2, "expected one argument"),
+        (["extra"], 2, "unknown argument extra"),
+        (["--set", "seed"], 2, "KEY=VALUE"),
+        (["--set", "task=txt"], 78, "did you mean 'text'?"),
+        (["--resume"], 2, "nothing unfinished"),
     ],
 )
 def test_mistakes_end_with_one_line_and_their_code(tmp_path, arguments, code, words):
@@ -95,6 +101,72 @@ def test_errors_become_exit_codes(monkeypatch, capsys, error, code):
         run_stage(main, "test")
     assert caught.value.code == code
     assert capsys.readouterr().err.startswith("stage.py: error: ")
+
+
+STAGE = """
+import os, resource, signal, sys, time
+from pathlib import Path
+from lib import schema
+from lib.artifacts import Stage
+from lib.cli import run_stage
+import pyarrow as pa
+
+def main(config, args):
+    with Stage("00_check_data.py", config, args, uses=("seed",)) as stage:
+        ACT
+        text = os.urandom(400_000).hex()
+        rows = {"document_id": ["a"], "content": [text], "source": ["s"]}
+        stage.write("documents", pa.table(rows), schema.DOCUMENTS)
+
+run_stage(main, "test")
+"""
+
+
+def act(tmp_path, what: str, run: str = "run") -> subprocess.CompletedProcess:
+    """A stage in a process of its own in which something happens before it writes."""
+    return shell("-c", STAGE.replace("ACT", what), "--run_dir", str(tmp_path / run))
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, "run the same command again"),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 143, "run the same command again"),
+        ("resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))", 74, "File too large"),
+        ("from lib.errors import NonFiniteLoss; raise NonFiniteLoss('loss is nan in step 7')", 76, "step 7"),
+    ],
+)
+def test_what_ends_a_stage_from_outside_leaves_no_manifest_and_a_rerun_goes_on(tmp_path, what, code, words):
+    done = act(tmp_path, what)
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    folder = tmp_path / "run" / "00_check_data"
+    assert not (folder / "manifest.json").exists() and not list(folder.glob("*.parquet*"))
+    assert act(tmp_path, "pass").returncode == 0 and (folder / "manifest.json").exists()
+
+
+def test_the_same_stage_in_a_second_process_ends_with_75_and_disturbs_nothing(tmp_path):
+    what = "print('inside', flush=True); sys.stdin.readline()"
+    command = [sys.executable, "-c", STAGE.replace("ACT", what), "--run_dir", str(tmp_path / "run")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as first:
+        assert first.stdout is not None and first.stdout.readline() == "inside\n"
+        second = act(tmp_path, "pass")
+        assert second.returncode == 75 and "another process is at work" in second.stderr
+        first.communicate("go on\n")
+    assert first.returncode == 0 and (tmp_path / "run" / "00_check_data" / "manifest.json").exists()
+
+
+def test_killed_outright_it_leaves_nothing_that_the_next_run_takes_for_whole(tmp_path):
+    done = act(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode == -9 and not (tmp_path / "run" / "00_check_data" / "manifest.json").exists()
+    again = act(tmp_path, "assert stage.resuming")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_run_folder_that_cannot_be_made_ends_with_73(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    done = act(tmp_path, "pass", run="run/inside")
+    assert done.returncode == 73 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
