@@ -5,6 +5,7 @@ keys wins in silence. Here a mapping's keys are plain words, only `true` and `fa
 key's line is kept for error messages.
 """
 
+import contextlib
 import re
 from typing import NamedTuple
 
@@ -66,9 +67,21 @@ def parse_yaml(text: str, file: str) -> tuple[dict, dict[tuple, Location]]:
 
 
 def parse_scalar(text: str, source: str):
-    """The value after `=` on the command line, by the same rules as in a file."""
-    tree, _ = parse_yaml(f"value: {text}" if text.strip() else "value: ''", source)
-    return tree["value"]
+    """The value after `=` on the command line, of the same type as in a file.
+
+    What begins as a list, a mapping or quoted text and is whole is read as such. All else is one plain value up
+    to the end, so that `To be: or # not` and `[MASK] is` are the text that they look like.
+    """
+    word = text.strip()
+    if word[:1] in ("[", "{", '"', "'"):
+        with contextlib.suppress(BadConfig):
+            return parse_yaml(f"value: {word}", source)[0]["value"]
+    loader = _Loader("")
+    try:
+        tag = loader.resolve(yaml.ScalarNode, word, (True, False)) if word else "tag:yaml.org,2002:str"
+        return loader.construct_object(yaml.ScalarNode(tag, word))
+    finally:
+        loader.dispose()
 
 
 def _note_keys(node: yaml.Node, path: tuple, file: str, locations: dict) -> None:
