@@ -95,7 +95,7 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
     folders = []
     for fold in range(folds):
         name = "generator" if folds == 1 else f"generator_fold_{fold}"
-        kept = table["train"].filter([folds == 1 or f != fold for f in fold_of])
+        kept = without_fold(table["train"], [folds > 1 and f == fold for f in fold_of])
         examples = {"train": kept, "held_out": table["held_out"]}
         materials = Materials(
             config, tokenizer, runtime, examples.__getitem__, lambda split: table[split].slice(0, 0)
@@ -111,6 +111,17 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
         }
         folders.append(folder)
     return folders
+
+
+def without_fold(table, left_out: list[bool]):
+    """The other rows; one whose predecessor is gone no longer continues it."""
+    import numpy as np
+    import pyarrow as pa
+
+    keep = ~np.asarray(left_out)
+    continues = table["continues"].to_numpy(zero_copy_only=False) & np.append(False, keep[:-1])
+    index = table.column_names.index("continues")
+    return table.set_column(index, table.schema.field(index), pa.array(continues)).filter(pa.array(keep))
 
 
 class Tally:
