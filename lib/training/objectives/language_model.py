@@ -6,7 +6,6 @@ NLL, which reads [CLS] as the beginning so that the first token counts too.
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import randomness
@@ -14,6 +13,7 @@ from lib.config import DiffusionConfig
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, mean_and_standard_error
 from lib.metrics import ratio
 from lib.runtime import Runtime
+from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Rows, Windows
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
 
@@ -71,9 +71,7 @@ class MaskedDiffusion(_Language):
         logits = forward(
             model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)
         ).logits  # (N, V)
-        return F.cross_entropy(
-            logits.float(), tensor(ids.reshape(-1)[at], self.runtime), reduction="none"
-        ), at
+        return cross_entropies(logits, tensor(ids.reshape(-1)[at], self.runtime)), at
 
     def row_nelbos(self, model: nn.Module, windows: Windows, examples: np.ndarray, draws: int = 1):
         """((R,) NELBO of each window, (R,) accuracy sums, (R,) masked counts), R = examples x draws."""
@@ -86,9 +84,9 @@ class MaskedDiffusion(_Language):
             inputs = np.where(batch.masked, self.mask_id, ids)
             logits = forward(
                 model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)
-            ).logits.float()
+            ).logits
             targets = tensor(ids.reshape(-1)[at], self.runtime)
-            ce = F.cross_entropy(logits, targets, reduction="none").cpu().numpy()
+            ce = cross_entropies(logits, targets).cpu().numpy()
             hit = (logits.argmax(-1) == targets).cpu().numpy()
             row = at // ids.shape[1]
             size = len(part)
@@ -177,6 +175,6 @@ def causal_nll(
     inputs = np.concatenate([np.full_like(ids[:, :1], cls_id), ids[:, :-1]], 1)
     seen = np.concatenate([np.ones_like(valid[:, :1]), valid[:, :-1]], 1)
     # Without use_cache=False an evaluating model would keep keys and values that nobody asks for
-    logits = forward(model, runtime, inputs, seen, use_cache=False).logits.float()  # (B, T, V)
-    nll = F.cross_entropy(logits.flatten(0, 1), tensor(ids, runtime).flatten(), reduction="none")
+    logits = forward(model, runtime, inputs, seen, use_cache=False).logits  # (B, T, V)
+    nll = cross_entropies(logits.flatten(0, 1), tensor(ids, runtime).flatten())
     return nll.view(ids.shape), tensor(valid, runtime).to(torch.float32)
