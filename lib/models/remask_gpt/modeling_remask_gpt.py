@@ -1065,6 +1065,8 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
         problem = self.config.problem_type or self._infer_problem(labels)
         batch, exact = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
         if problem == "single_label_classification":
+            if self.num_labels < 2:
+                raise ValueError(f"{problem} needs num_labels of at least 2 to tell labels apart, got 1")
             if labels.is_floating_point() or labels.shape != (batch,):
                 shape = tuple(labels.shape)
                 raise ValueError(

@@ -1,0 +1,670 @@
+"""LTG-BERT in the style of transformers (Samuel, Kutuzov, Øvrelid and Velldal 2023, "Trained on 100 million words
+and still in shape"), written from the paper and checked against vectors of the reference implementation.
+
+What sets it apart from BERT: attention scores are the sum of content-content, content-position and position-content
+terms (DeBERTa, He et al. 2021) over log-bucketed distances; layer norms without parameters before each half block, one
+with parameters after attention, one inside the gated feed-forward layer (NormFormer, Shleifer et al. 2021).
+
+Shapes in comments: B batch, T tokens, D width, H heads, R relative-position buckets, V vocabulary, N chosen rows.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_ltg_bert import LtgBertConfig
+
+IGNORED = -100
+
+
+def _may_look_at(tensor: Tensor) -> bool:
+    """Whether reading a value is cheap and allowed: not on an accelerator's queue, not while exporting."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Relative positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bucket_of_distance(distance: Tensor, buckets: int, longest: int) -> Tensor:
+    """Row 0 .. 2 * buckets - 2 of the table of relative positions for signed distances.
+
+    Exact up to half of `buckets`, then logarithmic, so that a distance of `longest` - 1 and all beyond share the last
+    bucket of their sign.
+    """
+    middle = buckets // 2
+    size = distance.abs().clamp(max=longest - 1)
+    # At least `middle`, so that the logarithm of the distances that are exact anyway is not negative
+    far = size.clamp(min=middle).to(torch.float64)
+    log_share = torch.log(far / middle) / math.log((longest - 1) / middle)
+    bucket = torch.ceil(log_share * (middle - 1)).to(distance.dtype) + middle
+    return torch.where(size <= middle, distance, bucket * distance.sign()) + buckets - 1
+
+
+def bucket_index(config: LtgBertConfig, positions: Tensor) -> Tensor:
+    """Buckets (1 or B, T, T) of query position minus key position, for positions (T,) or (B, T)."""
+    positions = positions if positions.dim() == 2 else positions.unsqueeze(0)
+    distance = positions.unsqueeze(2) - positions.unsqueeze(1)  # (1 or B, T, T)
+    longest = config.max_position_embeddings
+    # The logarithms are taken once per distance, not once per pair
+    every = torch.arange(1 - longest, longest, device=positions.device)
+    table = bucket_of_distance(every, config.position_bucket_size, longest)
+    return table[distance.clamp(1 - longest, longest - 1) + longest - 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of a block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_norm(width: int, eps: float) -> nn.LayerNorm:
+    """Layer norm without parameters."""
+    return nn.LayerNorm(width, eps=eps, elementwise_affine=False)
+
+
+def scaled_linear(wide_in: int, wide_out: int, bias: bool, initial_scale: float) -> nn.Linear:
+    """A linear layer whose initial matrix is multiplied by `initial_scale`.
+
+    The layer carries the factor because transformers initialises module by module: a block could not correct its
+    layers afterwards.
+    """
+    layer = nn.Linear(wide_in, wide_out, bias=bias)
+    layer.initial_scale = initial_scale  # pyright: ignore[reportArgumentType]
+    return layer
+
+
+class LtgBertEmbedding(nn.Module):
+    """Words, and the one table of relative positions that all blocks read."""
+
+    def __init__(self, config: LtgBertConfig):
+        super().__init__()
+        self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_layer_norm = plain_norm(config.hidden_size, config.layer_norm_eps)
+        rows = 2 * config.position_bucket_size - 1
+        self.relative_embedding = nn.Parameter(torch.empty(rows, config.hidden_size))
+        self.relative_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, word_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised words (B, T, D) and relative positions (R, D) of word embeddings (B, T, D)."""
+        words = self.dropout(self.word_layer_norm(word_embeddings))
+        return words, self.relative_layer_norm(self.relative_embedding)
+
+
+class LtgBertAttention(nn.Module):
+    """Disentangled self-attention.
+
+    The score of query i and key j is, over sqrt(3 D / H): q_i k_j + q_i k'_r + q'_r k_j, where r is the bucket of
+    i - j and q', k' are the projections of the table of relative positions. Both position terms are products with the
+    R rows of the table, (B, H, T, R), from which the pairs are then picked: nothing of size T T D is ever made.
+    """
+
+    def __init__(self, config: LtgBertConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        self.pre_layer_norm = plain_norm(width, config.layer_norm_eps)
+        self.in_proj_qk = nn.Linear(width, 2 * width)
+        self.in_proj_v = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.post_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.scale = (3 * config.head_dim) ** -0.5
+
+    def forward(
+        self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) and, when eager, the weights (B, H, T, T).
+
+        Args:
+            relative: (R, D) table of relative positions.
+            index: (1 or B, T, T) its row for every query and key.
+            mask: (B or 1, H or 1, T or 1, T), boolean (True: may attend) or added to the scores.
+        """
+        batch, length, width = hidden.shape
+        hidden = self.pre_layer_norm(hidden)
+        query, key = (self._heads(part) for part in self.in_proj_qk(hidden).chunk(2, dim=-1))
+        value = self._heads(self.in_proj_v(hidden))
+        # The reference reads this projection head by head, (query, key) of the first head, then of the second, though
+        # words have all queries first. Published weights are trained so; the other way gives another model.
+        positions = self.in_proj_qk(self.dropout(relative)).view(-1, self.num_heads, 2 * self.head_dim)
+        query_pos, key_pos = positions.transpose(0, 1).chunk(2, dim=-1)  # (H, R, D / H)
+        bias = self._position_scores(query, key, query_pos, key_pos, index)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
+        drop = self.config.attention_probs_dropout_prob if self.training else 0.0
+        weights = None
+        if self.config._attn_implementation == "eager":
+            weights = torch.softmax((query * self.scale) @ key.transpose(-1, -2) + bias, dim=-1)
+            mixed = F.dropout(weights, drop) @ value
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, bias, drop, scale=self.scale)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+        return self.dropout(self.post_layer_norm(self.out_proj(mixed))), weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, H, T, D / H)."""
+        return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def _position_scores(
+        self, query: Tensor, key: Tensor, query_pos: Tensor, key_pos: Tensor, index: Tensor
+    ) -> Tensor:
+        """The two position terms (B, H, T, T), scaled. Queries and keys (B, H, T, D / H), positions (H, R, D / H)."""
+        shape = (*query.shape[:3], query.shape[2])
+        index = index.unsqueeze(1)  # (1 or B, 1, T, T)
+        of_query = (query * self.scale) @ key_pos.transpose(-1, -2)  # (B, H, T, R)
+        of_key = (key * self.scale) @ query_pos.transpose(-1, -2)
+        from_query = of_query.gather(-1, index.expand(shape))
+        from_key = of_key.gather(-1, index.transpose(-1, -2).expand(shape))  # keys in rows
+        return from_query + from_key.transpose(-1, -2)
+
+
+class LtgBertFeedForward(nn.Module):
+    """Gated feed-forward layer (GEGLU, Shazeer 2020) with a norm before and one inside."""
+
+    def __init__(self, config: LtgBertConfig, depth: int):
+        super().__init__()
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        scale = (2 * (1 + depth)) ** -0.5  # deeper blocks start smaller
+        self.pre_layer_norm = plain_norm(width, eps)
+        self.up_proj = scaled_linear(width, 2 * inner, bias=False, initial_scale=scale)
+        self.inner_layer_norm = plain_norm(inner, eps)
+        self.down_proj = scaled_linear(inner, width, bias=False, initial_scale=scale)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        content, gate = self.up_proj(self.pre_layer_norm(hidden)).chunk(2, dim=-1)
+        gated = content * F.gelu(gate, approximate="tanh")
+        return self.dropout(self.down_proj(self.inner_layer_norm(gated)))
+
+
+class LtgBertLayer(GradientCheckpointingLayer):
+    """One transformer block: x + attention(x), then x + mlp(x); both norm what they read."""
+
+    def __init__(self, config: LtgBertConfig, depth: int):
+        super().__init__()
+        self.attention = LtgBertAttention(config)
+        self.mlp = LtgBertFeedForward(config, depth)
+
+    def forward(
+        self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed, weights = self.attention(hidden, relative, index, mask)
+        hidden = hidden + mixed
+        return hidden + self.mlp(hidden), weights
+
+
+class LtgBertTransformer(nn.Module):
+    """The blocks."""
+
+    def __init__(self, config: LtgBertConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([LtgBertLayer(config, depth) for depth in range(config.num_hidden_layers)])
+
+
+class LtgBertHead(nn.Module):
+    """Norm, linear, GELU, norm, dropout, linear: the head of the language model and of both classifiers."""
+
+    def __init__(self, config: LtgBertConfig, outputs: int, dropout: float):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.first_layer_norm = plain_norm(width, eps)
+        self.dense = nn.Linear(width, width)
+        self.second_layer_norm = plain_norm(width, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.decoder = nn.Linear(width, outputs)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(..., outputs) of rows (..., D)."""
+        rows = F.gelu(self.dense(self.first_layer_norm(rows)))
+        return self.decoder(self.dropout(self.second_layer_norm(rows)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trunk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LtgBertPreTrainedModel(PreTrainedModel):
+    """What all LTG-BERT classes share: the trunk's two modules, initialisation, what transformers asks to know.
+
+    Every class holds `embedding` and `transformer` itself, so that a state dict of one class is, but for the head,
+    one of any other.
+    """
+
+    config: LtgBertConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config_class = LtgBertConfig
+    base_model_prefix = "ltg_bert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LtgBertLayer"]  # noqa: RUF012  (transformers reads a list)
+    _supports_sdpa = True
+    # The losses here are means over labelled positions of the batch at hand; Trainer then averages them itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: LtgBertConfig, *inputs, **kwargs):
+        config.check()  # values may have been set after the config was made
+        super().__init__(config, *inputs, **kwargs)
+        self.embedding = LtgBertEmbedding(config)
+        self.transformer = LtgBertTransformer(config)
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Yes: attention reads the config at every call. transformers would guess from words in this file."""
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill the module's own parameters. There are no buffers in this model."""
+        std = self.config.initializer_range or math.sqrt(2 / (5 * self.config.hidden_size))
+        if isinstance(module, nn.Linear):
+            scaled = std * getattr(module, "initial_scale", 1.0)
+            init.trunc_normal_(module.weight, std=scaled, a=-2 * scaled, b=2 * scaled)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        elif isinstance(module, LtgBertEmbedding):
+            init.trunc_normal_(module.relative_embedding, std=std, a=-2 * std, b=2 * std)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding.word_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding.word_embedding = value
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Run the trunk; the classes below add their head to this.
+
+        Args:
+            input_ids: (B, T) token ids; or `inputs_embeds` (B, T, D), what the word embedding would have given.
+            attention_mask: (B, T), 1 for real tokens; or (B or 1, H or 1, T, T), boolean or 0/1 (1: may attend) or
+                float, added to the scores. A query that may attend to nothing attends to everything instead: its
+                output means nothing, but it is a number.
+            position_ids: (T,) or (B, T), any integers: only their differences matter. None counts from 0.
+
+        Returns:
+            `last_hidden_state` (B, T, D); `hidden_states`, when asked, the embeddings and every block's output;
+            `attentions`, when asked (eager only), (B, H, T, T) per block.
+
+        Raises:
+            ValueError: ids outside the vocabulary, masks or positions of a wrong shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            self._refuse_foreign_ids(input_ids)
+            inputs_embeds = self.embedding.word_embedding(input_ids)
+        assert inputs_embeds is not None
+        config = self.config
+        want_attentions = config.output_attentions if output_attentions is None else output_attentions
+        want_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if want_attentions and config._attn_implementation != "eager":
+            raise ValueError('output_attentions needs attn_implementation="eager"')
+        hidden, relative = self.embedding(inputs_embeds)
+        batch, length, _ = hidden.shape
+        mask = _pick_mask(attention_mask, batch, length, hidden.dtype)
+        if position_ids is None:
+            position_ids = torch.arange(length, device=hidden.device)
+        elif position_ids.shape not in ((length,), (1, length), (batch, length)):
+            shape = tuple(position_ids.shape)
+            raise ValueError(f"position_ids is {shape}, expected ({length},) or ({batch}, {length})")
+        index = bucket_index(config, position_ids)
+
+        all_hidden, all_attentions = [hidden], []
+        for layer in self.transformer.layers:
+            hidden, weights = layer(hidden, relative, index, mask)
+            all_hidden.append(hidden)
+            all_attentions.append(weights)
+        return BaseModelOutput(
+            last_hidden_state=hidden,
+            hidden_states=tuple(all_hidden) if want_hidden else None,
+            attentions=tuple(all_attentions) if want_attentions else None,
+        )
+
+    def _refuse_foreign_ids(self, input_ids: Tensor) -> None:
+        size = self.embedding.word_embedding.num_embeddings
+        if _may_look_at(input_ids) and input_ids.numel():
+            low, high = (int(value) for value in input_ids.aminmax())
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of {size} ids"
+                )
+
+
+def _pick_mask(attention_mask: Tensor | None, batch: int, length: int, dtype: torch.dtype) -> Tensor | None:
+    """The mask as attention takes it: None, boolean or float with four dimensions, no query left without a key."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 2:
+        if attention_mask.shape != (batch, length):
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected {(batch, length)}")
+        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+    elif attention_mask.dim() == 4:
+        if attention_mask.shape[-1] != length or attention_mask.shape[-2] not in (1, length):
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask is {shape}, expected ({batch}, 1, {length}, {length})")
+        mask = attention_mask if attention_mask.is_floating_point() else attention_mask.bool()
+    else:
+        raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {tuple(attention_mask.shape)}")
+    if mask.dtype == torch.bool:
+        return mask | ~mask.any(dim=-1, keepdim=True)
+    nothing = mask.amax(dim=-1, keepdim=True) == -math.inf
+    return mask.masked_fill(nothing, 0.0).to(dtype)
+
+
+class LtgBertModel(LtgBertPreTrainedModel):
+    """The trunk alone: token ids to hidden states."""
+
+    def __init__(self, config: LtgBertConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Hidden states (B, T, D); see `encode` for the arguments."""
+        return self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels and losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_classes_outside(labels: Tensor, num_classes: int) -> None:
+    if _may_look_at(labels) and labels.numel():
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"label {low if low < 0 else high} is not one of the {num_classes} classes (or {IGNORED})"
+            )
+
+
+def _labelled(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Flat indices (N,) of the positions that have a label, and these labels, (N,) hard or (N, C) soft.
+
+    Hard labels are integers of any shape, soft ones floats with the classes last. Ignored are hard labels of -100
+    and soft rows that begin with -100 or are all zero.
+    """
+    if labels.is_floating_point():
+        if labels.shape[-1] != num_classes:
+            shape = tuple(labels.shape)
+            raise ValueError(f"float labels are soft targets with {num_classes} classes last, got shape {shape}")
+        rows = labels.reshape(-1, num_classes)
+        counts = (rows[:, 0] != IGNORED) & (rows != 0).any(dim=-1)
+    else:
+        rows = labels.reshape(-1)
+        counts = rows != IGNORED
+    where = counts.nonzero().squeeze(-1)
+    if not torch.compiler.is_compiling() and where.numel() == 0:
+        raise ValueError(f"no position has a label: all {counts.numel()} are ignored ({IGNORED})")
+    rows = rows.index_select(0, where)
+    if not labels.is_floating_point():
+        _refuse_classes_outside(rows, num_classes)
+    return where, rows
+
+
+def _class_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits (N, C) against hard (N,) or soft (N, C) targets, in float32 at least."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(exact), targets.to(exact) if targets.is_floating_point() else targets)
+
+
+def _token_outputs(
+    hidden: Tensor, labels: Tensor | None, num_classes: int, logits_at: Tensor | str | None, head: Callable
+) -> tuple[Tensor, Tensor | None]:
+    """Logits and loss of hidden states (B, T, D), computed only where asked; see `LtgBertForMaskedLM.forward`."""
+    shape = hidden.shape[:2]
+    if labels is not None and labels.shape[:2] != shape:
+        raise ValueError(f"labels are {tuple(labels.shape)}, expected to begin with {tuple(shape)}")
+    if isinstance(logits_at, Tensor):
+        rows = hidden.flatten(0, 1).index_select(0, logits_at)
+        labels = None if labels is None else labels.flatten(0, 1).index_select(0, logits_at)
+    elif logits_at is not None:
+        if labels is None:
+            raise ValueError("logits_at as a word needs labels")
+        where, targets = _labelled(labels, num_classes)
+        logits = head(hidden.flatten(0, 1).index_select(0, where))
+        return logits, _class_loss(logits, targets)
+    else:
+        rows = hidden
+    logits = head(rows)
+    if labels is None:
+        return logits, None
+    where, targets = _labelled(labels, num_classes)
+    return logits, _class_loss(logits.reshape(-1, num_classes).index_select(0, where), targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LtgBertForMaskedLM(LtgBertPreTrainedModel):
+    """LTG-BERT that fills masks; its last layer is the word embedding with a bias."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "embedding.word_embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LtgBertConfig):
+        super().__init__(config)
+        self.lm_head = LtgBertHead(config, config.vocab_size, config.hidden_dropout_prob)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_at: Tensor | str | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Logits over the vocabulary.
+
+        Args:
+            labels: (B, T) ids with -100 for ignored positions, or soft targets (B, T, V). The loss is the mean
+                cross-entropy over labelled positions, in nats.
+            logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled ones.
+
+        Returns:
+            `logits` (B, T, V), or (N, V) with `logits_at`.
+
+        Raises:
+            ValueError: no position has a label, or a label is not in the vocabulary.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        logits, loss = _token_outputs(
+            outputs.last_hidden_state, labels, self.config.vocab_size, logits_at, self.lm_head
+        )
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )  # pyright: ignore[reportArgumentType]
+
+
+def _classifier_dropout(config: LtgBertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+class LtgBertForTokenClassification(LtgBertPreTrainedModel):
+    """A class for every token."""
+
+    def __init__(self, config: LtgBertConfig):
+        super().__init__(config)
+        if (config.num_labels or 0) < 2:
+            raise ValueError(f"token classification needs num_labels of at least 2, got {config.num_labels}")
+        self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
+        self.classifier = LtgBertHead(config, self.num_labels, _classifier_dropout(config))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Class logits (B, T, num_labels).
+
+        Args:
+            labels: (B, T) classes with -100 for ignored positions, or soft labels (B, T, num_labels); the loss is the
+                mean cross-entropy over labelled positions, in nats.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        logits, loss = _token_outputs(
+            outputs.last_hidden_state, labels, self.num_labels, None, self.classifier
+        )
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )  # pyright: ignore[reportArgumentType]
+
+
+class LtgBertForSequenceClassification(LtgBertPreTrainedModel):
+    """A class, several labels, a number, or a score in [0, 1] for the whole sequence, read from its first token."""
+
+    def __init__(self, config: LtgBertConfig):
+        if config.score_activation == "sigmoid" and config.num_labels != 1:
+            raise ValueError(f'score_activation="sigmoid" needs num_labels=1, got {config.num_labels}')
+        if config.score_activation == "sigmoid" and config.problem_type is None:
+            # Said in this model's own copy, else the text-classification pipeline puts a second sigmoid on the score.
+            config = copy.copy(config)
+            config.problem_type = "regression"
+        super().__init__(config)
+        self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
+        self.classifier = LtgBertHead(config, self.num_labels, _classifier_dropout(config))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Logits (B, num_labels), or scores (B, 1) in [0, 1] with `score_activation="sigmoid"`.
+
+        Args:
+            labels: regression: floats (B,) or (B, num_labels), mean squared error; one class: integers (B,),
+                cross-entropy; several labels at once: floats 0 or 1 (B, num_labels), binary cross-entropy. Which of
+                them is `config.problem_type`, else it follows from `num_labels` and the labels of this call.
+
+        Raises:
+            ValueError: labels whose type, shape or range contradicts the problem.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        first = _first_real(outputs.last_hidden_state, attention_mask)  # (B, D)
+        logits = self.classifier(first)  # (B, num_labels)
+        if self.config.score_activation == "sigmoid":
+            logits = logits.sigmoid()
+        loss = None if labels is None else self._loss(logits, labels)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )  # pyright: ignore[reportArgumentType]
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self.config.problem_type or self._infer_problem(labels)
+        batch, exact = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+        if problem == "single_label_classification":
+            if self.num_labels < 2:
+                raise ValueError(f"{problem} needs num_labels of at least 2 to tell labels apart, got 1")
+            if labels.is_floating_point() or labels.shape != (batch,):
+                shape = tuple(labels.shape)
+                raise ValueError(
+                    f"{problem} takes integer labels of shape ({batch},), got {labels.dtype} {shape}"
+                )
+            _refuse_classes_outside(labels, self.num_labels)
+            return _class_loss(logits, labels)
+        if labels.numel() != logits.numel() or labels.shape[0] != batch:
+            raise ValueError(
+                f"{problem} takes labels of shape {tuple(logits.shape)}, got {tuple(labels.shape)}"
+            )
+        targets = labels.to(exact).view_as(logits)
+        if problem == "multi_label_classification":
+            self._refuse_outside_unit(targets, problem)
+            return F.binary_cross_entropy_with_logits(logits.to(exact), targets)
+        if self.config.score_activation == "sigmoid":
+            self._refuse_outside_unit(targets, "a score in [0, 1]")
+        elif _may_look_at(targets) and not bool(targets.isfinite().all()):
+            raise ValueError("regression labels hold NaN or infinity")
+        return F.mse_loss(logits.to(exact), targets)
+
+    def _infer_problem(self, labels: Tensor) -> str:
+        if self.num_labels == 1:
+            return "regression"
+        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+    @staticmethod
+    def _refuse_outside_unit(targets: Tensor, what: str) -> None:
+        if _may_look_at(targets) and not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise ValueError(f"labels of {what} must lie in [0, 1]")
+
+
+def _first_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Hidden states (B, D) of every sequence's first real token, whichever side the padding is on."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return hidden[:, 0]
+    first = attention_mask.bool().to(torch.long).argmax(dim=-1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), first]
+
+
+LtgBertModel.register_for_auto_class("AutoModel")
+LtgBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+LtgBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+LtgBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+__all__ = [
+    "LtgBertForMaskedLM",
+    "LtgBertForSequenceClassification",
+    "LtgBertForTokenClassification",
+    "LtgBertModel",
+    "LtgBertPreTrainedModel",
+]
