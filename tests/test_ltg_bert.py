@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib.errors import BadData
 from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM, LtgBertModel, load_reference
+from lib.models.ltg_bert.__main__ import main
 from lib.models.ltg_bert.conversion import _reference_name
 from lib.models.ltg_bert.modeling_ltg_bert import bucket_index, bucket_of_distance
 from tests.test_hugging_face import make, make_config, make_ids, make_tokenizer
@@ -128,7 +129,7 @@ def test_position_ids_of_a_wrong_shape_are_refused():
 
 def test_initial_spread_is_as_published():
     torch.manual_seed(0)
-    model = LtgBertModel(LtgBertConfig.published("xs", num_hidden_layers=3))
+    model = LtgBertModel(LtgBertConfig.published("xs", num_hidden_layers=3)).requires_grad_(False)
     std = math.sqrt(2 / (5 * 192))
     cut = 0.8796  # standard deviation of a normal cut at two of its own
     for depth, layer in enumerate(model.transformer.layers):
@@ -188,13 +189,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
         with pytest.raises(BadData, match=message):
             load_reference(state, model.config)
 
-    refused("missing: transformer.layers.1.attention.out_proj.bias", transformer__layers__1__attention__out_proj__bias=None)
+    refused(
+        "missing: transformer.layers.1.attention.out_proj.bias",
+        transformer__layers__1__attention__out_proj__bias=None,
+    )
     refused("missing: embedding.word_embedding.weight", embedding__word_embedding__weight=None)
     refused("left over: gate.weight", gate__weight=torch.zeros(2))
-    refused("transformer.layers.0.mlp.mlp.1.weight is", transformer__layers__0__mlp__mlp__1__weight=torch.zeros(3, 3))
+    refused(
+        "transformer.layers.0.mlp.mlp.1.weight is",
+        transformer__layers__0__mlp__mlp__1__weight=torch.zeros(3, 3),
+    )
     refused("position_bucket_size", transformer__layers__0__attention__position_indices=torch.zeros(48, 48))
     refused("is not the same as", classifier__nonlinearity__5__weight=torch.zeros(31, 24))
-    with pytest.raises(BadData, match="lacks hidden_size"):
+    with pytest.raises(BadData, match="lacks .*hidden_size"):
         load_reference(reference_dict(model), {"vocab_size": 4})
 
 
@@ -236,13 +243,42 @@ def test_the_command_converts_safetensors_and_legacy_files(checkpoint_folder):
         assert loaded.config.sep_token_id is None  # this tokenizer has none
 
 
-def test_the_command_refuses_what_it_cannot_convert(checkpoint_folder):
+@pytest.fixture
+def convert_here(monkeypatch, capsys):
+    """The command in this process: (exit code, what it said on stderr)."""
+
+    def run(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["ltg_bert", *map(str, arguments)])
+        return main(), capsys.readouterr().err
+
+    return run
+
+
+def test_the_command_refuses_what_it_cannot_convert(checkpoint_folder, convert_here):
     folder, model = checkpoint_folder
-    done = convert(folder / "nowhere.bin", folder / "out")
-    assert done.returncode == 66 and "there is no checkpoint" in done.stderr
+    out = folder / "out"
+    code, said = convert_here(folder / "nowhere.bin", out)
+    assert code == 66 and "there is no checkpoint" in said
     (folder / "torn.safetensors").write_bytes(b"\0" * 40)
-    done = convert(folder / "torn.safetensors", folder / "out")
-    assert done.returncode == 65 and "no safetensors file" in done.stderr
+    code, said = convert_here(folder / "torn.safetensors", out)
+    assert code == 65 and "no safetensors file" in said
+    state = {name: tensor.contiguous() for name, tensor in reference_dict(model).items()}
+    del state["embedding.relative_embedding"]
+    save_file(state, folder / "short.safetensors")
+    code, said = convert_here(folder / "short.safetensors", out)
+    assert code == 65 and "missing: embedding.relative_embedding" in said
+    assert not out.exists()
+    (folder / "config.json").unlink()
+    code, said = convert_here(folder / "short.safetensors", out)
+    assert code == 66 and "--config" in said
+    out.mkdir()
+    (out / "mine.txt").write_text("do not lose me")
+    code, said = convert_here(folder / "short.safetensors", out)
+    assert code == 73 and "not empty" in said
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(checkpoint_folder, convert_here):
+    folder, _ = checkpoint_folder
     marker = folder / "ran"
 
     class Hostile:
@@ -250,15 +286,5 @@ def test_the_command_refuses_what_it_cannot_convert(checkpoint_folder):
             return (os.mkdir, (str(marker),))
 
     torch.save({"weight": Hostile()}, folder / "hostile.bin")
-    done = convert(folder / "hostile.bin", folder / "out")
-    assert done.returncode == 65 and "cannot be read safely" in done.stderr and not marker.exists()
-    state = reference_dict(model)
-    del state["embedding.relative_embedding"]
-    torch.save(state, folder / "short.pt")
-    done = convert(folder / "short.pt", folder / "out")
-    assert done.returncode == 65 and "missing: embedding.relative_embedding" in done.stderr
-    assert not (folder / "out").exists()
-    (folder / "config.json").unlink()
-    done = convert(folder / "short.pt", folder / "out")
-    assert done.returncode == 66 and "--config" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = convert_here(folder / "hostile.bin", folder / "out")
+    assert code == 65 and "cannot be read safely" in said and not marker.exists()

@@ -15,7 +15,13 @@ from lib.errors import BadData, CannotCreate, MissingInput, RemaskError
 
 from .conversion import load_reference, read_checkpoint, reference_config
 
-SPECIALS = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+SPECIALS = {
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "mask_token": "[MASK]",
+}
 
 
 def convert(checkpoint: Path, out: Path, config_file: Path | None, tokenizer_file: Path | None) -> str:
@@ -25,7 +31,9 @@ def convert(checkpoint: Path, out: Path, config_file: Path | None, tokenizer_fil
     tensors, given = read_checkpoint(checkpoint)
     config_file = config_file or _beside(checkpoint, "config.json")
     if given is None and config_file is None:
-        raise MissingInput(f"{checkpoint} carries no config and there is no config.json beside it; give --config FILE")
+        raise MissingInput(
+            f"{checkpoint} carries no config and there is no config.json beside it; give --config FILE"
+        )
     config = reference_config(_read_json(config_file) if config_file else given or {})
     tokenizer = _tokenizer(tokenizer_file or _beside(checkpoint, "tokenizer.json"), config.vocab_size)
     if tokenizer is not None:
@@ -37,7 +45,11 @@ def convert(checkpoint: Path, out: Path, config_file: Path | None, tokenizer_fil
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     count = sum(p.numel() for p in model.parameters())
-    note = "with its tokenizer" if tokenizer is not None else "WITHOUT a tokenizer: none was beside it; give --tokenizer FILE"
+    note = (
+        "with its tokenizer"
+        if tokenizer is not None
+        else "WITHOUT a tokenizer: none was beside it; give --tokenizer FILE"
+    )
     return f"{out}: LtgBertForMaskedLM, {count:,} parameters, {note}"
 
 
@@ -65,7 +77,9 @@ def _tokenizer(path: Path | None, vocab_size: int):
         raise BadData(f"{path} is no tokenizer file: {error}") from None
     vocabulary = plain.get_vocab()
     if len(vocabulary) > vocab_size:
-        raise BadData(f"{path} has {len(vocabulary)} tokens, the model {vocab_size}; it belongs to another model")
+        raise BadData(
+            f"{path} has {len(vocabulary)} tokens, the model {vocab_size}; it belongs to another model"
+        )
     present = {role: token for role, token in SPECIALS.items() if token in vocabulary}
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), model_input_names=["input_ids", "attention_mask"], **present
@@ -77,7 +91,9 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("checkpoint", type=Path, help=".safetensors, or a legacy .bin, .pt or .pth")
     parser.add_argument("out_dir", type=Path, help="a new folder")
-    parser.add_argument("--config", type=Path, help="the reference's JSON config; else the file's own or config.json")
+    parser.add_argument(
+        "--config", type=Path, help="the reference's JSON config; else the file's own or config.json"
+    )
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; else the one beside the checkpoint")
     options = parser.parse_args()
     try:

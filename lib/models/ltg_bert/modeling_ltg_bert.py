@@ -151,7 +151,8 @@ class LtgBertAttention(nn.Module):
             bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
         drop = self.config.attention_probs_dropout_prob if self.training else 0.0
         weights = None
-        if self.config._attn_implementation == "eager":
+        # An exporter takes the fused kernel apart, and stumbles over strides that are not those of the parts
+        if self.config._attn_implementation == "eager" or torch.compiler.is_exporting():
             weights = torch.softmax((query * self.scale) @ key.transpose(-1, -2) + bias, dim=-1)
             mixed = F.dropout(weights, drop) @ value
         else:
@@ -216,7 +217,9 @@ class LtgBertTransformer(nn.Module):
 
     def __init__(self, config: LtgBertConfig):
         super().__init__()
-        self.layers = nn.ModuleList([LtgBertLayer(config, depth) for depth in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [LtgBertLayer(config, depth) for depth in range(config.num_hidden_layers)]
+        )
 
 
 class LtgBertHead(nn.Module):
@@ -425,7 +428,9 @@ def _labelled(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     if labels.is_floating_point():
         if labels.shape[-1] != num_classes:
             shape = tuple(labels.shape)
-            raise ValueError(f"float labels are soft targets with {num_classes} classes last, got shape {shape}")
+            raise ValueError(
+                f"float labels are soft targets with {num_classes} classes last, got shape {shape}"
+            )
         rows = labels.reshape(-1, num_classes)
         counts = (rows[:, 0] != IGNORED) & (rows != 0).any(dim=-1)
     else:
@@ -653,7 +658,7 @@ def _first_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None or attention_mask.dim() != 2:
         return hidden[:, 0]
     first = attention_mask.bool().to(torch.long).argmax(dim=-1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), first]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
 
 
 LtgBertModel.register_for_auto_class("AutoModel")

@@ -82,9 +82,7 @@ class MaskedDiffusion(_Language):
             batch = mask_batch(self._bound, valid, self.seed, "evaluation", part, EVALUATION_BATCH)
             at = np.flatnonzero(batch.masked)
             inputs = np.where(batch.masked, self.mask_id, ids)
-            logits = forward(
-                model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)
-            ).logits
+            logits = forward(model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)).logits
             targets = tensor(ids.reshape(-1)[at], self.runtime)
             ce = cross_entropies(logits, targets).cpu().numpy()
             hit = (logits.argmax(-1) == targets).cpu().numpy()
