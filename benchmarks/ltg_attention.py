@@ -121,14 +121,22 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.ltg_attention", "--way", way]
             for name in ("size", "length", "batch", "steps", "precision"):
                 command += [f"--{name}", str(getattr(options, name))]
-            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    seconds = {way: statistics.median(s for r in results for s in r["seconds"]) for way, results in found.items()}
+            results.append(
+                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            )
+    seconds = {
+        way: statistics.median(s for r in results for s in r["seconds"]) for way, results in found.items()
+    }
     peak = {way: max(r["peak"] for r in results) for way, results in found.items()}
     print(f"{options.size}, T = {options.length}, batch {options.batch}, {options.precision}")
     for way in found:
         tokens = options.batch * options.length / seconds[way]
-        print(f"{way:<6} {seconds[way]:7.2f} s a step, {tokens:7,.0f} tokens/s, peak memory {peak[way]:7,.0f} MB")
-    print(f"ours is {seconds['plain'] / seconds['ours']:.2f} times as fast with {peak['ours'] / peak['plain']:.2f} of the memory")
+        print(
+            f"{way:<6} {seconds[way]:7.2f} s a step, {tokens:7,.0f} tokens/s, peak memory {peak[way]:7,.0f} MB"
+        )
+    print(
+        f"ours is {seconds['plain'] / seconds['ours']:.2f} times as fast with {peak['ours'] / peak['plain']:.2f} of the memory"
+    )
 
 
 if __name__ == "__main__":

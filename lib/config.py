@@ -74,18 +74,26 @@ class TokenizerConfig(Section):
 
 
 class ArchitectureConfig(Section):
+    family: Literal["remask_gpt", "ltg_bert"]
     layers: Positive
     width: Positive
     heads: Positive
+    inner_width: Positive | None
     context: Annotated[int, Field(ge=2)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     bias: bool
+    position_buckets: Annotated[int, Field(ge=2)]
 
     @model_validator(mode="after")
     def _check(self):
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width ({self.width}) must be a multiple of 2 x heads ({2 * self.heads}): RoPE turns pairs"
+            )
+        if self.family == "ltg_bert" and self.context <= self.position_buckets // 2:
+            raise ValueError(
+                f"context ({self.context}) must exceed half of position_buckets ({self.position_buckets}): "
+                "nearer distances have a bucket each"
             )
         return self
 
@@ -95,6 +103,7 @@ class TrainingConfig(Section):
     batch_size: Positive
     optimizer: Literal["muon", "adamw"]
     muon_learning_rate: AboveZero
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)]
     learning_rate: AboveZero
     weight_decay: NonNegative
     warmup_fraction: Fraction

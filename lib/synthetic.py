@@ -47,14 +47,14 @@ class MaskedLMEngine:
     @classmethod
     def load(cls, folder: Path, runtime: Runtime, width: int | None = None) -> "MaskedLMEngine":
         """From a saved folder with its tokenizer. Raises MissingInput or BadData saying what does not fit."""
-        from lib.models.build import load_model
+        from lib.models.build import is_ours, load_model
 
         if not (folder / "config.json").exists():
             raise MissingInput(
                 f"generator.checkpoint: {folder} has no config.json; give the folder of a masked LM"
             )
         tokenizer = _load_tokenizer(folder)
-        model: Any = load_model(folder) if _is_ours(folder) else _load_foreign(folder)
+        model: Any = load_model(folder) if is_ours(folder) else _load_foreign(folder)
         size = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > size:
             raise BadData(
@@ -62,7 +62,7 @@ class MaskedLMEngine:
                 "they do not belong together"
             )
         longest = getattr(model.config, "max_position_embeddings", None) or 512
-        limit = longest - 1 if _is_ours(folder) else longest
+        limit = longest - 1 if is_ours(folder) else longest
         return cls(model, tokenizer, runtime, min(width or limit, limit))
 
     @torch.no_grad()
@@ -156,17 +156,6 @@ def _argument_names(model: nn.Module) -> set[str]:
     import inspect
 
     return set(inspect.signature(model.forward).parameters)
-
-
-def _is_ours(folder: Path) -> bool:
-    import json
-
-    try:
-        return (
-            json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "remask_gpt"
-        )
-    except ValueError as error:
-        raise BadData(f"{folder / 'config.json'} is not JSON: {error}") from None
 
 
 def _load_tokenizer(folder: Path):

@@ -9,6 +9,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def make_config(family: str, **changes):
     return remask_gpt.RemaskGptConfig(**{**SMALL, **changes})
 
 
-def make(key: tuple[str, str], seed: int = 0, **changes):
+def make(key: tuple[str, str], seed: int = 0, **changes: Any):
     """A small model in evaluation mode whose every weight is random: zero projections would hide mistakes."""
     if key[1] == "causal":
         changes["attention"] = "causal"
@@ -283,7 +284,7 @@ def test_gradient_checkpointing_gives_equal_gradients(key):
     [("remask", "dropout"), ("ltg", "hidden_dropout_prob"), ("ltg", "attention_probs_dropout_prob")],
 )
 def test_dropout_only_while_training(family, key):
-    model, ids = make((family, "masked"), **{key: 0.5}), make_ids()
+    model, ids = make((family, "masked"), 0, **{key: 0.5}), make_ids()
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
@@ -344,6 +345,29 @@ def test_bad_labels_are_refused(family):
         model(ids, labels=torch.rand(3, 20, 7))
     with pytest.raises(ValueError, match="logits_at"):
         model(ids, logits_at="labels")
+
+
+@every_family
+def test_critic_head(family):
+    model, ids = make((family, "masked"), critic_layers=1), make_ids()
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    out = model(ids, attention_mask=mask, head="critic")
+    assert out.logits.shape == ids.shape
+    labels = torch.where(mask.bool(), (ids % 2 == 0).long(), -100)
+    loss = model(ids, attention_mask=mask, head="critic", labels=labels).loss
+    kept = labels != -100
+    torch.testing.assert_close(
+        loss, F.binary_cross_entropy_with_logits(out.logits[kept], labels[kept].float())
+    )
+    at = torch.tensor([3, 25, 40])
+    chosen = model(ids, attention_mask=mask, head="critic", logits_at=at).logits
+    torch.testing.assert_close(chosen, out.logits.flatten()[at])
+    assert make((family, "masked"), critic_layers=0)(ids, head="critic").logits.shape == ids.shape
+    with pytest.raises(ValueError, match="critic_layers"):
+        make((family, "masked"))(ids, head="critic")
+    with pytest.raises(ValueError, match="head"):
+        model(ids, head="critc")
 
 
 @every_family

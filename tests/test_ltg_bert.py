@@ -20,8 +20,8 @@ from lib.errors import BadData
 from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM, LtgBertModel, load_reference
 from lib.models.ltg_bert.__main__ import main
 from lib.models.ltg_bert.conversion import _reference_name
-from lib.models.ltg_bert.modeling_ltg_bert import bucket_index, bucket_of_distance
-from tests.test_hugging_face import make, make_config, make_ids, make_tokenizer
+from lib.models.ltg_bert.modeling_ltg_bert import LtgBertLayer, bucket_index, bucket_of_distance
+from tests.test_hugging_face import LTG, SMALL, make, make_ids, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
@@ -104,7 +104,7 @@ def test_buckets_are_exact_near_and_logarithmic_far():
 
 
 def test_index_depends_on_differences_only():
-    config = make_config("ltg")
+    config = LtgBertConfig(**{**SMALL, **LTG})
     plain = bucket_index(config, torch.arange(20))
     assert torch.equal(plain, bucket_index(config, torch.arange(20) + 1000))
     both = bucket_index(config, torch.stack([torch.arange(20), torch.arange(20) * 2]))
@@ -133,6 +133,7 @@ def test_initial_spread_is_as_published():
     std = math.sqrt(2 / (5 * 192))
     cut = 0.8796  # standard deviation of a normal cut at two of its own
     for depth, layer in enumerate(model.transformer.layers):
+        assert isinstance(layer, LtgBertLayer)
         scale = math.sqrt(1 / (2 * (1 + depth)))
         for name, weight in layer.mlp.named_parameters():
             assert weight.std() == pytest.approx(cut * std * scale, rel=0.02), name
@@ -201,7 +202,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
     )
     refused("position_bucket_size", transformer__layers__0__attention__position_indices=torch.zeros(48, 48))
     refused("is not the same as", classifier__nonlinearity__5__weight=torch.zeros(31, 24))
-    with pytest.raises(BadData, match="lacks .*hidden_size"):
+    with pytest.raises(BadData, match=r"lacks .*hidden_size"):
         load_reference(reference_dict(model), {"vocab_size": 4})
 
 

@@ -4,39 +4,24 @@ Transfer: any mode starts from any other mode's folder. The trunk must fit tenso
 are dropped by name and said so, new ones are made; anything else that does not fit is an error.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lib import randomness
 from lib.config import ArchitectureConfig
-from lib.errors import BadData, MissingInput
+from lib.errors import BadConfig, BadData, MissingInput
+from lib.models.families import FAMILIES, Family
 from lib.models.ranker import CandidateRanker
-from lib.models.remask_gpt import (
-    RemaskGptConfig,
-    RemaskGptForCausalLM,
-    RemaskGptForMaskedLM,
-    RemaskGptForSequenceClassification,
-    RemaskGptForTokenClassification,
-)
 
 # A bar for every load and save of a small model drowns what matters.
 transformers_logging.disable_progress_bar()
-
-_CLASSES = {
-    c.__name__: c
-    for c in (
-        RemaskGptForCausalLM,
-        RemaskGptForMaskedLM,
-        RemaskGptForSequenceClassification,
-        RemaskGptForTokenClassification,
-    )
-}
-TRUNK = "model."
 
 
 @dataclass
@@ -59,30 +44,31 @@ class Transfer:
 
 def model_config(
     architecture: ArchitectureConfig, attention: str, vocab_size: int, **heads
-) -> RemaskGptConfig:
-    """The Hugging Face config of our backbone. One position more than the context: [CLS] stands in front."""
-    return RemaskGptConfig(
-        vocab_size=vocab_size,
-        hidden_size=architecture.width,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        max_position_embeddings=architecture.context + 1,
-        attention=attention,
-        dropout=architecture.dropout,
-        bias=architecture.bias,
-        **heads,
-    )
+) -> PreTrainedConfig:
+    """The Hugging Face config of the architecture's family. One position more than the context: [CLS] is in front."""
+    family = FAMILIES[architecture.family]
+    _require_attention(family, attention)
+    return family.config_of(architecture, vocab_size, attention, **heads)
 
 
-def make_model(mode: str, config: RemaskGptConfig, seed: int, label: str) -> nn.Module:
+def _require_attention(family: Family, attention: str) -> None:
+    if attention == "causal" and "causal_lm" not in family.heads:
+        raise BadConfig(
+            f"architecture.family {family.name} reads both ways and cannot be causal; give this model "
+            "architecture: {family: remask_gpt}, or attention: bidirectional"
+        )
+
+
+def make_model(mode: str, config: PreTrainedConfig, seed: int, label: str) -> nn.Module:
     """A fresh model whose weights are a function of seed and label."""
+    heads = FAMILIES[config.model_type].heads
     with torch.random.fork_rng():
         torch.manual_seed(randomness.key(seed, f"{label} weights") % 2**63)
         if mode == "language_model":
-            return (RemaskGptForCausalLM if config.is_causal else RemaskGptForMaskedLM)(config)
+            return heads["causal_lm" if getattr(config, "is_causal", False) else "masked_lm"](config)
         if mode == "token_classifier":
-            return RemaskGptForTokenClassification(config)
-        model = RemaskGptForSequenceClassification(config)
+            return heads["token"](config)
+        model = heads["sequence"](config)
         return CandidateRanker(model) if mode == "ranker" else model
 
 
@@ -118,32 +104,29 @@ def start_model(
             f"{start} has a vocabulary of {source.vocab_size} ids, the tokenizer of this run has {vocab_size}; "
             "start from a model with the same tokenizer"
         )
-    shape = source.to_dict()
-    keep = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "bias", "rope_theta",
-            "logit_softcap", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")  # fmt: skip
-    config = RemaskGptConfig(
-        vocab_size=vocab_size,
-        attention=attention,
-        dropout=architecture.dropout,
-        **{k: shape[k] for k in keep},
-        **heads,
-    )
+    family = FAMILIES[source.model_type]
+    _require_attention(family, attention)
+    if "causal_lm" in family.heads:
+        heads["attention"] = attention
+    config = family.restarted(source, architecture.dropout, **heads)
     model = make_model(mode, config, seed, label)
     inner = model.encoder if isinstance(model, CandidateRanker) else model
-    return model, _load_fitting(inner, tensors, start)
+    return model, _load_fitting(inner, tensors, family.trunk, start)
 
 
-def _load_fitting(model: nn.Module, tensors: dict[str, torch.Tensor], start: Path) -> Transfer:
+def _load_fitting(
+    model: nn.Module, tensors: dict[str, torch.Tensor], trunk: tuple[str, ...], start: Path
+) -> Transfer:
     report = Transfer(start=str(start))
     own = model.state_dict()
-    tied = {"lm_head.weight"}  # stands for the embedding in the state dict
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())  # stand for the embedding in the state dict
     with torch.no_grad():
         for name, value in own.items():
             given = tensors.get(name)
             if given is not None and given.shape == value.shape:
                 value.copy_(given)
                 report.loaded.append(name)
-            elif name.startswith(TRUNK):
+            elif name.startswith(trunk):
                 problem = (
                     "is missing"
                     if given is None
@@ -153,16 +136,17 @@ def _load_fitting(model: nn.Module, tensors: dict[str, torch.Tensor], start: Pat
             elif name not in tied:
                 report.created.append(name)
     report.dropped = sorted(n for n in tensors if n not in report.loaded and n not in tied)
-    alien = [n for n in report.dropped if n.startswith(TRUNK)]
+    alien = [n for n in report.dropped if n.startswith(trunk)]
     if alien:
         raise BadData(f"{start}: tensors {alien} have no place in the new model; the trunk must fit whole")
     return report
 
 
-def read_folder(folder: Path) -> tuple[RemaskGptConfig, dict[str, torch.Tensor]]:
-    """(config, tensors) of a saved folder of ours. Raises MissingInput or BadData."""
+def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """(config, tensors) of a saved folder of one of our families. Raises MissingInput or BadData."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    from transformers import AutoConfig
 
     weights = folder / "model.safetensors"
     if not weights.exists():
@@ -171,18 +155,35 @@ def read_folder(folder: Path) -> tuple[RemaskGptConfig, dict[str, torch.Tensor]]
             f"{folder} has no model.safetensors{hint}; give a folder that a training stage wrote"
         )
     try:
-        return RemaskGptConfig.from_pretrained(folder), load_file(str(weights))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tensors = load_file(str(weights))
     except (SafetensorError, ValueError, OSError) as error:
         raise BadData(f"{folder} cannot be loaded: {error}") from None
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise BadData(
+            f"{folder}/config.json says model_type {config.model_type}; a model starts from {known}"
+        )
+    return config, tensors
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the folder's config names one of our families. Raises BadData if it is not JSON."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadData(f"{folder / 'config.json'} is not JSON: {error}") from None
+    return content.get("model_type") in FAMILIES
 
 
 def load_model(folder: Path) -> Any:
     """The model of a saved folder, in evaluation mode, by the class its config names."""
     config, _ = read_folder(folder)
     name = (config.architectures or ["?"])[0]
-    if name not in _CLASSES:
-        raise BadData(f"{folder}/config.json names the architecture {name}; known: {', '.join(_CLASSES)}")
-    return _CLASSES[name].from_pretrained(folder).eval()
+    classes = {c.__name__: c for c in FAMILIES[config.model_type].heads.values()}
+    if name not in classes:
+        raise BadData(f"{folder}/config.json names the architecture {name}; known: {', '.join(classes)}")
+    return classes[name].from_pretrained(folder).eval()
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:

@@ -32,6 +32,7 @@ class Optimizer:
                 torch.optim.Muon(
                     hidden,
                     lr=settings.muon_learning_rate,
+                    momentum=settings.muon_momentum,
                     weight_decay=settings.weight_decay,
                     adjust_lr_fn="match_rms_adamw",
                 )

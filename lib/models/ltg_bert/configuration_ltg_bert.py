@@ -47,6 +47,8 @@ class LtgBertConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial matrices; None means sqrt(2 / (5 D)) (Nguyen & Salazar
             2019). The values are cut at two standard deviations.
         tie_word_embeddings: the last layer of the language-model head is the embedding matrix.
+        critic_layers: None for no critic head; n >= 0 for n transformer blocks and a head of width 1. Not part of the
+            published model.
         score_activation: "none", or "sigmoid" for a sequence head with one label whose score lies in [0, 1].
         unk_token_id, cls_token_id, sep_token_id, pad_token_id, mask_token_id: special ids, each inside the vocabulary
             or None. The defaults are those of the published tokenizer script.
@@ -73,6 +75,7 @@ class LtgBertConfig(PreTrainedConfig):
         classifier_dropout: float | None = None,
         initializer_range: float | None = None,
         tie_word_embeddings: bool = True,
+        critic_layers: int | None = None,
         score_activation: str = "none",
         unk_token_id: int | None = 0,
         cls_token_id: int | None = 1,
@@ -97,6 +100,7 @@ class LtgBertConfig(PreTrainedConfig):
         self.classifier_dropout = classifier_dropout
         self.initializer_range = initializer_range
         self.tie_word_embeddings = tie_word_embeddings
+        self.critic_layers = critic_layers
         self.score_activation = score_activation
         self.unk_token_id = unk_token_id
         self.cls_token_id = cls_token_id
@@ -160,6 +164,11 @@ class LtgBertConfig(PreTrainedConfig):
             value = getattr(self, key)
             none_is_right = key == "classifier_dropout" and value is None
             need(none_is_right or _is_number(value, 0, 1), f"{key} must lie in [0, 1), got {value!r}")
+        blocks = self.critic_layers
+        need(
+            blocks is None or (_is_int(blocks) and blocks >= 0),
+            f"critic_layers must be None or an integer of at least 0, got {blocks!r}",
+        )
         eps, std = self.layer_norm_eps, self.initializer_range
         need(_is_number(eps) and eps > 0, f"layer_norm_eps must be a positive number, got {eps!r}")
         need(

@@ -84,7 +84,7 @@ def load_reference(
     if problems:
         raise BadData(f"this is no LTG-BERT checkpoint of that config: {'; '.join(problems)}")
     dtype = weights[_EMBEDDING].dtype
-    model = LtgBertForMaskedLM(config).to(dtype)
+    model = LtgBertForMaskedLM(config).to(dtype)  # pyright: ignore[reportArgumentType]
     model.load_state_dict({ours: weights[theirs] for ours, theirs in own_names.items()}, strict=False)
     return model.eval()
 

@@ -102,8 +102,11 @@ class LtgBertEmbedding(nn.Module):
 
     def forward(self, word_embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised words (B, T, D) and relative positions (R, D) of word embeddings (B, T, D)."""
-        words = self.dropout(self.word_layer_norm(word_embeddings))
-        return words, self.relative_layer_norm(self.relative_embedding)
+        return self.dropout(self.word_layer_norm(word_embeddings)), self.relative_positions()
+
+    def relative_positions(self) -> Tensor:
+        """The normalised table (R, D)."""
+        return self.relative_layer_norm(self.relative_embedding)
 
 
 class LtgBertAttention(nn.Module):
@@ -334,14 +337,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
         if want_attentions and config._attn_implementation != "eager":
             raise ValueError('output_attentions needs attn_implementation="eager"')
         hidden, relative = self.embedding(inputs_embeds)
-        batch, length, _ = hidden.shape
-        mask = _pick_mask(attention_mask, batch, length, hidden.dtype)
-        if position_ids is None:
-            position_ids = torch.arange(length, device=hidden.device)
-        elif position_ids.shape not in ((length,), (1, length), (batch, length)):
-            shape = tuple(position_ids.shape)
-            raise ValueError(f"position_ids is {shape}, expected ({length},) or ({batch}, {length})")
-        index = bucket_index(config, position_ids)
+        index, mask = self._pairs(attention_mask, position_ids, hidden)
 
         all_hidden, all_attentions = [hidden], []
         for layer in self.transformer.layers:
@@ -353,6 +349,19 @@ class LtgBertPreTrainedModel(PreTrainedModel):
             hidden_states=tuple(all_hidden) if want_hidden else None,
             attentions=tuple(all_attentions) if want_attentions else None,
         )
+
+    def _pairs(
+        self, attention_mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What every block's attention takes: buckets (1 or B, T, T) and the mask with four dimensions, or None."""
+        batch, length, _ = hidden.shape
+        mask = _pick_mask(attention_mask, batch, length, hidden.dtype)
+        if position_ids is None:
+            position_ids = torch.arange(length, device=hidden.device)
+        elif position_ids.shape not in ((length,), (1, length), (batch, length)):
+            shape = tuple(position_ids.shape)
+            raise ValueError(f"position_ids is {shape}, expected ({length},) or ({batch}, {length})")
+        return bucket_index(self.config, position_ids), mask
 
     def _refuse_foreign_ids(self, input_ids: Tensor) -> None:
         size = self.embedding.word_embedding.num_embeddings
@@ -451,13 +460,25 @@ def _class_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(exact), targets.to(exact) if targets.is_floating_point() else targets)
 
 
+def _error_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean binary cross-entropy in nats of log-odds (N,) against targets (N,) of 0 and 1, in float32 at least."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return F.binary_cross_entropy_with_logits(logits.to(exact), targets.to(exact))
+
+
 def _token_outputs(
-    hidden: Tensor, labels: Tensor | None, num_classes: int, logits_at: Tensor | str | None, head: Callable
+    hidden: Tensor,
+    labels: Tensor | None,
+    num_classes: int,
+    logits_at: Tensor | str | None,
+    head: Callable,
+    loss_of: Callable = _class_loss,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits and loss of hidden states (B, T, D), computed only where asked; see `LtgBertForMaskedLM.forward`."""
     shape = hidden.shape[:2]
     if labels is not None and labels.shape[:2] != shape:
         raise ValueError(f"labels are {tuple(labels.shape)}, expected to begin with {tuple(shape)}")
+    rows = hidden
     if isinstance(logits_at, Tensor):
         rows = hidden.flatten(0, 1).index_select(0, logits_at)
         labels = None if labels is None else labels.flatten(0, 1).index_select(0, logits_at)
@@ -466,14 +487,13 @@ def _token_outputs(
             raise ValueError("logits_at as a word needs labels")
         where, targets = _labelled(labels, num_classes)
         logits = head(hidden.flatten(0, 1).index_select(0, where))
-        return logits, _class_loss(logits, targets)
-    else:
-        rows = hidden
+        return logits, loss_of(logits, targets)
     logits = head(rows)
     if labels is None:
         return logits, None
     where, targets = _labelled(labels, num_classes)
-    return logits, _class_loss(logits.reshape(-1, num_classes).index_select(0, where), targets)
+    per_position = logits.reshape(-1, *logits.shape[rows.dim() - 1 :])
+    return logits, loss_of(per_position.index_select(0, where), targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,14 +501,32 @@ def _token_outputs(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class LtgBertCritic(nn.Module):
+    """Blocks of its own and a head: how likely is each token an error? Not part of the published model."""
+
+    def __init__(self, config: LtgBertConfig):
+        super().__init__()
+        assert config.critic_layers is not None
+        first = config.num_hidden_layers
+        self.layers = nn.ModuleList([LtgBertLayer(config, first + n) for n in range(config.critic_layers)])
+        self.score = LtgBertHead(config, 1, config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
+        """Hidden states (B, T, D) of the trunk to those that `score` reads."""
+        for layer in self.layers:
+            hidden, _ = layer(hidden, relative, index, mask)
+        return hidden
+
+
 class LtgBertForMaskedLM(LtgBertPreTrainedModel):
-    """LTG-BERT that fills masks; its last layer is the word embedding with a bias."""
+    """LTG-BERT that fills masks; `head="critic"` finds errors instead. The last layer is the word embedding."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "embedding.word_embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: LtgBertConfig):
         super().__init__(config)
         self.lm_head = LtgBertHead(config, config.vocab_size, config.hidden_dropout_prob)
+        self.critic = LtgBertCritic(config) if config.critic_layers is not None else None
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -506,28 +544,47 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_at: Tensor | str | None = None,
+        head: str = "lm",
         **kwargs,
     ) -> MaskedLMOutput:
-        """Logits over the vocabulary.
+        """Logits over the vocabulary, or log-odds that a token is an error.
 
         Args:
-            labels: (B, T) ids with -100 for ignored positions, or soft targets (B, T, V). The loss is the mean
-                cross-entropy over labelled positions, in nats.
+            labels: for `head="lm"` (B, T) ids with -100 for ignored positions, or soft targets (B, T, V); for
+                `head="critic"` (B, T), 1 for an error, 0 for none, -100 for ignored. The loss is the mean over
+                labelled positions, in nats.
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled ones.
+            head: "lm" or "critic" (needs `config.critic_layers`).
 
         Returns:
-            `logits` (B, T, V), or (N, V) with `logits_at`.
+            `logits` (B, T, V) or (N, V) for "lm", (B, T) or (N,) for "critic".
 
         Raises:
             ValueError: no position has a label, or a label is not in the vocabulary.
         """
+        if head not in ("lm", "critic"):
+            raise ValueError(f'head must be "lm" or "critic", got {head!r}')
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        logits, loss = _token_outputs(
-            outputs.last_hidden_state, labels, self.config.vocab_size, logits_at, self.lm_head
-        )
+        hidden = outputs.last_hidden_state
+        assert hidden is not None
+        if head == "critic":
+            if self.critic is None:
+                raise ValueError("this model has no critic head: set critic_layers (0 or more) in its config")
+            index, mask = self._pairs(attention_mask, position_ids, hidden)
+            hidden = self.critic(hidden, self.embedding.relative_positions(), index, mask)
+            score, loss_of, classes = self._critic_score, _error_loss, 2
+            labels = None if labels is None else labels.long()
+        else:
+            score, loss_of, classes = self.lm_head, _class_loss, self.config.vocab_size
+        logits, loss = _token_outputs(hidden, labels, classes, logits_at, score, loss_of)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
+
+    def _critic_score(self, rows: Tensor) -> Tensor:
+        """Log-odds (...) of rows (..., D)."""
+        assert self.critic is not None
+        return self.critic.score(rows).squeeze(-1)
 
 
 def _classifier_dropout(config: LtgBertConfig) -> float:
@@ -562,9 +619,9 @@ class LtgBertForTokenClassification(LtgBertPreTrainedModel):
                 mean cross-entropy over labelled positions, in nats.
         """
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        logits, loss = _token_outputs(
-            outputs.last_hidden_state, labels, self.num_labels, None, self.classifier
-        )
+        hidden = outputs.last_hidden_state
+        assert hidden is not None
+        logits, loss = _token_outputs(hidden, labels, self.num_labels, None, self.classifier)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
@@ -606,7 +663,9 @@ class LtgBertForSequenceClassification(LtgBertPreTrainedModel):
             ValueError: labels whose type, shape or range contradicts the problem.
         """
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        first = _first_real(outputs.last_hidden_state, attention_mask)  # (B, D)
+        hidden = outputs.last_hidden_state
+        assert hidden is not None
+        first = _first_real(hidden, attention_mask)  # (B, D)
         logits = self.classifier(first)  # (B, num_labels)
         if self.config.score_activation == "sigmoid":
             logits = logits.sigmoid()

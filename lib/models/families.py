@@ -1,0 +1,120 @@
+"""The families of backbones that a config can name, and what the rest must know of each: nothing else is asked.
+
+A family turns the project's own words (layers, width, heads, context) into a Hugging Face config, names the head class
+of every mode, and says which tensors are the trunk.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lib.config import ArchitectureConfig
+from lib.models import ltg_bert, remask_gpt
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of backbone.
+
+    Attributes:
+        name: as in `architecture.family` and as the model type in a saved config.
+        config_of: (architecture, attention, keys of the head) -> its Hugging Face config.
+        heads: class per head: masked_lm, token, sequence, and causal_lm where the family has it.
+        trunk: how the names of the trunk's tensors begin.
+        shape: config keys that the tensors' shapes and meaning follow from: a started model takes them over.
+        dropouts: config keys that `architecture.dropout` sets.
+    """
+
+    name: str
+    config_class: type[PreTrainedConfig]
+    config_of: Callable[..., PreTrainedConfig]
+    heads: dict[str, type[PreTrainedModel]]
+    trunk: tuple[str, ...]
+    shape: tuple[str, ...]
+    dropouts: tuple[str, ...]
+
+    def restarted(self, source: PreTrainedConfig, dropout: float, **heads: Any) -> PreTrainedConfig:
+        """The config of a model of another mode that takes over the trunk of `source`."""
+        given = source.to_dict()
+        kept = {key: given[key] for key in (*self.shape, *_SPECIALS)}
+        return self.config_class(**kept, **dict.fromkeys(self.dropouts, dropout), **heads)
+
+
+_SPECIALS = ("pad_token_id", "mask_token_id", "cls_token_id", "unk_token_id")
+_OUR_IDS = dict(zip(_SPECIALS, range(4), strict=True))  # of tokenizers that the project trains
+
+
+def _remask_gpt(
+    architecture: ArchitectureConfig, vocab_size: int, attention: str, **heads
+) -> remask_gpt.RemaskGptConfig:
+    return remask_gpt.RemaskGptConfig(
+        vocab_size=vocab_size,
+        hidden_size=architecture.width,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        intermediate_size=architecture.inner_width,
+        max_position_embeddings=architecture.context + 1,  # [CLS] stands in front
+        attention=attention,
+        dropout=architecture.dropout,
+        bias=architecture.bias,
+        **heads,
+    )
+
+
+def _ltg_bert(
+    architecture: ArchitectureConfig, vocab_size: int, attention: str, **heads
+) -> ltg_bert.LtgBertConfig:
+    return ltg_bert.LtgBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=architecture.width,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        intermediate_size=architecture.inner_width
+        or architecture.width * 8 // 3,  # as in the published sizes
+        max_position_embeddings=architecture.context + 1,
+        position_bucket_size=architecture.position_buckets,
+        hidden_dropout_prob=architecture.dropout,
+        attention_probs_dropout_prob=architecture.dropout,
+        sep_token_id=None,
+        **_OUR_IDS,
+        **heads,
+    )
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            name="remask_gpt",
+            config_class=remask_gpt.RemaskGptConfig,
+            config_of=_remask_gpt,
+            heads={
+                "masked_lm": remask_gpt.RemaskGptForMaskedLM,
+                "causal_lm": remask_gpt.RemaskGptForCausalLM,
+                "token": remask_gpt.RemaskGptForTokenClassification,
+                "sequence": remask_gpt.RemaskGptForSequenceClassification,
+            },
+            trunk=("model.",),
+            shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                   "max_position_embeddings", "bias", "rope_theta", "logit_softcap", "rms_norm_eps",
+                   "tie_word_embeddings"),
+            dropouts=("dropout",),
+        ),
+        Family(
+            name="ltg_bert",
+            config_class=ltg_bert.LtgBertConfig,
+            config_of=_ltg_bert,
+            heads={
+                "masked_lm": ltg_bert.LtgBertForMaskedLM,
+                "token": ltg_bert.LtgBertForTokenClassification,
+                "sequence": ltg_bert.LtgBertForSequenceClassification,
+            },
+            trunk=("embedding.", "transformer."),
+            shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                   "max_position_embeddings", "position_bucket_size", "layer_norm_eps", "tie_word_embeddings"),
+            dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        ),
+    )
+}  # fmt: skip
