@@ -1,0 +1,176 @@
+"""The report: whole without a network, true to the metrics, safe with hostile text, and there when parts are missing.
+
+Known here: lib.report and what stage 06 leaves. Not known: how samples are drawn or models trained.
+"""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib import schema
+from lib.report.data import ReportData
+from lib.report.html import build_report
+from lib.report.quality import describe, lexicon, valid_words
+from lib.report.table import aligned, results_table, sampling_table
+
+VOID = {"meta", "input", "br", "hr", "img", "path", "rect", "use", "line", "circle"}
+HOSTILE = '<script>alert("x")</script>&"\''
+
+
+class Page(HTMLParser):
+    """Open tags, links to elsewhere, and the text of a page."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.problems: list[str] = []
+        self.outside: list[str] = []
+        self.scripts = 0
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset") and not (value or "").startswith("#"):
+                self.outside.append(f"{tag} {name}={value}")
+            if name.startswith("on"):
+                self.problems.append(f"{tag} {name}")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(quick_run) -> tuple[str, Page]:
+    html = (quick_run / "06_sample" / "report.html").read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page):
+    html, parsed = page
+    assert not parsed.problems and not parsed.open
+    assert not parsed.outside
+    assert "@import" not in html and not re.search(r"url\(\s*['\"]?(?!#)", html)
+
+
+def test_the_page_shows_the_numbers_of_metrics_json(quick_run, page):
+    metrics = json.loads((quick_run / "06_sample" / "metrics.json").read_text())
+    _, parsed = page
+    for row in metrics["results"]:
+        assert row["model"] in parsed.text and f"{row['value']:.3f}" in parsed.text
+    for row in metrics["policies"]:
+        assert row["policy"] in parsed.text and f"{row['fourgram_entropy']:.3f}" in parsed.text
+
+
+def test_the_page_reads_in_the_dark_on_paper_and_on_a_phone(page):
+    html, _ = page
+    for needed in ("prefers-color-scheme: dark", "@media print", "width=device-width"):
+        assert needed in html, needed
+    assert html.count("<svg") >= 5
+
+
+def made_data(**changes) -> ReportData:
+    """A report's data in which every text is an attack."""
+    ids = list(range(4))
+    sample = {
+        "policy": HOSTILE, "nfe": 4, "sample_id": 0, "text": HOSTILE, "token_ids": ids,
+        "given": [True, False, False, False], "reference_nll": 1.0, "critic_error": 0.5, "token_error": [0.1] * 4,
+        "judge_score": None,
+    }  # fmt: skip
+    step = {"policy": HOSTILE, "nfe": 4, "sample_id": 0, "iteration": 0, "token_ids": ids, "events": [0, 1, 2, 3]}
+    estimate = {"value": 1.0, "low": 0.5, "high": 1.5}
+    policy = {
+        "policy": HOSTILE, "nfe": 4, "passes": 4, "samples": 1, "seconds": 1.0, "reference_nll": estimate,
+        "character_entropy": 1.0, "fourgram_entropy": 2.0, "valid_words": None, "judge_score": None, "critic_error": 0.5,
+    }  # fmt: skip
+    result = {
+        "model": HOSTILE, "metric": HOSTILE, "baseline": HOSTILE, "baseline_value": 2.0, "lower_is_better": True,
+        "beats_baseline": True, **estimate,
+    }  # fmt: skip
+    line = {"step": 1, "train": {"loss": 1.0}, "held_out": {"nll": 1.0}}
+    values = {
+        "run": HOSTILE, "settings": HOSTILE, "manifests": {}, "curves": {"m": [line]}, "results": [result],
+        "policies": [policy], "samples": pa.Table.from_pylist([sample], schema.SAMPLES.arrow),
+        "trace": pa.Table.from_pylist([step], schema.TRACE.arrow), "token_text": lambda i: HOSTILE, "mask_id": 1,
+        "explain": lambda row: HOSTILE,
+    }  # fmt: skip
+    return ReportData(**(values | changes))
+
+
+def test_hostile_text_stays_text():
+    html = build_report(made_data())
+    parsed = Page(html)
+    assert parsed.scripts == 1 and not parsed.problems  # its own
+    assert HOSTILE not in html and HOSTILE in parsed.text
+
+
+def test_the_same_data_gives_the_same_bytes():
+    assert build_report(made_data()) == build_report(made_data())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"results": []},
+        {"policies": [], "samples": schema.SAMPLES.arrow.empty_table(), "trace": schema.TRACE.arrow.empty_table()},
+        {"curves": {"m": []}},
+        {"explain": None},
+    ],
+    ids=["no results", "no samples", "no curves", "no explanation"],
+)  # fmt: skip
+def test_missing_parts_leave_a_page_that_says_so(changes):
+    parsed = Page(build_report(made_data(**changes)))
+    assert not parsed.problems
+    if "explain" not in changes:
+        assert re.search(r"No model was|Nothing was sampled|No trace", parsed.text)
+
+
+def test_a_policy_without_a_reference_model_has_no_likelihood():
+    data = made_data()
+    data.policies[0]["reference_nll"] = None
+    assert "No model was trained on the reference split" in Page(build_report(data)).text
+    assert " - " in sampling_table(data.policies)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_valid_words_leave_out_cut_ones():
+    known = lexicon(["The cat can't sit."])
+    assert known == {"the", "cat", "can't", "sit"}
+    found = valid_words(["xx the cat zz yy", "qq sit qq"], known)
+    assert found is not None and found.value == pytest.approx(3 / 4)
+    assert valid_words(["one two"], known) is None
+
+
+def test_a_row_of_the_sampling_table_is_computed_from_its_texts():
+    row = describe("p", 8, 8, 1.0, ["abab", "bbbb"], set(), np.array([2.0, 6.0]), np.array([4.0, 4.0]))
+    assert row["reference_nll"]["value"] == pytest.approx(1.0)
+    share = np.array([2 / 8, 6 / 8])
+    assert row["character_entropy"] == pytest.approx(-(share * np.log(share)).sum())
+    assert row["fourgram_entropy"] == pytest.approx(np.log(2))
+
+
+def test_tables_on_the_screen_are_aligned():
+    text = results_table(made_data().results)
+    assert len({len(line.split("1.000")[0]) for line in text.splitlines() if "1.000" in line}) == 1
+    lines = aligned([("a", "n"), ("x", "1.5"), ("yyy", "10.25")]).splitlines()
+    assert lines[2].endswith("  1.5") and lines[3].endswith("10.25")
