@@ -28,6 +28,7 @@ def _inherited_keys() -> frozenset[str]:
     return frozenset(PreTrainedConfig().to_dict()) | passed_while_loading
 
 
+# trf-ignore: TRF010  (check() refuses more than types, all problems at once)
 class LtgBertConfig(PreTrainedConfig):
     """Shape and behaviour of an `LtgBert*` model; the defaults are the published base model.
 

@@ -11,6 +11,7 @@ Shapes in comments: B batch, T tokens, D width, H heads, R relative-position buc
 import copy
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,14 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ltg_bert import LtgBertConfig
 
 IGNORED = -100
+# The linter of transformers asks which published checkpoints take each side of a branch. These keys choose heads.
+# trf-ignore: TRF041 score_activation, critic_layers
 
 
 def _may_look_at(tensor: Tensor) -> bool:
@@ -109,6 +113,25 @@ class LtgBertEmbedding(nn.Module):
         return self.relative_layer_norm(self.relative_embedding)
 
 
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for its weights; the signature is that of transformers' attention functions.
+
+    Queries, keys and values (B, H, T, D / H), attention_mask added to the scores; returns (B, T, H, D / H) and the
+    weights (B, H, T, T) before dropout.
+    """
+    weights = torch.softmax((query * scaling) @ key.transpose(-1, -2) + attention_mask, dim=-1)
+    return (F.dropout(weights, dropout) @ value).transpose(1, 2), weights
+
+
 class LtgBertAttention(nn.Module):
     """Disentangled self-attention.
 
@@ -120,6 +143,7 @@ class LtgBertAttention(nn.Module):
     def __init__(self, config: LtgBertConfig):
         super().__init__()
         self.config = config
+        self.is_causal = False
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         width = config.hidden_size
@@ -153,14 +177,15 @@ class LtgBertAttention(nn.Module):
         if mask is not None:
             bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
         drop = self.config.attention_probs_dropout_prob if self.training else 0.0
-        weights = None
-        # An exporter takes the fused kernel apart, and stumbles over strides that are not those of the parts
-        if self.config._attn_implementation == "eager" or torch.compiler.is_exporting():
-            weights = torch.softmax((query * self.scale) @ key.transpose(-1, -2) + bias, dim=-1)
-            mixed = F.dropout(weights, drop) @ value
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value, bias, drop, scale=self.scale)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "eager", eager_attention
+        )
+        if (
+            torch.compiler.is_exporting()
+        ):  # the fused kernel taken apart has strides that exporters stumble over
+            attend = eager_attention
+        mixed, weights = attend(self, query, key, value, bias, dropout=drop, scaling=self.scale)
+        mixed = mixed.reshape(batch, length, width)
         return self.dropout(self.post_layer_norm(self.out_proj(mixed))), weights
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -228,13 +253,13 @@ class LtgBertTransformer(nn.Module):
 class LtgBertHead(nn.Module):
     """Norm, linear, GELU, norm, dropout, linear: the head of the language model and of both classifiers."""
 
-    def __init__(self, config: LtgBertConfig, outputs: int, dropout: float):
+    def __init__(self, config: LtgBertConfig, outputs: int):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.first_layer_norm = plain_norm(width, eps)
         self.dense = nn.Linear(width, width)
         self.second_layer_norm = plain_norm(width, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.decoder = nn.Linear(width, outputs)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -259,14 +284,14 @@ class LtgBertPreTrainedModel(PreTrainedModel):
     config_class = LtgBertConfig
     base_model_prefix = "ltg_bert"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LtgBertLayer"]  # noqa: RUF012  (transformers reads a list)
+    _no_split_modules = ["LtgBertLayer"]
     _supports_sdpa = True
     # The losses here are means over labelled positions of the batch at hand; Trainer then averages them itself.
     accepts_loss_kwargs = False
 
-    def __init__(self, config: LtgBertConfig, *inputs, **kwargs):
+    def _make_trunk(self, config: LtgBertConfig) -> None:
+        """The two modules that every class has; called after the constructor of transformers."""
         config.check()  # values may have been set after the config was made
-        super().__init__(config, *inputs, **kwargs)
         self.embedding = LtgBertEmbedding(config)
         self.transformer = LtgBertTransformer(config)
         self.gradient_checkpointing = False
@@ -276,6 +301,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
         """Yes: attention reads the config at every call. transformers would guess from words in this file."""
         return True
 
+    # trf-ignore: TRF018  (every parameter is filled here; two fillings would draw twice)
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fill the module's own parameters. There are no buffers in this model."""
@@ -325,17 +351,13 @@ class LtgBertPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: ids outside the vocabulary, masks or positions of a wrong shape.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        elif input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None:
-            self._refuse_foreign_ids(input_ids)
-            inputs_embeds = self.embedding.word_embedding(input_ids)
-        assert inputs_embeds is not None
         config = self.config
         want_attentions = config.output_attentions if output_attentions is None else output_attentions
         want_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if want_attentions and config._attn_implementation != "eager":
-            raise ValueError('output_attentions needs attn_implementation="eager"')
         hidden, relative = self.embedding(inputs_embeds)
         index, mask = self._pairs(attention_mask, position_ids, hidden)
 
@@ -343,6 +365,8 @@ class LtgBertPreTrainedModel(PreTrainedModel):
         for layer in self.transformer.layers:
             hidden, weights = layer(hidden, relative, index, mask)
             all_hidden.append(hidden)
+            if want_attentions and weights is None:
+                raise ValueError('output_attentions needs attn_implementation="eager"')
             all_attentions.append(weights)
         return BaseModelOutput(
             last_hidden_state=hidden,
@@ -363,7 +387,9 @@ class LtgBertPreTrainedModel(PreTrainedModel):
             raise ValueError(f"position_ids is {shape}, expected ({length},) or ({batch}, {length})")
         return bucket_index(self.config, position_ids), mask
 
-    def _refuse_foreign_ids(self, input_ids: Tensor) -> None:
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         size = self.embedding.word_embedding.num_embeddings
         if _may_look_at(input_ids) and input_ids.numel():
             low, high = (int(value) for value in input_ids.aminmax())
@@ -371,6 +397,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
                 raise ValueError(
                     f"token id {low if low < 0 else high} is outside the vocabulary of {size} ids"
                 )
+        return self.embedding.word_embedding(input_ids)
 
 
 def _pick_mask(attention_mask: Tensor | None, batch: int, length: int, dtype: torch.dtype) -> Tensor | None:
@@ -399,6 +426,7 @@ class LtgBertModel(LtgBertPreTrainedModel):
 
     def __init__(self, config: LtgBertConfig):
         super().__init__(config)
+        self._make_trunk(config)
         self.post_init()
 
     @can_return_tuple
@@ -506,10 +534,11 @@ class LtgBertCritic(nn.Module):
 
     def __init__(self, config: LtgBertConfig):
         super().__init__()
-        assert config.critic_layers is not None
         first = config.num_hidden_layers
-        self.layers = nn.ModuleList([LtgBertLayer(config, first + n) for n in range(config.critic_layers)])
-        self.score = LtgBertHead(config, 1, config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(
+            [LtgBertLayer(config, first + n) for n in range(config.critic_layers or 0)]
+        )
+        self.score = LtgBertHead(config, 1)
 
     def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states (B, T, D) of the trunk to those that `score` reads."""
@@ -517,15 +546,20 @@ class LtgBertCritic(nn.Module):
             hidden, _ = layer(hidden, relative, index, mask)
         return hidden
 
+    def log_odds(self, rows: Tensor) -> Tensor:
+        """Log-odds (...) of an error, of rows (..., D)."""
+        return self.score(rows).squeeze(-1)
+
 
 class LtgBertForMaskedLM(LtgBertPreTrainedModel):
     """LTG-BERT that fills masks; `head="critic"` finds errors instead. The last layer is the word embedding."""
 
-    _tied_weights_keys = {"lm_head.decoder.weight": "embedding.word_embedding.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.decoder.weight": "embedding.word_embedding.weight"}
 
     def __init__(self, config: LtgBertConfig):
         super().__init__(config)
-        self.lm_head = LtgBertHead(config, config.vocab_size, config.hidden_dropout_prob)
+        self._make_trunk(config)
+        self.lm_head = LtgBertHead(config, config.vocab_size)
         self.critic = LtgBertCritic(config) if config.critic_layers is not None else None
         self.post_init()
 
@@ -565,14 +599,13 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
         if head not in ("lm", "critic"):
             raise ValueError(f'head must be "lm" or "critic", got {head!r}')
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        hidden = outputs.last_hidden_state
-        assert hidden is not None
+        hidden = cast(Tensor, outputs.last_hidden_state)
         if head == "critic":
             if self.critic is None:
                 raise ValueError("this model has no critic head: set critic_layers (0 or more) in its config")
             index, mask = self._pairs(attention_mask, position_ids, hidden)
             hidden = self.critic(hidden, self.embedding.relative_positions(), index, mask)
-            score, loss_of, classes = self._critic_score, _error_loss, 2
+            score, loss_of, classes = self.critic.log_odds, _error_loss, 2
             labels = None if labels is None else labels.long()
         else:
             score, loss_of, classes = self.lm_head, _class_loss, self.config.vocab_size
@@ -581,14 +614,14 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
 
-    def _critic_score(self, rows: Tensor) -> Tensor:
-        """Log-odds (...) of rows (..., D)."""
-        assert self.critic is not None
-        return self.critic.score(rows).squeeze(-1)
 
+class LtgBertClassifierHead(LtgBertHead):
+    """The head of a classifier: `classifier_dropout` in place of the general one."""
 
-def _classifier_dropout(config: LtgBertConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+    def __init__(self, config: LtgBertConfig):
+        super().__init__(config, config.num_labels or 1)
+        if config.classifier_dropout is not None:
+            self.dropout = nn.Dropout(config.classifier_dropout)
 
 
 class LtgBertForTokenClassification(LtgBertPreTrainedModel):
@@ -596,10 +629,11 @@ class LtgBertForTokenClassification(LtgBertPreTrainedModel):
 
     def __init__(self, config: LtgBertConfig):
         super().__init__(config)
+        self._make_trunk(config)
         if (config.num_labels or 0) < 2:
             raise ValueError(f"token classification needs num_labels of at least 2, got {config.num_labels}")
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
-        self.classifier = LtgBertHead(config, self.num_labels, _classifier_dropout(config))
+        self.classifier = LtgBertClassifierHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -619,8 +653,7 @@ class LtgBertForTokenClassification(LtgBertPreTrainedModel):
                 mean cross-entropy over labelled positions, in nats.
         """
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        hidden = outputs.last_hidden_state
-        assert hidden is not None
+        hidden = cast(Tensor, outputs.last_hidden_state)
         logits, loss = _token_outputs(hidden, labels, self.num_labels, None, self.classifier)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -638,8 +671,9 @@ class LtgBertForSequenceClassification(LtgBertPreTrainedModel):
             config = copy.copy(config)
             config.problem_type = "regression"
         super().__init__(config)
+        self._make_trunk(config)
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
-        self.classifier = LtgBertHead(config, self.num_labels, _classifier_dropout(config))
+        self.classifier = LtgBertClassifierHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -663,9 +697,7 @@ class LtgBertForSequenceClassification(LtgBertPreTrainedModel):
             ValueError: labels whose type, shape or range contradicts the problem.
         """
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        hidden = outputs.last_hidden_state
-        assert hidden is not None
-        first = _first_real(hidden, attention_mask)  # (B, D)
+        first = _first_real(cast(Tensor, outputs.last_hidden_state), attention_mask)  # (B, D)
         logits = self.classifier(first)  # (B, num_labels)
         if self.config.score_activation == "sigmoid":
             logits = logits.sigmoid()

@@ -25,6 +25,7 @@ def _inherited_keys() -> frozenset[str]:
     return frozenset(PreTrainedConfig().to_dict()) | passed_while_loading
 
 
+# trf-ignore: TRF010  (check() refuses more than types, all problems at once)
 class RemaskGptConfig(PreTrainedConfig):
     """Shape and behaviour of a `RemaskGpt*` model.
 
@@ -59,7 +60,7 @@ class RemaskGptConfig(PreTrainedConfig):
     """
 
     model_type = "remask_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers reads a list)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
         self,
@@ -125,6 +126,11 @@ class RemaskGptConfig(PreTrainedConfig):
     def is_causal(self) -> bool:
         """Whether a position sees only itself and earlier ones."""
         return self.attention == "causal"
+
+    @property
+    def inner_width(self) -> int:
+        """Width of the MLP: `intermediate_size`, or its default."""
+        return self.intermediate_size or 4 * self.hidden_size
 
     @property
     def head_dim(self) -> int:

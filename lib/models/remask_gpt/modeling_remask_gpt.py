@@ -27,11 +27,14 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_remask_gpt import RemaskGptConfig
 
 IGNORED = -100
+# The linter of transformers asks which published checkpoints take each side of a branch. These keys choose modes.
+# trf-ignore: TRF041 is_causal, score_activation, critic_layers, pooling, dropout
 FEWEST_ROWS = (
     16  # rows, and outputs, of a product on the CPU below which its last bits depend on their number
 )
@@ -328,7 +331,10 @@ class RemaskGptAttention(nn.Module):
         batch, length, width = hidden.shape
         qkv = self.qkv_proj(hidden)  # (B, T, 3 D)
         cos, sin = (table.to(qkv.dtype) for table in rotary)
-        eager = self.config._attn_implementation == "eager"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "eager", eager_attention
+        )
+        eager = attend is eager_attention
         weights = None
         if self._may_slice(qkv) and past_key_values is None and not eager:
             mixed = sliced_attention(qkv, cos, sin, mask, is_causal, self.num_heads, self.eps)
@@ -354,11 +360,8 @@ class RemaskGptMLP(nn.Module):
 
     def __init__(self, config: RemaskGptConfig):
         super().__init__()
-        assert config.intermediate_size is not None
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.down_proj = make_linear(
-            config.intermediate_size, config.hidden_size, config.bias, initial_std=0.0
-        )
+        self.up_proj = nn.Linear(config.hidden_size, config.inner_width, bias=config.bias)
+        self.down_proj = make_linear(config.inner_width, config.hidden_size, config.bias, initial_std=0.0)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(squared_relu(self.up_proj(hidden)))
@@ -402,20 +405,17 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
     config_class = RemaskGptConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RemaskGptLayer"]  # noqa: RUF012  (transformers reads a list)
+    _no_split_modules = ["RemaskGptLayer"]
     _supports_sdpa = True
     # The losses here are means over labelled positions of the batch at hand; Trainer then averages them itself.
     accepts_loss_kwargs = False
-
-    def __init__(self, config: RemaskGptConfig, *inputs, **kwargs):
-        config.check()  # values may have been set after the config was made
-        super().__init__(config, *inputs, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         """Yes: attention reads the config at every call. transformers would guess from words in this file."""
         return True
 
+    # trf-ignore: TRF018  (every parameter is filled here; two fillings would draw twice)
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fill the module's own parameters. There are no buffers in this model."""
@@ -497,6 +497,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
     """The trunk: token ids to normalised hidden states."""
 
     def __init__(self, config: RemaskGptConfig):
+        config.check()  # values may have been set after the config was made
         super().__init__(config)
         # No padding_idx: it would freeze a row that resizing and tying treat like any other.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -515,8 +516,6 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutput | BaseModelOutputWithPast:
         """Run the blocks.
@@ -525,6 +524,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
             input_ids: (B, T) token ids; or `inputs_embeds` (B, T, D), what `embed_tokens` would have given.
             attention_mask: (B, S), 1 for real tokens, or (B, 1, T, S) boolean or additive; see `_pick_mask`.
             position_ids: (T,) or (B, T); None counts from the end of the cache.
+            output_hidden_states, output_attentions: return them too (attentions: eager only); None asks the config.
             past_key_values, use_cache: keys and values of earlier tokens, causal models only. None returns a cache
                 in evaluation mode when the config says so.
 
@@ -535,20 +535,18 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         Raises:
             ValueError: ids outside the vocabulary, too long inputs, masks of a wrong shape.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        elif input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None:
-            self._refuse_foreign_ids(input_ids)
-            inputs_embeds = self.embed_tokens(input_ids)
-        assert inputs_embeds is not None
         batch, length, _ = inputs_embeds.shape
         past_key_values = self._pick_cache(past_key_values, use_cache)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         config = self.config
-        want_attentions = config.output_attentions if output_attentions is None else output_attentions
-        want_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if want_attentions and config._attn_implementation != "eager":
-            raise ValueError('output_attentions needs attn_implementation="eager"')
+        want_attentions, want_hidden = (
+            getattr(config, key) if kwargs.get(key) is None else kwargs[key]
+            for key in ("output_attentions", "output_hidden_states")
+        )
 
         hidden = rms_norm(inputs_embeds, config.rms_norm_eps)  # (B, T, D)
         if self.training and config.dropout:
@@ -560,6 +558,8 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         all_hidden, all_attentions = [hidden], []
         for layer in self.layers:
             hidden, weights = layer(hidden, rotary, mask, is_causal, past_key_values=past_key_values)
+            if want_attentions and weights is None:
+                raise ValueError('output_attentions needs attn_implementation="eager"')
             all_hidden.append(hidden)
             all_attentions.append(weights)
         hidden = rms_norm(hidden, config.rms_norm_eps)
@@ -587,7 +587,9 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
             return DynamicCache(config=self.config)
         return past_key_values
 
-    def _refuse_foreign_ids(self, input_ids: Tensor) -> None:
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         size = self.embed_tokens.num_embeddings
         if _may_look_at(input_ids) and input_ids.numel():
             low, high = (int(value) for value in input_ids.aminmax())
@@ -595,6 +597,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
                 raise ValueError(
                     f"token id {low if low < 0 else high} is outside the vocabulary of {size} ids"
                 )
+        return self.embed_tokens(input_ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -698,7 +701,7 @@ def _loss_at_labels(
 class _LanguageModelHead(RemaskGptPreTrainedModel):
     """What the masked and the causal language model share: a head tied to the embeddings."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model: RemaskGptModel
     lm_head: nn.Linear
 
@@ -725,8 +728,8 @@ class RemaskGptCritic(nn.Module):
 
     def __init__(self, config: RemaskGptConfig):
         super().__init__()
-        assert config.critic_layers is not None
-        self.layers = nn.ModuleList([RemaskGptLayer(config, index) for index in range(config.critic_layers)])
+        blocks = config.critic_layers or 0
+        self.layers = nn.ModuleList([RemaskGptLayer(config, index) for index in range(blocks)])
         self.score = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
         self.eps = config.rms_norm_eps
 
