@@ -40,8 +40,10 @@ def main(config: Config, args: RunArgs) -> None:
         context = CandidateContext(config, tokenizer, engines)
         tally = Tally()
         total = stage.rows("01_prepare_dataset", "examples")
+        # Token ids mean nothing without their tokenizer
+        metadata = {"tokenizer_sha256": stage.sha256_of("01_prepare_dataset", "tokenizer")}
         with (
-            stage.writer("candidates", schema.CANDIDATES) as writer,
+            stage.writer("candidates", schema.CANDIDATES, metadata) as writer,
             Progress("candidates", total) as progress,
         ):
             done = 0

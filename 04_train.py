@@ -16,7 +16,7 @@ from pathlib import Path
 from lib.artifacts import RunArgs, Stage
 from lib.cli import run_stage
 from lib.config import Config, ModelSpec
-from lib.errors import MissingInput
+from lib.errors import BadData, MissingInput
 from lib.log import say
 
 
@@ -101,6 +101,12 @@ def materials_of(stage: Stage, config: Config, runtime):
         return select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
 
     def candidates(split):
+        written = stage.table_metadata("02_generate_candidates", "candidates").get("tokenizer_sha256")
+        if written != stage.sha256_of("01_prepare_dataset", "tokenizer"):
+            raise BadData(
+                "candidates.parquet was written with another tokenizer than this run's: its token ids mean other "
+                "characters; run 02_generate_candidates.py --overwrite again"
+            )
         table = select_split(stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES), split)
         rewards = stage.read("03_build_rewards", "rewards", schema.REWARDS)
         columns = ["example_id", "group"]

@@ -76,7 +76,8 @@ def main(config: Config, args: RunArgs) -> None:
         stage.write("samples", table.samples(), schema.SAMPLES)
         stage.write("trace", table.trace(), schema.TRACE)
         stage.stats["policies"] = table.policies
-        stage.write_json("metrics", {"policies": table.policies, "results": bench.results})
+        metrics = {"policies": table.policies, "results": bench.results, "winners": bench.winners}
+        stage.write_json("metrics", metrics)
         data = gather(
             stage, config, table.samples(), table.trace(), table.policies, bench.results, bench.tokenizer
         )
@@ -117,6 +118,13 @@ class Bench:
         self.results = (
             stage.upstream_stats("04_train")["table"] + stage.upstream_stats("05_train_critic")["table"]
         )
+
+    @property
+    def winners(self) -> dict[str, dict]:
+        """Ranker -> reward term -> its mean over the candidates that it chooses on held-out examples."""
+        stats = self.stage.upstream_stats("04_train")
+        rankers = [name for name, spec in self.config.models.items() if spec.mode == "ranker"]
+        return {name: terms for name in rankers if (terms := stats[name]["held_out"].get("terms"))}
 
     def _load(self, fits):
         """The first model of the config that fits, None if there is none."""
@@ -199,9 +207,11 @@ class Bench:
         return rows
 
     def say_results(self, policies, sampling_table) -> None:
-        from lib.report.table import results_table
+        from lib.report.table import results_table, winners_table
 
         say("\n" + results_table(self.results))
+        for name, terms in self.winners.items():
+            say("\n" + winners_table(name, terms))
         say("\n" + sampling_table(policies) + "\n")
 
 

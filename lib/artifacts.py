@@ -413,6 +413,17 @@ class Stage:
         """A folder output (tokenizer, model) of an earlier stage, checked against its hash."""
         return self._verified_path(stage_name, output)
 
+    def sha256_of(self, stage_name: str, output: str) -> str:
+        """The hash of an earlier stage's output, from its manifest."""
+        return self._upstream[stage_name]["outputs"][output]["sha256"]
+
+    def table_metadata(self, stage_name: str, output: str) -> dict[str, str]:
+        """What the writer of an earlier stage's table put into the file beside its rows."""
+        import pyarrow.parquet as pq
+
+        found = pq.read_schema(self._verified_path(stage_name, output)).metadata or {}
+        return {k.decode(): v.decode() for k, v in found.items() if not k.startswith(b"ARROW:")}
+
     def upstream_stats(self, stage_name: str) -> dict:
         return self._upstream[stage_name]["stats"]
 
@@ -421,11 +432,16 @@ class Stage:
             writer.write(table)
 
     @contextlib.contextmanager
-    def writer(self, name: str, schema: "TableSchema") -> Iterator["TableWriter"]:
-        """Write `<name>.parquet` piece by piece; it appears, whole, when the block ends well."""
+    def writer(
+        self, name: str, schema: "TableSchema", metadata: Mapping[str, str] | None = None
+    ) -> Iterator["TableWriter"]:
+        """Write `<name>.parquet` piece by piece; it appears, whole, when the block ends well.
+
+        `metadata` goes into the file itself, for whoever reads it without the manifest.
+        """
         path = self.folder / f"{name}.parquet"
         with durable.replacing(path) as temporary:
-            writer = TableWriter(temporary, schema)
+            writer = TableWriter(temporary, schema, metadata)
             try:
                 yield writer
             finally:
@@ -499,8 +515,8 @@ class Stage:
 class TableWriter:
     """Parquet with zstd and page checksums, a row group per `write`, keys unique over all of them."""
 
-    def __init__(self, path: Path, schema: "TableSchema"):
-        self._path, self._schema, self._file = path, schema, None
+    def __init__(self, path: Path, schema: "TableSchema", metadata: Mapping[str, str] | None = None):
+        self._path, self._schema, self._file, self._metadata = path, schema, None, dict(metadata or {})
         self._keys: list = []
         self.num_rows = 0
         self.columns: dict[str, str] = {}
@@ -529,7 +545,7 @@ class TableWriter:
         ]
         self._file = pq.ParquetWriter(
             self._path,
-            arrow_schema,
+            arrow_schema.with_metadata(self._metadata),
             compression="zstd",
             write_page_checksum=True,
             write_statistics=plain_columns,  # type: ignore[arg-type] - a list is documented

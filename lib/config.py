@@ -128,14 +128,46 @@ class RandomMasking(Section):
 
 
 class StickyMasking(Section):
-    """p1: chance that a token far from any mask is masked in a round; p2: next to a mask."""
+    """p1: chance that a token far from any mask is masked in a round; p2: next to a mask.
+
+    Runs are long where p1 is small and p2 large. A p1 above the wanted ratio masks it all in the first round,
+    almost independently.
+    """
 
     type: Literal["sticky"]
     p1: Fraction
     p2: Fraction
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.p1 == 0 and self.p2 == 0:
+            raise ValueError("p1 and p2 are both 0, so no token would ever be masked: raise one of them")
+        return self
 
-Masking = Annotated[RandomMasking | StickyMasking, Field(discriminator="type")]
+
+class SpanMasking(Section):
+    """num_spans: runs per row, of random lengths at random places, that do not touch where there is room."""
+
+    type: Literal["span"]
+    num_spans: Positive
+
+
+class LineMasking(Section):
+    """Whole lines; min_ratio, max_ratio: the shares of masked tokens between which a row must end up."""
+
+    type: Literal["line"]
+    min_ratio: Fraction
+    max_ratio: Annotated[float, Field(gt=0, le=1)]
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.min_ratio > self.max_ratio:
+            raise ValueError(f"min_ratio ({self.min_ratio}) must not exceed max_ratio ({self.max_ratio})")
+        return self
+
+
+MASKINGS = {"random": RandomMasking, "sticky": StickyMasking, "span": SpanMasking, "line": LineMasking}
+Masking = Annotated[RandomMasking | StickyMasking | SpanMasking | LineMasking, Field(discriminator="type")]
 
 
 class DiffusionConfig(Section):
@@ -376,6 +408,8 @@ def _apply_override(merged: dict, where: dict, text: str) -> None:
         if not isinstance(node, dict):
             raise BadConfig(f"--set {text}: '{k}' is not a section")
     leaf = parse_scalar(value, f"--set {text}")
+    if isinstance(node.get(keys[-1]), str) and not isinstance(leaf, str | None):
+        leaf = value  # what is text stays text: 12 and [MASK] look like a number and a list
     node[keys[-1]] = leaf
     for depth in range(1, len(keys) + 1):
         where[keys[:depth]] = Location("--set " + text, 0)
@@ -413,7 +447,8 @@ def _validate(merged: dict, where: dict) -> Config:
 def _explain(problem: Any, where: dict) -> str:
     """One line: where, which key, what is wrong, what would be right."""
     # pydantic puts the tag of a union into the path; it is no key of the user's
-    path = tuple(p for p in problem["loc"] if p not in ("random", "sticky"))
+    loc = problem["loc"]
+    path = tuple(p for i, p in enumerate(loc) if not (i and loc[i - 1] == "masking" and p in MASKINGS))
     keys = tuple(p for p in path if isinstance(p, str))
     location = next((where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in where), None)
     prefix = f"{location}: " if location else ""
@@ -441,5 +476,6 @@ def _known_keys(path: tuple) -> list[str]:
         annotation = field.annotation if field else None
         fields = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
     if fields is None:
-        return [*StickyMasking.model_fields] if path and path[-1] == "masking" else []
+        kinds = MASKINGS.values() if path and path[-1] == "masking" else ()
+        return list(dict.fromkeys(field for kind in kinds for field in kind.model_fields))
     return list(fields.model_fields)

@@ -133,3 +133,8 @@ def test_a_missing_file_and_a_bad_override():
         load_config(overrides=["training.steps"])
     with pytest.raises(BadConfig, match="'steps' is not a section"):
         load_config(overrides=["training.steps.more=1"])
+
+
+def test_text_settings_stay_text():
+    config = load_config(overrides=["sampler.infill=[MASK]", "data.path=12", "sampler.prompt="])
+    assert config.sampler.infill == "[MASK]" and config.data.path == "12" and config.sampler.prompt == ""

@@ -146,3 +146,14 @@ def test_what_cannot_be_published_is_refused(ltg_run, tmp_path):
         publish(ltg_run, "judge", tmp_path / "out")
     weights.write_bytes(before)
     assert not (tmp_path / "out").exists()
+
+
+def test_pipelines_work_with_our_tokenizers(ltg_run):
+    from transformers import pipeline
+
+    folder = str(ltg_run / "04_train" / "generator" / "best_model")
+    found = pipeline("fill-mask", model=folder, tokenizer=folder)("the val[MASK]e", top_k=3)
+    assert len(found) == 3 and all(len(f["sequence"].replace(" ", "")) >= 7 for f in found)
+    judge = str(ltg_run / "04_train" / "judge" / "best_model")
+    (score,) = pipeline("text-classification", model=judge, tokenizer=judge)("the value of x")
+    assert 0 <= score["score"] <= 1

@@ -95,7 +95,14 @@ def made_data(**changes) -> ReportData:
         "given": [True, False, False, False], "reference_nll": 1.0, "critic_error": 0.5, "token_error": [0.1] * 4,
         "judge_score": None,
     }  # fmt: skip
-    step = {"policy": HOSTILE, "nfe": 4, "sample_id": 0, "iteration": 0, "token_ids": ids, "events": [0, 1, 2, 3]}
+    step = {
+        "policy": HOSTILE,
+        "nfe": 4,
+        "sample_id": 0,
+        "iteration": 0,
+        "token_ids": ids,
+        "events": [0, 1, 2, 3],
+    }
     estimate = {"value": 1.0, "low": 0.5, "high": 1.5}
     policy = {
         "policy": HOSTILE, "nfe": 4, "passes": 4, "samples": 1, "seconds": 1.0, "reference_nll": estimate,

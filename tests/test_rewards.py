@@ -1,9 +1,11 @@
 """Stage 03: ranks, ties, whole pools, the authenticity curve."""
 
 import importlib
+import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
@@ -69,3 +71,23 @@ def test_joins_go_by_key_and_name_what_is_missing():
     ]
     with pytest.raises(BadData, match="1 candidates have no reward"):
         with_rewards(left, right.slice(0, 2), examples)
+
+
+def test_the_winners_terms_are_means_over_the_chosen_candidates(quick_run):
+    metrics = json.loads((quick_run / "06_sample" / "metrics.json").read_text())
+    (terms,) = metrics["winners"].values()
+    rewards = pq.read_table(quick_run / "03_build_rewards" / "rewards.parquet").to_pandas()
+    assert set(terms) == {"reward", *(c.removeprefix("term_") for c in rewards if c.startswith("term_"))}
+    candidates = pq.read_table(quick_run / "02_generate_candidates" / "candidates.parquet").to_pandas()
+    held_out = candidates.loc[candidates["split"] == "held_out", "example_id"].unique()
+    pools = rewards[rewards["example_id"].isin(held_out)].groupby("example_id")["reward"]
+    decided = pools.max() > pools.min()
+    assert terms["reward"]["best"] == pytest.approx(pools.max()[decided].mean())
+    assert terms["reward"]["random"] == pytest.approx(pools.mean()[decided].mean())
+    assert pools.min()[decided].mean() <= terms["reward"]["winner"] <= terms["reward"]["best"]
+
+
+def test_candidates_carry_the_hash_of_their_tokenizer(quick_run):
+    written = pq.read_schema(quick_run / "02_generate_candidates" / "candidates.parquet").metadata
+    manifest = json.loads((quick_run / "01_prepare_dataset" / "manifest.json").read_text())
+    assert written[b"tokenizer_sha256"].decode() == manifest["outputs"]["tokenizer"]["sha256"]

@@ -17,6 +17,7 @@ def build_report(data: ReportData) -> str:
     sections = [
         _header(data),
         _section("Models", "Each trained model beside what doing nothing clever gives. The 95 % interval must lie on the good side.", _results(data.results)),
+        _section("What the ranker chooses", "Mean of each reward term over held-out examples: of the candidate it puts first, of a random one, of the best one.", _winners(data)),
         _section("Sampling", "Every policy wrote the same numbered samples with about as many forward passes. A low NLL counts only beside an entropy like real text's: dull text is likely too.", _policies(data.policies)),
         _section("Samples", "The same sample numbers under each policy; given text is underlined.", _samples(data)),
         _section("How a sample came about", "A row is a round, a column a token. Step through the rounds to see what was written and taken back.", trace_section(data)),
@@ -78,6 +79,19 @@ def _results(rows: list[dict]) -> str:
         for r in rows
     ]  # fmt: skip
     return _table(["model", "metric", "value", "95 % interval", "baseline", "its value", "verdict"], lines)
+
+
+def _winners(data: ReportData) -> str:
+    stats = data.manifests.get("04_train", {}).get("stats", {})
+    tables = ""
+    for name, record in stats.items():
+        terms = record.get("held_out", {}).get("terms", {}) if isinstance(record, dict) else {}
+        lines = [
+            [escape(t), *(f"{v[k]:.3f}" for k in ("winner", "random", "best"))] for t, v in terms.items()
+        ]
+        if lines:
+            tables += _table([name, "winner", "random choice", "best choice"], lines)
+    return tables or "<p>No ranker was trained.</p>"
 
 
 def _policies(rows: list[dict]) -> str:

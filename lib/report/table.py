@@ -58,6 +58,14 @@ def detection_table(detection: dict[str, dict]) -> str:
     return aligned(lines)
 
 
+def winners_table(ranker: str, terms: dict[str, dict[str, float]]) -> str:
+    """What the ranker's choice is worth: mean of each reward term of the winner, beside a random and the best choice."""
+    lines: list[tuple[str, ...]] = [(f"chosen by {ranker}", "winner", "random choice", "best choice")]
+    for name, values in terms.items():
+        lines.append((name, *(f"{values[key]:.3f}" for key in ("winner", "random", "best"))))
+    return aligned(lines)
+
+
 def sampling_table(policies: list[dict]) -> str:
     """Quality of samples per policy and budget, real text last."""
     lines = [("policy", "NFE", "seconds", "NLL, nats/char", "95 % interval", "char entropy", "4-gram entropy", "valid words")]  # fmt: skip

@@ -7,13 +7,14 @@ from lib.errors import BadData
 
 
 def with_rewards(candidates: pa.Table, rewards: pa.Table, examples: pa.Table) -> pa.Table:
-    """Candidates with `reward` and their example's `group`, in the candidates' order.
+    """Candidates with `reward`, its `term_...` columns and their example's `group`, in the candidates' order.
 
     Raises BadData naming the first candidates that have no reward.
     """
     key = ["example_id", "candidate_id"]
     left = candidates.select(key).to_pandas()
-    right = rewards.select([*key, "reward"]).to_pandas()
+    values = ["reward", *(name for name in rewards.column_names if name.startswith("term_"))]
+    right = rewards.select([*key, *values]).to_pandas()
     joined = left.merge(right, on=key, how="left", validate="one_to_one")
     missing = joined["reward"].isna()
     if missing.any():
@@ -27,5 +28,7 @@ def with_rewards(candidates: pa.Table, rewards: pa.Table, examples: pa.Table) ->
         first = joined.loc[joined["group"].isna(), "example_id"].iloc[0]
         raise BadData(f"candidates of example {first} belong to no example; run 02_generate_candidates again")
     assert isinstance(joined, pd.DataFrame)
-    table = candidates.append_column("reward", pa.array(joined["reward"].to_numpy()))
+    table = candidates
+    for name in values:
+        table = table.append_column(name, pa.array(joined[name].to_numpy()))
     return table.append_column("group", pa.array(joined["group"].to_numpy(), pa.string()))

@@ -197,6 +197,7 @@ def _language_objective(name: str, spec: ModelSpec, materials: Materials, contex
 
 def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
     parts, rewards, sequences_of, groups = [], [], [], np.empty(0)
+    terms: dict[str, list[np.ndarray]] = {}
     first_row = 0
     for split in (spec.split, "held_out"):
         table = materials.candidates(split)
@@ -215,10 +216,13 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
         groups = np.asarray(table["group"].to_pylist())[rows[decided][:, 0]]
         parts.append(np.where(rows >= 0, rows + first_row, -1)[decided])
         rewards.append(reward)
+        for name_of_term in (c for c in table.column_names if c.startswith("term_")):
+            terms.setdefault(name_of_term.removeprefix("term_"), []).append(table[name_of_term].to_numpy())
         sequences_of.append(table["token_ids"])
         first_row += table.num_rows
     together = pa.chunked_array([c for column in sequences_of for c in column.chunks])
     sequences = Sequences(together, context, materials.tokenizer.pad_token_id)
     return BestCandidate(name, sequences, np.concatenate(rewards), parts[0], parts[1], groups,
                          cls_id=materials.tokenizer.cls_token_id, runtime=materials.runtime,
-                         seed=materials.config.seed, num_evaluated=spec.training.evaluation_examples)  # fmt: skip
+                         seed=materials.config.seed, num_evaluated=spec.training.evaluation_examples,
+                         terms={n: np.concatenate(v) for n, v in terms.items()})  # fmt: skip

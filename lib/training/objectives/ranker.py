@@ -19,14 +19,16 @@ class BestCandidate:
     Args:
         pools: (N, K) row numbers into `sequences`, -1 for none.
         rewards: (rows,) in [0, 1].
+        terms: name -> (rows,) values of each term of the reward.
     """
 
     selection = "cross_entropy"
 
     def __init__(self, label, sequences: Sequences, rewards: np.ndarray, train_pools: np.ndarray,
                  held_out_pools: np.ndarray, groups: np.ndarray, cls_id: int, runtime: Runtime, seed: int,
-                 num_evaluated: int):  # fmt: skip
+                 num_evaluated: int, terms: dict[str, np.ndarray] | None = None):  # fmt: skip
         self.label, self.sequences, self.rewards, self.runtime = label, sequences, rewards, runtime
+        self.terms = terms or {}
         self.train, self.held_out, self._groups, self.cls_id = train_pools, held_out_pools, groups, cls_id
         self._order = Rows(seed, f"{label} order", len(train_pools))
         spread = randomness.permutation(seed, "held-out pools", 0, len(held_out_pools))
@@ -86,10 +88,26 @@ class BestCandidate:
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
         """All held-out pools, beside a random choice."""
-        values, correct = self._metrics(self.held_out, *self._predict(model, self.held_out))
+        scores, losses = self._predict(model, self.held_out)
+        values, correct = self._metrics(self.held_out, scores, losses)
         chance = float((self.target(self.held_out) > 0).sum() / (self.held_out >= 0).sum())
         hits, count = metrics.sum_by(self._groups, correct, np.ones_like(correct))
         row = result_row(
             self.label, "accuracy", metrics.ratio(hits, count), "chance", chance, lower_is_better=False
         )
-        return values | {"chance": chance}, [row]
+        return values | {"chance": chance, "terms": self._winners(scores)}, [row]
+
+    def _winners(self, scores: np.ndarray) -> dict[str, dict[str, float]]:
+        """Mean of the reward and of each of its terms over held-out pools: of the winner, of all, of the best."""
+        pools = self.held_out
+        reward = np.where(pools >= 0, self.rewards[pools], -np.inf)
+        found = {}
+        for name, values in ({"reward": self.rewards} | self.terms).items():
+            value = np.where(pools >= 0, values[pools], np.nan)
+            pick = lambda rows, v=value: float(np.take_along_axis(v, rows[:, None], 1).mean())  # noqa: E731
+            found[name] = {
+                "winner": pick(scores.argmax(1)),
+                "random": float(np.nanmean(value, 1).mean()),
+                "best": pick(reward.argmax(1)),
+            }
+        return found
