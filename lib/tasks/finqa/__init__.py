@@ -1,0 +1,1 @@
+"""FinQA: questions on pages of financial reports, answered by small programs; candidates are such programs."""
