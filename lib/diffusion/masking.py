@@ -1,16 +1,26 @@
-"""Which tokens are masked: exact counts, one row per sequence, no loop over rows or tokens.
+"""Which tokens are masked: keyed rows and exact counts, without a loop over rows or tokens.
 
-`random` masks uniformly; `sticky` grows runs: in every round an unmasked token is masked with chance p2 when a
-direct neighbour is masked and p1 otherwise, until the row has its count. What a last round masks too much is
-given back at the ends of runs, never inside them, so that the runs stay whole.
+`random` masks uniformly. `span` masks a given number of runs. `sticky` grows runs: in every round an unmasked
+token is masked with chance p2 when a direct neighbour was masked before and p1 otherwise, until the row has its
+count. `line` masks whole lines, and so meets the count only as nearly as whole lines allow.
 
-Works on numpy arrays and keyed noise; knows no tokens. Legend: B rows, T positions.
+Row b of a mask is a function of the key and `rows[b]`: neither the other rows nor the width of the padding
+matters. Works on numpy arrays; knows no tokens, so the caller says where lines end. Legend: B rows, T positions,
+L lines of the row that has most.
 """
 
 import numpy as np
 
 from lib import randomness
-from lib.config import Masking, StickyMasking
+from lib.config import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
+from lib.errors import BadConfig
+
+_NEVER = 2.0**28  # rounds: far more than growth ever takes; sums of it over a row stay exact in float64
+_WALL = 2.0**34  # rounds to cross a token that may not be masked
+_RARE = 1e-7  # a smaller p1 cannot be told from 0 before _NEVER
+_ODD = np.uint64(0xBF58476D1CE4E5B9)  # a multiplier of splitmix64, to mix bits with
+_LINE_ORDERS = 8  # orders of a row's lines that are tried until one comes near enough
+_NEAR_ENOUGH = 0.01  # of the row's tokens
 
 
 def masked_counts(ratios: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -19,83 +29,338 @@ def masked_counts(ratios: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def draw_mask(
-    masking: Masking, eligible: np.ndarray, counts: np.ndarray, draw_key: int, rows: np.ndarray
+    masking: Masking,
+    eligible: np.ndarray,
+    counts: np.ndarray,
+    draw_key: int,
+    rows: np.ndarray,
+    lines: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(B, T) bool with exactly `counts[b]` true per row, all of them where `eligible` is.
+    """(B, T) bool with exactly `counts[b]` true per row (`line`: nearly), all of them where `eligible` is.
 
     Args:
         eligible: (B, T) bool, tokens that may be masked (not padding, not given).
         counts: (B,) at most the eligible tokens of the row.
         draw_key, rows: row b's mask is a function of `draw_key` and `rows[b]` only.
+        lines: (B, T) the number of each token's line, see `line_numbers`; for `line` masking only.
     """
     if (counts > eligible.sum(1)).any():
         raise ValueError("a row is to have more masks than it has eligible tokens")
-    if isinstance(masking, StickyMasking):
-        return _sticky(masking.p1, masking.p2, eligible, counts, draw_key, rows)
-    return lowest(randomness.uniform(draw_key, rows, eligible.shape[1]), eligible, counts)
+    match masking:
+        case RandomMasking():
+            return lowest(randomness.uniform(draw_key, rows, eligible.shape[1]), eligible, counts)
+        case StickyMasking():
+            return _sticky(masking.p1, masking.p2, eligible, counts, draw_key, rows)
+        case SpanMasking():
+            return _spans(masking.num_spans, eligible, counts, draw_key, rows)
+        case LineMasking():
+            if lines is None:
+                raise BadConfig("masking of type line needs to know where lines end, which is not known here")
+            return _whole_lines(masking, eligible, counts, draw_key, rows, lines)
 
 
 def lowest(scores: np.ndarray, eligible: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(B, T) bool: the `counts[b]` eligible positions of lowest score in each row (scores without ties)."""
-    scores = np.where(eligible, scores, np.inf)
-    ordered = np.sort(scores, axis=1)
-    limit = np.take_along_axis(ordered, np.maximum(counts - 1, 0)[:, None], axis=1)  # (B, 1)
+    limit = _nth_lowest(np.where(eligible, scores, np.inf), counts)
     return (scores <= limit) & eligible & (counts > 0)[:, None]
+
+
+def _nth_lowest(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(B, 1) the score of rank `counts[b]`, counted from 1, in each row."""
+    return np.take_along_axis(np.sort(scores, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
+
+
+# Sticky: the round in which each token would be masked, then the cut at the wanted count.
+#
+# Playing the rounds costs a draw per token and round. But chances that stay the same from round to round have no
+# memory: a token far from any mask waits a geometric time G1 of chance p1, and whatever it has waited by then,
+# from the round in which a neighbour is masked it waits a geometric time of chance p2. Two draws per token say all.
 
 
 def _sticky(p1, p2, eligible, counts, draw_key, rows) -> np.ndarray:
     columns = eligible.shape[1]
-    mask = np.zeros_like(eligible)
-    number = 0
-    while True:
-        short = mask.sum(1) < counts
-        if not short.any():
-            return mask
-        beside = _beside(mask)
-        open_ = eligible & ~mask & short[:, None]
-        chance = np.where(beside, p2, p1) * open_
-        jammed = short & (chance.max(1) == 0)  # p1 = 0 and nothing masked yet, or p2 = 0 and no room left
-        noise = randomness.uniform(draw_key + number, rows, columns)
-        if jammed.any():
-            mask |= lowest(noise, open_, np.where(jammed, counts - mask.sum(1), 0)) & jammed[:, None]
-        new = noise < chance
-        mask |= new
-        # Noise already used to be below its chance is uniform below it: rescaled, it picks whom to give back.
-        order = np.divide(noise, chance, out=np.ones_like(noise), where=chance > 0)
-        mask = _give_back(mask, new, np.maximum(mask.sum(1) - counts, 0), order)
-        number += 1
-
-
-def _give_back(mask, new, excess, order) -> np.ndarray:
-    """Unmask `excess[b]` of this round's tokens, from the ends of runs inwards."""
-    while excess.any():
-        ends = new & mask & ~_inside(mask)
-        give = np.minimum(excess, ends.sum(1))
-        stuck = (excess > 0) & (give == 0)  # only inner tokens are new: take those rather than older ones
-        chosen = lowest(order, np.where(stuck[:, None], new & mask, ends), np.where(stuck, excess, give))
-        mask = mask & ~chosen
-        excess = excess - chosen.sum(1)
+    noise = randomness.bits(draw_key, rows, columns)
+    alone, beside = noise >> np.uint64(32), noise & np.uint64(0xFFFFFFFF)
+    if p2 < p1:
+        rounds = _rounds_of_shy(_waits(alone, p1), _waits(beside, p2), eligible)
+    else:
+        # Beside a mask a token waits for p1 or for the neighbour's push; together they come with chance p2.
+        push = (p2 - p1) / (1 - p1) if p1 < 1 else 0.0
+        steps = np.where(eligible, np.minimum(_waits(beside, push), _NEVER), _WALL)
+        if p1 < _RARE:
+            rounds = _rounds_from_seeds(alone.astype(np.int64), steps, eligible)
+        else:
+            rounds = _spread(np.where(eligible, np.minimum(_waits(alone, p1), _NEVER), _WALL), steps)
+            rounds = np.where(eligible, rounds, np.inf)
+    last = _nth_lowest(rounds, counts)  # (B, 1) the round in which the count is reached
+    if np.isinf(last).any():
+        # p2 = 0 jams at about 45 % masked. What is left follows in random order, as it does for p2 just above 0.
+        rounds = np.where(np.isinf(rounds) & eligible, _WALL + beside, rounds)
+        last = _nth_lowest(rounds, counts)
+    mask = (rounds <= last) & eligible & (counts > 0)[:, None]
+    excess = mask.sum(1) - counts
+    if excess.any():
+        mask &= ~_given_back(mask, mask & (rounds == last), excess, noise)
     return mask
 
 
-def _beside(mask: np.ndarray) -> np.ndarray:
-    """Positions with a masked direct neighbour."""
-    beside = np.zeros_like(mask)
-    beside[:, 1:] |= mask[:, :-1]
-    beside[:, :-1] |= mask[:, 1:]
-    return beside
+def _waits(noise: np.ndarray, chance: float) -> np.ndarray:
+    """Geometric waiting times in rounds, at least 1, from 32 random bits each; inf where the chance is 0."""
+    if chance <= 0:
+        return np.full(noise.shape, np.inf)
+    if chance >= 1:
+        return np.ones(noise.shape)
+    waits = noise * 2.0**-32
+    waits += 2.0**-33  # in (0, 1)
+    np.log(waits, out=waits)
+    waits *= 1 / np.log1p(-chance)
+    return np.ceil(waits, out=waits)
 
 
-def _inside(mask: np.ndarray) -> np.ndarray:
-    """Positions whose two neighbours are masked; the border of the row counts as masked."""
-    inside = np.ones_like(mask)
-    inside[:, 1:] &= mask[:, :-1]
-    inside[:, :-1] &= mask[:, 1:]
-    return inside
+def _spread(starts: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Earliest arrival: token i at min over j of starts[j] + the steps from j to i (i's included, j's not).
+
+    On a line the best way comes straight from the left or from the right. From the left it takes
+    sum(i) + min over j <= i of (starts[j] - sum(j)), where sum(i) adds the steps up to i: a running minimum.
+    """
+    sums = np.cumsum(steps, axis=1)
+    left = starts - sums
+    np.minimum.accumulate(left, axis=1, out=left)
+    left += sums
+    sums -= steps  # from the right: the steps from i to j - 1 are sums(j) - sums(i) now
+    right = starts + sums
+    np.minimum.accumulate(right[:, ::-1], axis=1, out=right[:, ::-1])
+    right -= sums
+    return np.minimum(left, right, out=left)
 
 
-def mean_run_length(mask: np.ndarray) -> float:
-    """Masked tokens per run of neighbouring masks: 1 / (1 - ratio) for independent masks, more for sticky."""
-    starts = mask.copy()
-    starts[:, 1:] &= ~mask[:, :-1]
-    return float(mask.sum() / max(starts.sum(), 1))
+def _rounds_from_seeds(noise: np.ndarray, steps: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+    """Rounds for p1 = 0, where nothing would ever begin, as the limit of a small p1.
+
+    One random token is masked and its run grows; where it meets tokens that may not be masked, and the count is
+    not reached, the next run begins in another stretch.
+    """
+    # The lowest noise of each stretch, whose token is the seed: running minima that begin anew behind each wall.
+    wall = (~eligible).astype(np.int64) << 33
+    before = np.cumsum(wall, axis=1)
+    after = before[:, -1:] - before + wall
+    noise = np.where(eligible, noise, 1 << 32)
+    lowest_here = np.minimum(
+        np.minimum.accumulate(noise - before, axis=1) + before,
+        np.minimum.accumulate((noise - after)[:, ::-1], axis=1)[:, ::-1] + after,
+    )
+    rounds = _spread(np.where((noise == lowest_here) & eligible, 1.0, _WALL), steps)
+    longest = np.where(eligible, rounds, 0).max(axis=1, keepdims=True)
+    return np.where(eligible, rounds + (lowest_here >> 8) * (longest + 1), np.inf)
+
+
+def _rounds_of_shy(alone: np.ndarray, beside: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+    """Rounds for p2 < p1, where masked neighbours hold a token back.
+
+    A token's round follows from neighbours with earlier ones, so replacing guesses by what follows from them
+    settles them in the order of time. Such chains are short, and only tokens beside a new guess are looked at
+    again.
+    """
+    may = _flat(eligible, False)  # float32 is quicker, and exact up to 16 million rounds
+    alone = _flat(np.where(eligible, alone, np.inf).astype(np.float32), np.inf)
+    beside = _flat(beside.astype(np.float32), np.inf)
+    rounds = alone.copy()
+    again = may.copy()
+    again[1:-1] &= np.minimum(alone[:-2], alone[2:]) < alone[1:-1]  # nothing holds the others back
+    while True:
+        at = np.flatnonzero(again)
+        if not len(at):
+            return rounds.reshape(len(eligible), -1)[:, 1:-1]
+        own, neighbour = alone[at], np.minimum(rounds[at - 1], rounds[at + 1])
+        new = np.where(own <= neighbour, own, neighbour + beside[at])
+        changed = at[new != rounds[at]]
+        rounds[at] = new
+        again[:] = False
+        again[changed - 1] = again[changed + 1] = True
+        again &= may
+
+
+def _given_back(mask, new, excess, noise) -> np.ndarray:
+    """`excess[b]` of the last round's tokens: layer by layer from the ends of runs, each layer in random order.
+
+    Where that is not enough, tokens with which the last round joined two runs; never tokens of earlier rounds.
+    """
+    masked = _flat(mask, False)
+    place = np.flatnonzero(_flat(new, False))  # (N,) the last round's tokens
+    begins = np.flatnonzero(np.diff(place, prepend=-1) != 1)
+    # Neighbouring ones form stretches, each at the end of a run, between two runs, or a run of its own.
+    lengths = np.diff(begins, append=len(place))
+    first = place[begins]
+    last = first + lengths - 1
+    far = mask.shape[1] + 1
+    left = place - np.repeat(first - np.where(masked[first - 1], far, 0), lengths)
+    right = np.repeat(last + np.where(masked[last + 1], far, 0), lengths) - place
+    # The waits have used the leading bits of the halves; a product's leading bits depend on all the others too.
+    order = ((noise[new] * _ODD) >> np.uint64(11)) * 2.0**-53
+    scores = np.full(mask.shape, np.inf)
+    scores[new] = np.minimum(np.minimum(left, right), far) + order
+    return (scores <= _nth_lowest(scores, excess)) & (excess > 0)[:, None]
+
+
+def _flat(array: np.ndarray, outside) -> np.ndarray:
+    """Row after row, with `outside` at both ends of each: neighbours are one place away, rows never touch."""
+    wide = np.full((len(array), array.shape[1] + 2), outside, array.dtype)
+    wide[:, 1:-1] = array
+    return wide.reshape(-1)
+
+
+def _spans(num_spans, eligible, counts, draw_key, rows) -> np.ndarray:
+    """Spans of random lengths at random places, with unmasked tokens between them.
+
+    All ways to cut the count into so many lengths are equally likely, and so are all ways to place them. There
+    are fewer spans where fewer tokens are masked, or where too few stay unmasked to hold them apart.
+    """
+    columns = eligible.shape[1]
+    place = np.arange(columns)
+    free = eligible.sum(1) - counts
+    spans = np.minimum(np.minimum(num_spans, counts), free + 1)  # (B,)
+    lengths_key, places_key = (randomness.key(draw_key, f"span {what}") for what in ("lengths", "places"))
+    # Of the masked tokens, counted along the row, which begin a span: the first, and others at random.
+    begins = lowest(
+        randomness.uniform(lengths_key, rows, columns),
+        (place > 0) & (place < counts[:, None]),
+        np.maximum(spans - 1, 0),
+    )
+    # A span goes before the first unmasked token, behind the first, ...; no two to the same place.
+    slots = lowest(
+        randomness.uniform(places_key, rows, columns + 1),
+        np.arange(columns + 1) <= free[:, None],
+        spans,
+    )
+    slot = np.nonzero(slots)[1]  # every row's slots in order, row after row
+    inside = place < counts[:, None]
+    span = np.cumsum(begins, axis=1) + (np.cumsum(spans) - spans)[:, None]  # index into slot
+    row, number = np.nonzero(inside)
+    mask = np.zeros_like(eligible)
+    mask[row, number + slot[span[inside]]] = True  # places among the eligible tokens
+    if (eligible[:, 1:] <= eligible[:, :-1]).all():  # they come first in every row: nothing to move
+        return mask
+    return np.take_along_axis(mask, np.maximum(np.cumsum(eligible, axis=1) - 1, 0), axis=1) & eligible
+
+
+def line_numbers(ends: np.ndarray) -> np.ndarray:
+    """(B, T) number of each token's line, from 0, where `ends` marks the last token of each line (the newline)."""
+    return np.cumsum(ends, axis=1) - ends
+
+
+def _whole_lines(masking: LineMasking, eligible, counts, draw_key, rows, lines) -> np.ndarray:
+    """Lines in random order until the count is met as nearly as they allow within the two ratios.
+
+    A line counts with its eligible tokens. Where one order misses the count by more than 1 % of the row, or the
+    ratios, others are tried and the nearest is kept. A row all of whose lines are too long has one masked anyway.
+    """
+    if lines.shape != eligible.shape or lines.min(initial=0) < 0 or lines.max(initial=0) >= lines.shape[1]:
+        raise ValueError(f"lines must number the lines of {eligible.shape} tokens from 0 in each row")
+    most = int(lines.max(initial=0)) + 1
+    batch = np.arange(len(lines))[:, None]
+    sizes = np.bincount((batch * most + lines)[eligible], minlength=len(lines) * most).reshape(-1, most)
+    total = eligible.sum(1)
+    low = np.ceil(masking.min_ratio * total - 1e-9).astype(np.int64)
+    high = np.maximum(np.floor(masking.max_ratio * total + 1e-9).astype(np.int64), low)
+    wanted = np.clip(counts, low, high)
+    chosen = np.zeros(sizes.shape, bool)  # (B, L)
+    miss = np.full(len(lines), np.iinfo(np.int64).max)
+    todo = np.arange(len(lines))
+    for number in range(_LINE_ORDERS):
+        noise = randomness.uniform(
+            randomness.key(draw_key, "line order", number), np.asarray(rows)[todo], most
+        )
+        order = np.argsort(noise, axis=1)
+        taken = _fill(np.take_along_axis(sizes[todo], order, axis=1), wanted[todo], low[todo], high[todo])
+        back = np.zeros_like(taken)
+        np.put_along_axis(back, order, taken, axis=1)
+        got = (sizes[todo] * back).sum(1)
+        outside = (got < low[todo]) | (got > high[todo])
+        off = np.abs(got - wanted[todo]) + total[todo] * outside
+        better = off < miss[todo]
+        chosen[todo[better]], miss[todo[better]] = back[better], off[better]
+        todo = todo[off > _NEAR_ENOUGH * total[todo]]
+        if not len(todo):
+            break
+    return chosen[batch, lines] & eligible
+
+
+def _fill(sizes: np.ndarray, wanted: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(R, L) bool: sizes taken in their order, without those that would pass what is wanted; then one more if
+    that comes nearer, or reaches `low`, and stays within `high`."""
+    taken, room = np.zeros(sizes.shape, bool), wanted.copy()
+    while True:  # each pass goes up to the first size that no longer fits, and the next one on behind it
+        fits = ~taken & (sizes > 0) & (sizes <= room[:, None])
+        fits &= np.cumsum(sizes * fits, axis=1) <= room[:, None]
+        if not fits.any():
+            break
+        taken |= fits
+        room -= (sizes * fits).sum(1)
+    got = wanted - room
+    may = ~taken & (sizes > 0) & ((got[:, None] + sizes <= high[:, None]) | (got == 0)[:, None])
+    off = np.where(may, np.abs(sizes - room[:, None]), np.iinfo(np.int64).max)
+    best = np.argmin(off, axis=1)[:, None]
+    off = np.take_along_axis(off, best, axis=1)[:, 0]
+    more = (wanted > 0) & ((off < room) | (got < low) | (got == 0))
+    more &= np.take_along_axis(may, best, axis=1)[:, 0]
+    np.put_along_axis(taken, best, np.take_along_axis(taken, best, axis=1) | more[:, None], axis=1)
+    return taken
+
+
+def corrupt_80_10_10(
+    ids: np.ndarray,
+    masked: np.ndarray,
+    mask_id: int,
+    allowed_ids: np.ndarray,
+    seed: int,
+    purpose: str,
+    rows: np.ndarray,
+    mask_share: float = 0.8,
+    random_share: float = 0.1,
+) -> np.ndarray:
+    """(B, T) inputs: of the masked positions 80 % hold [MASK], 10 % a random id, 10 % stay (BERT, Devlin et al.,
+    2019).
+
+    Every position draws its fate and its replacement on its own. A replacement may happen to be the token that
+    was there. The targets are `ids` at all of `masked`, those that stay included.
+
+    Args:
+        ids: (B, T) clean tokens.
+        allowed_ids: (N,) ids that a replacement may be: no special tokens.
+        seed, purpose, rows: the draw's key; row b depends on `rows[b]` alone.
+    """
+    if min(mask_share, random_share) < 0 or mask_share + random_share > 1 + 1e-9:
+        raise ValueError(
+            f"mask_share {mask_share} and random_share {random_share} must be shares of one whole"
+        )
+    allowed_ids = np.asarray(allowed_ids)
+    if random_share > 0 and not len(allowed_ids):
+        raise ValueError("random replacements need at least one allowed id")
+    fate = randomness.uniform(randomness.key(seed, purpose + " fate"), rows, ids.shape[1])
+    inputs = np.where(masked & (fate < mask_share), mask_id, ids).astype(ids.dtype)
+    swapped = masked & (fate >= mask_share) & (fate < mask_share + random_share)
+    noise = randomness.uniform(randomness.key(seed, purpose + " id"), rows, ids.shape[1])[swapped]
+    inputs[swapped] = allowed_ids[np.floor(noise * len(allowed_ids)).astype(np.int64)]
+    return inputs
+
+
+def mean_run_length(masked: np.ndarray, valid: np.ndarray) -> float:
+    """Masked tokens per run of neighbouring masks, over all rows; tokens that are not valid end a run.
+
+    1 / (1 - ratio) for long rows of independent masks, more for sticky ones; 0 without masks.
+    """
+    masked = masked & valid
+    starts = masked.copy()
+    starts[:, 1:] &= ~masked[:, :-1]
+    return float(masked.sum() / max(starts.sum(), 1))
+
+
+def expected_run_length(masking: Masking, ratio: float, length: int = 1024, num_rows: int = 64) -> float:
+    """How sticky a setting is: the mean run length of `num_rows` drawn rows with that share masked.
+
+    To be compared with `expected_run_length(RandomMasking(type="random"), ratio, length)`, about 1 / (1 - ratio).
+    """
+    valid = np.ones((num_rows, length), bool)
+    counts = masked_counts(np.full(num_rows, ratio), valid.sum(1))
+    masked = draw_mask(masking, valid, counts, randomness.key(0, "expected run length"), np.arange(num_rows))
+    return mean_run_length(masked, valid)
