@@ -5,14 +5,19 @@ Unconditional samples by default; sampler.prompt continues a text, sampler.infil
 pass of the trunk is counted (NFE), also those of the critic. The quality is measured by a causal model that learned
 from a split of its own.
 
+With --score FILE it scores a text of yours instead: a number per token and for the whole from critic, inspector,
+reference model and judge.
+
 reads   01_prepare_dataset: examples, tokenizer; 04_train: judges and baselines; 05_train_critic: generator and critic
-writes  samples.parquet, trace.parquet, metrics.json, report.html
+writes  samples.parquet, trace.parquet, metrics.json, report.html; or scores.parquet, scores.html
 
 python 06_sample.py --quick_test --run_dir outputs/demo
 python 06_sample.py --quick_test --run_dir outputs/demo --set sampler.prompt="The value of " --overwrite
+python 06_sample.py --quick_test --run_dir outputs/demo --score my_text.txt
 """
 
 import time
+from pathlib import Path
 
 from lib.artifacts import RunArgs, Stage
 from lib.cli import run_stage
@@ -22,7 +27,59 @@ from lib.log import Progress, say
 TRACED_SAMPLES = 2
 
 
+READS = (
+    "00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train", "05_train_critic",
+)  # fmt: skip
+
+
 def main(config: Config, args: RunArgs) -> None:
+    if args.score is not None:
+        score_text(config, args, args.score)
+    else:
+        sample(config, args)
+
+
+def score_text(config: Config, args: RunArgs, file: Path) -> None:
+    """Every token of a user's text, scored by the models of a finished run."""
+    from lib import durable, schema
+    from lib.errors import BadData
+    from lib.report.scores import HEAD, cells, documents_of, score, scores_page, windows
+    from lib.report.table import aligned
+    from lib.runtime import Runtime
+    from lib.tasks.text.check import Document, check
+
+    data = config.data.model_copy(update={"path": str(file), "min_document_characters": 1})
+    found = list(check(config.model_copy(update={"data": data})))
+    texts = [(d.document_id, d.content) for d in found if isinstance(d, Document)]
+    faults = [f for f in found if not isinstance(f, Document)]
+    for fault in faults:
+        say(f"{fault.source} {fault.location}: {fault.kind}: {fault.found}; {fault.advice}")
+    if not texts:
+        raise BadData(f"--score {file}: there is no text to score")
+    name = "".join(c if c.isalnum() else "_" for c in file.stem)
+    uses = ("seed", "device", "precision", "sampler")
+    with Stage(
+        f"06_score_{name}.py", config, args, uses=uses, reads=READS, files=[file], restarts=True
+    ) as stage:
+        if stage.finished:
+            return
+        runtime = Runtime.detect(config)
+        stage.environment |= runtime.fence()
+        bench = Bench(stage, config, runtime)
+        rows = score(list(windows(texts, bench.tokenizer, bench.context)), bench)
+        stage.write("scores", pa_table(rows, schema.SCORES), schema.SCORES)
+        page = scores_page(rows, bench.token_text, file.name)
+        durable.write_text(stage.folder / "scores.html", page)
+        stage.add_file("page", stage.folder / "scores.html")
+        lines = documents_of(rows)
+        stage.stats["documents"] = lines[:1000]
+        say("\n" + aligned([HEAD, *(cells(line) for line in lines[:20])]))
+        say(
+            f"\nper token: {stage.shown(stage.folder / 'scores.parquet')}, as a picture: scores.html beside it"
+        )
+
+
+def sample(config: Config, args: RunArgs) -> None:
     import numpy as np
 
     from lib import durable
@@ -30,12 +87,11 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.report.gather import gather
     from lib.report.html import build_report
     from lib.report.quality import describe
-    from lib.report.table import sampling_table
+    from lib.report.table import best_of_table, sampling_table
     from lib.runtime import Runtime
 
-    reads = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train", "05_train_critic")  # fmt: skip
     uses = ("seed", "device", "precision", "sampler")
-    with Stage(__file__, config, args, uses=uses, reads=reads) as stage:
+    with Stage(__file__, config, args, uses=uses, reads=READS) as stage:
         if stage.finished:
             return
         runtime = Runtime.detect(config)
@@ -69,6 +125,7 @@ def main(config: Config, args: RunArgs) -> None:
                 table.policies.append(row | measured.means())
                 progress.update(done + 1)
         table.policies += bench.baselines(ids, free, number)
+        chosen = bench.best_of(ids, free, number)
 
         # Write
         from lib import schema
@@ -76,7 +133,12 @@ def main(config: Config, args: RunArgs) -> None:
         stage.write("samples", table.samples(), schema.SAMPLES)
         stage.write("trace", table.trace(), schema.TRACE)
         stage.stats["policies"] = table.policies
-        metrics = {"policies": table.policies, "results": bench.results, "winners": bench.winners}
+        metrics = {
+            "policies": table.policies,
+            "results": bench.results,
+            "winners": bench.winners,
+            "best_of": chosen,
+        }
         stage.write_json("metrics", metrics)
         data = gather(
             stage, config, table.samples(), table.trace(), table.policies, bench.results, bench.tokenizer
@@ -84,6 +146,8 @@ def main(config: Config, args: RunArgs) -> None:
         durable.write_text(stage.folder / "report.html", build_report(data))
         stage.add_file("report", stage.folder / "report.html")
         bench.say_results(table.policies, sampling_table)
+        if chosen:
+            say(best_of_table(chosen) + "\n")
         say(f"report: {stage.shown(stage.folder / 'report.html')}")
 
 
@@ -113,7 +177,9 @@ class Bench:
         self.autoregressive = self._load(
             lambda s: s.mode == "language_model" and s.attention == "causal" and s.split != "reference"
         )
+        self.inspector = self._load(lambda s: s.mode == "token_classifier")
         self.judge = self._load(lambda s: s.mode == "sequence_scorer" and s.target_type == "score")
+        self.ranker = self._load(lambda s: s.mode == "ranker")
         self.real, self.words = self._real_text()
         self.results = (
             stage.upstream_stats("04_train")["table"] + stage.upstream_stats("05_train_critic")["table"]
@@ -134,6 +200,13 @@ class Bench:
         if name is None:
             return None
         return load_model(self.stage.folder_of("04_train", f"{name}/best_model")).to(self.runtime.device)
+
+    def token_text(self, i: int) -> str:
+        """A token id as its characters, special ones by name."""
+        from lib.tokenization import decode_batch
+
+        special = i in set(self.tokenizer.all_special_ids)
+        return self.tokenizer.convert_ids_to_tokens(i) if special else decode_batch(self.tokenizer, [[i]])[0]
 
     def _real_text(self):
         """Held-out windows to compare with, and the words of all other splits."""
@@ -166,6 +239,16 @@ class Bench:
         from lib.report.gather import Measured
 
         return Measured.of(ids, free, self)
+
+    def best_of(self, ids, free, number) -> list[dict]:
+        """What choosing the best of N samples gains, by each scorer; nothing without sampler.best_of or a measure."""
+        from lib.report.best_of import best_of
+
+        settings = self.config.sampler
+        if settings.best_of == 1 or self.reference is None:
+            return []
+        policy, nfe = settings.best_of_policy, max(settings.nfe)
+        return best_of(self, ids, free, number, policy, nfe, settings.best_of)
 
     def baselines(self, ids, free, number) -> list[dict]:
         """The causal model's own samples, and real text of the same length."""
@@ -250,19 +333,21 @@ class Collected:
                 self._trace.append(key | {"token_ids": tokens, "events": events})
 
     def samples(self):
-        return _table(self._samples, "SAMPLES")
+        from lib import schema
+
+        return pa_table(self._samples, schema.SAMPLES)
 
     def trace(self):
-        return _table(self._trace, "TRACE")
+        from lib import schema
+
+        return pa_table(self._trace, schema.TRACE)
 
 
-def _table(rows: list[dict], name: str):
+def pa_table(rows: list[dict], table_schema):
     import pyarrow as pa
 
-    from lib import schema
-
-    return pa.Table.from_pylist(rows, getattr(schema, name).arrow)
+    return pa.Table.from_pylist(rows, table_schema.arrow)
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage(main, __doc__, with_score=True)

@@ -56,6 +56,7 @@ class RunArgs:
     resume: bool = False
     command: tuple[str, ...] = ()
     only_mode: str | None = None  # 04 only: train the models of this mode and leave the rest
+    score: Path | None = None  # 06 only: score this text instead of sampling
 
 
 # ---------------------------------------------------------------------------------------------- runs

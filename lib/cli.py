@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
         return args
 
 
-def make_parser(description: str, *, with_mode: bool = False) -> _Parser:
+def make_parser(description: str, *, with_mode: bool = False, with_score: bool = False) -> _Parser:
     parser = _Parser(description)
     add = parser.add_argument
     add(
@@ -73,16 +73,29 @@ def make_parser(description: str, *, with_mode: bool = False) -> _Parser:
     add("--resume", action="store_true", help="insist on continuing unfinished work (it is continued anyway)")
     if with_mode:
         add("--mode", choices=[*MODES, *MODE_ALIASES], help="train only the models of this mode")
+    if with_score:
+        add(
+            "--score",
+            type=Path,
+            metavar="FILE",
+            help="score this text (.txt, .jsonl, .parquet or a folder of them) token by token instead of sampling",
+        )
     return parser
 
 
 def run_stage(
-    main: Callable[[Config, RunArgs], Any], description: str | None, *, with_mode: bool = False
+    main: Callable[[Config, RunArgs], Any],
+    description: str | None,
+    *,
+    with_mode: bool = False,
+    with_score: bool = False,
 ) -> None:
     """Parse the command line, load the config, run `main(config, args)`, exit with the documented code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        options = make_parser(description or "", with_mode=with_mode).parse(sys.argv[1:])
+        options = make_parser(description or "", with_mode=with_mode, with_score=with_score).parse(
+            sys.argv[1:]
+        )
         config = load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
@@ -94,6 +107,7 @@ def run_stage(
             resume=options.resume,
             command=tuple([Path(sys.argv[0]).name, *sys.argv[1:]]),
             only_mode=MODE_ALIASES.get(mode, mode) if mode else None,
+            score=getattr(options, "score", None),
         )
         main(config, args)
     except RemaskError as error:

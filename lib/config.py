@@ -140,8 +140,10 @@ class StickyMasking(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.p1 == 0 and self.p2 == 0:
-            raise ValueError("p1 and p2 are both 0, so no token would ever be masked: raise one of them")
+        if max(self.p1, self.p2) < 1e-6:
+            raise ValueError(
+                "p1 and p2 are both 0 or nearly so, no token would ever be masked: raise one of them"
+            )
         return self
 
 
@@ -255,6 +257,7 @@ class CriticConfig(Section):
     temperature: tuple[AboveZero, AboveZero]
     rollout_fraction: Fraction
     clean_fraction: Fraction
+    partial_fraction: Fraction
     training: TrainingConfig
 
     @model_validator(mode="after")
@@ -266,11 +269,14 @@ class CriticConfig(Section):
         return self
 
 
-POLICIES = ("none", "random", "confidence", "confidence_fresh", "critic")
+POLICIES = (
+    "none", "confidence_first", "margin_first", "random", "confidence", "confidence_fresh", "remdm_cap",
+    "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial",
+)  # fmt: skip
 
 
 class SamplerConfig(Section):
-    policies: tuple[Literal["none", "random", "confidence", "confidence_fresh", "critic"], ...]
+    policies: tuple[str, ...]
     num_samples: Positive
     length: Positive | None
     nfe: tuple[Annotated[int, Field(ge=2)], ...]
@@ -281,9 +287,21 @@ class SamplerConfig(Section):
     temperature: AboveZero
     top_p: Annotated[float, Field(gt=0, le=1)]
     randomness_strength: Fraction
+    selection_temperature: AboveZero | None
+    back_share: Fraction
+    best_of: Positive
+    best_of_policy: str
     prompt: str
     infill: str
     batch_size: Positive
+
+    @field_validator("policies", "best_of_policy")
+    @classmethod
+    def _known(cls, names):
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in POLICIES:
+                raise ValueError(f"no policy '{name}'{did_you_mean(name, POLICIES)}")
+        return names
 
     @model_validator(mode="after")
     def _check(self):

@@ -100,6 +100,26 @@ REWARDS = TableSchema(
     open_prefix="term_",
 )
 
+_NUMBERS = pa.list_(pa.field("item", pa.float32(), nullable=False))
+
+SCORES = TableSchema(
+    "scores",
+    _columns(
+        ("document_id", pa.string()),
+        ("window", pa.int32()),  # consecutive pieces of the document, each at most the models' context
+        ("text", pa.large_string()),
+        ("token_ids", _IDS),
+        ("critic_error", _NUMBERS, _NULLABLE),  # per token: calibrated chance that it is an error
+        ("critic_error_mean", pa.float64(), _NULLABLE),
+        ("inspector_changed", _NUMBERS, _NULLABLE),  # per token: chance that it is not the original
+        ("inspector_changed_mean", pa.float64(), _NULLABLE),
+        ("reference_nll", _NUMBERS, _NULLABLE),  # per token: nats under the reference model
+        ("reference_nll_mean", pa.float64(), _NULLABLE),
+        ("judge_score", pa.float64(), _NULLABLE),  # of the window
+    ),
+    key=("document_id", "window"),
+)
+
 SAMPLES = TableSchema(
     "samples",
     _columns(

@@ -105,7 +105,8 @@ def test_a_step_moves_what_it_should(coupling):
 def test_the_report_beats_chance_only_if_the_critic_knows_something():
     target = objective()
     values, rows, calibration = target.report(model())
-    assert set(values["detection"]) == {"critic", "critic_calibrated", "confidence", "confidence_fresh"}
+    views = {"critic", "critic_calibrated", "critic_blend", "critic_partial"}
+    assert set(values["detection"]) == views | {"confidence", "confidence_fresh", "confidence_of_those"}
     assert 0 < values["error_rate"] < 1 and len(rows) == 2
     assert 0 <= calibration(np.array([0.5]))[0] <= 1
 

@@ -3,15 +3,19 @@
 Known here: lib.report and what stage 06 leaves. Not known: how samples are drawn or models trained.
 """
 
+import importlib
 import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
+from lib.artifacts import RunArgs, load_manifest
+from lib.errors import BadData, MissingInput
 from lib.report.data import ReportData
 from lib.report.html import build_report
 from lib.report.quality import describe, lexicon, valid_words
@@ -181,3 +185,52 @@ def test_tables_on_the_screen_are_aligned():
     assert len({len(line.split("1.000")[0]) for line in text.splitlines() if "1.000" in line}) == 1
     lines = aligned([("a", "n"), ("x", "1.5"), ("yyy", "10.25")]).splitlines()
     assert lines[2].endswith("  1.5") and lines[3].endswith("10.25")
+
+
+# --- any text, scored ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(quick_run, quick_config, tmp_path_factory):
+    """A user's text scored by the quick run: (folder of the outputs, the text)."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("scored")
+    shutil.copytree(quick_run, folder / "run_001")
+    text = "The value of <b>an</b> object. " * 9
+    (folder / "mine.txt").write_text(text)
+    args = RunArgs(run_dir=folder / "run_001", quick_test=True, score=folder / "mine.txt")
+    importlib.import_module("06_sample").main(quick_config, args)
+    return folder / "run_001" / "06_score_mine", text
+
+
+def test_a_users_text_is_scored_token_by_token(scored):
+    folder, text = scored
+    rows = pq.read_table(folder / "scores.parquet").to_pylist()
+    assert "".join(row["text"] for row in rows).strip() == text.strip()
+    for row in rows:
+        for name in ("critic_error", "inspector_changed"):
+            assert len(row[name]) == len(row["token_ids"]) and all(0 <= p <= 1 for p in row[name])
+            assert row[f"{name}_mean"] == pytest.approx(np.mean(row[name]), abs=1e-6)
+        assert len(row["reference_nll"]) == len(row["token_ids"]) and 0 <= row["judge_score"] <= 1
+    manifest = load_manifest(folder)
+    assert manifest is not None
+    assert manifest["stats"]["documents"][0]["tokens"] == sum(len(r["token_ids"]) for r in rows)
+
+
+def test_the_scores_page_is_whole_and_safe(scored):
+    html = (scored[0] / "scores.html").read_text()
+    parsed = Page(html)
+    assert not parsed.problems and not parsed.open and not parsed.outside
+    assert html.count('class="heat"') >= 2 * len(scored[1].strip()) and "<b>an" not in html
+
+
+def test_a_text_that_cannot_be_scored_is_refused(quick_run, quick_config, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(BadData, match="no text to score"):
+        importlib.import_module("06_sample").main(quick_config, RunArgs(run_dir=quick_run, score=empty))
+    with pytest.raises(MissingInput):
+        importlib.import_module("06_sample").main(
+            quick_config, RunArgs(run_dir=quick_run, score=tmp_path / "nowhere.txt")
+        )

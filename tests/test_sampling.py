@@ -92,14 +92,14 @@ class Oracle(nn.Module):
     def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm"):
         self.passes += 1
         truth = self.truth.expand(input_ids.shape)
+        error = torch.where(input_ids == truth, -9.0, 9.0)
         if head == "critic":
-            return SimpleNamespace(logits=torch.where(input_ids == truth, -9.0, 9.0))
+            return SimpleNamespace(logits=error)
         shares = torch.full((*input_ids.shape, WORDS), (1 - self.skill) / (WORDS - 5))
         shares.scatter_(-1, truth[..., None], self.skill)
         logits = shares.log().flatten(0, 1)
-        return SimpleNamespace(
-            logits=logits.view(*input_ids.shape, WORDS) if logits_at is None else logits[logits_at]
-        )
+        logits = logits.view(*input_ids.shape, WORDS) if logits_at is None else logits[logits_at]
+        return SimpleNamespace(logits=logits, critic_logits=error if head == "both" else None)
 
 
 TRUTH = np.random.default_rng(0).integers(4, WORDS, 40)
@@ -112,7 +112,7 @@ def oracle_sampler(**changes) -> Any:
 def run(sampler: Sampler, name: str, nfe: int, count: int = 16, trace: bool = False, free=None):
     ids = np.full((count, 40), MASK)
     free = np.ones(ids.shape, bool) if free is None else free
-    return sampler.sample(ids, free, np.arange(count), POLICIES[name], nfe, trace)
+    return sampler.sample(ids, free, np.arange(count), POLICIES[name], nfe, trace, np.tile(TRUTH, (count, 1)))
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -134,6 +134,69 @@ def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
     assert abs(right["none"] - 0.5) < 0.05  # this model cannot do better than its skill without going back
 
 
+def test_policies_that_see_errors_rank_as_they_should():
+    """The more a policy knows of the truth, the more it gets right; critic_partial does it without extra passes."""
+    right = {
+        name: (run(oracle_sampler(randomness_strength=0.0, back_share=1.0), name, 15, 64).ids == TRUTH).mean()
+        for name in ("oracle", "critic", "critic_partial", "remdm_rescale", "none")
+    }
+    assert right["oracle"] >= right["critic"] - 0.02  # twice as many rounds
+    assert right["critic_partial"] > right["remdm_rescale"] + 0.1
+    assert abs(right["remdm_rescale"] - right["none"]) < 0.06  # taking back at random mends nothing here
+
+
+def test_gumbel_selection_draws_by_the_odds():
+    sampler = oracle_sampler(selection_temperature=1.0)
+    noise = np.random.default_rng(0).random((20_000, 2))
+    suspicion = np.tile([0.8, 0.5], (20_000, 1))  # odds 4 and 1
+    chosen = sampler._most(suspicion, np.ones((20_000, 2), bool), np.ones(20_000, np.int64), noise)
+    assert chosen.sum(1).tolist() == [1] * 20_000
+    assert chosen[:, 0].mean() == pytest.approx(0.8, abs=0.01)
+    cold = oracle_sampler(selection_temperature=0.05)
+    assert (
+        cold._most(suspicion, np.ones((20_000, 2), bool), np.ones(20_000, np.int64), noise)[:, 0].mean()
+        > 0.99
+    )
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("back_share", [0.0, 0.3, 1.0])
+def test_every_policy_keeps_to_the_schedule(name, back_share):
+    """After each round exactly so many positions are masked as the schedule says, whatever is taken back."""
+    sampler = oracle_sampler(back_share=back_share)
+    result = run(sampler, name, 9, 5, trace=True)
+    rounds = rounds_for(POLICIES[name], 9)
+    expected = masked_counts_left(masked_shares(sampler.settings, rounds), np.full(5, 40))
+    for number, round_ in enumerate(result.rounds):
+        assert ((round_.ids == MASK).sum(1) == expected[number]).all()
+
+
+def test_sure_drafts_come_first():
+    class Graded(Oracle):
+        """Sure of low positions, unsure of high ones."""
+
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm"):
+            sharp = torch.linspace(6, 0, 40)[None, :, None].expand(*input_ids.shape, 1)
+            logits = torch.zeros(*input_ids.shape, WORDS).scatter(
+                -1, self.truth.expand(input_ids.shape)[..., None], sharp
+            )
+            logits = logits.flatten(0, 1)
+            return SimpleNamespace(logits=logits if logits_at is None else logits[logits_at])
+
+    for name in ("confidence_first", "margin_first"):
+        sampler = Sampler(Graded(TRUTH), MASK, SPECIAL, CPU, settings(), seed=5)
+        first = run(sampler, name, 4, 8, trace=True).rounds[0]
+        written = np.nonzero(first.events == WRITTEN)[1]
+        assert written.mean() < 12 and len(written)
+
+
+def test_the_oracle_needs_the_truth():
+    with pytest.raises(BadConfig, match="truth"):
+        oracle_sampler().sample(
+            np.full((1, 40), MASK), np.ones((1, 40), bool), np.arange(1), POLICIES["oracle"], 4
+        )
+
+
 def test_randomness_strength_one_makes_the_critic_blind():
     blind = (run(oracle_sampler(randomness_strength=1.0), "critic", 15, 64).ids == TRUTH).mean()
     seeing = (run(oracle_sampler(randomness_strength=0.0), "critic", 15, 64).ids == TRUTH).mean()
@@ -147,7 +210,7 @@ def test_given_tokens_are_never_touched_and_never_counted():
     free = ids == MASK
     for name in POLICIES:
         result = oracle_sampler(start_ratio=0.9, end_ratio=0.5).sample(
-            ids, free, np.arange(4), POLICIES[name], 9, trace=True
+            ids, free, np.arange(4), POLICIES[name], 9, trace=True, truth=np.tile(TRUTH, (4, 1))
         )
         np.testing.assert_array_equal(result.ids[~free], ids[~free])
         for round_ in result.rounds[:-1]:
@@ -187,7 +250,7 @@ def test_a_sample_does_not_depend_on_its_batch(name, precision):
     free[:, :5], ids[:, :5] = False, 7
     results = [
         Sampler(model, MASK, SPECIAL, runtime, settings(batch_size=size), 3).sample(
-            ids, free, rows, POLICIES[name], 6
+            ids, free, rows, POLICIES[name], 6, truth=np.full_like(ids, 9)
         )
         for size in (1, 33)
     ]
@@ -205,5 +268,41 @@ def test_calibration_mends_overconfidence_and_keeps_the_order(tmp_path):
     grid = np.linspace(0.02, 0.98, 50)
     assert np.abs(calibration(grid) - grid**2).max() < 0.06
     assert (np.diff(calibration(np.linspace(0, 1, 200))) > 0).all()
+    sure = 1 - np.clip(said + 0.1 * rng.standard_normal(20_000), 0.01, 0.99)
+    calibration = Calibration.fit(said, happened, sure)
     calibration.save(tmp_path / "calibration.json")
     assert Calibration.load(tmp_path / "calibration.json") == calibration
+
+
+def test_the_blend_finds_what_each_of_two_views_knows():
+    rng = np.random.default_rng(2)
+    first, second = rng.standard_normal((2, 20_000))
+    happened = rng.random(20_000) < 1 / (1 + np.exp(-(first + 2 * second)))
+    critic, error = 1 / (1 + np.exp(-first)), 1 / (1 + np.exp(-second))
+    calibration = Calibration.fit(critic, happened, 1 - error)
+    np.testing.assert_allclose(calibration.blend, (1, 2, 0), atol=0.12)
+    expected = 1 / (1 + np.exp(-(first + 2 * second)))
+    assert np.abs(calibration.blended(critic, 1 - error) - expected).mean() < 0.02
+
+
+def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
+    from lib.report import best_of as module
+
+    sampler = oracle_sampler(randomness_strength=0.0)
+    monkeypatch.setattr(
+        module, "reference_nll", lambda model, runtime, ids, free, cls: (ids != TRUTH).sum(1) * 1.0
+    )
+    bench = SimpleNamespace(
+        sampler=sampler,
+        runtime=CPU,
+        reference=object(),
+        judge=None,
+        ranker=None,
+        tokenizer=SimpleNamespace(cls_token_id=2),
+    )
+    sampler.fresh_confidence = lambda ids: np.full(ids.shape, 0.5)  # likes all texts alike
+    ids, free = np.full((40, 40), MASK), np.ones((40, 40), bool)
+    rows = {r["scorer"]: r for r in module.best_of(bench, ids, free, np.arange(40), "none", 4, 6)}
+    assert rows["critic"]["gain"]["low"] > 0.05  # sees every error
+    assert rows["critic"]["nll"]["value"] == pytest.approx(rows[module.CEILING]["nll"]["value"])
+    assert rows["generator"]["gain"]["value"] == rows[module.CHANCE]["gain"]["value"] == 0

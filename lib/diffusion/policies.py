@@ -1,48 +1,136 @@
-"""Re-masking policies: which of the tokens written so far are taken back after a round.
+"""Re-masking policies: which tokens are masked after a round of sampling.
 
-A policy gives every token a suspicion in [0, 1]; the sampler takes back the most suspicious ones, as many as the
-schedule says. `extra_pass` says whether it needs a forward pass of its own after each round, which is counted.
+A round is one forward pass that gives a draft for every masked position, then a choice: the policy names the
+positions that stay or become masked, as many as the schedule says. Policies differ in nothing else, and every extra
+pass they take is counted.
 
-    none              nothing is taken back: ancestral sampling in a random order (Sahoo et al., MDLM, 2024)
-    random            any token
-    confidence        tokens the generator was unsure of when it wrote them (ReMDM-conf, Wang et al., 2025)
-    confidence_fresh  tokens the generator finds unlikely now that it sees the whole text
-    critic            tokens the critic takes for errors, given the whole text (Token-Critic, Lezama et al., 2022)
+| policy           | what it masks again                                                   | passes | paper |
+|------------------|------------------------------------------------------------------------|--------|-------|
+| none             | nothing: each token is written once, in a random order                 | 1 | MDLM, Sahoo et al. 2024 |
+| confidence_first | nothing: the surest drafts are written first                           | 1 | MaskGIT, Chang et al. 2022 |
+| margin_first     | nothing: largest gap between the two likeliest tokens first            | 1 | Kim et al. 2025 |
+| random           | any token                                                              | 1 | |
+| confidence       | tokens the generator was unsure of when it wrote them                  | 1 | ReMDM-conf, Wang et al. 2025 |
+| confidence_fresh | tokens the generator finds unlikely now that it sees the whole         | 2 | |
+| remdm_cap        | written tokens with a constant chance, at random                       | 1 | ReMDM, Wang et al. 2025 |
+| remdm_rescale    | the same, the chance a share of the largest possible one               | 1 | ReMDM |
+| remdm_conf       | as remdm_rescale, tokens written without confidence more often         | 1 | ReMDM |
+| critic           | tokens the critic takes for errors in the whole draft                  | 2 | Token-Critic, Lezama et al. 2022 |
+| critic_blend     | as critic, with what the generator thought when it wrote the token     | 2 | |
+| critic_partial   | tokens the critic suspects in the partly masked text, same pass        | 1 | PRISM, Kim et al. 2025 |
+| oracle           | tokens that differ from the truth: the ceiling, when filling known text | 1 | |
+
+Legend: B rows, T positions.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
+
+from lib.diffusion.masking import lowest
 
 
 @dataclass(frozen=True)
 class View:
-    """What a policy may look at after a round, all tokens written. Legend: B rows, T positions."""
+    """What a policy may look at in a round. Arrays are (B, T) unless said otherwise."""
 
-    noise: Tensor  # (B, T) uniform
-    written_confidence: Tensor  # (B, T) probability of each token when it was written
-    fresh_confidence: Callable[[], Tensor]  # (B, T) probability of each token now; one forward pass
+    masked: np.ndarray  # bool: masked before the round
+    free: np.ndarray  # bool: may be changed at all
+    left: np.ndarray  # (B,) positions to be masked after the round
+    noise: np.ndarray  # uniform
+    chance: np.ndarray  # (B,) uniform, of its own
+    confidence: np.ndarray  # probability of each token when it was written or drafted
+    margin: Callable[[], np.ndarray]  # gap between the two likeliest tokens at masked positions
+    back_share: float  # share of the written tokens that ReMDM and critic_partial take back; see the sampler
+    fresh_confidence: Callable[[], np.ndarray]  # probability of each drafted token now; one pass
     critic_error: Callable[
-        [], Tensor
-    ]  # (B, T) calibrated chance that each token is an error; one forward pass
+        [], np.ndarray
+    ]  # calibrated chance that a token of the draft is an error; one pass
+    partial_error: Callable[
+        [], np.ndarray
+    ]  # the same for the text before the round, from this round's own pass
+    blend_error: Callable[[], np.ndarray]  # from critic_error and confidence together; one pass
+    wrong: Callable[[], np.ndarray]  # bool: the draft differs from the truth
+    most: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (suspicion, where, count (B,)) -> bool
 
 
 @dataclass(frozen=True)
 class Policy:
+    """
+    Attributes:
+        choose: View -> (B, T) bool, masked after the round: `left[b]` of row b, all free.
+        extra_pass: it takes a forward pass of its own after each round but the last.
+        blind: it looks at noise alone, so that nothing need be drafted that is not written.
+        partial: it needs the critic's view of the partly masked text from the round's own pass.
+    """
+
     name: str
-    extra_pass: bool
-    suspicion: Callable[[View], Tensor] | None  # None: nothing is ever taken back
+    choose: Callable[[View], np.ndarray]
+    extra_pass: bool = False
+    blind: bool = False
+    partial: bool = False
+
+
+def _keep_masked(order: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
+    """Nothing is taken back: of the masked positions those with the lowest `order` stay masked."""
+    return lambda view: lowest(order(view), view.masked, view.left)
+
+
+def _suspect(suspicion: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
+    """The whole text is a draft: the most suspicious free positions are masked."""
+    return lambda view: view.most(suspicion(view), view.free, view.left)
+
+
+def _take_back_some(
+    suspicion: Callable[[View], np.ndarray], capped: bool = False
+) -> Callable[[View], np.ndarray]:
+    """A few written tokens are taken back, and so many masked ones more are written that the schedule is kept.
+
+    The largest share that can be taken back is what the schedule leaves masked over what is written. `capped`:
+    back_share of the written, at most that; else back_share of that.
+    """
+
+    def choose(view: View) -> np.ndarray:
+        written = view.free & ~view.masked
+        count = written.sum(1)
+        most = np.minimum(view.left, count)
+        wanted = np.minimum(view.back_share * count, most) if capped else view.back_share * most
+        back_count = np.minimum(_rounded(wanted, view.chance), most)
+        # Rows with nothing else masked must take back all that the schedule wants masked
+        back_count = np.maximum(back_count, view.left - view.masked.sum(1))
+        back = view.most(suspicion(view), written, back_count)
+        return back | lowest(view.noise, view.masked, view.left - back_count)
+
+    return choose
+
+
+def _rounded(wanted: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """Whole numbers whose mean is `wanted`: 0.3 tokens a round are one token in three rounds of ten."""
+    down = np.floor(wanted)
+    return (down + (chance < wanted - down)).astype(np.int64)
+
+
+def _unsure(view: View) -> np.ndarray:
+    return 1 - view.confidence
 
 
 POLICIES = {
     policy.name: policy
     for policy in (
-        Policy("none", False, None),
-        Policy("random", False, lambda view: view.noise),
-        Policy("confidence", False, lambda view: 1 - view.written_confidence),
-        Policy("confidence_fresh", True, lambda view: 1 - view.fresh_confidence()),
-        Policy("critic", True, lambda view: view.critic_error()),
+        Policy("none", _keep_masked(lambda view: view.noise), blind=True),
+        Policy("confidence_first", _keep_masked(lambda view: view.confidence)),
+        Policy("margin_first", _keep_masked(lambda view: view.margin())),
+        Policy("random", _suspect(lambda view: view.noise)),
+        Policy("confidence", _suspect(_unsure)),
+        Policy("confidence_fresh", _suspect(lambda view: 1 - view.fresh_confidence()), extra_pass=True),
+        Policy("remdm_cap", _take_back_some(lambda view: view.noise, capped=True)),
+        Policy("remdm_rescale", _take_back_some(lambda view: view.noise)),
+        Policy("remdm_conf", _take_back_some(_unsure)),
+        Policy("critic", _suspect(lambda view: view.critic_error()), extra_pass=True),
+        Policy("critic_blend", _suspect(lambda view: view.blend_error()), extra_pass=True),
+        Policy("critic_partial", _take_back_some(lambda view: view.partial_error()), partial=True),
+        Policy("oracle", _suspect(lambda view: view.wrong().astype(np.float64))),
     )
 }
 

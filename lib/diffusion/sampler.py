@@ -20,6 +20,7 @@ from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
 from lib.diffusion.policies import Policy, View, rounds_for
 from lib.diffusion.schedule import masked_counts_left, masked_shares
+from lib.errors import BadConfig
 from lib.runtime import Runtime
 
 UNCHANGED, WRITTEN, TAKEN_BACK, STILL_MASKED = 0, 1, 2, 3
@@ -67,6 +68,7 @@ class Sampler:
         policy: Policy,
         nfe: int,
         trace: bool = False,
+        truth: np.ndarray | None = None,
     ) -> Samples:
         """Write the free positions of (B, T) ids.
 
@@ -75,11 +77,13 @@ class Sampler:
             rows: (B,) numbers of the samples, which key their noise.
             nfe: forward passes to spend; policies with an extra pass get half as many rounds.
             trace: keep every round.
+            truth: (B, T) the text that once stood there, for the policy `oracle` alone.
         """
         size, parts = self.settings.batch_size, []
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
-            parts.append(self._sample_batch(ids[part], free[part], rows[part], policy, nfe, trace))
+            known = None if truth is None else truth[part]
+            parts.append(self._sample_batch(ids[part], free[part], rows[part], policy, nfe, trace, known))
         rounds = [
             Round(
                 np.concatenate([p.rounds[i].ids for p in parts]),
@@ -89,89 +93,148 @@ class Sampler:
         ]
         return Samples(np.concatenate([p.ids for p in parts]), parts[0].nfe, rounds)
 
-    def _sample_batch(self, ids, free, rows, policy: Policy, nfe: int, trace: bool) -> Samples:
+    def _sample_batch(self, ids, free, rows, policy: Policy, nfe: int, trace: bool, truth) -> Samples:
         rounds = rounds_for(policy, nfe)
         left = masked_counts_left(masked_shares(self.settings, rounds), free.sum(1))
         ids = np.where(free, self.mask_id, ids)
-        confidence = np.ones(ids.shape, np.float32)
+        confidence = np.ones(ids.shape)
         result = Samples(ids, 0)
         for number in range(rounds):
-            masked = ids == self.mask_id
-            masked &= free
-            now = masked
-            if policy.suspicion is None:
-                place = self._noise("place", number, rows, ids.shape[1])
-                now = lowest(place, masked, masked.sum(1) - left[number])
-            ids = self._write(ids, now, confidence, number, rows)
+            masked = (ids == self.mask_id) & free
+            last = number + 1 == rounds
+            after = np.zeros_like(masked)
+            if policy.blind and not last:
+                after = policy.choose(
+                    self._view(number, rows, ids, masked, free, left, confidence, _Draft(ids))
+                )
+            draft = self._draft(ids, masked & ~after, confidence, number, rows, policy.partial and not last)
             result.nfe += 1
-            back = np.zeros_like(now)
-            if policy.suspicion is not None and number + 1 < rounds:
-                back = self._take_back(ids, free, confidence, policy, left[number], number, rows)
+            if not (policy.blind or last):
+                view = self._view(number, rows, ids, masked, free, left, confidence, draft, truth)
+                after = policy.choose(view)
                 result.nfe += int(policy.extra_pass)
-                ids = np.where(back, self.mask_id, ids)
+            ids = np.where(after, self.mask_id, draft.ids)
             if trace:
-                result.rounds.append(self._record(ids, free, now, masked, back))
+                result.rounds.append(_record(ids, masked, after, drafted=not policy.blind))
         result.ids = ids
         return result
 
-    def _write(self, ids, now, confidence, number, rows) -> np.ndarray:
-        """Draw a token at every position in `now`; remembers how sure the model was."""
-        at = np.flatnonzero(now)
-        if not len(at):
-            return ids
-        noise = self._noise("token", number, rows, ids.shape[1]).reshape(-1)[at]
-        logits = self._logits(ids, torch.from_numpy(at).to(self.runtime.device))  # (N, V)
-        tokens, sure = draw(
-            logits,
-            torch.from_numpy(noise).to(logits.device),
-            torch.tensor(self.forbidden, device=logits.device),
-            self.settings.temperature,
-            top_p=self.settings.top_p,
-        )
-        ids = ids.copy()
-        ids.reshape(-1)[at] = tokens.cpu().numpy()
-        confidence.reshape(-1)[at] = sure.cpu().numpy()
-        return ids
+    def _draft(self, ids, now, confidence, number, rows, partial: bool) -> "_Draft":
+        """A token at every position in `now`, one forward pass; `confidence` learns how sure the model was."""
+        draft = _Draft(ids.copy(), at=np.flatnonzero(now))
+        where = torch.from_numpy(draft.at).to(self.runtime.device)
+        output = self._forward(ids, where, "both" if partial else "lm")
+        draft.logits = output.logits.float()  # (N, V)
+        if partial:
+            draft.critic = torch.sigmoid(output.critic_logits.float()).double().cpu().numpy()
+        if len(draft.at):
+            noise = self._noise("token", number, rows, ids.shape[1]).reshape(-1)[draft.at]
+            tokens, sure = draw(
+                draft.logits,
+                torch.from_numpy(noise).to(draft.logits.device),
+                torch.tensor(self.forbidden, device=draft.logits.device),
+                self.settings.temperature,
+                top_p=self.settings.top_p,
+            )
+            draft.ids.reshape(-1)[draft.at] = tokens.cpu().numpy()
+            confidence.reshape(-1)[draft.at] = sure.double().cpu().numpy()
+        return draft
 
-    def _take_back(self, ids, free, confidence, policy: Policy, count, number, rows) -> np.ndarray:
-        """(B, T) bool: the `count[b]` most suspicious free tokens, the suspicion blended with noise."""
-        assert policy.suspicion is not None
+    def _view(self, number, rows, ids, masked, free, left, confidence, draft: "_Draft", truth=None) -> View:
         noise = self._noise("take back", number, rows, ids.shape[1])
-        view = View(
-            noise=torch.from_numpy(noise),
-            written_confidence=torch.from_numpy(confidence),
-            fresh_confidence=lambda: self._fresh_confidence(ids),
-            critic_error=lambda: self.critic_error(ids),
-        )
-        suspicion = policy.suspicion(view).double().cpu().numpy()
-        strength = self.settings.randomness_strength
-        blended = (1 - strength) * suspicion + strength * noise
-        # Equal suspicions must not be settled by position: a trace of noise settles them by chance.
-        return lowest(-(blended + 1e-9 * noise), free, count)
 
-    def _logits(self, ids: np.ndarray, at: Tensor | None = None, head: str = "lm") -> Tensor:
+        def margin() -> np.ndarray:
+            barred = torch.tensor(self.forbidden, device=draft.logits.device)
+            shares = torch.softmax(draft.logits.index_fill(1, barred, -torch.inf), -1)
+            two = shares.topk(2, dim=-1).values.double().cpu().numpy()
+            gaps = np.zeros(ids.shape)
+            gaps.reshape(-1)[draft.at] = two[:, 0] - two[:, 1]
+            return gaps + 1e-9 * noise
+
+        def wrong() -> np.ndarray:
+            if truth is None:
+                raise BadConfig(
+                    "the policy oracle needs the truth: it is for filling known text, in benchmarks"
+                )
+            return draft.ids != truth
+
+        return View(
+            masked=masked,
+            free=free,
+            left=left[number],
+            noise=noise,
+            chance=self._noise("take back count", number, rows, 1)[:, 0],
+            confidence=confidence + 1e-9 * noise,
+            margin=margin,
+            back_share=self.settings.back_share,
+            fresh_confidence=lambda: self.fresh_confidence(draft.ids),
+            critic_error=lambda: self.critic_error(draft.ids),
+            blend_error=lambda: self.calibration.blended(self._critic_raw(draft.ids), confidence),
+            partial_error=lambda: self.calibration(draft.critic),
+            wrong=wrong,
+            most=lambda suspicion, where, count: self._most(suspicion, where, count, noise),
+        )
+
+    def _most(
+        self, suspicion: np.ndarray, where: np.ndarray, count: np.ndarray, noise: np.ndarray
+    ) -> np.ndarray:
+        """(B, T) bool: `count[b]` positions of `where`, the more suspicious the likelier.
+
+        Either suspicion blended with noise, or, with a selection temperature, Gumbel-top-k on the log-odds: a draw
+        without replacement whose chances follow the odds (Kool et al. 2019).
+        """
+        heat = self.settings.selection_temperature
+        if heat is None:
+            strength = self.settings.randomness_strength
+            score = (1 - strength) * suspicion + strength * noise
+        else:
+            share = np.clip(suspicion, 1e-6, 1 - 1e-6)
+            score = np.log(share / (1 - share)) / heat - np.log(-np.log(np.clip(noise, 1e-12, 1 - 1e-12)))
+        # Equal suspicions must not be settled by position: a trace of noise settles them by chance.
+        return lowest(-(score + 1e-9 * noise), where, count)
+
+    def _forward(self, ids: np.ndarray, at: Tensor | None = None, head: str = "lm"):
         inputs = torch.from_numpy(ids).to(self.runtime.device)
         with self.runtime.autocast():
-            return self.model(input_ids=inputs, logits_at=at, head=head).logits.float()
-
-    def _fresh_confidence(self, ids: np.ndarray) -> Tensor:
-        logits = self._logits(ids)
-        logits[..., self.forbidden] = -torch.inf
-        shares = torch.softmax(logits, -1)
-        return shares.gather(-1, torch.from_numpy(ids).to(shares.device)[..., None]).squeeze(-1)
+            return self.model(input_ids=inputs, logits_at=at, head=head)
 
     @torch.no_grad()
-    def critic_error(self, ids: np.ndarray) -> Tensor:
+    def fresh_confidence(self, ids: np.ndarray) -> np.ndarray:
+        """(B, T) probability of each token of a whole text, itself in view. One forward pass."""
+        logits = self._forward(ids).logits.float()
+        logits[..., self.forbidden] = -torch.inf
+        shares = torch.softmax(logits, -1)
+        at = torch.from_numpy(ids).to(shares.device)[..., None]
+        return shares.gather(-1, at).squeeze(-1).double().cpu().numpy()
+
+    def _critic_raw(self, ids: np.ndarray) -> np.ndarray:
+        return torch.sigmoid(self._forward(ids, head="critic").logits.float()).double().cpu().numpy()
+
+    @torch.no_grad()
+    def critic_error(self, ids: np.ndarray) -> np.ndarray:
         """(B, T) calibrated chance that each token of a whole text is an error. One forward pass."""
-        raw = torch.sigmoid(self._logits(ids, head="critic")).double().cpu().numpy()
-        return torch.from_numpy(self.calibration(raw))
+        return self.calibration(self._critic_raw(ids))
 
     def _noise(self, purpose: str, number: int, rows: np.ndarray, columns: int) -> np.ndarray:
         return randomness.uniform(randomness.key(self.seed, f"sample {purpose}", number), rows, columns)
 
-    def _record(self, ids, free, now, masked, back) -> Round:
-        events = np.full(ids.shape, UNCHANGED, np.int8)
-        events[now] = WRITTEN
-        events[back] = TAKEN_BACK
-        events[masked & ~now] = STILL_MASKED
-        return Round(ids.copy(), events)
+
+@dataclass
+class _Draft:
+    """The text with every position of a round written, and what the pass said."""
+
+    ids: np.ndarray  # (B, T)
+    at: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # (N,) flat positions written
+    logits: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (N, V)
+    critic: np.ndarray = field(
+        default_factory=lambda: np.empty(0)
+    )  # (B, T) raw error of the text before the round
+
+
+def _record(ids: np.ndarray, masked: np.ndarray, after: np.ndarray, drafted: bool) -> Round:
+    """`drafted`: a masked position that stays masked had a draft, which was taken back."""
+    events = np.full(ids.shape, UNCHANGED, np.int8)
+    events[masked & ~after] = WRITTEN
+    events[after & ~masked] = TAKEN_BACK
+    events[masked & after] = TAKEN_BACK if drafted else STILL_MASKED
+    return Round(ids.copy(), events)

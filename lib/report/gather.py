@@ -65,7 +65,7 @@ class Measured:
         nll = None
         if bench.reference is not None:
             nll = reference_nll(bench.reference, runtime, ids, free, tokenizer.cls_token_id)
-        errors = np.concatenate([bench.sampler.critic_error(ids[p]).numpy() for p in chunks(len(ids), 64)])
+        errors = np.concatenate([bench.sampler.critic_error(ids[p]) for p in chunks(len(ids), 64)])
         judged = None if bench.judge is None else _judge(bench.judge, runtime, ids, tokenizer.cls_token_id)
         return cls(texts, np.array([len(t) for t in written], float), nll, errors, judged, free)
 

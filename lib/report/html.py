@@ -27,13 +27,17 @@ def build_report(data: ReportData) -> str:
         _section("Synthetic text", "How much of each rewritten candidate a masked LM wrote.", _synthetic(data)),
         _section("Stages", "What ran, how long, and with which settings.", _stages(data)),
     ]  # fmt: skip
+    return page(f"Remask: {data.run}", "\n".join(sections))
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML file around a body that is HTML already."""
     style, script = STYLE.read_text(encoding="utf-8"), SCRIPT.read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Remask: {escape(data.run)}</title><style>{style}</style></head><body><main>\n"
-        + "\n".join(sections)
-        + f"\n</main><script>{script}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>\n"
+        f"{body}\n</main><script>{script}</script></body></html>\n"
     )
 
 
@@ -49,7 +53,7 @@ def _header(data: ReportData) -> str:
     return f'<header><h1>{escape(data.run)}</h1><p>{escape(data.settings)}</p><p class="hint">{escape(facts)}</p></header>'
 
 
-def _table(head: list[str], rows: list[list[str]], classes: list[str] | None = None) -> str:
+def table(head: list[str], rows: list[list[str]], classes: list[str] | None = None) -> str:
     """Cells are HTML already. Numbers are set to the right by their look."""
     cells = "".join(f"<th>{escape(h)}</th>" for h in head)
     body = ""
@@ -78,7 +82,7 @@ def _results(rows: list[dict]) -> str:
          "better" if r["beats_baseline"] else "<b>not better</b>"]
         for r in rows
     ]  # fmt: skip
-    return _table(["model", "metric", "value", "95 % interval", "baseline", "its value", "verdict"], lines)
+    return table(["model", "metric", "value", "95 % interval", "baseline", "its value", "verdict"], lines)
 
 
 def _winners(data: ReportData) -> str:
@@ -90,7 +94,7 @@ def _winners(data: ReportData) -> str:
             [escape(t), *(f"{v[k]:.3f}" for k in ("winner", "random", "best"))] for t, v in terms.items()
         ]
         if lines:
-            tables += _table([name, "winner", "random choice", "best choice"], lines)
+            tables += table([name, "winner", "random choice", "best choice"], lines)
     return tables or "<p>No ranker was trained.</p>"
 
 
@@ -111,7 +115,7 @@ def _policies(rows: list[dict]) -> str:
     missing = (
         "" if picture else "<p>No model was trained on the reference split, so no likelihood is shown.</p>"
     )
-    return _table(head, lines, classes) + picture + missing
+    return table(head, lines, classes) + picture + missing
 
 
 def _samples(data: ReportData) -> str:
@@ -147,9 +151,9 @@ def _critic(data: ReportData) -> str:
         [escape(name), *_interval(d["auroc"]), f"{d['average_precision']:.3f}", f"{d['ece']:.3f}"]
         for name, d in stats["detection"].items()
     ]
-    table = _table(["score", "AUROC", "95 % interval", "average precision", "ECE"], lines)
+    detection = table(["score", "AUROC", "95 % interval", "average precision", "ECE"], lines)
     ece = stats["detection"]["critic_calibrated"]["ece"]
-    return table + plots.reliability(stats["reliability"], ece)
+    return detection + plots.reliability(stats["reliability"], ece)
 
 
 def _curves(data: ReportData) -> str:
@@ -179,7 +183,7 @@ def _stages(data: ReportData) -> str:
         rows = ", ".join(f"{k} {o['rows']:,}" for k, o in m["outputs"].items() if "rows" in o)
         memory = m["environment"]["peak_memory_mb"]
         lines.append([escape(name), f"{m['seconds']:.1f}", f"{memory:,.0f}", escape(rows)])
-    return _table(["stage", "seconds", "peak MB", "rows"], lines) + _settings(data)
+    return table(["stage", "seconds", "peak MB", "rows"], lines) + _settings(data)
 
 
 def _settings(data: ReportData) -> str:

@@ -66,6 +66,19 @@ def winners_table(ranker: str, terms: dict[str, dict[str, float]]) -> str:
     return aligned(lines)
 
 
+def best_of_table(rows: list[dict]) -> str:
+    """What each scorer's choice among N samples gains over the first of them, under the reference model."""
+    first = rows[0]
+    lines: list[tuple[str, ...]] = [
+        (f"best of {first['n']} by", "NLL, nats/token", "gain over one sample", "95 % interval")
+    ]
+    for row in rows:
+        gain = row["gain"]
+        interval = f"{gain['low']:.3f} .. {gain['high']:.3f}"
+        lines.append((row["scorer"], f"{row['nll']['value']:.3f}", f"{gain['value']:.3f}", interval))
+    return f"policy {first['policy']}, {first['nfe']} passes a sample\n{aligned(lines)}"
+
+
 def sampling_table(policies: list[dict]) -> str:
     """Quality of samples per policy and budget, real text last."""
     lines = [("policy", "NFE", "seconds", "NLL, nats/char", "95 % interval", "char entropy", "4-gram entropy", "valid words")]  # fmt: skip

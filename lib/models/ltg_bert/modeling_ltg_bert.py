@@ -11,6 +11,7 @@ Shapes in comments: B batch, T tokens, D width, H heads, R relative-position buc
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -551,6 +552,13 @@ class LtgBertCritic(nn.Module):
         return self.score(rows).squeeze(-1)
 
 
+@dataclass
+class LtgBertMaskedLMOutput(MaskedLMOutput):
+    """`critic_logits` (B, T): log-odds that each token is an error, with `head="both"`."""
+
+    critic_logits: Tensor | None = None
+
+
 class LtgBertForMaskedLM(LtgBertPreTrainedModel):
     """LTG-BERT that fills masks; `head="critic"` finds errors instead. The last layer is the word embedding."""
 
@@ -588,7 +596,7 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
                 `head="critic"` (B, T), 1 for an error, 0 for none, -100 for ignored. The loss is the mean over
                 labelled positions, in nats.
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled ones.
-            head: "lm" or "critic" (needs `config.critic_layers`).
+            head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`.
 
         Returns:
             `logits` (B, T, V) or (N, V) for "lm", (B, T) or (N,) for "critic".
@@ -596,22 +604,29 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
         Raises:
             ValueError: no position has a label, or a label is not in the vocabulary.
         """
-        if head not in ("lm", "critic"):
-            raise ValueError(f'head must be "lm" or "critic", got {head!r}')
+        if head not in ("lm", "critic", "both"):
+            raise ValueError(f'head must be "lm", "critic" or "both", got {head!r}')
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         hidden = cast(Tensor, outputs.last_hidden_state)
-        if head == "critic":
+        score, loss_of, classes = self.lm_head, _class_loss, self.config.vocab_size
+        critic_logits = None
+        if head != "lm":
             if self.critic is None:
                 raise ValueError("this model has no critic head: set critic_layers (0 or more) in its config")
             index, mask = self._pairs(attention_mask, position_ids, hidden)
-            hidden = self.critic(hidden, self.embedding.relative_positions(), index, mask)
-            score, loss_of, classes = self.critic.log_odds, _error_loss, 2
-            labels = None if labels is None else labels.long()
-        else:
-            score, loss_of, classes = self.lm_head, _class_loss, self.config.vocab_size
+            states = self.critic(hidden, self.embedding.relative_positions(), index, mask)
+            if head == "both":
+                critic_logits = self.critic.log_odds(states)
+            else:
+                hidden, score, loss_of, classes = states, self.critic.log_odds, _error_loss, 2
+                labels = None if labels is None else labels.long()
         logits, loss = _token_outputs(hidden, labels, classes, logits_at, score, loss_of)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return LtgBertMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            critic_logits=critic_logits,
         )  # pyright: ignore[reportArgumentType]
 
 

@@ -11,6 +11,7 @@ Shapes in comments: B batch, T tokens, S tokens including cached ones, D width, 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -744,6 +745,13 @@ class RemaskGptCritic(nn.Module):
         return linear_rows(rows, self.score.weight, self.score.bias).squeeze(-1)
 
 
+@dataclass
+class RemaskGptMaskedLMOutput(MaskedLMOutput):
+    """`critic_logits` (B, T): log-odds that each token is an error, with `head="both"`."""
+
+    critic_logits: Tensor | None = None
+
+
 class RemaskGptForMaskedLM(_LanguageModelHead):
     """Bidirectional language model that fills masks; `head="critic"` finds errors instead."""
 
@@ -777,13 +785,13 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
                 labelled positions, in nats.
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled
                 ones. Labels may then also be given per chosen position, (N,) or (N, V).
-            head: "lm" or "critic" (needs `config.critic_layers`).
+            head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`.
 
         Returns:
             `logits` (B, T, V) or (N, V) for "lm", (B, T) or (N,) for "critic".
         """
-        if head not in ("lm", "critic"):
-            raise ValueError(f'head must be "lm" or "critic", got {head!r}')
+        if head not in ("lm", "critic", "both"):
+            raise ValueError(f'head must be "lm", "critic" or "both", got {head!r}')
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -800,6 +808,7 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
                 labels = labels.long()
         else:
             score, loss_of, num_classes = self.lm_logits, _class_loss, self.config.vocab_size
+        critic_logits = self.critic_logits(hidden, attention_mask, position_ids) if head == "both" else None
         loss = None
         if labels is not None:
             logits, loss = _loss_at_labels(hidden, labels, num_classes, logits_at, score, loss_of)
@@ -810,8 +819,12 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
         else:
             logits = score(hidden.flatten(0, 1))
             logits = logits.view(*hidden.shape[:2], *logits.shape[1:])
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return RemaskGptMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            critic_logits=critic_logits,
         )  # pyright: ignore[reportArgumentType]
 
     def critic_logits(

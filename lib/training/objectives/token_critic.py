@@ -10,7 +10,7 @@ that were not chosen count nothing (Lezama et al., Token-Critic, 2022).
 Legend: B rows, T positions, N positions in question.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,10 @@ class Filled:
     written: np.ndarray  # (B, T) bool
     confidence: np.ndarray  # (B, T) probability of each written token when it was written
 
+    def partly_masked(self, hidden: np.ndarray, mask_id: int) -> "Filled":
+        """The same with some written tokens masked again: those are no longer written, and carry no label."""
+        return replace(self, ids=np.where(hidden, mask_id, self.ids), written=self.written & ~hidden)
+
 
 class TokenCritic:
     def __init__(
@@ -61,6 +65,7 @@ class TokenCritic:
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
         index, ids, valid = self.diffusion.windows(rows)
         filled = self.fill(model, ids, valid, index, "critic", self.diffusion.batch_size)
+        filled = self._hide(filled, index, "critic", self.config.partial_fraction)
         critic = self._critic_loss(model, filled, index, "critic")
         if not self.joint:
             return {"loss": critic, "critic_loss": critic}
@@ -89,6 +94,13 @@ class TokenCritic:
         model.train(was_training)
         return result
 
+    def _hide(self, filled: Filled, rows: np.ndarray, purpose: str, share: float) -> Filled:
+        """A share of the rows loses a part of what was written, as the critic sees text inside a sampling round."""
+        which, part = randomness.uniform(randomness.key(self.seed, f"{purpose} hide"), rows, 2).T
+        noise = randomness.uniform(randomness.key(self.seed, f"{purpose} hidden"), rows, filled.ids.shape[1])
+        hidden = filled.written & (which < share)[:, None] & (noise < part[:, None])
+        return filled.partly_masked(hidden, self.diffusion.mask_id)
+
     def _write(self, model, filled: Filled, now, heat, rows, purpose: str) -> None:
         at = np.flatnonzero(now)
         logits = forward(
@@ -108,7 +120,8 @@ class TokenCritic:
     def _critic_loss(self, model: nn.Module, filled: Filled, rows: np.ndarray, purpose: str) -> Tensor:
         """Binary cross-entropy over the written tokens and a share of the given ones."""
         chance = randomness.uniform(randomness.key(self.seed, f"{purpose} clean"), rows, filled.ids.shape[1])
-        labelled = filled.written | (filled.valid & (chance < self.config.clean_fraction))
+        visible = filled.valid & (filled.ids != self.diffusion.mask_id)
+        labelled = filled.written | (visible & (chance < self.config.clean_fraction))
         at = np.flatnonzero(labelled)
         logits = self._critic_logits(model, filled)[tensor(at, self.runtime)]
         wrong = (filled.ids != filled.clean).reshape(-1)[at].astype(np.float32)
@@ -146,41 +159,46 @@ class TokenCritic:
         Half of the groups calibrate, the other half measure: the figures are of the second half.
         """
         examples = np.tile(np.arange(self.diffusion.held_out.count), REPORT_DRAWS)
-        columns: dict[str, list] = {
-            "critic": [],
-            "confidence": [],
-            "confidence_fresh": [],
-            "wrong": [],
-            "group": [],
-        }
+        columns: dict[str, list] = {}
         for part, filled, probability in self._held_out(model, examples):
             where = filled.written
-            fresh = self._fresh_confidence(model, filled)
-            columns["critic"].append(probability[where])
-            columns["confidence"].append(1 - filled.confidence[where])
-            columns["confidence_fresh"].append(1 - fresh[where])
-            columns["wrong"].append((filled.ids != filled.clean)[where])
             owner = self.groups[examples[part]]
-            columns["group"].append(np.broadcast_to(owner[:, None], where.shape)[where])
+            found = {
+                "critic": probability,
+                "confidence": 1 - filled.confidence,
+                "confidence_fresh": 1 - self._fresh_confidence(model, filled),
+                "critic_partial": self._partial(model, filled, part),
+                "wrong": filled.ids != filled.clean,
+                "group": np.broadcast_to(owner[:, None], where.shape),
+            }
+            for name, values in found.items():
+                columns.setdefault(name, []).append(values[where])
         data = {name: np.concatenate(values) for name, values in columns.items()}
         names = np.unique(data["group"])
         fitting = np.isin(data["group"], names[::2]) if len(names) > 1 else np.ones(len(data["wrong"]), bool)
         measuring = ~fitting if len(names) > 1 else fitting
-        calibration = Calibration.fit(data["critic"][fitting], data["wrong"][fitting])
+        sure = 1 - data["confidence"]
+        calibration = Calibration.fit(data["critic"][fitting], data["wrong"][fitting], sure[fitting])
         data["critic_calibrated"] = calibration(data["critic"])
+        data["critic_blend"] = calibration.blended(data["critic"], sure)
         return *self._compare({k: v[measuring] for k, v in data.items()}), calibration
 
     def _compare(self, data: dict[str, np.ndarray]) -> tuple[dict, list[ResultRow]]:
         wrong, group = data["wrong"], data["group"]
         values: dict = {"error_rate": float(wrong.mean()), "tokens": len(wrong), "detection": {}}
         found = {}
-        for name in ("critic", "critic_calibrated", "confidence", "confidence_fresh"):
-            score = data[name]
-            found[name] = metrics.resampled(lambda w, s=score: metrics.auroc(s, wrong, w), group)
+        # The partial view exists for the tokens that were left to see; confidence on the same ones stands beside it
+        seen = ~np.isnan(data["critic_partial"])
+        data["confidence_of_those"] = data["confidence"]
+        for name in ("critic", "critic_calibrated", "critic_blend", "confidence", "confidence_fresh", "critic_partial",
+                     "confidence_of_those"):  # fmt: skip
+            kept = seen if name in ("critic_partial", "confidence_of_those") else np.ones_like(seen)
+            score, truth = data[name][kept], wrong[kept]
+            found[name] = metrics.resampled(lambda w, s=score, t=truth: metrics.auroc(s, t, w), group[kept])
             values["detection"][name] = {
                 "auroc": found[name]._asdict(),
-                "average_precision": metrics.average_precision(score, wrong),
-                "ece": metrics.calibration_error(score, wrong),
+                "average_precision": metrics.average_precision(score, truth),
+                "ece": metrics.calibration_error(score, truth),
             }
         bins = np.array_split(np.argsort(data["critic_calibrated"]), 15)
         values["reliability"] = [
@@ -191,10 +209,21 @@ class TokenCritic:
         row = result_row(
             self.label, "AUROC, wrong tokens", found["critic"], "confidence", base, lower_is_better=False
         )
+        name = "AUROC, critic and confidence"
+        blend = result_row(self.label, name, found["critic_blend"], "confidence", base, lower_is_better=False)
         chance = result_row(
             self.label, "AUROC, wrong tokens", found["critic"], "chance", 0.5, lower_is_better=False
         )
-        return values, [chance, row]
+        return values, [chance, row, blend]
+
+    @torch.no_grad()
+    def _partial(self, model: nn.Module, filled: Filled, rows: np.ndarray) -> np.ndarray:
+        """(B, T) raw probability of error with half of the written tokens masked again, NaN at those."""
+        noise = randomness.uniform(randomness.key(self.seed, "partial report"), rows, filled.ids.shape[1])
+        hidden = filled.written & (noise < 0.5)
+        partly = filled.partly_masked(hidden, self.diffusion.mask_id)
+        raw = torch.sigmoid(self._critic_logits(model, partly)).view(filled.ids.shape)
+        return np.where(hidden, np.nan, raw.double().cpu().numpy())
 
     @torch.no_grad()
     def _fresh_confidence(self, model: nn.Module, filled: Filled) -> np.ndarray:
