@@ -98,6 +98,7 @@ def critic_objective(stage: Stage, config: Config, runtime, tokenizer, context: 
     import numpy as np
 
     from lib import schema
+    from lib.tokenization import newline_ids
     from lib.training.data import Windows, select_split
     from lib.training.objectives.language_model import MaskedDiffusion
     from lib.training.objectives.token_critic import TokenCritic
@@ -118,6 +119,7 @@ def critic_objective(stage: Stage, config: Config, runtime, tokenizer, context: 
         seed=config.seed,
         batch_size=training.batch_size,
         num_evaluated=training.evaluation_examples,
+        newline_ids=newline_ids(tokenizer),
     )
     groups = np.asarray(held_out["group"].to_pylist())[tiles.owner]
     return TokenCritic(config.critic, diffusion, sorted(set(tokenizer.all_special_ids)), groups)

@@ -1,8 +1,9 @@
 """
 Does the critic pay? Samples of one finished run under every policy at equal NFE, with a sweep over temperatures.
 
-NLL under reference_lm (a causal model that learned from a split of its own) is compared at matched 4-gram entropy:
-for each policy the line through its temperatures is read off at the entropy that `none` has at temperature 1.
+NLL under reference_lm (a causal model that learned from a split of its own) is compared at matched 4-gram entropy: for
+each policy the line through its temperatures is read off at the entropy of as much real text, and at less varied points.
+Outside of what a policy reached at any temperature there is no number.
 
 python -m benchmarks.critic outputs/run_001
 python -m benchmarks.critic outputs/run_001 --nfe 32 128 --samples 256
@@ -17,11 +18,17 @@ import numpy as np
 from lib.artifacts import RunArgs, Stage
 from lib.config import Config, load_config
 from lib.diffusion.policies import POLICIES
-from lib.report.quality import describe
+from lib.metrics import ngram_entropy
+from lib.randomness import permutation
+from lib.report.quality import characters, describe
 from lib.report.table import aligned
 from lib.runtime import Runtime
+from lib.tokenization import decode_batch
 
-TEMPERATURES = (0.7, 0.85, 1.0, 1.2)
+TEMPERATURES = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)
+STEPS_BELOW_REAL = (0.0, 0.5, 1.0)  # nats of 4-gram entropy
+BLIND = ("none", "random")  # policies without a view of errors to blend with noise
+SEEING = ("confidence", "remdm_conf", "critic", "critic_partial", "critic_blend")
 
 
 def measured(bench, policy: str, nfe: int, temperature: float, strength: float, count: int) -> dict:
@@ -62,7 +69,7 @@ def main() -> None:
     )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--nfe", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3])
     options = parser.parse_args()
     config = stored_config(options.run_dir)
@@ -78,11 +85,10 @@ def main() -> None:
 
 def compare(bench, nfe: int, count: int, strengths: list[float]) -> None:
     rows = []
-    for policy in ("none", "random", "confidence", "critic"):
-        for strength in strengths if policy in ("confidence", "critic") else [0.0]:
+    for policy in (*BLIND, *SEEING):
+        for strength in strengths if policy in SEEING else [0.0]:
             rows += [measured(bench, policy, nfe, t, strength, count) for t in TEMPERATURES]
-    target = next(r for r in rows if r["policy"] == "none" and r["temperature"] == 1.0)["fourgram_entropy"]
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             "policy",
             "passes",
@@ -104,10 +110,23 @@ def compare(bench, nfe: int, count: int, strengths: list[float]) -> None:
         )  # fmt: skip
     print(f"\nNFE {nfe}, {count} samples")
     print(aligned(lines))
-    print(f"NLL at 4-gram entropy {target:.3f}:")
+    real = real_entropy(bench, count)
+    targets = [real - step for step in STEPS_BELOW_REAL]
+    table: list[tuple[str, ...]] = [("policy", "randomness", *(f"at 4-gram H {t:.2f}" for t in targets))]
     for policy, strength in dict.fromkeys((r["policy"], r["strength"]) for r in rows):
         these = [r for r in rows if (r["policy"], r["strength"]) == (policy, strength)]
-        print(f"  {policy:<12} randomness {strength:.1f}  {at_entropy(these, target):.3f}")
+        found = (at_entropy(these, t) for t in targets)
+        table.append((policy, f"{strength:.1f}", *("-" if np.isnan(v) else f"{v:.3f}" for v in found)))
+    print(f"\nNLL at matched entropy; real text of this size has {real:.2f}")
+    print(aligned(table), flush=True)
+
+
+def real_entropy(bench, count: int) -> float:
+    """4-gram entropy of as many held-out texts: it grows with their number."""
+    some = permutation(bench.config.seed, "real text", 0, bench.real.count)
+    ids, valid = bench.real.batch(some, np.zeros(len(some)))
+    texts = decode_batch(bench.tokenizer, ids[valid.all(1)][:count])
+    return ngram_entropy(characters(texts), 4)
 
 
 if __name__ == "__main__":

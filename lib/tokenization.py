@@ -125,6 +125,12 @@ def decode_batch(tokenizer: Any, sequences: Iterable[Sequence[int] | np.ndarray]
     return tokenizer.batch_decode(lists, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def newline_ids(tokenizer: Any) -> np.ndarray:
+    """Ids of the tokens that end a line: those whose text holds a line feed."""
+    size = len(tokenizer)
+    return np.flatnonzero(["\n" in text for text in decode_batch(tokenizer, [[i] for i in range(size)])])
+
+
 def encode_with_masks(tokenizer: Any, text: str) -> np.ndarray:
     """int32 ids of a text in which [MASK] stands for one token to be written."""
     pieces = text.split("[MASK]")

@@ -75,3 +75,18 @@ def test_all_masks_of_a_count_are_equally_likely():
     two = masked[masked.sum(1) == 2]
     share = [np.mean(two[:, a] & two[:, b]) for a, b in itertools.combinations(range(4), 2)]
     assert np.abs(np.array(share) - 1 / 6).max() < 0.02
+
+
+def test_whole_lines_are_masked_and_weighed_by_what_was_masked():
+    lines = np.tile(np.repeat(np.arange(5), [4, 10, 6, 12, 8]), (200, 1))
+    by_line = DiffusionConfig.model_validate(
+        {
+            "weight": "exact_count",
+            "min_masked_ratio": 0.0,
+            "masking": {"type": "line", "min_ratio": 0.1, "max_ratio": 0.9},
+        }
+    )
+    batch = mask_batch(by_line, np.ones(lines.shape, bool), 5, "test", np.arange(200), 20, lines)
+    for masked, row in zip(batch.masked, lines, strict=True):
+        assert all(masked[row == n].all() or not masked[row == n].any() for n in range(5))
+    np.testing.assert_allclose(batch.weights.sum(1), 1, rtol=1e-6)

@@ -263,3 +263,27 @@ def test_pools_gather_the_rows_of_each_example():
     assert table.tolist() == [[0, 1, -1], [2, 3, 4], [5, -1, -1]]
     with pytest.raises(BadData, match="do not stand together"):
         pools(np.array(["a", "b", "a"]))
+
+
+def test_the_held_out_bound_is_the_same_whatever_masks_training_draws():
+    """Sticky, span or line masks change the training loss, never what is reported as NELBO."""
+    model, _ = start_model(
+        "language_model",
+        load_config(quick_test=True).architecture.model_copy(update={"width": 32, "context": 16}),
+        "bidirectional", 14, 3, "tiny",
+    )  # fmt: skip
+    found = []
+    for masking in (
+        "{type: random}",
+        "{type: sticky, p1: 0.05, p2: 0.9}",
+        "{type: line, min_ratio: 0.1, max_ratio: 0.9}",
+    ):
+        diffusion = load_config(overrides=[f"diffusion.masking={masking}"]).diffusion
+        objective = MaskedDiffusion(
+            diffusion, 1, label="tiny", train=windows(), held_out=windows(), runtime=CPU, seed=3, batch_size=8,
+            num_evaluated=16, newline_ids=np.array([4]),
+        )  # fmt: skip
+        with torch.no_grad():
+            found.append(objective.evaluate(model.eval())["nelbo"])
+        assert objective.loss(model, 0, range(8))["loss"].isfinite()
+    assert found[0] == found[1] == found[2]

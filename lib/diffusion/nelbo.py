@@ -7,7 +7,8 @@ With the linear schedule alpha(t) = 1 - t (Sahoo et al., MDLM, 2024; Shi et al.,
 
 `inverse_t` draws just that. `exact_count` draws the number of masks k ~ U{1..n} instead, with weight n / k
 (Ou et al., RADD, 2024): the same bound with less variance, since k is not left to chance. Either way
-`MaskedBatch.weights` times the cross-entropies, summed over a row, is the row's NELBO in nats per token.
+`MaskedBatch.weights` times the cross-entropies, summed over a row, is the row's NELBO in nats per token. That holds for
+masks of the type `random`; sticky ones, spans and lines make other training losses, each the mean over masked tokens.
 
 Works on numpy arrays. Legend: B rows, T positions.
 """
@@ -40,7 +41,13 @@ def stratified(draw_key: int, rows: np.ndarray, period: int) -> np.ndarray:
 
 
 def mask_batch(
-    config: DiffusionConfig, valid: np.ndarray, seed: int, purpose: str, rows: np.ndarray, period: int
+    config: DiffusionConfig,
+    valid: np.ndarray,
+    seed: int,
+    purpose: str,
+    rows: np.ndarray,
+    period: int,
+    lines: np.ndarray | None = None,
 ) -> MaskedBatch:
     """Draw masks for a batch.
 
@@ -48,6 +55,7 @@ def mask_batch(
         valid: (B, T) bool, real tokens.
         seed, purpose, rows: the draw's key; row b's mask depends on `rows[b]` alone.
         period: rows per step, over which the ratios are spread evenly.
+        lines: (B, T) the number of each token's line, for masking by lines; see `masking.line_numbers`.
     """
     lengths = valid.sum(1)
     low = config.min_masked_ratio
@@ -55,8 +63,8 @@ def mask_batch(
     mask_key = randomness.key(seed, purpose + " mask")
     if config.weight == "exact_count":
         counts = np.minimum(np.floor(time * lengths).astype(np.int64) + 1, lengths)
-        masked = draw_mask(config.masking, valid, counts, mask_key, rows)
-        per_token = 1.0 / np.maximum(counts, 1)
+        masked = draw_mask(config.masking, valid, counts, mask_key, rows, lines)
+        per_token = 1.0 / np.maximum(masked.sum(1), 1)  # whole lines need not meet the count exactly
     else:
         masked = (randomness.uniform(mask_key, rows, valid.shape[1]) < time[:, None]) & valid
         per_token = 1.0 / (np.maximum(time, 1e-3) * np.maximum(lengths, 1))

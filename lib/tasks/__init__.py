@@ -97,12 +97,27 @@ class CandidateContext:
         """Whether the masked LM reads the run's own tokens."""
         return bool(self.engines) and self.engines[0].tokenizer.get_vocab() == self.tokenizer.get_vocab()
 
-    def draw_mask(self, eligible: "np.ndarray", ratio: "np.ndarray", rows: "np.ndarray") -> "np.ndarray":
-        """(B, T) bool: the share `ratio[b]` of each row's eligible tokens, by the configured kind of masking."""
-        from lib.diffusion.masking import draw_mask, masked_counts
+    def draw_mask(
+        self, eligible: "np.ndarray", ratio: "np.ndarray", rows: "np.ndarray", ends: "np.ndarray"
+    ) -> "np.ndarray":
+        """(B, T) bool: the share `ratio[b]` of each row's eligible tokens, by the configured kind of masking.
+
+        `ends`: (B, T) bool, the tokens that end a line.
+        """
+        from lib.diffusion.masking import draw_mask, line_numbers, masked_counts
 
         counts = masked_counts(ratio, eligible.sum(1))
-        return draw_mask(self.config.candidates.masking, eligible, counts, self.key("mask"), rows)
+        masking, lines = self.config.candidates.masking, None
+        if masking.type == "line":
+            lines = line_numbers(ends)
+        return draw_mask(masking, eligible, counts, self.key("mask"), rows, lines)
+
+    @cached_property
+    def newline_ids(self) -> "np.ndarray":
+        """The run's own tokens that end a line."""
+        from lib.tokenization import newline_ids
+
+        return newline_ids(self.tokenizer)
 
     def fold_of(self, groups: list[str], splits: list[str]) -> "np.ndarray":
         """(N,) which engine rewrites each example: one that did not train on its group."""

@@ -24,6 +24,7 @@ from lib.log import say
 from lib.models.build import heads_of, load_model, save_model, start_model
 from lib.models.ranker import CandidateRanker
 from lib.runtime import Runtime
+from lib.tokenization import newline_ids
 from lib.training.data import Sequences, Windows, pools
 from lib.training.loop import train
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
@@ -192,7 +193,9 @@ def _language_objective(name: str, spec: ModelSpec, materials: Materials, contex
     }
     if spec.effective_attention == "causal":
         return NextToken(tokenizer.cls_token_id, **common)
-    return MaskedDiffusion(config.diffusion, tokenizer.mask_token_id, **common)
+    return MaskedDiffusion(
+        config.diffusion, tokenizer.mask_token_id, newline_ids=newline_ids(tokenizer), **common
+    )
 
 
 def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context: int):

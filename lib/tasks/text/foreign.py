@@ -30,7 +30,11 @@ def rewrite_with_other_tokenizer(
         raise ValueError(
             f"the masked LM's tokenizer finds no token in {texts[row]!r} ({spare} special ones aside)"
         )
-    masked = context.draw_mask(free, ratio, rows)
+    ends = np.array([
+        ["\n" in text[start:end] for start, end in spans]
+        for text, spans in zip(texts, coded["offset_mapping"], strict=True)
+    ])  # fmt: skip
+    masked = context.draw_mask(free, ratio, rows, ends)
     filled = engine.fill(ids, valid, masked, context.config.candidates, context.seed, rows)
     new = [
         _replace(text, spans, mask, row, tokenizer)

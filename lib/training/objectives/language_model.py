@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
-from lib.config import DiffusionConfig
+from lib.config import DiffusionConfig, RandomMasking
+from lib.diffusion.masking import line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, mean_and_standard_error
 from lib.metrics import ratio
 from lib.runtime import Runtime
@@ -50,16 +51,27 @@ class _Language:
 class MaskedDiffusion(_Language):
     selection = "nelbo"
 
-    def __init__(self, config: DiffusionConfig, mask_id: int, *args, **kwargs):
+    def __init__(
+        self, config: DiffusionConfig, mask_id: int, *args, newline_ids: np.ndarray | None = None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.config, self.mask_id = config, mask_id
+        self.newline_ids = newline_ids if config.masking.type == "line" else None
         # Evaluation is the true bound whatever the training draws.
-        self._bound = config.model_copy(update={"weight": "exact_count", "min_masked_ratio": 0.0})
+        plain = {"weight": "exact_count", "min_masked_ratio": 0.0, "masking": RandomMasking(type="random")}
+        self._bound = config.model_copy(update=plain)
+
+    def mask(
+        self, ids: np.ndarray, valid: np.ndarray, purpose: str, rows: np.ndarray, period: int
+    ) -> MaskedBatch:
+        """Masks for (B, T) ids as training draws them."""
+        lines = None if self.newline_ids is None else line_numbers(np.isin(ids, self.newline_ids))
+        return mask_batch(self.config, valid, self.seed, purpose, rows, period, lines)
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
         """The NELBO estimate of the batch, nats per token."""
         index, ids, valid = self.windows(rows)
-        batch = mask_batch(self.config, valid, self.seed, f"{self.label} diffusion", index, self.batch_size)
+        batch = self.mask(ids, valid, f"{self.label} diffusion", index, self.batch_size)
         ce, at = self.cross_entropies(model, ids, valid, batch)
         weights = tensor(batch.weights.reshape(-1)[at], self.runtime)
         return {"loss": (ce * weights).sum() / len(ids)}

@@ -22,7 +22,6 @@ from lib.config import CriticConfig
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
-from lib.diffusion.nelbo import mask_batch
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
 from lib.training.objectives.language_model import MaskedDiffusion
 
@@ -76,7 +75,7 @@ class TokenCritic:
     @torch.no_grad()
     def fill(self, model: nn.Module, ids, valid, rows: np.ndarray, purpose: str, period: int) -> Filled:
         """The model's own samples: masks at all ratios, temperatures as configured, some rows in two passes."""
-        masked = mask_batch(self.diffusion.config, valid, self.seed, purpose, rows, period).masked
+        masked = self.diffusion.mask(ids, valid, purpose, rows, period).masked
         low, high = self.config.temperature
         heat = low + (high - low) * randomness.uniform(randomness.key(self.seed, f"{purpose} heat"), rows, 1)
         two = (
