@@ -10,7 +10,6 @@ python -m benchmarks.critic outputs/run_001 --nfe 32 128 --samples 256
 """
 
 import argparse
-import importlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from lib.config import Config, load_config
 from lib.diffusion.policies import POLICIES
 from lib.metrics import ngram_entropy
 from lib.randomness import permutation
+from lib.report.bench import Bench
 from lib.report.quality import characters, describe
 from lib.report.table import aligned
 from lib.runtime import Runtime
@@ -73,11 +73,10 @@ def main() -> None:
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3])
     options = parser.parse_args()
     config = stored_config(options.run_dir)
-    script = importlib.import_module("06_sample")
     reads = ("00_check_data", "01_prepare_dataset", "04_train", "05_train_critic")
     args = RunArgs(run_dir=options.run_dir)
     with Stage("07_benchmark.py", config, args, uses=("seed",), reads=reads, restarts=True) as stage:
-        bench = script.Bench(stage, config, Runtime.detect(config))
+        bench = Bench(stage, config, Runtime.detect(config))
         for nfe in options.nfe:
             compare(bench, nfe, options.samples, options.strengths)
         stage.leave_incomplete("")
