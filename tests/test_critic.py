@@ -107,7 +107,7 @@ def test_the_report_beats_chance_only_if_the_critic_knows_something():
     values, rows, calibration = target.report(model())
     views = {"critic", "critic_calibrated", "critic_blend", "critic_partial"}
     assert set(values["detection"]) == views | {"confidence", "confidence_fresh", "confidence_of_those"}
-    assert 0 < values["error_rate"] < 1 and len(rows) == 2
+    assert 0 < values["error_rate"] < 1 and len(rows) == 3
     assert 0 <= calibration(np.array([0.5]))[0] <= 1
 
 
