@@ -1,0 +1,426 @@
+"""Stage 00 for FinQA: every problem of the records, and the records that are fit to learn from.
+
+| kind                    | what it says                                                                    |
+|-------------------------|---------------------------------------------------------------------------------|
+| unreadable file, not JSON, malformed record | there is no record to keep                                  |
+| missing program         | the question has no gold program                                                |
+| program cannot run      | it is malformed, divides by zero, reads a row that the table lacks              |
+| wrong exe_ans           | the value of the program is not the one that the record gives                   |
+| missing exe_ans         | the record gives no value; that of the program is taken                         |
+| missing question        | nothing is asked                                                                |
+| missing answer          | nobody wrote an answer; it is not used                                          |
+| answer rounding         | the written answer is near the value, but not it rounded to these places        |
+| answer sign             | it is the value with the other sign                                             |
+| answer times 100        | it is the value times or divided by 100: a lost or a wrong percent sign         |
+| answer times 1000       | it is the value times or divided by a power of 1000: thousands for units        |
+| answer differs          | it is another number, or yes for no                                             |
+| answer unreadable       | it holds no number where the value is one, or a whole paragraph of them         |
+| operand in question     | a number of the program stands in the question alone, not on the page           |
+| operand not on page     | it stands in neither, also not as a percentage, with commas or as a word        |
+| repeated id             | two records of one name                                                         |
+| repeated question       | the same question on the same page, with the same value                         |
+| contradicting questions | the same question on the same page, with different values                       |
+| page in two splits      | a page, by name or by content, that another split has too                       |
+| table in two splits     | the same table on different pages of two splits                                 |
+| differing page          | records of one file name whose page is not the same                             |
+| empty table, one-row table, ragged table | a degenerate table                                             |
+| repeated row name       | a table operation reads one of several rows of that name: the last counts       |
+| no numbers              | a page without any number                                                       |
+
+The gold value is that of the program. The written `answer` is compared because its faults show how FinQA was
+made, and is used for nothing else: in half the records it is the value times 100 with a percent sign, which is
+no problem, and in one of sixteen it is another number.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from lib.config import Config
+from lib.errors import BadConfig, did_you_mean
+from lib.tasks import Document, Problem
+from lib.tasks.finqa import pages
+from lib.tasks.finqa.pages import BUILTIN, builtin_records
+from lib.tasks.finqa.program import ProgramError, execute, parse
+from lib.tasks.finqa.record import MALFORMED, NOT_JSON, UNREADABLE, Record, find_files, read_records
+
+# Kept, these would make training or its evaluation wrong: each is an error unless `drop` names it
+HARMFUL = frozenset(
+    {
+        UNREADABLE,
+        NOT_JSON,
+        MALFORMED,
+        "missing program",
+        "program cannot run",
+        "wrong exe_ans",
+        "missing question",
+        "repeated id",
+        "page in two splits",
+        "no records",
+    }
+)
+HARMLESS = frozenset(
+    {
+        "missing exe_ans",
+        "missing answer",
+        "answer rounding",
+        "answer sign",
+        "answer times 100",
+        "answer times 1000",
+        "answer differs",
+        "answer unreadable",
+        "operand in question",
+        "operand not on page",
+        "repeated question",
+        "contradicting questions",
+        "table in two splits",
+        "differing page",
+        "empty table",
+        "one-row table",
+        "ragged table",
+        "repeated row name",
+        "no numbers",
+    }
+)
+DROPPABLE = (HARMFUL | HARMLESS) - {"no records"}
+DROP = frozenset({"missing program", "program cannot run", "wrong exe_ans"})
+
+_NUMBER = re.compile(r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:\.(?= ?%))?( ?%)?")  # "33.%" occurs
+_SIGNED = re.compile(rf"(-[ $]*)?{_NUMBER.pattern}")
+_WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
+_NUMBER_WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b")
+_YES_NO = re.compile(r"\b(yes|no)\b")
+MOST_NUMBERS = 3  # in a written answer; a longer one is a paragraph, and some number of it fits by chance
+
+Found = tuple[str, str, str, str]  # kind, found, expected, what it means
+
+
+def sources(config: Config) -> list[Path]:
+    """The files to be read. Raises MissingInput when there are none. Unreadable ones are left to `check`."""
+    if config.data.path in BUILTIN:
+        return [Path(pages.__file__)]
+    return [path for path in find_files(config.data.path) if os.access(path, os.R_OK)]
+
+
+def check(config: Config, drop: frozenset[str] = DROP) -> Iterator[Document | Problem]:
+    """The records that are fit, and every problem.
+
+    A record is left out for a problem whose kind is in `drop`, which is then a warning, and for errors. Errors
+    are what would make training wrong; see HARMFUL. Of a page in two splits it is the training side that has
+    the problem: dropping it leaves the evaluation as it was published.
+
+    Raises BadConfig for an unknown kind, MissingInput when there are no files.
+    """
+    for kind in sorted(drop - DROPPABLE):
+        raise BadConfig(f"drop: '{kind}' is no kind of problem{did_you_mean(kind, DROPPABLE)}")
+    items = list(_read(config))
+    records = [item for item in items if isinstance(item, Record)]
+    across = _Across(records)
+    kept = errors = 0
+    for item in items:
+        if isinstance(item, Problem):
+            problems = [item]
+        else:
+            source = _place(config, item)
+            problems = [
+                Problem("", kind, source, item.id, *(_shown(w) for w in words))
+                for kind, *words in (*_faults(item), *across.faults(item))
+            ]
+        problems = [_judged(problem, drop) for problem in problems]
+        yield from problems
+        errors += sum(problem.severity == "error" for problem in problems)
+        fit = not any(problem.severity == "error" or problem.kind in drop for problem in problems)
+        if fit and isinstance(item, Record):
+            kept += 1
+            yield Document(item.id, item.to_json(), _place(config, item))
+    if not kept and not errors:
+        found = f"{len(records)} records, none of them fit"
+        advice = "see the problems above; fewer kinds in `drop` leave more"
+        yield Problem("error", "no records", config.data.path, "", found, "some to learn from", advice)
+
+
+def _read(config: Config) -> Iterable[Record | Problem]:
+    if config.data.path in BUILTIN:
+        return builtin_records(config.data.path, config.seed)
+    return read_records(config.data.path)
+
+
+def _place(config: Config, record: Record) -> str:
+    if config.data.path in BUILTIN:
+        return "lib.tasks.finqa.pages"
+    return f"{config.data.path.rstrip('/')}/{record.split}.json"
+
+
+def _judged(problem: Problem, drop: frozenset[str]) -> Problem:
+    """The problem with its severity, and in its advice what became of the record."""
+    if problem.kind in drop:
+        fate = "left out, as `drop` says"
+        return replace(problem, severity="warning", advice=_joined(problem.advice, fate))
+    if problem.kind in HARMFUL:
+        return replace(problem, severity="error", advice=_joined(problem.advice, "mend it, or drop the kind"))
+    return replace(problem, severity="warning", advice=_joined(problem.advice, "kept"))
+
+
+def _joined(*words: str) -> str:
+    return "; ".join(w for w in words if w)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+# One record
+
+
+def _faults(record: Record) -> Iterator[Found]:
+    """What can be said of one record alone."""
+    if not record.question.strip():
+        yield "missing question", "nothing", "a question", ""
+    if not record.answer.strip():
+        yield "missing answer", "nothing", "an answer", "it is not used"
+    if record.program is None:
+        yield "missing program", "nothing", "a program", "without one there is no gold candidate"
+        return
+    try:
+        value = execute(record.program, record.table)
+    except ProgramError as error:
+        yield "program cannot run", record.program, "a program with a value", str(error)
+        return
+    if record.exe_ans is None:
+        yield "missing exe_ans", "nothing", _written(value), "the value of the program is taken"
+    elif not _same_value(value, record.exe_ans):
+        words = f"{_written(value)} from {record.program}"
+        yield "wrong exe_ans", _written(record.exe_ans), words, "one of the two is wrong"
+    if record.answer.strip():
+        yield from compare_answer(record.answer, value)
+    yield from _operand_faults(record)
+    yield from _row_faults(record)
+
+
+def _same_value(value: float | str, other: float | str) -> bool:
+    if isinstance(value, str) or isinstance(other, str):
+        return value == other
+    return math.isclose(value, other, rel_tol=1e-5, abs_tol=1.01e-5)
+
+
+def _written(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.12g}"
+
+
+def compare_answer(answer: str, value: float | str) -> Iterator[Found]:
+    """How the written answer departs from the value of the program; nothing when it is that value rounded."""
+    words = (answer, _written(value), "the value of the program is gold")
+    if isinstance(value, str):
+        said = _YES_NO.findall(answer.lower())
+        if said != [value]:
+            yield ("answer differs" if len(said) == 1 else "answer unreadable", *words)
+        return
+    # An answer such as "$ 386797190 or $ 386.8 million" is as good as the best of its numbers
+    numbers = list(_SIGNED.finditer(answer.replace("\\n", " ")))
+    if not 1 <= len(numbers) <= MOST_NUMBERS:
+        yield ("answer unreadable", *words)
+        return
+    kind = min((_departure(match, value) for match in numbers), key=_DEPARTURES.index)
+    if kind:
+        yield (kind, *words)
+
+
+_DEPARTURES = (
+    "",
+    "answer rounding",
+    "answer sign",
+    "answer times 100",
+    "answer times 1000",
+    "answer differs",
+)
+
+
+def _departure(match: re.Match, value: float) -> str:
+    """How one number of the answer departs from the value: a kind, or "" when it does not."""
+    digits = match[0].replace(",", "").replace("%", "").replace("$", "").replace(" ", "").rstrip(".")
+    places = len(digits.partition(".")[2])
+    written, half = float(digits), 0.5 * 10.0**-places
+    percent = match[2] is not None
+    wanted = value * 100 if percent else value
+
+    def rounds(to: float) -> bool:
+        return abs(written - to) <= half * 1.0001 + 1e-5
+
+    def near(to: float) -> bool:
+        return math.isclose(written, to, rel_tol=0.01) or abs(written - to) <= 2 * half * 1.0001
+
+    def is_scaled(to: float) -> bool:
+        # Other scales reach many numbers, so rounding to a single digit is not enough here
+        return math.isclose(written, to, rel_tol=0.01) or (
+            rounds(to) and math.isclose(written, to, rel_tol=0.05)
+        )
+
+    if rounds(wanted):
+        return ""
+    if near(wanted):
+        return "answer rounding"
+    if near(-wanted):
+        return "answer sign"
+    for kind, factors in (("answer times 100", (1e2, 1e-2)), ("answer times 1000", (1e3, 1e-3, 1e6, 1e-6))):
+        if any(is_scaled(sign * wanted * factor) for factor in factors for sign in (1, -1)):
+            return kind
+    return "answer differs"
+
+
+# Numbers of the program, and where they are found
+
+
+def numbers_in(text: str) -> set[str]:
+    """Every number of a text, without its sign and commas; a percentage as `12` and as `0.12`."""
+    found = set()
+    for match in _NUMBER.finditer(text):
+        digits = match[0].rstrip("% .").replace(",", "")
+        found.add(_plain(float(digits)))
+        if match[1]:
+            found.add(_plain(float(digits) / 100))
+    found.update(_plain(_WORDS.index(word)) for word in _NUMBER_WORD.findall(text.lower()))
+    return found
+
+
+def _plain(number: float) -> str:
+    return f"{abs(number):.10g}"
+
+
+def operands(program: str) -> list[str]:
+    """The numbers that the program takes from the page, as written; no constants. Raises ProgramError."""
+    arguments = [a for step in parse(program) if not step.reads_table for a in (step.first, step.second)]
+    return [a.text for a in arguments if a.value is not None and not a.text.startswith("const_")]
+
+
+def _operand_faults(record: Record) -> Iterator[Found]:
+    assert record.program is not None
+    page, question = numbers_in(page_text(record)), numbers_in(record.question)
+    for operand in dict.fromkeys(operands(record.program)):
+        forms = numbers_in(operand)
+        if forms & page:
+            continue
+        kind = "operand in question" if forms & question else "operand not on page"
+        yield kind, f"{operand} in {record.program}", "a number of the table or text", ""
+
+
+def page_text(record: Record) -> str:
+    """Sentences and cells of the page as they follow each other, a line for each sentence and row."""
+    return "\n".join([*record.pre_text, *(" | ".join(row) for row in record.table), *record.post_text])
+
+
+def _row_faults(record: Record) -> Iterator[Found]:
+    assert record.program is not None
+    names = [row[0] for row in record.table if row]
+    for name in dict.fromkeys(s.first.text for s in parse(record.program) if s.reads_table):
+        if names.count(name) > 1:
+            found = f"{names.count(name)} rows called {name!r}"
+            yield "repeated row name", found, "one row of the name", "the last counts, as FinQA has it"
+
+
+# Records against each other
+
+
+class _Across:
+    """What only shows beside the other records. Of two that are the same, the later one has the problem."""
+
+    _TRAINS_LAST = ("test", "dev", "train")
+
+    def __init__(self, records: list[Record]):
+        self.splits: dict[bytes, set[str]] = {}  # digest of a name, page or table: the splits that have it
+        self.page_of: dict[tuple[str, str], bytes] = {}  # (split, file name): digest of its first page
+        self.seen_ids: dict[str, str] = {}  # name: its split
+        self.seen_pages: set[tuple[str, bytes]] = set()  # (split, page) whose table was looked at
+        self.asked: dict[tuple[str, bytes, str], Record] = {}  # (split, page, question): who asked first
+        for record in records:
+            for mark in (_name_mark(record), _page_mark(record), _table_mark(record)):
+                self.splits.setdefault(mark, set()).add(record.split)
+
+    def faults(self, record: Record) -> Iterator[Found]:
+        split, page = record.split, _page_mark(record)
+        if record.id in self.seen_ids:
+            found = f"a record of this name in {self.seen_ids[record.id]}.json"
+            yield "repeated id", found, "a name of its own", ""
+        self.seen_ids.setdefault(record.id, split)
+
+        yield from self._question_faults(record, page)
+        if leaked := self._other(split, _name_mark(record)) or self._other(split, page):
+            found = f"{record.filename} in {leaked} too"
+            yield "page in two splits", found, f"in {split} alone", "training would see what is to be judged"
+        if (split, page) not in self.seen_pages:  # a row per page, not one for each of its questions
+            self.seen_pages.add((split, page))
+            yield from _page_faults(record)
+            shared = not leaked and record.table and self._other(split, _table_mark(record))
+            if shared:
+                yield "table in two splits", f"the same table in {shared}", f"in {split} alone", ""
+            first = self.page_of.setdefault((split, record.filename), page)
+            if first != page:
+                found = f"another page of the name {record.filename}"
+                yield "differing page", found, "the same text and table in all its records", ""
+
+    def _other(self, split: str, mark: bytes) -> str:
+        """The split that is nearer to evaluation and has the same thing, or ""."""
+        order = self._TRAINS_LAST
+        rank = order.index(split) if split in order else len(order)
+        return next((s for s in order[:rank] if s in self.splits[mark]), "")
+
+    def _question_faults(self, record: Record, page: bytes) -> Iterator[Found]:
+        question = " ".join(record.question.lower().split()).rstrip(" ?.")
+        if not question:
+            return
+        first = self.asked.setdefault((record.split, page, question), record)
+        if first is record:
+            return
+        if record.exe_ans == first.exe_ans or None in (record.exe_ans, first.exe_ans):
+            yield "repeated question", f"asked by {first.id} too", "once on a page", "it counts twice"
+        else:
+            found = f"{record.exe_ans}, but {first.exe_ans} in {first.id}"
+            yield "contradicting questions", found, "one value for one question", "at most one is right"
+
+
+def _page_faults(record: Record) -> Iterator[Found]:
+    """What is odd about a page and its table."""
+    widths = sorted({len(row) for row in record.table})
+    if not any(cell.strip() for row in record.table for cell in row):
+        yield "empty table", f"{len(record.table)} rows without text", "a table", "the text is all there is"
+    elif len(record.table) == 1:
+        yield "one-row table", " | ".join(record.table[0]), "a header and rows", "it has no columns' names"
+    elif len(widths) > 1:
+        yield "ragged table", f"rows of {', '.join(map(str, widths))} cells", "rows of one length", ""
+    if not numbers_in(page_text(record)):
+        yield "no numbers", "none", "numbers in the table or text", "no program can be made of it"
+
+
+def _mark(kind: str, value: object) -> bytes:
+    text = json.dumps([kind, value]).encode()
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _name_mark(record: Record) -> bytes:
+    return _mark("name", record.filename)
+
+
+def _page_mark(record: Record) -> bytes:
+    return _mark("page", [record.pre_text, record.table, record.post_text])
+
+
+def _table_mark(record: Record) -> bytes:
+    return _mark("table", record.table)

@@ -1,0 +1,294 @@
+"""FinQA's records: one question each, with the page it is asked of, read from the files as they are published.
+
+A folder holds `train.json`, `dev.json` and `test.json`, or some of them; each is one list of records:
+
+    {"id": "AAL/2013/page_15.pdf-1", "filename": "AAL/2013/page_15.pdf", "pre_text": ["a sentence ."],
+     "table": [["", "2013"], ["pilots", "7900"]], "post_text": ["another ."],
+     "qa": {"question": "...", "program": "divide(24800, 15400)", "answer": "1.61", "exe_ans": 1.61039}}
+
+`exe_ans` is the value of the program, and the gold one; `answer` is what a person wrote, which is less sure.
+Further keys, such as the evidence labels `gold_inds`, are not read: a user has none when asking.
+
+Knows the shape of the files. What the numbers and programs in them mean is the business of `check`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.errors import MissingInput
+from lib.tasks import Problem
+
+SPLITS = ("train", "dev", "test")
+FILES = tuple(f"{split}.json" for split in SPLITS)
+
+# Kinds of problems that leave no record
+MALFORMED = "malformed record"
+NOT_JSON = "not JSON"
+UNREADABLE = "unreadable file"
+
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question on one page. `program`, `answer` and `exe_ans` can be missing; `check` says so."""
+
+    id: str
+    split: str
+    filename: str
+    pre_text: tuple[str, ...]
+    post_text: tuple[str, ...]
+    table: tuple[tuple[str, ...], ...]
+    question: str
+    program: str | None
+    answer: str
+    exe_ans: float | str | None
+
+    @property
+    def report(self) -> str:
+        """The company's report of a year, `AAL/2013`, that the page is from."""
+        return self.filename.rpartition("/")[0] or self.filename
+
+    def to_json(self) -> str:
+        """The record as FinQA writes it, and its split: what stage 00 keeps in a document."""
+        return json.dumps(
+            {
+                "id": self.id,
+                "split": self.split,
+                "filename": self.filename,
+                "pre_text": self.pre_text,
+                "post_text": self.post_text,
+                "table": self.table,
+                "qa": {
+                    "question": self.question,
+                    "program": self.program,
+                    "answer": self.answer,
+                    "exe_ans": self.exe_ans,
+                },
+            },
+            ensure_ascii=False,
+        )
+
+    @staticmethod
+    def from_json(text: str) -> "Record":
+        """The record that `to_json` wrote. Raises ValueError for anything else."""
+        data = json.loads(text)
+        split = data.get("split") if isinstance(data, dict) else None
+        record = parse_record(data, split if isinstance(split, str) else "", "", "")
+        if not isinstance(record, Record):
+            raise ValueError("; ".join(f"{p.location}: {p.found}, expected {p.expected}" for p in record))
+        return record
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The files of the splits in the folder `path`. Raises MissingInput when there are none."""
+    folder = Path(path)
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    if not files:
+        state = "holds none of them" if folder.is_dir() else "is no folder"
+        raise MissingInput(
+            f"data.path: expected FinQA's {', '.join(FILES)} (one or more) in {folder}, which {state}. They are "
+            "published at https://github.com/czyssrs/FinQA (MIT licence) in the folder dataset/: clone it and "
+            "set data.path to that folder, or use --quick_test, which needs no data"
+        )
+    return files
+
+
+def read_records(path: str | Path) -> Iterator[Record | Problem]:
+    """Every record of the folder's files, or the problems that stand in its place.
+
+    Raises MissingInput when the folder holds none of the files.
+    """
+    for file in find_files(path):
+        yield from _read_file(file)
+
+
+def _read_file(file: Path) -> Iterator[Record | Problem]:
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        advice = "check the file's rights, or take it out of the folder"
+        yield Problem("error", UNREADABLE, str(file), "", str(error.strerror), "a file to read", advice)
+        return
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start}: {error.object[max(0, error.start - 10) : error.start + 10]!r}"
+        advice = "fetch it again, or save it as UTF-8"
+        yield Problem("error", UNREADABLE, str(file), "", found, "UTF-8", advice)
+        return
+    for number, data in _split_list(text, file):
+        if isinstance(data, Problem):
+            yield data
+            continue
+        record = parse_record(data, file.stem, str(file), f"record {number}")
+        yield from [record] if isinstance(record, Record) else record
+
+
+def _split_list(text: str, file: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each value in the JSON list; a Problem in place of the first that is none.
+
+    Read one by one, because an error then says which record it is in, and those before it are not lost.
+    """
+
+    def skip_space(at: int) -> int:
+        match = _SPACE.match(text, at)
+        return match.end() if match else at
+
+    def problem(number: int, at: int, expected: str, what: str = "") -> tuple[int, Problem]:
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        found = repr(text[at : at + 40]) if at < len(text) else "the end of the file"
+        found = f"{found}{': ' if what else ''}{what} (line {line}, column {column})"
+        advice = "fetch the file again, or mend it there; nothing after it was read"
+        where = f"record {number}" if number >= 0 else ""
+        return number, Problem("error", NOT_JSON, str(file), where, found, expected, advice)
+
+    decoder = json.JSONDecoder()
+    at = skip_space(0)
+    if text[at : at + 1] != "[":
+        yield problem(-1, at, "a list of records, [{...}, ...]")
+        return
+    number, at = 0, skip_space(at + 1)
+    while text[at : at + 1] != "]":
+        try:
+            data, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            yield problem(number, error.pos, "JSON", error.msg)
+            return
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a number of many thousand digits; brackets in brackets
+            yield problem(number, at, "JSON of a sane size", str(error)[:80])
+            return
+        yield number, data
+        number, at = number + 1, skip_space(end)
+        if text[at : at + 1] == ",":
+            at = skip_space(at + 1)
+        elif text[at : at + 1] != "]":
+            yield problem(number - 1, at, "a comma or the end of the list after the record")
+            return
+    if skip_space(at + 1) < len(text):
+        yield problem(number - 1, skip_space(at + 1), "the end of the file after the list")
+
+
+def parse_record(data: Any, split: str, source: str, location: str) -> Record | list[Problem]:
+    """The record in a JSON value, or one problem for each field that is missing or of another type."""
+    problems: list[Problem] = []
+    if not isinstance(data, dict):
+        return [_malformed(source, location, _described(data), "a record, {...}")]
+    qa = data.get("qa")
+    name = data.get("id")
+    where = f"{location} ({_printable(name[:80])})" if isinstance(name, str) and name else location
+
+    def field(key: str, expected: str, read, inside: bool = False):
+        """The value of a key as `read` gives it; a problem and None where it raises _Unfit."""
+        owner = qa if inside else data
+        path = f"qa.{key}" if inside else key
+        try:
+            if not isinstance(owner, dict) or key not in owner:
+                raise _Unfit("nothing")
+            return read(owner[key])
+        except _Unfit as unfit:
+            problems.append(_malformed(source, f"{where}: {path}".removeprefix(": "), str(unfit), expected))
+            return None
+
+    id_ = field("id", "a text", _name)
+    filename = field("filename", "a text such as AAL/2013/page_15.pdf", _name)
+    pre_text = field("pre_text", "a list of sentences", _sentences)
+    post_text = field("post_text", "a list of sentences", _sentences)
+    table = field("table", "a list of rows, each a list of texts", _rows)
+    if not isinstance(qa, dict):
+        field("qa", "question, program, answer and exe_ans in {...}", _refuse)
+    else:
+        question = field("question", "a text", _text, inside=True)
+        program = field("program", "a program, or null", _text_or_none, inside=True)
+        answer = field("answer", "a text, or null", _text_or_none, inside=True)
+        exe_ans = field("exe_ans", 'a number, "yes", "no", or null', _value, inside=True)
+        if not problems:
+            content = (pre_text, post_text, table, question, program or None, answer or "", exe_ans)
+            return Record(id_, split, filename, *content)  # type: ignore[arg-type]
+    return problems
+
+
+class _Unfit(Exception):
+    """A value that does not fit its field; the words say what was found."""
+
+
+def _malformed(source: str, location: str, found: str, expected: str) -> Problem:
+    advice = "the record is left out; compare it with the published file"
+    return Problem("error", MALFORMED, source, location, found, expected, advice)
+
+
+def _described(value: Any) -> str:
+    kinds = {type(None): "null", bool: "a truth value", str: "a text", list: "a list", dict: "an object"}
+    kind = kinds.get(type(value), "a number")
+    return kind if isinstance(value, (list, dict, type(None))) else f"{kind}, {_printable(ascii(value)[:60])}"
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _refuse(value: Any):
+    raise _Unfit(_described(value))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Unfit(_described(value))
+    if half := _HALF_PAIR.search(value):  # no file can hold it
+        raise _Unfit(f"half a character, U+{ord(half[0]):04X}")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not _text(value).strip():
+        raise _Unfit("an empty text")
+    return value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value).strip()
+
+
+def _sentences(value: Any, what: str = "sentence") -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise _Unfit(_described(value))
+    texts = []
+    for number, text in enumerate(value):
+        try:
+            texts.append(_text(text))
+        except _Unfit as unfit:
+            raise _Unfit(f"{what} {number} is {unfit}") from None
+    return tuple(texts)
+
+
+def _rows(value: Any) -> tuple[tuple[str, ...], ...]:
+    if not isinstance(value, list):
+        raise _Unfit(_described(value))
+    rows = []
+    for number, row in enumerate(value):
+        try:
+            rows.append(_sentences(row, "cell"))
+        except _Unfit as unfit:
+            raise _Unfit(f"row {number}: {unfit}") from None
+    return tuple(rows)
+
+
+def _value(value: Any) -> float | str | None:
+    if value is None or value in ("yes", "no"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _Unfit(_described(value))
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise _Unfit(_described(value))
+    return number
