@@ -569,6 +569,10 @@ def test_trainer_trains_evaluates_and_resumes(family, tmp_path):
     after = train(6, True)
     assert after.state.global_step == 6
     assert after.evaluate()["eval_loss"] < before
+    after.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved").eval()
+    ids = make_ids()
+    torch.testing.assert_close(loaded(ids).logits, after.model.eval()(ids).logits)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

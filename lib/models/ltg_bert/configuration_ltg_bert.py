@@ -23,7 +23,7 @@ def _inherited_keys() -> frozenset[str]:
     passed_while_loading = {
         "attn_implementation", "experts_implementation", "auto_map", "distributed_config", "model_type", "name_or_path",
         "num_labels", "output_attentions", "quantization_config", "torch_dtype", "_attn_implementation", "_commit_hash",
-        "_name_or_path",
+        "_name_or_path", "use_cache",  # Trainer sets it on any model, and saves it
     }  # fmt: skip
     return frozenset(PreTrainedConfig().to_dict()) | passed_while_loading
 
