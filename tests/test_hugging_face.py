@@ -572,6 +572,7 @@ def test_trainer_trains_evaluates_and_resumes(family, tmp_path):
     after.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved").eval()
     ids = make_ids()
+    assert after.model is not None
     torch.testing.assert_close(loaded(ids).logits, after.model.eval()(ids).logits)
 
 
