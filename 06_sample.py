@@ -25,8 +25,6 @@ from lib.config import Config
 from lib.log import Progress, say
 
 TRACED_SAMPLES = 2
-
-
 READS = (
     "00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train", "05_train_critic",
 )  # fmt: skip
@@ -47,10 +45,17 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     from lib.report.scores import HEAD, cells, documents_of, score, scores_page, windows
     from lib.report.table import aligned
     from lib.runtime import Runtime
-    from lib.tasks.text.check import Document, check
+    from lib.tasks import Document, get_task
 
-    data = config.data.model_copy(update={"path": str(file), "min_document_characters": 1})
-    found = list(check(config.model_copy(update={"data": data})))
+    # Whatever the run's task, this is a text; and the least amounts that training needs do not count here
+    small = {
+        "min_document_characters": 1,
+        "passage_characters": 1,
+        "split": "contiguous",
+        "fractions": {"train": 1.0},
+    }
+    data = config.data.model_copy(update={"path": str(file), **small})
+    found = list(get_task("text").check(config.model_copy(update={"data": data})))
     texts = [(d.document_id, d.content) for d in found if isinstance(d, Document)]
     faults = [f for f in found if not isinstance(f, Document)]
     for fault in faults:
@@ -89,7 +94,6 @@ def sample(config: Config, args: RunArgs) -> None:
     from lib.report.gather import gather
     from lib.report.html import build_report
     from lib.report.quality import describe
-    from lib.report.table import best_of_table, sampling_table
     from lib.runtime import Runtime
 
     uses = ("seed", "device", "precision", "sampler")
@@ -142,14 +146,10 @@ def sample(config: Config, args: RunArgs) -> None:
             "best_of": chosen,
         }
         stage.write_json("metrics", metrics)
-        data = gather(
-            stage, config, table.samples(), table.trace(), table.policies, bench.results, bench.tokenizer
-        )
+        data = gather(stage, config, table.samples(), table.trace(), table.policies, bench)
         durable.write_text(stage.folder / "report.html", build_report(data))
         stage.add_file("report", stage.folder / "report.html")
-        bench.say_results(table.policies, sampling_table)
-        if chosen:
-            say(best_of_table(chosen) + "\n")
+        bench.say_results(table.policies, chosen)
         say(f"report: {stage.shown(stage.folder / 'report.html')}")
 
 

@@ -18,7 +18,6 @@ from lib.artifacts import RunArgs, Stage
 from lib.config import Config, load_config
 from lib.diffusion.policies import POLICIES
 from lib.metrics import ngram_entropy
-from lib.randomness import permutation
 from lib.report.bench import Bench
 from lib.report.quality import characters, describe
 from lib.report.table import aligned
@@ -122,9 +121,7 @@ def compare(bench, nfe: int, count: int, strengths: list[float]) -> None:
 
 def real_entropy(bench, count: int) -> float:
     """4-gram entropy of as many held-out texts: it grows with their number."""
-    some = permutation(bench.config.seed, "real text", 0, bench.real.count)
-    ids, valid = bench.real.batch(some, np.zeros(len(some)))
-    texts = decode_batch(bench.tokenizer, ids[valid.all(1)][:count])
+    texts = decode_batch(bench.tokenizer, bench.real_text(count))
     return ngram_entropy(characters(texts), 4)
 
 

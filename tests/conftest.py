@@ -1,12 +1,15 @@
-"""One small run of all seven stages serves many tests."""
+"""One small run of all seven stages serves many tests; and where real data lies, if it does."""
 
 import importlib
+import os
 from pathlib import Path
 
 import pytest
 
 from lib.artifacts import STAGES, RunArgs
-from lib.config import Config, load_config
+from lib.config import ROOT, Config, load_config
+
+SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
 
 
 def run_stages(run_dir: Path, config: Config, names=STAGES, **flags) -> None:

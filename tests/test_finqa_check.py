@@ -5,7 +5,6 @@ beside the first words of the page.
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -30,9 +29,9 @@ from lib.tasks.finqa.pages import (
 )
 from lib.tasks.finqa.program import OPERATIONS, execute, parse
 from lib.tasks.finqa.record import Record, parse_record, read_records
+from tests.conftest import SHARED
 
 ROOT = Path(__file__).parent.parent
-SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
 FINQA = SHARED / "finqa"
 
 

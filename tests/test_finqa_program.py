@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import random
 import sys
 import time
@@ -25,9 +24,9 @@ from lib.tasks.finqa.program import (
     formula,
     parse,
 )
+from tests.conftest import SHARED
 
 ROOT = Path(__file__).parent.parent
-SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
 FINQA = SHARED / "finqa"
 
 TABLE = [

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import tracemalloc
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.artifacts import RunArgs, load_manifest
-from lib.config import ROOT, Config, load_config
+from lib.config import Config, load_config
 from lib.errors import BadData
 from lib.tasks.text import check
 from lib.tokenization import decode_batch, load_tokenizer
+from tests.conftest import SHARED
 
 PROSE = "A sentence that is long enough to stand on its own as a paragraph, number {}.\n\n"
 NOVEL = "".join(PROSE.format(i) for i in range(2000))
@@ -129,7 +129,7 @@ def test_memory_stays_flat_as_records_grow_in_number(tmp_path):
 
 def test_real_text_is_split_for_comparisons_as_others_split_it(tmp_path):
     """tinyshakespeare, contiguous 90/10: every character once, in order, 65 of them distinct."""
-    data = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data")) / "tinyshakespeare/input.txt"
+    data = SHARED / "tinyshakespeare" / "input.txt"
     if not data.exists():
         pytest.skip(f"{data} is not there; set REMASK_DATA to the folder that holds tinyshakespeare/")
     (tmp_path / "raw").symlink_to(data.parent)

@@ -502,8 +502,6 @@ def test_transfer_from_the_masked_model_makes_a_new_head_and_says_so(family, tmp
 
 @every_class
 def test_a_saved_folder_loads_where_this_repository_is_not(key, tmp_path):
-    if key[1] in ("model", "token") and key[0] == "remask":
-        pytest.skip("the same code path as the masked model; a process takes seconds")
     model, ids = make(key), make_ids()
     model.save_pretrained(tmp_path / "saved")
     code = (

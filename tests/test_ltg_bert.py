@@ -21,10 +21,10 @@ from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM, LtgBertModel,
 from lib.models.ltg_bert.__main__ import main
 from lib.models.ltg_bert.conversion import _reference_name
 from lib.models.ltg_bert.modeling_ltg_bert import LtgBertLayer, bucket_index, bucket_of_distance
+from tests.conftest import SHARED
 from tests.test_hugging_face import LTG, SMALL, make, make_ids, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
-SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
 VECTORS = SHARED / "ltg_bert" / "reference_small.safetensors"
 
 

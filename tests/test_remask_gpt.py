@@ -6,58 +6,21 @@ Known here: the public behaviour of `lib.models.remask_gpt`. Not known: how trai
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 
-from lib.models.remask_gpt import (
-    RemaskGptConfig,
-    RemaskGptForCausalLM,
-    RemaskGptForMaskedLM,
-    RemaskGptForSequenceClassification,
-    RemaskGptForTokenClassification,
-    RemaskGptModel,
-)
+from lib.models.remask_gpt import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
 from lib.models.remask_gpt import modeling_remask_gpt as modeling
-
-VOCAB = 31
-HEADS = {
-    "model": RemaskGptModel,
-    "masked": RemaskGptForMaskedLM,
-    "causal": RemaskGptForCausalLM,
-    "token": RemaskGptForTokenClassification,
-    "sequence": RemaskGptForSequenceClassification,
-}
+from tests import test_hugging_face as common
+from tests.test_hugging_face import VOCAB, make_ids, output_of
 
 
 def make_config(**changes) -> RemaskGptConfig:
-    small = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
-    return RemaskGptConfig(**{**small, "max_position_embeddings": 48, **changes})
+    config = common.make_config("remask", **changes)
+    assert isinstance(config, RemaskGptConfig)
+    return config
 
 
 def make(name: str, seed: int = 0, **changes):
-    """A small model in evaluation mode whose every weight is random: zero projections would hide mistakes."""
-    if name == "causal":
-        changes["attention"] = "causal"
-    torch.manual_seed(seed)
-    model = HEADS[name](make_config(**changes)).eval()
-    for weight in model.parameters():
-        nn.init.normal_(weight, std=0.2)
-    return model
-
-
-def make_ids(batch: int = 3, length: int = 20, seed: int = 1) -> torch.Tensor:
-    return torch.randint(4, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def output_of(model, *args, **kwargs) -> torch.Tensor:
-    out = model(*args, **kwargs)
-    return out.last_hidden_state if "last_hidden_state" in out else out.logits
+    return common.make(("remask", name), seed, **changes)
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -84,10 +47,6 @@ def test_classes_refuse_a_config_of_another_kind():
         RemaskGptForMaskedLM(make_config(attention="causal"))
     with pytest.raises(ValueError, match="causal"):
         RemaskGptForCausalLM(make_config())
-    with pytest.raises(ValueError, match="num_labels"):
-        RemaskGptForTokenClassification(make_config(num_labels=1))
-    with pytest.raises(ValueError, match="num_labels=1"):
-        RemaskGptForSequenceClassification(make_config(score_activation="sigmoid", num_labels=3))
 
 
 # --- the trunk -------------------------------------------------------------------------------------------------------
@@ -147,7 +106,7 @@ def test_packed_candidates_equal_separate_ones():
     )
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [name for family, name in common.CLASSES if family == "remask"])
 def test_bits_do_not_depend_on_the_batch(name):
     """float32: a sample alone, in a small batch and in a large one."""
     model = make(name, hidden_size=96, num_attention_heads=3, max_position_embeddings=64)
@@ -257,15 +216,3 @@ def test_pooling_places():
     causal = make("sequence", attention="causal")
     padded = torch.cat((ids, torch.zeros(2, 3, dtype=torch.long)), dim=1)
     torch.testing.assert_close(causal(padded).logits, causal(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-# --- a first-class citizen -------------------------------------------------------------------------------------------
-
-
-AUTO = {
-    "model": AutoModel,
-    "masked": AutoModelForMaskedLM,
-    "causal": AutoModelForCausalLM,
-    "token": AutoModelForTokenClassification,
-    "sequence": AutoModelForSequenceClassification,
-}

@@ -17,7 +17,7 @@ from lib.randomness import permutation
 from lib.report.best_of import best_of
 from lib.report.gather import Measured, starting_ids
 from lib.report.quality import describe, lexicon
-from lib.report.table import results_table, winners_table
+from lib.report.table import best_of_table, results_table, sampling_table, winners_table
 from lib.tokenization import decode_batch, load_tokenizer
 from lib.training.data import Windows, select_split
 
@@ -124,20 +124,26 @@ class Bench:
             )
             rows.append(row | measured.means())
         # As many texts as samples: the entropy of n-grams grows with their number
-        some = permutation(self.config.seed, "real text", 0, self.real.count)
-        real, valid = self.real.batch(some, np.zeros(len(some)))
-        real = real[valid.all(1)][: len(ids), : ids.shape[1]]
+        real = self.real_text(len(ids))[:, : ids.shape[1]]
         if len(real):
             measured = self.measure(real, np.ones_like(real, bool))
             row = describe("real text", 0, 0, 0.0, measured.texts, self.words, measured.nll, measured.size)
             rows.append(row | measured.means())
         return rows
 
-    def say_results(self, policies, sampling_table) -> None:
+    def real_text(self, count: int) -> np.ndarray:
+        """(up to count, T) whole held-out windows, the same ones at every call."""
+        some = permutation(self.config.seed, "real text", 0, self.real.count)
+        ids, valid = self.real.batch(some, np.zeros(len(some)))
+        return ids[valid.all(1)][:count]
+
+    def say_results(self, policies, chosen) -> None:
         say("\n" + results_table(self.results))
         for name, terms in self.winners.items():
             say("\n" + winners_table(name, terms))
         say("\n" + sampling_table(policies) + "\n")
+        if chosen:
+            say(best_of_table(chosen) + "\n")
 
 
 class Collected:

@@ -11,8 +11,7 @@ import torch
 
 from lib import metrics
 from lib.diffusion.policies import POLICIES
-from lib.report.quality import reference_nll
-from lib.training.objectives.base import chunks, forward, with_cls
+from lib.report.quality import reference_nll, sequence_scores
 
 CHANCE, CEILING = "chance", "reference model itself"
 
@@ -47,6 +46,7 @@ def best_of(
 
 def _scorers(bench: Any, pool: list[np.ndarray], free: np.ndarray) -> dict[str, np.ndarray]:
     """Scorer -> (n, B) how much it likes each text."""
+    cls_id = bench.tokenizer.cls_token_id
     share = free / np.maximum(free.sum(1, keepdims=True), 1)
     found = {
         "critic": np.stack([-(bench.sampler.critic_error(texts) * share).sum(1) for texts in pool]),
@@ -56,13 +56,5 @@ def _scorers(bench: Any, pool: list[np.ndarray], free: np.ndarray) -> dict[str, 
     }
     for name, model in (("judge", bench.judge), ("ranker", bench.ranker)):
         if model is not None:
-            found[name] = np.stack([_whole(model, bench, texts) for texts in pool])
+            found[name] = np.stack([sequence_scores(model, bench.runtime, t, cls_id) for t in pool])
     return found
-
-
-def _whole(model: Any, bench: Any, ids: np.ndarray) -> np.ndarray:
-    scores = []
-    for part in chunks(len(ids), 64):
-        front = with_cls(ids[part], np.ones_like(ids[part], bool), bench.tokenizer.cls_token_id)
-        scores.append(forward(model, bench.runtime, *front).logits.float().squeeze(-1).cpu().numpy())
-    return np.concatenate(scores)

@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from lib.artifacts import STAGES, Stage, load_manifest
 from lib.config import Config, SamplerConfig
 from lib.errors import BadConfig
 from lib.report.data import ReportData
-from lib.report.quality import reference_nll
+from lib.report.quality import reference_nll, sequence_scores
 from lib.tasks import get_task
 from lib.tokenization import decode_batch, encode_batch, encode_with_masks
-from lib.training.objectives.base import chunks, forward, with_cls
+from lib.training.objectives.base import chunks
 
 
 def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.ndarray:
@@ -60,13 +59,13 @@ class Measured:
     @classmethod
     def of(cls, ids: np.ndarray, free: np.ndarray, bench: Any) -> "Measured":
         tokenizer, runtime = bench.tokenizer, bench.runtime
-        texts = decode_batch(tokenizer, ids)
+        texts, cls_id = decode_batch(tokenizer, ids), tokenizer.cls_token_id
         written = decode_batch(tokenizer, [row[f] for row, f in zip(ids, free, strict=True)])
         nll = None
         if bench.reference is not None:
-            nll = reference_nll(bench.reference, runtime, ids, free, tokenizer.cls_token_id)
+            nll = reference_nll(bench.reference, runtime, ids, free, cls_id)
         errors = np.concatenate([bench.sampler.critic_error(ids[p]) for p in chunks(len(ids), 64)])
-        judged = None if bench.judge is None else _judge(bench.judge, runtime, ids, tokenizer.cls_token_id)
+        judged = None if bench.judge is None else sequence_scores(bench.judge, runtime, ids, cls_id)
         return cls(texts, np.array([len(t) for t in written], float), nll, errors, judged, free)
 
     def means(self) -> dict[str, float | None]:
@@ -76,17 +75,8 @@ class Measured:
         }
 
 
-@torch.no_grad()
-def _judge(model, runtime, ids: np.ndarray, cls_id: int) -> np.ndarray:
-    scores = []
-    for part in chunks(len(ids), 64):
-        with_front = with_cls(ids[part], np.ones_like(ids[part], bool), cls_id)
-        scores.append(forward(model, runtime, *with_front).logits.float().squeeze(-1).cpu().numpy())
-    return np.concatenate(scores)
-
-
 def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, policies: list[dict],
-           results: list[dict], tokenizer: Any) -> ReportData:  # fmt: skip
+           bench: Any) -> ReportData:  # fmt: skip
     """Everything that the report shows, from this stage and the manifests before it."""
     manifests = {name: m for name in STAGES if (m := load_manifest(stage.run_dir / name)) is not None}
     curves = {name: _lines(stage.run_dir / "04_train" / name / "metrics.jsonl") for name in config.models}
@@ -99,15 +89,9 @@ def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, pol
         f"data: {config.data.path}, {config.tokenizer.kind} tokens; backbone: {architecture.layers} layers x "
         f"{architecture.width}, context {architecture.context}; seed {config.seed}"
     )
-    names = {i: t for t, i in tokenizer.get_vocab().items()}
-    special = set(tokenizer.all_special_ids)
-
-    def token_text(i: int) -> str:
-        return names.get(i, "?") if i in special else decode_batch(tokenizer, [[i]])[0]
-
     return ReportData(
-        stage.run_dir.name, settings, manifests, curves, results, policies, samples, trace, token_text,
-        tokenizer.mask_token_id, getattr(get_task(config.task), "explain", None),
+        stage.run_dir.name, settings, manifests, curves, bench.results, policies, samples, trace,
+        bench.token_text, bench.tokenizer.mask_token_id, getattr(get_task(config.task), "explain", None),
     )  # fmt: skip
 
 

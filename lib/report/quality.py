@@ -11,7 +11,7 @@ from torch import nn
 
 from lib import metrics
 from lib.runtime import Runtime
-from lib.training.objectives.base import chunks
+from lib.training.objectives.base import chunks, forward, with_cls
 from lib.training.objectives.language_model import causal_nll
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -27,6 +27,16 @@ def reference_nll(
         nll, _ = causal_nll(model, runtime, ids[part], np.ones_like(counted[part]), cls_id)
         sums.append((nll.cpu().numpy() * counted[part]).sum(1))
     return np.concatenate(sums)
+
+
+@torch.no_grad()
+def sequence_scores(model: nn.Module, runtime: Runtime, ids: np.ndarray, cls_id: int) -> np.ndarray:
+    """(B,) what a judge or ranker gives each whole text, [CLS] in front."""
+    scores = []
+    for part in chunks(len(ids), 64):
+        front = with_cls(ids[part], np.ones_like(ids[part], bool), cls_id)
+        scores.append(forward(model, runtime, *front).logits.float().squeeze(-1).cpu().numpy())
+    return np.concatenate(scores)
 
 
 def lexicon(texts) -> set[str]:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from lib.report.html import page, table
+from lib.report.quality import sequence_scores
 from lib.tokenization import decode_batch, encode_batch
-from lib.training.objectives.base import chunks, forward, with_cls
+from lib.training.objectives.base import chunks, forward
 from lib.training.objectives.language_model import causal_nll
 
 BATCH = 64
@@ -62,8 +63,7 @@ def _score_equal(ids: np.ndarray, bench: Any) -> dict[str, np.ndarray]:
     if bench.reference is not None:
         found["reference_nll"] = causal_nll(bench.reference, runtime, ids, valid, cls_id)[0].cpu().numpy()
     if bench.judge is not None:
-        scores = forward(bench.judge, runtime, *with_cls(ids, valid, cls_id)).logits
-        found["judge_score"] = scores.float().squeeze(-1).cpu().numpy()
+        found["judge_score"] = sequence_scores(bench.judge, runtime, ids, cls_id)
     return found
 
 

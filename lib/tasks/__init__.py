@@ -24,6 +24,8 @@ from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from lib.synthetic import MaskedLMEngine
@@ -98,18 +100,22 @@ class CandidateContext:
         return bool(self.engines) and self.engines[0].tokenizer.get_vocab() == self.tokenizer.get_vocab()
 
     def draw_mask(
-        self, eligible: "np.ndarray", ratio: "np.ndarray", rows: "np.ndarray", ends: "np.ndarray"
+        self,
+        eligible: "np.ndarray",
+        ratio: "np.ndarray",
+        rows: "np.ndarray",
+        ends: "Callable[[], np.ndarray]",
     ) -> "np.ndarray":
         """(B, T) bool: the share `ratio[b]` of each row's eligible tokens, by the configured kind of masking.
 
-        `ends`: (B, T) bool, the tokens that end a line.
+        `ends`: () -> (B, T) bool, the tokens that end a line; asked only for masking by lines.
         """
         from lib.diffusion.masking import draw_mask, line_numbers, masked_counts
 
         counts = masked_counts(ratio, eligible.sum(1))
         masking, lines = self.config.candidates.masking, None
         if masking.type == "line":
-            lines = line_numbers(ends)
+            lines = line_numbers(ends())
         return draw_mask(masking, eligible, counts, self.key("mask"), rows, lines)
 
     @cached_property

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from lib.durable import replacing_folder
 from lib.errors import BadData, CannotCreate, MissingInput, RemaskError
 
@@ -87,6 +89,7 @@ def _tokenizer(path: Path | None, vocab_size: int):
 
 
 def main() -> int:
+    transformers_logging.disable_progress_bar()
     parser = argparse.ArgumentParser(prog="python -m lib.models.ltg_bert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("checkpoint", type=Path, help=".safetensors, or a legacy .bin, .pt or .pth")

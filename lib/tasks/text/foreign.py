@@ -30,11 +30,7 @@ def rewrite_with_other_tokenizer(
         raise ValueError(
             f"the masked LM's tokenizer finds no token in {texts[row]!r} ({spare} special ones aside)"
         )
-    ends = np.array([
-        ["\n" in text[start:end] for start, end in spans]
-        for text, spans in zip(texts, coded["offset_mapping"], strict=True)
-    ])  # fmt: skip
-    masked = context.draw_mask(free, ratio, rows, ends)
+    masked = context.draw_mask(free, ratio, rows, lambda: _line_ends(texts, coded["offset_mapping"]))
     filled = engine.fill(ids, valid, masked, context.config.candidates, context.seed, rows)
     new = [
         _replace(text, spans, mask, row, tokenizer)
@@ -51,6 +47,14 @@ def rewrite_with_other_tokenizer(
         labels = np.where(before[bounds[:, 1]] > before[bounds[:, 0]], 2, 0).astype(np.int8)
         result.append((tokens, labels, text))
     return result
+
+
+def _line_ends(texts: list[str], offsets) -> np.ndarray:
+    """(B, T) bool: tokens whose stretch of the text holds a line feed."""
+    return np.array([
+        ["\n" in text[start:end] for start, end in spans]
+        for text, spans in zip(texts, offsets, strict=True)
+    ])  # fmt: skip
 
 
 def _replace(text: str, spans, masked: np.ndarray, ids: np.ndarray, tokenizer) -> tuple[str, np.ndarray]:

@@ -63,7 +63,7 @@ def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: Candidate
         texts = [examples["target"][int(o)].as_py() for o in owner]
         return rewrite_with_other_tokenizer(texts, ratio, rows, context)
     ids, valid = pad([token_ids[i] for i in chosen], context.tokenizer.pad_token_id)
-    masked = context.draw_mask(valid, ratio, rows, np.isin(ids, context.newline_ids))
+    masked = context.draw_mask(valid, ratio, rows, lambda: np.isin(ids, context.newline_ids))
     if config.source == "random_tokens":
         filled = np.where(masked, _random_ids(ids.shape[1], rows, context), ids)
         label = RANDOM_REPLACEMENT
