@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from lib.config import Config
 from lib.errors import BadConfig, MissingInput
 from lib.tasks import Document, Problem
-from lib.tasks.finqa.check import DROP, check, compare_answer, numbers_in, operands, page_text, sources
+from lib.tasks.finqa.check import DROP, check, compare_answer, page_text, sources
+from lib.tasks.finqa.numbers import numbers_in, operands
 from lib.tasks.finqa.pages import (
     make_page,
     make_pages,

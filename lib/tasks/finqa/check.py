@@ -45,6 +45,7 @@ from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.tasks import Document, Problem
 from lib.tasks.finqa import pages
+from lib.tasks.finqa.numbers import NUMBER, numbers_in, operands
 from lib.tasks.finqa.pages import BUILTIN, builtin_records
 from lib.tasks.finqa.program import ProgramError, execute, parse
 from lib.tasks.finqa.record import MALFORMED, NOT_JSON, UNREADABLE, Record, find_files, read_records
@@ -90,24 +91,6 @@ HARMLESS = frozenset(
 DROPPABLE = (HARMFUL | HARMLESS) - {"no records"}
 DROP = frozenset({"missing program", "program cannot run", "wrong exe_ans"})
 
-_NUMBER = re.compile(r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:\.(?= ?%))?( ?%)?")  # "33.%" occurs
-_SIGNED = re.compile(rf"(-[ $]*)?{_NUMBER.pattern}")
-_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
-_NUMBER_WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b")
 _YES_NO = re.compile(r"\b(yes|no)\b")
 MOST_NUMBERS = 3  # in a written answer; a longer one is a paragraph, and some number of it fits by chance
 
@@ -235,7 +218,7 @@ def compare_answer(answer: str, value: float | str) -> Iterator[Found]:
             yield ("answer differs" if len(said) == 1 else "answer unreadable", *words)
         return
     # An answer such as "$ 386797190 or $ 386.8 million" is as good as the best of its numbers
-    numbers = list(_SIGNED.finditer(answer.replace("\\n", " ")))
+    numbers = list(NUMBER.finditer(answer.replace("\\n", " ")))
     if not 1 <= len(numbers) <= MOST_NUMBERS:
         yield ("answer unreadable", *words)
         return
@@ -287,28 +270,6 @@ def _departure(match: re.Match, value: float) -> str:
 
 
 # Numbers of the program, and where they are found
-
-
-def numbers_in(text: str) -> set[str]:
-    """Every number of a text, without its sign and commas; a percentage as `12` and as `0.12`."""
-    found = set()
-    for match in _NUMBER.finditer(text):
-        digits = match[0].rstrip("% .").replace(",", "")
-        found.add(_plain(float(digits)))
-        if match[1]:
-            found.add(_plain(float(digits) / 100))
-    found.update(_plain(_WORDS.index(word)) for word in _NUMBER_WORD.findall(text.lower()))
-    return found
-
-
-def _plain(number: float) -> str:
-    return f"{abs(number):.10g}"
-
-
-def operands(program: str) -> list[str]:
-    """The numbers that the program takes from the page, as written; no constants. Raises ProgramError."""
-    arguments = [a for step in parse(program) if not step.reads_table for a in (step.first, step.second)]
-    return [a.text for a in arguments if a.value is not None and not a.text.startswith("const_")]
 
 
 def _operand_faults(record: Record) -> Iterator[Found]:
