@@ -15,9 +15,10 @@ from pathlib import Path
 
 from lib.artifacts import RunArgs, Stage
 from lib.cli import run_stage
-from lib.config import Config, ModelSpec
+from lib.config import Config
 from lib.errors import BadData, MissingInput
 from lib.log import say
+from lib.sections import ModelSpec
 
 
 def main(config: Config, args: RunArgs) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 from lib import schema
 from lib.artifacts import RunArgs, load_manifest
-from lib.config import ROOT, Config, ModelSpec, load_config
+from lib.config import ROOT, Config, load_config
 from lib.runtime import Runtime
+from lib.sections import ModelSpec
 from lib.tokenization import load_tokenizer
 from lib.training.named import Materials, train_named
 

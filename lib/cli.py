@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.artifacts import RunArgs
-from lib.config import MODE_ALIASES, MODES, Config, load_config
+from lib.config import Config, load_config
 from lib.errors import CannotCreate, CannotWrite, Interrupted, RemaskError, UsageError, did_you_mean
+from lib.sections import MODE_ALIASES, MODES
 
 
 class _Parser(argparse.ArgumentParser):

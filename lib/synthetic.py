@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from lib import randomness
-from lib.config import CandidatesConfig
 from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
 from lib.errors import BadData, MissingInput
 from lib.runtime import Runtime
+from lib.sections import CandidatesConfig
 
 
 @dataclass

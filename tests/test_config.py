@@ -5,8 +5,9 @@ import re
 import pytest
 from pydantic import BaseModel
 
-from lib.config import DEFAULTS, ROOT, Config, ModelSpec, load_config
+from lib.config import DEFAULTS, ROOT, Config, load_config
 from lib.errors import BadConfig, MissingInput, UsageError
+from lib.sections import ModelSpec
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.config import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking, load_config
+from lib.config import load_config
 from lib.diffusion.masking import (
     corrupt_80_10_10,
     draw_mask,
@@ -19,6 +19,7 @@ from lib.diffusion.masking import (
     mean_run_length,
 )
 from lib.errors import BadConfig
+from lib.sections import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 
 RANDOM = RandomMasking(type="random")
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from lib.config import DiffusionConfig
 from lib.diffusion.nelbo import mask_batch, mean_and_standard_error, stratified
+from lib.sections import DiffusionConfig
 
 
 def config(weight: str, low: float = 0.0) -> DiffusionConfig:

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lib.config import ROOT, TrainingConfig, load_config
+from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, Interrupted, NonFiniteLoss
 from lib.models.build import load_model, save_model, start_model
 from lib.runtime import Runtime
+from lib.sections import TrainingConfig
 from lib.training.data import Rows, Windows, pools
 from lib.training.loop import train
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from lib import randomness
-from lib.config import SamplerConfig
 from lib.diffusion.categorical import draw
 from lib.diffusion.sampler import Samples
 from lib.runtime import Runtime
+from lib.sections import SamplerConfig
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib import randomness
-from lib.config import DiffusionConfig
 from lib.diffusion.masking import draw_mask
+from lib.sections import DiffusionConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
-from lib.config import SamplerConfig
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
@@ -22,6 +21,7 @@ from lib.diffusion.policies import Policy, View, rounds_for
 from lib.diffusion.schedule import masked_counts_left, masked_shares
 from lib.errors import BadConfig
 from lib.runtime import Runtime
+from lib.sections import SamplerConfig
 
 UNCHANGED, WRITTEN, TAKEN_BACK, STILL_MASKED = 0, 1, 2, 3
 

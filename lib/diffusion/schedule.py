@@ -5,8 +5,8 @@ The policies are compared on one schedule, so that only the choice of places dif
 
 import numpy as np
 
-from lib.config import SamplerConfig
 from lib.errors import BadConfig
+from lib.sections import SamplerConfig
 
 
 def masked_shares(config: SamplerConfig, rounds: int) -> np.ndarray:

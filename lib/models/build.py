@@ -15,10 +15,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lib import randomness
-from lib.config import ArchitectureConfig
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.families import FAMILIES, Family
-from lib.models.ranker import CandidateRanker
+from lib.models.ranker import SequenceRanker
+from lib.sections import ArchitectureConfig
 
 # A bar for every load and save of a small model drowns what matters.
 transformers_logging.disable_progress_bar()
@@ -69,7 +69,7 @@ def make_model(mode: str, config: PreTrainedConfig, seed: int, label: str) -> nn
         if mode == "token_classifier":
             return heads["token"](config)
         model = heads["sequence"](config)
-        return CandidateRanker(model) if mode == "ranker" else model
+        return SequenceRanker(model) if mode == "ranker" else model
 
 
 def heads_of(mode: str, target_type: str = "score", num_classes: int = 3) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def start_model(
         heads["attention"] = attention
     config = family.restarted(source, architecture.dropout, **heads)
     model = make_model(mode, config, seed, label)
-    inner = model.encoder if isinstance(model, CandidateRanker) else model
+    inner = model.encoder if isinstance(model, SequenceRanker) else model
     return model, _load_fitting(inner, tensors, family.trunk, start)
 
 
@@ -188,6 +188,6 @@ def load_model(folder: Path) -> Any:
 
 def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """Weights, config and tokenizer into `folder`, as Hugging Face writes them."""
-    inner: Any = model.encoder if isinstance(model, CandidateRanker) else model
+    inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
     inner.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lib.config import ArchitectureConfig
 from lib.models import ltg_bert, remask_gpt
+from lib.sections import ArchitectureConfig
 
 
 @dataclass(frozen=True)

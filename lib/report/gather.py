@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from lib.artifacts import STAGES, Stage, load_manifest
-from lib.config import Config, SamplerConfig
+from lib.config import Config
 from lib.errors import BadConfig
 from lib.report.data import ReportData
 from lib.report.quality import reference_nll, sequence_scores
+from lib.sections import SamplerConfig
 from lib.tasks import get_task
 from lib.tokenization import decode_batch, encode_batch, encode_with_masks
 from lib.training.objectives.base import chunks

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from lib import durable, randomness
-from lib.config import TrainingConfig
 from lib.errors import BadConfig, Interrupted, NonFiniteLoss
 from lib.log import Progress, say
 from lib.runtime import Runtime
+from lib.sections import TrainingConfig
 from lib.training import checkpoint
 from lib.training.optimizer import Optimizer
 

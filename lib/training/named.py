@@ -18,12 +18,13 @@ from torch import nn
 
 from lib import durable
 from lib.artifacts import plain
-from lib.config import Config, ModelSpec
+from lib.config import Config
 from lib.errors import BadConfig, BadData
 from lib.log import say
 from lib.models.build import heads_of, load_model, save_model, start_model
-from lib.models.ranker import CandidateRanker
+from lib.models.ranker import SequenceRanker
 from lib.runtime import Runtime
+from lib.sections import ModelSpec
 from lib.tokenization import newline_ids
 from lib.training.data import Sequences, Windows, pools
 from lib.training.loop import train
@@ -105,7 +106,7 @@ def train_named(
         save=lambda m, path: save_model(m, path, tokenizer),
     )
     best = load_model(folder / "best_model")
-    best = (CandidateRanker(best) if spec.mode == "ranker" else best).to(runtime.device).eval()
+    best = (SequenceRanker(best) if spec.mode == "ranker" else best).to(runtime.device).eval()
     with torch.no_grad():
         values, rows = objective.report(best)
     record = {
@@ -130,7 +131,7 @@ def _relative(start: str, folder: Path) -> str:
 
 
 def _context_of(model: nn.Module) -> int:
-    inner: Any = model.encoder if isinstance(model, CandidateRanker) else model
+    inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
     return inner.config.max_position_embeddings - 1
 
 

@@ -7,7 +7,7 @@ scaled to the size of AdamW's (Liu et al., Muon is Scalable, 2025).
 import torch
 from torch import Tensor, nn
 
-from lib.config import TrainingConfig
+from lib.sections import TrainingConfig
 
 
 def learning_rate_factor(step: int, settings: TrainingConfig) -> float:

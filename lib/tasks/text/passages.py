@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from lib import randomness
-from lib.config import Config, DataConfig
+from lib.config import Config
+from lib.sections import DataConfig
 from lib.tasks import Document, Dropped, Example
 
 Span = tuple[int, int]

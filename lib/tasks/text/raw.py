@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.config import Config, DataConfig
+from lib.config import Config
 from lib.errors import MissingInput, did_you_mean
+from lib.sections import DataConfig
 
 KINDS = (".txt", ".jsonl", ".parquet")
 BUILTIN = ("builtin", "builtin_small")

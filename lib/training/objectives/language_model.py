@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
-from lib.config import DiffusionConfig, RandomMasking
 from lib.diffusion.masking import line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, mean_and_standard_error
 from lib.metrics import ratio
 from lib.runtime import Runtime
+from lib.sections import DiffusionConfig, RandomMasking
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Rows, Windows
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor

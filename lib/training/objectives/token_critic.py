@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import metrics, randomness
-from lib.config import CriticConfig
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
+from lib.sections import CriticConfig
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
 from lib.training.objectives.language_model import MaskedDiffusion
 
