@@ -28,7 +28,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.tasks import Document, get_task
 
     task = get_task(config.task)
-    uses = ("seed", "task", "data")
+    uses = ("seed", "task", "data", "finqa.drop")
     with Stage(__file__, config, args, uses=uses, files=task.sources(config), restarts=True) as stage:
         if stage.finished:
             return

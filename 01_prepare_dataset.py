@@ -26,7 +26,17 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.tasks import get_task
     from lib.tokenization import train_tokenizer
 
-    uses = ("seed", "task", "data", "tokenizer")
+    uses = (
+        "seed",
+        "task",
+        "data",
+        "tokenizer",
+        "finqa.group",
+        "finqa.selection_share",
+        "ranker.prompt",
+        "ranker.prompt_tokens",
+        "ranker.encoder",
+    )
     with Stage(__file__, config, args, uses=uses, reads=("00_check_data",), restarts=True) as stage:
         if stage.finished:
             return

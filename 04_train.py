@@ -16,7 +16,7 @@ from pathlib import Path
 from lib.artifacts import RunArgs, Stage
 from lib.cli import run_stage
 from lib.config import Config
-from lib.errors import BadData, MissingInput
+from lib.errors import MissingInput
 from lib.log import say
 from lib.sections import ModelSpec
 
@@ -25,10 +25,13 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.report.table import results_table
     from lib.runtime import Runtime
     from lib.training.named import train_named
+    from lib.training.tables import materials_of
 
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
-    uses = ("seed", "device", "precision", "diffusion", "models")
+    uses = ("seed", "device", "precision", "diffusion", "ranker", "models")
     outside = [Path(s.start) for s in config.models.values() if is_folder(s.start, config)]
+    if config.ranker.encoder is not None and Path(config.ranker.encoder).is_dir():
+        outside.append(Path(config.ranker.encoder))
     with Stage(__file__, config, args, uses=uses, reads=reads, files=outside) as stage:
         if stage.finished:
             return
@@ -88,34 +91,6 @@ def start_folder(stage: Stage, config: Config, spec: ModelSpec) -> Path | None:
             )
         return folder
     return Path(spec.start)
-
-
-def materials_of(stage: Stage, config: Config, runtime):
-    """Readers of the stages before, for the models to learn from."""
-    from lib import schema
-    from lib.tokenization import load_tokenizer
-    from lib.training.data import select_split
-    from lib.training.joins import with_rewards
-    from lib.training.named import Materials
-
-    def examples(split):
-        return select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
-
-    def candidates(split):
-        written = stage.table_metadata("02_generate_candidates", "candidates").get("tokenizer_sha256")
-        if written != stage.sha256_of("01_prepare_dataset", "tokenizer"):
-            raise BadData(
-                "candidates.parquet was written with another tokenizer than this run's: its token ids mean other "
-                "characters; run 02_generate_candidates.py --overwrite again"
-            )
-        table = select_split(stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES), split)
-        rewards = stage.read("03_build_rewards", "rewards", schema.REWARDS)
-        columns = ["example_id", "group"]
-        groups = stage.read("01_prepare_dataset", "examples", schema.EXAMPLES, columns)
-        return with_rewards(table, rewards, groups)
-
-    tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
-    return Materials(config, tokenizer, runtime, examples, candidates)
 
 
 def record_of(folder: Path) -> dict | None:

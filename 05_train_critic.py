@@ -1,12 +1,16 @@
 """
-05: train the critic, which says for every token how likely it is an error.
+05: train the critic that the config names: token_critic, or ppo.
 
-It learns from the generator's own samples of clean text: a token is an error if it differs from the one that stood
+The token critic says for every token how likely it is an error. It learns from the generator's own samples of clean text: a token is an error if it differs from the one that stood
 there. Decoupled, the generator stays as it is; joint, both learn on one trunk. On held-out text it is compared with
 the generator's own confidence and calibrated.
 
-reads   01_prepare_dataset: examples, tokenizer; 04_train: the generator
-writes  best_model (generator and critic in one), calibration.json, metrics.jsonl
+ppo takes a ranker as policy over its candidates and trains it further by the rewards of what it chooses, with a value
+critic as baseline; beside it, from the same start, the exact gradient of the expected reward and cross-entropy.
+
+reads   01_prepare_dataset: examples, tokenizer; 04_train: the generator or the ranker; for ppo also 02 and 03
+writes  best_model (generator and critic in one), calibration.json, metrics.jsonl; or ppo/, exact/, cross_entropy/, each
+        with best_model, final_model, metrics.jsonl
 
 python 05_train_critic.py --quick_test --run_dir outputs/demo
 """
@@ -19,10 +23,14 @@ from lib.log import say
 
 
 def main(config: Config, args: RunArgs) -> None:
+    (train_policy if config.critic.method == "ppo" else train_token_critic)(config, args)
+
+
+def train_token_critic(config: Config, args: RunArgs) -> None:
     import torch
 
     from lib.models.build import load_model, save_model, start_model
-    from lib.report.table import detection_table, results_table
+    from lib.report.table import bands_table, detection_table, results_table
     from lib.runtime import Runtime
     from lib.tokenization import load_tokenizer
     from lib.training.loop import train
@@ -78,6 +86,58 @@ def main(config: Config, args: RunArgs) -> None:
         }
         say(results_table(stage.stats["table"]))
         say(detection_table(values["detection"]))
+        say(bands_table(values["bands"]))
+
+
+def train_policy(config: Config, args: RunArgs) -> None:
+    import json
+
+    from lib.report.table import results_table
+    from lib.runtime import Runtime
+    from lib.training.policy import START, WAYS, PolicyTraining, compare, remember
+    from lib.training.tables import materials_of
+
+    name = config.critic.ppo.ranker
+    rankers = [n for n, s in config.models.items() if s.mode == "ranker" and not s.blind]
+    if name not in rankers:
+        raise BadConfig(
+            f"critic.ppo.ranker is '{name}', which is no ranker of `models`{did_you_mean(name, rankers)}"
+        )
+    reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
+    uses = ("seed", "device", "precision", "ranker", "critic")
+    with Stage(__file__, config, args, uses=uses, reads=reads) as stage:
+        if stage.finished:
+            return
+        runtime = Runtime.detect(config)
+        stage.environment |= runtime.fence()
+        materials = materials_of(stage, config, runtime)
+        if not materials.have_prompts:
+            raise BadConfig(f"critic.method ppo needs examples with prompts; task {config.task} has none")
+        start = stage.folder_of("04_train", f"{name}/best_model")
+        held_out = materials.pools("held_out")
+        training = PolicyTraining(
+            config, runtime, start, stage.folder,
+            materials.pools(config.models[name].split), materials.pools_for_selection(), held_out,
+        )  # fmt: skip
+
+        # The same start, pools and steps for each way; a way that is complete is not trained again
+        found = {START: training.before()}
+        for way in WAYS:
+            record = stage.folder / way / "training_manifest.json"
+            if not record.exists():
+                remember(stage.folder / way, training.run(way))
+            found[way] = json.loads(record.read_text(encoding="utf-8"))
+
+        # Record
+        gains, rows = compare(found, held_out.groups, config.seed)
+        for way in WAYS:
+            for part in ("best_model", "final_model"):
+                stage.add_folder(f"{way}/{part}", stage.folder / way / part)
+            for part in ("metrics.jsonl", "training_manifest.json"):
+                stage.add_file(f"{way}/{part}", stage.folder / way / part)
+        stage.stats["held_out"] = {way: values["held_out"] for way, values in found.items()}
+        stage.stats |= {"gain_over_start": gains, "table": [row.as_dict() for row in rows]}
+        say(results_table(stage.stats["table"]))
 
 
 def check_generator(config: Config) -> None:

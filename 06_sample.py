@@ -1,22 +1,25 @@
 """
-06: sample text under every re-masking policy at equal cost, measure it, and write the report.
+06: sample text under every re-masking policy at equal cost, or rank pools; measure it, and write the report.
 
-Unconditional samples by default; sampler.prompt continues a text, sampler.infill fills its [MASK]s. Every forward
-pass of the trunk is counted (NFE), also those of the critic. The quality is measured by a causal model that learned
-from a split of its own.
+Unconditional samples by default; sampler.prompt continues a text, sampler.infill fills its [MASK]s, sampler.infill_file
+those of a table of texts. Every forward pass of the trunk is counted (NFE), also those of the critic. The quality is
+measured by a causal model that learned from a split of its own.
 
 With --score FILE it scores a text of yours instead: a number per token and for the whole from critic, inspector,
 reference model and judge.
 
+After critic.method ppo it ranks the pools of the held-out and the test split instead, by every ranker and policy beside
+the baselines, and answers each question with the winner.
+
 reads   01_prepare_dataset: examples, tokenizer; 04_train: judges and baselines; 05_train_critic: generator and critic
-writes  samples.parquet, trace.parquet, metrics.json, report.html; or scores.parquet, scores.html
+writes  samples.parquet, trace.parquet, metrics.json, report.html; or scores.parquet, scores.html; or answers.parquet,
+        ranked.parquet, metrics.json, report.html
 
 python 06_sample.py --quick_test --run_dir outputs/demo
 python 06_sample.py --quick_test --run_dir outputs/demo --set sampler.prompt="The value of " --overwrite
 python 06_sample.py --quick_test --run_dir outputs/demo --score my_text.txt
 """
 
-import time
 from pathlib import Path
 
 from lib.artifacts import RunArgs, Stage
@@ -24,7 +27,6 @@ from lib.cli import run_stage
 from lib.config import Config
 from lib.log import Progress, say
 
-TRACED_SAMPLES = 2
 READS = (
     "00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train", "05_train_critic",
 )  # fmt: skip
@@ -33,6 +35,8 @@ READS = (
 def main(config: Config, args: RunArgs) -> None:
     if args.score is not None:
         score_text(config, args, args.score)
+    elif config.critic.method == "ppo":
+        rank(config, args)
     else:
         sample(config, args)
 
@@ -86,18 +90,15 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
 
 
 def sample(config: Config, args: RunArgs) -> None:
-    import numpy as np
-
     from lib import durable
-    from lib.diffusion.policies import POLICIES
     from lib.report.bench import Bench, Collected
     from lib.report.gather import gather
     from lib.report.html import build_report
-    from lib.report.quality import describe
     from lib.runtime import Runtime
 
     uses = ("seed", "device", "precision", "sampler")
-    with Stage(__file__, config, args, uses=uses, reads=READS) as stage:
+    files = [Path(config.sampler.infill_file)] if config.sampler.infill_file else []
+    with Stage(__file__, config, args, uses=uses, reads=READS, files=files) as stage:
         if stage.finished:
             return
         runtime = Runtime.detect(config)
@@ -105,33 +106,15 @@ def sample(config: Config, args: RunArgs) -> None:
         bench = Bench(stage, config, runtime)
 
         # Every policy writes the same numbered samples from the same start, at every budget of passes
-        ids, free = bench.start()
-        number = np.arange(len(ids))
+        starts = bench.starts()
         table = Collected()
         plan = [(name, nfe) for nfe in config.sampler.nfe for name in config.sampler.policies]
         with Progress("samples", len(plan)) as progress:
             for done, (name, nfe) in enumerate(plan):
-                begin = time.perf_counter()
-                samples = bench.sampler.sample(ids, free, number, POLICIES[name], nfe)
-                seconds = time.perf_counter() - begin
-                traced = bench.sampler.sample(
-                    ids[:TRACED_SAMPLES],
-                    free[:TRACED_SAMPLES],
-                    number[:TRACED_SAMPLES],
-                    POLICIES[name],
-                    nfe,
-                    trace=True,
-                )
-                table.add_trace(name, nfe, traced)
-                measured = bench.measure(samples.ids, free)
-                table.add_samples(name, nfe, samples.ids, free, measured)
-                row = describe(
-                    name, nfe, samples.nfe, seconds, measured.texts, bench.words, measured.nll, measured.size
-                )
-                table.policies.append(row | measured.means())
+                bench.write(starts, name, nfe, table)
                 progress.update(done + 1)
-        table.policies += bench.baselines(ids, free, number)
-        chosen = bench.best_of(ids, free, number)
+        table.policies += bench.baselines(starts)
+        chosen = bench.best_of(starts[0])
 
         # Write
         from lib import schema
@@ -151,6 +134,40 @@ def sample(config: Config, args: RunArgs) -> None:
         stage.add_file("report", stage.folder / "report.html")
         bench.say_results(table.policies, chosen)
         say(f"report: {stage.shown(stage.folder / 'report.html')}")
+
+
+def rank(config: Config, args: RunArgs) -> None:
+    from lib import durable, schema
+    from lib.report.rank_bench import RankBench
+    from lib.report.ranking import ranking_table
+    from lib.runtime import Runtime
+
+    with Stage(__file__, config, args, uses=("seed", "device", "precision", "ranker"), reads=READS) as stage:
+        if stage.finished:
+            return
+        runtime = Runtime.detect(config)
+        stage.environment |= runtime.fence()
+        bench = RankBench(stage, config, runtime)
+
+        # Everyone scores the same pools
+        rankers = list(bench.models())
+        with Progress("rankers", len(rankers)) as progress:
+            for done, (name, where, blind) in enumerate(rankers):
+                bench.score(name, where, blind)
+                progress.update(done + 1)
+        bench.score_simply()
+
+        # Write
+        stage.write("ranked", bench.ranked(), schema.RANKED)
+        stage.write("answers", bench.answers(), schema.ANSWERS)
+        metrics = {split: bench.measured(split) for split in bench.tables}
+        stage.write_json("metrics", metrics)
+        stage.stats |= metrics
+        durable.write_text(stage.folder / "report.html", bench.page())
+        stage.add_file("report", stage.folder / "report.html")
+        for split in bench.tables:
+            say(f"\n{split}: {len(bench.tables[split]):,} pools\n{ranking_table(bench.table(split))}")
+        say(f"\nreport: {stage.shown(stage.folder / 'report.html')}")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,17 @@ PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 CONFIG  ?= configs/default.yaml
 RUN     ?=
 SET     ?=
+CONFIGS  = $(foreach c,$(CONFIG),--config $(c))
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
 STAGES  := $(sort $(wildcard 0[0-9]_*.py))
-FLAGS    = --config $(CONFIG) $(foreach s,$(SET),--set $(s)) $(if $(RUN),--run_dir $(RUN))
+FLAGS    = $(CONFIGS) $(foreach s,$(SET),--set $(s)) $(if $(RUN),--run_dir $(RUN))
 export TOKENIZERS_PARALLELISM = false
-export HF_HUB_OFFLINE = 1
+export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: pipeline quick_test test inspect report lint format types setup clean help
+.PHONY: pipeline quick_test test benchmark-quick inspect report lint format types setup clean help
 
 ## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., SET="key=value ...", RUN=...)
 pipeline: $(STAMP)
@@ -22,12 +23,16 @@ pipeline: $(STAMP)
 ## Run all seven stages, small, from scratch, in under a minute
 quick_test: $(STAMP)
 	@set -e; for stage in $(STAGES); do \
-	  REMASK_MAKE=1 $(BIN)/python $$stage --config $(CONFIG) $(foreach s,$(SET),--set $(s)) --quick_test --overwrite \
+	  REMASK_MAKE=1 $(BIN)/python $$stage $(CONFIGS) $(foreach s,$(SET),--set $(s)) --quick_test --overwrite \
 	    --run_dir outputs/quick_test; done
 
 ## Run the tests
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+## Compare the re-masking policies and the critic, small, in under five minutes; tables in outputs/remasking_quick/summary.md
+benchmark-quick: $(STAMP)
+	REMASK_MAKE=1 $(BIN)/python -m benchmarks.remasking outputs/remasking_quick --quick
 
 ## One line per manifest of the newest run (or RUN=...)
 inspect: $(STAMP)
@@ -60,4 +65,4 @@ $(STAMP): requirements.txt
 
 ## Print this list
 help:
-	@awk '/^## /{text=substr($$0,4)} /^[a-z_]+:/{if(text){sub(":.*","");printf "make %-12s %s\n",$$0,text;text=""}}' Makefile
+	@awk '/^## /{text=substr($$0,4)} /^[a-z_-]+:/{if(text){sub(":.*","");printf "make %-16s %s\n",$$0,text;text=""}}' Makefile

@@ -234,12 +234,7 @@ class Stage:
                 f"{self.name} needs {name}, which has not finished in {self._shown(self.run_dir)}; "
                 f"run `python {name}.py --run_dir {self._shown(self.run_dir)}` first, with the same --config"
             )
-        current = self.config.model_dump(mode="json")
-        differing = [
-            line
-            for section, value in manifest["config"].items()
-            for line in changes(value, current.get(section), section)
-        ]
+        differing = changes(manifest["config"], self.config.slice(manifest["config"]))
         if differing:
             raise BadConfig(
                 f"{name} in {self._shown(self.run_dir)} was made with another config than this command has:\n  "

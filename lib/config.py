@@ -6,7 +6,6 @@ file, line and the nearest right name. A loaded Config is frozen and complete: p
 that again gives the same Config.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,9 +70,19 @@ class Config(Section):
         return self
 
     def slice(self, uses: Iterable[str]) -> dict[str, Any]:
-        """The named sections, or single keys such as `ranker.prompt`, as plain data: what a stage depends on."""
+        """The named sections, or single keys such as `ranker.prompt`, as plain data: what a stage depends on.
+
+        What this version does not know is None: manifests of another one may name it.
+        """
         dump = self.model_dump(mode="json")
-        return {name: functools.reduce(lambda node, key: node[key], name.split("."), dump) for name in uses}
+
+        def at(path: str) -> Any:
+            node: Any = dump
+            for key in path.split("."):
+                node = node.get(key) if isinstance(node, dict) else None
+            return node
+
+        return {path: at(path) for path in uses}
 
 
 def load_config(
@@ -93,7 +102,7 @@ def load_config(
         block = tree.pop("quick_test", None)
         if isinstance(block, dict):
             quick_blocks.append((block, {k[1:]: v for k, v in locations.items() if k[:1] == ("quick_test",)}))
-        _merge(merged, tree)
+        _merge(merged, _without_dropped_models(tree, merged))
         where.update(locations)
     for block, locations in quick_blocks if quick_test else []:
         _merge(merged, _without_dropped_models(block, merged))
@@ -128,12 +137,13 @@ def _merge(into: dict, other: dict) -> None:
 
 
 def _without_dropped_models(block: dict, merged: dict) -> dict:
-    """A quick_test block without what it says of models that a config has set to null."""
+    """An overlay without its changes to models that a config before it has set to null; a `mode` brings one back."""
     models = block.get("models")
     if not isinstance(models, dict):
         return block
     gone = {name for name, spec in merged.get("models", {}).items() if spec is None}
-    return block | {"models": {name: spec for name, spec in models.items() if name not in gone}}
+    kept = {n: s for n, s in models.items() if n not in gone or (isinstance(s, dict) and "mode" in s)}
+    return block | {"models": kept}
 
 
 def _copy(value):

@@ -26,6 +26,7 @@ def _columns(*columns: tuple) -> pa.Schema:
 
 _IDS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 _LABELS = pa.list_(pa.field("item", pa.int8(), nullable=False))
+_TEXTS = pa.list_(pa.field("item", pa.string(), nullable=False))
 _NULLABLE = "nullable"
 
 DOCUMENTS = TableSchema(
@@ -54,10 +55,12 @@ EXAMPLES = TableSchema(
         ("example_id", pa.string()),
         ("prompt", pa.large_string()),
         ("target", pa.large_string()),
-        ("split", pa.string()),  # train | held_out | reference
+        ("split", pa.string()),  # train | held_out | reference | selection (chooses the best step) | test
         ("group", pa.string()),  # examples of one group are never in two splits or two folds
         ("continues", pa.bool_()),  # this target goes on exactly where the row before ended
         ("token_ids", _IDS),  # of the target
+        ("record", pa.large_string(), _NULLABLE),  # what the task itself needs later, as it likes
+        ("tags", _TEXTS, _NULLABLE),  # results are also shown for the examples of each tag
     ),
     key=("example_id",),
 )
@@ -75,14 +78,28 @@ CANDIDATES = TableSchema(
         ("candidate_id", pa.int32()),
         ("split", pa.string()),
         ("kind", pa.string()),  # original | masked_lm | random_tokens | what the task calls its own
-        ("text", pa.large_string()),
+        ("text", pa.large_string()),  # what a model reads
+        ("program", pa.string(), _NULLABLE),  # of tasks whose candidates compute something
+        ("value", pa.string(), _NULLABLE),  # what it comes to
+        (
+            "control",
+            pa.large_string(),
+            _NULLABLE,
+        ),  # the text as it would be elsewhere: nobody can judge by it
         ("mask_ratio", pa.float64(), _NULLABLE),  # as drawn; null for the original
-        ("synthetic_fraction", pa.float64()),  # as counted
+        ("synthetic_fraction", pa.float64(), _NULLABLE),  # as counted
         ("token_ids", _IDS, _NULLABLE),
         ("token_labels", _LABELS, _NULLABLE),  # 0 original, 1 random replacement, 2 predicted
     ),
     key=("example_id", "candidate_id"),
     ranges={"mask_ratio": (0, 1), "synthetic_fraction": (0, 1), "candidate_id": (0, 2**31 - 1)},
+)
+
+BASELINES = TableSchema(
+    "baselines",
+    _columns(("example_id", pa.string()), ("candidate_id", pa.int32())),
+    key=("example_id", "candidate_id"),
+    open_prefix="score_",  # what simple methods that learn no words give each candidate
 )
 
 REWARDS = TableSchema(
@@ -120,12 +137,48 @@ SCORES = TableSchema(
     key=("document_id", "window"),
 )
 
+RANKED = TableSchema(
+    "ranked",
+    _columns(
+        ("model", pa.string()),
+        ("split", pa.string()),
+        ("example_id", pa.string()),
+        ("candidate_id", pa.int32()),
+        ("text", pa.large_string()),
+        ("kind", pa.string()),
+        ("score", pa.float64()),
+        ("rank", pa.int32()),  # by the score; 1 is the model's choice
+        ("reward", pa.float64()),
+    ),
+    key=("model", "example_id", "candidate_id"),
+)
+
+ANSWERS = TableSchema(
+    "answers",
+    _columns(
+        ("model", pa.string()),
+        ("split", pa.string()),
+        ("example_id", pa.string()),
+        ("prompt", pa.large_string()),
+        ("chosen", pa.large_string()),  # the candidate of the highest score
+        ("value", pa.string(), _NULLABLE),  # what it comes to: the answer
+        ("best_value", pa.string(), _NULLABLE),
+        ("probability", pa.float64()),  # of the chosen one among its pool: softmax of the scores
+        ("lead", pa.float64()),  # of its score over the second
+        ("reward", pa.float64()),
+        ("best_reward", pa.float64()),
+        ("note", pa.string()),  # the task's words
+    ),
+    key=("model", "example_id"),
+)
+
 SAMPLES = TableSchema(
     "samples",
     _columns(
         ("policy", pa.string()),
         ("nfe", pa.int32()),
         ("sample_id", pa.int32()),
+        ("infill_id", pa.string(), _NULLABLE),  # of the row of sampler.infill_file
         ("text", pa.large_string()),
         ("token_ids", _IDS),
         ("given", pa.list_(pa.field("item", pa.bool_(), nullable=False))),  # protected positions
@@ -161,8 +214,12 @@ TRACE = TableSchema(
 def conform(table: pa.Table, schema: TableSchema) -> pa.Table:
     """The table with exactly the columns and types of `schema`, or BadData that names column and row.
 
+    Nullable columns that are not there are made, empty.
     Uniqueness of keys over several batches is the writer's business; within this table it is checked here.
     """
+    for f in schema.arrow:
+        if f.nullable and f.name not in table.column_names:
+            table = table.append_column(f, pa.nulls(table.num_rows, f.type))
     extra = [c for c in table.column_names if c not in schema.arrow.names]
     if schema.open_prefix:
         extra = [c for c in extra if not c.startswith(schema.open_prefix)]

@@ -267,6 +267,7 @@ class RankerConfig(Section):
     head: Literal["mlp", "linear"]
     head_dropout: Annotated[float, Field(ge=0, lt=1)]
     adapter: Literal["lora", "none"]
+    embeddings: Literal["learn", "frozen"]
     lora: LoraConfig
     loss: Literal["cross_entropy", "listwise", "list_mle", "pairwise", "regression"]
     temperature: AboveZero
@@ -314,7 +315,7 @@ class CriticConfig(Section):
     method: Literal["token_critic", "ppo"]
     ppo: PpoConfig
     generator: str
-    coupling: Literal["decoupled", "joint"]
+    coupling: Literal["decoupled", "joint", "stop_gradient"]
     layers: Count
     alpha: NonNegative
     ramp: tuple[Fraction, Fraction]
@@ -335,8 +336,9 @@ class CriticConfig(Section):
 
 POLICIES = (
     "none", "confidence_first", "margin_first", "random", "confidence", "confidence_fresh", "remdm_cap",
-    "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial",
+    "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial", "oracle",
 )  # fmt: skip
+WITH_ERROR_VIEW = ("confidence_first", "confidence", "confidence_fresh", "critic", "critic_blend", "oracle")
 
 
 class SamplerConfig(Section):
@@ -344,10 +346,12 @@ class SamplerConfig(Section):
     num_samples: Positive
     length: Positive | None
     nfe: tuple[Annotated[int, Field(ge=2)], ...]
-    schedule: Literal["linear", "cosine", "custom"]
+    block_tokens: Positive | None
+    schedule: Literal["linear", "cosine", "custom", "threshold"]
     start_ratio: Fraction
     end_ratio: Fraction
     masking_ratios: tuple[Fraction, ...]
+    threshold: Probability
     temperature: AboveZero
     top_p: Annotated[float, Field(gt=0, le=1)]
     randomness_strength: Fraction
@@ -357,6 +361,7 @@ class SamplerConfig(Section):
     best_of_policy: str
     prompt: str
     infill: str
+    infill_file: str | None
     batch_size: Positive
 
     @field_validator("policies", "best_of_policy")
@@ -373,6 +378,23 @@ class SamplerConfig(Section):
             raise ValueError("schedule custom needs masking_ratios, one for each round after the first")
         if self.schedule != "custom" and self.masking_ratios:
             raise ValueError(f"masking_ratios is for schedule custom; the schedule here is {self.schedule}")
-        if self.prompt and self.infill:
-            raise ValueError("give prompt (continue it) or infill (fill its [MASK]s), not both")
+        if bool(self.prompt) + bool(self.infill) + bool(self.infill_file) > 1:
+            raise ValueError(
+                "give one of prompt (continue it), infill (fill its [MASK]s) and infill_file, not several"
+            )
+        self._check_policies()
         return self
+
+    def _check_policies(self) -> None:
+        used = [*self.policies, *([self.best_of_policy] if self.best_of > 1 else [])]
+        if self.schedule == "threshold" and (others := [n for n in used if n not in WITH_ERROR_VIEW]):
+            raise ValueError(
+                f"schedule threshold asks the policy how likely each token is an error; {', '.join(others)} cannot "
+                f"say; policies that can: {', '.join(WITH_ERROR_VIEW)}"
+            )
+        if "oracle" in used and not self.infill_file:
+            raise ValueError(
+                "the policy oracle must know the right text: give infill_file with a column target"
+            )
+        if self.infill_file and self.best_of > 1:
+            raise ValueError("best_of chooses among samples of one length: set it to 1 with infill_file")

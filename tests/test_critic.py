@@ -5,12 +5,21 @@ import pyarrow as pa
 import pytest
 import torch
 
+from lib import metrics
 from lib.config import load_config
 from lib.models.build import heads_of, read_folder, save_model, start_model
 from lib.runtime import Runtime
 from lib.training.data import Windows
+from lib.training.objectives.error_detection import (
+    Seen,
+    bands,
+    detection,
+    fitted,
+    halves,
+    weighted_auroc,
+)
 from lib.training.objectives.language_model import MaskedDiffusion
-from lib.training.objectives.token_critic import TokenCritic
+from lib.training.objectives.token_critic import TokenCritic, without_gradient
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 
@@ -90,7 +99,7 @@ def test_joint_loss_is_named_and_selected_on_the_generator_alone():
     assert target.selection == "nelbo" and objective().selection == "critic_loss"
 
 
-@pytest.mark.parametrize("coupling", ["joint", "decoupled"])
+@pytest.mark.parametrize("coupling", ["joint", "decoupled", "stop_gradient"])
 def test_a_step_moves_what_it_should(coupling):
     target, net = objective(coupling, ramp=(0.0, 0.0)), model()
     if coupling == "decoupled":
@@ -99,16 +108,97 @@ def test_a_step_moves_what_it_should(coupling):
     target.loss(net, 5, range(8))["loss"].backward()
     moved = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert any(n.startswith("critic.") for n in moved)
-    assert any(n.startswith("model.") for n in moved) == (coupling == "joint")
+    assert any(n.startswith("model.") for n in moved) == (coupling != "decoupled")
+
+
+def test_with_stopped_gradient_the_trunk_learns_from_the_generator_alone():
+    """Joint without the critic's loss, and stop_gradient with it, leave the same gradient in the trunk."""
+
+    def gradients(coupling: str, alpha: float):
+        target, net = objective(coupling, ramp=(0.0, 0.0), alpha=alpha), model()
+        with torch.no_grad():  # zero-initialised projections let no gradient through
+            for number, p in enumerate(net.parameters()):
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+        target.loss(net, 5, range(8))["loss"].backward()
+        assert all(p.requires_grad for p in net.parameters())
+        return {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+
+    alone, stopped, joint = gradients("joint", 0.0), gradients("stop_gradient", 2.0), gradients("joint", 2.0)
+    trunk = [n for n in alone if not n.startswith("critic.") and alone[n].abs().sum() > 0]
+    assert len(trunk) > 5
+    for name in trunk:
+        torch.testing.assert_close(stopped[name], alone[name])
+    assert any((joint[name] - alone[name]).abs().max() > 1e-4 for name in trunk)
+    for name in joint:
+        if name.startswith("critic."):
+            torch.testing.assert_close(stopped[name], joint[name])
+
+
+def test_gradients_are_on_again_after_a_failure():
+    net = model()
+    with pytest.raises(ValueError, match="stop"), without_gradient(net):
+        assert {n.split(".")[0] for n, p in net.named_parameters() if p.requires_grad} == {"critic"}
+        raise ValueError("stop")
+    assert all(p.requires_grad for p in net.parameters())
 
 
 def test_the_report_beats_chance_only_if_the_critic_knows_something():
     target = objective()
     values, rows, calibration = target.report(model())
-    views = {"critic", "critic_calibrated", "critic_blend", "critic_partial"}
+    views = {"critic", "critic_calibrated", "critic_blend", "critic_partial", "critic_partial_calibrated"}
     assert set(values["detection"]) == views | {"confidence", "confidence_fresh", "confidence_of_those"}
     assert 0 < values["error_rate"] < 1 and len(rows) == 3
     assert 0 <= calibration(np.array([0.5]))[0] <= 1
+    assert {row["reading"] for row in values["bands"]} == {"filled", "partial"}
+
+
+def test_the_masked_share_is_that_of_the_pass_which_completed_the_text():
+    target = objective(rollout_fraction=0.0)
+    index, ids, valid = target.diffusion.windows(range(8))
+    once = target.fill(model(), ids, valid, index, "critic", 8)
+    np.testing.assert_allclose(once.share, once.written.sum(1) / valid.sum(1))
+    twice = objective(rollout_fraction=1.0).fill(model(), ids, valid, index, "critic", 8)
+    np.testing.assert_allclose(twice.share * valid.sum(1), twice.written.sum(1) - twice.written.sum(1) // 2)
+    partial, share = target._partial(model(), once, index)
+    hidden = np.isnan(partial)
+    assert (hidden <= once.written).all() and 0.1 < hidden[once.written].mean() < 0.9
+    np.testing.assert_allclose(share, hidden.sum(1) / valid.sum(1))
+
+
+def test_auroc_of_many_resamples_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    score, wrong = rng.integers(0, 20, 500) / 20, rng.random(500) < 0.3
+    for weights in (np.ones(500), rng.integers(0, 4, 500).astype(float)):
+        assert weighted_auroc(score, wrong)(weights) == pytest.approx(metrics.auroc(score, wrong, weights))
+
+
+def made_views(count: int = 80_000) -> Seen:
+    """A critic that is overconfident where much was masked, and honest elsewhere."""
+    rng = np.random.default_rng(5)
+    critic, share, noise = rng.random((3, count))
+    wrong = noise < np.where(share > 0.5, critic**2, critic)
+    partial = np.where(rng.random(count) < 0.5, np.nan, critic)
+    return Seen(wrong, np.arange(count) % 50, critic, share, partial, share, rng.random(count), critic)
+
+
+def test_curves_by_band_are_more_honest_than_one_for_all():
+    seen = made_views()
+    fitting, measuring = halves(seen.group)
+    assert not (fitting & measuring).any() and not set(seen.group[fitting]) & set(seen.group[measuring])
+    calibration = fitted(seen.at(fitting))
+    rows = bands(seen.at(measuring), calibration)
+    assert [(r["reading"], r["low"]) for r in rows] == [
+        (name, low) for name in ("filled", "partial") for low in (0, 0.25, 0.5, 0.75)
+    ]
+    for row in rows:
+        assert row["own"] and row["ece_by_band"] < 0.045 < row["ece_one_curve"]
+        assert row["brier_by_band"] < row["brier_one_curve"]
+        assert (row["ece_raw"] > 0.1) == (row["low"] >= 0.5)
+    assert sum(r["tokens"] for r in rows if r["reading"] == "filled") == measuring.sum()
+    found = detection(seen.at(np.flatnonzero(measuring)[:8000]), calibration)
+    assert found["critic"]["brier"] > found["critic_calibrated"]["brier"]
+    assert found["critic_partial_calibrated"]["ece"] < 0.04 < found["critic_partial"]["ece"]
+    assert abs(found["confidence"]["auroc"]["value"] - 0.5) < 0.03  # knows nothing here
 
 
 def test_transfer_says_what_it_took_and_refuses_a_trunk_that_does_not_fit(tmp_path):

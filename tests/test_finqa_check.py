@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.config import Config
+from lib.config import Config, load_config
 from lib.errors import BadConfig, MissingInput
 from lib.tasks import Document, Problem
-from lib.tasks.finqa.check import DROP, check, compare_answer, page_text, sources
+from lib.tasks.finqa.check import check, compare_answer, page_text, sources
 from lib.tasks.finqa.numbers import numbers_in, operands
 from lib.tasks.finqa.pages import (
     make_page,
@@ -61,16 +61,20 @@ def record_of(data: Any, split: str = "train") -> Record:
     return record
 
 
-def configured(path: Path | str, seed: int = 1) -> Config:
+DROP = frozenset(load_config().finqa.drop)
+
+
+def configured(path: Path | str, seed: int = 1, drop: frozenset[str] = DROP) -> Config:
     """As much of a config as the check reads."""
-    return cast(Config, SimpleNamespace(seed=seed, data=SimpleNamespace(path=str(path))))
+    finqa = SimpleNamespace(drop=tuple(drop))
+    return cast(Config, SimpleNamespace(seed=seed, data=SimpleNamespace(path=str(path)), finqa=finqa))
 
 
 def checked(folder: Path, drop: frozenset[str] = DROP, **splits: list) -> tuple[list[str], list[Problem]]:
     """Names of the documents and the problems of records in files of these splits."""
     for split, records in splits.items():
         (folder / f"{split}.json").write_text(json.dumps(records))
-    items = list(check(configured(folder), drop))
+    items = list(check(configured(folder, drop=drop)))
     return (
         [item.document_id for item in items if isinstance(item, Document)],
         [item for item in items if isinstance(item, Problem)],

@@ -234,3 +234,113 @@ def test_a_text_that_cannot_be_scored_is_refused(quick_run, quick_config, tmp_pa
         importlib.import_module("06_sample").main(
             quick_config, RunArgs(run_dir=quick_run, score=tmp_path / "nowhere.txt")
         )
+
+
+# --- samples from a file, and longer than the context ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampled(quick_run, tmp_path_factory):
+    """Stage 06 again on a copy of the quick run: overrides -> the folder it wrote."""
+    import shutil
+
+    from lib.config import load_config
+
+    def make(*overrides: str):
+        folder = tmp_path_factory.mktemp("sampled") / "run_001"
+        shutil.copytree(quick_run, folder)
+        few = ["sampler.num_samples=3", "sampler.nfe=[4]"]
+        config = load_config(quick_test=True, overrides=[*few, *overrides])
+        importlib.import_module("06_sample").main(
+            config, RunArgs(run_dir=folder, quick_test=True, overwrite=True)
+        )
+        return folder / "06_sample"
+
+    return make
+
+
+def infill_file(folder, rows: list[dict]):
+    path = folder / "mine.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+WHOLE = {
+    "a": "The value of the object is in the text.",
+    "b": "A list of names.",
+    "c": "The name of the file is.",
+}
+
+
+def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_path):
+    rows = [
+        {"id": "a", "text": "The value of the " + "[MASK]" * 6 + " is in the text.", "target": WHOLE["a"]},
+        {"id": "b", "text": "A " + "[MASK]" * 4 + " of " + "[MASK]" * 5 + ".", "target": WHOLE["b"]},
+        {"id": "c", "text": "[MASK]" * 8 + " of the file is.", "target": WHOLE["c"]},
+    ]
+    path = infill_file(tmp_path, rows)
+    folder = sampled(f"sampler.infill_file={path}", "sampler.policies=[none, critic, oracle]")
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert sorted({(r["policy"], r["infill_id"]) for r in samples}) == [
+        (p, i) for p in ("critic", "none", "oracle") for i in "abc"
+    ]
+    hits: dict[str, list[bool]] = {}
+    for row in samples:
+        whole = WHOLE[row["infill_id"]]
+        assert len(row["text"]) == len(whole) and 0 < sum(row["given"]) < len(whole)
+        for ours, right, given in zip(row["text"], whole, row["given"], strict=True):
+            assert ours == right or not given
+            if not given:
+                hits.setdefault(row["policy"], []).append(ours == right)
+    metrics = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
+    for policy, found in hits.items():
+        assert metrics[policy]["infill_accuracy"]["value"] == pytest.approx(np.mean(found))
+    assert np.mean(hits["oracle"]) > np.mean(hits["none"])
+    assert metrics["real text"]["infill_accuracy"]["value"] == 1
+    parsed = Page((folder / "report.html").read_text())
+    assert not parsed.problems and "Infilling" in parsed.text
+    assert f"{metrics['critic']['infill_accuracy']['value']:.1%}" in parsed.text
+    manifest = load_manifest(folder)
+    assert manifest is not None and "mine.parquet" in manifest["inputs"]
+
+
+def test_all_rows_that_cannot_be_filled_are_named_at_once(sampled, tmp_path):
+    rows = [
+        {"id": "fine", "text": "A [MASK].", "target": None},
+        {"id": "long", "text": "[MASK]" * 99, "target": None},
+        {"id": "full", "text": "nothing", "target": None},
+        {"id": "odd", "text": "[MASK] \u4e2d", "target": None},
+        {"id": "short", "text": "A [MASK]", "target": "A name"},
+        {"id": "other", "text": "A [MASK]", "target": "B c"},
+        {"id": "fine", "text": "A [MASK].", "target": None},
+    ]
+    path = infill_file(tmp_path, rows)
+    with pytest.raises(BadData) as error:
+        sampled(f"sampler.infill_file={path}")
+    message = str(error.value)
+    for part in ("row 1 (id 'long'): text has 99 tokens, but the generator reads at most 64", "row 2 (id 'full')",
+                 "row 3 (id 'odd'): text has characters outside", "row 4 (id 'short'): target has 6 tokens, text has 3",
+                 "row 5 (id 'other'): target differs from text at token 0", "row 6 (id 'fine'): row 0 has this id"):  # fmt: skip
+        assert part in message, message
+    assert "row 0" not in message.replace("row 0 has this id", "") and error.value.exit_code == 65
+    for bad, word in (
+        ([{"name": "a"}], "no column id and text"),
+        ([{"id": "a", "text": None}], "row 0 is empty"),
+    ):
+        path = infill_file(tmp_path, bad)
+        with pytest.raises(BadData, match=word):
+            sampled(f"sampler.infill_file={path}")
+    path = infill_file(tmp_path, rows[:1])
+    with pytest.raises(BadData, match=r"1 rows of sampler\.infill_file have no target: fine"):
+        sampled(f"sampler.infill_file={path}", "sampler.policies=[none, oracle]")
+
+
+def test_texts_longer_than_the_context_are_written_in_blocks(sampled):
+    overrides = ("sampler.length=150", "sampler.block_tokens=40", "sampler.policies=[none, critic]")
+    folder = sampled(*overrides, "sampler.prompt=The value of")
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert all(len(r["token_ids"]) == 150 and r["text"].startswith("The value of") for r in samples)
+    assert all(np.isfinite(r["reference_nll"]) for r in samples)
+    rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
+    assert rows["none"]["passes"] == 4 * 4 and rows["critic"]["passes"] == 3 * 4
+    assert rows["autoregressive"]["passes"] == 150

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lib import randomness
+from lib.diffusion.blocks import blocks_of
 from lib.diffusion.categorical import draw
 from lib.diffusion.sampler import Samples
 from lib.runtime import Runtime
@@ -22,24 +23,27 @@ def sample_autoregressively(
     settings: SamplerConfig,
     runtime: Runtime,
     seed: int,
+    context: int | None = None,
 ) -> Samples:
     """Write the free positions of (B, T) ids from left to right; given ones are read, not changed.
 
-    Keys and values of earlier tokens are cached. The sample's noise is keyed by `rows`, as in the sampler.
+    Keys and values of earlier tokens are cached. A text longer than the context is written in blocks of half of it,
+    each behind as much text as the context holds, which one pass reads. The sample's noise is keyed by `rows`, as in
+    the sampler.
     """
-    device = runtime.device
-    ids = ids.copy()
-    barred = torch.tensor(forbidden, device=device)
+    ids, passes = ids.copy(), 0
+    barred = torch.tensor(forbidden, device=runtime.device)
     noise = randomness.uniform(randomness.key(seed, "autoregressive token"), rows, ids.shape[1])
-    last = np.full((len(ids), 1), cls_id)
-    cache = None
-    for position in range(ids.shape[1]):
-        with runtime.autocast():
-            inputs = torch.from_numpy(last).to(device)
-            output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        here = torch.from_numpy(noise[:, position]).to(device)
-        tokens, _ = draw(output.logits[:, -1], here, barred, settings.temperature, top_p=settings.top_p)
-        ids[:, position] = np.where(free[:, position], tokens.cpu().numpy(), ids[:, position])
-        last = ids[:, position : position + 1]
-    return Samples(ids, ids.shape[1])
+    for block in blocks_of(ids.shape[1], None, context):
+        last = np.concatenate([np.full((len(ids), 1), cls_id), ids[:, block.window : block.start]], 1)
+        cache = None
+        for position in range(block.start, block.end):
+            with runtime.autocast():
+                inputs = torch.from_numpy(last).to(runtime.device)
+                output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
+            cache, passes = output.past_key_values, passes + 1
+            here = torch.from_numpy(noise[:, position]).to(runtime.device)
+            tokens, _ = draw(output.logits[:, -1], here, barred, settings.temperature, top_p=settings.top_p)
+            ids[:, position] = np.where(free[:, position], tokens.cpu().numpy(), ids[:, position])
+            last = ids[:, position : position + 1]
+    return Samples(ids, np.full(len(ids), passes))

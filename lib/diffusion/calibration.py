@@ -1,8 +1,15 @@
-"""From a critic's raw probability of error to how often such a token is one (isotonic regression)."""
+"""From a critic's raw probability of error to how often such a token is one (isotonic regression).
+
+How far a critic is off depends on how much was masked: of what it reads (`partial`), or before the pass that completed
+the text it reads (`filled`). So there is a curve for each quarter of that share, where there is enough to learn it from,
+and one for everything else.
+"""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -10,32 +17,24 @@ from lib import durable
 from lib.errors import BadData
 
 POINTS = 101
+BANDS = 4
+LEAST = 1000  # tokens of a band, for a curve of its own
+LEAST_OF_EACH = 50  # of them right, and wrong
+Reading = Literal["filled", "partial"]
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Curve:
     """A rising curve through points; between them straight lines. Without points, the identity."""
 
     raw: tuple[float, ...] = (0.0, 1.0)
     calibrated: tuple[float, ...] = (0.0, 1.0)
-    blend: tuple[float, float, float] = (1.0, 0.0, 0.0)  # weights of the two log-odds and a constant
 
     def __call__(self, probability: np.ndarray) -> np.ndarray:
         return np.interp(probability, self.raw, self.calibrated)
 
-    def blended(self, probability: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-        """Chance of error from the critic's raw probability and the generator's confidence when it wrote the token.
-
-        The two know different things: confidence came before the other drafts, the critic sees them all. Their
-        log-odds are weighed by a logistic regression (stacking, Wolpert 1992).
-        """
-        a, b, c = self.blend
-        return 1 / (1 + np.exp(-(a * _log_odds(probability) + b * _log_odds(1 - confidence) + c)))
-
     @classmethod
-    def fit(
-        cls, probability: np.ndarray, happened: np.ndarray, confidence: np.ndarray | None = None
-    ) -> "Calibration":
+    def fit(cls, probability: np.ndarray, happened: np.ndarray) -> "Curve":
         """Isotonic regression of what happened on what was said, kept at evenly filled points.
 
         Isotonic steps are flat, and ties between tokens would be settled by chance; the points, joined by lines
@@ -50,24 +49,124 @@ class Calibration:
         curve = np.clip(model.predict(raw), 1e-4, 1 - 1e-4)
         # The curve's ends are where there was data; beyond it the identity's ends 0 and 1 are no better a guess.
         lifted = 0.999 * curve + 0.001 * raw
-        points = tuple(raw.tolist()), tuple(np.maximum.accumulate(lifted).tolist())
-        return (
-            cls(*points) if confidence is None else cls(*points, _weights(probability, confidence, happened))
-        )
+        return cls(tuple(raw.tolist()), tuple(np.maximum.accumulate(lifted).tolist()))
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Tokens whose fate is known, all (N,): what the critic said, whether they were wrong, the masked share."""
+
+    probability: np.ndarray
+    wrong: np.ndarray
+    share: np.ndarray
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """
+    Attributes:
+        curve: for texts of which nothing more is known, and for bands without enough data.
+        bands: reading -> a curve, or None, for each band of the masked share.
+        blend: weights of the critic's log-odds, the confidence's, and a constant.
+    """
+
+    curve: Curve = field(default_factory=Curve)
+    bands: Mapping[str, tuple[Curve | None, ...]] = field(default_factory=dict)
+    blend: tuple[float, float, float] = (1.0, 0.0, 0.0)
+
+    def __call__(
+        self, probability: np.ndarray, reading: Reading = "filled", share: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The share of such tokens that are errors.
+
+        Args:
+            probability: (B, T) or (N,) raw.
+            share: (B,) or (N,) share of the text that was masked, if known; see the module.
+        """
+        result = self.curve(probability)
+        if share is not None:
+            band = band_of(share)
+            for number, curve in enumerate(self.bands.get(reading, ())):
+                here = band == number
+                if curve is not None and here.any():
+                    result[here] = curve(probability[here])
+        return result
+
+    def blended(self, probability: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+        """Chance of error from the critic's raw probability and the generator's confidence when it wrote the token.
+
+        The two know different things: confidence came before the other drafts, the critic sees them all. Their
+        log-odds are weighed by a logistic regression (stacking, Wolpert 1992).
+        """
+        a, b, c = self.blend
+        return 1 / (1 + np.exp(-(a * _log_odds(probability) + b * _log_odds(1 - confidence) + c)))
+
+    @classmethod
+    def fit(
+        cls,
+        probability: np.ndarray,
+        happened: np.ndarray,
+        confidence: np.ndarray | None = None,
+        readings: Mapping[str, Observed] | None = None,
+    ) -> "Calibration":
+        """Curves and blend from (N,) tokens: raw probability, whether each was an error, stored confidence.
+
+        Args:
+            readings: reading -> tokens with the masked share of their text, for the curves of the bands.
+        """
+        bands = {name: _bands(seen) for name, seen in (readings or {}).items()}
+        curve = Curve.fit(probability, happened)
+        if confidence is None or len(np.unique(happened)) < 2:
+            return cls(curve, bands)
+        return cls(curve, bands, _weights(probability, confidence, happened))
 
     def save(self, path: Path) -> None:
-        values = {"raw": list(self.raw), "calibrated": list(self.calibrated), "blend": list(self.blend)}
-        durable.write_json(path, values)
+        bands = {
+            name: [None if c is None else _plain(c) for c in curves] for name, curves in self.bands.items()
+        }
+        durable.write_json(path, _plain(self.curve) | {"blend": list(self.blend), "bands": bands})
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            return cls(tuple(stored["raw"]), tuple(stored["calibrated"]), tuple(stored["blend"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            bands = {
+                name: tuple(None if c is None else _curve(c) for c in curves)
+                for name, curves in stored["bands"].items()
+            }
+            first, second, constant = stored["blend"]
+            return cls(_curve(stored), bands, (first, second, constant))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadData(
                 f"{path} is no calibration: {error}; run 05_train_critic with --overwrite"
             ) from None
+
+
+def band_of(share: np.ndarray) -> np.ndarray:
+    """Which of the BANDS equal bands of [0, 1] a masked share lies in; 1 is in the last."""
+    return np.minimum((share * BANDS).astype(np.int64), BANDS - 1)
+
+
+def band_edges(number: int) -> tuple[float, float]:
+    return number / BANDS, (number + 1) / BANDS
+
+
+def _bands(seen: Observed) -> tuple[Curve | None, ...]:
+    curves: list[Curve | None] = []
+    for number in range(BANDS):
+        here = band_of(seen.share) == number
+        wrong = seen.wrong[here]
+        enough = len(wrong) >= LEAST and min(wrong.sum(), (~wrong).sum()) >= LEAST_OF_EACH
+        curves.append(Curve.fit(seen.probability[here], wrong) if enough else None)
+    return tuple(curves)
+
+
+def _plain(curve: Curve) -> dict[str, Any]:
+    return {"raw": list(curve.raw), "calibrated": list(curve.calibrated)}
+
+
+def _curve(stored: Mapping[str, Any]) -> Curve:
+    return Curve(tuple(stored["raw"]), tuple(stored["calibrated"]))
 
 
 def _log_odds(probability: np.ndarray) -> np.ndarray:

@@ -18,7 +18,9 @@ pass they take is counted.
 | critic           | tokens the critic takes for errors in the whole draft                  | 2 | Token-Critic, Lezama et al. 2022 |
 | critic_blend     | as critic, with what the generator thought when it wrote the token     | 2 | |
 | critic_partial   | tokens the critic suspects in the partly masked text, same pass        | 1 | PRISM, Kim et al. 2025 |
-| oracle           | tokens that differ from the truth: the ceiling, when filling known text | 1 | |
+| oracle           | exactly the tokens that differ from the truth: the ceiling, when filling known text | 1 | |
+
+With the schedule `threshold` a policy's view of error decides how many: see `rule`.
 
 Legend: B rows, T positions.
 """
@@ -29,6 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.diffusion.masking import lowest
+from lib.errors import BadConfig
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Policy:
         extra_pass: it takes a forward pass of its own after each round but the last.
         blind: it looks at noise alone, so that nothing need be drafted that is not written.
         partial: it needs the critic's view of the partly masked text from the round's own pass.
+        error: View -> (B, T) how likely each token of the draft is an error; None if it has no such view.
+        takes_back: it may mask again what an earlier round wrote.
+        stops: a row of which it masks nothing is finished.
     """
 
     name: str
@@ -70,11 +76,45 @@ class Policy:
     extra_pass: bool = False
     blind: bool = False
     partial: bool = False
+    error: Callable[[View], np.ndarray] | None = None
+    takes_back: bool = True
+    stops: bool = False
+
+
+def rule(policy: Policy, threshold: float | None) -> Callable[[View], np.ndarray]:
+    """What chooses the tokens that are masked after a round: the policy's own `choose`, or, with a threshold, those
+    whose chance of error is not below it.
+
+    Those are at most as many as the schedule wants masked (`view.left`), so that the budget of passes suffices; a row
+    of which none is doubted is finished. With confidence_first it is the threshold decoding of Fast-dLLM (Wu et al.,
+    2025). Raises BadConfig for a policy without a view of error.
+    """
+    if threshold is None:
+        return policy.choose
+    view_of_error = policy.error
+    if view_of_error is None:
+        known = ", ".join(name for name, p in POLICIES.items() if p.error is not None)
+        raise BadConfig(
+            f"the policy {policy.name} has no view of error that sampler.schedule=threshold could ask; "
+            f"policies that have one: {known}"
+        )
+
+    def doubted(view: View) -> np.ndarray:
+        error = view_of_error(view)
+        among = (view.free if policy.takes_back else view.masked) & (error >= threshold)
+        return view.most(error, among, np.minimum(among.sum(1), view.left))
+
+    return doubted
 
 
 def _keep_masked(order: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
     """Nothing is taken back: of the masked positions those with the lowest `order` stay masked."""
     return lambda view: lowest(order(view), view.masked, view.left)
+
+
+def _suspicious(name: str, error: Callable[[View], np.ndarray], extra_pass: bool = False) -> Policy:
+    """The policy that masks the most suspicious by a view of error."""
+    return Policy(name, _suspect(error), extra_pass=extra_pass, error=error)
 
 
 def _suspect(suspicion: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
@@ -115,22 +155,28 @@ def _unsure(view: View) -> np.ndarray:
     return 1 - view.confidence
 
 
+def _wrong(view: View) -> np.ndarray:
+    return view.wrong().astype(np.float64)
+
+
 POLICIES = {
     policy.name: policy
     for policy in (
         Policy("none", _keep_masked(lambda view: view.noise), blind=True),
-        Policy("confidence_first", _keep_masked(lambda view: view.confidence)),
+        Policy(
+            "confidence_first", _keep_masked(lambda view: view.confidence), error=_unsure, takes_back=False
+        ),
         Policy("margin_first", _keep_masked(lambda view: view.margin())),
         Policy("random", _suspect(lambda view: view.noise)),
-        Policy("confidence", _suspect(_unsure)),
-        Policy("confidence_fresh", _suspect(lambda view: 1 - view.fresh_confidence()), extra_pass=True),
+        _suspicious("confidence", _unsure),
+        _suspicious("confidence_fresh", lambda view: 1 - view.fresh_confidence(), extra_pass=True),
         Policy("remdm_cap", _take_back_some(lambda view: view.noise, capped=True)),
         Policy("remdm_rescale", _take_back_some(lambda view: view.noise)),
         Policy("remdm_conf", _take_back_some(_unsure)),
-        Policy("critic", _suspect(lambda view: view.critic_error()), extra_pass=True),
-        Policy("critic_blend", _suspect(lambda view: view.blend_error()), extra_pass=True),
+        _suspicious("critic", lambda view: view.critic_error(), extra_pass=True),
+        _suspicious("critic_blend", lambda view: view.blend_error(), extra_pass=True),
         Policy("critic_partial", _take_back_some(lambda view: view.partial_error()), partial=True),
-        Policy("oracle", _suspect(lambda view: view.wrong().astype(np.float64))),
+        Policy("oracle", lambda view: view.free & view.wrong(), error=_wrong, stops=True),
     )
 }
 

@@ -2,11 +2,13 @@
 
 Knows token ids, a model and a policy; no tokenizer and no file. A sample is a function of the seed and its own
 number: any batch size gives the same tokens. Given (protected) tokens are never changed and never counted.
-Every forward pass of the trunk counts as one (NFE).
+Every forward pass of the trunk counts as one (NFE), for each sample on its own: with the schedule `threshold` a sample is
+finished when its policy doubts no token any more.
 
 Legend: B samples, T positions, N positions in question.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.diffusion.blocks import blocks_of
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
-from lib.diffusion.policies import Policy, View, rounds_for
+from lib.diffusion.policies import Policy, View, rounds_for, rule
 from lib.diffusion.schedule import masked_counts_left, masked_shares
 from lib.errors import BadConfig
 from lib.runtime import Runtime
@@ -37,8 +40,38 @@ class Round:
 @dataclass
 class Samples:
     ids: np.ndarray  # (B, T)
-    nfe: int  # forward passes per sample
+    passes: np.ndarray  # (B,) forward passes of each sample
     rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def nfe(self) -> float:
+        """Forward passes per sample, in the mean."""
+        return float(self.passes.mean()) if len(self.passes) else 0.0
+
+
+@dataclass
+class _Rows:
+    """The rows still at work."""
+
+    place: np.ndarray  # (B,) where they stand in the batch
+    number: np.ndarray  # (B,) the samples' own numbers, which key their noise
+    ids: np.ndarray  # (B, T)
+    free: np.ndarray  # (B, T)
+    confidence: np.ndarray  # (B, T) of each token when it was written
+    left: np.ndarray  # (B, rounds) positions to be masked after each round
+    truth: np.ndarray | None  # (B, T)
+
+    def only(self, kept: np.ndarray) -> "_Rows":
+        """Those of a (B,) mask."""
+        return _Rows(
+            self.place[kept],
+            self.number[kept],
+            self.ids[kept],
+            self.free[kept],
+            self.confidence[kept],
+            self.left[kept],
+            None if self.truth is None else self.truth[kept],
+        )
 
 
 @dataclass
@@ -49,6 +82,7 @@ class Sampler:
         model: RemaskGptForMaskedLM or alike: forward(input_ids, logits_at, head) -> .logits.
         mask_id, forbidden: the mask, and the special ids that are never written.
         calibration: turns the critic's raw probabilities into frequencies.
+        context: longest text that the model reads; longer ones are written block by block. None: any.
     """
 
     model: nn.Module
@@ -58,6 +92,7 @@ class Sampler:
     settings: SamplerConfig
     seed: int
     calibration: Calibration = field(default_factory=Calibration)
+    context: int | None = None
 
     @torch.no_grad()
     def sample(
@@ -75,7 +110,7 @@ class Sampler:
         Args:
             free: (B, T) bool; the others are given and stay as they are.
             rows: (B,) numbers of the samples, which key their noise.
-            nfe: forward passes to spend; policies with an extra pass get half as many rounds.
+            nfe: forward passes to spend on each block; policies with an extra pass get half as many rounds.
             trace: keep every round.
             truth: (B, T) the text that once stood there, for the policy `oracle` alone.
         """
@@ -85,50 +120,71 @@ class Sampler:
             known = None if truth is None else truth[part]
             parts.append(self._sample_batch(ids[part], free[part], rows[part], policy, nfe, trace, known))
         rounds = [
-            Round(
-                np.concatenate([p.rounds[i].ids for p in parts]),
-                np.concatenate([p.rounds[i].events for p in parts]),
-            )
-            for i in range(len(parts[0].rounds))
+            Round(*(np.concatenate(arrays) for arrays in zip(*(_round(p, i) for p in parts), strict=True)))
+            for i in range(max(len(p.rounds) for p in parts))
         ]
-        return Samples(np.concatenate([p.ids for p in parts]), parts[0].nfe, rounds)
+        ids, passes = (np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "passes"))
+        return Samples(ids, passes, rounds)
 
     def _sample_batch(self, ids, free, rows, policy: Policy, nfe: int, trace: bool, truth) -> Samples:
+        """Block after block; most often one block is the whole text."""
+        result = Samples(np.where(free, self.mask_id, ids), np.zeros(len(ids), np.int64))
         rounds = rounds_for(policy, nfe)
-        left = masked_counts_left(masked_shares(self.settings, rounds), free.sum(1))
-        ids = np.where(free, self.mask_id, ids)
-        confidence = np.ones(ids.shape)
-        result = Samples(ids, 0)
+        for count, block in enumerate(blocks_of(ids.shape[1], self.settings.block_tokens, self.context)):
+            here = np.zeros_like(free)
+            here[:, block.start : block.end] = free[:, block.start : block.end]
+            seen = slice(block.window, block.end)
+            at = np.flatnonzero(here.any(1))
+            left = masked_counts_left(masked_shares(self.settings, rounds), here[at].sum(1)).T
+            arrays = (
+                result.ids[at, seen],
+                here[at, seen],
+                np.ones((len(at), block.end - block.window)),
+                left,
+            )
+            known = None if truth is None else truth[at, seen]
+            self._write(result, _Rows(at, rows[at], *arrays, known), seen, policy, count * rounds, trace)
+        return result
+
+    def _write(
+        self, result: Samples, rows: _Rows, seen: slice, policy: Policy, first: int, trace: bool
+    ) -> None:
+        """The rounds of one block, into `result`. `first`: number of its first round, which keys the noise."""
+        threshold = self.settings.threshold if self.settings.schedule == "threshold" else None
+        choose, stops = rule(policy, threshold), policy.stops or threshold is not None
+        rounds = rows.left.shape[1]
         for number in range(rounds):
-            masked = (ids == self.mask_id) & free
+            if not len(rows.place):
+                return
+            masked = (rows.ids == self.mask_id) & rows.free
             last = number + 1 == rounds
             after = np.zeros_like(masked)
             if policy.blind and not last:
-                after = policy.choose(
-                    self._view(number, rows, ids, masked, free, left, confidence, _Draft(ids))
-                )
-            draft = self._draft(ids, masked & ~after, confidence, number, rows, policy.partial and not last)
-            result.nfe += 1
+                after = choose(self._view(number, first, rows, masked, _Draft(rows.ids)))
+            draft = self._draft(rows, masked & ~after, first + number, policy.partial and not last)
+            result.passes[rows.place] += 1
             if not (policy.blind or last):
-                view = self._view(number, rows, ids, masked, free, left, confidence, draft, truth)
-                after = policy.choose(view)
-                result.nfe += int(policy.extra_pass)
-            ids = np.where(after, self.mask_id, draft.ids)
+                after = choose(self._view(number, first, rows, masked, draft))
+                result.passes[rows.place] += int(policy.extra_pass)
+            rows.ids = np.where(after, self.mask_id, draft.ids)
+            result.ids[rows.place, seen] = rows.ids
             if trace:
-                result.rounds.append(_record(ids, masked, after, drafted=not policy.blind))
-        result.ids = ids
-        return result
+                events = np.where(result.ids == self.mask_id, STILL_MASKED, UNCHANGED).astype(np.int8)
+                events[rows.place, seen] = _events(masked, after, drafted=not policy.blind)
+                result.rounds.append(Round(result.ids.copy(), events))
+            if stops:
+                rows = rows.only(after.sum(1) > 0)
 
-    def _draft(self, ids, now, confidence, number, rows, partial: bool) -> "_Draft":
+    def _draft(self, rows: _Rows, now: np.ndarray, number: int, partial: bool) -> "_Draft":
         """A token at every position in `now`, one forward pass; `confidence` learns how sure the model was."""
-        draft = _Draft(ids.copy(), at=np.flatnonzero(now))
+        draft = _Draft(rows.ids.copy(), at=np.flatnonzero(now))
         where = torch.from_numpy(draft.at).to(self.runtime.device)
-        output = self._forward(ids, where, "both" if partial else "lm")
+        output = self._forward(rows.ids, where, "both" if partial else "lm")
         draft.logits = output.logits.float()  # (N, V)
         if partial:
             draft.critic = torch.sigmoid(output.critic_logits.float()).double().cpu().numpy()
         if len(draft.at):
-            noise = self._noise("token", number, rows, ids.shape[1]).reshape(-1)[draft.at]
+            noise = self._noise("token", number, rows.number, now.shape[1]).reshape(-1)[draft.at]
             tokens, sure = draw(
                 draft.logits,
                 torch.from_numpy(noise).to(draft.logits.device),
@@ -137,11 +193,13 @@ class Sampler:
                 top_p=self.settings.top_p,
             )
             draft.ids.reshape(-1)[draft.at] = tokens.cpu().numpy()
-            confidence.reshape(-1)[draft.at] = sure.double().cpu().numpy()
+            rows.confidence.reshape(-1)[draft.at] = sure.double().cpu().numpy()
         return draft
 
-    def _view(self, number, rows, ids, masked, free, left, confidence, draft: "_Draft", truth=None) -> View:
-        noise = self._noise("take back", number, rows, ids.shape[1])
+    def _view(self, number: int, first: int, rows: _Rows, masked: np.ndarray, draft: "_Draft") -> View:
+        key_number, ids, confidence = first + number, rows.ids, rows.confidence
+        noise = self._noise("take back", key_number, rows.number, ids.shape[1])
+        share = masked.mean(1)  # of what the critic reads, or of what was drafted just before it reads
 
         def margin() -> np.ndarray:
             barred = torch.tensor(self.forbidden, device=draft.logits.device)
@@ -152,25 +210,25 @@ class Sampler:
             return gaps + 1e-9 * noise
 
         def wrong() -> np.ndarray:
-            if truth is None:
+            if rows.truth is None:
                 raise BadConfig(
                     "the policy oracle needs the truth: it is for filling known text, in benchmarks"
                 )
-            return draft.ids != truth
+            return draft.ids != rows.truth
 
         return View(
             masked=masked,
-            free=free,
-            left=left[number],
+            free=rows.free,
+            left=rows.left[:, number],
             noise=noise,
-            chance=self._noise("take back count", number, rows, 1)[:, 0],
+            chance=self._noise("take back count", key_number, rows.number, 1)[:, 0],
             confidence=confidence + 1e-9 * noise,
             margin=margin,
             back_share=self.settings.back_share,
             fresh_confidence=lambda: self.fresh_confidence(draft.ids),
-            critic_error=lambda: self.critic_error(draft.ids),
-            blend_error=lambda: self.calibration.blended(self._critic_raw(draft.ids), confidence),
-            partial_error=lambda: self.calibration(draft.critic),
+            critic_error=lambda: self.calibration(self.raw_error(draft.ids), "filled", share),
+            blend_error=lambda: self.calibration.blended(self.raw_error(draft.ids), confidence),
+            partial_error=lambda: self.calibration(draft.critic, "partial", share),
             wrong=wrong,
             most=lambda suspicion, where, count: self._most(suspicion, where, count, noise),
         )
@@ -201,19 +259,32 @@ class Sampler:
     @torch.no_grad()
     def fresh_confidence(self, ids: np.ndarray) -> np.ndarray:
         """(B, T) probability of each token of a whole text, itself in view. One forward pass."""
-        logits = self._forward(ids).logits.float()
-        logits[..., self.forbidden] = -torch.inf
-        shares = torch.softmax(logits, -1)
-        at = torch.from_numpy(ids).to(shares.device)[..., None]
-        return shares.gather(-1, at).squeeze(-1).double().cpu().numpy()
 
-    def _critic_raw(self, ids: np.ndarray) -> np.ndarray:
+        def read(part: np.ndarray) -> np.ndarray:
+            logits = self._forward(part).logits.float()
+            logits[..., self.forbidden] = -torch.inf
+            shares = torch.softmax(logits, -1)
+            at = torch.from_numpy(part).to(shares.device)[..., None]
+            return shares.gather(-1, at).squeeze(-1).double().cpu().numpy()
+
+        return self._in_windows(read, ids)
+
+    @torch.no_grad()
+    def raw_error(self, ids: np.ndarray) -> np.ndarray:
+        """(B, T) the critic's own chance of error, before calibration, of texts that fit into the context."""
         return torch.sigmoid(self._forward(ids, head="critic").logits.float()).double().cpu().numpy()
 
     @torch.no_grad()
     def critic_error(self, ids: np.ndarray) -> np.ndarray:
         """(B, T) calibrated chance that each token of a whole text is an error. One forward pass."""
-        return self.calibration(self._critic_raw(ids))
+        return self.calibration(self._in_windows(self.raw_error, ids))
+
+    def _in_windows(self, read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> np.ndarray:
+        """(B, T) of texts of any length: a longer one than the context is read in consecutive windows."""
+        width = self.context or ids.shape[1]
+        return np.concatenate(
+            [read(ids[:, start : start + width]) for start in range(0, ids.shape[1], width)], 1
+        )
 
     def _noise(self, purpose: str, number: int, rows: np.ndarray, columns: int) -> np.ndarray:
         return randomness.uniform(randomness.key(self.seed, f"sample {purpose}", number), rows, columns)
@@ -231,10 +302,17 @@ class _Draft:
     )  # (B, T) raw error of the text before the round
 
 
-def _record(ids: np.ndarray, masked: np.ndarray, after: np.ndarray, drafted: bool) -> Round:
-    """`drafted`: a masked position that stays masked had a draft, which was taken back."""
-    events = np.full(ids.shape, UNCHANGED, np.int8)
+def _events(masked: np.ndarray, after: np.ndarray, drafted: bool) -> np.ndarray:
+    """(B, T). `drafted`: a masked position that stays masked had a draft, which was taken back."""
+    events = np.full(masked.shape, UNCHANGED, np.int8)
     events[masked & ~after] = WRITTEN
     events[after & ~masked] = TAKEN_BACK
     events[masked & after] = TAKEN_BACK if drafted else STILL_MASKED
-    return Round(ids.copy(), events)
+    return events
+
+
+def _round(part: Samples, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, events) after a round; after a part's last one nothing happens any more."""
+    if number < len(part.rounds):
+        return part.rounds[number].ids, part.rounds[number].events
+    return part.ids, np.full(part.ids.shape, UNCHANGED, np.int8)

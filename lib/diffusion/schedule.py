@@ -13,7 +13,8 @@ def masked_shares(config: SamplerConfig, rounds: int) -> np.ndarray:
     """(rounds,) share of the free tokens left masked after each round; the last is 0.
 
     linear: evenly from start_ratio to end_ratio; cosine: cos(pi/2 x done), slow at first (Chang et al., MaskGIT,
-    2022); custom: `masking_ratios`, of which there must be one for each round after the first.
+    2022); custom: `masking_ratios`, of which there must be one for each round after the first; threshold: the shares
+    of linear, as the most that a round leaves masked.
     """
     if config.schedule == "custom":
         if len(config.masking_ratios) != rounds - 1:

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lib import randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.families import FAMILIES, Family
 from lib.models.ranker import SequenceRanker
-from lib.sections import ArchitectureConfig
+from lib.sections import ArchitectureConfig, ModelSpec
 
 # A bar for every load and save of a small model drowns what matters.
 transformers_logging.disable_progress_bar()
@@ -70,6 +70,14 @@ def make_model(mode: str, config: PreTrainedConfig, seed: int, label: str) -> nn
             return heads["token"](config)
         model = heads["sequence"](config)
         return SequenceRanker(model) if mode == "ranker" else model
+
+
+def fresh_trunk(spec: ModelSpec, vocab_size: int, seed: int, label: str) -> nn.Module:
+    """A backbone of ours without a head, whose weights are a function of seed and label."""
+    config = model_config(spec.architecture, spec.effective_attention, vocab_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(randomness.key(seed, f"{label} weights") % 2**63)
+        return AutoModel.from_config(config)
 
 
 def heads_of(mode: str, target_type: str = "score", num_classes: int = 3) -> dict[str, Any]:

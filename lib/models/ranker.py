@@ -1,9 +1,289 @@
-"""The candidate ranker: a score for each of the K candidates of one prompt."""
+"""The candidate ranker: one unbounded score for each of the K candidates of a prompt, which is read once for all K.
 
+Knows token ids, a Hugging Face trunk (any `AutoModel` that takes positions and a 4-D mask, with or without LoRA) and
+what it must be asked in its own way; knows no text, no labels and no loss.
+
+Shapes: N pools, K candidates, B rows, T tokens of a row, D width, M candidates that are present.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lib import randomness
+from lib.errors import BadConfig, BadData
+from lib.log import say
+from lib.models.packing import Packed, Pools, first_token_index, last_token_index, pack
+from lib.models.trunks import (
+    arguments_of,
+    attention_of,
+    is_causal_trunk,
+    position_offset,
+    why_not_packed,
+    width_of,
+)
+
+POOLINGS = ("last", "cls", "mean")
+HEADS = ("mlp", "linear")
+ATTENTIONS = ("prefix", "full")
+# Greatest relative difference of pooled vectors, packed and one by one, that rounding explains
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
+TOLERANCE_OF_HALF = 0.1
+CHECKED = 2  # pools of the first batch that both ways of scoring are compared on
+SMALL = 0.02  # first weights of the score: a new head starts close to "no opinion"
+
+
+class ScoreHead(nn.Module):
+    """One number per vector: Linear - GELU - Dropout - Linear, or one Linear.
+
+    The single layer has no bias, which could not change a ranking, so that stock classifiers can hold it.
+    """
+
+    def __init__(self, width: int, kind: str, dropout: float, seed: int):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(randomness.key(seed, "score head") % 2**63)
+            self.dense = nn.Linear(width, width) if kind == "mlp" else None
+            self.dropout = nn.Dropout(dropout)
+            self.out = nn.Linear(width, 1, bias=kind == "mlp")
+            nn.init.normal_(self.out.weight, std=SMALL)
+            if self.out.bias is not None:
+                nn.init.zeros_(self.out.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(...) scores of vectors (..., D), in the head's precision also under autocast."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            pooled = pooled.to(self.out.weight.dtype)
+            if self.dense is not None:
+                pooled = F.gelu(self.dense(pooled))
+            return self.out(self.dropout(pooled)).squeeze(-1)
 
 
 class CandidateRanker(nn.Module):
+    """Scores (N, K) of the candidates of N prompts.
+
+    With attention "prefix" the prompt sees only itself and every candidate the prompt and itself: a causal trunk is
+    used as it is, a bidirectional one as a prefix-LM, in training and afterwards. All candidates then stand in one
+    row behind their prompt, which gives the scores of one row each. "full" is for bidirectional trunks: every
+    candidate is read together with its own copy of the prompt, both ways.
+
+    Args:
+        trunk: a model with `last_hidden_state`, or peft's wrapping of one.
+        pooling: "last" token of the candidate, "cls" its first token (with "full": the first of the sequence, through
+            the trunk's own pooler where it has one), or the "mean" of the candidate's tokens.
+        head: "mlp" (two layers) or "linear" (one; what `export_classifier` takes).
+        seed: the head's first weights are a function of it.
+
+    Attributes:
+        is_causal: whether the trunk's tokens see only earlier ones.
+        packs: whether `forward` packs; None until the first call has compared both ways (`self_check`).
+        segments: whether candidates are the second segment of the trunk's token types, as in BERT.
+
+    Raises:
+        BadConfig: an unknown choice, or one that the trunk cannot serve.
+    """
+
+    def __init__(
+        self,
+        trunk: Any,
+        *,
+        pooling: str = "last",
+        head: str = "mlp",
+        head_dropout: float = 0.1,
+        attention: str = "prefix",
+        seed: int,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("pooling", pooling, POOLINGS), ("head", head, HEADS), ("attention", attention, ATTENTIONS),
+        ):  # fmt: skip
+            if value not in known:
+                raise BadConfig(f"ranker.{name} is {value!r}; it must be one of {', '.join(known)}")
+        self.trunk = trunk
+        self.pooling, self.head_kind, self.attention = pooling, head, attention
+        base = self.base
+        self.config = base.config
+        self.is_causal = is_causal_trunk(base)
+        if self.is_causal and attention == "full":
+            raise BadConfig(
+                "ranker.attention is full, but this trunk is causal: its tokens never see later ones; set it to prefix"
+            )
+        self.segments = getattr(base.config, "type_vocab_size", 0) >= 2 and not self.is_causal
+        self._accepted = arguments_of(base)
+        self._position_offset = position_offset(base)
+        self._pooler = pooling == "cls" and attention == "full" and getattr(base, "pooler", None) is not None
+        self.packs: bool | None = None if attention == "prefix" and self._may_pack() else False
+        self._window_said = False
+        first = next(base.parameters())
+        exact = torch.promote_types(first.dtype, torch.float32)
+        self.head = ScoreHead(width_of(base), head, head_dropout, seed).to(first.device, exact)
+
+    @property
+    def base(self) -> Any:
+        """The trunk without peft's wrapping."""
+        return self.trunk.get_base_model() if hasattr(self.trunk, "get_base_model") else self.trunk
+
+    def forward(self, pools: Pools) -> Tensor:
+        """(N, K) scores in float32 (float64 for a float64 trunk), -inf for absent candidates."""
+        return self._scores(self.features(pools), pools)
+
+    def score_packed(self, pools: Pools) -> Tensor:
+        """`forward`, with all candidates of a prompt in one row."""
+        return self._scores(self._packed_features(pack(pools)), pools)
+
+    def score_one_by_one(self, pools: Pools) -> Tensor:
+        """`forward`, with a row for every candidate behind its own copy of the prompt."""
+        return self._scores(self._separate_features(pools), pools)
+
+    def features(self, pools: Pools) -> Tensor:
+        """(N, K, D) pooled vectors; those of absent candidates are zero."""
+        if self.packs is False:
+            return self._separate_features(pools)
+        packed = pack(pools)
+        if self._beyond_window(packed):
+            return self._separate_features(pools)
+        if self.packs is None and bool((pools.present().sum(1) > 1).any()):
+            self.self_check(pools.rows(slice(0, CHECKED)))
+        return self._separate_features(pools) if self.packs is False else self._packed_features(packed)
+
+    @torch.no_grad()
+    def self_check(self, pools: Pools) -> float:
+        """Greatest difference of packed and one-by-one scores on some pools, in evaluation mode.
+
+        What decides is the pooled vectors, since a fresh head shows little of them: beyond rounding, the ranker says
+        so and scores one by one from then on. 0 for full attention, which is never packed.
+        """
+        if self.attention == "full":
+            return 0.0
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            # In full precision: else rounding would hide, or feign, what is looked for
+            with torch.autocast(next(self.parameters()).device.type, enabled=False):
+                packed, separate = self._packed_features(pack(pools)), self._separate_features(pools)
+                present = pools.present().to(packed.device)
+                apart = (self.head(packed) - self.head(separate))[present].abs().max()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        packed, separate = packed[present], separate[present]  # (M, D)
+        size = separate.norm(dim=-1).clamp_min(1e-12)
+        relative = float(((packed - separate).norm(dim=-1) / size).max())
+        tolerance = TOLERANCE.get(packed.dtype, TOLERANCE_OF_HALF)
+        self.packs = relative <= tolerance
+        if not self.packs:
+            say(
+                f"WARNING: {type(self.base).__name__} gives other states when candidates share a row: they differ by "
+                f"{relative:.1e} of their size, allowed is {tolerance:.0e}. Every candidate is scored in a row of its "
+                "own from now on: as exact, but several times slower"
+            )
+        return float(apart)
+
+    # --- the trunk ---------------------------------------------------------------------------------------------------
+
+    def _may_pack(self) -> bool:
+        """Whether the trunk takes packed rows; says so if it does not."""
+        problem = why_not_packed(self.base)
+        if problem is not None and not self.is_causal:
+            raise BadConfig(
+                f"{type(self.base).__name__} cannot be a prefix-LM: {problem}. Set ranker.attention to full"
+            )
+        if problem is not None:
+            say(
+                f"WARNING: {type(self.base).__name__} cannot share a row among candidates: {problem}. "
+                "They are scored one by one"
+            )
+        return problem is None
+
+    def _beyond_window(self, packed: Packed) -> bool:
+        """Whether the trunk's sliding attention would cut what our own mask does not."""
+        window = getattr(self.config, "sliding_window", None)
+        if window is None or packed.longest <= window:
+            return False
+        if not self.is_causal:
+            raise BadConfig(
+                f"prompt and candidate have {packed.longest} tokens, the trunk's sliding window {window}: as a "
+                "prefix-LM it would see further than it was made for. Set ranker.attention to full, or shorten them"
+            )
+        if not self._window_said:
+            say(
+                f"WARNING: prompt and candidate have {packed.longest} tokens, the trunk's sliding window {window}: "
+                "such pools are scored one by one"
+            )
+        self._window_said = True
+        return True
+
+    def _states(self, packed: Packed, ordinary: bool) -> Any:
+        """The trunk's output for rows of tokens.
+
+        `ordinary` rows hold one candidate and are read as anyone would read them: a mask of two dimensions, no
+        positions. The others get both from us.
+        """
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and packed.longest > limit - self._position_offset:
+            raise BadData(
+                f"prompt and candidate have {packed.longest} tokens together, but this trunk has "
+                f"{limit - self._position_offset} positions; lower the budgets for prompts and candidates"
+            )
+        arguments: dict[str, Any] = {"input_ids": packed.ids}
+        if self.segments and "token_type_ids" in self._accepted:
+            arguments["token_type_ids"] = (packed.owner > 0).long()
+        if "use_cache" in self._accepted:
+            arguments["use_cache"] = False
+        if ordinary:
+            arguments["attention_mask"] = (packed.owner >= 0).long()
+        else:
+            visible = packed.visible(self.is_causal)
+            arguments["attention_mask"] = (
+                visible if attention_of(self.base) == "sdpa" else self._additive(visible)
+            )
+            if "position_ids" in self._accepted:
+                arguments["position_ids"] = packed.positions + self._position_offset
+        return self.trunk(**arguments)
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        dtype = next(self.base.parameters()).dtype
+        none = torch.zeros((), dtype=dtype, device=visible.device)
+        return torch.where(visible, none, torch.finfo(dtype).min)
+
+    # --- from states to scores ---------------------------------------------------------------------------------------
+
+    def _packed_features(self, packed: Packed, ordinary: bool = False) -> Tensor:
+        """(B, K, D) pooled vectors of packed rows."""
+        packed = packed.to(next(self.base.parameters()).device)
+        output = self._states(packed, ordinary)
+        states, members = output.last_hidden_state, packed.members()  # (B, T, D), (B, K, T)
+        present = members.any(-1, keepdim=True)  # (B, K, 1)
+        if self.pooling == "mean":
+            weights = members.to(states.dtype)
+            return (weights @ states) / weights.sum(-1, keepdim=True).clamp_min(1)
+        if self._pooler:
+            return output.pooler_output.unsqueeze(1)
+        if self.pooling == "cls" and self.attention == "full":
+            return states[:, :1]
+        index = last_token_index(members) if self.pooling == "last" else first_token_index(members)  # (B, K)
+        row = torch.arange(len(index), device=index.device)[:, None]
+        return states[row, index].masked_fill(~present, 0.0)
+
+    def _separate_features(self, pools: Pools) -> Tensor:
+        """(N, K, D) pooled vectors, from one row per present candidate."""
+        ordinary = self.is_causal or self.attention == "full"
+        packed = pack(pools.separate())
+        if not ordinary:
+            self._beyond_window(packed)
+        found = self._packed_features(packed, ordinary)  # (M, 1, D)
+        present = pools.present().to(found.device)
+        features = found.new_zeros(*present.shape, found.shape[-1])
+        return features.index_put((present,), found.squeeze(1))
+
+    def _scores(self, features: Tensor, pools: Pools) -> Tensor:
+        absent = ~pools.present().to(features.device)
+        return self.head(features).masked_fill(absent, -torch.inf)
+
+
+class SequenceRanker(nn.Module):
     """An encoder with one unbounded score per sequence, over pools of candidates.
 
     `encoder` is any model whose forward gives `logits` (B, 1) for (B, T) ids. The text task has no prompt, so

@@ -1,6 +1,9 @@
 """The models that write and judge samples, loaded once for stage 06 and the benchmarks, and the rows they leave."""
 
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,16 +13,21 @@ from lib.artifacts import Stage
 from lib.config import Config
 from lib.diffusion.autoregressive import sample_autoregressively
 from lib.diffusion.calibration import Calibration
-from lib.diffusion.sampler import Sampler
+from lib.diffusion.policies import POLICIES
+from lib.diffusion.sampler import Sampler, Samples
+from lib.errors import BadData
 from lib.log import say
 from lib.models.build import load_model
 from lib.randomness import permutation
 from lib.report.best_of import best_of
 from lib.report.gather import Measured, starting_ids
+from lib.report.infilling import UNKNOWN, Start, read_infill_file
 from lib.report.quality import describe, lexicon
-from lib.report.table import best_of_table, results_table, sampling_table, winners_table
+from lib.report.table import best_of_table, infilling_table, results_table, sampling_table, winners_table
 from lib.tokenization import decode_batch, load_tokenizer
 from lib.training.data import Windows, select_split
+
+TRACED_SAMPLES = 2
 
 
 class Bench:
@@ -29,6 +37,7 @@ class Bench:
         self.stage, self.config, self.runtime = stage, config, runtime
         self.tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
         model = load_model(stage.folder_of("05_train_critic", "best_model")).to(runtime.device)
+        self.context = model.config.max_position_embeddings - 1
         self.sampler = Sampler(
             model,
             self.tokenizer.mask_token_id,
@@ -37,8 +46,8 @@ class Bench:
             config.sampler,
             config.seed,
             Calibration.load(stage.folder_of("05_train_critic", "calibration.json")),
+            self.context,
         )
-        self.context = model.config.max_position_embeddings - 1
         self.reference = self._load(lambda s: s.mode == "language_model" and s.split == "reference")
         self.autoregressive = self._load(
             lambda s: s.mode == "language_model" and s.attention == "causal" and s.split != "reference"
@@ -81,55 +90,86 @@ class Bench:
         ):
             rows = zip(batch["target"].to_pylist(), batch["split"].to_pylist(), strict=True)
             words |= lexicon(text for text, split in rows if split != "held_out")
-        return Windows(held_out, self.context, self.tokenizer.pad_token_id).tiled(), words
+        width = max(self.context, self.config.sampler.length or 0)  # as long as the samples
+        return Windows(held_out, width, self.tokenizer.pad_token_id).tiled(), words
 
-    def start(self):
-        """((B, T) ids, (B, T) free): masks everywhere, or the prompt or text of the config with its [MASK]s."""
-        row = starting_ids(self.config.sampler, self.tokenizer, self.context)
-        ids = np.tile(row, (self.config.sampler.num_samples, 1))
-        return ids, ids == self.tokenizer.mask_token_id
+    def starts(self) -> list[Start]:
+        """What samples are written from: masks everywhere, the config's prompt or text with [MASK]s, or its file."""
+        settings = self.config.sampler
+        if settings.infill_file:
+            starts = read_infill_file(Path(settings.infill_file), self.tokenizer, self.context)
+            if "oracle" in settings.policies:
+                _require_targets(starts)
+            return starts
+        row = starting_ids(settings, self.tokenizer, self.context)
+        ids = np.tile(row, (settings.num_samples, 1))
+        return [Start(ids, ids == self.tokenizer.mask_token_id, np.arange(len(ids)))]
 
-    def measure(self, ids, free):
-        return Measured.of(ids, free, self)
+    def write(self, starts: list[Start], policy: str, nfe: int, table: "Collected") -> None:
+        """The samples of one policy at one budget of passes, measured, into the table."""
+        begin = time.perf_counter()
+        made = [
+            self.sampler.sample(s.ids, s.free, s.number, POLICIES[policy], nfe, truth=s.truth) for s in starts
+        ]
+        seconds = time.perf_counter() - begin
+        passes = float(np.concatenate([m.passes for m in made]).mean())
+        row, measured = self._row(policy, nfe, passes, seconds, starts, [m.ids for m in made])
+        table.policies.append(row)
+        for start, samples, seen in zip(starts, made, measured, strict=True):
+            table.add_samples(policy, nfe, start, samples.ids, seen)
+        some = starts[0].first(TRACED_SAMPLES)
+        traced = self.sampler.sample(
+            some.ids, some.free, some.number, POLICIES[policy], nfe, trace=True, truth=some.truth
+        )
+        table.add_trace(policy, nfe, some.number, traced)
 
-    def best_of(self, ids, free, number) -> list[dict]:
+    def _row(self, name: str, nfe: int, passes: float, seconds: float, starts: list[Start], texts: list):
+        """(the line of the sampling table, what was measured of each start's samples)."""
+        parts = [Measured.of(ids, s.free, self, s.truth) for ids, s in zip(texts, starts, strict=True)]
+        all_of = Measured.joined(parts)
+        row = describe(name, nfe, passes, seconds, all_of.texts, self.words, all_of.nll, all_of.size)
+        return row | all_of.means(), parts
+
+    def best_of(self, start: Start) -> list[dict]:
         """What choosing the best of N samples gains, by each scorer; nothing without sampler.best_of or a measure."""
         settings = self.config.sampler
         if settings.best_of == 1 or self.reference is None:
             return []
         policy, nfe = settings.best_of_policy, max(settings.nfe)
-        return best_of(self, ids, free, number, policy, nfe, settings.best_of)
+        return best_of(self, start.ids, start.free, start.number, policy, nfe, settings.best_of)
 
-    def baselines(self, ids, free, number) -> list[dict]:
-        """The causal model's own samples, and real text of the same length."""
+    def baselines(self, starts: list[Start]) -> list[dict]:
+        """The causal model's own samples, and real text: of the same length, or what should have been filled in."""
         rows = []
-        special = sorted(set(self.tokenizer.all_special_ids))
         if self.autoregressive is not None:
             begin = time.perf_counter()
-            made = sample_autoregressively(
-                self.autoregressive, ids, free, number, self.tokenizer.cls_token_id, special,
-                self.config.sampler, self.runtime, self.config.seed,
-            )  # fmt: skip
+            made = [self._autoregressive_samples(s) for s in starts]
             seconds = time.perf_counter() - begin
-            measured = self.measure(made.ids, free)
-            row = describe(
-                "autoregressive",
-                made.nfe,
-                made.nfe,
-                seconds,
-                measured.texts,
-                self.words,
-                measured.nll,
-                measured.size,
+            passes = float(np.concatenate([m.passes for m in made]).mean())
+            rows.append(
+                self._row("autoregressive", round(passes), passes, seconds, starts, [m.ids for m in made])[0]
             )
-            rows.append(row | measured.means())
-        # As many texts as samples: the entropy of n-grams grows with their number
-        real = self.real_text(len(ids))[:, : ids.shape[1]]
-        if len(real):
-            measured = self.measure(real, np.ones_like(real, bool))
-            row = describe("real text", 0, 0, 0.0, measured.texts, self.words, measured.nll, measured.size)
-            rows.append(row | measured.means())
+        real = self._real_starts(starts)
+        if real:
+            rows.append(self._row("real text", 0, 0, 0.0, real, [s.ids for s in real])[0])
         return rows
+
+    def _autoregressive_samples(self, start: Start) -> Samples:
+        special = sorted(set(self.tokenizer.all_special_ids))
+        model: Any = self.autoregressive
+        return sample_autoregressively(
+            model, start.ids, start.free, start.number, self.tokenizer.cls_token_id, special, self.config.sampler,
+            self.runtime, self.config.seed, model.config.max_position_embeddings - 1,
+        )  # fmt: skip
+
+    def _real_starts(self, starts: list[Start]) -> list[Start]:
+        if starts[0].names is not None:
+            known = [s for s in starts if s.truth is not None and (s.truth != UNKNOWN).all()]
+            whole = len(known) == len(starts)
+            return [replace(s, ids=s.truth) for s in known if s.truth is not None] if whole else []
+        # As many texts as samples: the entropy of n-grams grows with their number
+        real = self.real_text(len(starts[0].ids))[:, : starts[0].ids.shape[1]]
+        return [Start(real, np.ones_like(real, bool), np.arange(len(real)))] if len(real) else []
 
     def real_text(self, count: int) -> np.ndarray:
         """(up to count, T) whole held-out windows, the same ones at every call."""
@@ -142,6 +182,8 @@ class Bench:
         for name, terms in self.winners.items():
             say("\n" + winners_table(name, terms))
         say("\n" + sampling_table(policies) + "\n")
+        if any(row["infill_accuracy"] for row in policies):
+            say(infilling_table(policies) + "\n")
         if chosen:
             say(best_of_table(chosen) + "\n")
 
@@ -154,13 +196,15 @@ class Collected:
         self._samples: list = []
         self._trace: list = []
 
-    def add_samples(self, policy: str, nfe: int, ids, free, measured) -> None:
+    def add_samples(self, policy: str, nfe: int, start: Start, ids: np.ndarray, measured: Measured) -> None:
+        free = start.free
         for i, row in enumerate(ids):
             self._samples.append(
                 {
                     "policy": policy,
                     "nfe": nfe,
-                    "sample_id": i,
+                    "sample_id": int(start.number[i]),
+                    "infill_id": None if start.names is None else start.names[i],
                     "text": measured.texts[i],
                     "token_ids": row.tolist(),
                     "given": (~free[i]).tolist(),
@@ -173,11 +217,11 @@ class Collected:
                 }
             )
 
-    def add_trace(self, policy: str, nfe: int, samples) -> None:
+    def add_trace(self, policy: str, nfe: int, numbers: np.ndarray, samples: Samples) -> None:
         for number, round_ in enumerate(samples.rounds):
-            for i in range(len(round_.ids)):
+            for i, sample in enumerate(numbers):
                 tokens, events = round_.ids[i].tolist(), round_.events[i].tolist()
-                key = {"policy": policy, "nfe": nfe, "sample_id": i, "iteration": number}
+                key = {"policy": policy, "nfe": nfe, "sample_id": int(sample), "iteration": number}
                 self._trace.append(key | {"token_ids": tokens, "events": events})
 
     def samples(self):
@@ -189,3 +233,18 @@ class Collected:
 
 def as_table(rows: list[dict], table_schema: schema.TableSchema) -> pa.Table:
     return pa.Table.from_pylist(rows, table_schema.arrow)
+
+
+def _require_targets(starts: list[Start]) -> None:
+    without = [
+        name
+        for s in starts
+        for name, row in zip(s.names or [], s.truth if s.truth is not None else [], strict=True)
+        if (row == UNKNOWN).all()
+    ]
+    if without:
+        shown = ", ".join(without[:10])
+        raise BadData(
+            f"the policy oracle must know the right text, but {len(without)} rows of sampler.infill_file have no "
+            f"target: {shown}; give them one, or leave oracle out of sampler.policies"
+        )

@@ -17,7 +17,7 @@ class ReportData:
         policies: one entry per policy and NFE: {"policy", "nfe", "passes", "samples", "seconds",
             "reference_nll": {"value", "low", "high"} or None (nats per character), "character_entropy",
             "fourgram_entropy", "valid_words": {"value", "low", "high"}, "judge_score" or None,
-            "critic_error" or None}; the row of policy "real text" is held-out text, "autoregressive" the causal model.
+            "critic_error" or None, "infill_accuracy": an estimate where texts with a known answer were filled}; the row of policy "real text" is held-out text, "autoregressive" the causal model.
         samples: schema.SAMPLES; trace: schema.TRACE (a few samples per policy).
         token_text: token id -> its characters, special ones by name.
         mask_id: the mask's id.

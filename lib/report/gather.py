@@ -1,17 +1,20 @@
 """From a run's stages to what the report and the sampling table show."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from lib import metrics
 from lib.artifacts import STAGES, Stage, load_manifest
 from lib.config import Config
+from lib.diffusion.blocks import blocks_of
 from lib.errors import BadConfig
 from lib.report.data import ReportData
+from lib.report.infilling import UNKNOWN
 from lib.report.quality import reference_nll, sequence_scores
 from lib.sections import SamplerConfig
 from lib.tasks import get_task
@@ -22,8 +25,7 @@ from lib.training.objectives.base import chunks
 def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.ndarray:
     """(T,) ids to start from: all masks, a prompt followed by masks, or a text with its [MASK]s."""
     length = settings.length or context
-    if length > context:
-        raise BadConfig(f"sampler.length is {length}, but the generator reads at most {context} tokens")
+    blocks_of(length, settings.block_tokens, context)  # refuses what cannot be written
     if settings.infill:
         row = np.asarray(encode_with_masks(tokenizer, settings.infill))
         if not (row == tokenizer.mask_token_id).any():
@@ -48,31 +50,54 @@ def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.nd
 
 @dataclass
 class Measured:
-    """Samples with what the judges say of them."""
+    """Samples with what the judges say of them, of one length or several."""
 
     texts: list[str]
     size: np.ndarray  # (B,) characters written
     nll: np.ndarray | None  # (B,) nats of the written tokens under the reference model
-    errors: np.ndarray  # (B, T) calibrated chance of error
+    errors: list[np.ndarray]  # (T,) each: calibrated chance of error
     judged: np.ndarray | None  # (B,) the judge's score
-    free: np.ndarray
+    free: list[np.ndarray]  # (T,) each
+    hits: np.ndarray | None  # (B,) written tokens that are the target's
+    known: np.ndarray | None  # (B,) written tokens that have a target
 
     @classmethod
-    def of(cls, ids: np.ndarray, free: np.ndarray, bench: Any) -> "Measured":
+    def of(cls, ids: np.ndarray, free: np.ndarray, bench: Any, truth: np.ndarray | None = None) -> "Measured":
         tokenizer, runtime = bench.tokenizer, bench.runtime
         texts, cls_id = decode_batch(tokenizer, ids), tokenizer.cls_token_id
         written = decode_batch(tokenizer, [row[f] for row, f in zip(ids, free, strict=True)])
         nll = None
         if bench.reference is not None:
             nll = reference_nll(bench.reference, runtime, ids, free, cls_id)
-        errors = np.concatenate([bench.sampler.critic_error(ids[p]) for p in chunks(len(ids), 64)])
+        errors = [row for p in chunks(len(ids), 64) for row in bench.sampler.critic_error(ids[p])]
         judged = None if bench.judge is None else sequence_scores(bench.judge, runtime, ids, cls_id)
-        return cls(texts, np.array([len(t) for t in written], float), nll, errors, judged, free)
+        hits = known = None
+        if truth is not None:
+            hits, known = (free & (ids == truth)).sum(1), (free & (truth != UNKNOWN)).sum(1)
+        size = np.array([len(t) for t in written], float)
+        return cls(texts, size, nll, errors, judged, list(free), hits, known)
 
-    def means(self) -> dict[str, float | None]:
+    @classmethod
+    def joined(cls, parts: list["Measured"]) -> "Measured":
+        """Those of several lengths as one."""
+
+        def together(name: str) -> Any:
+            values = [getattr(p, name) for p in parts]
+            if isinstance(values[0], list):
+                return [v for value in values for v in value]
+            return None if values[0] is None else np.concatenate(values)
+
+        return cls(*(together(f.name) for f in fields(cls)))
+
+    def means(self) -> dict[str, Any]:
+        accuracy = None
+        if self.hits is not None and self.known is not None and self.known.any():
+            accuracy = metrics.ratio(self.hits, self.known)._asdict()
+        written = [e[f] for e, f in zip(self.errors, self.free, strict=True)]
         return {
             "judge_score": None if self.judged is None else float(self.judged.mean()),
-            "critic_error": float(self.errors[self.free].mean()),
+            "critic_error": float(np.concatenate(written).mean()),
+            "infill_accuracy": accuracy,
         }
 
 

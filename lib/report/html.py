@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lib.report import plots
 from lib.report.data import ReportData
+from lib.report.table import BANDS_HEAD, bands_cells, passes_text
 from lib.report.trace import heat_map, trace_section
 
 STYLE = Path(__file__).with_name("report.css")
@@ -16,13 +17,14 @@ def build_report(data: ReportData) -> str:
     """The whole page. All text of the run is escaped: it may hold anything."""
     sections = [
         _header(data),
-        _section("Models", "Each trained model beside what doing nothing clever gives. The 95 % interval must lie on the good side.", _results(data.results)),
+        _section("Models", "Each trained model beside what doing nothing clever gives. The 95 % interval must lie on the good side.", results_html(data.results)),
         _section("What the ranker chooses", "Mean of each reward term over held-out examples: of the candidate it puts first, of a random one, of the best one.", _winners(data)),
         _section("Sampling", "Every policy wrote the same numbered samples with about as many forward passes. A low NLL counts only beside an entropy like real text's: dull text is likely too.", _policies(data.policies)),
+        *_infilling(data.policies),
         _section("Samples", "The same sample numbers under each policy; given text is underlined.", _samples(data)),
         _section("How a sample came about", "A row is a round, a column a token. Step through the rounds to see what was written and taken back.", trace_section(data)),
         _section("What the critic suspects", "The redder a token, the likelier the critic holds it for an error; hover for the number.", heat_map(data, SAMPLES_SHOWN)),
-        _section("The critic against the generator's own confidence", "AUROC: chance that a wrong token is more suspected than a right one. ECE: how far stated chances are from what happened.", _critic(data)),
+        _section("The critic against the generator's own confidence", "AUROC: chance that a wrong token is more suspected than a right one. ECE and Brier: how far stated chances are from what happened. Below, the same by how much of the text was masked before the critic read it (filled), or still is (partial).", _critic(data)),
         _section("Learning", "Training loss and the held-out number that chose the best model.", _curves(data)),
         _section("Synthetic text", "How much of each rewritten candidate a masked LM wrote.", _synthetic(data)),
         _section("Stages", "What ran, how long, and with which settings.", _stages(data)),
@@ -30,9 +32,9 @@ def build_report(data: ReportData) -> str:
     return page(f"Remask: {data.run}", "\n".join(sections))
 
 
-def page(title: str, body: str) -> str:
+def page(title: str, body: str, more_style: str = "") -> str:
     """A whole HTML file around a body that is HTML already."""
-    style, script = STYLE.read_text(encoding="utf-8"), SCRIPT.read_text(encoding="utf-8")
+    style, script = STYLE.read_text(encoding="utf-8") + more_style, SCRIPT.read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -74,7 +76,7 @@ def _interval(value: dict | None, percent: bool = False) -> list[str]:
     return [f(value["value"]), f'<span class="interval">{f(value["low"])} – {f(value["high"])}</span>']
 
 
-def _results(rows: list[dict]) -> str:
+def results_html(rows: list[dict]) -> str:
     if not rows:
         return "<p>No model was judged.</p>"
     lines = [
@@ -105,7 +107,7 @@ def _policies(rows: list[dict]) -> str:
     for r in rows:
         judged = "–" if r["judge_score"] is None else f"{r['judge_score']:.3f}"
         lines.append(
-            [escape(r["policy"]), str(r["passes"] or "–"), f"{r['seconds']:.1f}" if r["seconds"] else "–",
+            [escape(r["policy"]), passes_text(r["passes"]) or "–", f"{r['seconds']:.1f}" if r["seconds"] else "–",
              *_interval(r["reference_nll"]), f"{r['character_entropy']:.3f}", f"{r['fourgram_entropy']:.3f}",
              *_interval(r["valid_words"], percent=True), judged]
         )  # fmt: skip
@@ -116,6 +118,18 @@ def _policies(rows: list[dict]) -> str:
         "" if picture else "<p>No model was trained on the reference split, so no likelihood is shown.</p>"
     )
     return table(head, lines, classes) + picture + missing
+
+
+def _infilling(rows: list[dict]) -> list[str]:
+    """A section of its own, where texts with a known answer were filled."""
+    filled = [r for r in rows if r.get("infill_accuracy")]
+    lines = [
+        [escape(r["policy"]), passes_text(r["passes"]) or "–", *_interval(r["infill_accuracy"], percent=True)]
+        for r in filled
+    ]
+    hint = "Share of the filled tokens that are exactly the target's. The oracle takes back what is wrong, and only that."
+    body = table(["policy", "passes (NFE)", "right tokens", "95 % interval"], lines)
+    return [_section("Infilling", hint, body)] if filled else []
 
 
 def _samples(data: ReportData) -> str:
@@ -148,12 +162,19 @@ def _critic(data: ReportData) -> str:
     if "detection" not in stats:
         return "<p>No critic was trained.</p>"
     lines = [
-        [escape(name), *_interval(d["auroc"]), f"{d['average_precision']:.3f}", f"{d['ece']:.3f}"]
+        [
+            escape(name),
+            *_interval(d["auroc"]),
+            f"{d['average_precision']:.3f}",
+            f"{d['ece']:.3f}",
+            f"{d['brier']:.3f}",
+        ]
         for name, d in stats["detection"].items()
     ]
-    detection = table(["score", "AUROC", "95 % interval", "average precision", "ECE"], lines)
+    head = ["score", "AUROC", "95 % interval", "average precision", "ECE", "Brier"]
     ece = stats["detection"]["critic_calibrated"]["ece"]
-    return detection + plots.reliability(stats["reliability"], ece)
+    bands = [[escape(cell) for cell in bands_cells(row)] for row in stats["bands"]]
+    return table(head, lines) + plots.reliability(stats["reliability"], ece) + table(list(BANDS_HEAD), bands)
 
 
 def _curves(data: ReportData) -> str:

@@ -4,6 +4,8 @@ import io
 import math
 from typing import Any
 
+from lib.report.table import passes_text
+
 # Okabe and Ito's palette, with a line style and a marker each, so that no colour carries a meaning alone.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
@@ -84,13 +86,37 @@ def policies(rows: list[dict]) -> str:
         color = PALETTE[i % len(PALETTE)]
         error = [[nll["value"] - nll["low"]], [nll["high"] - nll["value"]]]
         axes.errorbar(row["fourgram_entropy"], nll["value"], yerr=error, color=color, marker=MARKERS[i % len(MARKERS)], markersize=6, capsize=2, linewidth=1)  # fmt: skip
-        label = row["policy"] + (f", {row['passes']}" if row["passes"] else "")
+        label = row["policy"] + (f", {passes_text(row['passes'])}" if row["passes"] else "")
         axes.annotate(label, (row["fourgram_entropy"], nll["value"]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)  # fmt: skip
     axes.set(
         xlabel="4-gram entropy, nats (more is more varied)",
         ylabel="NLL under the reference model, nats per character",
     )
     axes.margins(0.15)
+    return _svg(figure)
+
+
+def pareto(panels: dict[str, dict[str, list[tuple[float, float]]]], x_label: str, y_label: str) -> str:
+    """Panel title -> line name -> points, joined in the order of x; a line of one point is a mark alone.
+
+    A line keeps its colour, dashes and marker in all panels, and no two lines share more than one of them.
+    """
+    columns = max(1, len(panels))
+    figure = _figure(3.6 * columns + 1.4, 3.6)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axes, (title, lines) in zip(figure.subplots(1, columns, squeeze=False, sharey=True).flat, panels.items(), strict=False):  # fmt: skip
+        for name, points in lines.items():
+            i = names.index(name)
+            x, y = zip(*sorted(points), strict=True)
+            axes.plot(x, y, label=name, color=PALETTE[i % 7], linestyle=DASHES[(i + i // 7) % 7],
+                      marker=MARKERS[(i + 2 * (i // 7)) % 7], markersize=5, linewidth=1.2)  # fmt: skip
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel(x_label)
+    figure.axes[0].set_ylabel(y_label)
+    handles = {}
+    for axes in figure.axes:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
     return _svg(figure)
 
 

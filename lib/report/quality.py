@@ -4,6 +4,7 @@ A likelihood alone can be gamed by dull text, so the entropies stand beside it (
 """
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,22 +22,35 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 def reference_nll(
     model: nn.Module, runtime: Runtime, ids: np.ndarray, counted: np.ndarray, cls_id: int
 ) -> np.ndarray:
-    """(B,) nats of the counted tokens of each text under a causal model, every token given all before it."""
-    sums = []
+    """(B,) nats of the counted tokens of each text under a causal model, every token given all before it.
+
+    A text longer than the model's context is read in consecutive windows, and nothing crosses a window.
+    """
+    sums = np.zeros(len(ids))
     for part in chunks(len(ids), 64):
-        nll, _ = causal_nll(model, runtime, ids[part], np.ones_like(counted[part]), cls_id)
-        sums.append((nll.cpu().numpy() * counted[part]).sum(1))
-    return np.concatenate(sums)
+        for seen in _windows(model, ids):
+            here, valid = ids[part, seen], np.ones_like(counted[part, seen])
+            nll, _ = causal_nll(model, runtime, here, valid, cls_id)
+            sums[part] += (nll.cpu().numpy() * counted[part, seen]).sum(1)
+    return sums
 
 
 @torch.no_grad()
 def sequence_scores(model: nn.Module, runtime: Runtime, ids: np.ndarray, cls_id: int) -> np.ndarray:
-    """(B,) what a judge or ranker gives each whole text, [CLS] in front."""
-    scores = []
+    """(B,) what a judge or ranker gives each whole text, [CLS] in front; the mean over windows of a longer one."""
+    scores = np.zeros(len(ids))
     for part in chunks(len(ids), 64):
-        front = with_cls(ids[part], np.ones_like(ids[part], bool), cls_id)
-        scores.append(forward(model, runtime, *front).logits.float().squeeze(-1).cpu().numpy())
-    return np.concatenate(scores)
+        for seen in _windows(model, ids):
+            here = ids[part, seen]
+            front = with_cls(here, np.ones_like(here, bool), cls_id)
+            found = forward(model, runtime, *front).logits.float().squeeze(-1).cpu().numpy()
+            scores[part] += found * (here.shape[1] / ids.shape[1])
+    return scores
+
+
+def _windows(model: Any, ids: np.ndarray) -> list[slice]:
+    width = model.config.max_position_embeddings - 1  # [CLS] stands in front
+    return [slice(start, start + width) for start in range(0, ids.shape[1], width)]
 
 
 def lexicon(texts) -> set[str]:
@@ -59,7 +73,7 @@ def characters(texts: list[str]) -> list[np.ndarray]:
     return [np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) for text in texts]
 
 
-def describe(policy: str, nfe: int, passes: int, seconds: float, texts: list[str], known: set[str],
+def describe(policy: str, nfe: int, passes: float, seconds: float, texts: list[str], known: set[str],
              nll: np.ndarray | None, counted_characters: np.ndarray) -> dict:  # fmt: skip
     """One row of the sampling table. `nll`: nats per text, over `counted_characters` of it."""
     codes = characters(texts)

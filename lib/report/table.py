@@ -43,7 +43,7 @@ def _is_number(text: str) -> bool:
 
 def detection_table(detection: dict[str, dict]) -> str:
     """How well each score tells wrong tokens from right ones."""
-    lines = [("error detection", "AUROC", "95 % interval", "average precision", "ECE")]
+    lines = [("error detection", "AUROC", "95 % interval", "average precision", "ECE", "Brier")]
     for name, found in detection.items():
         auroc = found["auroc"]
         lines.append(
@@ -53,9 +53,25 @@ def detection_table(detection: dict[str, dict]) -> str:
                 f"{auroc['low']:.3f} .. {auroc['high']:.3f}",
                 f"{found['average_precision']:.3f}",
                 f"{found['ece']:.3f}",
+                f"{found['brier']:.3f}",
             )
         )
     return aligned(lines)
+
+
+BANDS_HEAD = ("calibration", "masked share", "tokens", "wrong", "ECE raw", "one curve", "by band", "Brier raw", "one curve", "by band")  # fmt: skip
+
+
+def bands_cells(row: dict) -> tuple[str, ...]:
+    """A band of the masked share as text: how honest the critic is, raw, with one curve for all, with curves by band."""
+    kinds = ("raw", "one_curve", "by_band")
+    numbers = [f"{row[f'{measure}_{kind}']:.3f}" for measure in ("ece", "brier") for kind in kinds]
+    share = f"{row['low']:.2f} to {row['high']:.2f}" + ("" if row["own"] else " (no curve of its own)")
+    return (row["reading"], share, f"{row['tokens']:,}", f"{row['error_rate']:.1%}", *numbers)
+
+
+def bands_table(rows: list[dict]) -> str:
+    return aligned([BANDS_HEAD, *(bands_cells(row) for row in rows)])
 
 
 def winners_table(ranker: str, terms: dict[str, dict[str, float]]) -> str:
@@ -87,7 +103,7 @@ def sampling_table(policies: list[dict]) -> str:
         lines.append(
             (
                 row["policy"],
-                str(row["passes"]) if row["passes"] else "-",
+                passes_text(row["passes"]) or "-",
                 f"{row['seconds']:.1f}" if row["seconds"] else "-",
                 f"{nll['value']:.3f}" if nll else "-",
                 f"{nll['low']:.3f} .. {nll['high']:.3f}" if nll else "-",
@@ -97,3 +113,21 @@ def sampling_table(policies: list[dict]) -> str:
             )
         )
     return aligned(lines)
+
+
+def infilling_table(policies: list[dict]) -> str:
+    """Share of the filled tokens that are the target's, per policy and budget."""
+    lines: list[tuple[str, ...]] = [("infilling", "NFE", "right tokens", "95 % interval")]
+    for row in policies:
+        found = row["infill_accuracy"]
+        if found is not None:
+            interval = f"{found['low']:.1%} .. {found['high']:.1%}"
+            lines.append(
+                (row["policy"], passes_text(row["passes"]) or "-", f"{found['value']:.1%}", interval)
+            )
+    return aligned(lines)
+
+
+def passes_text(passes: float) -> str:
+    """`32`, or `12.4` where samples finished early; nothing for none."""
+    return f"{passes:.1f}".removesuffix(".0") if passes else ""

@@ -9,12 +9,19 @@ It has these functions:
                                           documents can be gone over more than once
     candidates(examples, context)      -> a table of schema.CANDIDATES for these examples  (stage 02)
     rewards(config, candidates)        -> (rewards in [0, 1], {name of term: values})      (stage 03)
-    explain(row)                       -> a few words about one result row, for the report (optional)
+
+and may have these:
+
+    plan_candidates(tables, context)   -> what `candidates` needs to know of all examples first, kept in `context.plan`;
+                                          the tables can be gone over more than once
+    review_candidates(context)         -> (figures for the manifest, table of schema.BASELINES or None), when all are made;
+                                          raises BadData when they must not be used
+    explain(row)                       -> a few words about one result row, for the report
 """
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -65,6 +72,8 @@ class Example:
     split: str
     group: str
     continues: bool = False
+    record: str | None = None
+    tags: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,15 @@ class Dropped:
 class CandidateContext:
     """What stage 02 lends a task: the tokenizer, keyed noise, and masked LMs where the config asks for them.
 
-    `engines` holds one masked LM, or one per fold when cross-fitting; it is empty for other sources.
+    `engines` holds one masked LM, or one per fold when cross-fitting; it is empty for other sources. `dropped` takes
+    the examples for which there are no candidates, with the reason.
     """
 
     config: Config
     tokenizer: Any
     engines: "list[MaskedLMEngine]"
+    plan: Any = None
+    dropped: list[Dropped] = field(default_factory=list)
 
     @property
     def seed(self) -> int:

@@ -40,6 +40,8 @@ class Objective(Protocol):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]: ...
 
+    # An objective that remembers more than the step also has state() -> dict[str, Tensor] and load_state(dict)
+
 
 @dataclass
 class Result:
@@ -243,6 +245,7 @@ class _Run:
             "weights": {n: p for n, p in self.optimizer.parameters.items()},
             "mean": self.mean,
             "optimizer": self.optimizer.state(),
+            "objective": self.objective.state() if hasattr(self.objective, "state") else {},
         }
         state = {**vars(self.state), "fence": self.runtime.fence()}
         checkpoint.save(self.folder, {k: v for k, v in tensors.items() if v}, state)
@@ -264,6 +267,8 @@ class _Run:
             for name, value in tensors.get("mean", {}).items():
                 self.mean[name].copy_(value)
         self.optimizer.load_state(tensors.get("optimizer", {}))
+        if hasattr(self.objective, "load_state"):
+            self.objective.load_state(tensors.get("objective", {}))
         if self.metrics_file.exists():
             os.truncate(self.metrics_file, self.state.metrics_bytes)
         say(f"{self.label}: continuing from step {self.state.step}")

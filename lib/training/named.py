@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ from lib.artifacts import plain
 from lib.config import Config
 from lib.errors import BadConfig, BadData
 from lib.log import say
-from lib.models.build import heads_of, load_model, save_model, start_model
-from lib.models.ranker import SequenceRanker
+from lib.models.build import fresh_trunk, heads_of, load_model, save_model, start_model
+from lib.models.ranker import CandidateRanker, SequenceRanker
+from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, save_ranker, with_lora
 from lib.runtime import Runtime
 from lib.sections import ModelSpec
 from lib.tokenization import newline_ids
 from lib.training.data import Sequences, Windows, pools
 from lib.training.loop import train
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
+from lib.training.objectives.pool_choice import PoolChoice, PoolReader
 from lib.training.objectives.ranker import BestCandidate
 from lib.training.objectives.sequence_scorer import SequenceClasses, SequenceScore
 from lib.training.objectives.token_classifier import TokenClasses
+from lib.training.pool_table import PoolTable
 
 RECORD = "training_manifest.json"
 
@@ -43,6 +47,7 @@ class Materials:
     Attributes:
         read_examples: split -> table of schema.EXAMPLES.
         read_candidates: split -> candidates joined with their rewards and their example's group.
+        read_baselines: table of schema.BASELINES, None where stage 02 wrote none.
     """
 
     config: Config
@@ -50,6 +55,7 @@ class Materials:
     runtime: Runtime
     read_examples: Callable[[str], pa.Table]
     read_candidates: Callable[[str], pa.Table]
+    read_baselines: Callable[[], pa.Table | None] = lambda: None
     _kept: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     def examples(self, split: str) -> pa.Table:
@@ -58,12 +64,47 @@ class Materials:
     def candidates(self, split: str) -> pa.Table:
         return self._get("candidates", split, self.read_candidates)
 
+    @cached_property
+    def have_prompts(self) -> bool:
+        """Whether there is something to read before the candidates."""
+        return any(self.examples("held_out")["prompt"].to_pylist())
+
+    def pools(self, split: str) -> PoolTable:
+        """The candidates of a split as pools. Raises BadData when there are none to choose between."""
+        return PoolTable.of(self.candidates(split), self.examples(split), self.read_baselines())
+
+    def pools_for_selection(self) -> PoolTable:
+        """Those of the split `selection`; without one, the held-out ones."""
+        try:
+            return self.pools("selection")
+        except BadData:
+            return self.pools("held_out")
+
     def _get(self, kind: str, split: str, read: Callable[[str], pa.Table]) -> pa.Table:
         if (kind, split) not in self._kept:
             self._kept[kind, split] = read(split)
             if not self._kept[kind, split].num_rows:
                 raise BadData(f"there are no {kind} in split '{split}'; check data.fractions")
         return self._kept[kind, split]
+
+
+@dataclass
+class Recipe:
+    """A model on its way to being trained.
+
+    Attributes:
+        save: (model, folder) writes what `load` reads.
+        load: folder -> the trained model.
+        transfer: which tensors came from where.
+        facts: what else its record says.
+    """
+
+    model: nn.Module
+    objective: Any
+    save: Callable[[nn.Module, Path], None]
+    load: Callable[[Path], nn.Module]
+    transfer: dict[str, Any]
+    facts: dict[str, Any]
 
 
 def train_named(
@@ -78,7 +119,43 @@ def train_named(
     if record_file.exists():
         say(f"{name}: already trained")
         return json.loads(record_file.read_text(encoding="utf-8"))
-    config, tokenizer, runtime = materials.config, materials.tokenizer, materials.runtime
+    with_prompts = spec.mode == "ranker" and materials.have_prompts
+    recipe = (ranker_recipe if with_prompts else model_recipe)(name, spec, materials, folder, start)
+    result = train(
+        recipe.model,
+        recipe.objective,
+        spec.training,
+        materials.runtime,
+        folder,
+        seed=materials.config.seed,
+        label=name,
+        save=recipe.save,
+    )
+    best: Any = recipe.load(folder / "best_model").to(materials.runtime.device).eval()
+    with torch.no_grad():
+        values, rows = recipe.objective.report(best)
+    record = {
+        "name": name,
+        "mode": spec.mode,
+        "parameters": sum(p.numel() for p in best.parameters()),
+        "learning_parameters": sum(p.numel() for p in recipe.model.parameters() if p.requires_grad),
+        "transfer": recipe.transfer,
+        **recipe.facts,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "selection": recipe.objective.selection,
+        "held_out": values,
+        "table": [row.as_dict() for row in rows],
+    }
+    durable.write_json(record_file, plain(record))
+    return record
+
+
+def model_recipe(
+    name: str, spec: ModelSpec, materials: Materials, folder: Path, start: Path | None
+) -> Recipe:
+    """Any mode over the run's own tokens."""
+    config, tokenizer = materials.config, materials.tokenizer
     if spec.attention != spec.effective_attention:
         say(f"{name}: {spec.mode} reads both ways; attention is bidirectional, not {spec.attention}")
     model, transfer = start_model(
@@ -94,35 +171,82 @@ def train_named(
     if start is not None:
         say(f"{name}: {len(transfer.loaded)} tensors from {os.path.relpath(start)}; "
             f"left out: {transfer.dropped or 'none'}; new: {transfer.created or 'none'}")  # fmt: skip
-    objective = make_objective(name, spec, materials, context=_context_of(model))
-    result = train(
+
+    def load(path: Path) -> nn.Module:
+        return SequenceRanker(load_model(path)) if spec.mode == "ranker" else load_model(path)
+
+    return Recipe(
+        model,
+        make_objective(name, spec, materials, context=_context_of(model)),
+        save=lambda m, path: save_model(m, path, tokenizer),
+        load=load,
+        transfer=transfer.as_dict() | {"start": _relative(transfer.start, folder)},
+        facts={"attention": spec.effective_attention},
+    )
+
+
+def ranker_recipe(
+    name: str, spec: ModelSpec, materials: Materials, folder: Path, start: Path | None
+) -> Recipe:
+    """A ranker that reads a prompt and its candidates, as the section `ranker` says."""
+    config, settings = materials.config, materials.config.ranker
+    model, tokenizer, origin = start_ranker(name, spec, config, materials.tokenizer, start)
+    train_pools, selection = materials.pools(spec.split), materials.pools_for_selection()
+    size = train_pools.present.shape[1]
+    if size != config.candidates.per_example:
+        raise BadConfig(
+            f"candidates.per_example is {config.candidates.per_example}, but stage 02 made pools of {size}; set it to "
+            f"{size}, or run 02_generate_candidates.py --overwrite and the stages after it"
+        )
+    for split, table in ((spec.split, train_pools), ("selection", selection)):
+        if table.skipped:
+            say(f"{name}: {table.skipped} pools in {split} have equal rewards; they are skipped")
+    reader = PoolReader(tokenizer, settings, materials.runtime, blind=spec.blind)
+    objective = PoolChoice(
+        name, train_pools, selection, materials.pools("held_out"), reader, config.seed,
+        spec.training.evaluation_examples,
+    )  # fmt: skip
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{name}: {learning:,} of {sum(p.numel() for p in model.parameters()):,} weights learn; {origin}")
+    return Recipe(
         model,
         objective,
-        spec.training,
-        runtime,
-        folder,
-        seed=config.seed,
-        label=name,
-        save=lambda m, path: save_model(m, path, tokenizer),
+        save=lambda m, path: save_ranker(m, path, tokenizer),
+        load=lambda path: load_ranker(path)[0],
+        transfer={"start": origin},
+        facts={"attention": settings.attention, "pooling": settings.pooling, "blind": spec.blind},
     )
-    best = load_model(folder / "best_model")
-    best = (SequenceRanker(best) if spec.mode == "ranker" else best).to(runtime.device).eval()
-    with torch.no_grad():
-        values, rows = objective.report(best)
-    record = {
-        "name": name,
-        "mode": spec.mode,
-        "attention": spec.effective_attention,
-        "parameters": sum(p.numel() for p in best.parameters()),
-        "transfer": transfer.as_dict() | {"start": _relative(transfer.start, folder)},
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "selection": objective.selection,
-        "held_out": values,
-        "table": [row.as_dict() for row in rows],
-    }
-    durable.write_json(record_file, plain(record))
-    return record
+
+
+def start_ranker(name: str, spec: ModelSpec, config: Config, run_tokenizer: Any, start: Path | None):
+    """(ranker, its tokenizer, where it comes from).
+
+    From `start`: a trained ranker goes on as it is; another model of ours lends its trunk. Otherwise from the
+    configured encoder, or a fresh backbone of ours.
+    """
+    settings = config.ranker
+    if start is not None and (start / RANKER_FILE).exists():
+        model, tokenizer = load_ranker(start, learning=True)
+        return model, tokenizer, f"ranker in {os.path.relpath(start)}"
+    if start is not None:
+        trunk, tokenizer = open_encoder(str(start))
+        origin = f"trunk of {os.path.relpath(start)}"
+    elif settings.encoder is not None:
+        trunk, tokenizer = open_encoder(settings.encoder)
+        origin = settings.encoder
+    else:
+        trunk, tokenizer = fresh_trunk(spec, len(run_tokenizer), config.seed, name), run_tokenizer
+        origin = "scratch"
+    if settings.adapter == "lora":
+        lora = settings.lora
+        trunk = with_lora(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, seed=config.seed)
+    elif settings.embeddings == "frozen":
+        trunk.get_input_embeddings().requires_grad_(False)
+    model = CandidateRanker(
+        trunk, pooling=settings.pooling, head=settings.head, head_dropout=settings.head_dropout,
+        attention=settings.attention, seed=config.seed,
+    )  # fmt: skip
+    return model, tokenizer, origin
 
 
 def _relative(start: str, folder: Path) -> str:

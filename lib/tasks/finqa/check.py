@@ -50,7 +50,7 @@ from lib.tasks.finqa.pages import BUILTIN, builtin_records
 from lib.tasks.finqa.program import ProgramError, execute, parse
 from lib.tasks.finqa.record import MALFORMED, NOT_JSON, UNREADABLE, Record, find_files, read_records
 
-# Kept, these would make training or its evaluation wrong: each is an error unless `drop` names it
+# Kept, these would make training or its evaluation wrong: each is an error unless finqa.drop names it
 HARMFUL = frozenset(
     {
         UNREADABLE,
@@ -89,7 +89,6 @@ HARMLESS = frozenset(
     }
 )
 DROPPABLE = (HARMFUL | HARMLESS) - {"no records"}
-DROP = frozenset({"missing program", "program cannot run", "wrong exe_ans"})
 
 _YES_NO = re.compile(r"\b(yes|no)\b")
 MOST_NUMBERS = 3  # in a written answer; a longer one is a paragraph, and some number of it fits by chance
@@ -104,17 +103,18 @@ def sources(config: Config) -> list[Path]:
     return [path for path in find_files(config.data.path) if os.access(path, os.R_OK)]
 
 
-def check(config: Config, drop: frozenset[str] = DROP) -> Iterator[Document | Problem]:
+def check(config: Config) -> Iterator[Document | Problem]:
     """The records that are fit, and every problem.
 
-    A record is left out for a problem whose kind is in `drop`, which is then a warning, and for errors. Errors
+    A record is left out for a problem whose kind is in `finqa.drop`, which is then a warning, and for errors. Errors
     are what would make training wrong; see HARMFUL. Of a page in two splits it is the training side that has
     the problem: dropping it leaves the evaluation as it was published.
 
     Raises BadConfig for an unknown kind, MissingInput when there are no files.
     """
+    drop = frozenset(config.finqa.drop)
     for kind in sorted(drop - DROPPABLE):
-        raise BadConfig(f"drop: '{kind}' is no kind of problem{did_you_mean(kind, DROPPABLE)}")
+        raise BadConfig(f"finqa.drop: '{kind}' is no kind of problem{did_you_mean(kind, DROPPABLE)}")
     items = list(_read(config))
     records = [item for item in items if isinstance(item, Record)]
     across = _Across(records)
@@ -137,7 +137,7 @@ def check(config: Config, drop: frozenset[str] = DROP) -> Iterator[Document | Pr
             yield Document(item.id, item.to_json(), _place(config, item))
     if not kept and not errors:
         found = f"{len(records)} records, none of them fit"
-        advice = "see the problems above; fewer kinds in `drop` leave more"
+        advice = "see the problems above; fewer kinds in finqa.drop leave more"
         yield Problem("error", "no records", config.data.path, "", found, "some to learn from", advice)
 
 
@@ -156,10 +156,14 @@ def _place(config: Config, record: Record) -> str:
 def _judged(problem: Problem, drop: frozenset[str]) -> Problem:
     """The problem with its severity, and in its advice what became of the record."""
     if problem.kind in drop:
-        fate = "left out, as `drop` says"
+        fate = "left out, as finqa.drop says"
         return replace(problem, severity="warning", advice=_joined(problem.advice, fate))
     if problem.kind in HARMFUL:
-        return replace(problem, severity="error", advice=_joined(problem.advice, "mend it, or drop the kind"))
+        return replace(
+            problem,
+            severity="error",
+            advice=_joined(problem.advice, "mend it, or add the kind to finqa.drop"),
+        )
     return replace(problem, severity="warning", advice=_joined(problem.advice, "kept"))
 
 

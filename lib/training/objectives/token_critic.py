@@ -4,12 +4,15 @@ The generator fills masks of clean text, as it will when sampling; a token is an
 clean token that stood there. Labels come from the clean text, never from ignore-indices; padding and given tokens
 that were not chosen count nothing (Lezama et al., Token-Critic, 2022).
 
-    decoupled   trunk and language-model head are frozen; the critic's own blocks learn
-    joint       generator loss + alpha x critic loss through the shared trunk; alpha rises over a ramp
+    decoupled      trunk and language-model head are frozen; the critic's own blocks learn
+    joint          generator loss + alpha x critic loss through the shared trunk; alpha rises over a ramp
+    stop_gradient  the same, but the critic's loss does not reach the trunk, which learns from the generator's alone
 
 Legend: B rows, T positions, N positions in question.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +26,14 @@ from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
 from lib.sections import CriticConfig
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
+from lib.training.objectives.error_detection import (
+    Seen,
+    bands,
+    detection,
+    fitted,
+    halves,
+    reliability,
+)
 from lib.training.objectives.language_model import MaskedDiffusion
 
 REPORT_DRAWS = 4
@@ -37,6 +48,7 @@ class Filled:
     valid: np.ndarray  # (B, T) bool
     written: np.ndarray  # (B, T) bool
     confidence: np.ndarray  # (B, T) probability of each written token when it was written
+    share: np.ndarray  # (B,) of the text that was masked before the pass that completed it
 
     def partly_masked(self, hidden: np.ndarray, mask_id: int) -> "Filled":
         """The same with some written tokens masked again: those are no longer written, and carry no label."""
@@ -50,7 +62,7 @@ class TokenCritic:
         self.config, self.diffusion, self.groups = config, diffusion, groups
         self.runtime, self.seed, self.label = diffusion.runtime, diffusion.seed, diffusion.label
         self._forbidden = torch.tensor(forbidden, device=self.runtime.device)
-        self.joint = config.coupling == "joint"
+        self.joint = config.coupling != "decoupled"  # the generator learns too
         self.selection = "nelbo" if self.joint else "critic_loss"
         self.tokens_per_row = diffusion.tokens_per_row
 
@@ -65,7 +77,9 @@ class TokenCritic:
         index, ids, valid = self.diffusion.windows(rows)
         filled = self.fill(model, ids, valid, index, "critic", self.diffusion.batch_size)
         filled = self._hide(filled, index, "critic", self.config.partial_fraction)
-        critic = self._critic_loss(model, filled, index, "critic")
+        stopped = without_gradient(model) if self.config.coupling == "stop_gradient" else nullcontext()
+        with stopped:
+            critic = self._critic_loss(model, filled, index, "critic")
         if not self.joint:
             return {"loss": critic, "critic_loss": critic}
         generator = self.diffusion.loss(model, step, rows)["loss"]
@@ -84,7 +98,9 @@ class TokenCritic:
         )
         place = randomness.uniform(randomness.key(self.seed, f"{purpose} place"), rows, ids.shape[1])
         half = lowest(place, masked, np.where(two[:, 0], masked.sum(1) // 2, 0))
-        result = Filled(ids, np.where(masked, self.diffusion.mask_id, ids), valid, masked, np.ones(ids.shape))
+        start = np.where(masked, self.diffusion.mask_id, ids)
+        share = (masked & ~half).sum(1) / np.maximum(valid.sum(1), 1)
+        result = Filled(ids, start, valid, masked, np.ones(ids.shape), share)
         was_training = model.training
         model.eval()
         if half.any():
@@ -157,72 +173,68 @@ class TokenCritic:
 
         Half of the groups calibrate, the other half measure: the figures are of the second half.
         """
-        examples = np.tile(np.arange(self.diffusion.held_out.count), REPORT_DRAWS)
-        columns: dict[str, list] = {}
+        seen = self.observe(model, REPORT_DRAWS)
+        fitting, measuring = halves(seen.group)
+        calibration = fitted(seen.at(fitting))
+        seen = seen.at(measuring)
+        calibrated = calibration(seen.critic, "filled", seen.share)
+        found = detection(seen, calibration)
+        values = {
+            "error_rate": float(seen.wrong.mean()),
+            "tokens": len(seen.wrong),
+            "detection": found,
+            "bands": bands(seen, calibration),
+            "reliability": reliability(calibrated, seen.wrong),
+            "auroc": found["critic"]["auroc"]["value"],
+            "auroc_confidence": found["confidence"]["auroc"]["value"],
+        }
+        return values, self._rows(found), calibration
+
+    def _rows(self, found: dict[str, dict]) -> list[ResultRow]:
+        base = found["confidence"]["auroc"]["value"]
+
+        def row(name: str, score: str, baseline: str, value: float) -> ResultRow:
+            estimate = metrics.Estimate(**found[score]["auroc"])
+            return result_row(self.label, name, estimate, baseline, value, lower_is_better=False)
+
+        return [
+            row("AUROC, wrong tokens", "critic", "chance", 0.5),
+            row("AUROC, wrong tokens", "critic", "confidence", base),
+            row("AUROC, critic and confidence", "critic_blend", "confidence", base),
+        ]
+
+    def observe(self, model: nn.Module, draws: int) -> Seen:
+        """Every token written into the held-out windows, filled `draws` times, and what each view says of it."""
+        examples = np.tile(np.arange(self.diffusion.held_out.count), draws)
+        parts = []
         for part, filled, probability in self._held_out(model, examples):
             where = filled.written
-            owner = self.groups[examples[part]]
-            found = {
-                "critic": probability,
-                "confidence": 1 - filled.confidence,
-                "confidence_fresh": 1 - self._fresh_confidence(model, filled),
-                "critic_partial": self._partial(model, filled, part),
+            partial, partial_share = self._partial(model, filled, part)
+            columns = {
                 "wrong": filled.ids != filled.clean,
-                "group": np.broadcast_to(owner[:, None], where.shape),
+                "group": self.groups[examples[part]][:, None],
+                "critic": probability,
+                "share": filled.share[:, None],
+                "partial": partial,
+                "partial_share": partial_share[:, None],
+                "confidence": 1 - filled.confidence,
+                "fresh": 1 - self._fresh_confidence(model, filled),
             }
-            for name, values in found.items():
-                columns.setdefault(name, []).append(values[where])
-        data = {name: np.concatenate(values) for name, values in columns.items()}
-        names = np.unique(data["group"])
-        fitting = np.isin(data["group"], names[::2]) if len(names) > 1 else np.ones(len(data["wrong"]), bool)
-        measuring = ~fitting if len(names) > 1 else fitting
-        sure = 1 - data["confidence"]
-        calibration = Calibration.fit(data["critic"][fitting], data["wrong"][fitting], sure[fitting])
-        data["critic_calibrated"] = calibration(data["critic"])
-        data["critic_blend"] = calibration.blended(data["critic"], sure)
-        return *self._compare({k: v[measuring] for k, v in data.items()}), calibration
-
-    def _compare(self, data: dict[str, np.ndarray]) -> tuple[dict, list[ResultRow]]:
-        wrong, group = data["wrong"], data["group"]
-        values: dict = {"error_rate": float(wrong.mean()), "tokens": len(wrong), "detection": {}}
-        found = {}
-        # The partial view exists for the tokens that were left to see; confidence on the same ones stands beside it
-        seen = ~np.isnan(data["critic_partial"])
-        data["confidence_of_those"] = data["confidence"]
-        for name in ("critic", "critic_calibrated", "critic_blend", "confidence", "confidence_fresh", "critic_partial",
-                     "confidence_of_those"):  # fmt: skip
-            kept = seen if name in ("critic_partial", "confidence_of_those") else np.ones_like(seen)
-            score, truth = data[name][kept], wrong[kept]
-            found[name] = metrics.resampled(lambda w, s=score, t=truth: metrics.auroc(s, t, w), group[kept])
-            values["detection"][name] = {
-                "auroc": found[name]._asdict(),
-                "average_precision": metrics.average_precision(score, truth),
-                "ece": metrics.calibration_error(score, truth),
-            }
-        bins = np.array_split(np.argsort(data["critic_calibrated"]), 15)
-        values["reliability"] = [
-            [float(data["critic_calibrated"][b].mean()), float(wrong[b].mean())] for b in bins if len(b)
-        ]
-        values |= {"auroc": found["critic"].value, "auroc_confidence": found["confidence"].value}
-        base = found["confidence"].value
-        row = result_row(
-            self.label, "AUROC, wrong tokens", found["critic"], "confidence", base, lower_is_better=False
-        )
-        name = "AUROC, critic and confidence"
-        blend = result_row(self.label, name, found["critic_blend"], "confidence", base, lower_is_better=False)
-        chance = result_row(
-            self.label, "AUROC, wrong tokens", found["critic"], "chance", 0.5, lower_is_better=False
-        )
-        return values, [chance, row, blend]
+            parts.append({n: np.broadcast_to(v, where.shape)[where] for n, v in columns.items()})
+        return Seen(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
     @torch.no_grad()
-    def _partial(self, model: nn.Module, filled: Filled, rows: np.ndarray) -> np.ndarray:
-        """(B, T) raw probability of error with half of the written tokens masked again, NaN at those."""
-        noise = randomness.uniform(randomness.key(self.seed, "partial report"), rows, filled.ids.shape[1])
-        hidden = filled.written & (noise < 0.5)
+    def _partial(self, model: nn.Module, filled: Filled, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """((B, T) raw probability of error with a random share of the written tokens masked again, NaN at those;
+        (B,) share of the text that is masked then)."""
+        columns = filled.ids.shape[1]
+        noise = randomness.uniform(randomness.key(self.seed, "partial report"), rows, columns)
+        part = randomness.uniform(randomness.key(self.seed, "partial report share"), rows, 1)
+        hidden = filled.written & (noise < part)
         partly = filled.partly_masked(hidden, self.diffusion.mask_id)
         raw = torch.sigmoid(self._critic_logits(model, partly)).view(filled.ids.shape)
-        return np.where(hidden, np.nan, raw.double().cpu().numpy())
+        share = hidden.sum(1) / np.maximum(filled.valid.sum(1), 1)
+        return np.where(hidden, np.nan, raw.double().cpu().numpy()), share
 
     @torch.no_grad()
     def _fresh_confidence(self, model: nn.Module, filled: Filled) -> np.ndarray:
@@ -233,3 +245,16 @@ class TokenCritic:
         return (
             shares.gather(-1, tensor(filled.ids, self.runtime)[..., None]).squeeze(-1).double().cpu().numpy()
         )
+
+
+@contextmanager
+def without_gradient(model: nn.Module) -> Iterator[None]:
+    """While active, nothing but the critic's own weights takes part in what is recorded for the backward pass."""
+    others = [p for name, p in model.named_parameters() if not name.startswith("critic.") and p.requires_grad]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)

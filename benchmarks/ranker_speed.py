@@ -1,0 +1,202 @@
+"""
+A training step of the ranker: all candidates packed behind their prompt, against one padded row for each.
+
+Same weights, same pools of K = 8, forward, backward and AdamW, in rounds that take turns; the ratios are what counts.
+The second table is sentence-transformers' CrossEncoderTrainer with ListNet on the same model and texts.
+
+python -m benchmarks.ranker_speed                                      # a model of MiniLM's shape with random weights
+python -m benchmarks.ranker_speed --encoder /path/to/all-MiniLM-L6-v2  # also the comparison with CrossEncoderTrainer
+"""
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib.config import load_config
+from lib.models.packing import Pools
+from lib.models.ranker import CandidateRanker
+from lib.models.ranker_files import collate, open_encoder
+from lib.ranking.losses import LOSSES
+from lib.report.table import aligned
+from lib.runtime import Runtime
+
+NUM_CANDIDATES = 8
+LENGTHS = ((448, 24), (160, 24), (48, 48))  # tokens of a prompt and of a candidate
+PEER_LENGTHS = (302, 24)
+LEARNING_RATE = 1e-5
+
+
+def fresh_encoder() -> Any:
+    """MiniLM's shape, no download."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    return BertModel(
+        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    )
+
+
+def random_pools(count: int, prompt: int, candidate: int) -> Pools:
+    """Pools in which prompts are full and candidates have between half and all of their tokens."""
+    draw = np.random.default_rng(0)
+    shape = (count, NUM_CANDIDATES, candidate)
+    lengths = draw.integers(candidate // 2, candidate + 1, shape[:2])
+    lengths[:, 0] = candidate
+    return Pools(
+        draw.integers(1000, 20000, (count, prompt)), np.ones((count, prompt), bool),
+        draw.integers(1000, 20000, shape), np.arange(candidate) < lengths[..., None],
+    )  # fmt: skip
+
+
+class Steps:
+    """Training steps of one copy of a model.
+
+    Args:
+        scores: (model, pools) -> (N, K).
+    """
+
+    def __init__(
+        self, model: CandidateRanker, scores: Callable[[CandidateRanker, Pools], Tensor], runtime: Runtime
+    ):
+        self.model = copy.deepcopy(model).to(runtime.device).train()
+        self.scores, self.runtime = scores, runtime
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE)
+
+    def seconds(self, pools: Pools) -> float:
+        begin = time.perf_counter()
+        with self.runtime.autocast():
+            scores = self.scores(self.model, pools).float()
+        rewards = torch.zeros_like(scores)
+        rewards[:, 0] = 1.0
+        LOSSES["cross_entropy"](scores, rewards, torch.ones_like(scores, dtype=torch.bool)).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+
+def compare_ways(trunk: nn.Module, runtime: Runtime, pools_per_step: int, rounds: int) -> None:
+    rows: list[tuple[str, ...]] = []
+    model = CandidateRanker(trunk, seed=0)
+    precisions = ["fp32", "bf16"] if Runtime.detect(load_config()).precision == "bf16" else ["fp32"]
+    for prompt, candidate in LENGTHS:
+        pools = random_pools(pools_per_step, prompt, candidate)
+        for precision in precisions:
+            there = Runtime(runtime.device, precision)
+            packed = Steps(model, CandidateRanker.score_packed, there)
+            separate = Steps(model, CandidateRanker.score_one_by_one, there)
+            pairs = [(packed.seconds(pools), separate.seconds(pools)) for _ in range(rounds + 1)][1:]
+            ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+            ratio = statistics.median(b / a for a, b in pairs)
+            rows.append(
+                (f"{prompt}", f"{candidate}", precision, f"{ours:.2f}", f"{theirs:.2f}", f"{ratio:.1f}")
+            )
+    head = ("prompt tokens", "candidate tokens", "precision", "packed s", "one by one s", "ratio")
+    print(aligned([head, *rows]))
+
+
+# --- sentence-transformers -------------------------------------------------------------------------------------------
+
+
+def compare_peer(encoder: str, runtime: Runtime, pools_per_step: int, rounds: int) -> None:
+    lacking = [
+        name for name in ("sentence_transformers", "datasets") if importlib.util.find_spec(name) is None
+    ]
+    if lacking:
+        print(f"no comparison with CrossEncoderTrainer: {' and '.join(lacking)} not installed")
+        return
+    trunk, tokenizer = open_encoder(encoder)
+    prompts, candidates = texts(tokenizer, pools_per_step)
+    pools = collate(tokenizer, prompts, candidates, sum(PEER_LENGTHS), PEER_LENGTHS[1])
+    steps = Steps(CandidateRanker(trunk, seed=0), CandidateRanker.score_packed, runtime)
+    pairs = []
+    for number in range(rounds + 1):
+        ours = statistics.median(steps.seconds(pools) for _ in range(3))
+        theirs = peer_seconds(encoder, runtime, prompts, candidates)
+        if number:
+            pairs.append((ours, theirs))
+    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratio = statistics.median(b / a for a, b in pairs)
+    print(f"\nprompt {int(pools.prompt_mask.sum(1).max())} tokens, {runtime.precision}: ours {ours:.2f} s a step, "
+          f"CrossEncoderTrainer with ListNet {theirs:.2f} s, ratio {ratio:.1f}")  # fmt: skip
+
+
+def texts(tokenizer: Any, count: int) -> tuple[list[str], list[list[str]]]:
+    """Prompts and candidates of common words: one token each, the special ones included in the lengths."""
+    words = [w for w in tokenizer.get_vocab() if w.isascii() and w.isalpha() and len(w) > 3]
+    words, draw = sorted(words), np.random.default_rng(0)
+    prompt, candidate = (length - special for length, special in zip(PEER_LENGTHS, (2, 1), strict=True))
+    write = lambda length: " ".join(draw.choice(words, length))  # noqa: E731
+    return [write(prompt) for _ in range(count)], [
+        [write(candidate) for _ in range(NUM_CANDIDATES)] for _ in range(count)
+    ]
+
+
+def peer_seconds(encoder: str, runtime: Runtime, prompts: list[str], candidates: list[list[str]]) -> float:
+    """Seconds a step of CrossEncoderTrainer, over five after the first, the same pools each time."""
+    from datasets import Dataset
+    from sentence_transformers.cross_encoder import (
+        CrossEncoder,
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+    )
+    from sentence_transformers.cross_encoder.losses import ListNetLoss
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        ends: list[float]
+
+        def __init__(self) -> None:
+            self.ends = []
+
+        def on_step_end(self, *arguments, **others) -> None:
+            self.ends.append(time.perf_counter())
+
+    steps, clock = 6, Clock()
+    labels = [[1.0] + [0.0] * (NUM_CANDIDATES - 1)] * len(prompts)
+    data = Dataset.from_dict({"query": prompts * steps, "docs": candidates * steps, "labels": labels * steps})
+    model = CrossEncoder(encoder, num_labels=1, device=str(runtime.device), local_files_only=True)
+    loss = ListNetLoss(
+        model, mini_batch_size=-1
+    )  # all candidates of the step in one forward pass, its fastest way
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = CrossEncoderTrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=len(prompts), learning_rate=LEARNING_RATE,
+            bf16=runtime.precision == "bf16", use_cpu=runtime.device.type == "cpu", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, report_to=[], dataloader_num_workers=0,
+        )  # fmt: skip
+        CrossEncoderTrainer(
+            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[clock]
+        ).train()
+    return statistics.median(np.diff(clock.ends))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--encoder", help="folder of a BERT-like encoder with its tokenizer")
+    parser.add_argument("--pools", type=int, default=4, help="pools per step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip", choices=["ways", "peer"], help="leave out one of both comparisons")
+    options = parser.parse_args()
+    runtime = Runtime.detect(load_config())
+    if options.skip != "ways":
+        trunk = open_encoder(options.encoder)[0] if options.encoder else fresh_encoder()
+        compare_ways(trunk, runtime, options.pools, options.rounds)
+    if options.skip != "peer" and options.encoder:
+        compare_peer(options.encoder, runtime, options.pools, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

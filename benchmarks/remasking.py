@@ -1,0 +1,251 @@
+"""
+Does re-masking pay, and does a learned critic? Every policy at equal NFE, on text and on a language that is right or wrong.
+
+E1 wrong tokens found in held-out fills: critic, stored and fresh confidence, entropy, chance
+E2 sticky spans of held-out text filled: right tokens, likelihood, and the oracle as the ceiling
+E3 whole samples: likelihood under two judges against variety, at matched 4-gram entropy; words, repetition, copying
+E4 sums in brackets, decided exactly: share of right sentences
+E5 ablations: how the critic is trained and used, and what it costs the generator
+E6 seconds beside passes, and the same samples at any batch size
+
+Per seed: generator, reference model and critics by the project's own stages, an n-gram judge. Each (seed, experiment,
+setting) is a line of OUT/results.jsonl; started again it goes on where it was. Tables are in OUT/summary.md, the
+picture in OUT/pareto.svg.
+
+Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 500 for each of
+seven critics; the sums 4 x 128 with context 64, 6,000 steps; 256 texts per setting (192 in E3). About 5 hours on two
+cores. --quick: 1 seed, 2 x 64 with context 64, some hundred steps, 24 texts, the main policies; under 5 minutes.
+
+python -m benchmarks.remasking outputs/remasking
+python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare/input.txt --only E1,E2
+python -m benchmarks.remasking /tmp/quick --quick
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import remasking_experiments as experiments
+from benchmarks.remasking_lab import SUMS, TEXT, VARIANTS, Lab, Size
+from benchmarks.remasking_summary import REAL, SECTIONS, write_summary
+from lib import durable
+from lib.artifacts import plain
+from lib.diffusion.policies import POLICIES
+from lib.log import say
+
+ALL = tuple(name for name in POLICIES if name != "oracle")
+MAIN = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial")
+STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. `settings_of_sampler`: changes of the sampler that E5 tries on the joint critic."""
+
+    seeds: int
+    text: Size
+    sums: Size
+    texts: int  # per setting of E1, E2, E4, E5 and E6
+    samples: int  # per setting of E3
+    resamples: int
+    ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    span_ratios: tuple[float, ...] = (0.3, 0.6)
+    span_nfe: tuple[int, ...] = (2, 4, 8, 16, 32)
+    sample_nfe: tuple[int, ...] = (8, 16, 32, 64, 128)
+    temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)
+    sum_nfe: tuple[int, ...] = (4, 8, 16, 32, 64)
+    thresholds: tuple[float, ...] = (0.1, 0.3)
+    policies: tuple[str, ...] = ALL
+    sample_policies: tuple[str, ...] = (*MAIN, "confidence_first", "critic_blend")
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    changes: tuple[tuple[tuple[str, Any], ...], ...] = (
+        (("randomness_strength", 0.0),), (("randomness_strength", 0.6),), (("selection_temperature", 1.0),),
+        (("calibrated", False),),
+    )  # fmt: skip
+    cost_nfe: int = 32
+
+
+PLANS = {
+    "full": Plan(
+        seeds=3, texts=256, samples=192, resamples=200,
+        text=Size(4, 128, 128, (2000, 800, 500)),
+        sums=Size(4, 128, 64, (6000, 20, 1000), 64, sentences=100_000),
+    ),
+    "quick": Plan(
+        seeds=1, texts=24, samples=24, resamples=50, ratios=(0.3, 0.7), span_ratios=(0.5,), span_nfe=(4, 16),
+        sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), sum_nfe=(4, 16), thresholds=(0.2,), policies=MAIN,
+        sample_policies=("none", "confidence", "critic", "critic_partial"),
+        variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16,
+        text=Size(2, 64, 64, (300, 150, 100), 24, evaluated=64),
+        sums=Size(2, 64, 32, (1500, 10, 150), 32, sentences=8000, digits=1, evaluated=64),
+    ),
+    "tiny": Plan(  # for the tests: everything happens, nothing is learned
+        seeds=1, texts=4, samples=4, resamples=5, ratios=(0.5,), span_ratios=(0.5,), span_nfe=(3,),
+        sample_nfe=(4,), temperatures=(0.7, 1.5), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
+        sample_policies=("none", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
+        cost_nfe=3, text=Size(1, 32, 32, (4, 4, 4), 8, evaluated=8),
+        sums=Size(1, 32, 32, (4, 4, 4), 8, sentences=2500, digits=1, evaluated=8),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One setting of one experiment: its result is one line."""
+
+    experiment: str
+    setting: dict[str, Any]
+    run: Callable[[Lab, int], dict[str, Any]]
+
+    def key(self, seed: int) -> str:
+        return json.dumps([seed, self.experiment, self.setting], sort_keys=True)
+
+
+def tasks(plan: Plan) -> Iterator[Task]:
+    """All settings, experiment by experiment."""
+    for ratio in plan.ratios:
+        yield Task("E1", {"ratio": ratio}, lambda lab, seed, r=ratio: experiments.error_detection(
+            lab.models(seed), r, plan.texts, plan.resamples))  # fmt: skip
+    for ratio in plan.span_ratios:
+        for nfe in plan.span_nfe:
+            yield Task("E2", {"ratio": ratio, "nfe": nfe}, lambda lab, seed, r=ratio, n=nfe: experiments.infilling(
+                lab.models(seed), r, n, (*plan.policies, "oracle"), plan.texts))  # fmt: skip
+    yield Task(
+        "E3", {"policy": REAL}, lambda lab, seed: experiments.real_text(lab.models(seed), plan.samples)
+    )
+    for nfe in plan.sample_nfe:
+        for policy in plan.sample_policies:
+            for heat in plan.temperatures:
+                setting = {"policy": policy, "nfe": nfe, "temperature": heat}
+                yield Task("E3", setting, lambda lab, seed, p=policy, n=nfe, t=heat: experiments.unconditional(
+                    lab.models(seed), p, n, t, plan.samples))  # fmt: skip
+    yield from _sum_tasks(plan)
+    yield from _ablation_tasks(plan)
+    for policy in plan.policies:
+        setting = {"policy": policy, "nfe": plan.cost_nfe}
+        yield Task("E6", setting, lambda lab, seed, p=policy: experiments.cost(
+            lab.models(seed), p, plan.cost_nfe, plan.texts))  # fmt: skip
+
+
+def _sum_tasks(plan: Plan) -> Iterator[Task]:
+    def task(setting: dict[str, Any], policy: str, nfe: int, **changes: Any) -> Task:
+        return Task("E4", setting, lambda lab, seed: experiments.sums(
+            lab.models(seed, SUMS), policy, nfe, plan.texts, plan.sums.digits, **changes))  # fmt: skip
+
+    for nfe in plan.sum_nfe:
+        for policy in plan.policies:
+            yield task({"policy": policy, "nfe": nfe}, policy, nfe)
+    for policy in STOPPING:
+        for threshold in plan.thresholds:
+            nfe = max(plan.sum_nfe)
+            setting = {"policy": policy, "nfe": nfe, "threshold": threshold}
+            yield task(setting, policy, nfe, schedule="threshold", threshold=threshold)
+
+
+def _ablation_tasks(plan: Plan) -> Iterator[Task]:
+    tried: list[tuple[str, dict[str, Any]]] = [(variant, {}) for variant in plan.variants]
+    tried += [("joint", dict(changes)) for changes in plan.changes]
+    for variant, changes in tried:
+        setting = {"variant": variant} | ({"changes": changes} if changes else {})
+        yield Task("E5", setting, lambda lab, seed, v=variant, c=changes: experiments.ablation(
+            lab.models(seed, TEXT, v), 0.5, plan.cost_nfe // 2, ("none", "critic", "critic_partial"), plan.texts,
+            plan.resamples, **c))  # fmt: skip
+
+
+class Results:
+    """The lines of OUT/results.jsonl; a last one that was cut off by a kill is forgotten."""
+
+    def __init__(self, path: Path):
+        self.path, self.records = path, []
+        whole = b""
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            if line.endswith(b"\n"):
+                whole += line
+                self.records.append(json.loads(line))
+        if path.exists() and path.stat().st_size > len(whole):
+            os.truncate(path, len(whole))
+        self.done = {
+            json.dumps([r["seed"], r["experiment"], r["setting"]], sort_keys=True) for r in self.records
+        }
+
+    def add(self, task: Task, seed: int, result: dict[str, Any], seconds: float) -> None:
+        head = {
+            "seed": seed,
+            "experiment": task.experiment,
+            "setting": task.setting,
+            "seconds": round(seconds, 2),
+        }
+        record = plain(head | {"result": result})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+        self.done.add(task.key(seed))
+
+
+def run(
+    out: Path, plan_name: str, data: str = "builtin", seeds: int | None = None, only: tuple[str, ...] = ()
+) -> Results:
+    """Every setting that has no line yet, seed by seed; then the tables. Returns all results."""
+    plan = PLANS[plan_name]
+    out.mkdir(parents=True, exist_ok=True)
+    _refuse_other_settings(out / "settings.json", plain(asdict(plan) | {"seeds": None, "data": data}))
+    lab = Lab(out, data, {TEXT: plan.text, SUMS: plan.sums})
+    results = Results(out / "results.jsonl")
+    chosen = [task for task in tasks(plan) if not only or task.experiment in only]
+    count = seeds or plan.seeds
+    for seed in range(count):
+        left = [task for task in chosen if task.key(seed) not in results.done]
+        for number, task in enumerate(left, start=1):
+            begin = time.perf_counter()
+            result = task.run(lab, seed)
+            seconds = time.perf_counter() - begin
+            results.add(task, seed, result, seconds)
+            say(
+                f"seed {seed}, {number}/{len(left)}: {task.experiment} {json.dumps(task.setting)}, {seconds:.1f} s"
+            )
+    title = f"{plan_name}, {count} seed{'s' if count > 1 else ''}, {data}"
+    write_summary(out, [r for r in results.records if r["seed"] < count], title)
+    say(f"{out / 'summary.md'}")
+    return results
+
+
+def _refuse_other_settings(path: Path, settings: dict) -> None:
+    if path.exists() and (stored := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        names = ", ".join(k for k in settings if settings[k] != stored.get(k))
+        raise SystemExit(f"{path.parent} holds results of other settings ({names}); give another folder")
+    durable.write_json(path, settings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder for models, results and tables")
+    parser.add_argument("--quick", action="store_true", help="small: under five minutes on two cores")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--data", default="builtin", help="a text file; builtin: Python's language reference")
+    parser.add_argument("--seeds", type=int, help="default: 3, quick 1")
+    parser.add_argument("--only", default="", help="experiments, such as E1,E2")
+    options = parser.parse_args()
+    only = tuple(name for name in options.only.split(",") if name)
+    unknown = set(only) - set(SECTIONS)
+    if unknown or (options.seeds is not None and options.seeds < 1):
+        parser.error(f"--only takes {', '.join(SECTIONS)}, --seeds a number from 1")
+    data = options.data
+    if not data.startswith("builtin"):
+        if not Path(data).exists():
+            parser.error(f"--data {data} is not there")
+        data = str(Path(data).resolve())
+    plan_name = "quick" if options.quick else "tiny" if options.tiny else "full"
+    run(options.out, plan_name, data, options.seeds, only)
+
+
+if __name__ == "__main__":
+    main()

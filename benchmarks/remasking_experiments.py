@@ -1,0 +1,275 @@
+"""The experiments of the re-masking benchmark: what is measured in one setting for one seed. No file, no table.
+
+Every function takes trained models and one setting and returns plain numbers; an estimate is {"value", "low", "high"},
+a 95 % interval over samples. Policies in one setting are compared on the same texts, so their differences are paired.
+
+Legend: B texts, T positions, N written tokens.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.languages import Sums
+from benchmarks.remasking_lab import CRITIC, Trained
+from benchmarks.text_quality import divergence, longest_copy, repeated
+from lib import metrics, randomness
+from lib.diffusion.categorical import draw
+from lib.diffusion.masking import draw_mask, lowest, masked_counts
+from lib.report.quality import characters, valid_words
+from lib.sections import RandomMasking, StickyMasking
+from lib.training.objectives.base import chunks
+from lib.training.objectives.error_detection import weighted_auroc
+
+BUDGET = 0.3  # of the written tokens: how many a round takes back when precision is measured
+STICKY = StickyMasking(type="sticky", p1=0.02, p2=0.9)
+REPEATED = 8  # characters of a repetition
+
+
+def estimate(numerators: np.ndarray, denominators: np.ndarray | None = None) -> dict[str, float]:
+    return metrics.ratio(numerators, denominators)._asdict()
+
+
+# ------------------------------------------------------------------------------- E1: error detection
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Held-out text with masks filled in one pass, and how suspicious each view finds every token."""
+
+    wrong: np.ndarray  # (B, T)
+    written: np.ndarray  # (B, T)
+    seen: np.ndarray  # (B, T) written, and not hidden from the partial view
+    views: dict[str, np.ndarray]  # (B, T) each
+
+
+PARTIAL = ("critic_partial", "confidence_of_those")  # views that exist for the tokens in `seen` alone
+NOT_CHANCES = ("random", "entropy")  # suspicions that are no probability
+
+
+@torch.no_grad()
+def filled(trained: Trained, ratio: float, count: int) -> Fill:
+    """`ratio` of the tokens of `count` held-out texts, masked at random and drawn at temperature 1."""
+    clean = trained.held_out[:count]
+    rows = np.arange(len(clean))
+    eligible = np.ones(clean.shape, bool)
+    counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))
+    key = randomness.key(trained.seed, "benchmark fill")
+    written = draw_mask(RandomMasking(type="random"), eligible, counts, key, rows)
+    noise = randomness.uniform(randomness.key(trained.seed, "benchmark token"), rows, clean.shape[1])
+    ids, confidence, entropy = clean.copy(), np.ones(clean.shape), np.zeros(clean.shape)
+    for part in chunks(len(clean), 64):
+        at = np.flatnonzero(written[part])
+        inputs = torch.from_numpy(np.where(written[part], trained.mask_id, clean[part]))
+        logits = _logits(trained, inputs, torch.from_numpy(at))
+        barred = torch.tensor(trained.forbidden, device=logits.device)
+        chance = torch.from_numpy(noise[part].reshape(-1)[at]).to(logits.device)
+        tokens, sure = draw(logits, chance, barred)
+        spread = torch.distributions.Categorical(logits=logits.index_fill(1, barred, -1e9)).entropy()
+        for array, values in ((ids, tokens), (confidence, sure), (entropy, spread)):
+            block = array[part].copy()
+            block.reshape(-1)[at] = values.cpu().numpy()
+            array[part] = block
+    views, hidden = _views(trained, ids, written, confidence, noise)
+    return Fill(ids != clean, written, written & ~hidden, views | {"entropy": entropy})
+
+
+def _logits(trained: Trained, inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    device = trained.runtime.device
+    with trained.runtime.autocast():
+        return trained.model(input_ids=inputs.to(device), logits_at=at.to(device)).logits.float()
+
+
+def _views(trained: Trained, ids, written, confidence, noise) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """((B, T) suspicion by each view but entropy, (B, T) what was hidden from the partial one: half)."""
+    sampler, rows = trained.sampler(), np.arange(len(ids))
+    share = written.mean(1)
+    hidden = lowest(noise, written, written.sum(1) // 2)
+    raw, partly = (
+        np.concatenate([sampler.raw_error(texts[p]) for p in chunks(len(ids), 64)])
+        for texts in (ids, np.where(hidden, trained.mask_id, ids))
+    )
+    fresh = np.concatenate([sampler.fresh_confidence(ids[p]) for p in chunks(len(ids), 64)])
+    views = {
+        "random": randomness.uniform(randomness.key(trained.seed, "benchmark chance"), rows, ids.shape[1]),
+        "confidence": 1 - confidence,
+        "confidence_fresh": 1 - fresh,
+        "critic_raw": raw,
+        "critic": trained.calibration(raw, "filled", share),
+        "critic_blend": trained.calibration.blended(raw, confidence),
+        "critic_partial": trained.calibration(partly, "partial", hidden.mean(1)),
+        "confidence_of_those": 1 - confidence,
+    }
+    return views, hidden
+
+
+def error_detection(trained: Trained, ratio: float, count: int, resamples: int) -> dict[str, Any]:
+    """View -> AUROC, average precision, precision among the BUDGET most suspected, ECE; differences to confidence."""
+    fill = filled(trained, ratio, count)
+    result: dict[str, Any] = {"error_rate": float(fill.wrong[fill.written].mean()), "views": {}}
+    for name, suspicion in fill.views.items():
+        where = fill.seen if name in PARTIAL else fill.written
+        base = fill.views["confidence"]
+        score, wrong, group = suspicion[where], fill.wrong[where], np.nonzero(where)[0]
+        own, other = weighted_auroc(score, wrong), weighted_auroc(base[where], wrong)
+        top = _precision(suspicion, where, fill.wrong)
+        result["views"][name] = {
+            "auroc": metrics.resampled(own, group, resamples)._asdict(),
+            "auroc_over_confidence": metrics.resampled(
+                lambda w, a=own, b=other: a(w) - b(w), group, resamples
+            )._asdict(),
+            "average_precision": metrics.average_precision(score, wrong),
+            "precision": estimate(top),
+            "precision_over_confidence": estimate(top - _precision(base, where, fill.wrong)),
+            "ece": None if name in NOT_CHANCES else metrics.calibration_error(score, wrong),
+        }
+    return result
+
+
+def _precision(suspicion: np.ndarray, where: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """(B,) share of errors among the most suspected BUDGET of each text."""
+    count = np.maximum(np.rint(BUDGET * where.sum(1)).astype(np.int64), 1)
+    order = np.argsort(np.argsort(np.where(where, -suspicion, np.inf), 1, kind="stable"), 1)
+    return ((order < count[:, None]) & wrong & where).sum(1) / count
+
+
+# ------------------------------------------------------------------------------------- E2: infilling
+
+
+def infilling(
+    trained: Trained, ratio: float, nfe: int, policies: tuple[str, ...], count: int, **changes: Any
+) -> dict[str, Any]:
+    """Policy -> share of right tokens in sticky spans of held-out text, NLL of them under both judges."""
+    clean = trained.held_out[:count]
+    eligible = np.ones(clean.shape, bool)
+    counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))
+    key = randomness.key(trained.seed, "benchmark spans")
+    free = draw_mask(STICKY, eligible, counts, key, np.arange(len(clean)))
+    hits, result = {}, {}
+    for policy in policies:
+        begin = time.perf_counter()
+        made = trained.sample(policy, nfe, clean, free, truth=clean, **changes)
+        seconds = time.perf_counter() - begin
+        hits[policy] = ((made.ids == clean) & free).sum(1)
+        result[policy] = {
+            "passes": made.nfe,
+            "seconds": seconds,
+            "accuracy": estimate(hits[policy], counts),
+            "over_none": estimate(hits[policy] - hits[policies[0]], counts),
+            "reference_nll": estimate(trained.reference_nll(made.ids, free), counts),
+            "ngram_nll": estimate((trained.ngram.nll(made.ids) * free).sum(1), counts),
+        }
+    return {"policies": result, "against": policies[0]}
+
+
+# --------------------------------------------------------------------------------- E3: whole samples
+
+
+def unconditional(trained: Trained, policy: str, nfe: int, temperature: float, count: int) -> dict[str, Any]:
+    ids, free = trained.blank(count)
+    begin = time.perf_counter()
+    made = trained.sample(policy, nfe, ids, free, temperature=temperature)
+    seconds = time.perf_counter() - begin
+    return {"passes": made.nfe, "seconds": seconds} | quality(trained, made.ids)
+
+
+def real_text(trained: Trained, count: int) -> dict[str, Any]:
+    """The same of as many held-out texts."""
+    return quality(trained, trained.held_out[:count]) | {"passes": 0, "seconds": 0.0}
+
+
+def quality(trained: Trained, ids: np.ndarray) -> dict[str, Any]:
+    """Likelihood beside variety, words, repetition, distance from real text, and copying."""
+    texts, all_of = trained.texts(ids), np.ones(ids.shape, bool)
+    codes, length = characters(texts), np.array([len(t) for t in texts], float)
+    words = valid_words(texts, trained.words)
+    again = np.array([repeated(code, REPEATED) for code in codes])
+    return {
+        "reference_nll": estimate(trained.reference_nll(ids, all_of), length),
+        "ngram_nll": estimate(trained.ngram.nll(ids).sum(1), length),
+        "character_entropy": metrics.ngram_entropy(codes, 1),
+        "fourgram_entropy": metrics.ngram_entropy(codes, 4),
+        "valid_words": None if words is None else words._asdict(),
+        "repetition": estimate(again),
+        "divergence": divergence(ids, trained.held_out[-len(ids) :]),
+        "longest_copy": longest_copy(ids, trained.train_ids),
+    }
+
+
+# ------------------------------------------------------------------------------------------ E4: sums
+
+
+def sums(trained: Trained, policy: str, nfe: int, count: int, digits: int, **changes: Any) -> dict[str, Any]:
+    """Share of right sentences among those that samples of the language of sums hold."""
+    ids, free = trained.blank(count)
+    made = trained.sample(policy, nfe, ids, free, **changes)
+    right, total = Sums(digits).judge(trained.texts(made.ids))
+    return {"passes": made.nfe, "valid": estimate(right, total), "sentences": float(total.mean())}
+
+
+# ------------------------------------------------------------------------------------- E5: ablations
+
+
+def ablation(
+    trained: Trained,
+    ratio: float,
+    nfe: int,
+    policies: tuple[str, ...],
+    count: int,
+    resamples: int,
+    **changes: Any,
+) -> dict[str, Any]:
+    """What a variant of the critic costs the generator, how well it finds errors, and what its policies gain."""
+    before = trained.stats("04_train")["generator"]["held_out"]
+    after = trained.stats(CRITIC)
+    detection = error_detection(trained, ratio, count, resamples)["views"]
+    return {
+        "nelbo": after["generator_nelbo"],
+        "nelbo_before": before["nelbo"],
+        "auroc": detection["critic"]["auroc"],
+        "auroc_partial": detection["critic_partial"]["auroc"],
+        "ece": detection["critic"]["ece"],
+        "ece_raw": detection["critic_raw"]["ece"],
+    } | infilling(trained, ratio, nfe, policies, count, **changes)
+
+
+# ------------------------------------------------------------------------------------------ E6: cost
+
+
+def cost(trained: Trained, policy: str, nfe: int, count: int, repeats: int = 3) -> dict[str, Any]:
+    """Seconds per sample, share of the bare forward passes in them, and whether the batch size matters."""
+    ids, free = trained.blank(count)
+    made = trained.sample(policy, nfe, ids, free, batch_size=64)
+    seconds = _best(lambda: trained.sample(policy, nfe, ids, free, batch_size=64), repeats)
+    bare = _best(lambda: _bare_passes(trained, ids, round(made.nfe)), repeats)
+    few = min(count, 6)
+    alone = trained.sample(policy, nfe, ids[:few], free[:few], batch_size=1)
+    same = bool((alone.ids == made.ids[:few]).all())
+    return {
+        "passes": made.nfe,
+        "seconds_per_sample": seconds / count,
+        "bare_share": bare / seconds,
+        "same_alone": same,
+    }
+
+
+@torch.no_grad()
+def _bare_passes(trained: Trained, ids: np.ndarray, passes: int) -> None:
+    """So many passes of the generator over texts of which half is masked, with logits there."""
+    for part in chunks(len(ids), 64):
+        at = torch.arange(0, ids[part].size, 2)
+        for _ in range(passes):
+            _logits(trained, torch.from_numpy(ids[part]), at)
+
+
+def _best(action: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -1,0 +1,254 @@
+"""The models of the re-masking benchmark: trained by the project's own stages, loaded when first asked for.
+
+For each seed and each language (the text, and the sums) stages 00 to 04 run once; each variant of the critic has a stage
+05 of its own beside links to them. All of it lies under OUT/models and is continued where it was left.
+"""
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import yaml
+from torch import nn
+
+from benchmarks.languages import NgramJudge, Sums
+from lib import randomness, schema
+from lib.artifacts import RunArgs, load_manifest
+from lib.config import Config, load_config
+from lib.diffusion.calibration import Calibration
+from lib.diffusion.policies import POLICIES
+from lib.diffusion.sampler import Sampler, Samples
+from lib.models.build import load_model
+from lib.report.quality import lexicon, reference_nll
+from lib.runtime import Runtime
+from lib.tokenization import decode_batch, load_tokenizer
+from lib.training.data import Windows
+
+BEFORE = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
+CRITIC = "05_train_critic"
+TEXT, SUMS = "text", "sums"
+# What each variant of the critic changes in the config; `joint` is the one of all other experiments.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "joint": {},
+    "no critic": {"alpha": 0.0},
+    "alpha 0.25": {"alpha": 0.25},
+    "stop_gradient": {"coupling": "stop_gradient"},
+    "decoupled": {"coupling": "decoupled"},
+    "filled only": {"partial_fraction": 0.0},
+    "partial only": {"partial_fraction": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a language's models are and how long they learn.
+
+    Attributes:
+        steps: of the generator, the reference model and the critic.
+        rates: learning rates of the generator, which starts from scratch.
+        sentences: of the language of sums; `digits` of its numbers.
+    """
+
+    layers: int
+    width: int
+    context: int
+    steps: tuple[int, int, int]
+    batch_size: int = 32
+    rates: Mapping[str, float] = field(
+        default_factory=lambda: {"muon_learning_rate": 0.02, "learning_rate": 0.004}
+    )
+    sentences: int = 0
+    digits: int = 2
+    evaluated: int = 256
+
+    def config(self, data: str) -> dict[str, Any]:
+        """A config file: the shipped defaults with these sizes, and no models but generator and reference model."""
+        generator, reference, critic = (_training(steps) for steps in self.steps)
+        others = {name: None for name in load_config().models if name not in ("generator", "reference_lm")}
+        models: dict[str, Any] = {
+            "generator": {"start": "scratch", "training": generator | dict(self.rates)},
+            "reference_lm": {"training": reference},
+        }
+        return {
+            "data": {"path": data, "passage_characters": self.context, "block_characters": max(1024, self.context)}
+            | ({} if data == "builtin" else {"whitespace": "keep", "deduplicate": "none"}),
+            "architecture": {"layers": self.layers, "width": self.width, "heads": 4, "context": self.context},
+            "training": {"batch_size": self.batch_size, "evaluation_examples": self.evaluated},
+            "candidates": {"source": "original_only", "per_example": 1},
+            "models": models | others,
+            "critic": {"training": critic | {"muon_learning_rate": 0.01, "learning_rate": 0.002}},
+        }  # fmt: skip
+
+
+def _training(steps: int) -> dict[str, Any]:
+    often = max(1, min(500, steps // 2))
+    return {"steps": steps, "evaluate_every": often, "checkpoint_every": often}
+
+
+@dataclass
+class Trained:
+    """The models of one seed and variant, and the text they are judged by."""
+
+    config: Config
+    folder: Path  # holds the finished stages
+    runtime: Runtime
+    seed: int
+    _kept: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.folder / "01_prepare_dataset" / "tokenizer")
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return load_model(self.folder / CRITIC / "best_model").to(self.runtime.device)
+
+    @cached_property
+    def reference(self) -> nn.Module:
+        return load_model(self.folder / "04_train" / "reference_lm" / "best_model").to(self.runtime.device)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        return Calibration.load(self.folder / CRITIC / "calibration.json")
+
+    @property
+    def context(self) -> int:
+        return self.config.architecture.context
+
+    @property
+    def mask_id(self) -> int:
+        return self.tokenizer.mask_token_id
+
+    @cached_property
+    def forbidden(self) -> list[int]:
+        return sorted(set(self.tokenizer.all_special_ids))
+
+    def stats(self, stage: str) -> dict:
+        manifest = load_manifest(self.folder / stage)
+        assert manifest is not None
+        return manifest["stats"]
+
+    def windows(self, split: str) -> Windows:
+        table = self._table
+        chosen = table.filter(pc.equal(table["split"], split))
+        return Windows(chosen, self.context, self.tokenizer.pad_token_id)
+
+    @cached_property
+    def _table(self):
+        file = self.folder / "01_prepare_dataset" / "examples.parquet"
+        return pq.read_table(file, schema=schema.EXAMPLES.arrow)
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """(N, T) whole held-out windows in a keyed order."""
+        tiles = self.windows("held_out").tiled()
+        order = randomness.permutation(self.seed, "benchmark windows", 0, tiles.count)
+        ids, valid = tiles.batch(order, np.zeros(len(order)))
+        return ids[valid.all(1)]
+
+    @cached_property
+    def train_ids(self) -> np.ndarray:
+        return self.windows("train").ids
+
+    @cached_property
+    def ngram(self) -> NgramJudge:
+        """Learned from the split that no network but the reference model sees."""
+        size = len(self.tokenizer)
+        order = 6 if size**6 < 2**63 else 4
+        return NgramJudge(self.windows("reference").ids.astype(np.int64), size, order)
+
+    @cached_property
+    def words(self) -> set[str]:
+        rows = self._table.filter(pc.not_equal(self._table["split"], "held_out"))
+        return lexicon(rows["target"].to_pylist())
+
+    def sampler(self, **changes: Any) -> Sampler:
+        """The sampler with some of its settings changed; `calibrated=False` takes the critic's word as it is."""
+        calibration = self.calibration if changes.pop("calibrated", True) else Calibration()
+        settings = self.config.sampler.model_copy(update=changes)
+        return Sampler(
+            self.model, self.mask_id, self.forbidden, self.runtime, settings, self.seed, calibration, self.context
+        )  # fmt: skip
+
+    def sample(
+        self, policy: str, nfe: int, ids: np.ndarray, free: np.ndarray, truth: np.ndarray | None = None,
+        **changes: Any,
+    ) -> Samples:  # fmt: skip
+        """(B, T) ids with the free positions written under a policy."""
+        return self.sampler(**changes).sample(
+            ids, free, np.arange(len(ids)), POLICIES[policy], nfe, truth=truth
+        )
+
+    def blank(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """((B, T) masks, (B, T) all free)."""
+        ids = np.full((count, self.context), self.mask_id, np.int64)
+        return ids, np.ones(ids.shape, bool)
+
+    @torch.no_grad()
+    def reference_nll(self, ids: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """(B,) nats of the counted tokens under the reference model."""
+        return reference_nll(self.reference, self.runtime, ids, counted, self.tokenizer.cls_token_id)
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        return decode_batch(self.tokenizer, ids)
+
+
+@dataclass
+class Lab:
+    """Trains what an experiment asks for.
+
+    Attributes:
+        out: the benchmark's folder; data: `builtin` or a text file.
+        sizes: of the two languages.
+    """
+
+    out: Path
+    data: str
+    sizes: dict[str, Size]
+    _trained: dict[tuple, Trained] = field(default_factory=dict)
+
+    def models(self, seed: int, language: str = TEXT, variant: str = "joint") -> Trained:
+        """The finished models; trained now if they are not there yet."""
+        name = (seed, language, variant)
+        if name not in self._trained:
+            base = self._run(seed, language, "base", BEFORE, {})
+            folder = base.parent / variant.replace(" ", "_")
+            folder.mkdir(exist_ok=True)
+            for stage in BEFORE:
+                if not (folder / stage).exists():
+                    (folder / stage).symlink_to(Path("..") / "base" / stage)
+            self._run(seed, language, folder.name, (CRITIC,), {"critic": VARIANTS[variant]})
+            config = self._config(seed, language, {"critic": VARIANTS[variant]})
+            self._trained[name] = Trained(config, folder, Runtime.detect(config), seed)
+        return self._trained[name]
+
+    def _run(self, seed: int, language: str, name: str, stages: tuple[str, ...], changes: dict) -> Path:
+        folder = self.out / "models" / language / f"seed_{seed}" / name
+        config = self._config(seed, language, changes)
+        for stage in stages:
+            importlib.import_module(stage).main(config, RunArgs(run_dir=folder))
+        return folder
+
+    def _config(self, seed: int, language: str, changes: dict) -> Config:
+        folder = self.out / "models" / language / f"seed_{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        data = self._sums(folder, seed) if language == SUMS else self.data
+        files = [self.sizes[language].config(data) | {"seed": seed}, changes]
+        paths = [folder / f"config_{number}.yaml" for number in range(len(files))]
+        for path, content in zip(paths, files, strict=True):
+            path.write_text(yaml.safe_dump(json.loads(json.dumps(content))), encoding="utf-8")
+        return load_config(paths)
+
+    def _sums(self, folder: Path, seed: int) -> str:
+        size, path = self.sizes[SUMS], folder / "sums.txt"
+        if not path.exists():
+            path.write_text(Sums(size.digits).text(size.sentences, seed), encoding="utf-8")
+        return str(path)

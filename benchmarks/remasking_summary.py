@@ -1,0 +1,286 @@
+"""From the benchmark's lines of results to tables with intervals over seeds, and the picture. Knows no model.
+
+With two seeds or more a number stands with the 95 % interval of its mean over seeds (Student's t); with one, with its
+interval over samples. Differences are between policies on the same samples of a seed, then averaged likewise.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib import durable
+from lib.report import plots
+
+STEPS_BELOW_REAL = (0.0, 0.5, 1.0)  # nats of 4-gram entropy at which likelihoods are compared
+REAL = "real text"
+
+Record = dict[str, Any]
+Table = list[list[str]]
+
+
+def over_seeds(estimates: list[dict[str, float] | float | None]) -> dict[str, float] | None:
+    """{"value", "low", "high"} of the mean; None where a seed has no number."""
+    if not estimates or any(e is None for e in estimates):
+        return None
+    values = np.array([e["value"] if isinstance(e, dict) else e for e in estimates], float)
+    if not np.isfinite(values).all():
+        return None
+    mean = float(values.mean())
+    if len(values) == 1:
+        only = estimates[0]
+        return only if isinstance(only, dict) else {"value": mean, "low": mean, "high": mean}
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def at_entropy(rows: list[tuple[float, float]], entropy: float) -> float:
+    """Likelihood read off at a 4-gram entropy from (entropy, NLL) points of several temperatures, between the two
+    nearest; NaN outside of what they reach."""
+    x, y = (np.array(v) for v in zip(*sorted(rows), strict=True))
+    return float(np.interp(entropy, x, y)) if x[0] <= entropy <= x[-1] else float("nan")
+
+
+def write_summary(out: Path, records: list[Record], title: str) -> None:
+    """OUT/summary.md, and OUT/pareto.svg if there are whole samples."""
+    parts = [f"# Re-masking policies: {title}\n", __doc__.split("\n\n", 1)[1].strip() if __doc__ else ""]
+    for name, make in SECTIONS.items():
+        chosen = [r for r in records if r["experiment"] == name]
+        if chosen:
+            parts.append(make(chosen))
+    if any(r["experiment"] == "E3" for r in records):
+        durable.write_text(out / "pareto.svg", picture([r for r in records if r["experiment"] == "E3"]))
+    durable.write_text(out / "summary.md", "\n\n".join(parts) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- helpers
+
+
+def by_setting(records: list[Record]) -> dict[str, tuple[dict, list[dict]]]:
+    """Setting as text -> (setting, the results of its seeds)."""
+    found: dict[str, tuple[dict, list[dict]]] = {}
+    for record in records:
+        name = json.dumps(record["setting"], sort_keys=True)
+        found.setdefault(name, (record["setting"], []))[1].append(record["result"])
+    return found
+
+
+def shown(value: dict[str, float] | None, percent: bool = False, signed: bool = False) -> str:
+    """`0.71 [0.69, 0.73]`; a difference whose interval leaves out 0 is bold."""
+    if value is None:
+        return "–"
+    scale, digits = (100, 1) if percent else (1, 3)
+    sign = "+" if signed else ""
+    numbers = [f"{scale * value[k]:{sign}.{digits}f}" for k in ("value", "low", "high")]
+    text = (
+        numbers[0] if numbers[0] == numbers[1] == numbers[2] else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+    )
+    clear = signed and value["low"] < value["high"] and (value["low"] > 0 or value["high"] < 0)
+    return f"**{text}**" if clear else text
+
+
+def markdown(head: list[str], rows: Table) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def mean_of(results: list[dict], *path: str) -> dict[str, float] | None:
+    """Over the seeds' numbers at a path of keys."""
+
+    def at(result: Any) -> Any:
+        for key in path:
+            result = result[key]
+        return result
+
+    return over_seeds([at(result) for result in results])
+
+
+def passes_of(results: list[dict]) -> str:
+    return f"{np.mean([r['passes'] for r in results]):.1f}".removesuffix(".0")
+
+
+# ---------------------------------------------------------------------------------------- the tables
+
+
+def detection(records: list[Record]) -> str:
+    rows: Table = []
+    for setting, results in by_setting(records).values():
+        for view in results[0]["views"]:
+            found = [r["views"][view] for r in results]
+            rows.append([
+                f"{setting['ratio']:.0%}", view, shown(mean_of(found, "auroc")),
+                shown(mean_of(found, "auroc_over_confidence"), signed=True), shown(mean_of(found, "average_precision")),
+                shown(mean_of(found, "precision"), percent=True), shown(mean_of(found, "ece")),
+            ])  # fmt: skip
+    head = [
+        "masked",
+        "view",
+        "AUROC",
+        "over confidence",
+        "average precision",
+        "precision at budget, %",
+        "ECE",
+    ]
+    return "## E1: finding wrong tokens in held-out fills\n\n" + markdown(head, rows)
+
+
+def infilling(records: list[Record]) -> str:
+    rows: Table = []
+    for setting, results in by_setting(records).values():
+        for policy in results[0]["policies"]:
+            found = [r["policies"][policy] for r in results]
+            rows.append([
+                f"{setting['ratio']:.0%}", str(setting["nfe"]), policy, passes_of(found),
+                shown(mean_of(found, "accuracy"), percent=True), shown(mean_of(found, "over_none"), percent=True, signed=True),
+                shown(mean_of(found, "reference_nll")), shown(mean_of(found, "ngram_nll")),
+            ])  # fmt: skip
+    against = records[0]["result"]["against"]
+    head = [
+        "masked",
+        "NFE",
+        "policy",
+        "passes",
+        "right tokens, %",
+        f"over {against}, %",
+        "NLL, reference",
+        "NLL, n-grams",
+    ]
+    return "## E2: sticky spans of held-out text filled\n\n" + markdown(head, rows)
+
+
+def samples(records: list[Record]) -> str:
+    rows: Table = []
+    for setting, results in by_setting(records).values():
+        temperature = f"{setting['temperature']:.2f}" if "temperature" in setting else "–"
+        rows.append([
+            setting["policy"], str(setting.get("nfe", "–")), passes_of(results), temperature,
+            *(shown(mean_of(results, name)) for name in (
+                "reference_nll", "ngram_nll", "character_entropy", "fourgram_entropy")),
+            shown(mean_of(results, "valid_words"), percent=True), shown(mean_of(results, "repetition"), percent=True),
+            shown(mean_of(results, "divergence")), f"{np.max([r['longest_copy'] for r in results]):.0f}",
+        ])  # fmt: skip
+    head = ["policy", "NFE", "passes", "temperature", "NLL, reference", "NLL, n-grams", "character entropy",
+            "4-gram entropy", "valid words, %", "repeated 8-grams, %", "n-gram divergence", "longest copy"]  # fmt: skip
+    matched = "".join(matched_table(records, judge, name) for judge, name in JUDGES)
+    return (
+        "## E3: whole samples\n\n![NLL over 4-gram entropy](pareto.svg)\n\n" + matched
+        + "### Everything measured\n\n" + markdown(head, rows)
+    )  # fmt: skip
+
+
+JUDGES = (("reference_nll", "the reference model"), ("ngram_nll", "n-grams"))
+
+
+def matched_table(records: list[Record], judge: str, name: str) -> str:
+    """NLL at equal variety: between a policy's temperatures, at the 4-gram entropy of real text and below."""
+    seeds = sorted({r["seed"] for r in records})
+    real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
+    if set(real) != set(seeds):
+        return ""
+    lines = [r for r in records if r["setting"]["policy"] != REAL]
+    rows: Table = []
+    for policy, nfe in dict.fromkeys((r["setting"]["policy"], r["setting"]["nfe"]) for r in lines):
+        cells = []
+        for step in STEPS_BELOW_REAL:
+            values = [
+                at_entropy(_points(lines, policy, nfe, seed, judge), real[seed] - step) for seed in seeds
+            ]
+            found = over_seeds(list(values))
+            cells.append(
+                shown(found if len(seeds) > 1 or found is None else {"value": found["value"]} | found)
+            )
+        rows.append([policy, str(nfe), *cells])
+    head = ["policy", "NFE", *(f"real text's entropy{f' - {s}' if s else ''}" for s in STEPS_BELOW_REAL)]
+    return f"### NLL under {name} at equal 4-gram entropy\n\n" + markdown(head, rows) + "\n\n"
+
+
+def _points(records: list[Record], policy: str, nfe: int, seed: int, judge: str) -> list[tuple[float, float]]:
+    return [
+        (r["result"]["fourgram_entropy"], r["result"][judge]["value"])
+        for r in records
+        if r["seed"] == seed and (r["setting"]["policy"], r["setting"]["nfe"]) == (policy, nfe)
+    ]
+
+
+def valid_strings(records: list[Record]) -> str:
+    rows: Table = [
+        [setting["policy"], str(setting["nfe"]), f"{setting['threshold']:g}" if "threshold" in setting else "–",
+         passes_of(results), shown(mean_of(results, "valid"), percent=True), shown(mean_of(results, "sentences"))]
+        for setting, results in by_setting(records).values()
+    ]  # fmt: skip
+    head = ["policy", "NFE", "threshold", "passes", "right sentences, %", "sentences per sample"]
+    return "## E4: sums in brackets, right or wrong\n\n" + markdown(head, rows)
+
+
+def ablations(records: list[Record]) -> str:
+    rows: Table = []
+    for setting, results in by_setting(records).values():
+        name = setting["variant"] + "".join(f", {k} {v}" for k, v in setting.get("changes", {}).items())
+        cost = over_seeds([r["nelbo"] - r["nelbo_before"] for r in results])
+        accuracy = [
+            shown(over_seeds([r["policies"][p]["accuracy"] for r in results]), percent=True)
+            for p in results[0]["policies"]
+        ]
+        rows.append([name, shown(mean_of(results, "nelbo")), shown(cost, signed=True), shown(mean_of(results, "auroc")),
+                     shown(mean_of(results, "auroc_partial")), shown(mean_of(results, "ece")),
+                     shown(mean_of(results, "ece_raw")), *accuracy])  # fmt: skip
+    policies = [f"right tokens, {p}, %" for p in records[0]["result"]["policies"]]
+    head = ["variant", "NELBO", "against before", "AUROC", "AUROC, partial", "ECE", "ECE, raw", *policies]
+    return (
+        "## E5: ablations\n\n`no critic` is the generator trained on for as many steps: what the others cost it is the "
+        "distance to that.\n\n" + markdown(head, rows)
+    )  # fmt: skip
+
+
+def costs(records: list[Record]) -> str:
+    rows: Table = [
+        [setting["policy"], str(setting["nfe"]), passes_of(results), shown(mean_of(results, "seconds_per_sample")),
+         shown(mean_of(results, "bare_share"), percent=True),
+         "yes" if all(r["same_alone"] for r in results) else "**NO**"]
+        for setting, results in by_setting(records).values()
+    ]  # fmt: skip
+    head = [
+        "policy",
+        "NFE",
+        "passes",
+        "seconds per sample",
+        "bare passes in them, %",
+        "same at batch 1 and 64",
+    ]
+    return "## E6: cost\n\n" + markdown(head, rows)
+
+
+SECTIONS = {
+    "E1": detection,
+    "E2": infilling,
+    "E3": samples,
+    "E4": valid_strings,
+    "E5": ablations,
+    "E6": costs,
+}
+
+
+def picture(records: list[Record]) -> str:
+    """NLL under the reference model over 4-gram entropy, a panel per budget: the least, a middle one, the most."""
+    lines = [r for r in records if r["setting"]["policy"] != REAL]
+    budgets = sorted({r["setting"]["nfe"] for r in lines})
+    picked = sorted({budgets[0], budgets[len(budgets) // 2], budgets[-1]}) if budgets else []
+    real = [r["result"] for r in records if r["setting"]["policy"] == REAL]
+    panels = {}
+    for nfe in picked:
+        panel: dict[str, list[tuple[float, float]]] = {}
+        for setting, results in by_setting([r for r in lines if r["setting"]["nfe"] == nfe]).values():
+            panel.setdefault(setting["policy"], []).append(_mean_point(results))
+        panels[f"{nfe} passes"] = panel | ({REAL: [_mean_point(real)]} if real else {})
+    y_label = "NLL under the reference model, nats per character"
+    return plots.pareto(panels, "4-gram entropy, nats", y_label)
+
+
+def _mean_point(results: list[dict]) -> tuple[float, float]:
+    return (
+        float(np.mean([r["fourgram_entropy"] for r in results])),
+        float(np.mean([r["reference_nll"]["value"] for r in results])),
+    )

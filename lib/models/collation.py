@@ -1,0 +1,111 @@
+"""Texts to pools of token ids: prompts and candidates in the layout of the tokenizer's own pairs.
+
+A pair is `before A between B after`, where the words around the texts are the tokenizer's special tokens: for BERT
+`[CLS] A [SEP] B [SEP]`, for Llama `<s> A <s> B` or `<s> A B`, for GPT-2 `A B`. A prompt becomes `before A between`, a
+candidate `B after`, so that both together are what `tokenizer(prompt, candidate)` gives, and what stock tools feed to
+an exported ranker. Knows no model.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from lib.errors import BadConfig, BadData
+from lib.models.packing import Pools
+
+SHOWN = 5  # problems that a message names
+
+
+def collate(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    prompt_tokens: int,
+    candidate_tokens: int,
+    attention: str = "prefix",
+) -> Pools:
+    """Pools of N prompts with their candidates, right padded; names of special tokens in a text are ordinary text.
+
+    Args:
+        prompts: N texts; they may be empty.
+        candidates: a list of texts for each prompt.
+        prompt_tokens, candidate_tokens: most tokens of each, special ones included; ends are cut off.
+        attention: how the ranker will read them; the tokens are the same either way.
+
+    Returns:
+        arrays, as wide as the longest prompt, the longest candidate and the most candidates of this batch.
+
+    Raises:
+        BadData: a prompt without candidates, or a candidate without a token.
+        BadConfig: the budgets leave no room beside the special tokens.
+    """
+    before, between, after = pair_layout(tokenizer)
+    for name, budget, around in (
+        ("prompt_tokens", prompt_tokens, len(before) + len(between)),
+        ("candidate_tokens", candidate_tokens, len(after)),
+    ):
+        if budget <= around:
+            raise BadConfig(
+                f"ranker.{name} is {budget}, but {around} special tokens alone need as many; raise it"
+            )
+    counts = np.array([len(row) for row in candidates])  # (N,)
+    row = np.repeat(np.arange(len(counts)), counts)  # (M,) the pool of each candidate
+    place = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)  # (M,) its place there
+    flat = _encode(tokenizer, list(chain.from_iterable(candidates)))
+    _refuse_empty(counts, row, place, flat)
+    pad = tokenizer.pad_token_id or 0
+    prompt_ids, prompt_mask = _framed(_encode(tokenizer, list(prompts)), before, between, prompt_tokens, pad)
+    ids, mask = _framed(flat, (), after, candidate_tokens, pad)  # (M, S)
+    candidate_ids = np.full((len(counts), int(counts.max()), ids.shape[1]), pad)
+    candidate_mask = np.zeros(candidate_ids.shape, bool)
+    candidate_ids[row, place], candidate_mask[row, place] = ids, mask
+    return Pools(prompt_ids, prompt_mask, candidate_ids, candidate_mask)
+
+
+def pair_layout(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """Special ids before, between and after the texts of a pair."""
+    encoded = tokenizer("a", "a")
+    ids, owner = np.array(encoded["input_ids"]), encoded.sequence_ids(0)
+    first, second = ([i for i, text in enumerate(owner) if text == number] for number in (0, 1))
+    if not first or not second:
+        raise BadData("the tokenizer has no token for the letter a; give one that can write any text")
+    parts = ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
+    before, between, after = (part.tolist() for part in parts)
+    return before, between, after
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+
+
+def _refuse_empty(counts: np.ndarray, row: np.ndarray, place: np.ndarray, flat: list[list[int]]) -> None:
+    problems = [f"prompt {i} has no candidates" for i in np.flatnonzero(counts == 0)]
+    empty = np.flatnonzero([not tokens for tokens in flat])
+    problems += [f"candidate {place[i]} of prompt {row[i]} has no token" for i in empty]
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise BadData(f"pools cannot be scored: {'; '.join(problems[:SHOWN])}{more}")
+
+
+def _framed(
+    texts: list[list[int]], before: Sequence[int], after: Sequence[int], budget: int, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask (M, L) of `before`, each text cut to the budget, `after`, padding."""
+    full = np.array([len(tokens) for tokens in texts])  # (M,)
+    kept = np.minimum(full, budget - len(before) - len(after))
+    flat = np.fromiter(chain.from_iterable(texts), np.int64, int(full.sum()))
+    within = np.arange(len(flat)) - np.repeat(full.cumsum() - full, full)  # place of a token in its text
+    column = np.arange(int(kept.max()) + len(before) + len(after))
+    ids = np.full((len(texts), len(column)), pad, np.int64)
+    ids[:, : len(before)] = before
+    text_mask = (column >= len(before)) & (column < len(before) + kept[:, None])
+    ids[text_mask] = flat[within < np.repeat(kept, full)]
+    tail = len(before) + kept[:, None] + np.arange(len(after))  # (M, len(after))
+    np.put_along_axis(ids, tail, np.broadcast_to(np.asarray(after, np.int64), tail.shape), 1)
+    return ids, column < len(before) + kept[:, None] + len(after)

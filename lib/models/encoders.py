@@ -1,0 +1,199 @@
+"""Pretrained encoders and their tokenizers, from folders or the hub, and LoRA on them.
+
+Weights are read from safetensors only, and no code that lies beside them is run. Knows no ranker.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from lib import durable, randomness
+from lib.errors import BadConfig, BadData, MissingInput
+from lib.models import families as families  # makes our own backbones known to the Auto classes
+
+transformers_logging.disable_progress_bar()
+
+TRUNK_FILE, SHARDS_FILE = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model")
+EVERY_LINEAR = "all-linear"
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+_digests: dict[tuple, str] = {}
+
+
+def open_encoder(
+    name_or_folder: str | Path, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> tuple[Any, Any]:
+    """(trunk, tokenizer) of a folder or of a name on the hub, where the hub may be asked (`HF_HUB_OFFLINE`).
+
+    A pooler that the weights do not hold is left out, since a random one is of no use. A tokenizer without a padding
+    token takes its end token for it; masks, not ids, tell the two apart. Attention has no dropout: with it, torch's
+    fused attention is off, and a training step takes twice as long.
+
+    Raises:
+        MissingInput: there is no such folder or name, no tokenizer, or it cannot be had.
+        BadData: weights are pickled, incomplete, or need code of their own.
+    """
+    tokenizer = open_tokenizer(name_or_folder, revision)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of missing tensors advises to train them
+    try:
+        config = AutoConfig.from_pretrained(name_or_folder, **_source(name_or_folder, revision))
+        for key in ATTENTION_DROPOUTS:
+            if getattr(config, key, 0):
+                setattr(config, key, 0.0)
+        trunk, report = AutoModel.from_pretrained(
+            name_or_folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            **_source(name_or_folder, revision),
+        )  # fmt: skip
+    except OSError as error:
+        raise MissingInput(_not_had(name_or_folder, error)) from None
+    except (SafetensorError, ValueError, ImportError, RuntimeError) as error:
+        raise BadData(f"{name_or_folder} cannot be loaded: {error}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    absent = sorted(report["missing_keys"])
+    missing = [key for key in absent if not key.startswith("pooler.")]
+    if absent != missing:
+        trunk.pooler = None
+    if missing:
+        raise BadData(
+            f"{name_or_folder} lacks {len(missing)} of the trunk's tensors, such as {', '.join(missing[:3])}; "
+            "give a complete model"
+        )
+    if len(tokenizer) > trunk.get_input_embeddings().num_embeddings:
+        raise BadData(
+            f"{name_or_folder}: the tokenizer has {len(tokenizer)} ids, the model only "
+            f"{trunk.get_input_embeddings().num_embeddings}; give the tokenizer that the model was trained with"
+        )
+    if getattr(trunk.config, "pad_token_id", None) is None:
+        trunk.config.pad_token_id = tokenizer.pad_token_id
+    return trunk, tokenizer
+
+
+def open_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of an encoder, padding on the right. Raises as `open_encoder` does."""
+    source = _source(name_or_folder, revision)
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        _require_encoder_files(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **source)
+    except OSError as error:
+        raise MissingInput(_not_had(name_or_folder, error)) from None
+    except (ValueError, ImportError) as error:
+        raise BadData(f"the tokenizer of {name_or_folder} cannot be loaded: {error}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadData(f"{name_or_folder} has no fast tokenizer; save it with a tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise BadData(
+                f"the tokenizer of {name_or_folder} has neither a padding nor an end token; add one"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _source(name_or_folder: str | Path, revision: str | None) -> dict[str, Any]:
+    is_folder = Path(name_or_folder).is_dir()
+    return {"local_files_only": is_folder, "trust_remote_code": False} | (
+        {"revision": revision} if revision and not is_folder else {}
+    )
+
+
+def _not_had(name: str | Path, error: OSError) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if Path(name).is_dir():
+        return f"{name} cannot be read as an encoder: {reason}"
+    return (
+        f"encoder {name} is no folder here and cannot be had from the hub as safetensors: {reason} "
+        "Give a folder with config.json, model.safetensors and the tokenizer, or, with a network, a name on the hub "
+        "and HF_HUB_OFFLINE=0"
+    )
+
+
+def _require_encoder_files(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise MissingInput(f"{folder} has no config.json; give the folder of a Hugging Face model")
+    if not any((folder / name).exists() for name in (TRUNK_FILE, SHARDS_FILE)):
+        pickled = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern)
+        )
+        if pickled:
+            raise BadData(
+                f"{folder} has its weights only in {pickled[0]}, a pickle, which can run any code and is not read; "
+                "convert it to model.safetensors with save_pretrained on a machine that may run it"
+            )
+        raise MissingInput(f"{folder} has no {TRUNK_FILE}; give a folder with the model's weights")
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise MissingInput(
+            f"{folder} has no tokenizer (tokenizer.json or a vocabulary); copy there the one that the model was "
+            "trained with"
+        )
+
+
+def with_lora(
+    trunk: Any,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | list[str] = EVERY_LINEAR,
+    seed: int = 0,
+) -> Any:
+    """The trunk with low-rank adapters (Hu et al. 2021) on its linear layers but for the pooler; only they learn.
+
+    Args:
+        targets: "all-linear", or names of layers as peft takes them; several may be joined by commas.
+        seed: the adapters' first weights are a function of it.
+
+    Raises:
+        BadConfig: the trunk has no such layers, or was not read from anywhere, so that adapters alone say nothing.
+    """
+    if not trunk.config._name_or_path:
+        raise BadConfig(
+            "ranker.adapter is lora, but the trunk is fresh: adapters are saved without their encoder. "
+            "Name a pretrained ranker.encoder, or set ranker.adapter to none"
+        )
+    if isinstance(targets, str) and targets != EVERY_LINEAR:
+        targets = [word.strip() for word in targets.split(",")]
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - peft divides by the rank, any number will do
+        lora_dropout=dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) for module in trunk.modules()
+        ),  # GPT-2's transposed layers
+        exclude_modules=r"(.*\.)?pooler\..*" if getattr(trunk, "pooler", None) is not None else None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.key(seed, "lora weights") % 2**63)
+        try:
+            return get_peft_model(trunk, settings)
+        except ValueError as error:
+            raise BadConfig(f"ranker.lora.targets {targets!r}: {error}") from None
+
+
+def weights_digest(name: str) -> str | None:
+    """sha256 of a folder's weights, of all shards in the order of their names; None for a name on the hub.
+
+    Kept for as long as the files' sizes and times stay the same: large weights take a while.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    whole = folder / TRUNK_FILE
+    files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
+    stats = [path.stat() for path in files]
+    key = (str(folder.resolve()), *((s.st_size, s.st_mtime_ns) for s in stats))
+    if key not in _digests:
+        each = [durable.sha256_file(path) for path in files]
+        _digests[key] = each[0] if len(each) == 1 else hashlib.sha256("\n".join(each).encode()).hexdigest()
+    return _digests[key]

@@ -1,0 +1,144 @@
+"""Pools of one prompt and K candidates as token ids, and how a pool becomes one row: `prompt | c1 | c2 | ... | cK`.
+
+Padding may stand on any side of the input: what counts is the masks, never an id. Knows no model and no text.
+
+Shapes: N pools, K candidates, P prompt tokens, S candidate tokens, B rows, T tokens of a row.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PADDING, PROMPT = -1, 0  # owners of a token; a candidate's is its number from 1
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Prompts with their candidates, as arrays or tensors. A candidate without a valid token is absent.
+
+    Attributes:
+        prompt_ids: (N, P) integers.
+        prompt_mask: (N, P) bool, True for real tokens.
+        candidate_ids: (N, K, S) integers.
+        candidate_mask: (N, K, S) bool.
+    """
+
+    prompt_ids: Any
+    prompt_mask: Any
+    candidate_ids: Any
+    candidate_mask: Any
+
+    def tensors(self) -> "Pools":
+        """The same pools as tensors, where they are."""
+        return Pools(
+            torch.as_tensor(self.prompt_ids).long(),
+            torch.as_tensor(self.prompt_mask).bool(),
+            torch.as_tensor(self.candidate_ids).long(),
+            torch.as_tensor(self.candidate_mask).bool(),
+        )
+
+    def rows(self, which) -> "Pools":
+        """Some of the pools: a slice, or indices of rows."""
+        return Pools(
+            self.prompt_ids[which],
+            self.prompt_mask[which],
+            self.candidate_ids[which],
+            self.candidate_mask[which],
+        )
+
+    def present(self) -> Tensor:
+        """(N, K) bool: whether there is a candidate."""
+        return torch.as_tensor(self.candidate_mask).bool().any(-1)
+
+    def separate(self) -> "Pools":
+        """One pool per present candidate, in order: (M, P) prompts, repeated, and (M, 1, S) candidates."""
+        pools = self.tensors()
+        row, place = pools.present().nonzero(as_tuple=True)  # (M,), (M,)
+        return Pools(
+            pools.prompt_ids[row],
+            pools.prompt_mask[row],
+            pools.candidate_ids[row, place].unsqueeze(1),
+            pools.candidate_mask[row, place].unsqueeze(1),
+        )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Pools as rows without padding in between; the rows are padded on the right.
+
+    Attributes:
+        ids: (B, T).
+        owner: (B, T), whose token it is: PADDING, PROMPT, or the number of the candidate from 1.
+        positions: (B, T): candidates go on from their prompt's valid length; 0 for padding.
+        num_candidates: K.
+        longest: tokens of the longest prompt with one candidate.
+    """
+
+    ids: Tensor
+    owner: Tensor
+    positions: Tensor
+    num_candidates: int
+    longest: int
+
+    def to(self, device: torch.device) -> "Packed":
+        ids, owner, positions = (
+            x.to(device, non_blocking=True) for x in (self.ids, self.owner, self.positions)
+        )
+        return Packed(ids, owner, positions, self.num_candidates, self.longest)
+
+    def visible(self, is_causal: bool) -> Tensor:
+        """(B, 1, T, T) bool: which token (last) a token (third) may attend to.
+
+        Everyone sees the prompt, candidates see themselves too; causally only what is not later. The prompt sees
+        itself only. Padding sees padding as well, so that no token sees nothing.
+        """
+        key, query = self.owner.unsqueeze(1), self.owner.unsqueeze(2)
+        visible = (key == PROMPT) | (key == query)  # (B, T, T)
+        if is_causal:
+            visible = visible & (self.positions.unsqueeze(1) <= self.positions.unsqueeze(2))
+        return visible.unsqueeze(1)
+
+    def members(self) -> Tensor:
+        """(B, K, T) bool: the tokens of each candidate."""
+        number = torch.arange(1, self.num_candidates + 1, device=self.owner.device)
+        return self.owner.unsqueeze(1) == number[:, None]
+
+
+def pack(pools: Pools) -> Packed:
+    """Pools as rows `prompt | c1 | ... | cK` of valid tokens only."""
+    pools = pools.tensors()
+    prompt, candidates = pools.prompt_mask, pools.candidate_mask
+    rows, num_candidates, width = candidates.shape
+    prompt_length = prompt.sum(1)  # (N,)
+    lengths = candidates.sum(2)  # (N, K)
+    number = torch.arange(1, num_candidates + 1, device=prompt.device)
+    after_prompt = prompt_length[:, None, None] + candidates.cumsum(2) - 1  # (N, K, S)
+    valid = torch.cat((prompt, candidates.flatten(1)), 1)  # (N, P + K S)
+    ids = torch.cat((pools.prompt_ids, pools.candidate_ids.flatten(1)), 1)
+    owner = torch.cat(
+        (torch.full_like(prompt, PROMPT, dtype=torch.long),
+         number.repeat_interleave(width).expand(rows, -1)), 1
+    ).masked_fill(~valid, PADDING)  # fmt: skip
+    positions = torch.cat((prompt.cumsum(1) - 1, after_prompt.flatten(1)), 1).masked_fill(~valid, 0)
+    order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # valid ones first, in order
+    order = order[:, : int(valid.sum(1).max())]  # (N, T)
+    return Packed(
+        ids.gather(1, order),
+        owner.gather(1, order),
+        positions.gather(1, order),
+        num_candidates,
+        longest=int((prompt_length + lengths.amax(1)).max()),
+    )
+
+
+def last_token_index(mask: Tensor) -> Tensor:
+    """(...) index of the rightmost True of a mask (..., T), on whichever side the padding is; 0 if there is none."""
+    place = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.where(mask, place, 0).amax(-1)
+
+
+def first_token_index(mask: Tensor) -> Tensor:
+    """(...) index of the leftmost True of a mask (..., T); 0 if there is none."""
+    return mask.to(torch.uint8).argmax(-1)

@@ -1,0 +1,159 @@
+"""A ranker as a stock `AutoModelForSequenceClassification` with one label, for tools that know nothing of Remask.
+
+Stock classifiers read one pair of texts with ordinary attention and end in one linear layer (BERT and RoBERTa: behind
+their pooler). So only rankers that are built like that can be exported: causal ones with pooling "last", or ones of
+attention "full" with pooling "cls" ("last" too for our own backbone), each with the linear head.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from lib.errors import BadConfig
+from lib.models.collation import collate
+from lib.models.packing import Pools
+from lib.models.ranker import CandidateRanker
+
+OURS = "remask_gpt"
+POOLER_THEN_LINEAR = ("bert",)  # pooler of the trunk, then `classifier`
+DENSE_THEN_LINEAR = ("roberta", "xlm-roberta")  # the pooler's layer is part of the classifier
+PROBES = ["a", "a b c 1 2 3"], [["b", "c a 4"], ["a a 5", "b"]]
+TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 0.05  # relative to the scores
+
+
+def export_classifier(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
+    """Write config, merged weights and tokenizer as sentence-transformers' `CrossEncoder(folder)` reads them.
+
+    Its scores are those of the ranker (to 1e-5 in float32) for pairs laid out by `collate`, as long as no budget cuts
+    a text: stock tools cut elsewhere. Before anything is written, both score a few texts, and must agree.
+
+    Raises:
+        BadConfig: no stock classifier reads what this ranker reads; the message says which setting to change.
+    """
+    trunk = _merged(model)
+    _refuse(model, trunk)
+    classifier = _classifier(model, trunk)
+    config = classifier.config
+    config.pad_token_id = tokenizer.pad_token_id
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    _compare(model, classifier, tokenizer)
+    activation = f"{nn.Identity.__module__}.{nn.Identity.__name__}"
+    if config.model_type == OURS:  # its config takes no foreign key
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _write_cross_encoder_files(Path(folder), activation)
+    else:
+        config.sentence_transformers = {"activation_fn": activation}
+    classifier.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _merged(model: CandidateRanker) -> Any:
+    """The trunk with its adapters added into its weights; the ranker keeps its own."""
+    if isinstance(model.trunk, PeftModel):
+        return copy.deepcopy(model.trunk).merge_and_unload()
+    return model.base
+
+
+def _refuse(model: CandidateRanker, trunk: Any) -> None:
+    kind = trunk.config.model_type
+    problems = []
+    if model.head_kind != "linear":
+        problems.append("ranker.head is mlp; set it to linear")
+    if not model.is_causal and model.attention != "full":
+        problems.append("ranker.attention is prefix, a mask that stock models do not make; set it to full")
+    wanted = ("last",) if model.is_causal else ("cls", "last") if kind == OURS else ("cls",)
+    if model.pooling not in wanted:
+        problems.append(f"ranker.pooling is {model.pooling}; set it to {' or '.join(wanted)}")
+    if not model.is_causal and kind not in (OURS, *POOLER_THEN_LINEAR, *DENSE_THEN_LINEAR):
+        problems.append(
+            f"the classifier of {kind} has layers that a ranker does not have; take an encoder of type "
+            f"{', '.join((*POOLER_THEN_LINEAR, *DENSE_THEN_LINEAR))} or a causal model"
+        )
+    elif not model.is_causal and kind != OURS and getattr(trunk, "pooler", None) is None:
+        problems.append(
+            "its weights have no pooler, which the stock classifier reads; take an encoder that has one"
+        )
+    if problems:
+        raise BadConfig(
+            f"this ranker has no equal among stock classifiers: {'; '.join(problems)}, and train again"
+        )
+
+
+def _classifier(model: CandidateRanker, trunk: Any) -> Any:
+    """The stock classifier with the ranker's weights, in evaluation mode."""
+    config = copy.deepcopy(trunk.config)
+    config.num_labels = 1
+    kind = config.model_type
+    if kind == OURS:
+        config.pooling = {"cls": "first", "last": "last"}[model.pooling]
+    with torch.random.fork_rng(devices=[]):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    own = getattr(classifier, classifier.base_model_prefix)
+    tensors = {
+        k: v
+        for k, v in trunk.state_dict().items()
+        if not k.startswith("pooler.") or kind in POOLER_THEN_LINEAR
+    }
+    own.load_state_dict(tensors)
+    head = getattr(classifier, "score", None) or classifier.classifier
+    with torch.no_grad():
+        if kind in DENSE_THEN_LINEAR:
+            head.dense.load_state_dict(trunk.pooler.dense.state_dict())
+            head = head.out_proj
+        head.weight.copy_(model.head.out.weight)
+        if head.bias is not None:
+            head.bias.zero_()
+    first = next(trunk.parameters())
+    return classifier.to(first.device, first.dtype).eval()
+
+
+@torch.no_grad()
+def _compare(model: CandidateRanker, classifier: Any, tokenizer: Any) -> None:
+    """Both on a few texts, as each reads them."""
+    prompts, candidates = PROBES
+    limit = getattr(model.config, "max_position_embeddings", 64) // 2
+    device = next(classifier.parameters()).device
+    pools = collate(tokenizer, prompts, candidates, limit, limit)
+    was_training = model.training
+    ours = _scores(model.eval(), pools)
+    model.train(was_training)
+    pairs = [(p, c) for p, row in zip(prompts, candidates, strict=True) for c in row]
+    inputs = tokenizer(*zip(*pairs, strict=True), padding=True, return_tensors="pt")
+    theirs = classifier(**inputs.to(device)).logits.squeeze(-1)
+    apart = float((ours - theirs).abs().max()) / (1 + float(ours.abs().max()))
+    half = theirs.dtype not in (torch.float32, torch.float64)
+    if apart > (TOLERANCE_OF_HALF if half else TOLERANCE):
+        raise BadConfig(
+            f"{type(classifier).__name__} with this tokenizer scores {apart:.1e} beside the ranker: they read pairs "
+            "differently (padding token that also ends texts, or segments that the tokenizer does not make); "
+            "give the tokenizer a padding token of its own"
+        )
+
+
+def _scores(model: CandidateRanker, pools: Pools) -> Tensor:
+    return model.score_one_by_one(pools).flatten()
+
+
+def _write_cross_encoder_files(folder: Path, activation: str) -> None:
+    """What sentence-transformers 6 writes beside a model: one module, pairs in, raw scores out."""
+    transformer = "sentence_transformers.base.modules.transformer.Transformer"
+    for name, content in (
+        ("modules.json", [{"idx": 0, "name": "0", "path": "", "type": transformer}]),
+        ("config_sentence_transformers.json", {"model_type": "CrossEncoder", "activation_fn": activation}),
+        (
+            "sentence_bert_config.json",
+            {
+                "transformer_task": "sequence-classification",
+                "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+                "module_output_name": "scores",
+            },
+        ),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,140 @@
+"""The folder of a trained ranker, written and read. Knows no training and no task.
+
+The folder of a ranker: `ranker.json`, `score_head.safetensors`, the tokenizer, and either `adapter_config.json` and
+`adapter_model.safetensors` (LoRA; the encoder stays where it is, and is recognised by its hash) or the whole trunk
+in `config.json` and `model.safetensors`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lib import durable
+from lib.errors import BadData, MissingInput
+from lib.models.collation import collate
+from lib.models.encoders import open_encoder, open_tokenizer, weights_digest, with_lora
+from lib.models.ranker import CandidateRanker
+from lib.tokenization import load_tokenizer
+
+__all__ = [
+    "RANKER_FILE",
+    "collate",
+    "load_ranker",
+    "open_encoder",
+    "open_tokenizer",
+    "save_ranker",
+    "with_lora",
+]
+
+RANKER_FILE, HEAD_FILE, ADAPTER_FILE = "ranker.json", "score_head.safetensors", "adapter_model.safetensors"
+
+
+def save_ranker(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
+    """Write a ranker's folder; see the module's docstring. `ranker.json` comes last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = model.base
+    has_lora = isinstance(model.trunk, PeftModel)
+    record: dict[str, Any] = {
+        "pooling": model.pooling,
+        "head": model.head_kind,
+        "head_dropout": model.head.dropout.p,
+        "attention": model.attention,
+        "trunk": base.config.model_type,
+        "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        "lora": has_lora,
+        "base": _origin(base, has_lora),
+    }
+    if has_lora:
+        model.trunk.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    else:
+        base.save_pretrained(folder)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
+    save_file(tensors, folder / HEAD_FILE)
+    tokenizer.save_pretrained(folder)
+    durable.write_json(folder / RANKER_FILE, record)
+
+
+def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, Any]:
+    """(ranker in evaluation mode, tokenizer) of a folder of `save_ranker`.
+
+    Args:
+        learning: adapters get gradients, to go on training.
+
+    Raises:
+        MissingInput: files of the ranker, or the encoder it adapts, are not there.
+        BadData: they do not fit each other, or the encoder is not the one that was adapted.
+    """
+    folder = Path(folder)
+    record = _read_record(folder)
+    dtype = getattr(torch, record["dtype"])
+    if record["lora"]:
+        tokenizer = load_tokenizer(folder)
+        trunk = _with_saved_lora(folder, record["base"], dtype, learning)
+    else:
+        trunk, tokenizer = open_encoder(folder, dtype)
+    model = CandidateRanker(
+        trunk, pooling=record["pooling"], head=record["head"], head_dropout=record["head_dropout"],
+        attention=record["attention"], seed=0,
+    )  # fmt: skip
+    try:
+        model.head.load_state_dict(load_file(folder / HEAD_FILE))
+    except (RuntimeError, SafetensorError) as error:
+        raise BadData(f"{folder / HEAD_FILE} is not the head of this ranker: {error}") from None
+    return model.eval(), tokenizer
+
+
+def _with_saved_lora(folder: Path, origin: dict[str, Any], dtype: torch.dtype, learning: bool) -> Any:
+    """The encoder that a ranker adapts, with the ranker's adapters."""
+    name = origin["name"]
+    trunk, _ = open_encoder(name, dtype, origin["revision"])
+    found = weights_digest(name)
+    if found != origin["weights_sha256"]:
+        raise BadData(
+            f"the weights of {name} are not those that {folder} adapts: sha256 {found} in place of "
+            f"{origin['weights_sha256']}; put the encoder's folder back, or train the ranker again"
+        )
+    try:
+        tensors = load_file(folder / ADAPTER_FILE)
+        trunk = PeftModel.from_pretrained(trunk, str(folder), is_trainable=learning)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise BadData(f"the adapters in {folder} cannot be loaded: {error}") from None
+    apart = set(tensors) ^ set(get_peft_model_state_dict(trunk, save_embedding_layers=False))
+    if apart:
+        raise BadData(
+            f"{folder / ADAPTER_FILE} does not fit {name}: {len(apart)} tensors, such as {min(apart)}"
+        )
+    return trunk
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RANKER_FILE
+    if not path.exists():
+        raise MissingInput(f"{folder} has no {RANKER_FILE}; give the folder of a trained ranker")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        weights = ADAPTER_FILE if record["lora"] else None
+        keys = ("pooling", "head", "head_dropout", "attention", "dtype", "base")
+        lacking = [key for key in keys if key not in record]
+    except (ValueError, KeyError, TypeError):
+        raise BadData(f"{path} is not what save_ranker writes; copy the ranker's folder again") from None
+    if lacking:
+        raise BadData(f"{path} lacks {', '.join(lacking)}; copy the ranker's folder again")
+    absent = [name for name in (HEAD_FILE, weights) if name and not (folder / name).exists()]
+    if absent:
+        raise MissingInput(f"{folder} has no {' and no '.join(absent)}; copy the ranker's folder again")
+    return record
+
+
+def _origin(base: Any, with_digest: bool) -> dict[str, Any]:
+    """Where the trunk was read from; the hash of its weights if the ranker is nothing without them."""
+    name = base.config._name_or_path or None
+    revision = getattr(base.config, "_commit_hash", None)
+    digest = weights_digest(name) if with_digest and name is not None else None
+    return {"name": name, "revision": revision, "weights_sha256": digest}

@@ -1,0 +1,228 @@
+"""How well scores rank pools of candidates, with 95 % intervals. numpy only; knows no models, text or files.
+
+`ranking_metrics` gives numbers per pool, the rest turns them into tables. Nothing depends on the order in which
+candidates happen to stand: tied scores are judged by what a fair draw among them gives on average, tied best
+rewards are all right answers. Ties are exact equality.
+
+Legend: N pools, K candidates, G groups (pages) that are resampled whole, R resamples.
+"""
+
+import numpy as np
+
+from lib import randomness
+from lib.metrics import Estimate, sum_by
+
+RESAMPLES = 2000
+_CELLS = 4_000_000  # of counts held at once, (R, G)
+_Z = 1.959964  # 97.5 % of a normal distribution
+_BASELINES = ("chance", "best_reward", "mean_reward")  # of the pools, whatever the scores: no interval
+
+
+def ranking_metrics(
+    scores: np.ndarray, rewards: np.ndarray, present: np.ndarray, gold: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """name -> (N,) float64 of each pool.
+
+    | name              | meaning                                                                             |
+    |-------------------|-------------------------------------------------------------------------------------|
+    | accuracy          | chance that the winner (highest score) has the best reward                          |
+    | chance            | the accuracy of a random choice                                                     |
+    | gold_accuracy     | chance that the winner is the candidate `gold` (N,); only if given                  |
+    | average_reward    | of the winner                                                                       |
+    | best_reward       | of the pool                                                                         |
+    | mean_reward       | of the pool: what a random choice gets                                              |
+    | mrr               | 1 / rank of the first candidate with the best reward                                |
+    | ndcg              | gain = reward, discount 1 / log2(1 + rank), over all K; 1 if every reward is 0      |
+    | pairwise_accuracy | of pairs of different reward in the right order, tied scores 1/2; NaN without pairs |
+    | kendall_tau       | tau-b; 0 if only the scores are constant, NaN if the rewards are                    |
+
+    Args:
+        scores: (N, K), finite where present, anything elsewhere.
+        rewards: (N, K) in [0, 1] where present, anything elsewhere.
+        present: (N, K) bool, at least one per pool.
+
+    Raises ValueError for a pool without candidates or a score that is not finite.
+    """
+    _check(scores, present)
+    score = np.where(present, scores, -np.inf).astype(np.float64)
+    reward = np.where(present, rewards, -np.inf)
+    gain = np.where(present, rewards, 0.0).astype(np.float64)
+    best = reward == reward.max(1, keepdims=True)  # (N, K)
+    choice = _choice(score)
+    values = {
+        "accuracy": (choice * best).sum(1),
+        "chance": best.sum(1) / present.sum(1),
+        "average_reward": (choice * gain).sum(1),
+        "best_reward": gain.max(1, where=present, initial=-np.inf),
+        "mean_reward": gain.sum(1) / present.sum(1),
+        "mrr": _reciprocal_rank(score, best),
+        "ndcg": _ndcg(score, gain, present),
+    }
+    if gold is not None:
+        values["gold_accuracy"] = np.take_along_axis(choice, np.asarray(gold)[:, None], 1)[:, 0]
+    return values | _order_metrics(score, gain, present)
+
+
+def _check(scores: np.ndarray, present: np.ndarray) -> None:
+    if not present.any(1).all():
+        raise ValueError(f"pool {int(np.argmin(present.any(1)))} has no candidates")
+    wrong = np.argwhere(present & ~np.isfinite(scores))
+    if len(wrong):
+        n, k = map(int, wrong[0])
+        raise ValueError(
+            f"the score of candidate {k} of pool {n} is {scores[n, k]}, expected a finite number"
+        )
+
+
+def _choice(score: np.ndarray) -> np.ndarray:
+    """(N, K) chance of each candidate to win: the highest scores share 1."""
+    winner = score == score.max(1, keepdims=True)
+    return winner / winner.sum(1, keepdims=True)
+
+
+def _reciprocal_rank(score: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """(N,) expected 1 / rank of the first of the best, ties of scores in random order."""
+    top = np.where(best, score, -np.inf).max(1, keepdims=True)
+    above, tied = (score > top).sum(1), score == top
+    size, right = tied.sum(1), (tied & best).sum(1)
+    value, waiting = np.zeros(len(score)), np.ones(len(score))
+    for drawn in range(score.shape[1]):  # the tie is drawn without replacement until one of the best comes
+        hit = waiting * np.clip(right / np.maximum(size - drawn, 1), 0, 1)
+        value += hit / (above + drawn + 1)
+        waiting = waiting - hit
+    return value
+
+
+def _ndcg(score: np.ndarray, gain: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """(N,) a tied candidate gets the mean discount of the places of its tie (McSherry and Najork, 2008)."""
+    discount = 1 / np.log2(np.arange(score.shape[1]) + 2)
+    until = np.append(0.0, np.cumsum(discount))  # (K + 1,) sums over the first places
+    above = (score[:, None, :] > score[:, :, None]).sum(2)  # (N, K)
+    size = (score[:, None, :] == score[:, :, None]).sum(2)
+    expected = np.where(present, (until[above + size] - until[above]) / size, 0.0)
+    ideal = (-np.sort(-gain, 1) * discount).sum(1)
+    return np.where(ideal > 0, (gain * expected).sum(1) / np.where(ideal > 0, ideal, 1), 1.0)
+
+
+def _order_metrics(score: np.ndarray, gain: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
+    """pairwise_accuracy and kendall_tau (Kendall, 1945) from the signs of all pairs."""
+    first, second = np.triu_indices(score.shape[1], 1)
+    pair = present[:, first] & present[:, second]  # (N, K (K - 1) / 2)
+    finite = np.where(present, score, 0.0)
+    by_score = np.where(pair, np.sign(finite[:, first] - finite[:, second]), 0)
+    by_reward = np.where(pair, np.sign(gain[:, first] - gain[:, second]), 0)
+    agreement = (by_score * by_reward).sum(1)
+    ordered, scored = np.abs(by_reward).sum(1), np.abs(by_score).sum(1)
+    known = ordered > 0
+    accuracy = (agreement / np.where(known, ordered, 1) + 1) / 2  # from right - wrong to right
+    tau = agreement / np.sqrt(np.maximum(ordered, 1) * np.maximum(scored, 1))
+    return {
+        "pairwise_accuracy": np.where(known, accuracy, np.nan),
+        "kendall_tau": np.where(known, tau, np.nan),
+    }
+
+
+# ----------------------------------------------------------------------------------------- over pools
+
+
+def summarise(
+    per_pool: dict[str, np.ndarray], groups: np.ndarray, seed: int
+) -> dict[str, float | dict[str, float]]:
+    """Means over pools, and two ratios of sums, with bootstrap intervals over whole groups.
+
+    `reward_ratio` is the winners' reward over the best; `normalised_reward_ratio` counts both from a random
+    choice, so 0 is random and 1 is best. Pools where a metric is NaN are left out of it, a metric that is NaN
+    everywhere is left out of the result.
+
+    Args:
+        per_pool: of `ranking_metrics`.
+        groups: (N,) of any type: what is resampled together. Few groups (under 20) make intervals too narrow.
+
+    Returns: name -> value for chance, best_reward and mean_reward, name -> {value, low, high} for the others.
+    """
+    chosen, best, mean = (per_pool[k] for k in ("average_reward", "best_reward", "mean_reward"))
+    ratios = {k: _mean(v) for k, v in per_pool.items() if k not in _BASELINES and not np.isnan(v).all()}
+    ratios |= {
+        "reward_ratio": (chosen, best),
+        "normalised_reward_ratio": (chosen - mean, best - mean),
+    }
+    result: dict[str, float | dict[str, float]] = {
+        k: e._asdict() for k, e in _bootstrap(ratios, groups, seed).items()
+    }
+    return result | {k: float(per_pool[k].mean()) for k in _BASELINES}
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, float]:
+    """{value, low, high} of mean(a) - mean(b): two rankers' (N,) accuracies on the same pools, in the same order."""
+    if a.shape != b.shape:
+        raise ValueError(f"paired values must be of the same pools, got shapes {a.shape} and {b.shape}")
+    return _bootstrap({"difference": _mean(a - b)}, groups, seed)["difference"]._asdict()
+
+
+def breakdown(accuracy: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
+    """label -> {accuracy, count, low, high}, labels sorted. Wilson's interval (1927).
+
+    Unlike the bootstrap it stays honest for a label with a handful of pools; it takes the pools of a label as
+    independent of each other.
+    """
+    names, of = np.unique(np.asarray(labels).astype(str), return_inverse=True)
+    count = np.bincount(of)
+    share = np.bincount(of, accuracy) / count
+    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z * np.sqrt(share * (1 - share) / count + (_Z / (2 * count)) ** 2) / (1 + _Z**2 / count)
+    columns = {"accuracy": share, "count": count, "low": middle - half, "high": middle + half}
+    return {str(n): {k: column[i].item() for k, column in columns.items()} for i, n in enumerate(names)}
+
+
+def chosen_kinds(
+    scores: np.ndarray, kinds: np.ndarray, correct: np.ndarray, present: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """What kinds of wrong candidate the ranker falls for, the most harmful first.
+
+    Args:
+        kinds: (N, K) str, how each candidate came to be.
+        correct: (N, K) bool; candidates that are right are in no row of the result.
+
+    Returns: kind -> count of its candidates; `chosen`, the expected number of pools it wins (tied scores share);
+    `share_of_errors`, chosen over all wrong choices; `rate`, chosen over count.
+    """
+    _check(scores, present)
+    wrong = present & ~correct
+    names, of = np.unique(np.asarray(kinds)[wrong].astype(str), return_inverse=True)
+    won = _choice(np.where(present, scores, -np.inf))[wrong]
+    count, chosen = np.bincount(of, minlength=len(names)), np.bincount(of, won, len(names))
+    order = np.argsort(-chosen, kind="stable")
+    return {
+        str(names[i]): {
+            "count": int(count[i]),
+            "chosen": float(chosen[i]),
+            "share_of_errors": float(chosen[i] / max(won.sum(), 1e-12)),
+            "rate": float(chosen[i] / count[i]),
+        }
+        for i in order
+    }
+
+
+def _mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean as a ratio: (numerators, denominators), both 0 where the value is NaN."""
+    known = ~np.isnan(values)
+    return np.where(known, values, 0.0), known.astype(np.float64)
+
+
+def _bootstrap(
+    ratios: dict[str, tuple[np.ndarray, np.ndarray]], groups: np.ndarray, seed: int
+) -> dict[str, Estimate]:
+    """sum(numerators) / sum(denominators) by name, with intervals from the same resamples of groups for all."""
+    sums = np.stack(sum_by(groups, *(column for pair in ratios.values() for column in pair)), 1)  # (G, 2 F)
+    units = len(sums)
+    generator = np.random.Generator(np.random.Philox(randomness.key(seed, "ranking bootstrap", units)))
+    block = max(1, _CELLS // units)
+    totals = [sums.sum(0, keepdims=True)]
+    for done in range(0, RESAMPLES, block):
+        size = min(block, RESAMPLES - done)
+        totals.append(generator.multinomial(units, np.full(units, 1 / units), size=size) @ sums)
+    totals = np.concatenate(totals)  # (1 + R, 2 F)
+    values = totals[:, ::2] / np.maximum(totals[:, 1::2], 1e-12)  # (1 + R, F)
+    low, high = np.percentile(values[1:], [2.5, 97.5], axis=0)
+    columns = zip(values[0], low, high, strict=True)
+    return {name: Estimate(*map(float, column)) for name, column in zip(ratios, columns, strict=True)}

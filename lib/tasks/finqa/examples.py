@@ -1,0 +1,115 @@
+"""Stage 01 for FinQA: a record becomes an example: what is asked, and what would answer it.
+
+FinQA's own splits are kept: `train.json` teaches, `dev.json` is held out, `test.json` is the test. Without `dev.json`
+some of the training groups are held out. Some others choose the best step of a training run (`selection`), so that the
+held-out questions stay unseen until the end. A group is a page, or a report with all its pages.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from lib.config import Config
+from lib.randomness import hash_fraction
+from lib.tasks import Document, Dropped, Example
+from lib.tasks.finqa.pages import serialise
+from lib.tasks.finqa.program import ProgramError, execute, parse
+from lib.tasks.finqa.record import Record
+
+SPLIT_OF = {"train": "train", "dev": "held_out", "test": "test"}
+SEEN_REPORT, NEW_REPORT = "report seen in training", "report new"
+
+
+def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example | Dropped]:
+    """An example per record, or why there is none. Goes over the documents twice."""
+    splits = {r.id: split_of(r, config) for r in _records(documents)}
+    if "held_out" not in splits.values():
+        splits = {r.id: _held_out_or(splits[r.id], r, config) for r in _records(documents)}
+    taught = {r.report for r in _records(documents) if splits[r.id] == "train"}
+    count_tokens = token_counter(config)
+    for record in _records(documents):
+        try:
+            value = execute(record.program or "", record.table)
+            steps = len(parse(record.program or ""))
+        except ProgramError as error:
+            yield Dropped(record.id, f"program cannot run: {error.what}", record.program or "")
+            continue
+        if not record.question.strip():
+            yield Dropped(record.id, "nothing is asked", record.program or "")
+            continue
+        tags = ["1 step" if steps == 1 else f"{steps} steps" if steps < 4 else "4 or more steps"]
+        if splits[record.id] in ("held_out", "test"):
+            tags.append(SEEN_REPORT if record.report in taught else NEW_REPORT)
+        yield Example(
+            example_id=record.id,
+            prompt=prompt_of(record, config, count_tokens),
+            target=f"{record.program} = {written(value)}",
+            split=splits[record.id],
+            group=group_of(record, config),
+            record=record.to_json(),
+            tags=tags,
+        )
+
+
+def _records(documents: Iterable[Document]) -> Iterator[Record]:
+    for document in documents:
+        yield Record.from_json(document.content)
+
+
+def group_of(record: Record, config: Config) -> str:
+    """What must not be torn apart: the page, or the whole report."""
+    return record.filename if config.finqa.group == "page" else record.report
+
+
+def split_of(record: Record, config: Config) -> str:
+    """FinQA's own split; of the training groups a share is for selection."""
+    split = SPLIT_OF[record.split]
+    if split == "train" and hash_fraction(config.seed, "selection", group_of(record, config)) < (
+        config.finqa.selection_share
+    ):
+        return "selection"
+    return split
+
+
+def _held_out_or(split: str, record: Record, config: Config) -> str:
+    share = config.data.fractions["held_out"]
+    drawn = hash_fraction(config.seed, "held out", group_of(record, config))
+    return "held_out" if split in ("train", "selection") and drawn < share else split
+
+
+def prompt_of(record: Record, config: Config, count_tokens: Callable[[str], int]) -> str:
+    """The question; with `ranker.prompt: question_page`, then as much of the page as the budget of tokens allows."""
+    question = " ".join(record.question.split())
+    if config.ranker.prompt == "question":
+        return question
+    room = config.ranker.prompt_tokens - count_tokens(question) - SPARE
+    page = serialise(record, question, room, count_tokens)
+    return f"{question}\n{page}" if page else question
+
+
+SPARE = 4  # for the tokens that a tokenizer puts around a prompt
+
+
+def token_counter(config: Config) -> Callable[[str], int]:
+    """Tokens of a text for the ranker's encoder; words where the tokenizer is still to be trained."""
+    encoder = config.ranker.encoder
+    if encoder is None or config.ranker.prompt == "question":
+        return lambda text: len(text.split())
+    from lib.models.ranker_files import open_tokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = open_tokenizer(Path(encoder) if Path(encoder).is_dir() else encoder)
+    return partial(_count, tokenizer)
+
+
+def _count(tokenizer, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def written(value: float | str) -> str:
+    """A value in short: at most five decimals, no trailing zeros."""
+    if isinstance(value, str):
+        return value
+    text = f"{value:.5f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text

@@ -1,0 +1,41 @@
+"""Programs whose numbers a masked LM writes anew: one more source of wrong programs (`finqa.pools.changes.masked_lm`).
+
+The masked LM has learned the train split's programs. What it writes may be no program at all: whoever asks for it
+parses and runs the result.
+"""
+
+import numpy as np
+
+from lib import randomness
+from lib.tasks import CandidateContext
+from lib.tokenization import decode_batch
+
+
+def rewrite_arguments(programs: list[str], context: CandidateContext) -> list[str]:
+    """Each program with a share of its numbers' tokens masked and filled again; that share is drawn per program
+    from `candidates.mask_ratio`, and at least one token is masked.
+
+    A rewrite is a function of the seed and the program alone.
+    """
+    tokenizer, config = context.tokenizer, context.config.candidates
+    coded = tokenizer(programs, add_special_tokens=False, return_offsets_mapping=True)
+    lengths = np.array([len(ids) for ids in coded["input_ids"]])
+    valid = np.arange(lengths.max()) < lengths[:, None]  # (N, T)
+    ids = np.full(valid.shape, tokenizer.pad_token_id, np.int64)
+    ids[valid] = np.concatenate([np.asarray(row, np.int64) for row in coded["input_ids"]])
+    numeric = np.zeros_like(valid)
+    for row, (program, spans) in enumerate(zip(programs, coded["offset_mapping"], strict=True)):
+        numeric[row, : len(spans)] = [_is_numeric(program, start, end) for start, end in spans]
+    rows = np.array([randomness.key(0, program) for program in programs], dtype=np.uint64).astype(np.int64)
+    low, high = config.mask_ratio
+    ratio = low + (high - low) * randomness.uniform(context.key("argument ratio"), rows, 1)  # (N, 1)
+    noise = np.where(numeric, randomness.uniform(context.key("argument"), rows, ids.shape[1]), np.inf)
+    masked = numeric & ((noise < ratio) | (noise == noise.min(1, keepdims=True)))
+    filled = context.engines[0].fill(ids, valid, masked, config, context.seed, rows)
+    return decode_batch(tokenizer, [filled[row, :length] for row, length in enumerate(lengths)])
+
+
+def _is_numeric(program: str, start: int, end: int) -> bool:
+    """Whether the token at these characters belongs to a number, and not to the `#1` of an earlier step."""
+    piece = program[start:end]
+    return any(c.isdigit() for c in piece) and "#" not in program[max(0, start - 1) : end]

@@ -1,0 +1,142 @@
+"""How well scores tell wrong tokens from right ones, and how honest calibrated chances are. Arrays only: no model.
+
+Legend: N tokens that a generator wrote into clean text.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from lib import metrics
+from lib.diffusion.calibration import BANDS, Calibration, Observed, Reading, band_edges, band_of
+
+FEW = 100  # tokens; a smaller band is not measured
+READINGS: tuple[Reading, ...] = ("filled", "partial")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Tokens of held-out fills and what was thought of them, all (N,)."""
+
+    wrong: np.ndarray  # bool
+    group: np.ndarray  # the unit that is resampled
+    critic: np.ndarray  # raw probability of error, the whole text in view
+    share: np.ndarray  # of the text that was masked before the pass that completed it
+    partial: np.ndarray  # raw, with a part of the written tokens masked again; NaN where that hid this one
+    partial_share: np.ndarray  # of the text that is masked then
+    confidence: np.ndarray  # one minus it: what the generator said when it wrote the token
+    fresh: np.ndarray  # one minus it: what it says now that it sees the whole
+
+    def at(self, where: np.ndarray) -> "Seen":
+        return Seen(*(getattr(self, f.name)[where] for f in fields(self)))
+
+    @property
+    def visible(self) -> np.ndarray:
+        """(N,) bool: not hidden from the partial view."""
+        return ~np.isnan(self.partial)
+
+    def reading(self, name: Reading) -> Observed:
+        """What the critic said in one of its two ways of reading."""
+        if name == "filled":
+            return Observed(self.critic, self.wrong, self.share)
+        there = self.visible
+        return Observed(self.partial[there], self.wrong[there], self.partial_share[there])
+
+
+def halves(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """((N,) bool, (N,) bool): every second group to fit on, the others to measure on; one group serves both."""
+    names = np.unique(group)
+    if len(names) < 2:
+        return np.ones(len(group), bool), np.ones(len(group), bool)
+    fitting = np.isin(group, names[::2])
+    return fitting, ~fitting
+
+
+def fitted(seen: Seen) -> Calibration:
+    readings = {name: seen.reading(name) for name in READINGS}
+    return Calibration.fit(seen.critic, seen.wrong, 1 - seen.confidence, readings)
+
+
+def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
+    """Score -> {"auroc" as an estimate, "average_precision", "ece", "brier"}.
+
+    The partial view exists for the tokens that were left to see; confidence on the same ones stands beside it.
+    """
+    there = seen.visible
+    of_those = np.flatnonzero(there)
+    partial = calibration(seen.partial[there], "partial", seen.partial_share[there])
+    every = np.arange(len(seen.wrong))
+    scores = {
+        "critic": (seen.critic, every),
+        "critic_calibrated": (calibration(seen.critic, "filled", seen.share), every),
+        "critic_blend": (calibration.blended(seen.critic, 1 - seen.confidence), every),
+        "confidence": (seen.confidence, every),
+        "confidence_fresh": (seen.fresh, every),
+        "critic_partial": (seen.partial[there], of_those),
+        "critic_partial_calibrated": (partial, of_those),
+        "confidence_of_those": (seen.confidence[there], of_those),
+    }
+    found = {}
+    for name, (score, at) in scores.items():
+        wrong = seen.wrong[at]
+        found[name] = {
+            "auroc": metrics.resampled(weighted_auroc(score, wrong), seen.group[at])._asdict(),
+            "average_precision": metrics.average_precision(score, wrong),
+            "ece": metrics.calibration_error(score, wrong),
+            "brier": brier(score, wrong),
+        }
+    return found
+
+
+def weighted_auroc(score: np.ndarray, wrong: np.ndarray) -> Callable[[np.ndarray], float]:
+    """(N,) weights -> AUROC. As `metrics.auroc`, but sorted once for all resamples; equal scores count half."""
+    _, rank = np.unique(score, return_inverse=True)
+    ranks = int(rank.max()) + 1
+
+    def auroc(weights: np.ndarray) -> float:
+        bad = np.bincount(rank, weights * wrong, ranks)
+        good = np.bincount(rank, weights * ~wrong, ranks)
+        pairs = bad.sum() * good.sum()
+        return float((bad * (np.cumsum(good) - good / 2)).sum() / pairs) if pairs else float("nan")
+
+    return auroc
+
+
+def brier(probability: np.ndarray, happened: np.ndarray) -> float:
+    """Mean squared distance of a forecast from what happened (Brier, 1950)."""
+    return float(np.mean((probability - happened) ** 2))
+
+
+def bands(seen: Seen, calibration: Calibration) -> list[dict]:
+    """For each reading and band of the masked share: error rate, ECE and Brier score of the raw probabilities, of the
+    one curve for all, and of the curves by band (`own`: whether this band has one)."""
+    rows = []
+    for name in READINGS:
+        observed = seen.reading(name)
+        band, curves = band_of(observed.share), calibration.bands.get(name, ())
+        for number in range(BANDS):
+            here = band == number
+            if here.sum() < FEW:
+                continue
+            raw, wrong = observed.probability[here], observed.wrong[here]
+            said = {
+                "raw": raw,
+                "one_curve": calibration(raw),
+                "by_band": calibration(raw, name, observed.share[here]),
+            }
+            low, high = band_edges(number)
+            own = bool(curves) and curves[number] is not None
+            row = {"reading": name, "low": low, "high": high, "tokens": len(wrong), "own": own}
+            row["error_rate"] = float(wrong.mean())
+            for kind, probability in said.items():
+                row[f"ece_{kind}"] = metrics.calibration_error(probability, wrong)
+                row[f"brier_{kind}"] = brier(probability, wrong)
+            rows.append(row)
+    return rows
+
+
+def reliability(said: np.ndarray, happened: np.ndarray, points: int = 15) -> list[list[float]]:
+    """[mean forecast, share that happened] in equally filled bins."""
+    bins = np.array_split(np.argsort(said), points)
+    return [[float(said[b].mean()), float(happened[b].mean())] for b in bins if len(b)]

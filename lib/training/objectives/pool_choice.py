@@ -1,0 +1,215 @@
+"""`ranker` of tasks with prompts: a score for each of the K candidates of a prompt; the best one is to win.
+
+What is reported is measured on held-out pools beside what needs no ranker: chance, the first candidate, simple methods
+(`PoolTable.baselines`), and beside the ranker itself where it cannot know: without the question, with the question of
+another page, with the candidates as they would read on another page. Only above all of these has it read anything.
+
+Knows pools of texts and a ranker. Legend: N pools, K candidates, B pools of a batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib import randomness
+from lib.metrics import Estimate
+from lib.models.packing import Pools
+from lib.models.ranker_files import collate
+from lib.ranking.losses import LOSSES
+from lib.ranking.metrics import breakdown, chosen_kinds, paired_difference, ranking_metrics, summarise
+from lib.runtime import Runtime
+from lib.sections import RankerConfig
+from lib.training.data import Rows
+from lib.training.objectives.base import ResultRow, chunks, result_row, tensor
+from lib.training.pool_table import PoolTable
+
+EVALUATION_BATCH = 32
+REMOVED, SWAPPED, ELSEWHERE = "question removed", "question of another page", "candidates on another page"
+RANDOM, FIRST = "random choice", "first candidate"
+
+
+@dataclass(frozen=True)
+class PoolReader:
+    """Turns prompts and candidates into what a ranker takes.
+
+    Attributes:
+        blind: give every ranker an empty prompt instead.
+    """
+
+    tokenizer: Any
+    settings: RankerConfig
+    runtime: Runtime
+    blind: bool = False
+
+    def read(self, prompts: list[str], texts: np.ndarray, present: np.ndarray) -> Pools:
+        """The batch of B prompts and (B, K) candidates, on the device."""
+        if self.blind:
+            prompts = [""] * len(prompts)
+        candidates = [[t for t, p in zip(*row, strict=True) if p] for row in zip(texts, present, strict=True)]
+        pools = collate(
+            self.tokenizer, prompts, candidates, self.settings.prompt_tokens, self.settings.candidate_tokens,
+            self.settings.attention,
+        ).tensors()  # fmt: skip
+        moved = (
+            getattr(pools, name).to(self.runtime.device)
+            for name in ("prompt_ids", "prompt_mask", "candidate_ids", "candidate_mask")
+        )
+        return Pools(*moved)
+
+    def scores(
+        self,
+        model: nn.Module,
+        table: PoolTable,
+        which: np.ndarray,
+        prompts: list[str] | None = None,
+        texts: np.ndarray | None = None,
+    ) -> Tensor:
+        """(B, K) scores of some pools, -inf where there is no candidate; with other prompts or texts if given."""
+        given = prompts if prompts is not None else [table.prompts[i] for i in which]
+        pools = self.read(given, (table.texts if texts is None else texts)[which], table.present[which])
+        with self.runtime.autocast():
+            scores = model(pools).float()
+        missing = table.present.shape[1] - scores.shape[1]
+        return nn.functional.pad(scores, (0, missing), value=-torch.inf)
+
+    @torch.no_grad()
+    def all_scores(self, model: nn.Module, table: PoolTable, **other: Any) -> np.ndarray:
+        """(N, K) scores of every pool; `prompts` (N) and `texts` (N, K) in place of the table's own."""
+        prompts, texts = other.get("prompts"), other.get("texts")
+        found = []
+        for part in chunks(len(table), EVALUATION_BATCH):
+            given = None if prompts is None else [prompts[i] for i in part]
+            found.append(self.scores(model, table, part, given, texts).cpu().numpy())
+        return np.concatenate(found)
+
+
+class PoolChoice:
+    """The configured loss over training pools, and how well the ranker chooses on others.
+
+    Args:
+        train, selection, held_out: pools to learn from, to choose the best step by, and to report on.
+        evaluated: how many pools of `selection` an evaluation takes, the same ones each time.
+    """
+
+    selection = "loss"
+
+    def __init__(
+        self, label: str, train: PoolTable, selection: PoolTable, held_out: PoolTable, reader: PoolReader,
+        seed: int, evaluated: int,
+    ):  # fmt: skip
+        self.label, self.reader, self.seed = label, reader, seed
+        self.train, self.held_out, self._selection = train, held_out, selection
+        self._order = Rows(seed, f"{label} order", len(train))
+        spread = randomness.permutation(seed, "selection pools", 0, len(selection))
+        self._evaluated = np.sort(spread[: max(1, evaluated)])
+        some = np.arange(min(len(train), 64))
+        pools = reader.read([train.prompts[i] for i in some], train.texts[some], train.present[some])
+        self.tokens_per_row = int((pools.prompt_mask.sum() + pools.candidate_mask.sum()) / len(some))
+
+    def _losses(self, scores: Tensor, table: PoolTable, which: np.ndarray) -> Tensor:
+        """(B,) the configured loss of each pool."""
+        runtime, settings = self.reader.runtime, self.reader.settings
+        extra: dict[str, float] = {}
+        if settings.loss == "listwise":
+            extra["temperature"] = settings.temperature
+        if settings.loss == "pairwise":
+            extra["margin"] = settings.margin
+        rewards = tensor(table.rewards[which].astype(np.float32), runtime)
+        return LOSSES[settings.loss](scores, rewards, tensor(table.present[which], runtime), **extra)
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        which = self._order.samples(np.arange(rows.start, rows.stop))
+        scores = self.reader.scores(model, self.train, which)
+        return {"loss": self._losses(scores, self.train, which).mean()}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        table, scores, losses = self._selection, [], []
+        for part in chunks(len(self._evaluated), EVALUATION_BATCH):
+            which = self._evaluated[part]
+            found = self.reader.scores(model, table, which)
+            losses.append(self._losses(found, table, which).cpu().numpy())
+            scores.append(found.cpu().numpy())
+        per_pool = ranking_metrics(
+            np.concatenate(scores), table.rewards[self._evaluated], table.present[self._evaluated]
+        )
+        names = ("accuracy", "average_reward", "mrr")
+        return {"loss": float(np.concatenate(losses).mean())} | {n: float(per_pool[n].mean()) for n in names}
+
+    def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
+        """All held-out pools: metrics with intervals, controls, baselines, and what the errors are."""
+        table = self.held_out
+        scores = self.reader.all_scores(model, table)
+        values = measure(table, scores, self.seed)
+        accuracy = ranking_metrics(scores, table.rewards, table.present)["accuracy"]
+        others = {}
+        for name, found in self._others(model).items():
+            others[name] = measure(table, found, self.seed, short=True)
+            control = ranking_metrics(found, table.rewards, table.present)["accuracy"]
+            others[name]["lead"] = paired_difference(accuracy, control, table.groups, self.seed)
+        values["others"] = others
+        rival = max((n for n in others if n not in CONTROLS), key=lambda n: others[n]["accuracy"]["value"])
+        row = result_row(
+            self.label, "accuracy", Estimate(**values["accuracy"]), rival, others[rival]["accuracy"]["value"],
+            lower_is_better=False,
+        )  # fmt: skip
+        return values, [row]
+
+    def _others(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """name -> (N, K) scores of baselines, and of the ranker where it cannot know."""
+        table = self.held_out
+        found = simple_scores(table)
+        strangers = [table.prompts[i] for i in table.strangers(self.seed)]
+        blind: Callable = self.reader.all_scores
+        found[REMOVED] = blind(model, table, prompts=[""] * len(table))
+        found[SWAPPED] = blind(model, table, prompts=strangers)
+        if table.controls is not None:
+            found[ELSEWHERE] = blind(model, table, texts=table.controls)
+        return found
+
+
+CONTROLS = (REMOVED, SWAPPED, ELSEWHERE)
+
+
+def simple_scores(table: PoolTable) -> dict[str, np.ndarray]:
+    """name -> (N, K) scores of what needs no ranker."""
+    return {
+        RANDOM: np.zeros(table.present.shape),
+        FIRST: np.broadcast_to(-np.arange(table.present.shape[1], dtype=float), table.present.shape),
+    } | table.baselines
+
+
+def measure(table: PoolTable, scores: np.ndarray, seed: int, short: bool = False) -> dict[str, Any]:
+    """Metrics of (N, K) scores with intervals over groups; unless `short`, broken down and with the winners' terms."""
+    per_pool = ranking_metrics(scores, table.rewards, table.present)
+    values: dict[str, Any] = summarise(per_pool, table.groups, seed)
+    values["pools"] = len(table)
+    if short:
+        return values
+    accuracy = per_pool["accuracy"]
+    pairs = [(tag, n) for n, tags in enumerate(table.tags) for tag in tags]
+    if pairs:
+        labels, which = zip(*pairs, strict=True)
+        values["tags"] = breakdown(accuracy[list(which)], np.asarray(labels))
+    best = table.present & (table.rewards == table.rewards.max(1, keepdims=True))
+    values["wrong_choices"] = chosen_kinds(scores, table.kinds, best, table.present)
+    values["terms"] = _winners(table, scores)
+    return values
+
+
+def _winners(table: PoolTable, scores: np.ndarray) -> dict[str, dict[str, float]]:
+    """Mean of the reward and of each of its terms: of the winner, of all candidates, of the best."""
+    chosen = np.where(table.present, scores, -np.inf).argmax(1)[:, None]
+    best = np.where(table.present, table.rewards, -np.inf).argmax(1)[:, None]
+    found = {}
+    for name, value in ({"reward": table.rewards} | table.terms).items():
+        found[name] = {
+            "winner": float(np.take_along_axis(value, chosen, 1).mean()),
+            "random": float((np.where(table.present, value, 0).sum(1) / table.present.sum(1)).mean()),
+            "best": float(np.take_along_axis(value, best, 1).mean()),
+        }
+    return found

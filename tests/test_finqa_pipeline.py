@@ -1,0 +1,311 @@
+"""FinQA through all seven stages on pages that the project writes itself: pools, rewards, rankers, policies, answers.
+
+Known here: the files of the stages. How pools, losses and rankers work inside is tested beside them.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lib import schema
+from lib.artifacts import STAGES, RunArgs, load_manifest, validate_manifest
+from lib.config import ROOT, load_config
+from lib.errors import BadConfig, BadData, Interrupted, MissingInput
+from lib.tasks.finqa.program import execute, parse
+from lib.tasks.finqa.record import Record
+from tests.conftest import run_stages
+
+FINQA = ROOT / "configs" / "finqa.yaml"
+
+
+def config_of(*overrides: str):
+    return load_config([FINQA], quick_test=True, overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished quick run."""
+    folder = tmp_path_factory.mktemp("finqa") / "run_001"
+    run_stages(folder, config_of())
+    return folder
+
+
+def rows(run, path: str) -> list[dict]:
+    return pq.read_table(run / f"{path}.parquet").to_pylist()
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_is_complete_and_its_tables_keep_to_their_schemas(run):
+    for name in STAGES:
+        manifest = load_manifest(run / name)
+        assert manifest is not None, name
+        validate_manifest(manifest)
+    for path, table_schema in {
+        "01_prepare_dataset/examples": schema.EXAMPLES,
+        "02_generate_candidates/candidates": schema.CANDIDATES,
+        "02_generate_candidates/dropped": schema.DROPPED,
+        "02_generate_candidates/baselines": schema.BASELINES,
+        "03_build_rewards/rewards": schema.REWARDS,
+        "06_sample/ranked": schema.RANKED,
+        "06_sample/answers": schema.ANSWERS,
+    }.items():
+        schema.conform(pq.read_table(run / f"{path}.parquet"), table_schema)
+
+
+def test_no_page_is_in_two_splits(run):
+    splits: dict[str, set] = {}
+    for row in rows(run, "01_prepare_dataset/examples"):
+        splits.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(s) == 1 for s in splits.values())
+    assert {s for found in splits.values() for s in found} == {"train", "selection", "held_out", "test"}
+
+
+def test_every_question_has_a_full_pool_or_a_reason(run):
+    examples = {r["example_id"]: r for r in rows(run, "01_prepare_dataset/examples")}
+    pools = Counter(r["example_id"] for r in rows(run, "02_generate_candidates/candidates"))
+    dropped = {r["example_id"]: r["reason"] for r in rows(run, "02_generate_candidates/dropped")}
+    assert set(pools.values()) == {8}
+    assert not pools.keys() & dropped.keys() and pools.keys() | dropped.keys() == examples.keys()
+    assert all(dropped.values())
+    answered_by_number = [name for name, r in examples.items() if not r["target"].endswith(("= yes", "= no"))]
+    assert sum(name in pools for name in answered_by_number) >= 0.97 * len(answered_by_number)
+
+
+def test_candidates_run_on_their_page_and_differ_in_value(run):
+    records = {
+        r["example_id"]: Record.from_json(r["record"]) for r in rows(run, "01_prepare_dataset/examples")
+    }
+    found: dict[str, list[dict]] = {}
+    for row in rows(run, "02_generate_candidates/candidates"):
+        found.setdefault(row["example_id"], []).append(row)
+    for name, pool in found.items():
+        values = [execute(r["program"], records[name].table) for r in pool]
+        assert len(set(values)) == len(values)
+        for row, value in zip(pool, values, strict=True):
+            assert parse(row["program"])
+            assert float(row["value"]) == pytest.approx(float(value), abs=1e-9)
+            assert row["text"].endswith(f"= {row['value']}") and row["control"].endswith(f"= {row['value']}")
+        gold = [r for r in pool if r["kind"] == "gold"]
+        assert [r["program"] for r in gold] == [records[name].program]
+
+
+def test_the_gold_program_stands_anywhere(run):
+    places = Counter(
+        r["candidate_id"] for r in rows(run, "02_generate_candidates/candidates") if r["kind"] == "gold"
+    )
+    counts = np.array([places[i] for i in range(8)])
+    expected = counts.sum() / 8
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3  # chi-square, 7 degrees of freedom, p = 0.001
+
+
+def test_the_gold_program_is_worth_most(run):
+    kinds = {
+        (r["example_id"], r["candidate_id"]): r["kind"]
+        for r in rows(run, "02_generate_candidates/candidates")
+    }
+    for row in rows(run, "03_build_rewards/rewards"):
+        is_gold = kinds[row["example_id"], row["candidate_id"]] == "gold"
+        assert row["best"] == is_gold
+        assert (row["reward"] == 1) == is_gold and row["term_execution"] == is_gold
+        assert row["term_format"] == 1
+
+
+def test_the_leak_is_in_the_manifest(run):
+    leak = load_manifest(run / "02_generate_candidates")["stats"]["leak"]
+    seen = {(row["scorer"], row["sees"]) for row in leak["rows"]}
+    assert len(seen) >= 4 and {sees for _, sees in seen} == {"one candidate", "whole pool"}
+    assert leak["worst_upper_bound"] == pytest.approx(max(row["high"] for row in leak["rows"]))
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_ranker_is_reported_beside_baselines_and_controls(run):
+    stats = load_manifest(run / "04_train")["stats"]
+    others = stats["ranker"]["held_out"]["others"]
+    assert {"random choice", "first candidate", "trees", "overlap", "question removed",
+            "question of another page", "candidates on another page"} == set(others)  # fmt: skip
+    assert others["random choice"]["accuracy"]["value"] == pytest.approx(1 / 8)
+    assert {"1 step", "2 steps"} <= set(stats["ranker"]["held_out"]["tags"])
+    blind = stats["ranker_blind"]["held_out"]["others"]
+    same = stats["ranker_blind"]["held_out"]["accuracy"]["value"]
+    assert blind["question removed"]["accuracy"]["value"] == same, "a blind ranker sees no question to remove"
+    assert blind["question of another page"]["accuracy"]["value"] == same
+
+
+def test_a_fresh_process_gives_the_same_scores_to_the_bit(run):
+    code = (
+        "import json, sys, numpy as np, pyarrow.parquet as pq\n"
+        "from pathlib import Path\n"
+        "from lib.config import load_config\n"
+        "from lib.models.ranker_files import load_ranker\n"
+        "from lib.runtime import Runtime\n"
+        "from lib.training.objectives.pool_choice import PoolReader\n"
+        "run = Path(sys.argv[1])\n"
+        "config = load_config([sys.argv[2]], quick_test=True)\n"
+        "ranker, tokenizer = load_ranker(run / '05_train_critic/ppo/best_model')\n"
+        "reader = PoolReader(tokenizer, config.ranker, Runtime.detect(config))\n"
+        "rows = [r for r in pq.read_table(run / '06_sample/ranked.parquet').to_pylist()\n"
+        "        if (r['model'], r['split']) == ('ppo', 'held_out')]\n"
+        "prompts = {r['example_id']: r['prompt'] for r in\n"
+        "           pq.read_table(run / '01_prepare_dataset/examples.parquet').to_pylist()}\n"
+        "names = list(dict.fromkeys(r['example_id'] for r in rows))\n"
+        "pools = [[r for r in rows if r['example_id'] == n] for n in names]\n"
+        "texts = np.array([[r['text'] for r in p] for p in pools], dtype=object)\n"
+        "from types import SimpleNamespace\n"
+        "table = SimpleNamespace(prompts=[prompts[n] for n in names], texts=texts,\n"
+        "                        present=np.ones(texts.shape, bool), __len__=lambda: len(names))\n"
+        "class Table(SimpleNamespace):\n"
+        "    def __len__(self): return len(names)\n"
+        "scores = reader.all_scores(ranker, Table(**{k: v for k, v in vars(table).items() if k != '__len__'}))\n"
+        "assert [float(s) for s in scores.ravel()] == [r['score'] for p in pools for r in p]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run), str(FINQA)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_policy_killed_in_the_middle_of_a_rollout_ends_with_the_same_bits(run, tmp_path, monkeypatch):
+    """The rollout is part of the checkpoint."""
+    from lib.training import loop
+
+    settings = ("critic.training.checkpoint_every=3", "critic.ppo.samples_per_pool=2")
+    folders = []
+    for kind in ("whole", "killed"):
+        folder = tmp_path / kind / "run_001"
+        folder.parent.mkdir()
+        link_stages(run, folder)
+        folders.append(folder)
+    stage = importlib.import_module("05_train_critic")
+    config = config_of(*settings)
+    stage.main(config, RunArgs(run_dir=folders[0], quick_test=True, command=("05",)))
+
+    due = loop._Run.due
+
+    def stop_once(self, every):
+        if self.label == "ppo" and self.state.step == 3 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            self.save_checkpoint()
+            raise Interrupted("stopped", 130)
+        return due(self, every)
+
+    monkeypatch.setattr(loop._Run, "due", stop_once)
+    with pytest.raises(Interrupted):
+        stage.main(config, RunArgs(run_dir=folders[1], quick_test=True, command=("05",)))
+    stage.main(config, RunArgs(run_dir=folders[1], quick_test=True, command=("05",)))
+    for part in ("ppo/final_model/model.safetensors", "ppo/final_model/value_head.safetensors",
+                 "ppo/final_model/score_head.safetensors", "ppo/metrics.jsonl"):  # fmt: skip
+        whole, killed = ((f / "05_train_critic" / part).read_bytes() for f in folders)
+        assert whole == killed, part
+
+
+def link_stages(run, folder) -> None:
+    """A run that shares the stages before 05."""
+    folder.mkdir()
+    for name in (
+        "00_check_data",
+        "01_prepare_dataset",
+        "02_generate_candidates",
+        "03_build_rewards",
+        "04_train",
+    ):
+        (folder / name).symlink_to(run / name)
+    (folder / "config.json").write_bytes((run / "config.json").read_bytes())
+
+
+def test_the_policies_are_compared_with_their_start(run):
+    stats = load_manifest(run / "05_train_critic")["stats"]
+    assert set(stats["gain_over_start"]) == {"ppo", "exact", "cross_entropy"}
+    assert set(stats["held_out"]) == {"ppo", "exact", "cross_entropy", "ranker before"}
+    lines = [json.loads(x) for x in (run / "05_train_critic/ppo/metrics.jsonl").read_text().splitlines()]
+    assert {"ratio_mean", "clip_fraction", "kl_to_start", "entropy", "value_loss"} <= set(lines[-1]["train"])
+
+
+def test_answers_are_those_of_the_highest_score(run):
+    ranked: dict[tuple, list] = {}
+    for row in rows(run, "06_sample/ranked"):
+        ranked.setdefault((row["model"], row["example_id"]), []).append(row)
+    answers = rows(run, "06_sample/answers")
+    assert {a["split"] for a in answers} == {"held_out", "test"}
+    assert len(answers) == len(ranked)
+    for answer in answers:
+        pool = ranked[answer["model"], answer["example_id"]]
+        top = max(pool, key=lambda r: r["score"])
+        assert (answer["chosen"], answer["reward"]) == (top["text"], top["reward"])
+        assert answer["best_reward"] == 1 and answer["note"]
+        assert answer["lead"] >= 0 and 1 / 8 <= answer["probability"] <= 1
+
+
+def test_the_report_shows_questions_and_names(run):
+    page = (run / "06_sample" / "report.html").read_text(encoding="utf-8")
+    metrics = json.loads((run / "06_sample" / "metrics.json").read_text())
+    for name in ("ranker", "ranker_blind", "ppo", "exact", "cross_entropy", "trees", "random choice"):
+        assert name in page
+        assert any(row["name"] == name for row in metrics["held_out"])
+    assert "<script src" not in page and "<link" not in page, "one file that needs no other"
+
+
+# --- what users get wrong --------------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_says_where_the_data_is_published(tmp_path):
+    config = config_of(f"data.path={tmp_path / 'nowhere'}")
+    with pytest.raises(MissingInput, match=r"github\.com/czyssrs/FinQA"):
+        importlib.import_module("00_check_data").main(
+            config, RunArgs(run_dir=tmp_path / "run", command=("00",))
+        )
+
+
+def test_another_k_than_the_data_s_is_refused(run, tmp_path):
+    from lib.artifacts import Stage
+    from lib.runtime import Runtime
+    from lib.training.named import ranker_recipe
+    from lib.training.tables import materials_of
+
+    config = config_of()
+    folder = tmp_path / "run_001"
+    link_stages(run, folder)
+    args = RunArgs(run_dir=folder, quick_test=True, command=("x",))
+    with Stage("05_train_critic.py", config, args, uses=("seed",), reads=STAGES[:5]) as stage:
+        other = config_of("candidates.per_example=6")
+        materials = materials_of(stage, other, Runtime.detect(other))
+        with pytest.raises(BadConfig, match="made pools of 8"):
+            ranker_recipe("ranker", other.models["ranker"], materials, tmp_path, None)
+        stage.leave_incomplete("only looked")
+
+
+def test_a_leak_above_the_limit_ends_stage_02(run, tmp_path):
+    folder = tmp_path / "run_001"
+    folder.mkdir()
+    for name in ("00_check_data", "01_prepare_dataset"):
+        (folder / name).symlink_to(run / name)
+    (folder / "config.json").write_bytes((run / "config.json").read_bytes())
+    config = config_of("finqa.pools.leak_limit=0.01")
+    with pytest.raises(BadData, match="never sees the question"):
+        importlib.import_module("02_generate_candidates").main(
+            config, RunArgs(run_dir=folder, quick_test=True, command=("02",))
+        )
+    assert not (folder / "02_generate_candidates" / "manifest.json").exists()
+
+
+def test_a_text_task_has_no_policy(quick_run, tmp_path):
+    folder = tmp_path / "run_001"
+    link_stages(quick_run, folder)
+    config = load_config(quick_test=True, overrides=["critic.method=ppo"])
+    with pytest.raises(BadConfig, match="prompts"):
+        importlib.import_module("05_train_critic").main(
+            config, RunArgs(run_dir=folder, quick_test=True, command=("05",))
+        )

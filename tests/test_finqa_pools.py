@@ -1,0 +1,328 @@
+"""Pools on pages that the project writes itself: what every pool must hold, and that nothing in it is a shortcut."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from lib.config import load_config
+from lib.tasks.finqa.bank import _near, make_bank
+from lib.tasks.finqa.changes import EDITS, edit, walks
+from lib.tasks.finqa.features import MAX_NUMBERS, NAMES, Described, in_pool
+from lib.tasks.finqa.leak import Matrices, accuracy, label_overlap, measure_leak, question_trees
+from lib.tasks.finqa.naive import naive_pools
+from lib.tasks.finqa.numbers import numbers_in
+from lib.tasks.finqa.pages import builtin_records
+from lib.tasks.finqa.pools import Candidate, PoolMaker, Unfilled
+from lib.tasks.finqa.program import equivalent, execute, parse
+from lib.tasks.finqa.record import Record
+from lib.tasks.finqa.templates import Page, Templates, learn
+
+SIZE = 8
+
+
+def settings_of(**changes):
+    settings = load_config().finqa.pools
+    return settings.model_copy(update={"bank": 24, "rounds": 1, "folds": 2, **changes})
+
+
+def by_page(records) -> dict[str, list[Record]]:
+    pages: dict[str, list[Record]] = {}
+    for record in records:
+        pages.setdefault(record.filename, []).append(record)
+    return pages
+
+
+RECORDS = list(builtin_records("builtin_small", 0))
+TRAIN = [r for r in RECORDS if r.split == "train"]
+PAGES = by_page(RECORDS)
+
+
+def fit(seed: int = 0, train=TRAIN, rewrite=None, **changes) -> PoolMaker:
+    return PoolMaker.fit(train, [r.filename for r in train], settings_of(**changes), SIZE, seed, rewrite)
+
+
+def filled(maker: PoolMaker, pages=PAGES) -> list[tuple[Record, list[Candidate], int]]:
+    found = []
+    for name, page in pages.items():
+        for record, pool in zip(page, maker.pools(page, name), strict=True):
+            if not isinstance(pool, Unfilled):
+                found.append((record, pool, [c.kind for c in pool].index("gold")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def maker() -> PoolMaker:
+    return fit()
+
+
+@pytest.fixture(scope="module")
+def pools(maker):
+    return filled(maker)
+
+
+def numeric(record: Record) -> bool:
+    return not isinstance(execute(record.program or "", record.table), str)
+
+
+# --- what a pool holds -----------------------------------------------------------------------------------------------
+
+
+def test_every_candidate_runs_and_no_two_say_the_same(pools):
+    for record, pool, _ in pools:
+        assert len(pool) == SIZE
+        assert [execute(c.program, record.table) for c in pool] == [c.value for c in pool]
+        assert len({c.value for c in pool}) == len({c.program for c in pool}) == SIZE
+        assert not any(equivalent(a.program, b.program) for a in pool for b in pool if a is not b)
+
+
+def test_the_gold_program_is_there_once(pools):
+    for record, pool, place in pools:
+        assert Counter(c.kind for c in pool)["gold"] == 1
+        assert pool[place].program == record.program
+
+
+def test_no_two_values_are_within_the_margin_of_each_other(pools):
+    least = settings_of().least_difference
+    for _, pool, _ in pools:
+        for a in pool:
+            for target in (a.value, -a.value, 100 * a.value, a.value / 100):  # type: ignore[operator]
+                assert all(abs(b.value - target) > least * abs(target) for b in pool if b is not a)  # type: ignore[operator]
+
+
+def test_near_agrees_with_its_definition():
+    values = np.array([0.0, 0.5, -0.5, 50.2, 0.005, 0.52, 7.0, 7.000001, 0.00502])
+    packed = _near(values, 0.01)
+    for i, v in enumerate(values):
+        for j, w in enumerate(values):
+            close = any(
+                abs(a - f * b) <= 0.01 * abs(f * b)
+                for a, b in ((v, w), (w, v))
+                for f in (1, -1, 100, -100, 0.01, -0.01)
+            )
+            assert bool(packed[i] >> j & 1) == (close or round(v, 5) == round(w, 5)), (v, w)
+
+
+def test_golds_of_other_questions_are_taken_where_there_are_any(pools):
+    least = settings_of().least_difference
+    for record, pool, place in pools:
+        taken = [c for c in pool if c.kind == "page_gold"]
+        others = {r.program: execute(r.program or "", r.table) for r in PAGES[record.filename] if numeric(r)}
+        assert all(others[c.program] == c.value for c in taken)
+        gold = pool[place].value
+        apart = sorted(
+            {
+                v
+                for v in others.values()
+                if all(abs(v - f * gold) > least * abs(f * gold) for f in (1, -1, 100, -100, 0.01, -0.01))
+            }  # type: ignore[operator]
+        )
+        if len(apart) > 3 and np.diff(np.log(np.abs(apart) + 1e-9)).min() > 0.05:
+            assert len(taken) >= 2
+        if not apart:
+            assert not taken
+
+
+def test_the_gold_program_stands_anywhere(pools):
+    places = [place for made in (pools, filled(fit(1, TRAIN[:60]))) for *_, place in made]
+    assert chisquare(np.bincount(places, minlength=SIZE)).pvalue > 0.001
+
+
+def test_almost_every_numeric_question_has_a_pool_and_the_others_a_reason(maker, pools):
+    assert len(pools) >= 0.97 * sum(numeric(r) for r in RECORDS)
+    for name, page in PAGES.items():
+        for record, pool in zip(page, maker.pools(page, name), strict=True):
+            if not numeric(record):
+                assert isinstance(pool, Unfilled) and "yes/no" in pool.reason
+
+
+def test_reasons_for_no_pool(maker):
+    page = next(iter(PAGES.values()))
+    bare = [replace(page[0], table=(("", "2013"), ("pilots", "7")), pre_text=("7 of 8 .",), post_text=(), program=p)
+            for p in ("add(7, 8)", "divide(7, const_0)", None)]  # fmt: skip
+    few, broken, missing = maker.pools(bare, "x")
+    assert isinstance(few, Unfilled) and "fewer than 8" in few.reason
+    assert isinstance(broken, Unfilled) and "cannot run" in broken.reason
+    assert isinstance(missing, Unfilled) and missing.reason == "no gold program"
+    nothing = PoolMaker.fit([], [], settings_of(), SIZE, 0)
+    assert all(isinstance(p, Unfilled) and "templates" in p.reason for p in nothing.pools(page, "x"))
+
+
+# --- what a pool depends on ------------------------------------------------------------------------------------------
+
+
+def test_pools_depend_on_the_seed_and_not_on_any_order(pools):
+    shuffled = random.Random(3).sample(TRAIN, len(TRAIN))
+    again = fit(train=shuffled)
+    backwards = dict(reversed(PAGES.items()))
+    assert sorted(map(repr, filled(again, backwards))) == sorted(map(repr, pools))
+
+
+def test_the_pools_of_a_page_depend_on_no_other_page_that_is_asked_for(maker, pools):
+    asked = [page for page in PAGES.values() if page[0].split == "dev"]
+    alone = maker.pools(asked[0], asked[0][0].filename)
+    expected = [pool for record, pool, _ in pools if record.filename == asked[0][0].filename]
+    assert [p for p in alone if not isinstance(p, Unfilled)] == expected
+
+
+def test_templates_are_not_put_on_pages_that_taught_them():
+    record = TRAIN[0]
+    page = Page(record)
+    record = next(r for r in PAGES[record.filename] if numeric(r))
+    taught = Templates([learn(record, page, "here")])
+    draw = random.Random(0)
+    assert not list(taught.make(page, "here", draw, 50))
+    assert list(taught.make(page, "elsewhere", draw, 50))
+
+
+# --- templates and changes -------------------------------------------------------------------------------------------
+
+
+def page_of(table, text=()) -> Record:
+    return replace(TRAIN[0], table=tuple(map(tuple, table)), pre_text=tuple(text), post_text=())
+
+
+def test_a_template_keeps_rows_columns_and_habits():
+    source = page_of([["", "2013", "2012"], ["loss", "-32 ( 32 )", "-40 ( 40 )"], ["rate", "12%", "11%"]])
+    target = page_of(
+        [["", "2019", "2018"], ["cost", "-5 ( 5 )", "-9 ( 9 )"], ["gain", "-7 ( 7 )", "-3 ( 3 )"]]
+    )
+    for program, allowed in (
+        (
+            "subtract(32, 40), divide(#0, 40)",
+            {"subtract(5, 9), divide(#0, 9)", "subtract(7, 3), divide(#0, 3)"},
+        ),
+        ("add(-32, -40)", {"add(-5, -9)", "add(-7, -3)"}),
+        ("table_max(loss, none)", {"table_max(cost, none)", "table_max(gain, none)"}),
+    ):
+        template = learn(replace(source, program=program), Page(source), "a")
+        assert set(Templates([template]).make(Page(target), "b", random.Random(0), 100)) == allowed
+
+
+def test_numbers_of_a_sentence_stay_in_one_sentence():
+    source = page_of([["", "2013"]], ["we bought 5 million shares for $ 70 million .", "rates fell 3% ."])
+    target = page_of(
+        [["", "2013"]], ["it sold 8 million shares at $ 9 million .", "it rented 6 million for $ 2 million ."]
+    )
+    template = learn(replace(source, program="divide(70, 5)"), Page(source), "a")
+    made = set(Templates([template]).make(Page(target), "b", random.Random(0), 200))
+    assert {"divide(9, 8)", "divide(2, 6)"} <= made
+    assert all(numbers_in(p) <= {"8", "9"} or numbers_in(p) <= {"6", "2"} for p in made)
+
+
+def test_edits_change_one_thing():
+    record = next(r for r in TRAIN if len(parse(r.program or "")) == 2 and r.program.count("#") == 1)
+    page, draw = Page(record), random.Random(0)
+    old = parse(record.program or "")
+    for kind in EDITS:
+        for _ in range(20):
+            text = edit(record.program or "", kind, page, draw)
+            if text is None:
+                continue
+            new = parse(text)
+            steps = {"drop": -1, "scale": 1, "sign": 1}.get(kind, 0)
+            assert len(new) == len(old) + steps
+            same_operations = [s.operation for s in new[:2]] == [s.operation for s in old][: len(new)]
+            assert same_operations == (kind != "operation")
+
+
+def test_walks_stand_on_both_sides_of_the_gold_program():
+    asked: list[int] = []
+
+    def rewrite(programs):
+        asked.append(len(programs))
+        return [p.replace("1", "2") if i % 2 else "garbage(" for i, p in enumerate(programs)]
+
+    page = next(p for p in PAGES.values() if len(p) > 4)
+    weights = settings_of().changes.model_copy(update={"masked_lm": 1.0})
+    found = walks(
+        page, Page(page[0]), 3, weights, lambda p, r: isinstance(execute_or_none(p, r), float), rewrite, 0
+    )
+    for record, changes in zip(page, found, strict=True):
+        if numeric(record):
+            assert sorted(c[0] for c in changes) == [-3, -2, -1, 1, 2, 3]
+            assert all(isinstance(execute(p, record.table), float) for _, p, _ in changes)
+    assert asked and "garbage(" not in str(found)
+
+
+def execute_or_none(program, record):
+    try:
+        return execute(program, record.table)
+    except ValueError:
+        return None
+
+
+def test_pools_with_changed_golds():
+    made = filled(fit(train=TRAIN[:100], corruption_rate=0.7, changes=settings_of().changes.model_copy(update={"masked_lm": 0.5}),
+                      rewrite=lambda programs: [p.replace("3", "7") for p in programs]), by_page(RECORDS[-120:]))  # fmt: skip
+    kinds = Counter(c.kind for _, pool, _ in made for c in pool)
+    assert kinds["chain"] > kinds["template"] / 2 and kinds["masked_lm"] > 0
+    for record, pool, _ in made:
+        assert [execute(c.program, record.table) for c in pool] == [c.value for c in pool]
+        assert len({c.value for c in pool}) == SIZE
+
+
+# --- shortcuts -------------------------------------------------------------------------------------------------------
+
+
+def test_features_within_a_pool_follow_the_candidates():
+    record = next(r for r in TRAIN if numeric(r))
+    page = Page(record)
+    bank = make_bank(
+        [record], page, "x", Templates([learn(r, Page(r), r.filename) for r in TRAIN]), 7, 0.01, 0
+    )
+    rows, numbers = bank.rows[None, :6], bank.numbers[None, :6]
+    assert rows.shape == (1, 6, len(NAMES)) and numbers.shape == (1, 6, MAX_NUMBERS)
+    order = np.array([4, 2, 0, 5, 1, 3])
+    assert np.allclose(in_pool(rows[:, order], numbers[:, order]), in_pool(rows, numbers)[:, order])
+
+
+def test_naive_pools_give_the_gold_program_away_and_ours_do_not(pools):
+    naive = naive_pools(RECORDS, SIZE, 0)
+    found = {}
+    for name, made in (("naive", naive), ("ours", pools)):
+        taught = [item for item in made if item[0].split == "train"]
+        others = [item for item in made if item[0].split != "train"]
+        leak = measure_leak(taught, others, 0, 0.22)
+        assert leak["worst_upper_bound"] == max(row["high"] for row in leak["rows"])
+        found[name] = {(r["scorer"], r["sees"]): r["accuracy"] for r in leak["rows"]}
+    assert found["naive"]["trees", "whole pool"] > 0.7
+    assert np.mean(list(found["ours"].values())) < 0.3 < np.mean(list(found["naive"].values()))
+
+
+def test_the_measurement_finds_a_planted_shortcut_and_none_where_there_is_none(pools):
+    fair, planted = [], []
+    for i, (record, pool, _) in enumerate(pools):
+        place = random.Random(i).randrange(SIZE)
+        fair.append((record, pool, place))
+        marked = [replace(c, program=c.program.replace("subtract(", "add(")) for c in pool]
+        marked[place] = replace(pool[place], program="subtract(11, 12), multiply(#0, const_100)")
+        planted.append((record, marked, place))
+    for made, low, high in ((fair, 0.0, 0.35), (planted, 0.9, 1.0)):
+        taught = [item for item in made if item[0].split == "train"]
+        others = [item for item in made if item[0].split != "train"]
+        accuracies = [row["accuracy"] for row in measure_leak(taught, others, 0, 0.22)["rows"]]
+        assert low <= np.median(accuracies) <= high and max(accuracies) >= low
+
+
+def test_methods_that_see_the_question_find_more(pools):
+    taught = [item for item in pools if item[0].split == "train"]
+    others = [item for item in pools if item[0].split != "train"]
+    known = Matrices.of(others)
+    trees, overlap = question_trees(taught, others, 0), label_overlap(others)
+    assert trees.shape == overlap.shape == known.gold.shape
+    assert accuracy(trees, known.gold, known.pages).low > 0.5
+    assert accuracy(overlap, known.gold, known.pages).low > 0.25
+
+
+def test_a_program_is_described_by_itself_and_its_page_alone():
+    record = TRAIN[0]
+    program, other = (
+        record.program or "",
+        replace(record, question="something else?", program="add(1, 2)", answer=""),
+    )
+    a, b = (Described.of(program, 1.0, Page(r)) for r in (record, other))
+    assert np.array_equal(a.row, b.row) and a.words == b.words and a.numbers == b.numbers

