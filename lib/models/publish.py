@@ -3,6 +3,9 @@
 python -m lib.models.publish outputs/run_001 generator OUT_DIR
 python -m lib.models.publish outputs/run_001 critic OUT_DIR
 
+A ranker with prompts becomes a stock classifier with one label, which sentence-transformers' CrossEncoder loads, where
+there is one with the same scores (`lib.models.ranker_export` says when).
+
 The card says nothing that is not in the manifests: data, settings, held-out figures with their baselines, versions.
 """
 
@@ -17,12 +20,33 @@ from lib import durable
 from lib.artifacts import load_manifest
 from lib.errors import BadData, CannotCreate, MissingInput, RemaskError, did_you_mean
 
+RANKER_FILE = "ranker.json"  # marks the folder of a ranker with prompts
+POLICIES = ("ppo", "exact", "cross_entropy")  # what stage 05 makes of a ranker
+
 _AUTO = {
     "MaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
     "CausalLM": ("AutoModelForCausalLM", "text-generation"),
     "TokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "SequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
 }
+
+
+USE = """```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("THIS_FOLDER", trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```
+
+The folder carries its own modelling code; nothing else has to be installed but transformers and torch."""
+
+USE_OF_RANKER = """```python
+from sentence_transformers import CrossEncoder
+
+scores = CrossEncoder("THIS_FOLDER").predict([(question, candidate) for candidate in candidates])
+```
+
+The candidate of the highest score is the answer."""
 
 
 def publish(run: Path, name: str, out: Path) -> Path:
@@ -33,14 +57,14 @@ def publish(run: Path, name: str, out: Path) -> Path:
         BadData: the model's files are not those of the manifest.
         CannotCreate: `out` is not empty.
     """
-    stage = "05_train_critic" if name == "critic" else "04_train"
+    stage = "05_train_critic" if name in ("critic", *POLICIES) else "04_train"
     manifest, data = (load_manifest(run / s) for s in (stage, "01_prepare_dataset"))
     if manifest is None or data is None:
         raise MissingInput(f"{run / stage} is not complete; run {stage}.py --run_dir {run}")
     output = "best_model" if name == "critic" else f"{name}/best_model"
     if output not in manifest["outputs"]:
         known = [n.removesuffix("/best_model") for n in manifest["outputs"] if n.endswith("/best_model")]
-        raise MissingInput(f"{run} has no model '{name}'{did_you_mean(name, [*known, 'critic'])}")
+        raise MissingInput(f"{run} has no model '{name}'{did_you_mean(name, [*known, 'critic', *POLICIES])}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CannotCreate(f"{out} is not empty; give a new folder")
     entry = manifest["outputs"][output]
@@ -48,24 +72,42 @@ def publish(run: Path, name: str, out: Path) -> Path:
     if durable.sha256_folder(source) != entry["sha256"]:
         raise BadData(f"{source} is not what {run / stage / 'manifest.json'} says; run {stage}.py again")
     with durable.replacing_folder(out) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-        (folder / "README.md").write_text(card(name, manifest, data, folder), encoding="utf-8")
+        with_prompts = (source / RANKER_FILE).exists()
+        if with_prompts:
+            _export_ranker(source, folder)
+        else:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        text = card(name, manifest, data, folder, with_prompts)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     return out
 
 
-def card(name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path) -> str:
-    """The model card as Markdown with its YAML header."""
+def _export_ranker(source: Path, folder: Path) -> None:
+    from lib.models.ranker_export import export_classifier
+    from lib.models.ranker_files import load_ranker
+
+    model, tokenizer = load_ranker(source)
+    export_classifier(model, folder, tokenizer)
+
+
+def card(
+    name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path, with_prompts: bool = False
+) -> str:
+    """The model card as Markdown with its YAML header. `with_prompts`: it scores pairs of prompt and candidate."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = config["architectures"][0]
     auto, task = next(
         (v for k, v in _AUTO.items() if architecture.endswith(k)), ("AutoModel", "feature-extraction")
     )
-    if name == "critic":
+    rows = [row for row in manifest["stats"]["table"] if row["model"] == name]
+    if name in POLICIES:
+        settings = manifest["config"]["critic"]
+        what = f"a ranker, trained further as a policy by {name}"
+    elif name == "critic":
         settings, rows = manifest["config"]["critic"], manifest["stats"]["table"]
         what = "a masked-diffusion generator with a critic head that says for every token how likely it is an error"
     else:
         settings = manifest["config"]["models"][name]
-        rows = [row for row in manifest["stats"]["table"] if row["model"] == name]
         what = f"mode {settings['mode']}, attention {settings['attention']}"
     training, prepared = settings["training"], data["stats"]
     split = settings.get("split", "train")
@@ -78,6 +120,7 @@ def card(name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path
         f"{r['baseline_value']:.4g} | {'yes' if r['beats_baseline'] else 'NO'} |"
         for r in rows
     )
+    use = USE_OF_RANKER if with_prompts else USE.format(auto=auto)
     versions = manifest["environment"]
     commit = manifest["code"].get("commit") or "unknown"
     return f"""---
@@ -95,14 +138,7 @@ you publish it.
 
 ## Use
 
-```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("THIS_FOLDER", trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-```
-
-The folder carries its own modelling code; nothing else has to be installed but transformers and torch.
+{use}
 
 ## Data
 

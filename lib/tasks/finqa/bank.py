@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib import randomness
-from lib.tasks.finqa.features import Described, number_table
+from lib.tasks.finqa.features import NAMES, Described, number_table
 from lib.tasks.finqa.program import DECIMALS, ProgramError, execute
 from lib.tasks.finqa.record import Record
 from lib.tasks.finqa.templates import Page, Templates
@@ -111,7 +111,7 @@ def make_bank(
     array = np.array(values)
     return Bank(
         records, group, programs, array, kinds, golds, np.array(owner), np.array(step),
-        _near(array, least_difference), np.array([d.row for d in described], np.float32),
+        _near(array, least_difference), np.array([d.row for d in described], np.float32).reshape(-1, len(NAMES)),
         [d.words for d in described], number_table(described),
     )  # fmt: skip
 

@@ -14,7 +14,6 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 
 WORD_COLUMNS = 2**15
-STRENGTH = 3.0
 
 
 def hashed_words(words: Sequence[str]) -> sparse.csr_matrix:
@@ -27,33 +26,40 @@ def hashed_words(words: Sequence[str]) -> sparse.csr_matrix:
 
 
 class Words:
-    """Logistic regression on hashed words."""
+    """Logistic regression on hashed words. With programs of one kind only it says nothing."""
 
-    def __init__(self, words, gold: np.ndarray, weight: np.ndarray, strength: float | None = None):
-        self.model = LogisticRegression(C=strength or STRENGTH, max_iter=60, tol=1e-3)
-        self.model.fit(words, gold, sample_weight=weight)
+    def __init__(self, words: sparse.csr_matrix, gold: np.ndarray, weight: np.ndarray):
+        self.model = None
+        if gold.any() and not gold.all():
+            self.model = LogisticRegression(C=0.3, max_iter=60, tol=1e-3)
+            self.model.fit(words, gold, sample_weight=weight)
 
-    def score(self, words) -> np.ndarray:
-        return self.model.decision_function(words)
+    def score(self, words: sparse.csr_matrix) -> np.ndarray:
+        return np.zeros(words.shape[0]) if self.model is None else self.model.decision_function(words)
 
 
 class Trees:
-    """Gradient-boosted trees on columns of numbers."""
+    """Gradient-boosted trees on columns of numbers. With programs of one kind only they say nothing."""
 
-    def __init__(self, rows: np.ndarray, gold: np.ndarray, weight: np.ndarray | None, seed: int, trees: int):
-        self.model = HistGradientBoostingClassifier(
-            max_iter=trees, learning_rate=0.1, max_leaf_nodes=15, min_samples_leaf=40, l2_regularization=10.0,
-            max_bins=64, early_stopping=False, random_state=seed % 2**31,
-        )  # fmt: skip
-        self.model.fit(rows, gold, sample_weight=weight)
+    def __init__(self, rows: np.ndarray, gold: np.ndarray, weight: np.ndarray, seed: int, trees: int):
+        self.model = None
+        if gold.any() and not gold.all():
+            self.model = HistGradientBoostingClassifier(
+                max_iter=trees, learning_rate=0.1, max_leaf_nodes=15, min_samples_leaf=40, l2_regularization=10.0,
+                max_bins=64, early_stopping=False, random_state=seed % 2**31,
+            )  # fmt: skip
+            self.model.fit(rows, gold, sample_weight=weight)
 
     def score(self, rows: np.ndarray) -> np.ndarray:
+        if self.model is None or not len(rows):
+            return np.zeros(len(rows))
         return self.model.decision_function(rows)
 
 
 def balanced(gold: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Weights that give gold and other rows half each, so that scores of 0 say nothing."""
+    """Weights that give gold and other rows half each, so that a score of 0 says nothing."""
     weight = np.ones(len(gold)) if weight is None else weight.astype(np.float64)
     for side in (gold, ~gold):
-        weight[side] *= len(gold) / 2 / weight[side].sum()
+        if side.any():
+            weight[side] *= len(gold) / 2 / weight[side].sum()
     return weight

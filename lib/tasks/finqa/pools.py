@@ -13,7 +13,7 @@ from lib import randomness
 from lib.sections import PoolsConfig
 from lib.tasks.finqa.bank import Bank, make_bank, value_of
 from lib.tasks.finqa.changes import walks
-from lib.tasks.finqa.filter import Filter, Pools
+from lib.tasks.finqa.filter import Filter
 from lib.tasks.finqa.program import ProgramError, execute
 from lib.tasks.finqa.record import Record
 from lib.tasks.finqa.templates import Page, Templates, learn
@@ -50,7 +50,8 @@ class PoolMaker:
         self.size = size
         self.seed = seed
         self.rewrite = rewrite
-        self.filter: Filter | None = None
+        self.filter = Filter(settings, size, seed)
+        self._taught: dict[tuple[str, ...], list[Pool | Unfilled]] = {}  # ids of a train page -> its pools
 
     @classmethod
     def fit(
@@ -69,7 +70,7 @@ class PoolMaker:
             size: candidates of a pool.
             rewrite: gives each program other numbers; what it gives may be no program.
         """
-        pages: dict[str, list[int]] = {}
+        pages: dict[str, list[int]] = {}  # page -> its questions by id
         for number in sorted(range(len(train)), key=lambda i: train[i].id):
             pages.setdefault(train[number].filename, []).append(number)
         views = {name: Page(train[members[0]]) for name, members in pages.items()}
@@ -80,21 +81,28 @@ class PoolMaker:
             if value_of(train[i].program or "", train[i]) is not None
         ]
         maker = cls(Templates(templates), settings, size, seed, rewrite)
-        if maker.templates.usable:
-            banks = [
-                maker._bank([train[i] for i in members], groups[members[0]], views[name])
-                for name, members in sorted(pages.items())
-            ]
-            maker.filter = Filter.fit(banks, settings, size, seed)
+        if not templates:
+            return maker
+        banks = [
+            maker._bank([train[i] for i in members], groups[members[0]], views[name])
+            for name, members in sorted(pages.items())
+        ]
+        banks = [bank for bank in banks if bank.programs]
+        for bank, drawn in zip(banks, maker.filter.fit(banks), strict=True):
+            maker._taught[_ids(bank.records)] = maker._pools(bank, drawn)
         return maker
 
     def pools(self, page: Sequence[Record], group: str) -> list[Pool | Unfilled]:
         """A pool, or why there is none, for each question: `page` has all questions of one page of one split."""
-        if self.filter is None:
+        if not self.templates.usable:
             return [Unfilled("the train split has no programs to learn templates from") for _ in page]
-        bank = self._bank(page, group, Page(page[0]))
-        drawn = self.filter.draw(bank)
-        return [self._pool(bank, drawn, question) for question in range(len(page))]
+        order = sorted(range(len(page)), key=lambda i: page[i].id)
+        records = [page[i] for i in order]
+        found = self._taught.get(_ids(records))
+        if found is None:
+            bank = self._bank(records, group, Page(records[0]))
+            found = self._pools(bank, self.filter.draw(bank))
+        return [found[order.index(i)] for i in range(len(page))]
 
     def _bank(self, records: Sequence[Record], group: str, page: Page) -> Bank:
         settings = self.settings
@@ -105,24 +113,27 @@ class PoolMaker:
             records, page, group, self.templates, settings.bank, settings.least_difference, self.seed, changed
         )
 
-    def _pool(self, bank: Bank, drawn: Pools, question: int) -> Pool | Unfilled:
-        gold = bank.golds[question]
+    def _pools(self, bank: Bank, drawn: dict[int, np.ndarray]) -> list[Pool | Unfilled]:
+        return [self._pool(bank, drawn, question) for question in range(len(bank.records))]
+
+    def _pool(self, bank: Bank, drawn: dict[int, np.ndarray], question: int) -> Pool | Unfilled:
+        gold, record = bank.golds[question], bank.records[question]
         if gold < 0:
-            return Unfilled(_why_no_gold(bank.records[question]))
-        members = drawn.of(question)
-        if members is None:
-            return Unfilled(
-                f"fewer than {self.size} programs with different values could be made from the page's numbers"
-            )
-        key = randomness.key(self.seed, f"finqa order {bank.records[question].id}")
-        order = np.argsort(randomness.bits(key, [0], self.size)[0], kind="stable")
-        return [self._candidate(bank, members[i], gold) for i in order]
+            return Unfilled(_why_no_gold(record))
+        if question not in drawn:
+            return Unfilled(f"fewer than {self.size} programs of different value could be made of the page's numbers")
+        order = randomness.permutation(self.seed, f"finqa order {record.id}", 0, self.size)
+        return [self._candidate(bank, drawn[question][i], gold) for i in order]
 
     def _candidate(self, bank: Bank, number: int, gold: int) -> Candidate:
         kind = bank.kinds[number]
         if kind == "gold" and number != gold:
             kind = "page_gold"
         return Candidate(bank.programs[number], float(bank.values[number]), kind)
+
+
+def _ids(records: Sequence[Record]) -> tuple[str, ...]:
+    return tuple(record.id for record in records)
 
 
 def _runs(program: str, record: Record) -> bool:
