@@ -49,7 +49,9 @@ def our_pools(train: list[Record], dev: list[Record], config: Config) -> tuple[l
     return made[0], made[1]
 
 
-def rows_of(name: str, train: list[Pool], dev: list[Pool], seed: int, limit: float) -> list[tuple[str, ...]]:
+def rows_of(
+    name: str, train: Sequence[Pool], dev: Sequence[Pool], seed: int, limit: float
+) -> list[tuple[str, ...]]:
     leak = measure_leak(train, dev, seed + 1, limit)
     rows: list[tuple[str, ...]] = [(name, row["scorer"], row["sees"], _shown(row)) for row in leak["rows"]]
     pools = Matrices.of(dev)

@@ -170,7 +170,8 @@ def breakdown(accuracy: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, f
     share = np.bincount(of, accuracy) / count
     middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
     half = _Z * np.sqrt(share * (1 - share) / count + (_Z / (2 * count)) ** 2) / (1 + _Z**2 / count)
-    columns = {"accuracy": share, "count": count, "low": middle - half, "high": middle + half}
+    low, high = np.clip([middle - half, middle + half], 0, 1)
+    columns = {"accuracy": share, "count": count, "low": low, "high": high}
     return {str(n): {k: column[i].item() for k, column in columns.items()} for i, n in enumerate(names)}
 
 

@@ -95,9 +95,14 @@ class RankBench:
         breakdowns = {
             "Kinds of questions": [{"name": k} | v for k, v in measured.get("tags", {}).items()],
             "Wrong choices": [
-                {"name": kind, "accuracy": found["share_of_errors"], "count": found["chosen"]}
+                {
+                    "name": kind,
+                    "chosen": round(found["chosen"]),
+                    "of all wrong ones": found["share_of_errors"],
+                    "of its kind": found["rate"],
+                }
                 for kind, found in measured["wrong_choices"].items()
-            ],
+            ],  # fmt: skip
         }
         pools = [self._pool(shown, split, table, n) for n in range(len(table))]
         results = [

@@ -12,9 +12,10 @@ import numpy as np
 
 from lib import randomness
 from lib.tasks.finqa.features import NAMES, Described, number_table
+from lib.tasks.finqa.places import Page
 from lib.tasks.finqa.program import DECIMALS, ProgramError, execute
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Page, Templates
+from lib.tasks.finqa.templates import Templates
 
 TRIALS = 5  # templates tried for each program that is wanted
 

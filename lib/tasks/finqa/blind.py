@@ -6,35 +6,37 @@ and Kanamori, 2012).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from scipy import sparse
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 
 WORD_COLUMNS = 2**15
 
+Sparse = Any  # a scipy.sparse.csr_matrix, of which type checkers know little
 
-def hashed_words(words: Sequence[str]) -> sparse.csr_matrix:
+
+def hashed_words(words: Sequence[str]) -> Sparse:
     """(N, WORD_COLUMNS) of single words and pairs of neighbours, each row of length 1."""
     vectoriser = HashingVectorizer(
         n_features=WORD_COLUMNS, token_pattern=r"\S+", lowercase=False, ngram_range=(1, 2), binary=True,
-        alternate_sign=False, dtype=np.float32,
+        alternate_sign=False,
     )  # fmt: skip
-    return vectoriser.transform(words)
+    return vectoriser.transform(words).astype(np.float32)
 
 
 class Words:
     """Logistic regression on hashed words. With programs of one kind only it says nothing."""
 
-    def __init__(self, words: sparse.csr_matrix, gold: np.ndarray, weight: np.ndarray):
+    def __init__(self, words: Sparse, gold: np.ndarray, weight: np.ndarray):
         self.model = None
         if gold.any() and not gold.all():
             self.model = LogisticRegression(C=0.3, max_iter=60, tol=1e-3)
             self.model.fit(words, gold, sample_weight=weight)
 
-    def score(self, words: sparse.csr_matrix) -> np.ndarray:
+    def score(self, words: Sparse) -> np.ndarray:
         return np.zeros(words.shape[0]) if self.model is None else self.model.decision_function(words)
 
 
@@ -46,7 +48,8 @@ class Trees:
         if gold.any() and not gold.all():
             self.model = HistGradientBoostingClassifier(
                 max_iter=trees, learning_rate=0.1, max_leaf_nodes=15, min_samples_leaf=40, l2_regularization=10.0,
-                max_bins=64, early_stopping=False, random_state=seed % 2**31,
+                max_bins=64, early_stopping=False,  # type: ignore[arg-type]
+                random_state=seed % 2**31,
             )  # fmt: skip
             self.model.fit(rows, gold, sample_weight=weight)
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from lib import randomness
 from lib.sections import ChangesConfig
 from lib.tasks.finqa.numbers import Place
+from lib.tasks.finqa.places import Page, is_number
 from lib.tasks.finqa.program import TABLE_OPERATIONS, ProgramError, parse
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Page, is_number
 
 EDITS = ("operation", "order", "row", "column", "number", "drop", "scale", "sign")
 WALK_EDITS = (

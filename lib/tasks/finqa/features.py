@@ -14,8 +14,8 @@ import numpy as np
 
 from lib import randomness
 from lib.tasks.finqa.numbers import Place
+from lib.tasks.finqa.places import Page, is_number, numbers_of, skeleton
 from lib.tasks.finqa.program import OPERATIONS, Step, parse
-from lib.tasks.finqa.templates import Page, is_number, numbers_of, skeleton
 
 MAX_NUMBERS = 8  # of one program that are compared with others'
 _CONSTANTS = ("const_1", "const_2", "const_3", "const_100", "const_1000", "const_1000000")

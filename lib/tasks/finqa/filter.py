@@ -160,7 +160,9 @@ class Filter:
         rows = []
         for question in np.unique(pools.questions):
             own = np.flatnonzero(pools.questions == question)
-            noise = _generator(self.seed, f"finqa choice {bank.records[question].id}", 0).gumbel(size=len(own))
+            noise = _generator(self.seed, f"finqa choice {bank.records[question].id}", 0).gumbel(
+                size=len(own)
+            )
             rows.append(own[np.argmax(log_choice[own] + noise)])
         return np.array(rows, int)
 

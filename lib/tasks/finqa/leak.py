@@ -19,11 +19,12 @@ from sklearn.preprocessing import StandardScaler
 from lib import randomness
 from lib.metrics import Estimate, ratio, sum_by
 from lib.ranking.metrics import ranking_metrics
+from lib.tasks.finqa.blind import Sparse
 from lib.tasks.finqa.features import Described, in_pool, label_of, number_table
 from lib.tasks.finqa.grounding import ground
+from lib.tasks.finqa.places import Page, numbers_of
 from lib.tasks.finqa.program import parse
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Page, numbers_of
 
 Pool = tuple[Record, Sequence, int]  # a question, its candidates (program, value), the place of the gold one
 ONE, WHOLE = "one candidate", "whole pool"
@@ -118,7 +119,7 @@ def _linear(known: np.ndarray, gold: np.ndarray, asked: np.ndarray) -> np.ndarra
 
 def _trees(known: np.ndarray, gold: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
     model = HistGradientBoostingClassifier(
-        max_iter=150, learning_rate=0.06, max_leaf_nodes=23, min_samples_leaf=25, early_stopping=False,
+        max_iter=150, learning_rate=0.06, max_leaf_nodes=23, min_samples_leaf=25, early_stopping=False,  # type: ignore[arg-type]
         random_state=randomness.key(seed, "finqa leak") % 2**31,
     )  # fmt: skip
     return model.fit(known, gold).decision_function(asked)
@@ -128,7 +129,7 @@ def _logistic(known, gold: np.ndarray, asked) -> np.ndarray:
     return LogisticRegression(C=2.0, max_iter=100).fit(known, gold).decision_function(asked)
 
 
-def _grams(train: list[str], held_out: list[str]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+def _grams(train: list[str], held_out: list[str]) -> tuple[Sparse, Sparse]:
     """Words and their pairs, and pieces of two to four characters."""
     makers = [
         TfidfVectorizer(token_pattern=r"[^\s\[\](),]+", ngram_range=(1, 2), min_df=2, sublinear_tf=True),
@@ -138,7 +139,7 @@ def _grams(train: list[str], held_out: list[str]) -> tuple[sparse.csr_matrix, sp
     return sparse.hstack(known, "csr"), sparse.hstack([maker.transform(held_out) for maker in makers], "csr")
 
 
-def _beside_pool(grams: sparse.csr_matrix, size: int) -> sparse.csr_matrix:
+def _beside_pool(grams: Sparse, size: int) -> Sparse:
     """Each candidate's n-grams, and beside them those that at least half of its pool have too."""
     present = (grams > 0).astype(np.float32)
     count = len(range(0, grams.shape[0], size))

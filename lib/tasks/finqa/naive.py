@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from lib import randomness
 from lib.tasks.finqa.bank import value_of
 from lib.tasks.finqa.changes import EDITS, edit
+from lib.tasks.finqa.places import Page
 from lib.tasks.finqa.pools import Candidate
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Page
 
 _TRIALS = 60
 

@@ -14,9 +14,10 @@ from lib.sections import PoolsConfig
 from lib.tasks.finqa.bank import Bank, make_bank, value_of
 from lib.tasks.finqa.changes import walks
 from lib.tasks.finqa.filter import Filter
+from lib.tasks.finqa.places import Page
 from lib.tasks.finqa.program import ProgramError, execute
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Page, Templates, learn
+from lib.tasks.finqa.templates import Templates, learn
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,11 @@ class PoolMaker:
         if gold < 0:
             return Unfilled(_why_no_gold(record))
         if question not in drawn:
-            return Unfilled(f"fewer than {self.size} programs of different value could be made of the page's numbers")
+            return Unfilled(
+                f"fewer than {self.size} programs of different value could be made of the page's numbers"
+            )
         order = randomness.permutation(self.seed, f"finqa order {record.id}", 0, self.size)
-        return [self._candidate(bank, drawn[question][i], gold) for i in order]
+        return [self._candidate(bank, int(drawn[question][i]), gold) for i in order]
 
     def _candidate(self, bank: Bank, number: int, gold: int) -> Candidate:
         kind = bank.kinds[number]
