@@ -102,7 +102,7 @@ class RankBench:
                     "of its kind": found["rate"],
                 }
                 for kind, found in measured["wrong_choices"].items()
-            ],  # fmt: skip
+            ],
         }
         pools = [self._pool(shown, split, table, n) for n in range(len(table))]
         results = [
