@@ -34,6 +34,12 @@ def run(tmp_path_factory):
     return folder
 
 
+def stats_of(run, stage: str) -> dict:
+    manifest = load_manifest(run / stage)
+    assert manifest is not None
+    return manifest["stats"]
+
+
 def rows(run, path: str) -> list[dict]:
     return pq.read_table(run / f"{path}.parquet").to_pylist()
 
@@ -117,7 +123,7 @@ def test_the_gold_program_is_worth_most(run):
 
 
 def test_the_leak_is_in_the_manifest(run):
-    leak = load_manifest(run / "02_generate_candidates")["stats"]["leak"]
+    leak = stats_of(run, "02_generate_candidates")["leak"]
     seen = {(row["scorer"], row["sees"]) for row in leak["rows"]}
     assert len(seen) >= 4 and {sees for _, sees in seen} == {"one candidate", "whole pool"}
     assert leak["worst_upper_bound"] == pytest.approx(max(row["high"] for row in leak["rows"]))
@@ -127,7 +133,7 @@ def test_the_leak_is_in_the_manifest(run):
 
 
 def test_the_ranker_is_reported_beside_baselines_and_controls(run):
-    stats = load_manifest(run / "04_train")["stats"]
+    stats = stats_of(run, "04_train")
     others = stats["ranker"]["held_out"]["others"]
     assert {"random choice", "first candidate", "trees", "overlap", "question removed",
             "question of another page", "candidates on another page"} == set(others)  # fmt: skip
@@ -189,7 +195,7 @@ def link_stages(run, folder) -> None:
 
 
 def test_the_policies_are_compared_with_their_start(run):
-    stats = load_manifest(run / "05_train_critic")["stats"]
+    stats = stats_of(run, "05_train_critic")
     assert set(stats["gain_over_start"]) == {"ppo", "exact", "cross_entropy"}
     assert set(stats["held_out"]) == {"ppo", "exact", "cross_entropy", "ranker before"}
     lines = [json.loads(x) for x in (run / "05_train_critic/ppo/metrics.jsonl").read_text().splitlines()]

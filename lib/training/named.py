@@ -101,7 +101,7 @@ class Recipe:
 
     model: nn.Module
     objective: Any
-    save: Callable[[nn.Module, Path], None]
+    save: Callable[[Any, Path], None]
     load: Callable[[Path], nn.Module]
     transfer: dict[str, Any]
     facts: dict[str, Any]
