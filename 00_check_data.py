@@ -4,19 +4,23 @@
 Documents that are fit go on to the next stage; those that are not are named in problems.parquet with the place, what
 was found, what was expected and what to do. Problems that would make training wrong end the run with exit code 65.
 
-reads   data.path: .txt, .jsonl, .parquet or a folder of them; by default the text that every CPython carries
+reads   data.path: .txt, .jsonl, .parquet or a folder of them; by default the text that every CPython carries;
+        labels.path, if it is set
 writes  documents.parquet, problems.parquet
 
 python 00_check_data.py --quick_test --run_dir outputs/demo
 """
 
+import itertools
 from collections.abc import Iterator
 
-from lib.artifacts import RunArgs, Stage
+from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadData
+from lib.labels import files_of, read_labels
 from lib.log import say
+from lib.runs import RunArgs
 
 SHOWN_PER_KIND = 5
 ROWS_PER_GROUP = 256
@@ -28,8 +32,9 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.tasks import Document, get_task
 
     task = get_task(config.task)
-    uses = ("seed", "task", "data", "finqa.drop")
-    with Stage(__file__, config, args, uses=uses, files=task.sources(config), restarts=True) as stage:
+    uses = ("seed", "task", "data", "finqa.drop", "labels")
+    files = [*task.sources(config), *(files_of(config.labels.path) if config.labels.path else ())]
+    with Stage(__file__, config, args, uses=uses, files=files, restarts=True) as stage:
         if stage.finished:
             return
 
@@ -40,7 +45,7 @@ def main(config: Config, args: RunArgs) -> None:
             stage.writer("documents", schema.DOCUMENTS) as kept,
             stage.writer("problems", schema.PROBLEMS) as problems,
         ):
-            for items in groups(task.check(config)):
+            for items in groups(itertools.chain(task.check(config), label_problems(config))):
                 fit = [item for item in items if isinstance(item, Document)]
                 faults = [item for item in items if not isinstance(item, Document)]
                 documents, characters = documents + len(fit), characters + sum(len(d.content) for d in fit)
@@ -60,6 +65,19 @@ def main(config: Config, args: RunArgs) -> None:
             where = stage.shown(stage.folder / "problems.parquet")
             what = "1 problem" if errors == 1 else f"{errors:,} problems"
             raise BadData(f"{what} in the data must be mended first; see {where} for all that was found")
+
+
+def label_problems(config: Config) -> Iterator:
+    """What is wrong with the user's own labels. Whether every example has one shows in stage 03."""
+    from lib.tasks import Problem
+
+    if config.labels.path is None:
+        return
+    labels = read_labels(config.labels.path)
+    say(f"{len(labels.by_key):,} labels of your own")
+    for fault in labels.faults:
+        advice = "mend it in the file, and run this stage again"
+        yield Problem("error", fault.kind, fault.source, fault.example, fault.found, fault.expected, advice)
 
 
 def groups(items: Iterator) -> Iterator[list]:

@@ -12,11 +12,12 @@ python 01_prepare_dataset.py --quick_test --run_dir outputs/demo
 
 from collections.abc import Iterator
 
-from lib.artifacts import RunArgs, Stage
+from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadData
 from lib.log import say
+from lib.runs import RunArgs
 
 ROWS_PER_GROUP = 8192
 

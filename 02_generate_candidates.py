@@ -16,11 +16,12 @@ python 02_generate_candidates.py --quick_test --run_dir outputs/demo
 
 from pathlib import Path
 
-from lib.artifacts import RunArgs, Stage
+from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadConfig
 from lib.log import Progress, say
+from lib.runs import RunArgs
 
 
 def main(config: Config, args: RunArgs) -> None:
@@ -50,7 +51,10 @@ def main(config: Config, args: RunArgs) -> None:
             task.plan_candidates(examples, context)
         tally = Tally()
         # Token ids mean nothing without their tokenizer
-        metadata = {"tokenizer_sha256": stage.sha256_of("01_prepare_dataset", "tokenizer")}
+        metadata = {
+            "tokenizer_sha256": stage.sha256_of("01_prepare_dataset", "tokenizer"),
+            "per_example": str(config.candidates.per_example),
+        }
         with (
             stage.writer("candidates", schema.CANDIDATES, metadata) as writer,
             Progress("candidates", stage.rows("01_prepare_dataset", "examples")) as progress,
@@ -114,7 +118,8 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
     from lib.sections import ModelSpec
     from lib.tasks import cross_fit_fold
     from lib.training.data import select_split
-    from lib.training.named import Materials, train_named
+    from lib.training.named import train_named
+    from lib.training.tables import Materials
 
     spec = ModelSpec(
         mode="language_model", architecture=config.generator.architecture, training=config.generator.training

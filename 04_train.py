@@ -13,11 +13,12 @@ python 04_train.py --quick_test --run_dir outputs/demo --mode sequence_scorer
 
 from pathlib import Path
 
-from lib.artifacts import RunArgs, Stage
+from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import MissingInput
 from lib.log import say
+from lib.runs import RunArgs
 from lib.sections import ModelSpec
 
 
@@ -32,6 +33,8 @@ def main(config: Config, args: RunArgs) -> None:
     outside = [Path(s.start) for s in config.models.values() if is_folder(s.start, config)]
     if config.ranker.encoder is not None and Path(config.ranker.encoder).is_dir():
         outside.append(Path(config.ranker.encoder))
+    judges = [spec.modifiers.judge for spec in config.models.values()]
+    outside += [Path(judge.model) for judge in judges if judge is not None]
     with Stage(__file__, config, args, uses=uses, reads=reads, files=outside) as stage:
         if stage.finished:
             return

@@ -15,11 +15,12 @@ writes  best_model (generator and critic in one), calibration.json, metrics.json
 python 05_train_critic.py --quick_test --run_dir outputs/demo
 """
 
-from lib.artifacts import RunArgs, Stage
+from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.log import say
+from lib.runs import RunArgs
 
 
 def main(config: Config, args: RunArgs) -> None:
@@ -103,6 +104,10 @@ def train_policy(config: Config, args: RunArgs) -> None:
         raise BadConfig(
             f"critic.ppo.ranker is '{name}', which is no ranker of `models`{did_you_mean(name, rankers)}"
         )
+    if config.critic.training.freeze_backbone:
+        raise BadConfig(
+            "critic.training.freeze_backbone: a policy's trunk must learn; leave it out for method ppo"
+        )
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
     uses = ("seed", "device", "precision", "ranker", "critic")
     with Stage(__file__, config, args, uses=uses, reads=reads) as stage:
@@ -170,8 +175,9 @@ def critic_objective(stage: Stage, config: Config, runtime, tokenizer, context: 
     train, held_out = tables[config.models[config.critic.generator].split], tables["held_out"]
     training = config.critic.training
     diffusion = MaskedDiffusion(
-        config.diffusion,
+        config.diffusion.model_copy(update={"stages": ()}),  # over, when a critic joins
         tokenizer.mask_token_id,
+        text_ids=np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids),
         label="critic",
         train=Windows(train, context, tokenizer.pad_token_id),
         held_out=(tiles := Windows(held_out, context, tokenizer.pad_token_id).tiled()),

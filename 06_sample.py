@@ -22,10 +22,11 @@ python 06_sample.py --quick_test --run_dir outputs/demo --score my_text.txt
 
 from pathlib import Path
 
-from lib.artifacts import RunArgs, Stage
+from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.log import Progress, say
+from lib.runs import RunArgs
 
 READS = (
     "00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train", "05_train_critic",

@@ -36,7 +36,7 @@ benchmark-quick: $(STAMP)
 
 ## One line per manifest of the newest run (or RUN=...)
 inspect: $(STAMP)
-	@$(BIN)/python -m lib.artifacts $(RUN)
+	@$(BIN)/python -m lib.runs $(RUN)
 
 ## Say where the report of the newest run (or RUN=...) is, and make it again if its stage 06 was not run
 report: $(STAMP)

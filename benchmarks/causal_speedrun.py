@@ -17,7 +17,8 @@ from benchmarks.prepared import prepare, shakespeare
 from lib.config import Config
 from lib.models.build import start_model
 from lib.training.loop import train
-from lib.training.named import Materials, make_objective
+from lib.training.objectives.build import make_objective
+from lib.training.tables import Materials
 
 GOAL = 1.88
 

@@ -41,7 +41,7 @@ def our_pools(train: list[Record], dev: list[Record], config: Config) -> tuple[l
                 if isinstance(pool, Unfilled):
                     reasons[pool.reason] += 1
                 else:
-                    pools.append((record, pool, [c.kind for c in pool].index("gold")))
+                    pools.append((record, pool[0], [c.kind for c in pool[0]].index("gold")))
         print(f"{len(pools)} pools; without one: {dict(reasons.most_common(3))}")
         made.append(pools)
     kinds = Counter(candidate.kind for _, pool, _ in made[1] for candidate in pool)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lib import schema
-from lib.artifacts import RunArgs, load_manifest
 from lib.config import ROOT, Config, load_config
+from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
 from lib.sections import ModelSpec
 from lib.tokenization import load_tokenizer
-from lib.training.named import Materials, train_named
+from lib.training.named import train_named
+from lib.training.tables import Materials
 
 RESULTS = ROOT / "benchmarks" / "results"
 

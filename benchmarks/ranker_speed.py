@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lib.config import load_config
+from lib.models.collation import collate
 from lib.models.packing import Pools
 from lib.models.ranker import CandidateRanker
-from lib.models.ranker_files import collate, open_encoder
+from lib.models.ranker_files import open_encoder
 from lib.ranking.losses import LOSSES
 from lib.report.table import aligned
 from lib.runtime import Runtime

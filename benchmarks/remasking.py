@@ -18,7 +18,7 @@ cores. --quick: 1 seed, 2 x 64 with context 64, some hundred steps, 24 texts, th
 
 python -m benchmarks.remasking outputs/remasking
 python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare/input.txt --only E1,E2
-python -m benchmarks.remasking /tmp/quick --quick
+python -m benchmarks.remasking outputs/remasking_quick --quick
 """
 
 import argparse
@@ -34,9 +34,9 @@ from benchmarks import remasking_experiments as experiments
 from benchmarks.remasking_lab import SUMS, TEXT, VARIANTS, Lab, Size
 from benchmarks.remasking_summary import REAL, SECTIONS, write_summary
 from lib import durable
-from lib.artifacts import plain
 from lib.diffusion.policies import POLICIES
 from lib.log import say
+from lib.runs import plain
 
 ALL = tuple(name for name in POLICIES if name != "oracle")
 MAIN = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial")

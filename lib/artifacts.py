@@ -2,20 +2,14 @@
 
 `Stage` is the only thing that touches outputs/. The manifest is written last, so its existence means that the
 stage is complete; entering a complete stage again with the same config and inputs does nothing, with others it
-is refused. `python -m lib.artifacts RUN` prints one line per manifest.
+is refused.
 """
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
-import re
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,123 +18,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib import durable
-from lib.config import ROOT, Config
+from lib.config import Config
 from lib.errors import BadConfig, BadData, Busy, CannotCreate, MissingInput, UsageError
 from lib.log import log_to, say
+from lib.runs import (
+    OUTPUTS,
+    STAGES,
+    RunArgs,
+    changes,
+    code_version,
+    environment,
+    find_run,
+    load_manifest,
+    plain,
+    validate_manifest,
+)
+from lib.table_writer import TableWriter
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from lib.schema import TableSchema
-
-OUTPUTS = ROOT / "outputs"
-STAGES = (
-    "00_check_data",
-    "01_prepare_dataset",
-    "02_generate_candidates",
-    "03_build_rewards",
-    "04_train",
-    "05_train_critic",
-    "06_sample",
-)
-MANIFEST_SCHEMA = Path(__file__).with_name("manifest.schema.json")
-
-
-@dataclass(frozen=True)
-class RunArgs:
-    """The flags that mean the same in all seven scripts, without --config and --set."""
-
-    run_dir: Path | None = None
-    quick_test: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    command: tuple[str, ...] = ()
-    only_mode: str | None = None  # 04 only: train the models of this mode and leave the rest
-    score: Path | None = None  # 06 only: score this text instead of sampling
-
-
-# ---------------------------------------------------------------------------------------------- runs
-
-
-def run_number(path: Path) -> int | None:
-    match = re.fullmatch(r"run_(\d{3,})", path.name)
-    return int(match[1]) if match and path.is_dir() else None
-
-
-def existing_runs(outputs: Path) -> list[Path]:
-    """Run folders, oldest first."""
-    runs = outputs.glob("run_*") if outputs.is_dir() else ()
-    return sorted((p for p in runs if run_number(p) is not None), key=lambda p: run_number(p) or 0)
-
-
-def find_run(stage_name: str, config: Config, args: RunArgs, outputs: Path) -> Path:
-    """--run_dir, or: stage 00 continues the newest run of this very config or starts one; others the newest."""
-    if args.run_dir is not None:
-        return args.run_dir
-    runs = existing_runs(outputs)
-    if stage_name != STAGES[0]:
-        if not runs:
-            raise MissingInput(f"there is no run in {outputs} yet; start one with `python 00_check_data.py`")
-        return runs[-1]
-    for run in reversed(runs):
-        if _stored_config(run) == config.model_dump(mode="json"):
-            return run
-    return outputs / f"run_{(run_number(runs[-1]) or 0) + 1 if runs else 1:03d}"
-
-
-def _stored_config(run: Path) -> dict | None:
-    try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-# ----------------------------------------------------------------------------------------- manifests
-
-
-def load_manifest(folder: Path) -> dict | None:
-    """The manifest of a stage folder, None if the stage is not complete. Raises BadData when damaged."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise BadData(f"{path} cannot be read ({error}); run its stage again with --overwrite") from None
-    needed = ("stage", "config", "inputs", "outputs", "stats")
-    if not isinstance(manifest, dict) or any(key not in manifest for key in needed):
-        raise BadData(f"{path} is not a manifest of this project; run its stage again with --overwrite")
-    for name, output in manifest["outputs"].items():
-        target = (folder / output["path"]).resolve()
-        if not target.is_relative_to(folder.resolve()):
-            raise BadData(f"{path}: output '{name}' points outside its folder: {output['path']}")
-    return manifest
-
-
-def validate_manifest(manifest: dict) -> None:
-    """Hold a manifest to the JSON Schema beside this file. Raises jsonschema.ValidationError."""
-    import jsonschema
-
-    jsonschema.validate(manifest, json.loads(MANIFEST_SCHEMA.read_text(encoding="utf-8")))
-
-
-def changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """`training.steps: 400 -> 500` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for name in sorted(old.keys() | new.keys()):
-            inner = f"{path}.{name}" if path else name
-            lines += changes(old.get(name, "(none)"), new.get(name, "(none)"), inner)
-        return lines
-    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text[:12] + "..." if re.fullmatch(r"[0-9a-f]{64}", text) else text[:80]
-
-
-# --------------------------------------------------------------------------------------------- stage
 
 
 @dataclass
@@ -506,132 +404,3 @@ class Stage:
     def _shown(path: Path) -> str:
         """The path as a user would type it."""
         return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
-
-
-class TableWriter:
-    """Parquet with zstd and page checksums, a row group per `write`, keys unique over all of them."""
-
-    def __init__(self, path: Path, schema: "TableSchema", metadata: Mapping[str, str] | None = None):
-        self._path, self._schema, self._file, self._metadata = path, schema, None, dict(metadata or {})
-        self._keys: list = []
-        self.num_rows = 0
-        self.columns: dict[str, str] = {}
-
-    def write(self, table: "pa.Table") -> None:
-        from lib.schema import conform, key_hashes
-
-        table = conform(table, self._schema)
-        if self._file is None:
-            self._open(table.schema)
-        assert self._file is not None
-        self._keys.append(key_hashes(table, self._schema))
-        self._file.write_table(table)
-        self.num_rows += table.num_rows
-
-    def _open(self, arrow_schema) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.columns = {f.name: str(f.type) for f in arrow_schema}
-        # Least and greatest value of a text column are whole texts: they serve nothing and cost much memory
-        plain_columns = [
-            f.name
-            for f in arrow_schema
-            if not (pa.types.is_large_string(f.type) or pa.types.is_nested(f.type))
-        ]
-        self._file = pq.ParquetWriter(
-            self._path,
-            arrow_schema.with_metadata(self._metadata),
-            compression="zstd",
-            write_page_checksum=True,
-            write_statistics=plain_columns,  # type: ignore[arg-type] - a list is documented
-        )
-
-    def close(self) -> None:
-        """Finish the file; a repeated key over several writes is an error here."""
-        import numpy as np
-
-        if self._file is None:
-            self._open(self._schema.arrow)
-        assert self._file is not None
-        self._file.close()
-        keys = np.concatenate(self._keys) if self._keys else np.empty(0)
-        if len(np.unique(keys)) != len(keys):
-            raise BadData(f"table {self._schema.name}: two rows have the same {self._schema.key}")
-
-
-# --------------------------------------------------------------------------------- what ran, and where
-
-
-def plain(value: Any) -> Any:
-    """numpy and torch scalars to Python ones; floats that JSON cannot hold to None."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
-
-
-def code_version() -> dict[str, Any]:
-    try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
-        status = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
-        )
-        return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-
-
-def environment() -> dict[str, Any]:
-    versions = {}
-    for package in ("torch", "transformers", "pyarrow", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1024 if sys.platform != "darwin" else 1024**2
-    )
-    return {"python": platform.python_version(), **versions, "peak_memory_mb": round(peak, 1)}
-
-
-def inspect(run_dir: Path) -> str:
-    """One line per manifest: stage, seconds, memory, rows, and the stats that are single numbers."""
-    lines = []
-    for name in STAGES:
-        manifest = load_manifest(run_dir / name)
-        if manifest is None:
-            state = "unfinished" if (run_dir / name / "unfinished.json").exists() else "-"
-            lines.append(f"{name:<24} {state}")
-            continue
-        rows = {k: o["rows"] for k, o in manifest["outputs"].items() if "rows" in o}
-        facts = [f"{k}={v} rows" for k, v in rows.items()]
-        facts += [f"{k}={v:.4g}" for k, v in manifest["stats"].items() if isinstance(v, int | float)]
-        memory = manifest["environment"].get("peak_memory_mb", 0)
-        lines.append(f"{name:<24} {manifest['seconds']:8.1f} s {memory:7.0f} MB  {'  '.join(facts)}")
-    return "\n".join(lines)
-
-
-def main() -> int:
-    if len(sys.argv) > 2 or (len(sys.argv) == 2 and sys.argv[1].startswith("-")):
-        print("usage: python -m lib.artifacts [RUN_DIR]   (default: the newest run in outputs/)")
-        return 2
-    runs = [Path(sys.argv[1])] if len(sys.argv) == 2 else existing_runs(OUTPUTS)[-1:]
-    if not runs or not runs[0].is_dir():
-        print("no run to inspect; start one with `python 00_check_data.py`", file=sys.stderr)
-        return 66
-    print(runs[0])
-    print(inspect(runs[0]))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

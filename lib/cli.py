@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lib.artifacts import RunArgs
 from lib.config import Config, load_config
 from lib.errors import CannotCreate, CannotWrite, Interrupted, RemaskError, UsageError, did_you_mean
+from lib.runs import RunArgs
 from lib.sections import MODE_ALIASES, MODES
 
 

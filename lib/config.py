@@ -8,13 +8,14 @@ that again gives the same Config.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from lib.errors import BadConfig, MissingInput, UsageError, did_you_mean
 from lib.sections import (
     MASKINGS,
+    STAGES_OF,
     ArchitectureConfig,
     CandidatesConfig,
     CriticConfig,
@@ -22,6 +23,7 @@ from lib.sections import (
     DiffusionConfig,
     FinqaConfig,
     GeneratorConfig,
+    LabelsConfig,
     ModelSpec,
     RankerConfig,
     RewardsConfig,
@@ -48,6 +50,7 @@ class Config(Section):
     diffusion: DiffusionConfig
     generator: GeneratorConfig
     candidates: CandidatesConfig
+    labels: LabelsConfig
     rewards: RewardsConfig
     finqa: FinqaConfig
     ranker: RankerConfig
@@ -57,6 +60,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.labels.path is not None and self.candidates.source != "original_only":
+            raise ValueError(
+                "labels.path has labels of texts as they are: set candidates.source to original_only and "
+                "candidates.per_example to 1"
+            )
         names = list(self.models)
         for position, (name, spec) in enumerate(self.models.items()):
             if not name.isidentifier():
@@ -201,7 +209,7 @@ def _explain(problem: Any, where: dict) -> str:
     """One line: where, which key, what is wrong, what would be right."""
     # pydantic puts the tag of a union into the path; it is no key of the user's
     loc = problem["loc"]
-    path = tuple(p for i, p in enumerate(loc) if not (i and loc[i - 1] == "masking" and p in MASKINGS))
+    path = tuple(p for i, p in enumerate(loc) if not (p in MASKINGS and _is_tag(loc, i)))
     keys = tuple(p for p in path if isinstance(p, str))
     location = next((where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in where), None)
     prefix = f"{location}: " if location else ""
@@ -210,6 +218,8 @@ def _explain(problem: Any, where: dict) -> str:
     if kind == "extra_forbidden":
         return f"{prefix}{name}: unknown key{did_you_mean(str(path[-1]), _known_keys(path[:-1]))}"
     if kind == "missing":
+        if "stages" in path or "modifiers" in path:
+            return f"{prefix}{name}: missing"
         return f"{prefix}{name}: missing; configs/default.yaml has it, so some file replaced its section"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
@@ -217,18 +227,25 @@ def _explain(problem: Any, where: dict) -> str:
     return f"{prefix}{name} is {given!r}: {message[0].lower()}{message[1:]}"
 
 
+def _is_tag(loc: tuple, at: int) -> bool:
+    """Whether a part of pydantic's path names the type that a masking or a stage was read as."""
+    before = loc[:at]
+    return before[-1:] == ("masking",) or (before[-2:-1] == ("stages",) and isinstance(before[-1], int))
+
+
 def _known_keys(path: tuple) -> list[str]:
     """Field names of the section at `path` in the config."""
+    parts = [part for part in path if isinstance(part, str)]
     fields: Any = Config
-    for part in path:
-        if isinstance(part, int) or fields is None:
-            continue
-        if fields is Config and part == "models":
-            return list(ModelSpec.model_fields) if len(path) == 2 else _known_keys((path[2],))
-        field = fields.model_fields.get(part)
+    if parts[:1] == ["models"]:
+        fields, parts = ModelSpec, parts[2:]
+    for part in parts:
+        field = fields.model_fields.get(part) if fields is not None else None
         annotation = field.annotation if field else None
+        if annotation is not None and type(None) in get_args(annotation):  # an optional section
+            annotation = get_args(annotation)[0]
         fields = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
-    if fields is None:
-        kinds = MASKINGS.values() if path and path[-1] == "masking" else ()
-        return list(dict.fromkeys(field for kind in kinds for field in kind.model_fields))
-    return list(fields.model_fields)
+    if fields is not None:
+        return list(fields.model_fields)
+    kinds = STAGES_OF if "stages" in parts else MASKINGS if parts[-1:] == ["masking"] else {}
+    return list(dict.fromkeys(field for kind in kinds.values() for field in kind.model_fields))

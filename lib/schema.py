@@ -111,6 +111,7 @@ REWARDS = TableSchema(
         ("rank", pa.int32()),  # 1 is best; equal rewards share the better rank
         ("best", pa.bool_()),  # has the highest reward of its example
         ("tied", pa.bool_()),  # shares its reward with another candidate of its example
+        ("token_labels", _LABELS, _NULLABLE),  # the user's own classes, in place of the candidate's
     ),
     key=("example_id", "candidate_id"),
     ranges={"reward": (0, 1)},

@@ -93,6 +93,9 @@ class TrainingConfig(Section):
     muon_learning_rate: AboveZero
     muon_momentum: Annotated[float, Field(ge=0, lt=1)]
     learning_rate: AboveZero
+    head_learning_rate: AboveZero | None
+    freeze_backbone: bool
+    unfreeze_at_step: Count | None
     weight_decay: NonNegative
     warmup_fraction: Fraction
     decay_fraction: Fraction
@@ -108,6 +111,14 @@ class TrainingConfig(Section):
     def _check(self):
         if self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError("warmup_fraction + decay_fraction must not exceed 1")
+        if self.unfreeze_at_step is not None and not self.freeze_backbone:
+            raise ValueError(
+                "unfreeze_at_step without freeze_backbone: true has no effect; set both or neither"
+            )
+        if self.unfreeze_at_step is not None and not 0 < self.unfreeze_at_step < self.steps:
+            raise ValueError(
+                "unfreeze_at_step must lie between 0 and steps; leave it out to keep the trunk frozen"
+            )
         return self
 
 
@@ -160,10 +171,100 @@ MASKINGS = {"random": RandomMasking, "sticky": StickyMasking, "span": SpanMaskin
 Masking = Annotated[RandomMasking | StickyMasking | SpanMasking | LineMasking, Field(discriminator="type")]
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Stage(Section):
+    """A stage of unmasking ends when its validation loss has not improved so many times."""
+
+    val_loss_stale_count: Positive
+
+
+class RandomStage(_Stage):
+    """Every row masks a share of its own, uniform up to max_masked_ratio."""
+
+    type: Literal["random"]
+    max_masked_ratio: Share
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        return 0.0, self.max_masked_ratio
+
+    @property
+    def masking(self) -> Masking:
+        return RandomMasking(type="random")
+
+
+class StickyStage(_Stage):
+    """Every row masks the same share, in runs."""
+
+    type: Literal["sticky"]
+    target_masked_ratio: Share
+    p1: Fraction
+    p2: Fraction
+
+    @model_validator(mode="after")
+    def _check(self):
+        _ = self.masking
+        return self
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        return self.target_masked_ratio, self.target_masked_ratio
+
+    @property
+    def masking(self) -> Masking:
+        return StickyMasking(type="sticky", p1=self.p1, p2=self.p2)
+
+
+class SpanStage(_Stage):
+    """Every row masks a share of its own, uniform up to max_masked_ratio, in num_spans runs."""
+
+    type: Literal["span"]
+    num_spans: Positive
+    max_masked_ratio: Share = 1.0
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        return 0.0, self.max_masked_ratio
+
+    @property
+    def masking(self) -> Masking:
+        return SpanMasking(type="span", num_spans=self.num_spans)
+
+
+class LineStage(_Stage):
+    """Every row masks whole lines, together a share of its own between the two."""
+
+    type: Literal["line"]
+    min_ratio: Fraction
+    max_ratio: Share
+
+    @model_validator(mode="after")
+    def _check(self):
+        _ = self.masking
+        return self
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        return self.min_ratio, self.max_ratio
+
+    @property
+    def masking(self) -> Masking:
+        return LineMasking(type="line", min_ratio=self.min_ratio, max_ratio=self.max_ratio)
+
+
+STAGES_OF = {"random": RandomStage, "sticky": StickyStage, "span": SpanStage, "line": LineStage}
+UnmaskingStage = Annotated[RandomStage | StickyStage | SpanStage | LineStage, Field(discriminator="type")]
+
+
 class DiffusionConfig(Section):
     weight: Literal["exact_count", "inverse_t"]
     min_masked_ratio: Annotated[float, Field(ge=0, lt=1)]
     masking: Masking
+    corruption: Literal["mask", "bert"]
+    stages: tuple[UnmaskingStage, ...]
+    use_all_stages: bool
 
 
 class GeneratorConfig(Section):
@@ -193,6 +294,10 @@ class CandidatesConfig(Section):
         if self.source == "original_only" and self.per_example != 1:
             raise ValueError("source original_only has one candidate: set candidates.per_example to 1")
         return self
+
+
+class LabelsConfig(Section):
+    path: str | None
 
 
 class RewardWeights(Section):
@@ -234,10 +339,12 @@ class ChangesConfig(Section):
 
 class PoolsConfig(Section):
     page_golds: Count
+    same_operators: Fraction
     corruption_rate: Fraction
     changes: ChangesConfig
     bank: Annotated[int, Field(ge=8)]
     rounds: Positive
+    train_draws: Positive
     folds: Annotated[int, Field(ge=2)]
     least_difference: NonNegative
     leak_limit: Fraction
@@ -266,12 +373,65 @@ class RankerConfig(Section):
     pooling: Literal["last", "cls", "mean"]
     head: Literal["mlp", "linear"]
     head_dropout: Annotated[float, Field(ge=0, lt=1)]
+    word_dropout: Annotated[float, Field(ge=0, lt=1)]
     adapter: Literal["lora", "none"]
     embeddings: Literal["learn", "frozen"]
     lora: LoraConfig
     loss: Literal["cross_entropy", "listwise", "list_mle", "pairwise", "regression"]
     temperature: AboveZero
     margin: NonNegative
+
+
+class EntropyModifier(Section):
+    weight: AboveZero = 1.0
+    threshold: AboveZero = 0.1
+
+
+class _Limited(Section):
+    """Weights are kept between least and most."""
+
+    least: AboveZero
+    most: AboveZero
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.least >= self.most:
+            raise ValueError(f"least ({self.least}) must be below most ({self.most})")
+        return self
+
+
+class MaskRatioModifier(_Limited):
+    power: AboveZero = 0.5
+    least: AboveZero = 0.1
+    most: AboveZero = 10.0
+
+
+class JudgeModifier(_Limited):
+    """`model`: folder of a trained sequence scorer. Its weights count from start_step until before stop_step."""
+
+    model: str
+    exponent: AboveZero = 1.0
+    least: AboveZero = 0.5
+    most: AboveZero = 2.0
+    start_step: Count = 0
+    stop_step: Positive
+
+    @model_validator(mode="after")
+    def _check_steps(self):
+        if self.start_step >= self.stop_step:
+            raise ValueError(f"stop_step ({self.stop_step}) must be above start_step ({self.start_step})")
+        return self
+
+
+class ModifiersConfig(Section):
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    entropy: EntropyModifier | None = None
+    mask_ratio: MaskRatioModifier | None = None
+    judge: JudgeModifier | None = None
+
+    @property
+    def any(self) -> bool:
+        return bool(self.label_smoothing or self.entropy or self.mask_ratio or self.judge)
 
 
 class ModelSpec(Section):
@@ -285,6 +445,7 @@ class ModelSpec(Section):
     class_weighting: Literal["none", "inverse_frequency", "dynamic"] = "none"
     target_type: Literal["score", "classification"] = "score"
     blind: bool = False
+    modifiers: ModifiersConfig = ModifiersConfig()
     architecture: ArchitectureConfig
     training: TrainingConfig
 
@@ -292,6 +453,19 @@ class ModelSpec(Section):
     @classmethod
     def _alias(cls, mode):
         return MODE_ALIASES.get(mode, mode)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.modifiers.any and (self.mode != "language_model" or self.attention == "causal"):
+            what = "a causal one" if self.mode == "language_model" else self.mode
+            raise ValueError(
+                f"modifiers are for the losses of masked language models, and this is {what}: leave them out"
+            )
+        if self.training.freeze_backbone and self.start == "scratch":
+            raise ValueError(
+                "training.freeze_backbone with start: scratch would keep random weights; give the model a start"
+            )
+        return self
 
     @property
     def effective_attention(self) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.artifacts import STAGES, RunArgs
 from lib.config import ROOT, Config, load_config
+from lib.runs import STAGES, RunArgs
 
 SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
 

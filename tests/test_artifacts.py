@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from lib import durable, schema
-from lib.artifacts import RunArgs, Stage, changes, existing_runs, load_manifest, plain
+from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, Busy, CannotCreate, MissingInput, UsageError
+from lib.runs import RunArgs, changes, existing_runs, load_manifest, plain
 
 CONFIG = load_config(quick_test=True)
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 
-from lib.artifacts import load_manifest
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, CannotCreate, MissingInput
 from lib.models.build import load_model, start_model
 from lib.models.families import FAMILIES
 from lib.models.ltg_bert import LtgBertForMaskedLM, LtgBertForSequenceClassification
 from lib.models.publish import publish
+from lib.runs import load_manifest
 from tests.conftest import run_stages
 
 SHORT = ["training.steps=4", "generator.training.steps=4", "critic.training.steps=4", "training.evaluate_every=4",

@@ -18,16 +18,11 @@ from hypothesis import strategies as st
 from lib.config import Config, load_config
 from lib.errors import BadConfig, MissingInput
 from lib.tasks import Document, Problem
-from lib.tasks.finqa.check import check, compare_answer, page_text, sources
+from lib.tasks.finqa.across import page_text
+from lib.tasks.finqa.builtin import make_page, make_pages
+from lib.tasks.finqa.check import check, compare_answer, sources
 from lib.tasks.finqa.numbers import numbers_in, operands
-from lib.tasks.finqa.pages import (
-    make_page,
-    make_pages,
-    page_lines,
-    plain_cell,
-    score_lines,
-    serialise,
-)
+from lib.tasks.finqa.pages import page_lines, plain_cell, score_lines, serialise
 from lib.tasks.finqa.program import OPERATIONS, execute, parse
 from lib.tasks.finqa.record import Record, parse_record, read_records
 from tests.conftest import SHARED
@@ -497,7 +492,7 @@ def test_the_builtin_pages_have_three_splits():
     items = list(check(configured("builtin_small")))
     assert all(isinstance(item, Document) for item in items)
     records = [Record.from_json(item.content) for item in items if isinstance(item, Document)]
-    assert [path.name for path in sources(configured("builtin"))] == ["pages.py"]
+    assert [path.name for path in sources(configured("builtin"))] == ["builtin.py"]
     splits: dict[str, set[str]] = {}
     for record in records:
         splits.setdefault(record.split, set()).add(record.filename)

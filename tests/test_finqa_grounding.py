@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from lib.tasks.finqa.builtin import BUILTIN, make_page
 from lib.tasks.finqa.grounding import ground
 from lib.tasks.finqa.numbers import PageNumbers, operands
-from lib.tasks.finqa.pages import BUILTIN, make_page
 from lib.tasks.finqa.program import ProgramError, execute, parse
 from lib.tasks.finqa.record import Record, parse_record
 from lib.tasks.finqa.sentence import year_of

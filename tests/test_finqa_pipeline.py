@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
-from lib.artifacts import STAGES, RunArgs, load_manifest, validate_manifest
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, Interrupted, MissingInput
+from lib.runs import STAGES, RunArgs, load_manifest, validate_manifest
 from lib.tasks.finqa.program import execute, parse
 from lib.tasks.finqa.record import Record
 from tests.conftest import run_stages
@@ -76,7 +76,8 @@ def test_every_question_has_a_full_pool_or_a_reason(run):
     examples = {r["example_id"]: r for r in rows(run, "01_prepare_dataset/examples")}
     pools = Counter(r["example_id"] for r in rows(run, "02_generate_candidates/candidates"))
     dropped = {r["example_id"]: r["reason"] for r in rows(run, "02_generate_candidates/dropped")}
-    assert set(pools.values()) == {8}
+    sizes = {"train": 32}
+    assert all(count == sizes.get(examples[name]["split"], 8) for name, count in pools.items())
     assert not pools.keys() & dropped.keys() and pools.keys() | dropped.keys() == examples.keys()
     assert all(dropped.values())
     answered_by_number = [name for name, r in examples.items() if not r["target"].endswith(("= yes", "= no"))]
@@ -87,10 +88,13 @@ def test_candidates_run_on_their_page_and_differ_in_value(run):
     records = {
         r["example_id"]: Record.from_json(r["record"]) for r in rows(run, "01_prepare_dataset/examples")
     }
-    found: dict[str, list[dict]] = {}
+    splits = {r["example_id"]: r["split"] for r in rows(run, "01_prepare_dataset/examples")}
+    found: dict[tuple[str, int], list[dict]] = {}
     for row in rows(run, "02_generate_candidates/candidates"):
-        found.setdefault(row["example_id"], []).append(row)
-    for name, pool in found.items():
+        found.setdefault((row["example_id"], row["candidate_id"] // 8), []).append(row)
+    draws = Counter(name for name, _ in found)
+    assert all(count == (4 if splits[name] == "train" else 1) for name, count in draws.items())
+    for (name, _), pool in found.items():
         values = [execute(r["program"], records[name].table) for r in pool]
         assert len(set(values)) == len(values)
         for row, value in zip(pool, values, strict=True):
@@ -103,7 +107,7 @@ def test_candidates_run_on_their_page_and_differ_in_value(run):
 
 def test_the_gold_program_stands_anywhere(run):
     places = Counter(
-        r["candidate_id"] for r in rows(run, "02_generate_candidates/candidates") if r["kind"] == "gold"
+        r["candidate_id"] % 8 for r in rows(run, "02_generate_candidates/candidates") if r["kind"] == "gold"
     )
     counts = np.array([places[i] for i in range(8)])
     expected = counts.sum() / 8
@@ -240,7 +244,7 @@ def test_a_missing_folder_says_where_the_data_is_published(tmp_path):
 def test_another_k_than_the_data_s_is_refused(run, tmp_path):
     from lib.artifacts import Stage
     from lib.runtime import Runtime
-    from lib.training.named import ranker_recipe
+    from lib.training.recipes import ranker_recipe
     from lib.training.tables import materials_of
 
     config = config_of()

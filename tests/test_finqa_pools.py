@@ -10,17 +10,17 @@ from scipy.stats import chisquare
 
 from lib.config import load_config
 from lib.tasks.finqa.bank import _near, make_bank
+from lib.tasks.finqa.builtin import builtin_records
 from lib.tasks.finqa.changes import EDITS, edit, walks
 from lib.tasks.finqa.features import MAX_NUMBERS, NAMES, Described, in_pool
 from lib.tasks.finqa.leak import Matrices, accuracy, label_overlap, measure_leak, question_trees
 from lib.tasks.finqa.naive import naive_pools
 from lib.tasks.finqa.numbers import numbers_in
-from lib.tasks.finqa.pages import builtin_records
 from lib.tasks.finqa.places import Page
 from lib.tasks.finqa.pools import Candidate, PoolMaker, Unfilled
 from lib.tasks.finqa.program import equivalent, execute, parse
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Templates, learn
+from lib.tasks.finqa.templates import Templates, learn, operators_of
 
 SIZE = 8
 
@@ -46,12 +46,12 @@ def fit(seed: int = 0, train=TRAIN, rewrite=None, **changes) -> PoolMaker:
     return PoolMaker.fit(train, [r.filename for r in train], settings_of(**changes), SIZE, seed, rewrite)
 
 
-def filled(maker: PoolMaker, pages=PAGES) -> list[tuple[Record, list[Candidate], int]]:
+def filled(maker: PoolMaker, pages=PAGES, most: int = 1) -> list[tuple[Record, list[Candidate], int]]:
     found = []
     for name, page in pages.items():
-        for record, pool in zip(page, maker.pools(page, name), strict=True):
-            if not isinstance(pool, Unfilled):
-                found.append((record, pool, [c.kind for c in pool].index("gold")))
+        for record, pools in zip(page, maker.pools(page, name), strict=True):
+            if not isinstance(pools, Unfilled):
+                found += [(record, pool, [c.kind for c in pool].index("gold")) for pool in pools[:most]]
     return found
 
 
@@ -65,6 +65,11 @@ def pools(maker):
     return filled(maker)
 
 
+@pytest.fixture(scope="module")
+def every_draw(maker):
+    return filled(maker, most=4)
+
+
 def numeric(record: Record) -> bool:
     return not isinstance(execute(record.program or "", record.table), str)
 
@@ -72,23 +77,23 @@ def numeric(record: Record) -> bool:
 # --- what a pool holds -----------------------------------------------------------------------------------------------
 
 
-def test_every_candidate_runs_and_no_two_say_the_same(pools):
-    for record, pool, _ in pools:
+def test_every_candidate_runs_and_no_two_say_the_same(every_draw):
+    for record, pool, _ in every_draw:
         assert len(pool) == SIZE
         assert [execute(c.program, record.table) for c in pool] == [c.value for c in pool]
         assert len({c.value for c in pool}) == len({c.program for c in pool}) == SIZE
         assert not any(equivalent(a.program, b.program) for a in pool for b in pool if a is not b)
 
 
-def test_the_gold_program_is_there_once(pools):
-    for record, pool, place in pools:
+def test_the_gold_program_is_there_once(every_draw):
+    for record, pool, place in every_draw:
         assert Counter(c.kind for c in pool)["gold"] == 1
         assert pool[place].program == record.program
 
 
-def test_no_two_values_are_within_the_margin_of_each_other(pools):
+def test_no_two_values_are_within_the_margin_of_each_other(every_draw):
     least = settings_of().least_difference
-    for _, pool, _ in pools:
+    for _, pool, _ in every_draw:
         for a in pool:
             for target in (a.value, -a.value, 100 * a.value, a.value / 100):  # type: ignore[operator]
                 assert all(abs(b.value - target) > least * abs(target) for b in pool if b is not a)  # type: ignore[operator]
@@ -107,9 +112,9 @@ def test_near_agrees_with_its_definition():
             assert bool(packed[i] >> j & 1) == (close or round(v, 5) == round(w, 5)), (v, w)
 
 
-def test_golds_of_other_questions_are_taken_where_there_are_any(pools):
+def test_golds_of_other_questions_are_taken_where_there_are_any(every_draw):
     least = settings_of().least_difference
-    for record, pool, place in pools:
+    for record, pool, place in every_draw:
         taken = [c for c in pool if c.kind == "page_gold"]
         others = {r.program: execute(r.program or "", r.table) for r in PAGES[record.filename] if numeric(r)}
         assert all(others[c.program] == c.value for c in taken)
@@ -133,7 +138,8 @@ def test_the_gold_program_stands_anywhere(pools):
 
 
 def test_almost_every_numeric_question_has_a_pool_and_the_others_a_reason(maker, pools):
-    assert len(pools) >= 0.97 * sum(numeric(r) for r in RECORDS)
+    filled_ids = {record.id for record, _, _ in pools}
+    assert len(filled_ids) >= 0.97 * sum(numeric(r) for r in RECORDS)
     for name, page in PAGES.items():
         for record, pool in zip(page, maker.pools(page, name), strict=True):
             if not numeric(record):
@@ -153,6 +159,36 @@ def test_reasons_for_no_pool(maker):
     assert all(isinstance(p, Unfilled) and "templates" in p.reason for p in nothing.pools(page, "x"))
 
 
+def test_training_questions_have_several_pools_and_others_one(maker):
+    for name, page in PAGES.items():
+        for record, pools in zip(page, maker.pools(page, name), strict=True):
+            if isinstance(pools, Unfilled):
+                continue
+            assert len(pools) == (4 if record.split == "train" else 1)
+            golds = {next(c.program for c in pool if c.kind == "gold") for pool in pools}
+            assert golds == {record.program}
+    taught = [
+        p for page in PAGES.values() if page[0].split == "train" for p in maker.pools(page, page[0].filename)
+    ]
+    sets = [
+        len({frozenset(c.program for c in pool) for pool in pools})
+        for pools in taught
+        if not isinstance(pools, Unfilled)
+    ]
+    assert np.mean(sets) > 3.5
+
+
+def test_fillers_have_the_operators_of_the_golds_in_the_pool():
+    matched = {}
+    for share in (0.0, 1.0):
+        found = []
+        for _, pool, _ in filled(fit(same_operators=share)):
+            golds = {operators_of(c.program) for c in pool if c.kind in ("gold", "page_gold")}
+            found += [operators_of(c.program) in golds for c in pool if c.kind == "template"]
+        matched[share] = np.mean(found)
+    assert matched[0.0] < 0.5 and matched[1.0] > 0.8
+
+
 # --- what a pool depends on ------------------------------------------------------------------------------------------
 
 
@@ -166,7 +202,7 @@ def test_pools_depend_on_the_seed_and_not_on_any_order(pools):
 def test_the_pools_of_a_page_depend_on_no_other_page_that_is_asked_for(maker, pools):
     asked = [page for page in PAGES.values() if page[0].split == "dev"]
     alone = maker.pools(asked[0], asked[0][0].filename)
-    expected = [pool for record, pool, _ in pools if record.filename == asked[0][0].filename]
+    expected = [[pool] for record, pool, _ in pools if record.filename == asked[0][0].filename]
     assert [p for p in alone if not isinstance(p, Unfilled)] == expected
 
 
@@ -274,7 +310,7 @@ def test_features_within_a_pool_follow_the_candidates():
     record = next(r for r in TRAIN if numeric(r))
     page = Page(record)
     bank = make_bank(
-        [record], page, "x", Templates([learn(r, Page(r), r.filename) for r in TRAIN]), 7, 0.01, 0
+        [record], page, "x", Templates([learn(r, Page(r), r.filename) for r in TRAIN]), 7, 1.0, 0.01, 0
     )
     rows, numbers = bank.rows[None, :6], bank.numbers[None, :6]
     assert rows.shape == (1, 6, len(NAMES)) and numbers.shape == (1, 6, MAX_NUMBERS)

@@ -178,7 +178,7 @@ def test_rows_of_several_pools():
     ("rows", "message"),
     [
         ([("a", 0, "gold", "add(1, 2)", "3"), ("q7", 0, "filler", "add(1, 2)", "3")], "candidates of q7: 0 of 1"),
-        ([("q7", 0, "gold", "add(1, 2)", "3"), ("q7", 1, "gold", "add(1, 2)", "3")], "candidates of q7: 2 of 2"),
+        ([("q7", 0, "gold", "add(1, 2)", "3"), ("q7", 1, "gold", "add(2, 1)", "3")], "candidates of q7: 2 of 2"),
         ([("q7", 0, "gold", "add(1, 2)", None)], "candidates of q7: the gold program .* does not run"),
         ([("q7", 0, "gold", "add(1", "3")], "candidates of q7: the gold program .* does not run"),
         ([("q7", 0, "gold", "add(1, 2)", "3"), ("q7", 1, "x", "add(1, 2)", "many")], "candidates of q7: the value 'many'"),

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from lib.artifacts import RunArgs, load_manifest
 from lib.config import Config, load_config
 from lib.errors import BadData
+from lib.runs import RunArgs, load_manifest
 from lib.tasks.text import check
 from lib.tokenization import decode_batch, load_tokenizer
 from tests.conftest import SHARED

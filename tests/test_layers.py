@@ -8,10 +8,10 @@ from lib.config import ROOT
 
 FLOORS = [
     {"errors"},
-    {"strict_yaml", "randomness", "durable", "log"},
+    {"strict_yaml", "randomness", "durable", "log", "labels"},
     {"sections"},
     {"config"},
-    {"schema", "artifacts", "cli", "metrics", "runtime", "tokenization"},
+    {"schema", "runs", "table_writer", "artifacts", "cli", "metrics", "runtime", "tokenization"},
     {"models"},
     {"diffusion", "synthetic", "ranking"},
     {"training"},
@@ -25,9 +25,12 @@ NO_TORCH = {
     "randomness",
     "durable",
     "log",
+    "labels",
     "sections",
     "config",
     "schema",
+    "runs",
+    "table_writer",
     "artifacts",
     "cli",
 }

@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 
+from lib.config import load_config
 from lib.diffusion.nelbo import mask_batch, mean_and_standard_error, stratified
 from lib.sections import DiffusionConfig
 
 
 def config(weight: str, low: float = 0.0) -> DiffusionConfig:
-    return DiffusionConfig.model_validate(
-        {"weight": weight, "min_masked_ratio": low, "masking": {"type": "random"}}
-    )
+    changes = [f"diffusion.weight={weight}", f"diffusion.min_masked_ratio={low}"]
+    return load_config(overrides=changes).diffusion
 
 
 def test_stratified_ratios_spread_evenly_within_a_step_and_are_uniform_over_steps():
@@ -79,13 +79,8 @@ def test_all_masks_of_a_count_are_equally_likely():
 
 def test_whole_lines_are_masked_and_weighed_by_what_was_masked():
     lines = np.tile(np.repeat(np.arange(5), [4, 10, 6, 12, 8]), (200, 1))
-    by_line = DiffusionConfig.model_validate(
-        {
-            "weight": "exact_count",
-            "min_masked_ratio": 0.0,
-            "masking": {"type": "line", "min_ratio": 0.1, "max_ratio": 0.9},
-        }
-    )
+    masking = "{type: line, min_ratio: 0.1, max_ratio: 0.9}"
+    by_line = load_config(overrides=[f"diffusion.masking={masking}"]).diffusion
     batch = mask_batch(by_line, np.ones(lines.shape, bool), 5, "test", np.arange(200), 20, lines)
     for masked, row in zip(batch.masked, lines, strict=True):
         assert all(masked[row == n].all() or not masked[row == n].any() for n in range(5))

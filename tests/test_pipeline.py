@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import durable, schema
-from lib.artifacts import STAGES, RunArgs, inspect, load_manifest, validate_manifest
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.runs import STAGES, RunArgs, inspect, load_manifest, validate_manifest
 from tests.conftest import run_stages
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from lib.config import ROOT
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.models.collation import collate
+from lib.models.collation import collate, hide_words
 from lib.models.encoders import open_encoder, with_lora
 from lib.models.packing import Pools
 from lib.models.ranker import CandidateRanker
@@ -117,6 +118,26 @@ def test_real_tokenizer_and_special_names_in_texts():
     assert tokenizer.mask_token_id not in tokens(pools, 1, 0)
 
 
+def test_hidden_words_are_drawn_by_row_and_spare_special_tokens():
+    tokenizer = make_tokenizer("bert")
+    texts = [[" ".join(["a"] * 20)] * 3] * 40
+    pools = collate(tokenizer, [" ".join(["b"] * 20)] * 40, texts, 32, 32)
+    hidden = hide_words(pools, tokenizer, 0.25, 0, np.arange(40))
+    for ids, before in ((hidden.prompt_ids, pools.prompt_ids), (hidden.candidate_ids, pools.candidate_ids)):
+        special = np.isin(before, tokenizer.all_special_ids)
+        assert np.array_equal(ids[special], before[special])
+        changed = ids != before
+        assert tokenizer.mask_token_id is None and (ids[changed] == tokenizer.unk_token_id).all()
+        assert changed[~special].mean() == pytest.approx(0.25, abs=0.05)
+    assert (hidden.candidate_ids[:, 0] != hidden.candidate_ids[:, 1]).any(), "each candidate loses its own"
+    other = hide_words(pools.rows(slice(3, 9)), tokenizer, 0.25, 0, np.arange(3, 9))
+    assert np.array_equal(other.candidate_ids, hidden.candidate_ids[3:9])
+    again = hide_words(pools, tokenizer, 0.25, 0, np.arange(40, 80))
+    assert (again.candidate_ids != hidden.candidate_ids).any()
+    with pytest.raises(BadConfig, match="word_dropout"):
+        hide_words(pools, SimpleNamespace(mask_token_id=None, unk_token_id=None), 0.25, 0, np.arange(40))
+
+
 def test_pools_without_candidates_or_tokens_are_refused_together():
     with pytest.raises(BadData, match="prompt 1 has no candidates; candidate 1 of prompt 0 has no token"):
         collate(make_tokenizer("gpt2"), ["a", "b"], [["a", " "], []], 9, 9)
@@ -190,7 +211,8 @@ def test_an_end_token_stands_in_for_a_missing_padding_token(tmp_path):
 SCORE = """
 import sys, numpy as np
 from pathlib import Path
-from lib.models.ranker_files import collate, load_ranker
+from lib.models.collation import collate
+from lib.models.ranker_files import load_ranker
 from tests.test_ranker_files import CANDIDATES, PROMPTS
 for folder in sys.argv[2:]:
     model, tokenizer = load_ranker(Path(folder))

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
-from lib.artifacts import RunArgs, load_manifest
 from lib.errors import BadData, MissingInput
 from lib.report.data import ReportData
 from lib.report.html import build_report
 from lib.report.quality import describe, lexicon, valid_words
 from lib.report.table import aligned, results_table, sampling_table
+from lib.runs import RunArgs, load_manifest
 
 VOID = {"meta", "input", "br", "hr", "img", "path", "rect", "use", "line", "circle"}
 HOSTILE = '<script>alert("x")</script>&"\''

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lib import randomness
 from lib.errors import BadConfig, BadData
 from lib.models.packing import Pools
 
@@ -24,7 +25,6 @@ def collate(
     candidates: Sequence[Sequence[str]],
     prompt_tokens: int,
     candidate_tokens: int,
-    attention: str = "prefix",
 ) -> Pools:
     """Pools of N prompts with their candidates, right padded; names of special tokens in a text are ordinary text.
 
@@ -32,7 +32,6 @@ def collate(
         prompts: N texts; they may be empty.
         candidates: a list of texts for each prompt.
         prompt_tokens, candidate_tokens: most tokens of each, special ones included; ends are cut off.
-        attention: how the ranker will read them; the tokens are the same either way.
 
     Returns:
         arrays, as wide as the longest prompt, the longest candidate and the most candidates of this batch.
@@ -109,3 +108,26 @@ def _framed(
     tail = len(before) + kept[:, None] + np.arange(len(after))  # (M, len(after))
     np.put_along_axis(ids, tail, np.broadcast_to(np.asarray(after, np.int64), tail.shape), 1)
     return ids, column < len(before) + kept[:, None] + len(after)
+
+
+def hide_words(pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.ndarray) -> Pools:
+    """The pools (arrays) with a share of their tokens hidden, each by itself; special tokens stay.
+
+    What is hidden in pool b is a function of seed, `rows[b]` and the widths of the arrays. Hidden tokens are [MASK], or the unknown token.
+    Raises BadConfig for a tokenizer that has neither.
+    """
+    stand_in = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
+    if stand_in is None:
+        raise BadConfig(
+            "ranker.word_dropout hides tokens behind [MASK] or the unknown token, and this tokenizer has neither; set it to 0"
+        )
+    special = np.array(tokenizer.all_special_ids)
+
+    def hidden(ids: np.ndarray, purpose: str) -> np.ndarray:
+        noise = randomness.uniform(randomness.key(seed, purpose), rows, ids[0].size).reshape(ids.shape)
+        return np.where((noise < share) & ~np.isin(ids, special), stand_in, ids)
+
+    return Pools(
+        hidden(pools.prompt_ids, "hidden words of prompts"), pools.prompt_mask,
+        hidden(pools.candidate_ids, "hidden words of candidates"), pools.candidate_mask,
+    )  # fmt: skip

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lib import durable
-from lib.artifacts import load_manifest
 from lib.errors import BadData, CannotCreate, MissingInput, RemaskError, did_you_mean
+from lib.runs import load_manifest
 
 RANKER_FILE = "ranker.json"  # marks the folder of a ranker with prompts
 POLICIES = ("ppo", "exact", "cross_entropy")  # what stage 05 makes of a ranker

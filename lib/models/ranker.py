@@ -85,6 +85,8 @@ class CandidateRanker(nn.Module):
         BadConfig: an unknown choice, or one that the trunk cannot serve.
     """
 
+    trunk_names = ("trunk.",)  # of parameters that are not the head's
+
     def __init__(
         self,
         trunk: Any,

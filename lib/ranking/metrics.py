@@ -204,6 +204,25 @@ def chosen_kinds(
     }
 
 
+def winners(
+    scores: np.ndarray, rewards: np.ndarray, present: np.ndarray, terms: dict[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Mean over pools of the reward and of each of its terms (N, K).
+
+    Returns: name -> {winner: of the first of the highest scores, random: of all candidates, best: of the highest reward}.
+    """
+    chosen = np.where(present, scores, -np.inf).argmax(1)[:, None]
+    best = np.where(present, rewards, -np.inf).argmax(1)[:, None]
+    return {
+        name: {
+            "winner": float(np.take_along_axis(value, chosen, 1).mean()),
+            "random": float((value.sum(1, where=present) / present.sum(1)).mean()),
+            "best": float(np.take_along_axis(value, best, 1).mean()),
+        }
+        for name, value in ({"reward": rewards} | terms).items()
+    }
+
+
 def _mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean as a ratio: (numerators, denominators), both 0 where the value is NaN."""
     known = ~np.isnan(values)

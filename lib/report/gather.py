@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 from lib import metrics
-from lib.artifacts import STAGES, Stage, load_manifest
+from lib.artifacts import Stage
 from lib.config import Config
 from lib.diffusion.blocks import blocks_of
 from lib.errors import BadConfig
 from lib.report.data import ReportData
 from lib.report.infilling import UNKNOWN
 from lib.report.quality import reference_nll, sequence_scores
+from lib.runs import STAGES, load_manifest
 from lib.sections import SamplerConfig
 from lib.tasks import get_task
 from lib.tokenization import decode_batch, encode_batch, encode_with_masks

@@ -1,6 +1,7 @@
 """Figures of the report as inline SVG: colours that colour-blind eyes tell apart, shapes that survive grey print."""
 
 import io
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from lib.report.table import passes_text
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
 MARKERS = ("o", "s", "^", "D", "v", "P", "*")
-SELECTION = ("nelbo", "nll", "cross_entropy", "mse", "critic_loss")
+SELECTION = ("nelbo", "nll", "cross_entropy", "mse", "critic_loss", "loss", "regret")
 
 
 def _figure(width: float, height: float):
@@ -43,6 +44,12 @@ def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> s
         steps = [line["step"] for line in lines]
         metric = next(m for m in SELECTION if m in lines[0]["held_out"])
         axes.plot(steps, [line["train"]["loss"] for line in lines], color=PALETTE[0], label="train loss")
+        modifiers = dict.fromkeys(t for line in lines for t in line["train"] if t.startswith("modifier_"))
+        for i, term in enumerate(modifiers):
+            values = [line["train"].get(term, math.nan) for line in lines]
+            axes.plot(
+                steps, values, color=PALETTE[2 + i % 5], linewidth=0.8, label=term.removeprefix("modifier_")
+            )
         held_out = [line["held_out"][metric] for line in lines]
         axes.plot(
             steps,
@@ -53,6 +60,9 @@ def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> s
             markersize=3,
             label=f"held-out {metric}",
         )
+        for before, line in itertools.pairwise(lines):  # where a stage of unmasking joined
+            if line["held_out"].get("stage", 0) > before["held_out"].get("stage", 0):
+                axes.axvline(before["step"], color="#999999", linestyle="-", linewidth=0.8)
         if name in baselines:
             axes.axhline(baselines[name], color="#777777", linestyle=":", linewidth=1, label="baseline")
         axes.set_title(name, fontsize=9, loc="left")

@@ -59,7 +59,7 @@ class RankBench:
         """Score every pool by one trained ranker."""
         ranker, tokenizer = load_ranker(self.stage.folder_of(where, f"{name}/best_model"))
         ranker.to(self.runtime.device).eval()
-        reader = PoolReader(tokenizer, self.config.ranker, self.runtime, blind)
+        reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed, blind)
         for split, table in self.tables.items():
             self.scores[name, split] = reader.all_scores(ranker, table)
         self.trained.append(name)

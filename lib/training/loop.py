@@ -25,6 +25,7 @@ from lib.log import Progress, say
 from lib.runtime import Runtime
 from lib.sections import TrainingConfig
 from lib.training import checkpoint
+from lib.training.freezing import Freezing
 from lib.training.optimizer import Optimizer
 
 
@@ -120,6 +121,7 @@ class _Run:
             if settings.ema_decay
             else {}
         )
+        self.freezing = Freezing(model, settings, getattr(objective, "cls_id", None))
         self.state = _State()
         self.metrics_file = folder / "metrics.jsonl"
         self.trained_seconds, self.trained_steps = 0.0, 0
@@ -129,6 +131,7 @@ class _Run:
     def step(self, progress: Progress) -> None:
         begin = time.perf_counter()
         step, size = self.state.step, self.settings.batch_size
+        self.freezing.at(step)
         self.model.train()
         # Dropout takes no generator: this is the one place that seeds torch's own, by the step.
         torch.manual_seed(randomness.key(self.seed, f"{self.label} dropout", step) % 2**63)

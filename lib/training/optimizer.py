@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.sections import TrainingConfig
+from lib.training.freezing import head_parameters
 
 
 def learning_rate_factor(step: int, settings: TrainingConfig) -> float:
@@ -18,14 +19,19 @@ def learning_rate_factor(step: int, settings: TrainingConfig) -> float:
 
 
 class Optimizer:
-    """The pair of optimisers over a model's named parameters, saved and loaded as named tensors."""
+    """The pair of optimisers over a model's named parameters, saved and loaded as named tensors.
+
+    Parameters that are frozen for a while have no gradient then and no state: theirs starts with their first update.
+    """
 
     def __init__(self, model: nn.Module, settings: TrainingConfig):
         self.settings = settings
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = hidden_matrices(model)
-        hidden = [p for n, p in self.parameters.items() if n in matrices]
-        rest = [p for n, p in self.parameters.items() if n not in matrices]
+        own_rate = head_parameters(model) if settings.head_learning_rate is not None else set()
+        head = [p for n, p in self.parameters.items() if n in own_rate]
+        hidden = [p for n, p in self.parameters.items() if n in matrices - own_rate]
+        rest = [p for n, p in self.parameters.items() if n not in matrices | own_rate]
         self.parts: list[torch.optim.Optimizer] = []
         if settings.optimizer == "muon" and hidden:
             self.parts.append(
@@ -42,13 +48,14 @@ class Optimizer:
         groups = [
             {"params": hidden, "weight_decay": settings.weight_decay},
             {"params": rest, "weight_decay": 0.0},
+            {"params": head, "weight_decay": 0.0, "lr": settings.head_learning_rate},
         ]
         groups = [g for g in groups if g["params"]]
         if groups:
             self.parts.append(
                 torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), foreach=True)
             )
-        self._base = [part.param_groups[0]["lr"] for part in self.parts]
+        self._base = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def gradient_norm(self) -> float:
         """Clip the gradients to `gradient_clip` and return their norm before that."""
@@ -57,9 +64,9 @@ class Optimizer:
     def step(self, step: int) -> None:
         """Update every parameter at this step's learning rate and forget the gradients."""
         factor = learning_rate_factor(step, self.settings)
-        for part, base in zip(self.parts, self._base, strict=True):
-            for group in part.param_groups:
-                group["lr"] = base * factor
+        for part, rates in zip(self.parts, self._base, strict=True):
+            for group, rate in zip(part.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
             part.step()
             part.zero_grad(set_to_none=True)
 

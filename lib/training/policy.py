@@ -21,6 +21,7 @@ from lib.models.ranker import CandidateRanker, width_of
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.ranking.metrics import paired_difference, ranking_metrics
 from lib.ranking.ppo import ActorCritic, PolicyGradient, PpoSettings, ValueHead
+from lib.runs import plain
 from lib.runtime import Runtime
 from lib.training.loop import train
 from lib.training.objectives.base import ResultRow, result_row
@@ -52,15 +53,18 @@ class PolicyTraining:
         """Train one way and measure its best model on the held-out pools."""
         ranker, tokenizer = load_ranker(self.start, learning=True)
         ranker.to(self.runtime.device)
-        reader = PoolReader(tokenizer, self.config.ranker, self.runtime)
+        reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed)
         settings, folder = self.config.critic.training, self.folder / way
         if way == "cross_entropy":
             model: nn.Module = ranker
-            plain = reader.settings.model_copy(update={"loss": "cross_entropy"})
-            reader_of_loss = PoolReader(tokenizer, plain, self.runtime)
+            settings = settings.model_copy(
+                update={"head_learning_rate": None}
+            )  # the ranker's head is trained already
+            plain = reader.settings.model_copy(update={"loss": "cross_entropy", "word_dropout": 0.0})
+            reader_of_loss = PoolReader(tokenizer, plain, self.runtime, self.config.seed)
             evaluated = settings.evaluation_examples
             objective: Any = PoolChoice(
-                way, self.train, self.selection, self.held_out, reader_of_loss, self.config.seed, evaluated
+                way, [self.train], self.selection, self.held_out, reader_of_loss, self.config.seed, evaluated
             )
         else:
             value = ValueHead(width_of(ranker.base), seed=self.config.seed).to(self.runtime.device)
@@ -72,18 +76,20 @@ class PolicyTraining:
         )  # fmt: skip
         best, _ = load_ranker(folder / "best_model")
         scores = reader.all_scores(best.to(self.runtime.device).eval(), self.held_out)
-        return {
-            "best_step": result.best_step,
-            "held_out": measure(self.held_out, scores, self.config.seed),
-        } | {"accuracy": ranking_metrics(scores, self.held_out.rewards, self.held_out.present)["accuracy"]}
+        return {"best_step": result.best_step, **self._measured(scores)}
 
     def before(self) -> dict[str, Any]:
         """The ranker as it came, measured in the same way."""
         ranker, tokenizer = load_ranker(self.start)
-        reader = PoolReader(tokenizer, self.config.ranker, self.runtime)
+        reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed)
         scores = reader.all_scores(ranker.to(self.runtime.device), self.held_out)
-        accuracy = ranking_metrics(scores, self.held_out.rewards, self.held_out.present)["accuracy"]
-        return {"held_out": measure(self.held_out, scores, self.config.seed), "accuracy": accuracy}
+        return self._measured(scores)
+
+    def _measured(self, scores: np.ndarray) -> dict[str, Any]:
+        """Metrics of (N, K) scores on the held-out pools, and the accuracy of each of these."""
+        table = self.held_out
+        accuracy = ranking_metrics(scores, table.rewards, table.present)["accuracy"]
+        return {"held_out": measure(table, scores, self.config.seed), "accuracy": accuracy}
 
     def _policy_gradient(self, way: str, ranker: CandidateRanker, reader: PoolReader) -> PolicyGradient:
         ppo = self.config.critic.ppo
@@ -113,9 +119,7 @@ class PolicyTraining:
             self.config.seed,
             self.config.critic.training.batch_size,
             selection="regret",
-            tokens_per_row=PoolChoice(
-                way, table, self.selection, self.held_out, reader, self.config.seed, 1
-            ).tokens_per_row,
+            tokens_per_row=reader.tokens_per_pool(table),
             label=way,
         )
 
@@ -170,6 +174,4 @@ def compare(found: dict[str, dict[str, Any]], groups: np.ndarray, seed: int) -> 
 
 def remember(folder: Path, values: dict[str, Any]) -> None:
     """Keep the figures of a finished way, so that a stage that is cut off does not train it again."""
-    from lib.artifacts import plain
-
     durable.write_json(folder / "training_manifest.json", plain(values))

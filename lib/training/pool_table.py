@@ -3,7 +3,7 @@
 Knows tables and texts; not how texts become tokens, and no task. Legend: N pools, K candidates (of the largest pool).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -52,13 +52,8 @@ class PoolTable:
 
         Raises BadData when there is no pool with rewards to choose between.
         """
-        rows = pools(np.asarray(candidates["example_id"].to_pylist(), dtype=object))  # (N, K)
-        reward = candidates["reward"].to_numpy()[rows]
+        rows, skipped = decided_pools(candidates)
         present = rows >= 0
-        decided = np.where(present, reward, -np.inf).max(1) > np.where(present, reward, np.inf).min(1)
-        if not decided.any():
-            raise BadData("no pool has candidates of different reward to choose from")
-        rows, present = rows[decided], present[decided]
 
         def text(name: str) -> np.ndarray:
             return np.where(present, np.asarray(candidates[name].to_pylist(), dtype=object)[rows], "")
@@ -69,7 +64,6 @@ class PoolTable:
         names = np.asarray(candidates["example_id"].to_pylist(), dtype=object)[rows[:, 0]].tolist()
         place = {name: i for i, name in enumerate(examples["example_id"].to_pylist())}
         here = examples.take(pa.array([place[name] for name in names]))
-        terms = [c for c in candidates.column_names if c.startswith("term_")]
         return cls(
             example_ids=names,
             prompts=here["prompt"].to_pylist(),
@@ -81,11 +75,32 @@ class PoolTable:
             kinds=text("kind"),
             values=text("value"),
             rewards=number("reward"),
-            terms={c.removeprefix("term_"): number(c) for c in terms},
+            terms={name: number(f"term_{name}") for name in terms_of(candidates)},
             present=present,
             baselines=_aligned(baselines, names, number("candidate_id"), present),
-            skipped=int((~decided).sum()),
+            skipped=skipped,
         )
+
+    def draws(self, size: int) -> list["PoolTable"]:
+        """Candidates `size` at a time: the pools that a pass over them takes in turn."""
+        count = self.present.shape[1]
+        if count % size:  # an example without a full pool, as in other tasks
+            return [self]
+        wide = {
+            f.name: value
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), np.ndarray) and value.ndim == 2
+        }
+        found = []
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            columns = {name: value[:, part] for name, value in wide.items()}
+            by_name = {
+                name: {k: v[:, part] for k, v in getattr(self, name).items()}
+                for name in ("terms", "baselines")
+            }
+            found.append(replace(self, **columns, **by_name))
+        return found
 
     def strangers(self, seed: int) -> np.ndarray:
         """(N,) for each pool one of another group, in a keyed order: whose prompt would be the wrong one."""
@@ -100,6 +115,25 @@ class PoolTable:
             further[order] = np.roll(order, -shift)
             result = np.where(same, further, result)
         return result
+
+
+def decided_pools(candidates: pa.Table) -> tuple[np.ndarray, int]:
+    """((N, K) row numbers of the candidates of each pool, -1 for none; how many pools have equal rewards and are skipped).
+
+    Raises BadData when all pools have.
+    """
+    rows = pools(np.asarray(candidates["example_id"].to_pylist(), dtype=object))
+    reward = candidates["reward"].to_numpy()[rows]
+    present = rows >= 0
+    decided = np.where(present, reward, -np.inf).max(1) > np.where(present, reward, np.inf).min(1)
+    if not decided.any():
+        raise BadData("no pool has candidates of different reward to choose from")
+    return rows[decided], int((~decided).sum())
+
+
+def terms_of(candidates: pa.Table) -> list[str]:
+    """Names of the reward's terms that candidates joined with their rewards have as columns."""
+    return [c.removeprefix("term_") for c in candidates.column_names if c.startswith("term_")]
 
 
 def _aligned(baselines: pa.Table | None, names: list[str], numbers: np.ndarray, present: np.ndarray) -> dict:

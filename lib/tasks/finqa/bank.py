@@ -15,7 +15,7 @@ from lib.tasks.finqa.features import NAMES, Described, number_table
 from lib.tasks.finqa.places import Page
 from lib.tasks.finqa.program import DECIMALS, ProgramError, execute
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Templates
+from lib.tasks.finqa.templates import Templates, operators_of
 
 TRIALS = 5  # templates tried for each program that is wanted
 
@@ -28,6 +28,7 @@ class Bank:
         golds: for each question of the page the number of its gold program, -1 where that is yes, no or an error.
         owner: (N,) the question that alone may use the program, -1 for all.
         step: (N,) of programs made by changing a gold one: how many changes before (-) or after it.
+        operators: (N,) what `templates.operators_of` says of each.
         near: for each program a bit set of those that it must not share a pool with; itself too.
         rows, words, numbers: see `features.Described`.
     """
@@ -40,6 +41,7 @@ class Bank:
     golds: list[int]
     owner: np.ndarray
     step: np.ndarray
+    operators: np.ndarray
     near: list[int]
     rows: np.ndarray  # (N, F)
     words: list[str]
@@ -69,6 +71,7 @@ def make_bank(
     group: str,
     templates: Templates,
     size: int,
+    same_operators: float,
     least_difference: float,
     seed: int,
     changed: Sequence[Sequence[tuple[int, str, str]]] = (),
@@ -77,6 +80,7 @@ def make_bank(
 
     Args:
         records: all questions of the page.
+        same_operators: share of those from templates that take turns to have the operators of the page's gold programs.
         changed: for each question programs made from its gold one: how many changes away, the program, its kind.
     """
     programs: list[str] = []
@@ -93,7 +97,11 @@ def make_bank(
         golds.append(programs.index(record.program))
     kinds = ["gold"] * len(programs)
     if any(gold >= 0 for gold in golds):
-        made = _from_templates(records[0], page, group, templates, size, {_rounded(v) for v in values}, seed)
+        wanted = sorted({operators_of(program) for program in programs})
+        turns = [wanted[i % len(wanted)] for i in range(round(same_operators * size))] + [None] * size
+        made = _from_templates(
+            records[0], page, group, templates, turns[:size], {_rounded(v) for v in values}, seed
+        )
         programs += [program for program, _ in made]
         values += [value for _, value in made]
         kinds += ["template"] * len(made)
@@ -112,25 +120,34 @@ def make_bank(
     array = np.array(values)
     return Bank(
         records, group, programs, array, kinds, golds, np.array(owner), np.array(step),
-        _near(array, least_difference), np.array([d.row for d in described], np.float32).reshape(-1, len(NAMES)),
+        np.array([operators_of(program) for program in programs], object), _near(array, least_difference), np.array([d.row for d in described], np.float32).reshape(-1, len(NAMES)),
         [d.words for d in described], number_table(described),
     )  # fmt: skip
 
 
 def _from_templates(
-    record: Record, page: Page, group: str, templates: Templates, size: int, taken: set[float], seed: int
+    record: Record,
+    page: Page,
+    group: str,
+    templates: Templates,
+    turns: Sequence[str | None],
+    taken: set[float],
+    seed: int,
 ) -> list[tuple[str, float]]:
-    """Up to `size` programs and their values, no two of the same value."""
+    """Programs and their values, no two of the same value: one for each turn with its operators, or with any where these do not go so far."""
     draw = random.Random(randomness.key(seed, f"finqa bank {record.split}/{record.filename}"))
     found = []
-    for program in templates.make(page, group, draw, size * TRIALS):
-        value = value_of(program, record)
-        if value is None or _rounded(value) in taken:
-            continue
-        taken.add(_rounded(value))
-        found.append((program, value))
-        if len(found) == size:
-            break
+    for operators in [*dict.fromkeys(turn for turn in turns if turn), None]:
+        missing = turns.count(operators) if operators else len(turns) - len(found)
+        for program in templates.make(page, group, draw, missing * TRIALS, operators):
+            if not missing:
+                break
+            value = value_of(program, record)
+            if value is None or _rounded(value) in taken:
+                continue
+            taken.add(_rounded(value))
+            found.append((program, value))
+            missing -= 1
     return found
 
 

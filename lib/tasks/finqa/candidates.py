@@ -4,6 +4,7 @@ All questions of a page are planned together, since the wrong programs of one ar
 ranker reads is the program with the words that belong to its numbers (`grounding`).
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from lib.tasks.finqa.examples import written
 from lib.tasks.finqa.grounding import ground
 from lib.tasks.finqa.leak import label_overlap, measure_leak, question_trees
 from lib.tasks.finqa.numbers import PageNumbers
-from lib.tasks.finqa.pools import Candidate, PoolMaker, Unfilled
+from lib.tasks.finqa.pools import Candidate, Pool, PoolMaker, Unfilled
 from lib.tasks.finqa.record import Record
 
 Measured = list[tuple[Record, list[Candidate], int]]  # question, its pool, place of the gold one
@@ -29,13 +30,13 @@ class Plan:
     """All questions with their pools.
 
     Attributes:
-        pools: example id -> its pool, or why there is none.
+        pools: example id -> its pools, several for training, or why there are none.
         records: example id -> its record.
         splits: example id -> its split.
         elsewhere: example id -> another page of the same split, where its numbers mean nothing.
     """
 
-    pools: dict[str, list[Candidate] | Unfilled] = field(default_factory=dict)
+    pools: dict[str, list[Pool] | Unfilled] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, Record] = field(default_factory=dict)
@@ -50,9 +51,11 @@ class Plan:
         return self._numbers[record.filename]
 
     def measured(self, split: str) -> Measured:
+        """The first pool of every question of a split that has one."""
         found = []
-        for name, pool in self.pools.items():
-            if self.splits[name] == split and not isinstance(pool, Unfilled):
+        for name, pools in self.pools.items():
+            if self.splits[name] == split and not isinstance(pools, Unfilled):
+                pool = pools[0]
                 gold = next(i for i, candidate in enumerate(pool) if candidate.kind == "gold")
                 found.append((self.records[name], pool, gold))
         return found
@@ -103,12 +106,12 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
     rows = []
     columns = (examples[name].to_pylist() for name in ("example_id", "split"))
     for name, split in zip(*columns, strict=True):
-        pool, record = plan.pools[name], plan.records[name]
-        if isinstance(pool, Unfilled):
-            context.dropped.append(Dropped(name, pool.reason, record.program or ""))
+        pools, record = plan.pools[name], plan.records[name]
+        if isinstance(pools, Unfilled):
+            context.dropped.append(Dropped(name, pools.reason, record.program or ""))
             continue
         page, other = plan.numbers(record), plan.numbers(plan.elsewhere[name])
-        for number, candidate in enumerate(pool):
+        for number, candidate in enumerate(itertools.chain.from_iterable(pools)):
             rows.append(
                 {
                     "example_id": name,

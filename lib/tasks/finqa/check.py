@@ -32,8 +32,6 @@ made, and is used for nothing else: in half the records it is the value times 10
 no problem, and in one of sixteen it is another number.
 """
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -44,9 +42,10 @@ from pathlib import Path
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.tasks import Document, Problem
-from lib.tasks.finqa import pages
+from lib.tasks.finqa import builtin
+from lib.tasks.finqa.across import Across, Found, page_text
+from lib.tasks.finqa.builtin import BUILTIN, PLACE, builtin_records
 from lib.tasks.finqa.numbers import NUMBER, numbers_in, operands
-from lib.tasks.finqa.pages import BUILTIN, builtin_records
 from lib.tasks.finqa.program import ProgramError, execute, parse
 from lib.tasks.finqa.record import MALFORMED, NOT_JSON, UNREADABLE, Record, find_files, read_records
 
@@ -93,13 +92,11 @@ DROPPABLE = (HARMFUL | HARMLESS) - {"no records"}
 _YES_NO = re.compile(r"\b(yes|no)\b")
 MOST_NUMBERS = 3  # in a written answer; a longer one is a paragraph, and some number of it fits by chance
 
-Found = tuple[str, str, str, str]  # kind, found, expected, what it means
-
 
 def sources(config: Config) -> list[Path]:
     """The files to be read. Raises MissingInput when there are none. Unreadable ones are left to `check`."""
     if config.data.path in BUILTIN:
-        return [Path(pages.__file__)]
+        return [Path(builtin.__file__)]
     return [path for path in find_files(config.data.path) if os.access(path, os.R_OK)]
 
 
@@ -117,7 +114,7 @@ def check(config: Config) -> Iterator[Document | Problem]:
         raise BadConfig(f"finqa.drop: '{kind}' is no kind of problem{did_you_mean(kind, DROPPABLE)}")
     items = list(_read(config))
     records = [item for item in items if isinstance(item, Record)]
-    across = _Across(records)
+    across = Across(records)
     kept = errors = 0
     for item in items:
         if isinstance(item, Problem):
@@ -149,7 +146,7 @@ def _read(config: Config) -> Iterable[Record | Problem]:
 
 def _place(config: Config, record: Record) -> str:
     if config.data.path in BUILTIN:
-        return "lib.tasks.finqa.pages"
+        return PLACE
     return f"{config.data.path.rstrip('/')}/{record.split}.json"
 
 
@@ -287,11 +284,6 @@ def _operand_faults(record: Record) -> Iterator[Found]:
         yield kind, f"{operand} in {record.program}", "a number of the table or text", ""
 
 
-def page_text(record: Record) -> str:
-    """Sentences and cells of the page as they follow each other, a line for each sentence and row."""
-    return "\n".join([*record.pre_text, *(" | ".join(row) for row in record.table), *record.post_text])
-
-
 def _row_faults(record: Record) -> Iterator[Found]:
     assert record.program is not None
     names = [row[0] for row in record.table if row]
@@ -299,93 +291,3 @@ def _row_faults(record: Record) -> Iterator[Found]:
         if names.count(name) > 1:
             found = f"{names.count(name)} rows called {name!r}"
             yield "repeated row name", found, "one row of the name", "the last counts, as FinQA has it"
-
-
-# Records against each other
-
-
-class _Across:
-    """What only shows beside the other records. Of two that are the same, the later one has the problem."""
-
-    _TRAINS_LAST = ("test", "dev", "train")
-
-    def __init__(self, records: list[Record]):
-        self.splits: dict[bytes, set[str]] = {}  # digest of a name, page or table: the splits that have it
-        self.page_of: dict[tuple[str, str], bytes] = {}  # (split, file name): digest of its first page
-        self.seen_ids: dict[str, str] = {}  # name: its split
-        self.seen_pages: set[tuple[str, bytes]] = set()  # (split, page) whose table was looked at
-        self.asked: dict[tuple[str, bytes, str], Record] = {}  # (split, page, question): who asked first
-        for record in records:
-            for mark in (_name_mark(record), _page_mark(record), _table_mark(record)):
-                self.splits.setdefault(mark, set()).add(record.split)
-
-    def faults(self, record: Record) -> Iterator[Found]:
-        split, page = record.split, _page_mark(record)
-        if record.id in self.seen_ids:
-            found = f"a record of this name in {self.seen_ids[record.id]}.json"
-            yield "repeated id", found, "a name of its own", ""
-        self.seen_ids.setdefault(record.id, split)
-
-        yield from self._question_faults(record, page)
-        if leaked := self._other(split, _name_mark(record)) or self._other(split, page):
-            found = f"{record.filename} in {leaked} too"
-            yield "page in two splits", found, f"in {split} alone", "training would see what is to be judged"
-        if (split, page) not in self.seen_pages:  # a row per page, not one for each of its questions
-            self.seen_pages.add((split, page))
-            yield from _page_faults(record)
-            shared = not leaked and record.table and self._other(split, _table_mark(record))
-            if shared:
-                yield "table in two splits", f"the same table in {shared}", f"in {split} alone", ""
-            first = self.page_of.setdefault((split, record.filename), page)
-            if first != page:
-                found = f"another page of the name {record.filename}"
-                yield "differing page", found, "the same text and table in all its records", ""
-
-    def _other(self, split: str, mark: bytes) -> str:
-        """The split that is nearer to evaluation and has the same thing, or ""."""
-        order = self._TRAINS_LAST
-        rank = order.index(split) if split in order else len(order)
-        return next((s for s in order[:rank] if s in self.splits[mark]), "")
-
-    def _question_faults(self, record: Record, page: bytes) -> Iterator[Found]:
-        question = " ".join(record.question.lower().split()).rstrip(" ?.")
-        if not question:
-            return
-        first = self.asked.setdefault((record.split, page, question), record)
-        if first is record:
-            return
-        if record.exe_ans == first.exe_ans or None in (record.exe_ans, first.exe_ans):
-            yield "repeated question", f"asked by {first.id} too", "once on a page", "it counts twice"
-        else:
-            found = f"{record.exe_ans}, but {first.exe_ans} in {first.id}"
-            yield "contradicting questions", found, "one value for one question", "at most one is right"
-
-
-def _page_faults(record: Record) -> Iterator[Found]:
-    """What is odd about a page and its table."""
-    widths = sorted({len(row) for row in record.table})
-    if not any(cell.strip() for row in record.table for cell in row):
-        yield "empty table", f"{len(record.table)} rows without text", "a table", "the text is all there is"
-    elif len(record.table) == 1:
-        yield "one-row table", " | ".join(record.table[0]), "a header and rows", "it has no columns' names"
-    elif len(widths) > 1:
-        yield "ragged table", f"rows of {', '.join(map(str, widths))} cells", "rows of one length", ""
-    if not numbers_in(page_text(record)):
-        yield "no numbers", "none", "numbers in the table or text", "no program can be made of it"
-
-
-def _mark(kind: str, value: object) -> bytes:
-    text = json.dumps([kind, value]).encode()
-    return hashlib.blake2b(text, digest_size=16).digest()
-
-
-def _name_mark(record: Record) -> bytes:
-    return _mark("name", record.filename)
-
-
-def _page_mark(record: Record) -> bytes:
-    return _mark("page", [record.pre_text, record.table, record.post_text])
-
-
-def _table_mark(record: Record) -> bytes:
-    return _mark("table", record.table)

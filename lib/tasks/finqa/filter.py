@@ -12,6 +12,7 @@ is then in their fillers. How far to trust a scorer can be measured on pages tha
 round only; later ones count half.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from lib.tasks.finqa.bank import Bank
 from lib.tasks.finqa.blind import Trees, Words, balanced, hashed_words
 from lib.tasks.finqa.features import in_pool
 
-PROPOSALS = 12  # pools drawn for each question, to take one of
+PROPOSALS = 24  # pools drawn for each question, to take one of
 FILLERS = 16  # of each gold program that a scorer of single programs learns from
 SINGLE_TREES = 150
 WHOLE_TREES = 60
@@ -55,13 +56,13 @@ class Filter:
         self.whole: list[list[Trees]] = []
 
     def fit(self, banks: Sequence[Bank]) -> list[dict[int, np.ndarray]]:
-        """Learn from the banks of the train split, and draw their pools (see `draw`)."""
+        """Learn from the banks of the train split, and draw their pools (see `draw`): `train_draws` for each question."""
         folds = np.array([self.fold(bank.group) for bank in banks])
         log_weights = self._fit_single(banks, folds)
         return self._fit_whole(banks, folds, log_weights)
 
     def draw(self, bank: Bank) -> dict[int, np.ndarray]:
-        """Question -> (K,) programs of the bank, the gold one first. Questions without a pool are left out."""
+        """Question -> (1, K) programs of the bank, the gold one first. Questions without a pool are left out."""
         log_weight = np.zeros(len(bank.programs))
         fold = self.fold(bank.group)
         if len(bank.programs):
@@ -74,8 +75,9 @@ class Filter:
             described = _describe(bank, pools, log_weight)
             for scorers in self.whole:
                 log_choice -= _log_chance_of_gold(LATER * _score_whole(scorers[fold], described))
-        rows = self._take(bank, pools, log_choice)
-        return {int(pools.questions[row]): pools.members[row] for row in rows}
+        return {
+            question: pools.members[rows] for question, rows in self._take(bank, pools, log_choice, 1).items()
+        }
 
     def fold(self, group: str) -> int:
         return int(randomness.hash_fraction(self.seed, "finqa fold", group) * self.settings.folds)
@@ -114,11 +116,15 @@ class Filter:
         all_times = []
         for bank, log_weight in zip(banks, log_weights, strict=True):
             times = np.zeros(len(log_weight))
-            free = np.flatnonzero([kind == "template" for kind in bank.kinds])
-            if len(free):
-                chance = np.exp(log_weight[free] - log_weight[free].max())
-                draw = _generator(self.seed, f"finqa fillers {bank.key}", number)
-                times[free] = draw.multinomial(FILLERS * int(bank.is_gold.sum()), chance / chance.sum())
+            template = np.array([kind == "template" for kind in bank.kinds])
+            draw = _generator(self.seed, f"finqa fillers {bank.key}", number)
+            for gold in np.flatnonzero(bank.is_gold):
+                alike = template & (bank.operators == bank.operators[gold])
+                matched = alike.any() and draw.random() < self.settings.same_operators
+                free = np.flatnonzero(alike if matched else template)
+                if len(free):
+                    chance = np.exp(log_weight[free] - log_weight[free].max())
+                    times[free] += draw.multinomial(FILLERS, chance / chance.sum())
             all_times.append(times)
         return np.concatenate(all_times)
 
@@ -136,13 +142,16 @@ class Filter:
         starts, fold = np.cumsum([0, *sizes[:-1]]), np.repeat(folds, sizes)
         log_choice = np.zeros(len(described))
 
-        def taken() -> list[np.ndarray]:
+        def taken(count: int) -> list[dict[int, np.ndarray]]:
             parts = zip(banks, proposals, starts, sizes, strict=True)
-            return [self._take(bank, pools, log_choice[at : at + size]) for bank, pools, at, size in parts]
+            return [
+                self._take(bank, pools, log_choice[at : at + size], count) for bank, pools, at, size in parts
+            ]
 
         for number in range(self.settings.rounds):
             known = np.zeros(len(described), bool)
-            known[np.concatenate([at + rows for at, rows in zip(starts, taken(), strict=True)])] = True
+            for at, questions in zip(starts, taken(1), strict=True):
+                known[at + np.concatenate([*questions.values(), np.empty(0, int)])] = True
             scorers, scores = [], np.zeros(described.shape[:2])
             for left_out in range(self.settings.folds):
                 apply = fold == left_out
@@ -151,20 +160,22 @@ class Filter:
             self.whole.append(scorers)
             log_choice = log_choice - _log_chance_of_gold(LATER * scores)
         return [
-            {int(pools.questions[row]): pools.members[row] for row in rows}
-            for pools, rows in zip(proposals, taken(), strict=True)
+            {question: pools.members[rows] for question, rows in questions.items()}
+            for pools, questions in zip(proposals, taken(self.settings.train_draws), strict=True)
         ]
 
-    def _take(self, bank: Bank, pools: Pools, log_choice: np.ndarray) -> np.ndarray:
-        """The row of one pool for each question, with weight exp(log_choice)."""
-        rows = []
+    def _take(self, bank: Bank, pools: Pools, log_choice: np.ndarray, count: int) -> dict[int, np.ndarray]:
+        """Question -> (count,) rows of its pools, the first drawn with weight exp(log_choice), the next without those.
+
+        Where there are fewer they come again.
+        """
+        found = {}
         for question in np.unique(pools.questions):
             own = np.flatnonzero(pools.questions == question)
-            noise = _generator(self.seed, f"finqa choice {bank.records[question].id}", 0).gumbel(
-                size=len(own)
-            )
-            rows.append(own[np.argmax(log_choice[own] + noise)])
-        return np.array(rows, int)
+            draw = _generator(self.seed, f"finqa choice {bank.records[question].id}", 0)
+            order = own[np.argsort(-(log_choice[own] + draw.gumbel(size=len(own))), kind="stable")]
+            found[int(question)] = np.resize(order[:count], count)
+        return found
 
     # Proposals
 
@@ -184,7 +195,10 @@ class Filter:
     def _one(
         self, bank: Bank, question: int, log_weight: np.ndarray, draw: np.random.Generator
     ) -> list[int] | None:
-        """One pool, the gold program first: golds of the page, then changed golds, then the rest by weight."""
+        """One pool, the gold program first: golds of the page, then changed golds, then the rest by weight.
+
+        The rest take turns to have the operators of the golds: those of the question's own are no more frequent.
+        """
         pool = [bank.golds[question]]
         barred = bank.near[pool[0]]
 
@@ -201,10 +215,15 @@ class Filter:
         noise = draw.gumbel(size=len(log_weight))  # the largest of noise + log weight is a draw by weight
         golds = np.flatnonzero(bank.is_gold)
         add(golds[np.argsort(-noise[golds])], self.settings.page_golds)
+        chosen = list(pool)
         if self.settings.corruption_rate > 0:
             add(*self._changed(bank, question, self.size - len(pool), draw))
         shared = np.flatnonzero(bank.owner < 0)
-        add(shared[np.argsort(-(noise + log_weight)[shared])], self.size)
+        shared = shared[np.argsort(-(noise + log_weight)[shared])]
+        for gold in itertools.islice(itertools.cycle(draw.permutation(chosen)), self.size - len(pool)):
+            if draw.random() < self.settings.same_operators:
+                add(shared[bank.operators[shared] == bank.operators[gold]], 1)
+        add(shared, self.size)
         return pool if len(pool) == self.size else None
 
     def _changed(
@@ -238,8 +257,6 @@ def _slope(scores: np.ndarray, gold: np.ndarray, weight: np.ndarray) -> float:
 def _describe(bank: Bank, pools: Pools, log_weight: np.ndarray) -> np.ndarray:
     """(P, K, G) of each candidate, alone and among the others."""
     members = pools.members
-    if not len(members):
-        return np.zeros((0, 0, 0), np.float32)
     rows, extra = bank.rows[members], log_weight[members][..., None].astype(np.float32)
     return np.concatenate([rows, extra, in_pool(rows, bank.numbers[members], extra)], -1)
 

@@ -52,7 +52,9 @@ class PoolMaker:
         self.seed = seed
         self.rewrite = rewrite
         self.filter = Filter(settings, size, seed)
-        self._taught: dict[tuple[str, ...], list[Pool | Unfilled]] = {}  # ids of a train page -> its pools
+        self._taught: dict[
+            tuple[str, ...], list[list[Pool] | Unfilled]
+        ] = {}  # ids of a train page -> its pools
 
     @classmethod
     def fit(
@@ -93,8 +95,11 @@ class PoolMaker:
             maker._taught[_ids(bank.records)] = maker._pools(bank, drawn)
         return maker
 
-    def pools(self, page: Sequence[Record], group: str) -> list[Pool | Unfilled]:
-        """A pool, or why there is none, for each question: `page` has all questions of one page of one split."""
+    def pools(self, page: Sequence[Record], group: str) -> list[list[Pool] | Unfilled]:
+        """Pools, or why there are none, for each question: `page` has all questions of one page of one split.
+
+        One pool, and `train_draws` of them for the questions that this learned from.
+        """
         if not self.templates.usable:
             return [Unfilled("the train split has no programs to learn templates from") for _ in page]
         order = sorted(range(len(page)), key=lambda i: page[i].id)
@@ -111,13 +116,14 @@ class PoolMaker:
         if settings.corruption_rate > 0 and (settings.changes.chain or settings.changes.masked_lm):
             changed = walks(records, page, self.size - 1, settings.changes, _runs, self.rewrite, self.seed)
         return make_bank(
-            records, page, group, self.templates, settings.bank, settings.least_difference, self.seed, changed
-        )
+            records, page, group, self.templates, settings.bank, settings.same_operators,
+            settings.least_difference, self.seed, changed,
+        )  # fmt: skip
 
-    def _pools(self, bank: Bank, drawn: dict[int, np.ndarray]) -> list[Pool | Unfilled]:
-        return [self._pool(bank, drawn, question) for question in range(len(bank.records))]
+    def _pools(self, bank: Bank, drawn: dict[int, np.ndarray]) -> list[list[Pool] | Unfilled]:
+        return [self._of_question(bank, drawn, question) for question in range(len(bank.records))]
 
-    def _pool(self, bank: Bank, drawn: dict[int, np.ndarray], question: int) -> Pool | Unfilled:
+    def _of_question(self, bank: Bank, drawn: dict[int, np.ndarray], question: int) -> list[Pool] | Unfilled:
         gold, record = bank.golds[question], bank.records[question]
         if gold < 0:
             return Unfilled(_why_no_gold(record))
@@ -125,8 +131,11 @@ class PoolMaker:
             return Unfilled(
                 f"fewer than {self.size} programs of different value could be made of the page's numbers"
             )
-        order = randomness.permutation(self.seed, f"finqa order {record.id}", 0, self.size)
-        return [self._candidate(bank, int(drawn[question][i]), gold) for i in order]
+        pools = []
+        for number, members in enumerate(drawn[question]):
+            order = randomness.permutation(self.seed, f"finqa order {record.id}", number, self.size)
+            pools.append([self._candidate(bank, int(members[i]), gold) for i in order])
+        return pools
 
     def _candidate(self, bank: Bank, number: int, gold: int) -> Candidate:
         kind = bank.kinds[number]

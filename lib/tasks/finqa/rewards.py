@@ -42,7 +42,9 @@ Value = float | str | None
 def rewards(config: Config, candidates: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(rows,) rewards and terms of whole pools; rows of one example stand together, its gold one is of kind "gold".
 
-    Raises BadData for a pool that has not one gold candidate, or whose gold program does not run.
+    An example that has several pools has its gold program in each of them.
+
+    Raises BadData for an example without a gold candidate or with different ones, or whose gold program does not run.
     """
     ids = candidates["example_id"].to_pylist()
     programs, values, kinds = (candidates[name].to_pylist() for name in ("program", "value", "kind"))
@@ -51,9 +53,9 @@ def rewards(config: Config, candidates: pa.Table) -> tuple[np.ndarray, dict[str,
     terms = {name: np.empty(len(ids)) for name in TERMS}
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         gold = [i for i in range(end - start) if kinds[start + i] == "gold"]
-        if len(gold) != 1:
+        if len({programs[start + i] for i in gold}) != 1:
             raise BadData(
-                f"candidates of {ids[start]}: {len(gold)} of {end - start} are of kind gold, expected one; "
+                f"candidates of {ids[start]}: {len(gold)} of {end - start} are of kind gold, expected one program; "
                 "run stage 02 again"
             )
         try:

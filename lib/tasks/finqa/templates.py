@@ -8,6 +8,7 @@ Knows pages and programs. Knows no questions and does not judge what it makes; a
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from lib.tasks.finqa.places import Page, in_line, is_number, kind_of, numbers_of
 from lib.tasks.finqa.program import parse
 from lib.tasks.finqa.record import Record
 
+_OPERATION = re.compile(r"([a-z_]+)\(")
 LOOSENED = 0.35  # share of the numbers that keep their row, column or sentence, but not their distance in it
 
 
@@ -47,6 +49,11 @@ class Template:
     slots: tuple[Slot, ...]
     rows: int
     group: str
+
+
+def operators_of(program: str) -> str:
+    """The operations of a program or pattern, in order: "subtract divide"."""
+    return " ".join(_OPERATION.findall(program))
 
 
 def learn(record: Record, page: Page, group: str) -> Template:
@@ -118,18 +125,25 @@ class Templates:
 
     def __init__(self, templates: Sequence[Template]):
         self.templates = [t for t in templates if "greater(" not in t.pattern]
+        self.by_operators: dict[str, list[Template]] = {}
+        for template in self.templates:
+            self.by_operators.setdefault(operators_of(template.pattern), []).append(template)
 
     @property
     def usable(self) -> bool:
         return bool(self.templates)
 
-    def make(self, page: Page, group: str, draw: random.Random, trials: int) -> Iterator[str]:
+    def make(
+        self, page: Page, group: str, draw: random.Random, trials: int, operators: str | None = None
+    ) -> Iterator[str]:
         """Programs with the page's numbers, some of them perhaps twice: one for each of `trials` templates that fits.
 
         A template that a page of the same `group` taught is not used, so that train pages get what others get.
+        With `operators` only templates with just these.
         """
-        for _ in range(trials):
-            template = self.templates[int(draw.random() * len(self.templates))]
+        choice = self.templates if operators is None else self.by_operators.get(operators, [])
+        for _ in range(trials if choice else 0):
+            template = choice[int(draw.random() * len(choice))]
             if template.group == group:
                 continue
             program = _fill(template, page, draw)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
-from lib.diffusion.masking import line_numbers
+from lib.diffusion.masking import corrupt_80_10_10, line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, mean_and_standard_error
 from lib.metrics import ratio
 from lib.runtime import Runtime
@@ -17,6 +17,7 @@ from lib.sections import DiffusionConfig, RandomMasking
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Rows, Windows
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
+from lib.training.objectives.modifiers import Masked, Modifiers
 
 EVALUATION_BATCH = 64
 
@@ -51,12 +52,22 @@ class _Language:
 class MaskedDiffusion(_Language):
     selection = "nelbo"
 
+    """
+    Args:
+        newline_ids: tokens that end a line, for masking by lines.
+        text_ids: tokens that are no special ones, for corruption as BERT's.
+    """
+
     def __init__(
-        self, config: DiffusionConfig, mask_id: int, *args, newline_ids: np.ndarray | None = None, **kwargs
-    ):
+        self, config: DiffusionConfig, mask_id: int, *args, newline_ids: np.ndarray | None = None,
+        text_ids: np.ndarray | None = None, modifiers: Modifiers | None = None, **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.config, self.mask_id = config, mask_id
-        self.newline_ids = newline_ids if config.masking.type == "line" else None
+        by_lines = "line" in {config.masking.type, *(stage.type for stage in config.stages)}
+        self.newline_ids = newline_ids if by_lines else None
+        self.text_ids = text_ids if text_ids is not None else np.empty(0, int)
+        self.modifiers = modifiers
         # Evaluation is the true bound whatever the training draws.
         plain = {"weight": "exact_count", "min_masked_ratio": 0.0, "masking": RandomMasking(type="random")}
         self._bound = config.model_copy(update=plain)
@@ -65,25 +76,51 @@ class MaskedDiffusion(_Language):
         self, ids: np.ndarray, valid: np.ndarray, purpose: str, rows: np.ndarray, period: int
     ) -> MaskedBatch:
         """Masks for (B, T) ids as training draws them."""
-        lines = None if self.newline_ids is None else line_numbers(np.isin(ids, self.newline_ids))
-        return mask_batch(self.config, valid, self.seed, purpose, rows, period, lines)
+        return mask_batch(self.config, valid, self.seed, purpose, rows, period, self.lines_of(ids))
+
+    def lines_of(self, ids: np.ndarray) -> np.ndarray | None:
+        """(B, T) the line of each token, None where nothing masks by lines."""
+        return None if self.newline_ids is None else line_numbers(np.isin(ids, self.newline_ids))
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        """The NELBO estimate of the batch, nats per token."""
+        """The NELBO estimate of the batch, nats per token, if masks are drawn for it."""
         index, ids, valid = self.windows(rows)
-        batch = self.mask(ids, valid, f"{self.label} diffusion", index, self.batch_size)
-        ce, at = self.cross_entropies(model, ids, valid, batch)
+        purpose = f"{self.label} diffusion"
+        batch = self.mask(ids, valid, purpose, index, self.batch_size)
+        inputs = None
+        if self.config.corruption == "bert":
+            inputs = corrupt_80_10_10(
+                ids, batch.masked, self.mask_id, self.text_ids, self.seed, purpose, index
+            )
+        logits, targets, at = self._logits(model, ids, valid, batch, inputs)
+        ce = cross_entropies(logits, targets)
         weights = tensor(batch.weights.reshape(-1)[at], self.runtime)
-        return {"loss": (ce * weights).sum() / len(ids)}
+        if self.modifiers is None:
+            return {"loss": (ce * weights).sum() / len(ids)}
+        row = tensor(at // ids.shape[1], self.runtime)
+        masked = Masked(logits, targets, row, ids, valid, at, batch.ratios, index)
+        modified, row_weights, terms = self.modifiers.apply(ce, masked, step)
+        loss = (modified * weights * row_weights[row]).sum() / len(ids)
+        return {"loss": loss, "plain_loss": (ce.detach() * weights).sum() / len(ids), **terms}
 
     def cross_entropies(self, model, ids, valid, batch: MaskedBatch) -> tuple[Tensor, np.ndarray]:
-        """((N,) cross-entropies at the masked positions, (N,) flat indices of those); logits only there."""
+        """((N,) cross-entropies at the masked positions, (N,) flat indices of those)."""
+        logits, targets, at = self._logits(model, ids, valid, batch)
+        return cross_entropies(logits, targets), at
+
+    def _logits(
+        self, model, ids, valid, batch: MaskedBatch, inputs: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor, np.ndarray]:
+        """((N, V) logits at the masked positions and nowhere else, (N,) targets, (N,) flat indices).
+
+        `inputs`: what the model reads, if that is not [MASK] at all of them.
+        """
         at = np.flatnonzero(batch.masked)
-        inputs = np.where(batch.masked, self.mask_id, ids)
+        inputs = np.where(batch.masked, self.mask_id, ids) if inputs is None else inputs
         logits = forward(
             model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)
         ).logits  # (N, V)
-        return cross_entropies(logits, tensor(ids.reshape(-1)[at], self.runtime)), at
+        return logits, tensor(ids.reshape(-1)[at], self.runtime), at
 
     def row_nelbos(self, model: nn.Module, windows: Windows, examples: np.ndarray, draws: int = 1):
         """((R,) NELBO of each window, (R,) accuracy sums, (R,) masked counts), R = examples x draws."""
@@ -92,10 +129,7 @@ class MaskedDiffusion(_Language):
         for part in chunks(len(total), EVALUATION_BATCH):
             ids, valid = windows.batch(total[part], np.zeros(len(part)))
             batch = mask_batch(self._bound, valid, self.seed, "evaluation", part, EVALUATION_BATCH)
-            at = np.flatnonzero(batch.masked)
-            inputs = np.where(batch.masked, self.mask_id, ids)
-            logits = forward(model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)).logits
-            targets = tensor(ids.reshape(-1)[at], self.runtime)
+            logits, targets, at = self._logits(model, ids, valid, batch)
             ce = cross_entropies(logits, targets).cpu().numpy()
             hit = (logits.argmax(-1) == targets).cpu().numpy()
             row = at // ids.shape[1]

@@ -17,10 +17,17 @@ from torch import Tensor, nn
 
 from lib import randomness
 from lib.metrics import Estimate
+from lib.models.collation import collate, hide_words
 from lib.models.packing import Pools
-from lib.models.ranker_files import collate
 from lib.ranking.losses import LOSSES
-from lib.ranking.metrics import breakdown, chosen_kinds, paired_difference, ranking_metrics, summarise
+from lib.ranking.metrics import (
+    breakdown,
+    chosen_kinds,
+    paired_difference,
+    ranking_metrics,
+    summarise,
+    winners,
+)
 from lib.runtime import Runtime
 from lib.sections import RankerConfig
 from lib.training.data import Rows
@@ -43,22 +50,37 @@ class PoolReader:
     tokenizer: Any
     settings: RankerConfig
     runtime: Runtime
+    seed: int
     blind: bool = False
 
-    def read(self, prompts: list[str], texts: np.ndarray, present: np.ndarray) -> Pools:
-        """The batch of B prompts and (B, K) candidates, on the device."""
+    def read(
+        self, prompts: list[str], texts: np.ndarray, present: np.ndarray, hidden_by: np.ndarray | None = None
+    ) -> Pools:
+        """The batch of B prompts and (B, K) candidates, on the device.
+
+        Args:
+            hidden_by: (B,) numbers of training rows, which decide the words that `ranker.word_dropout` hides.
+        """
         if self.blind:
             prompts = [""] * len(prompts)
         candidates = [[t for t, p in zip(*row, strict=True) if p] for row in zip(texts, present, strict=True)]
         pools = collate(
-            self.tokenizer, prompts, candidates, self.settings.prompt_tokens, self.settings.candidate_tokens,
-            self.settings.attention,
-        ).tensors()  # fmt: skip
+            self.tokenizer, prompts, candidates, self.settings.prompt_tokens, self.settings.candidate_tokens
+        )
+        if hidden_by is not None and self.settings.word_dropout > 0:
+            pools = hide_words(pools, self.tokenizer, self.settings.word_dropout, self.seed, hidden_by)
+        pools = pools.tensors()
         moved = (
             getattr(pools, name).to(self.runtime.device)
             for name in ("prompt_ids", "prompt_mask", "candidate_ids", "candidate_mask")
         )
         return Pools(*moved)
+
+    def tokens_per_pool(self, table: PoolTable) -> int:
+        """Mean over the first pools, for the speed that is logged."""
+        some = np.arange(min(len(table), 64))
+        pools = self.read([table.prompts[i] for i in some], table.texts[some], table.present[some])
+        return int((pools.prompt_mask.sum() + pools.candidate_mask.sum()) / len(some))
 
     def scores(
         self,
@@ -67,10 +89,15 @@ class PoolReader:
         which: np.ndarray,
         prompts: list[str] | None = None,
         texts: np.ndarray | None = None,
+        hidden_by: np.ndarray | None = None,
     ) -> Tensor:
-        """(B, K) scores of some pools, -inf where there is no candidate; with other prompts or texts if given."""
+        """(B, K) scores of some pools, -inf where there is no candidate; with other prompts or texts if given.
+
+        `hidden_by`: see `read`; for training only.
+        """
         given = prompts if prompts is not None else [table.prompts[i] for i in which]
-        pools = self.read(given, (table.texts if texts is None else texts)[which], table.present[which])
+        shown = (table.texts if texts is None else texts)[which]
+        pools = self.read(given, shown, table.present[which], hidden_by)
         with self.runtime.autocast():
             scores = model(pools).float()
         missing = table.present.shape[1] - scores.shape[1]
@@ -91,24 +118,23 @@ class PoolChoice:
     """The configured loss over training pools, and how well the ranker chooses on others.
 
     Args:
-        train, selection, held_out: pools to learn from, to choose the best step by, and to report on.
+        train: pools to learn from; each pass over them takes the next of the list.
+        selection, held_out: pools to choose the best step by, and to report on.
         evaluated: how many pools of `selection` an evaluation takes, the same ones each time.
     """
 
     selection = "loss"
 
     def __init__(
-        self, label: str, train: PoolTable, selection: PoolTable, held_out: PoolTable, reader: PoolReader,
+        self, label: str, train: list[PoolTable], selection: PoolTable, held_out: PoolTable, reader: PoolReader,
         seed: int, evaluated: int,
     ):  # fmt: skip
         self.label, self.reader, self.seed = label, reader, seed
         self.train, self.held_out, self._selection = train, held_out, selection
-        self._order = Rows(seed, f"{label} order", len(train))
+        self._order = Rows(seed, f"{label} order", len(train[0]))
         spread = randomness.permutation(seed, "selection pools", 0, len(selection))
         self._evaluated = np.sort(spread[: max(1, evaluated)])
-        some = np.arange(min(len(train), 64))
-        pools = reader.read([train.prompts[i] for i in some], train.texts[some], train.present[some])
-        self.tokens_per_row = int((pools.prompt_mask.sum() + pools.candidate_mask.sum()) / len(some))
+        self.tokens_per_row = reader.tokens_per_pool(train[0])
 
     def _losses(self, scores: Tensor, table: PoolTable, which: np.ndarray) -> Tensor:
         """(B,) the configured loss of each pool."""
@@ -122,9 +148,14 @@ class PoolChoice:
         return LOSSES[settings.loss](scores, rewards, tensor(table.present[which], runtime), **extra)
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        which = self._order.samples(np.arange(rows.start, rows.stop))
-        scores = self.reader.scores(model, self.train, which)
-        return {"loss": self._losses(scores, self.train, which).mean()}
+        index = np.arange(rows.start, rows.stop)
+        which, draw = self._order.samples(index), index // len(self.train[0]) % len(self.train)
+        losses = []
+        for number in np.unique(draw):  # one, or two where a pass ends within the batch
+            table, here = self.train[number], draw == number
+            scores = self.reader.scores(model, table, which[here], hidden_by=index[here])
+            losses.append(self._losses(scores, table, which[here]))
+        return {"loss": torch.cat(losses).mean()}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -197,19 +228,5 @@ def measure(table: PoolTable, scores: np.ndarray, seed: int, short: bool = False
         values["tags"] = breakdown(accuracy[list(which)], np.asarray(labels))
     best = table.present & (table.rewards == table.rewards.max(1, keepdims=True))
     values["wrong_choices"] = chosen_kinds(scores, table.kinds, best, table.present)
-    values["terms"] = _winners(table, scores)
+    values["terms"] = winners(scores, table.rewards, table.present, table.terms)
     return values
-
-
-def _winners(table: PoolTable, scores: np.ndarray) -> dict[str, dict[str, float]]:
-    """Mean of the reward and of each of its terms: of the winner, of all candidates, of the best."""
-    chosen = np.where(table.present, scores, -np.inf).argmax(1)[:, None]
-    best = np.where(table.present, table.rewards, -np.inf).argmax(1)[:, None]
-    found = {}
-    for name, value in ({"reward": table.rewards} | table.terms).items():
-        found[name] = {
-            "winner": float(np.take_along_axis(value, chosen, 1).mean()),
-            "random": float((np.where(table.present, value, 0).sum(1) / table.present.sum(1)).mean()),
-            "best": float(np.take_along_axis(value, best, 1).mean()),
-        }
-    return found

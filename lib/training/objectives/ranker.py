@@ -1,113 +1,101 @@
-"""`ranker`: a score for each of the K candidates of an example; the best one is to win.
+"""`ranker` of tasks without prompts: a score for each of the K candidates of an example; the best one is to win.
 
-Legend: N examples, K candidates, T positions.
+Knows pools of token sequences and a model that scores each sequence by itself. Legend: N pools, K candidates,
+T positions.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib import metrics, randomness
+from lib import randomness
+from lib.metrics import Estimate
+from lib.ranking.losses import cross_entropy
+from lib.ranking.metrics import ranking_metrics, summarise, winners
 from lib.runtime import Runtime
 from lib.training.data import Rows, Sequences
 from lib.training.objectives.base import ResultRow, chunks, result_row, tensor, with_cls
 
+EVALUATION_BATCH = 16
 
-class BestCandidate:
-    """Cross-entropy on the best candidate of each pool; tied best ones share the target.
 
-    Args:
-        pools: (N, K) row numbers into `sequences`, -1 for none.
-        rewards: (rows,) in [0, 1].
-        terms: name -> (rows,) values of each term of the reward.
+@dataclass(frozen=True)
+class TokenPools:
+    """N pools of up to K sequences.
+
+    Attributes:
+        rows: (N, K) numbers of sequences, -1 for none.
+        rewards: (N, K) in [0, 1], anything where there is none; terms: name -> (N, K), each term of the reward.
+        groups: (N,) what is resampled together for intervals.
     """
 
-    selection = "cross_entropy"
+    rows: np.ndarray
+    rewards: np.ndarray
+    terms: dict[str, np.ndarray]
+    groups: np.ndarray
 
-    def __init__(self, label, sequences: Sequences, rewards: np.ndarray, train_pools: np.ndarray,
-                 held_out_pools: np.ndarray, groups: np.ndarray, cls_id: int, runtime: Runtime, seed: int,
-                 num_evaluated: int, terms: dict[str, np.ndarray] | None = None):  # fmt: skip
-        self.label, self.sequences, self.rewards, self.runtime = label, sequences, rewards, runtime
-        self.terms = terms or {}
-        self.train, self.held_out, self._groups, self.cls_id = train_pools, held_out_pools, groups, cls_id
-        self._order = Rows(seed, f"{label} order", len(train_pools))
-        spread = randomness.permutation(seed, "held-out pools", 0, len(held_out_pools))
-        self._evaluated = np.sort(spread[: max(1, num_evaluated // train_pools.shape[1])])
-        self.tokens_per_row = (sequences.width + 1) * train_pools.shape[1]
+    @property
+    def present(self) -> np.ndarray:
+        return self.rows >= 0
 
-    def scores(self, model: nn.Module, pools: np.ndarray) -> Tensor:
-        """(N, K) scores, -inf where there is no candidate."""
-        ids, valid = with_cls(*self.sequences.batch(pools), self.cls_id)  # (N, K, T)
+    def some(self, which: np.ndarray) -> "TokenPools":
+        terms = {name: values[which] for name, values in self.terms.items()}
+        return TokenPools(self.rows[which], self.rewards[which], terms, self.groups[which])
+
+
+class BestCandidate:
+    """Cross-entropy on the best candidates of each pool."""
+
+    selection = "loss"
+
+    def __init__(self, label: str, sequences: Sequences, train: TokenPools, held_out: TokenPools, cls_id: int,
+                 runtime: Runtime, seed: int, num_evaluated: int):  # fmt: skip
+        self.label, self.sequences, self.train, self.held_out = label, sequences, train, held_out
+        self.cls_id, self.runtime, self.seed = cls_id, runtime, seed
+        self._order = Rows(seed, f"{label} order", len(train.rows))
+        spread = randomness.permutation(seed, "held-out pools", 0, len(held_out.rows))
+        size = train.rows.shape[1]
+        self._evaluated = held_out.some(np.sort(spread[: max(1, num_evaluated // size)]))
+        self.tokens_per_row = (sequences.width + 1) * size
+
+    def scores(self, model: nn.Module, rows: np.ndarray) -> Tensor:
+        """(N, K) scores of sequences by their numbers, -inf where there is no candidate."""
+        ids, valid = with_cls(*self.sequences.batch(rows), self.cls_id)  # (N, K, T)
         with self.runtime.autocast():
             scores = model(tensor(ids, self.runtime), tensor(valid, self.runtime)).float()
-        return scores.masked_fill(tensor(pools < 0, self.runtime), -torch.inf)
+        return scores.masked_fill(tensor(rows < 0, self.runtime), -torch.inf)
 
-    def target(self, pools: np.ndarray) -> np.ndarray:
-        """(N, K) probabilities: the best reward's candidates share 1."""
-        reward = np.where(pools >= 0, self.rewards[pools], -1.0)
-        best = reward == reward.max(1, keepdims=True)
-        return best / best.sum(1, keepdims=True)
-
-    def _cross_entropy(self, scores: Tensor, target: Tensor) -> Tensor:
-        logs = torch.log_softmax(scores, -1)
-        return -torch.where(target > 0, target * logs, 0.0).sum(-1)  # (N,)
+    def _losses(self, scores: Tensor, pools: TokenPools) -> Tensor:
+        rewards = tensor(pools.rewards.astype(np.float32), self.runtime)
+        return cross_entropy(scores, rewards, tensor(pools.present, self.runtime))
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        pools = self.train[self._order.samples(np.arange(rows.start, rows.stop))]
-        target = tensor(self.target(pools).astype(np.float32), self.runtime)
-        return {"loss": self._cross_entropy(self.scores(model, pools), target).mean()}
+        pools = self.train.some(self._order.samples(np.arange(rows.start, rows.stop)))
+        return {"loss": self._losses(self.scores(model, pools.rows), pools).mean()}
 
-    def _predict(self, model: nn.Module, pools: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """((N, K) scores, (N,) cross-entropies)."""
-        scores, losses = [], []
-        for part in chunks(len(pools), 16):
-            s = self.scores(model, pools[part])
-            target = tensor(self.target(pools[part]).astype(np.float32), self.runtime)
-            losses.append(self._cross_entropy(s, target).cpu().numpy())
-            scores.append(s.cpu().numpy())
-        return np.concatenate(scores), np.concatenate(losses)
-
-    def _metrics(self, pools: np.ndarray, scores: np.ndarray, losses: np.ndarray) -> tuple[dict, np.ndarray]:
-        reward = np.where(pools >= 0, self.rewards[pools], np.nan)
-        chosen = np.take_along_axis(reward, scores.argmax(1)[:, None], 1)[:, 0]
-        best, mean = np.nanmax(reward, 1), np.nanmean(reward, 1)
-        correct = (chosen == best).astype(float)
-        better = (scores > np.take_along_axis(scores, np.nanargmax(reward, 1)[:, None], 1)).sum(1)
-        return {
-            "cross_entropy": float(losses.mean()),
-            "accuracy": float(correct.mean()),
-            "average_reward": float(chosen.mean()),
-            "reward_ratio": float(chosen.sum() / max(best.sum(), 1e-12)),
-            "normalised_reward_ratio": float((chosen - mean).sum() / max((best - mean).sum(), 1e-12)),
-            "mrr": float((1 / (1 + better)).mean()),
-        }, correct
+    @torch.no_grad()
+    def _predict(self, model: nn.Module, pools: TokenPools) -> tuple[np.ndarray, float]:
+        """((N, K) scores, mean loss)."""
+        parts = [self.scores(model, pools.rows[part]) for part in chunks(len(pools.rows), EVALUATION_BATCH)]
+        scores = torch.cat(parts)
+        return scores.cpu().numpy(), float(self._losses(scores, pools).mean())
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        pools = self.held_out[self._evaluated]
-        return self._metrics(pools, *self._predict(model, pools))[0]
+        scores, loss = self._predict(model, self._evaluated)
+        per_pool = ranking_metrics(scores, self._evaluated.rewards, self._evaluated.present)
+        return {"loss": loss} | {n: float(per_pool[n].mean()) for n in ("accuracy", "average_reward", "mrr")}
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
         """All held-out pools, beside a random choice."""
-        scores, losses = self._predict(model, self.held_out)
-        values, correct = self._metrics(self.held_out, scores, losses)
-        chance = float((self.target(self.held_out) > 0).sum() / (self.held_out >= 0).sum())
-        hits, count = metrics.sum_by(self._groups, correct, np.ones_like(correct))
-        row = result_row(
-            self.label, "accuracy", metrics.ratio(hits, count), "chance", chance, lower_is_better=False
-        )
-        return values | {"chance": chance, "terms": self._winners(scores)}, [row]
-
-    def _winners(self, scores: np.ndarray) -> dict[str, dict[str, float]]:
-        """Mean of the reward and of each of its terms over held-out pools: of the winner, of all, of the best."""
         pools = self.held_out
-        reward = np.where(pools >= 0, self.rewards[pools], -np.inf)
-        found = {}
-        for name, values in ({"reward": self.rewards} | self.terms).items():
-            value = np.where(pools >= 0, values[pools], np.nan)
-            pick = lambda rows, v=value: float(np.take_along_axis(v, rows[:, None], 1).mean())  # noqa: E731
-            found[name] = {
-                "winner": pick(scores.argmax(1)),
-                "random": float(np.nanmean(value, 1).mean()),
-                "best": pick(reward.argmax(1)),
-            }
-        return found
+        scores, loss = self._predict(model, pools)
+        values = summarise(ranking_metrics(scores, pools.rewards, pools.present), pools.groups, self.seed)
+        accuracy, chance = values["accuracy"], values["chance"]
+        assert isinstance(accuracy, dict) and isinstance(chance, float)
+        row = result_row(
+            self.label, "accuracy", Estimate(**accuracy), "chance", chance, lower_is_better=False
+        )
+        terms = winners(scores, pools.rewards, pools.present, pools.terms)
+        return {"loss": loss, **values, "terms": terms}, [row]

@@ -1,0 +1,213 @@
+"""A user's own labels: a score in [0, 1] or token classes for each example, in place of what stage 03 would reckon.
+
+| labels.path           | content                                                                                    |
+|-----------------------|--------------------------------------------------------------------------------------------|
+| a .json file          | a map: example id -> 0.7, or [[start, end, class], ...], or {"score": 0.7, "spans": [...]}  |
+| a .parquet file       | columns example_id, score (a number), spans (a list of {start, end, class})                |
+| a folder              | train_labels.json, held_out_labels.json: maps of the n-th example of the split -> score    |
+
+Spans are characters of the passage, `end` not included; classes count from 1, 0 is what no span covers. Example ids are
+those of examples.parquet, such as "novel:12".
+
+Knows files and ids; not what is learned from them.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import BadData, MissingInput
+
+Key = str | tuple[str, int]  # an example id, or split and number
+SPLITS = ("train", "held_out")
+MOST_CLASSES = 127  # what the tables hold
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Label:
+    """Of one example: `score`, or `spans` (start, end, class) that do not overlap, in order; or both."""
+
+    score: float | None = None
+    spans: tuple[tuple[int, int, int], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with the label of one example."""
+
+    kind: str
+    source: str
+    example: str
+    found: str
+    expected: str
+
+
+@dataclass
+class Labels:
+    """All labels of a path, and what was wrong with others."""
+
+    by_key: dict[Key, Label] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def of(self, ids: Sequence[str], splits: Sequence[str]) -> list[Label]:
+        """The labels of all examples, in their order. Raises BadData that names those without one."""
+        numbers = dict.fromkeys(splits, 0)
+        found, missing = [], []
+        for example, split in zip(ids, splits, strict=True):
+            label = self.by_key.get(example, self.by_key.get((split, numbers[split])))
+            numbers[split] += 1
+            if label is None:
+                missing.append(example)
+            found.append(label)
+        if missing:
+            more = f" and {len(missing) - SHOWN:,} more" if len(missing) > SHOWN else ""
+            raise BadData(
+                f"labels.path has no label for {len(missing):,} of {len(ids):,} examples: "
+                f"{', '.join(missing[:SHOWN])}{more}; give each a label, or leave these texts out of data.path"
+            )
+        return found
+
+
+def files_of(path: str) -> list[Path]:
+    """The files that hold the labels. Raises MissingInput when there are none."""
+    given = Path(path)
+    if given.is_dir():
+        found = [given / f"{split}_labels.json" for split in SPLITS]
+        if absent := [file.name for file in found if not file.exists()]:
+            raise MissingInput(f"labels.path: {given} lacks {', '.join(absent)}")
+        return found
+    if not given.exists():
+        raise MissingInput(
+            f"labels.path: {given} does not exist; expected a .json or .parquet file, or a folder with "
+            "train_labels.json and held_out_labels.json"
+        )
+    return [given]
+
+
+def read_labels(path: str) -> Labels:
+    """All labels, with every fault. Raises MissingInput, and BadData for a file that is no map or table at all."""
+    labels = Labels()
+    for file in files_of(path):
+        split = file.name.removesuffix("_labels.json") if Path(path).is_dir() else None
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+        for name, given in rows:
+            _add(labels, str(file), split, name, given)
+    kinds = {(label.score is not None, label.spans is not None) for label in labels.by_key.values()}
+    if len(kinds) > 1:
+        labels.faults.append(
+            Fault("mixed labels", path, "", "scores for some examples, spans for others", "the same for all")
+        )
+    if not labels.by_key and not labels.faults:
+        labels.faults.append(Fault("no labels", path, "", "none", "a label for every example"))
+    return labels
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        pairs = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=list)
+    except (ValueError, OSError) as error:
+        raise BadData(f"labels.path: {file} is not JSON: {error}") from None
+    if not isinstance(pairs, list) or any(not isinstance(p, tuple) for p in pairs):
+        raise BadData(f"labels.path: {file} must be a map of example ids to labels, {{...}}")
+    for name, given in pairs:  # repeated names are still there: a dictionary would keep the last
+        yield name, dict(given) if _is_map(given) else given
+
+
+def _is_map(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(isinstance(p, tuple) for p in given)
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadData(f"labels.path: {file} is not Parquet: {error}") from None
+    if "example_id" not in table.column_names or not {"score", "spans"} & set(table.column_names):
+        raise BadData(
+            f"labels.path: {file} has columns {table.column_names}; expected example_id and score or spans"
+        )
+    for row in table.to_pylist():
+        given = {name: row[name] for name in ("score", "spans") if row.get(name) is not None}
+        if "spans" in given:
+            given["spans"] = [
+                [span.get(k) for k in ("start", "end", "class")] if isinstance(span, dict) else span
+                for span in given["spans"]
+            ]
+        yield str(row["example_id"]), given
+
+
+def _add(labels: Labels, source: str, split: str | None, name: str, given: Any) -> None:
+    def wrong(kind: str, found: object, expected: str) -> None:
+        labels.faults.append(Fault(kind, source, name, str(found)[:80], expected))
+
+    key: Key = name
+    if split is not None:
+        if not name.isdigit():
+            return wrong("malformed label", f"the key {name!r}", "the number of an example, from 0")
+        key = (split, int(name))
+    if key in labels.by_key:
+        return wrong("repeated label", "a second label", "one label per example")
+    if not isinstance(given, dict):
+        given = {"spans": given} if isinstance(given, list) else {"score": given}
+    if not given or set(given) - {"score", "spans"}:
+        return wrong("malformed label", list(given), "score or spans")
+    score, spans = given.get("score"), given.get("spans")
+    if "score" in given:
+        if not isinstance(score, int | float) or isinstance(score, bool):
+            return wrong("label not a number", repr(score), "a number in [0, 1]")
+        if not math.isfinite(score):
+            return wrong("label not finite", score, "a number in [0, 1]")
+        if not 0 <= score <= 1:
+            return wrong("label out of range", score, "a number in [0, 1]")
+    if "spans" in given and (problem := _problem_of(spans)):
+        return wrong("malformed span", *problem)
+    ordered = tuple(sorted(tuple(span) for span in spans)) if spans is not None else None
+    labels.by_key[key] = Label(None if score is None else float(score), ordered)
+
+
+def _problem_of(spans: Any) -> tuple[str, str] | None:
+    """(found, expected) of the first span that cannot be."""
+    if not isinstance(spans, list):
+        return repr(spans), "a list of [start, end, class]"
+    for span in spans:
+        whole = isinstance(span, list | tuple) and len(span) == 3
+        if not whole or not all(isinstance(v, int) and not isinstance(v, bool) for v in span):
+            return repr(span), "[start, end, class], three whole numbers"
+        start, end, kind = span
+        if not 0 <= start < end:
+            return repr(span), "0 <= start < end"
+        if not 1 <= kind <= MOST_CLASSES:
+            return repr(span), f"a class from 1 to {MOST_CLASSES}"
+    ordered = sorted(spans)
+    for one, other in itertools.pairwise(ordered):
+        if other[0] < one[1]:
+            return f"{one} and {other}", "spans that do not overlap"
+    return None
+
+
+def classes_of(text: str, offsets: Sequence[tuple[int, int]], label: Label, example: str) -> np.ndarray:
+    """(T,) int8 class of each token, by the characters (start, end) it stands for: that of its first labelled one.
+
+    Raises BadData for a span beyond the text.
+    """
+    by_character = np.zeros(len(text), np.int8)
+    for start, end, kind in label.spans or ():
+        if end > len(text):
+            raise BadData(
+                f"labels.path: the span [{start}, {end}, {kind}] of {example} ends beyond its {len(text)} characters"
+            )
+        by_character[start:end] = kind
+    labelled = np.flatnonzero(by_character)
+    starts, ends = np.asarray(offsets, int).reshape(-1, 2).T
+    first = np.append(labelled, len(text))[np.searchsorted(labelled, starts)]
+    return np.where(first < ends, np.append(by_character, 0)[first], 0).astype(np.int8)

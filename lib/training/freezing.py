@@ -1,0 +1,84 @@
+"""Which weights learn, and when: a trunk that waits until its new head has settled.
+
+Knows modules and the loop's settings. A head is what is not trunk; which that is, a family of ours says by the names of
+tensors, a wrapper by its `trunk_names`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.errors import BadConfig
+from lib.models.families import FAMILIES
+from lib.models.ranker import SequenceRanker
+from lib.sections import TrainingConfig
+
+
+def trunk_of(model: nn.Module) -> tuple[str, ...]:
+    """How the names of the parameters begin that a model shares with other modes; ("",) where all are."""
+    own = getattr(model, "trunk_names", None)
+    if own is not None:
+        return own
+    if isinstance(model, SequenceRanker):
+        return tuple(f"encoder.{name}" for name in trunk_of(model.encoder))
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return ("",) if family is None else family.trunk
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that no other mode has."""
+    trunk = trunk_of(model)
+    return {name for name, _ in model.named_parameters() if not name.startswith(trunk)}
+
+
+class Freezing:
+    """The trunk of a model, still until `unfreeze_at_step` or for good.
+
+    [CLS] is a row of the trunk's embedding that masked language models never train: sequence models that start from one
+    would be left with a random vector, so that this row learns with the head.
+
+    Args:
+        cls_id: the row, for objectives that put [CLS] in front.
+
+    Raises BadConfig for a model without a head, of which nothing would learn.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainingConfig, cls_id: int | None):
+        self.until: float = 0
+        if settings.freeze_backbone:
+            self.until = settings.steps if settings.unfreeze_at_step is None else settings.unfreeze_at_step
+        heads = head_parameters(model)
+        if self.until and not heads:
+            raise BadConfig(
+                "training.freeze_backbone is true, but all of this model is backbone: nothing would learn. It is for "
+                "models with a head of their own, such as token classifiers"
+            )
+        # Weights that never learn, such as those under adapters, are none of our business
+        self._parameters = [
+            p for name, p in model.named_parameters() if name not in heads and p.requires_grad
+        ]
+        self._embedding: Tensor | None = None
+        inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
+        if cls_id is not None and hasattr(inner, "get_input_embeddings"):
+            weight = inner.get_input_embeddings().weight
+            if weight.requires_grad:
+                self._embedding = weight
+        self._cls_id = cls_id
+        self._hook: Any = None
+
+    def at(self, step: int) -> None:
+        """Freeze or free the trunk as this step wants it; called before every step, also the first after a resume."""
+        frozen = step < self.until
+        for parameter in self._parameters:
+            parameter.requires_grad_(not frozen or parameter is self._embedding)
+        if frozen and self._embedding is not None and self._hook is None:
+            self._hook = self._embedding.register_hook(self._only_cls)
+        if not frozen and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _only_cls(self, gradient: Tensor) -> Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[self._cls_id] = gradient[self._cls_id]
+        return kept

@@ -1,0 +1,131 @@
+"""The objective of each mode over a run's own tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from lib.errors import BadConfig
+from lib.log import say
+from lib.models.build import load_model
+from lib.sections import ModelSpec
+from lib.tokenization import newline_ids
+from lib.training.data import Sequences, Windows
+from lib.training.objectives.language_model import MaskedDiffusion, NextToken
+from lib.training.objectives.modifiers import Modifiers, check_judge
+from lib.training.objectives.ranker import BestCandidate, TokenPools
+from lib.training.objectives.sequence_scorer import SequenceClasses, SequenceScore
+from lib.training.objectives.staged import StagedUnmasking
+from lib.training.objectives.token_classifier import TokenClasses
+from lib.training.pool_table import decided_pools, terms_of
+from lib.training.tables import Materials
+
+
+def make_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
+    """The objective of a mode over the materials' splits. `context`: longest input in tokens, [CLS] aside."""
+    if spec.mode == "language_model":
+        return _language_objective(name, spec, materials, context)
+    if spec.mode == "ranker":
+        return _ranker_objective(name, spec, materials, context)
+    train, held_out = materials.candidates(spec.split), materials.candidates("held_out")
+    pad_id = materials.tokenizer.pad_token_id
+    sequences = [Sequences(t["token_ids"], context, pad_id) for t in (train, held_out)]
+    groups = np.asarray(held_out["group"].to_pylist())
+    common = {
+        "groups": groups,
+        "runtime": materials.runtime,
+        "seed": materials.config.seed,
+        "num_evaluated": spec.training.evaluation_examples,
+    }
+    if spec.mode == "token_classifier":
+        labels = [Sequences(t["token_labels"], context, 0) for t in (train, held_out)]
+        highest = max(int(s.ids.max()) for s in labels if len(s.ids))
+        if highest >= spec.num_classes:
+            raise BadConfig(
+                f"models.{name}.num_classes is {spec.num_classes}, but the token labels go up to {highest}; "
+                f"set it to at least {highest + 1}"
+            )
+        return TokenClasses(name, sequences[0], labels[0], sequences[1], labels[1],
+                            num_classes=spec.num_classes, class_weighting=spec.class_weighting, **common)  # fmt: skip
+    targets = [t["reward"].to_numpy() for t in (train, held_out)]
+    arguments = (name, sequences[0], targets[0], sequences[1], targets[1])
+    cls_id = materials.tokenizer.cls_token_id
+    if spec.target_type == "classification":
+        targets = [_classes(t, spec.num_classes) for t in targets]
+        arguments = (name, sequences[0], targets[0], sequences[1], targets[1])
+        return SequenceClasses(*arguments, cls_id=cls_id, num_classes=spec.num_classes, **common)
+    return SequenceScore(*arguments, cls_id=cls_id, **common)
+
+
+def _classes(rewards: np.ndarray, num_classes: int) -> np.ndarray:
+    """Rewards as classes: N equal bands of [0, 1], the top one including 1."""
+    return np.minimum((rewards * num_classes).astype(np.int64), num_classes - 1)
+
+
+def _language_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
+    tokenizer, config = materials.tokenizer, materials.config
+    train, held_out = (
+        Windows(materials.examples(split), context, tokenizer.pad_token_id)
+        for split in (spec.split, "held_out")
+    )
+    held_out = held_out.tiled()
+    common = {
+        "label": name,
+        "train": train,
+        "held_out": held_out,
+        "runtime": materials.runtime,
+        "seed": config.seed,
+        "batch_size": spec.training.batch_size,
+        "num_evaluated": spec.training.evaluation_examples,
+    }
+    if spec.effective_attention == "causal":
+        return NextToken(tokenizer.cls_token_id, **common)
+    objective = StagedUnmasking if config.diffusion.stages else MaskedDiffusion
+    text_ids = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    return objective(
+        config.diffusion, tokenizer.mask_token_id, newline_ids=newline_ids(tokenizer), text_ids=text_ids,
+        modifiers=_modifiers(name, spec, materials, context, text_ids), **common,
+    )  # fmt: skip
+
+
+def _modifiers(
+    name: str, spec: ModelSpec, materials: Materials, context: int, text_ids: np.ndarray
+) -> Modifiers | None:
+    if not spec.modifiers.any:
+        return None
+    tokenizer, judge = materials.tokenizer, None
+    if spec.modifiers.judge is not None:
+        folder = Path(spec.modifiers.judge.model)
+        judge = load_model(folder)
+        check_judge(judge, len(tokenizer), context, f"models.{name}.modifiers.judge.model: {folder}")
+    return Modifiers(
+        spec.modifiers,
+        text_ids,
+        materials.runtime,
+        materials.config.seed,
+        name,
+        judge,
+        tokenizer.cls_token_id,
+    )
+
+
+def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
+    """Training and held-out pools over one list of sequences."""
+    pools, columns, first_row = [], [], 0
+    for split in (spec.split, "held_out"):
+        table = materials.candidates(split)
+        rows, skipped = decided_pools(table)  # (N, K)
+        if skipped:
+            say(f"{name}: {skipped} pools in {split} have equal rewards; they are skipped")
+        terms = {term: table[f"term_{term}"].to_numpy()[rows] for term in terms_of(table)}
+        groups = np.asarray(table["group"].to_pylist())[rows[:, 0]]
+        numbers = np.where(rows >= 0, rows + first_row, -1)
+        pools.append(TokenPools(numbers, table["reward"].to_numpy()[rows], terms, groups))
+        columns.append(table["token_ids"])
+        first_row += table.num_rows
+    together = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
+    tokenizer = materials.tokenizer
+    return BestCandidate(
+        name, Sequences(together, context, tokenizer.pad_token_id), pools[0], pools[1], tokenizer.cls_token_id,
+        materials.runtime, materials.config.seed, spec.training.evaluation_examples,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""What it takes to train a model: how it starts, what it learns, how it is saved and read back."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lib.config import Config
+from lib.log import say
+from lib.models.build import fresh_trunk, heads_of, load_model, save_model, start_model
+from lib.models.ranker import CandidateRanker, SequenceRanker
+from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, save_ranker, with_lora
+from lib.sections import ModelSpec
+from lib.training.objectives.build import make_objective
+from lib.training.objectives.pool_choice import PoolChoice, PoolReader
+from lib.training.tables import Materials
+
+
+@dataclass
+class Recipe:
+    """A model on its way to being trained.
+
+    Attributes:
+        save: (model, folder) writes what `load` reads.
+        load: folder -> the trained model.
+        transfer: which tensors came from where.
+        facts: what else its record says.
+    """
+
+    model: nn.Module
+    objective: Any
+    save: Callable[[Any, Path], None]
+    load: Callable[[Path], nn.Module]
+    transfer: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def model_recipe(
+    name: str, spec: ModelSpec, materials: Materials, folder: Path, start: Path | None
+) -> Recipe:
+    """Any mode over the run's own tokens."""
+    config, tokenizer = materials.config, materials.tokenizer
+    if spec.attention != spec.effective_attention:
+        say(f"{name}: {spec.mode} reads both ways; attention is bidirectional, not {spec.attention}")
+    model, transfer = start_model(
+        spec.mode,
+        spec.architecture,
+        spec.effective_attention,
+        len(tokenizer),
+        config.seed,
+        name,
+        start,
+        **heads_of(spec.mode, spec.target_type, spec.num_classes),
+    )
+    if start is not None:
+        say(f"{name}: {len(transfer.loaded)} tensors from {os.path.relpath(start)}; "
+            f"left out: {transfer.dropped or 'none'}; new: {transfer.created or 'none'}")  # fmt: skip
+
+    def load(path: Path) -> nn.Module:
+        return SequenceRanker(load_model(path)) if spec.mode == "ranker" else load_model(path)
+
+    return Recipe(
+        model,
+        make_objective(name, spec, materials, context=_context_of(model)),
+        save=lambda m, path: save_model(m, path, tokenizer),
+        load=load,
+        transfer=transfer.as_dict() | {"start": _relative(transfer.start, folder)},
+        facts={"attention": spec.effective_attention},
+    )
+
+
+def ranker_recipe(
+    name: str, spec: ModelSpec, materials: Materials, folder: Path, start: Path | None
+) -> Recipe:
+    """A ranker that reads a prompt and its candidates, as the section `ranker` says."""
+    config, settings = materials.config, materials.config.ranker
+    model, tokenizer, origin = start_ranker(name, spec, config, materials.tokenizer, start)
+    train_pools, selection = materials.draws(spec.split), materials.pools_for_selection()
+    for split, table in ((spec.split, train_pools[0]), ("selection", selection)):
+        if table.skipped:
+            say(f"{name}: {table.skipped} pools in {split} have equal rewards; they are skipped")
+    reader = PoolReader(tokenizer, settings, materials.runtime, config.seed, spec.blind)
+    objective = PoolChoice(
+        name, train_pools, selection, materials.pools("held_out"), reader, config.seed,
+        spec.training.evaluation_examples,
+    )  # fmt: skip
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{name}: {learning:,} of {sum(p.numel() for p in model.parameters()):,} weights learn; {origin}")
+    return Recipe(
+        model,
+        objective,
+        save=lambda m, path: save_ranker(m, path, tokenizer),
+        load=lambda path: load_ranker(path)[0],
+        transfer={"start": origin},
+        facts={"attention": settings.attention, "pooling": settings.pooling, "blind": spec.blind},
+    )
+
+
+def start_ranker(name: str, spec: ModelSpec, config: Config, run_tokenizer: Any, start: Path | None):
+    """(ranker, its tokenizer, where it comes from).
+
+    From `start`: a trained ranker goes on as it is; another model of ours lends its trunk. Otherwise from the
+    configured encoder, or a fresh backbone of ours.
+    """
+    settings = config.ranker
+    if start is not None and (start / RANKER_FILE).exists():
+        model, tokenizer = load_ranker(start, learning=True)
+        return model, tokenizer, f"ranker in {os.path.relpath(start)}"
+    if start is not None:
+        trunk, tokenizer = open_encoder(str(start))
+        origin = f"trunk of {os.path.relpath(start)}"
+    elif settings.encoder is not None:
+        trunk, tokenizer = open_encoder(settings.encoder)
+        origin = settings.encoder
+    else:
+        trunk, tokenizer = fresh_trunk(spec, len(run_tokenizer), config.seed, name), run_tokenizer
+        origin = "scratch"
+    if settings.adapter == "lora":
+        lora = settings.lora
+        trunk = with_lora(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, seed=config.seed)
+    elif settings.embeddings == "frozen":
+        trunk.get_input_embeddings().requires_grad_(False)
+    model = CandidateRanker(
+        trunk, pooling=settings.pooling, head=settings.head, head_dropout=settings.head_dropout,
+        attention=settings.attention, seed=config.seed,
+    )  # fmt: skip
+    return model, tokenizer, origin
+
+
+def _relative(start: str, folder: Path) -> str:
+    """The start as seen from the run's folder, so that a record does not depend on where the run lies."""
+    return start if start == "scratch" else os.path.relpath(start, folder.parent.parent)
+
+
+def _context_of(model: nn.Module) -> int:
+    inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
+    return inner.config.max_position_embeddings - 1

@@ -1,0 +1,206 @@
+"""Loss modifiers: each against its formula written out, together, refused where they do not fit."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from lib.config import load_config
+from lib.errors import BadConfig
+from lib.models.build import heads_of, save_model, start_model
+from lib.runtime import Runtime
+from lib.sections import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
+from lib.training.loop import train
+from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.objectives.modifiers import (
+    Masked,
+    Modifiers,
+    check_judge,
+    entropy_weights,
+    mask_ratio_weights,
+    uniform_cross_entropies,
+)
+from tests.test_training import Killed, NoTokenizer, settings, windows
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+TEXT = np.arange(4, 14)
+V, B, T = 14, 6, 16
+
+
+def masked_of(seed: int = 0) -> Masked:
+    rng = np.random.default_rng(seed)
+    ids, hidden = rng.integers(4, 14, (B, T)), rng.random((B, T)) < 0.5
+    hidden[:, 0] = True
+    at = np.flatnonzero(hidden)
+    logits = torch.from_numpy(rng.normal(size=(len(at), V)) * 2).float().requires_grad_()
+    return Masked(
+        logits, torch.from_numpy(ids.reshape(-1)[at]), torch.from_numpy(at // T), ids, np.ones((B, T), bool), at,
+        hidden.mean(1), np.arange(B),
+    )  # fmt: skip
+
+
+def model_of(mode: str = "language_model"):
+    architecture = load_config(quick_test=True).architecture.model_copy(update={"width": 32, "context": 16})
+    return start_model(mode, architecture, "bidirectional", V, 3, "tiny", **heads_of(mode))[0]
+
+
+def modifiers_of(judge=None, /, **config) -> Modifiers:
+    return Modifiers(ModifiersConfig(**config), TEXT, CPU, 3, "tiny", judge, cls_id=2)
+
+
+def test_smoothed_targets_leave_special_tokens_out():
+    masked, share = masked_of(), 0.2
+    target = torch.zeros(len(masked.at), V)
+    target[:, 4:] = share / len(TEXT)
+    target[torch.arange(len(masked.at)), masked.targets] += 1 - share
+    wanted = -(target * torch.log_softmax(masked.logits, -1)).sum(-1)
+    ce = torch.nn.functional.cross_entropy(masked.logits, masked.targets, reduction="none")
+    found, weights, terms = modifiers_of(label_smoothing=share).apply(ce, masked, 0)
+    assert torch.allclose(found, wanted, atol=1e-5) and torch.equal(weights, torch.ones(B))
+    spread = uniform_cross_entropies(masked.logits, torch.from_numpy(TEXT))
+    assert float(terms["modifier_smoothing"]) == pytest.approx(float(spread.mean()))
+
+
+def test_entropy_weights_are_those_of_the_wrong_answers():
+    masked, config = masked_of(), EntropyModifier(weight=1.5, threshold=0.6)
+    wanted = []
+    for b in range(B):
+        entropies = []
+        for n in np.flatnonzero(masked.row.numpy() == b):
+            p = torch.softmax(masked.logits[n].detach().double(), -1).numpy()
+            p = np.delete(p, int(masked.targets[n]))
+            p /= p.sum()
+            entropies.append(-(p * np.log(p)).sum() / np.log(V - 1))
+        wanted.append(1.5 / max(np.mean(entropies), 0.6))
+    found = entropy_weights(masked, config, B)
+    assert np.allclose(found.numpy(), wanted, rtol=1e-5) and not found.requires_grad
+    assert len(set(found.tolist())) > 1
+
+
+def test_mask_ratio_weights():
+    found = mask_ratio_weights(
+        torch.tensor([0.0, 0.01, 0.25, 1.0]), MaskRatioModifier(power=0.5, least=1.5, most=5)
+    )
+    assert found.tolist() == pytest.approx([5, 5, 2, 1.5])
+
+
+def test_weights_multiply_and_have_mean_one():
+    masked = masked_of()
+    both = modifiers_of(entropy=EntropyModifier(), mask_ratio=MaskRatioModifier())
+    ce = torch.ones(len(masked.at))
+    _, weights, terms = both.apply(ce, masked, 0)
+    product = entropy_weights(masked, EntropyModifier(), B) * mask_ratio_weights(
+        torch.tensor(masked.ratios, dtype=torch.float32), MaskRatioModifier()
+    )
+    assert torch.allclose(weights, product / product.mean()) and float(weights.mean()) == pytest.approx(1)
+    assert set(terms) == {"modifier_entropy", "modifier_mask_ratio"}
+
+
+class ConstantJudge(torch.nn.Module):
+    """Says 1 - (number of tokens that differ from `ids`) / T, so that its weights can be reckoned."""
+
+    def __init__(self, ids: np.ndarray):
+        super().__init__()
+        self.ids = torch.from_numpy(ids)
+
+    def forward(self, input_ids, attention_mask=None):
+        assert (input_ids[:, 0] == 2).all()
+        self.read = input_ids[:, 1:]
+        wrong = (self.read != self.ids).float().mean(1, keepdim=True)
+        return type("Output", (), {"logits": 1 - wrong})
+
+
+def test_judge_weights_follow_its_opinion_of_a_sampled_completion():
+    masked = masked_of()
+    judge = ConstantJudge(masked.ids)
+    config = JudgeModifier(model="x", exponent=0.5, least=0.2, most=3, start_step=2, stop_step=4)
+    modifiers = modifiers_of(judge, judge=config)
+    ce = torch.ones(len(masked.at))
+    assert torch.equal(modifiers.apply(ce, masked, 1)[1], torch.ones(B))
+    _, weights, terms = modifiers.apply(ce, masked, 2)
+    assert (judge.read >= 4).all() and (judge.read != judge.ids).any()
+    outside = np.setdiff1d(np.arange(B * T), masked.at)
+    assert np.array_equal(judge.read.numpy().reshape(-1)[outside], masked.ids.reshape(-1)[outside])
+    wrong = (judge.read != judge.ids).float().mean(1).numpy()
+    wanted = np.clip((wrong / masked.ratios) ** 0.5, 0.2, 3)
+    assert np.allclose(weights.numpy(), wanted / wanted.mean(), rtol=1e-4)
+    assert torch.equal(weights, modifiers.apply(ce, masked, 2)[1]) and "modifier_judge" in terms
+    assert torch.equal(modifiers.apply(ce, masked, 4)[1], torch.ones(B))
+
+
+def objective_of(modifiers: Modifiers | None) -> MaskedDiffusion:
+    return MaskedDiffusion(
+        load_config(quick_test=True).diffusion, 1, label="tiny", train=windows(), held_out=windows(), runtime=CPU,
+        seed=3, batch_size=8, num_evaluated=16, text_ids=TEXT, modifiers=modifiers,
+    )  # fmt: skip
+
+
+def test_modifiers_change_the_training_loss_and_never_the_evaluation():
+    model = model_of().eval()
+    plain = objective_of(None)
+    for config in (
+        {"label_smoothing": 0.1}, {"entropy": EntropyModifier(threshold=0.01)}, {"mask_ratio": MaskRatioModifier()}
+    ):  # fmt: skip
+        changed = objective_of(modifiers_of(**config))
+        terms = changed.loss(model, 0, range(8))
+        assert float(terms["loss"].detach()) != float(plain.loss(model, 0, range(8))["loss"].detach())
+        assert float(terms["plain_loss"]) == pytest.approx(
+            float(plain.loss(model, 0, range(8))["loss"].detach())
+        )
+        with torch.no_grad():
+            assert changed.evaluate(model) == plain.evaluate(model)
+
+
+def run(folder: Path, fault: int = -1) -> list[str]:
+    """Twelve steps with judge weighting from step 3 to 8, and hashes of what came out."""
+    config = JudgeModifier(model="x", start_step=3, stop_step=8)
+    objective = objective_of(modifiers_of(model_of("sequence_scorer").eval(), judge=config))
+    plain = objective.loss
+
+    def loss(model, step, rows):
+        if step == fault:
+            raise Killed
+        return plain(model, step, rows)
+
+    objective.loss = loss
+    train(model_of(), objective, settings(), CPU, folder, seed=3, label="tiny",
+          save=lambda m, path: save_model(m, path, NoTokenizer()))  # fmt: skip
+    files = ("metrics.jsonl", "best_model/model.safetensors", "final_model/model.safetensors")
+    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files]
+
+
+def test_killed_within_judge_weighting_it_ends_with_the_same_bits(tmp_path):
+    whole = run(tmp_path / "whole")
+    for step in (3, 5, 8):
+        with pytest.raises(Killed):
+            run(tmp_path / str(step), fault=step)
+        assert run(tmp_path / str(step)) == whole, f"killed before step {step}"
+
+
+@pytest.mark.parametrize("model", ["judge", "inspector", "reference_lm", "ranker"])
+def test_modifiers_are_refused_where_they_do_not_fit(model):
+    with pytest.raises(BadConfig, match="modifiers are for the losses of masked language models"):
+        load_config(overrides=[f"models.{model}.modifiers.label_smoothing=0.1"])
+
+
+@pytest.mark.parametrize(
+    "mode, vocabulary, context, named",
+    [
+        ("token_classifier", V, 16, "no sequence scorer"),
+        ("sequence_scorer", 15, 16, "reads 14 ids"),
+        ("sequence_scorer", V, 17, "reads 16 tokens at most"),
+    ],
+)
+def test_only_a_judge_that_can_read_this_text_judges(mode, vocabulary, context, named):
+    with pytest.raises(BadConfig, match=named):
+        check_judge(model_of(mode), vocabulary, context, "x")
+    check_judge(model_of("sequence_scorer"), V, 16, "x")
+
+
+@pytest.mark.parametrize("given, named", [({"least": 3.0}, "least"), ({"start_step": 5}, "stop_step")])
+def test_limits_without_effect_are_refused(given, named):
+    with pytest.raises(ValidationError, match=named):
+        JudgeModifier(model="x", stop_step=5, **given)

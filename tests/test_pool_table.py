@@ -1,0 +1,75 @@
+"""Pools of candidates as tables: which rows make one, several draws of one example, and figures over seeds."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from benchmarks import over_seeds
+from lib.errors import BadData, MissingInput
+from lib.training.pool_table import PoolTable, decided_pools
+
+K = 4
+
+
+def candidates(rewards: dict[str, list[float]]) -> pa.Table:
+    rows = [
+        {"example_id": name, "candidate_id": i, "text": f"{name}{i}", "kind": "x", "value": str(i), "control": f"c{i}",
+         "reward": reward, "term_a": 1 - reward, "group": name}
+        for name, values in rewards.items()
+        for i, reward in enumerate(values)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def examples(*names: str) -> pa.Table:
+    return pa.Table.from_pylist(
+        [{"example_id": n, "prompt": f"ask {n}", "tags": ["t"], "group": n} for n in names]
+    )
+
+
+def table(**rewards: list[float]) -> PoolTable:
+    return PoolTable.of(candidates(rewards), examples(*rewards))
+
+
+def test_draws_are_the_same_examples_with_other_candidates():
+    whole = table(a=[1, 0, 0, 0, 0, 1, 0, 0], b=[0, 1, 0, 0, 0, 0, 0, 1])
+    first, second = whole.draws(K)
+    for part, columns in ((first, slice(0, 4)), (second, slice(4, 8))):
+        assert part.prompts == ["ask a", "ask b"] and part.present.all() and part.present.shape == (2, K)
+        assert np.array_equal(part.rewards, whole.rewards[:, columns])
+        assert np.array_equal(part.terms["a"], whole.terms["a"][:, columns])
+        assert part.controls is not None and whole.controls is not None
+        assert np.array_equal(part.controls, whole.controls[:, columns])
+        assert part.texts.tolist() == whole.texts[:, columns].tolist()
+    assert second.candidate_ids.tolist() == [[4, 5, 6, 7]] * 2
+    assert whole.draws(3) == [whole] and len(whole.draws(8)) == 1
+
+
+def test_pools_of_equal_rewards_are_skipped_and_counted():
+    rows, skipped = decided_pools(candidates({"a": [1, 1], "b": [0, 1, 0], "c": [0.5]}))
+    assert rows.tolist() == [[2, 3, 4]] and skipped == 2
+    with pytest.raises(BadData, match="no pool has candidates of different reward"):
+        decided_pools(candidates({"a": [1, 1]}))
+
+
+def run_folder(path, seed: int, value: float):
+    folder = path / f"run_{seed}" / "04_train" / "judge"
+    folder.mkdir(parents=True)
+    row = {"model": "judge", "metric": "R2", "baseline": "constant", "value": value, "baseline_value": 0.1}
+    (folder / "training_manifest.json").write_text(json.dumps({"table": [row]}))
+    manifest = {"stage": "04_train", "config": {"seed": seed}, "inputs": [], "outputs": {}, "stats": {}}
+    (folder.parent / "manifest.json").write_text(json.dumps(manifest))
+    return path / f"run_{seed}"
+
+
+def test_figures_over_seeds(tmp_path, capsys, monkeypatch):
+    runs = [run_folder(tmp_path, seed, value) for seed, value in ((1, 0.5), (2, 0.6), (3, 0.7))]
+    text = over_seeds.table(runs)
+    assert "0.500 0.600 0.700" in text and "0.600 +- 0.248" in text and "0.500 +- 0.248" in text
+    with pytest.raises(MissingInput, match="no model of stage 04"):
+        over_seeds.rows_of(tmp_path)
+    for given, said in (([runs[0]], "two runs"), ([runs[0], runs[0]], "same seed twice")):
+        monkeypatch.setattr("sys.argv", ["over_seeds", *map(str, given)])
+        assert over_seeds.main() == 2 and said in capsys.readouterr().err
