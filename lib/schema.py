@@ -88,11 +88,17 @@ CANDIDATES = TableSchema(
         ),  # the text as it would be elsewhere: nobody can judge by it
         ("mask_ratio", pa.float64(), _NULLABLE),  # as drawn; null for the original
         ("synthetic_fraction", pa.float64(), _NULLABLE),  # as counted
+        ("changed_fraction", pa.float64(), _NULLABLE),  # of tokens that are not the original's
         ("token_ids", _IDS, _NULLABLE),
         ("token_labels", _LABELS, _NULLABLE),  # 0 original, 1 random replacement, 2 predicted
     ),
     key=("example_id", "candidate_id"),
-    ranges={"mask_ratio": (0, 1), "synthetic_fraction": (0, 1), "candidate_id": (0, 2**31 - 1)},
+    ranges={
+        "mask_ratio": (0, 1),
+        "synthetic_fraction": (0, 1),
+        "changed_fraction": (0, 1),
+        "candidate_id": (0, 2**31 - 1),
+    },
 )
 
 BASELINES = TableSchema(

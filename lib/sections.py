@@ -278,6 +278,7 @@ class CandidatesConfig(Section):
     per_example: Annotated[int, Field(ge=1, le=64)]
     mask_ratio: tuple[Fraction, Fraction]
     masking: Masking
+    label_rule: Literal["origin", "changed"]
     temperature: AboveZero
     top_k: Count
     top_p: Annotated[float, Field(gt=0, le=1)]

@@ -227,6 +227,16 @@ def test_byte_pairs_go_end_to_end(tmp_path):
     run_stages(tmp_path / "run_001", config)
     manifest = load_manifest(tmp_path / "run_001" / "01_prepare_dataset")
     assert manifest is not None and manifest["stats"]["characters_per_token"] > 1.1
+    trained = load_manifest(tmp_path / "run_001" / "04_train")
+    examples = pq.read_table(tmp_path / "run_001" / "01_prepare_dataset" / "examples.parquet").to_pylist()
+    held_out = [r for r in examples if r["split"] == "held_out"]
+    characters, tokens = (sum(len(r[name]) for r in held_out) for name in ("target", "token_ids"))
+    assert trained is not None and characters > tokens
+    for name, metric in (("generator", "nelbo"), ("reference_lm", "nll")):
+        values = trained["stats"][name]["held_out"]
+        nats_per_character = values[metric] * tokens / characters
+        assert values["bits_per_character"] == pytest.approx(nats_per_character / np.log(2))
+    assert any(row["metric"] == "NELBO, bits/character" for row in trained["stats"]["table"])
     rows = pq.read_table(tmp_path / "run_001" / "06_sample" / "samples.parquet").to_pylist()
     assert all(len(r["text"]) >= len(r["token_ids"]) / 4 for r in rows)
 

@@ -7,7 +7,7 @@ import torch
 
 from lib import schema
 from lib.config import load_config
-from lib.errors import BadData, MissingInput
+from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.synthetic import MaskedLMEngine
@@ -160,6 +160,24 @@ def test_random_tokens_are_each_drawn_on_their_own(tokenizer):
     assert np.abs(share - 1 / len(share)).max() < 0.02
 
 
+def test_labels_by_change_call_a_token_original_that_came_out_as_it_was(tokenizer):
+    common = {"source": "random_tokens", "mask_ratio": (0.5, 0.5)}
+    by_origin = candidates(examples(tokenizer), context(tokenizer, [], **common)).to_pylist()
+    by_change = candidates(
+        examples(tokenizer), context(tokenizer, [], label_rule="changed", **common)
+    ).to_pylist()
+    original = {r["example_id"]: r["token_ids"] for r in by_origin if r["kind"] == "original"}
+    kept = 0
+    for one, other in zip(by_origin, by_change, strict=True):
+        assert one["token_ids"] == other["token_ids"]
+        differs = np.array(one["token_ids"]) != np.array(original[one["example_id"]])
+        assert one["changed_fraction"] == other["changed_fraction"] == pytest.approx(differs.mean())
+        assert other["token_labels"] == np.where(differs, one["token_labels"], 0).tolist()
+        assert other["synthetic_fraction"] == pytest.approx(differs.mean())
+        kept += sum(one["token_labels"]) - sum(other["token_labels"])
+    assert kept > 0
+
+
 def test_original_only_makes_one_untouched_candidate(tokenizer):
     table = candidates(examples(tokenizer, 5), context(tokenizer, [], source="original_only", per_example=1))
     assert table["text"].to_pylist() == examples(tokenizer, 5)["target"].to_pylist()
@@ -203,6 +221,8 @@ def test_a_foreign_masked_lm_changes_only_its_own_stretches(tokenizer, bert_fold
     engine = MaskedLMEngine.load(bert_folder, CPU)
     table = candidates(examples(tokenizer, 12), context(tokenizer, [engine], mask_ratio=(0.2, 0.4)))
     schema.conform(table, schema.CANDIDATES)
+    with pytest.raises(BadConfig, match="label_rule changed"):
+        candidates(examples(tokenizer, 12), context(tokenizer, [engine], label_rule="changed"))
     originals = {r["example_id"]: r["text"] for r in table.to_pylist() if r["kind"] == "original"}
     changed = 0
     for r in table.to_pylist():

@@ -122,7 +122,8 @@ def start_ranker(name: str, spec: ModelSpec, config: Config, run_tokenizer: Any,
         lora = settings.lora
         trunk = with_lora(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, seed=config.seed)
     elif settings.embeddings == "frozen":
-        trunk.get_input_embeddings().requires_grad_(False)
+        any_trunk: Any = trunk
+        any_trunk.get_input_embeddings().requires_grad_(False)
     model = CandidateRanker(
         trunk, pooling=settings.pooling, head=settings.head, head_dropout=settings.head_dropout,
         attention=settings.attention, seed=config.seed,

@@ -29,7 +29,7 @@ def rewrite_arguments(programs: list[str], context: CandidateContext) -> list[st
     rows = np.array([randomness.key(0, program) for program in programs], dtype=np.uint64).astype(np.int64)
     low, high = config.mask_ratio
     ratio = low + (high - low) * randomness.uniform(context.key("argument ratio"), rows, 1)  # (N, 1)
-    noise = np.where(numeric, randomness.uniform(context.key("argument"), rows, ids.shape[1]), np.inf)
+    noise = np.where(numeric, randomness.uniform(context.key("argument"), rows, ids.shape[-1]), np.inf)
     masked = numeric & ((noise < ratio) | (noise == noise.min(1, keepdims=True)))
     filled = context.engines[0].fill(ids, valid, masked, config, context.seed, rows)
     return decode_batch(tokenizer, [filled[row, :length] for row, length in enumerate(lengths)])

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from lib import randomness
 from lib.config import Config
+from lib.errors import BadConfig
 from lib.tasks import CandidateContext
 from lib.tasks.text.foreign import rewrite_with_other_tokenizer
 from lib.tokenization import decode_batch
@@ -41,6 +42,9 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
         new = _rewrite(examples, owner[changed], token_ids, changed, ratio[changed], rows[changed], context)
         for i, (ids, label, text) in zip(changed, new, strict=True):
             token_ids[i], labels[i], texts[i] = ids, label, text
+    differs = [_differs(ids, lists[o]) for ids, o in zip(token_ids, owner, strict=True)]
+    if config.label_rule == "changed":
+        labels = _only_changed(labels, differs)
     return pa.table(
         {
             "example_id": examples["example_id"].take(pa.array(owner)),
@@ -50,10 +54,28 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
             "text": texts,
             "mask_ratio": pa.array(ratio, mask=is_original | (config.source == "original_only")),
             "synthetic_fraction": [float((label > 0).mean()) if len(label) else 0.0 for label in labels],
+            "changed_fraction": [None if d is None else float(d.mean()) if len(d) else 0.0 for d in differs],
             "token_ids": pa.array([np.asarray(t, np.int32) for t in token_ids], pa.list_(pa.int32())),
             "token_labels": pa.array(labels, pa.list_(pa.int8())),
         }
     )
+
+
+def _differs(ids, original) -> np.ndarray | None:
+    """(T,) bool: tokens that are not what stood there; None where another tokenizer wrote, so that places have moved."""
+    if len(ids) != len(original):
+        return None
+    return np.asarray(ids) != np.asarray(original)
+
+
+def _only_changed(labels: list, differs: list) -> list:
+    """Labels in which a token that was written as it had been counts as original."""
+    if any(d is None for d in differs):
+        raise BadConfig(
+            "candidates.label_rule changed compares tokens place by place, and generator.checkpoint has a tokenizer of "
+            "its own: set it to origin"
+        )
+    return [np.where(d, label, ORIGINAL).astype(np.int8) for label, d in zip(labels, differs, strict=True)]
 
 
 def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: CandidateContext):

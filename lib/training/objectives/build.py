@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib.errors import BadConfig
 from lib.log import say
@@ -54,7 +55,10 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
         targets = [_classes(t, spec.num_classes) for t in targets]
         arguments = (name, sequences[0], targets[0], sequences[1], targets[1])
         return SequenceClasses(*arguments, cls_id=cls_id, num_classes=spec.num_classes, **common)
-    return SequenceScore(*arguments, cls_id=cls_id, **common)
+    changed = [t["changed_fraction"] for t in (train, held_out)]
+    known = materials.config.labels.path is None and not any(column.null_count for column in changed)
+    pair = (changed[0].to_numpy(), changed[1].to_numpy()) if known else None
+    return SequenceScore(*arguments, cls_id=cls_id, changed=pair, **common)
 
 
 def _classes(rewards: np.ndarray, num_classes: int) -> np.ndarray:
@@ -64,19 +68,21 @@ def _classes(rewards: np.ndarray, num_classes: int) -> np.ndarray:
 
 def _language_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
     tokenizer, config = materials.tokenizer, materials.config
+    examples = {split: materials.examples(split) for split in (spec.split, "held_out")}
     train, held_out = (
-        Windows(materials.examples(split), context, tokenizer.pad_token_id)
-        for split in (spec.split, "held_out")
+        Windows(examples[s], context, tokenizer.pad_token_id) for s in (spec.split, "held_out")
     )
-    held_out = held_out.tiled()
+    characters = pc.sum(pc.utf8_length(examples["held_out"]["target"])).as_py()
+    tiles = held_out.tiled()
     common = {
         "label": name,
         "train": train,
-        "held_out": held_out,
+        "held_out": tiles,
         "runtime": materials.runtime,
         "seed": config.seed,
         "batch_size": spec.training.batch_size,
         "num_evaluated": spec.training.evaluation_examples,
+        "characters_per_token": characters / max(len(held_out.ids), 1),
     }
     if spec.effective_attention == "causal":
         return NextToken(tokenizer.cls_token_id, **common)

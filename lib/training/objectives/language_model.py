@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lib import randomness
 from lib.diffusion.masking import corrupt_80_10_10, line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, mean_and_standard_error
-from lib.metrics import ratio
+from lib.metrics import Estimate, ratio
 from lib.runtime import Runtime
 from lib.sections import DiffusionConfig, RandomMasking
 from lib.training.cross_entropy import cross_entropies
@@ -23,14 +23,20 @@ EVALUATION_BATCH = 64
 
 
 class _Language:
-    """Windows of the train split by keyed order, and a fixed set of held-out windows."""
+    """Windows of the train split by keyed order, and a fixed set of held-out windows.
+
+    Args:
+        characters_per_token: of held-out text; bits per character compare models of different tokenizers.
+    """
 
     def __init__(
-        self, label, train: Windows, held_out: Windows, runtime: Runtime, seed, batch_size, num_evaluated
-    ):
+        self, label, train: Windows, held_out: Windows, runtime: Runtime, seed, batch_size, num_evaluated,
+        characters_per_token: float = 1.0,
+    ):  # fmt: skip
         self.label, self.train, self.held_out, self.runtime, self.seed = label, train, held_out, runtime, seed
         self.batch_size = batch_size
         self.tokens_per_row = train.width
+        self._nats_per_bit = characters_per_token * np.log(2)  # per token and per character
         self._order = Rows(seed, f"{label} order", train.count)
         spread = randomness.permutation(seed, "held-out windows", 0, held_out.count)
         self._evaluated = np.sort(spread[:num_evaluated])
@@ -40,6 +46,21 @@ class _Language:
         index = np.arange(rows.start, rows.stop)
         place = randomness.uniform(randomness.key(self.seed, f"{self.label} window"), index, 1)[:, 0]
         return index, *self.train.batch(self._order.samples(index), place)
+
+    def rows(self, metric: str, nats: Estimate, unigram: float) -> tuple[float, list[ResultRow]]:
+        """(bits per character, rows of the results table) of nats per token; in both units if tokens are no characters."""
+        found = [
+            result_row(self.label, f"{metric}, nats/token", nats, "unigram", unigram, lower_is_better=True)
+        ]
+        bits = Estimate(*(value / self._nats_per_bit for value in nats))
+        if self._nats_per_bit != np.log(2):
+            constant = unigram / self._nats_per_bit
+            found.append(
+                result_row(
+                    self.label, f"{metric}, bits/character", bits, "unigram", constant, lower_is_better=True
+                )
+            )
+        return bits.value, found
 
     def unigram_nll(self) -> float:
         """Nats per token of held-out text under the train split's token frequencies: the constant baseline."""
@@ -167,10 +188,8 @@ class MaskedDiffusion(_Language):
             "train_masked_accuracy": float(train_hits.sum() / train_masked.sum()),
             "unigram_nll": unigram,
         }
-        name = "NELBO, nats/token"
-        return metrics, [
-            result_row(self.label, name, ratio(per_window), "unigram", unigram, lower_is_better=True)
-        ]
+        metrics["bits_per_character"], rows = self.rows("NELBO", ratio(per_window), unigram)
+        return metrics, rows
 
 
 class NextToken(_Language):
@@ -208,8 +227,8 @@ class NextToken(_Language):
         sums, counts = self._nll(model, np.arange(self.held_out.count))
         unigram = self.unigram_nll()
         estimate = ratio(sums, counts)
-        row = result_row(self.label, "NLL, nats/token", estimate, "unigram", unigram, lower_is_better=True)
-        return {"nll": estimate.value, "unigram_nll": unigram}, [row]
+        bits, rows = self.rows("NLL", estimate, unigram)
+        return {"nll": estimate.value, "unigram_nll": unigram, "bits_per_character": bits}, rows
 
 
 def causal_nll(

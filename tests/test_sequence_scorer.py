@@ -1,0 +1,40 @@
+"""What a sequence scorer's report says of the best that could be done."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from lib.runtime import Runtime
+from lib.training.data import Sequences
+from lib.training.objectives.sequence_scorer import SequenceScore
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+
+
+class Constant(torch.nn.Module):
+    """Says the same of every text."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return type("Output", (), {"logits": torch.full((len(input_ids), 1), 0.5)})
+
+
+def objective(targets: np.ndarray, changed: np.ndarray | None) -> SequenceScore:
+    ids = Sequences(pa.chunked_array([pa.array([[5, 6, 7]] * len(targets), pa.list_(pa.int32()))]), 8, 0)
+    return SequenceScore("judge", ids, targets, ids, targets, np.arange(len(targets)), 2, CPU, 0, 10,
+                         changed=None if changed is None else (changed, changed))  # fmt: skip
+
+
+def test_the_irreducible_error_is_what_the_changed_tokens_leave_open():
+    rng = np.random.default_rng(0)
+    changed = rng.uniform(0, 0.8, 2000)
+    noise = rng.normal(0, 0.05, 2000)
+    values, _ = objective(np.clip(1 - changed + noise, 0, 1), changed).report(Constant())
+    assert values["irreducible_mse"] == pytest.approx(0.05**2, rel=0.15)
+    assert values["best_r2"] == pytest.approx(1 - 0.05**2 / np.var(1 - changed + noise), abs=0.02)
+    assert values["mse"] > values["irreducible_mse"]
+
+
+def test_nothing_is_said_where_it_is_not_known():
+    values, _ = objective(np.linspace(0, 1, 50), None).report(Constant())
+    assert "irreducible_mse" not in values
