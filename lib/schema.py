@@ -71,6 +71,8 @@ DROPPED = TableSchema(
     key=(),
 )
 
+_NUMBERS = pa.list_(pa.field("item", pa.float32(), nullable=False))
+
 CANDIDATES = TableSchema(
     "candidates",
     _columns(
@@ -89,6 +91,11 @@ CANDIDATES = TableSchema(
         ("mask_ratio", pa.float64(), _NULLABLE),  # as drawn; null for the original
         ("synthetic_fraction", pa.float64(), _NULLABLE),  # as counted
         ("changed_fraction", pa.float64(), _NULLABLE),  # of tokens that are not the original's
+        (
+            "token_confidence",
+            _NUMBERS,
+            _NULLABLE,
+        ),  # held-out: log-probability of each token, hidden, under the masked LM
         ("token_ids", _IDS, _NULLABLE),
         ("token_labels", _LABELS, _NULLABLE),  # 0 original, 1 random replacement, 2 predicted
     ),
@@ -123,8 +130,6 @@ REWARDS = TableSchema(
     ranges={"reward": (0, 1)},
     open_prefix="term_",
 )
-
-_NUMBERS = pa.list_(pa.field("item", pa.float32(), nullable=False))
 
 SCORES = TableSchema(
     "scores",

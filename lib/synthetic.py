@@ -22,6 +22,8 @@ from lib.errors import BadData, MissingInput
 from lib.runtime import Runtime
 from lib.sections import CandidatesConfig
 
+CONFIDENCE_PASSES = 4  # passes in which every token is hidden once
+
 
 @dataclass
 class MaskedLMEngine:
@@ -93,21 +95,63 @@ class MaskedLMEngine:
                 filled[b] = self._fill_batch(filled[b], valid[b], masked[b], config, seed, rows[b])
         return filled
 
-    def _fill_in_pieces(self, ids, valid, masked, config, seed, rows) -> np.ndarray:
-        """Rows longer than the model reads, in consecutive pieces of `width`, each a row of its own."""
-        pieces = -(-ids.shape[1] // self.width)
-        extra = ((0, 0), (0, pieces * self.width - ids.shape[1]))
-        shape = (len(ids) * pieces, self.width)
-        cut = [
-            np.pad(ids, extra, constant_values=self.tokenizer.pad_token_id).reshape(shape),
-            np.pad(valid, extra).reshape(shape),
-            np.pad(masked, extra).reshape(shape),
-        ]
+    @torch.no_grad()
+    def confidence(
+        self, ids: np.ndarray, valid: np.ndarray, seed: int, rows: np.ndarray, batch_size: int
+    ) -> np.ndarray:
+        """(B, T) log-probability of every token, each hidden once: a keyed quarter of the row at a time. 0 for padding.
+
+        What a masked LM says of a token that it can see means nothing: it was never trained on those.
+        """
+        if ids.shape[1] > self.width:
+            ids, valid, keys, join = self._in_pieces(ids, valid, rows)
+            return join(self.confidence(ids, valid, seed, keys, batch_size))
+        found = np.zeros(ids.shape, np.float32)
+        noise = randomness.uniform(randomness.key(seed, "confidence part"), rows, ids.shape[1])
+        part_of = np.floor(noise * CONFIDENCE_PASSES)
+        full = valid.all(1)
+        for some in (np.flatnonzero(full), np.flatnonzero(~full)):
+            for start in range(0, len(some), batch_size):
+                b = some[start : start + batch_size]
+                for number in range(CONFIDENCE_PASSES):
+                    hidden = valid[b] & (part_of[b] == number)
+                    at = np.flatnonzero(hidden)
+                    if len(at):
+                        inputs = np.where(hidden, self.tokenizer.mask_token_id, ids[b])
+                        logs = torch.log_softmax(self._logits(inputs, valid[b], at).float(), -1)
+                        own = torch.from_numpy(ids[b].reshape(-1)[at]).to(logs.device)
+                        found[b] += _spread_out(
+                            logs.gather(1, own[:, None])[:, 0].cpu().numpy(), at, hidden.shape
+                        )
+        return found
+
+    def _in_pieces(self, ids: np.ndarray, valid: np.ndarray, rows: np.ndarray):
+        """(ids, valid, keys, join) of rows cut into consecutive pieces of `width`, each a row of its own.
+
+        `join` puts arrays of the pieces' shape together again.
+        """
+        count, longest = ids.shape
+        pieces = -(-longest // self.width)
+        extra = ((0, 0), (0, pieces * self.width - longest))
+        shape = (count * pieces, self.width)
         keys = (rows[:, None] + np.arange(pieces) * 0x1E3779B97F4A7C15).reshape(-1)
-        filled = cut[0].copy()
-        used = np.flatnonzero(cut[2].any(1))
-        filled[used] = self.fill(cut[0][used], cut[1][used], cut[2][used], config, seed, keys[used])
-        return filled.reshape(len(ids), -1)[:, : ids.shape[1]]
+
+        def cut(array: np.ndarray, fill: int) -> np.ndarray:
+            return np.pad(array, extra, constant_values=fill).reshape(shape)
+
+        def join(array: np.ndarray) -> np.ndarray:
+            return array.reshape(count, -1)[:, :longest]
+
+        return cut(ids, self.tokenizer.pad_token_id), cut(valid, False), keys, join
+
+    def _fill_in_pieces(self, ids, valid, masked, config, seed, rows) -> np.ndarray:
+        """Rows longer than the model reads."""
+        cut, fits, keys, join = self._in_pieces(ids, valid, rows)
+        hidden = self._in_pieces(masked, valid, rows)[0].astype(bool) & fits
+        filled = cut.copy()
+        used = np.flatnonzero(hidden.any(1))
+        filled[used] = self.fill(cut[used], fits[used], hidden[used], config, seed, keys[used])
+        return join(filled)
 
     def _fill_batch(self, ids, valid, masked, config, seed, rows) -> np.ndarray:
         left = masked.copy()
@@ -150,6 +194,13 @@ class MaskedLMEngine:
             mask = torch.from_numpy(valid).to(device).long()
             logits = self.model(input_ids=torch.from_numpy(inputs).to(device), attention_mask=mask).logits
         return logits.flatten(0, 1)[where]
+
+
+def _spread_out(values: np.ndarray, at: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The values at their flat places, 0 elsewhere."""
+    result = np.zeros(shape, np.float32)
+    result.reshape(-1)[at] = values
+    return result
 
 
 def _argument_names(model: nn.Module) -> set[str]:

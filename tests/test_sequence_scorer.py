@@ -19,10 +19,10 @@ class Constant(torch.nn.Module):
         return type("Output", (), {"logits": torch.full((len(input_ids), 1), 0.5)})
 
 
-def objective(targets: np.ndarray, changed: np.ndarray | None) -> SequenceScore:
+def objective(targets: np.ndarray, changed: np.ndarray | None, confidence=None) -> SequenceScore:
     ids = Sequences(pa.chunked_array([pa.array([[5, 6, 7]] * len(targets), pa.list_(pa.int32()))]), 8, 0)
     return SequenceScore("judge", ids, targets, ids, targets, np.arange(len(targets)), 2, CPU, 0, 10,
-                         changed=None if changed is None else (changed, changed))  # fmt: skip
+                         changed=None if changed is None else (changed, changed), confidence=confidence)  # fmt: skip
 
 
 def test_the_irreducible_error_is_what_the_changed_tokens_leave_open():
@@ -38,3 +38,15 @@ def test_the_irreducible_error_is_what_the_changed_tokens_leave_open():
 def test_nothing_is_said_where_it_is_not_known():
     values, _ = objective(np.linspace(0, 1, 50), None).report(Constant())
     assert "irreducible_mse" not in values
+
+
+def test_the_generators_mean_confidence_is_a_baseline():
+    rng = np.random.default_rng(0)
+    target = np.round(rng.uniform(0.2, 1, 400), 2)
+    target[:80] = 1
+    telling = [np.full(5, -3 + 2 * t) + rng.normal(0, 0.01, 5) for t in target]
+    values, rows = objective(target, None, telling).report(Constant())
+    assert values["confidence"]["r2"] > 0.95 and values["confidence"]["auroc_untouched"] > 0.95
+    assert rows[1].baseline == "mean confidence" and rows[1].baseline_value == values["confidence"]["r2"]
+    silent, _ = objective(target, None, [rng.normal(-1, 1, 5) for _ in target]).report(Constant())
+    assert abs(silent["confidence"]["r2"]) < 0.1

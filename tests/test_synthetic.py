@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lib import schema
+from lib import randomness, schema
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.build import make_model, model_config, save_model
@@ -176,6 +176,38 @@ def test_labels_by_change_call_a_token_original_that_came_out_as_it_was(tokenize
         assert other["synthetic_fraction"] == pytest.approx(differs.mean())
         kept += sum(one["token_labels"]) - sum(other["token_labels"])
     assert kept > 0
+
+
+def test_confidence_is_that_of_hidden_tokens(tokenizer, engine):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, len(tokenizer), (6, 40))
+    valid = np.arange(40) < np.array([40, 40, 31, 17, 40, 5])[:, None]
+    ids = np.where(valid, ids, tokenizer.pad_token_id)
+    rows = np.arange(6) + 100
+    found = engine.confidence(ids, valid, 0, rows, 4)
+    assert (found[valid] < 0).all() and (found[~valid] == 0).all()
+    part_of = np.floor(randomness.uniform(randomness.key(0, "confidence part"), rows, 40) * 4)
+    for b, number in ((0, 0), (2, 1), (3, 3)):
+        hidden = valid[b] & (part_of[b] == number)
+        inputs = torch.from_numpy(np.where(hidden, tokenizer.mask_token_id, ids[b])[None])
+        with torch.no_grad():
+            logs = torch.log_softmax(engine.model(inputs, torch.from_numpy(valid[b][None])).logits[0], -1)
+        wanted = logs[np.arange(40), ids[b]].numpy()[hidden]
+        assert np.allclose(found[b, hidden], wanted, atol=1e-4)
+    assert np.allclose(engine.confidence(ids[2:4], valid[2:4], 0, rows[2:4], 4), found[2:4], atol=1e-6)
+    short = MaskedLMEngine(engine.model, tokenizer, CPU, 16)
+    pieces = short.confidence(ids, valid, 0, rows, 4)
+    assert pieces.shape == ids.shape and (pieces[valid] < 0).all() and (pieces[~valid] == 0).all()
+
+
+def test_held_out_candidates_carry_the_generators_confidence(tokenizer, engine):
+    given = examples(tokenizer, 8)
+    split = pa.array(["held_out" if i % 2 else "train" for i in range(8)])
+    given = given.set_column(given.column_names.index("split"), "split", split)
+    for row in candidates(given, context(tokenizer, [engine])).to_pylist():
+        known = row["token_confidence"]
+        assert (known is not None) == (row["split"] == "held_out")
+        assert known is None or (len(known) == len(row["token_ids"]) and max(known) < 0)
 
 
 def test_original_only_makes_one_untouched_candidate(tokenizer):

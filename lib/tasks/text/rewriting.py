@@ -55,10 +55,27 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
             "mask_ratio": pa.array(ratio, mask=is_original | (config.source == "original_only")),
             "synthetic_fraction": [float((label > 0).mean()) if len(label) else 0.0 for label in labels],
             "changed_fraction": [None if d is None else float(d.mean()) if len(d) else 0.0 for d in differs],
+            "token_confidence": _confidence(examples["split"].to_pylist(), owner, token_ids, rows, context),
             "token_ids": pa.array([np.asarray(t, np.int32) for t in token_ids], pa.list_(pa.int32())),
             "token_labels": pa.array(labels, pa.list_(pa.int8())),
         }
     )
+
+
+def _confidence(
+    splits: list[str], owner, token_ids: list, rows: np.ndarray, context: CandidateContext
+) -> pa.Array:
+    """What the masked LM thinks of the tokens of held-out candidates: the baseline of inspector and judge."""
+    found: list = [None] * len(token_ids)
+    own = [i for i, o in enumerate(owner) if splits[o] == "held_out" and len(token_ids[i])]
+    if own and context.engines and context.same_tokenizer:
+        ids, valid = pad([token_ids[i] for i in own], context.tokenizer.pad_token_id)
+        logs = context.engines[0].confidence(
+            ids, valid, context.seed, rows[own], context.config.candidates.batch_size
+        )
+        for i, row, length in zip(own, logs, valid.sum(1), strict=True):
+            found[i] = row[:length]
+    return pa.array(found, pa.list_(pa.float32()))
 
 
 def _differs(ids, original) -> np.ndarray | None:

@@ -33,6 +33,7 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
     sequences = [Sequences(t["token_ids"], context, pad_id) for t in (train, held_out)]
     groups = np.asarray(held_out["group"].to_pylist())
     common = {
+        "confidence": confidence_of(held_out["token_confidence"], context),
         "groups": groups,
         "runtime": materials.runtime,
         "seed": materials.config.seed,
@@ -135,3 +136,10 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
         name, Sequences(together, context, tokenizer.pad_token_id), pools[0], pools[1], tokenizer.cls_token_id,
         materials.runtime, materials.config.seed, spec.training.evaluation_examples,
     )  # fmt: skip
+
+
+def confidence_of(column: pa.ChunkedArray, width: int) -> list[np.ndarray] | None:
+    """The masked LM's log-probabilities of each held-out sequence's tokens, cut as models read them; None if not known."""
+    if column.null_count or not len(column):
+        return None
+    return [np.asarray(row, np.float32)[:width] for row in column.to_pylist()]

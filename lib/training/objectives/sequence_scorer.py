@@ -17,6 +17,8 @@ class SequenceScore:
     """MSE on targets in [0, 1], read at [CLS]. The model's `logits` are the scores already.
 
     Args:
+        confidence: log-probabilities of each held-out sequence's tokens under the masked LM that wrote; their mean is a
+            baseline.
         changed: share of tokens that differ from the original, of the training and of the held-out sequences, where
             known: what of the target the text itself can tell.
     """
@@ -25,8 +27,9 @@ class SequenceScore:
 
     def __init__(self, label, train: Sequences, train_targets: np.ndarray, held_out: Sequences,
                  held_out_targets: np.ndarray, groups: np.ndarray, cls_id: int, runtime: Runtime, seed: int,
-                 num_evaluated: int, changed: tuple[np.ndarray, np.ndarray] | None = None):  # fmt: skip
-        self.changed = changed
+                 num_evaluated: int, changed: tuple[np.ndarray, np.ndarray] | None = None,
+                 confidence: list[np.ndarray] | None = None):  # fmt: skip
+        self.changed, self.confidence = changed, confidence
         self.label, self.runtime, self.cls_id = label, runtime, cls_id
         self.train, self.train_targets = train, train_targets
         self.held_out, self.held_out_targets, self._groups = held_out, held_out_targets, groups
@@ -72,7 +75,34 @@ class SequenceScore:
         row = result_row(self.label, "MSE", mse, "constant", values["constant_mse"], lower_is_better=True)
         unexplained = metrics.ratio(squared, base)
         r2 = metrics.Estimate(1 - unexplained.value, 1 - unexplained.high, 1 - unexplained.low)
-        return values, [row, result_row(self.label, "R2", r2, "constant", 0.0, lower_is_better=False)]
+        baseline, value = "constant", 0.0
+        if self.confidence is not None:
+            values["confidence"] = self._of_confidence(untouched)
+            baseline, value = "mean confidence", values["confidence"]["r2"]
+        return values, [row, result_row(self.label, "R2", r2, baseline, value, lower_is_better=False)]
+
+    def _of_confidence(self, untouched: np.ndarray) -> dict[str, float]:
+        """How well the generator's mean log-probability of a sequence's tokens tells its target.
+
+        As a rising function, learned on one half of the groups and measured on the other.
+        """
+        assert self.confidence is not None
+        mean = np.array([row.mean() for row in self.confidence])
+        half = np.unique(self._groups, return_inverse=True)[1] % 2
+        predicted = np.full(len(mean), self.held_out_targets.mean())
+        if len(np.unique(half)) == 2:
+            for fold in (0, 1):
+                known = half != fold
+                model = IsotonicRegression(out_of_bounds="clip").fit(
+                    mean[known], self.held_out_targets[known]
+                )
+                predicted[half == fold] = model.predict(mean[half == fold])
+        found = metrics.regression(predicted, self.held_out_targets)
+        ranks = metrics.regression(mean, self.held_out_targets)
+        values = {"mse": found["mse"], "r2": found["r2"], "spearman": ranks["spearman"]}
+        if 0 < untouched.sum() < len(mean):
+            values["auroc_untouched"] = metrics.auroc(mean, untouched)
+        return values
 
     def _least_error(self) -> dict[str, float]:
         """MSE of one who knows which tokens differ from the original, and the R² that this is.
@@ -95,7 +125,7 @@ class SequenceScore:
 
 
 class SequenceClasses(SequenceScore):
-    """Cross-entropy over N classes per sequence; targets are class numbers."""
+    """Cross-entropy over N classes per sequence; targets are class numbers. There is no baseline of confidence."""
 
     selection = "cross_entropy"
 

@@ -18,12 +18,15 @@ class TokenClasses:
         labels: `Sequences` over the classes, aligned with the ids.
         num_classes: at least 2.
         class_weighting: none; inverse_frequency (over the training set); dynamic (over each batch).
+        confidence: log-probabilities of each held-out sequence's tokens under the masked LM that wrote: the baseline.
     """
 
     selection = "cross_entropy"
 
     def __init__(self, label, train, train_labels, held_out, held_out_labels, groups, num_classes: int,
-                 class_weighting: str, runtime: Runtime, seed: int, num_evaluated: int):  # fmt: skip
+                 class_weighting: str, runtime: Runtime, seed: int, num_evaluated: int,
+                 confidence: list[np.ndarray] | None = None):  # fmt: skip
+        self.confidence = confidence
         self.label, self.runtime, self.seed, self.num_classes = label, runtime, seed, num_classes
         self.train: Sequences = train
         self.train_labels: Sequences = train_labels
@@ -100,8 +103,13 @@ class TokenClasses:
             "confusion": confusion.tolist(),
             **metrics.classification(confusion),
         }
+        baseline, value = "chance", 0.5
+        if self.confidence is not None:
+            doubt = -np.concatenate(self.confidence)
+            baseline, value = "generator's confidence", metrics.auroc(doubt, changed)
+            values["auroc_changed_of_confidence"] = value
         rows = [
             result_row(self.label, "cross-entropy, nats/token", metrics.ratio(total, count), "class shares", constant, lower_is_better=True),
-            result_row(self.label, "AUROC, changed tokens", found, "chance", 0.5, lower_is_better=False),
+            result_row(self.label, "AUROC, changed tokens", found, baseline, value, lower_is_better=False),
         ]  # fmt: skip
         return values, rows
