@@ -121,7 +121,7 @@ def test_heads_have_their_own_rate():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     model(input_ids=torch.tensor([[CLS, 5, 6]])).logits.sum().backward()
     optimizer.step(0)
-    moved = {n: float((p - before[n]).abs().max()) for n, p in model.named_parameters()}
+    moved = {n: float((p.detach() - before[n]).abs().max()) for n, p in model.named_parameters()}
     assert all(moved[n] == pytest.approx(0.5, rel=1e-3) for n in head_parameters(model))
     assert moved["model.embed_tokens.weight"] == pytest.approx(0.001, rel=1e-3)
 
