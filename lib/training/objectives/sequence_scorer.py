@@ -1,5 +1,7 @@
 """`sequence_scorer`: one score in [0, 1] per sequence, or one of N classes."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,7 @@ class SequenceScore:
         constant = float(self.train_targets.mean())
         squared, base = metrics.sum_by(self._groups, (predicted - target) ** 2, (constant - target) ** 2)
         count = metrics.sum_by(self._groups, np.ones_like(target))[0]
-        values = metrics.regression(predicted, target)
+        values: dict[str, Any] = metrics.regression(predicted, target)
         values |= {"constant_mse": float(base.sum() / count.sum())}
         untouched = target == target.max()
         if 0 < untouched.sum() < len(target):
