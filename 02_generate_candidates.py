@@ -115,7 +115,7 @@ def masked_language_models(stage: Stage, config: Config, runtime, tokenizer) -> 
 def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[Path]:
     """One generator on the whole train split; when cross-fitting, one per fold that leaves that fold out."""
     from lib import schema
-    from lib.sections import ModelSpec
+    from lib.sections.models import ModelSpec
     from lib.tasks import cross_fit_fold
     from lib.training.data import select_split
     from lib.training.named import train_named

@@ -19,7 +19,7 @@ from lib.config import Config
 from lib.errors import MissingInput
 from lib.log import say
 from lib.runs import RunArgs
-from lib.sections import ModelSpec
+from lib.sections.models import ModelSpec
 
 
 def main(config: Config, args: RunArgs) -> None:

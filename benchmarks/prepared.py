@@ -8,7 +8,7 @@ from lib import schema
 from lib.config import ROOT, Config, load_config
 from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
-from lib.sections import ModelSpec
+from lib.sections.models import ModelSpec
 from lib.tokenization import load_tokenizer
 from lib.training.named import train_named
 from lib.training.tables import Materials

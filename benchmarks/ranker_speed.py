@@ -2,7 +2,9 @@
 A training step of the ranker: all candidates packed behind their prompt, against one padded row for each.
 
 Same weights, same pools of K = 8, forward, backward and AdamW, in rounds that take turns; the ratios are what counts.
-The second table is sentence-transformers' CrossEncoderTrainer with ListNet on the same model and texts.
+One by one is measured twice: with the encoder as its authors published it, whose dropout on attention turns torch's
+fused attention off, and with that dropout taken out, as it is for the packed rows. The second part is
+sentence-transformers' CrossEncoderTrainer with ListNet on the same model and texts.
 
 python -m benchmarks.ranker_speed                                      # a model of MiniLM's shape with random weights
 python -m benchmarks.ranker_speed --encoder /path/to/all-MiniLM-L6-v2  # also the comparison with CrossEncoderTrainer
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.config import load_config
 from lib.models.collation import collate
@@ -36,14 +38,25 @@ PEER_LENGTHS = (302, 24)
 LEARNING_RATE = 1e-5
 
 
-def fresh_encoder() -> Any:
-    """MiniLM's shape, no download."""
-    from transformers import BertConfig, BertModel
+def trunks_of(encoder: str | None) -> tuple[Any, Any]:
+    """(as the ranker opens it, as it was published); without a folder MiniLM's shape with random weights."""
+    from transformers import AutoModel, BertConfig, BertModel
 
-    torch.manual_seed(0)
-    return BertModel(
-        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-    )
+    if encoder:
+        stock = AutoModel.from_pretrained(encoder, local_files_only=True, use_safetensors=True)
+        return open_encoder(encoder)[0], stock
+
+    def fresh(**choices: float) -> Any:
+        torch.manual_seed(0)
+        shape = {
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+        }
+        return BertModel(BertConfig(**shape, **choices))
+
+    return fresh(attention_probs_dropout_prob=0.0), fresh()
 
 
 def random_pools(count: int, prompt: int, candidate: int) -> Pools:
@@ -70,7 +83,7 @@ class Steps:
     ):
         self.model = copy.deepcopy(model).to(runtime.device).train()
         self.scores, self.runtime = scores, runtime
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, fused=True)
 
     def seconds(self, pools: Pools) -> float:
         begin = time.perf_counter()
@@ -86,23 +99,28 @@ class Steps:
         return time.perf_counter() - begin
 
 
-def compare_ways(trunk: nn.Module, runtime: Runtime, pools_per_step: int, rounds: int) -> None:
-    rows: list[tuple[str, ...]] = []
-    model = CandidateRanker(trunk, seed=0)
+def compare_ways(encoder: str | None, runtime: Runtime, pools_per_step: int, rounds: int) -> None:
+    ours, stock = (CandidateRanker(trunk, seed=0) for trunk in trunks_of(encoder))
     precisions = ["fp32", "bf16"] if Runtime.detect(load_config()).precision == "bf16" else ["fp32"]
+    rows = []
     for prompt, candidate in LENGTHS:
         pools = random_pools(pools_per_step, prompt, candidate)
         for precision in precisions:
             there = Runtime(runtime.device, precision)
-            packed = Steps(model, CandidateRanker.score_packed, there)
-            separate = Steps(model, CandidateRanker.score_one_by_one, there)
-            pairs = [(packed.seconds(pools), separate.seconds(pools)) for _ in range(rounds + 1)][1:]
-            ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
-            ratio = statistics.median(b / a for a, b in pairs)
-            rows.append(
-                (f"{prompt}", f"{candidate}", precision, f"{ours:.2f}", f"{theirs:.2f}", f"{ratio:.1f}")
+            ways = (
+                Steps(ours, CandidateRanker.score_packed, there),
+                Steps(ours, CandidateRanker.score_one_by_one, there),
+                Steps(stock, CandidateRanker.score_one_by_one, there),
             )
-    head = ("prompt tokens", "candidate tokens", "precision", "packed s", "one by one s", "ratio")
+            times = np.array([[way.seconds(pools) for way in ways] for _ in range(rounds + 1)])[1:]
+            packed, alone, published = np.median(times, axis=0)
+            ratio, to_published = np.median(times[:, 1:] / times[:, :1], axis=0)
+            rows.append(
+                (f"{prompt}", f"{candidate}", precision, f"{packed:.2f}", f"{published:.2f}", f"{to_published:.1f}",
+                 f"{alone:.2f}", f"{ratio:.1f}")
+            )  # fmt: skip
+    head = ("prompt", "candidate", "precision", "packed s", "one by one s", "ratio", "no dropout s", "ratio")
+    print("tokens, and seconds of a training step; one by one as published, and without dropout on attention")
     print(aligned([head, *rows]))
 
 
@@ -193,8 +211,7 @@ def main() -> None:
     options = parser.parse_args()
     runtime = Runtime.detect(load_config())
     if options.skip != "ways":
-        trunk = open_encoder(options.encoder)[0] if options.encoder else fresh_encoder()
-        compare_ways(trunk, runtime, options.pools, options.rounds)
+        compare_ways(options.encoder, runtime, options.pools, options.rounds)
     if options.skip != "peer" and options.encoder:
         compare_peer(options.encoder, runtime, options.pools, options.rounds)
 

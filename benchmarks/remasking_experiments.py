@@ -21,7 +21,7 @@ from lib import metrics, randomness
 from lib.diffusion.categorical import draw
 from lib.diffusion.masking import draw_mask, lowest, masked_counts
 from lib.report.quality import characters, valid_words
-from lib.sections import RandomMasking, StickyMasking
+from lib.sections.masking import RandomMasking, StickyMasking
 from lib.training.objectives.base import chunks
 from lib.training.objectives.error_detection import weighted_auroc
 

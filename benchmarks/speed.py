@@ -23,7 +23,7 @@ from lib.config import Config, load_config
 from lib.diffusion.nelbo import mask_batch
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
-from lib.sections import ArchitectureConfig, TrainingConfig
+from lib.sections.models import ArchitectureConfig, TrainingConfig
 from lib.synthetic import MaskedLMEngine
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Windows

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from lib.config import Config, load_config
 from lib.errors import CannotCreate, CannotWrite, Interrupted, RemaskError, UsageError, did_you_mean
 from lib.runs import RunArgs
-from lib.sections import MODE_ALIASES, MODES
+from lib.sections.models import MODE_ALIASES, MODES
 
 
 class _Parser(argparse.ArgumentParser):

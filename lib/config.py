@@ -1,4 +1,4 @@
-"""The config: files merged and checked. Names, types and limits are in lib/sections.py, values in configs/default.yaml.
+"""The config: files merged and checked. Names, types and limits are in lib/sections/, values in configs/default.yaml.
 
 `load_config` merges, later wins: configs/default.yaml < every --config in order < their `quick_test:` blocks
 (with --quick_test) < --set. Unknown keys, wrong types and values out of range are refused together, each with
@@ -13,25 +13,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from lib.errors import BadConfig, MissingInput, UsageError, did_you_mean
-from lib.sections import (
-    MASKINGS,
-    STAGES_OF,
-    ArchitectureConfig,
-    CandidatesConfig,
-    CriticConfig,
-    DataConfig,
-    DiffusionConfig,
-    FinqaConfig,
-    GeneratorConfig,
-    LabelsConfig,
-    ModelSpec,
-    RankerConfig,
-    RewardsConfig,
-    SamplerConfig,
-    Section,
-    TokenizerConfig,
-    TrainingConfig,
-)
+from lib.sections.base import Section
+from lib.sections.critic import CriticConfig
+from lib.sections.data import CandidatesConfig, DataConfig, LabelsConfig, RewardsConfig, TokenizerConfig
+from lib.sections.finqa import FinqaConfig, RankerConfig
+from lib.sections.masking import MASKINGS, STAGES_OF, DiffusionConfig
+from lib.sections.models import ArchitectureConfig, GeneratorConfig, ModelSpec, TrainingConfig
+from lib.sections.sampler import SamplerConfig
 from lib.strict_yaml import Location, parse_scalar, parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
 from lib.errors import BadData, MissingInput
 from lib.runtime import Runtime
-from lib.sections import CandidatesConfig
+from lib.sections.data import CandidatesConfig
 
 CONFIDENCE_PASSES = 4  # passes in which every token is hidden once
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from lib.config import DEFAULTS, ROOT, Config, load_config
 from lib.errors import BadConfig, MissingInput, UsageError
-from lib.sections import ModelSpec
+from lib.sections.models import ModelSpec
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lib.config import load_config
 from lib.errors import BadData
-from lib.sections import RewardWeights
+from lib.sections.data import RewardWeights
 from lib.tasks.finqa.program import ProgramError, execute
 from lib.tasks.finqa.rewards import FORMS, TERMS, closeness, pool_rewards, read_value, rewards
 

@@ -14,7 +14,7 @@ from lib.models.build import heads_of, save_model, start_model
 from lib.models.ranker import CandidateRanker, SequenceRanker
 from lib.ranking.ppo import ActorCritic, ValueHead
 from lib.runtime import Runtime
-from lib.sections import TrainingConfig
+from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 from lib.training.loop import train
 from lib.training.optimizer import Optimizer

@@ -19,7 +19,7 @@ from lib.diffusion.masking import (
     mean_run_length,
 )
 from lib.errors import BadConfig
-from lib.sections import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
+from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 
 RANDOM = RandomMasking(type="random")
 

@@ -12,7 +12,7 @@ from lib.config import load_config
 from lib.errors import BadConfig
 from lib.models.build import heads_of, save_model, start_model
 from lib.runtime import Runtime
-from lib.sections import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
+from lib.sections.models import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
 from lib.training.loop import train
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.modifiers import (

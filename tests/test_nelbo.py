@@ -8,7 +8,7 @@ import pytest
 
 from lib.config import load_config
 from lib.diffusion.nelbo import mask_batch, mean_and_standard_error, stratified
-from lib.sections import DiffusionConfig
+from lib.sections.masking import DiffusionConfig
 
 
 def config(weight: str, low: float = 0.0) -> DiffusionConfig:

@@ -19,7 +19,7 @@ from lib.diffusion.schedule import masked_counts_left, masked_shares
 from lib.errors import BadConfig
 from lib.models.build import make_model, model_config
 from lib.runtime import Runtime
-from lib.sections import WITH_ERROR_VIEW
+from lib.sections.sampler import WITH_ERROR_VIEW
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 MASK, SPECIAL, WORDS = 1, [0, 1, 2, 3], 12

@@ -17,7 +17,7 @@ from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, Interrupted, NonFiniteLoss
 from lib.models.build import load_model, save_model, start_model
 from lib.runtime import Runtime
-from lib.sections import TrainingConfig
+from lib.sections.models import TrainingConfig
 from lib.training.data import Rows, Windows, pools
 from lib.training.loop import train
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken

@@ -9,7 +9,7 @@ from lib.diffusion.blocks import blocks_of
 from lib.diffusion.categorical import draw
 from lib.diffusion.sampler import Samples
 from lib.runtime import Runtime
-from lib.sections import SamplerConfig
+from lib.sections.sampler import SamplerConfig
 
 
 @torch.no_grad()

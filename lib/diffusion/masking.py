@@ -13,7 +13,7 @@ import numpy as np
 
 from lib import randomness
 from lib.errors import BadConfig
-from lib.sections import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
+from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 
 _NEVER = 2.0**28  # rounds: far more than growth ever takes; sums of it over a row stay exact in float64
 _WALL = 2.0**34  # rounds to cross a token that may not be masked

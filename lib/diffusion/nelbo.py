@@ -19,7 +19,7 @@ import numpy as np
 
 from lib import randomness
 from lib.diffusion.masking import draw_mask
-from lib.sections import DiffusionConfig
+from lib.sections.masking import DiffusionConfig
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lib.diffusion.policies import Policy, View, rounds_for, rule
 from lib.diffusion.schedule import masked_counts_left, masked_shares
 from lib.errors import BadConfig
 from lib.runtime import Runtime
-from lib.sections import SamplerConfig
+from lib.sections.sampler import SamplerConfig
 
 UNCHANGED, WRITTEN, TAKEN_BACK, STILL_MASKED = 0, 1, 2, 3
 

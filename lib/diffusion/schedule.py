@@ -6,7 +6,7 @@ The policies are compared on one schedule, so that only the choice of places dif
 import numpy as np
 
 from lib.errors import BadConfig
-from lib.sections import SamplerConfig
+from lib.sections.sampler import SamplerConfig
 
 
 def masked_shares(config: SamplerConfig, rounds: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from lib import randomness
 from lib.diffusion.masking import draw_mask, masked_counts
 from lib.diffusion.nelbo import MaskedBatch, stratified
-from lib.sections import UnmaskingStage
+from lib.sections.masking import UnmaskingStage
 
 
 @dataclass
@@ -74,6 +74,6 @@ def mask_in_stages(
         counts = masked_counts(low + (high - low) * place[own], lengths[own])
         here = None if lines is None else lines[own]
         key = randomness.key(seed, f"{purpose} mask {number}")
-        masked[own] = draw_mask(stage.masking, valid[own], counts, key, rows[own], here)
+        masked[own] = draw_mask(stage, valid[own], counts, key, rows[own], here)
     weights = masked / np.maximum(masked.sum(1, keepdims=True), 1)
     return MaskedBatch(masked, weights.astype(np.float32), masked.sum(1) / np.maximum(lengths, 1))

@@ -18,7 +18,7 @@ from lib import randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.families import FAMILIES, Family
 from lib.models.ranker import SequenceRanker
-from lib.sections import ArchitectureConfig, ModelSpec
+from lib.sections.models import ArchitectureConfig, ModelSpec
 
 # A bar for every load and save of a small model drowns what matters.
 transformers_logging.disable_progress_bar()

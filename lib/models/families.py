@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lib.models import ltg_bert, remask_gpt
-from lib.sections import ArchitectureConfig
+from lib.sections.models import ArchitectureConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lib.report.data import ReportData
 from lib.report.infilling import UNKNOWN
 from lib.report.quality import reference_nll, sequence_scores
 from lib.runs import STAGES, load_manifest
-from lib.sections import SamplerConfig
+from lib.sections.sampler import SamplerConfig
 from lib.tasks import get_task
 from lib.tokenization import decode_batch, encode_batch, encode_with_masks
 from lib.training.objectives.base import chunks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lib.errors import BadConfig
 from lib.models.families import FAMILIES
 from lib.models.ranker import SequenceRanker
-from lib.sections import TrainingConfig
+from lib.sections.models import TrainingConfig
 
 
 def trunk_of(model: nn.Module) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from lib import durable, randomness
 from lib.errors import BadConfig, Interrupted, NonFiniteLoss
 from lib.log import Progress, say
 from lib.runtime import Runtime
-from lib.sections import TrainingConfig
+from lib.sections.models import TrainingConfig
 from lib.training import checkpoint
 from lib.training.freezing import Freezing
 from lib.training.optimizer import Optimizer

@@ -13,7 +13,7 @@ import torch
 from lib import durable
 from lib.log import say
 from lib.runs import plain
-from lib.sections import ModelSpec
+from lib.sections.models import ModelSpec
 from lib.training.loop import train
 from lib.training.recipes import model_recipe, ranker_recipe
 from lib.training.tables import Materials

@@ -7,7 +7,7 @@ scaled to the size of AdamW's (Liu et al., Muon is Scalable, 2025).
 import torch
 from torch import Tensor, nn
 
-from lib.sections import TrainingConfig
+from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 
 
@@ -53,7 +53,7 @@ class Optimizer:
         groups = [g for g in groups if g["params"]]
         if groups:
             self.parts.append(
-                torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), foreach=True)
+                torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
             )
         self._base = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
@@ -84,7 +84,7 @@ class Optimizer:
         for name, value in tensors.items():
             parameter, _, moment = name.rpartition("/")
             p = self.parameters[parameter]
-            owner[id(p)].state[p][moment] = value.to(p.device) if moment != "step" else value
+            owner[id(p)].state[p][moment] = value.to(p.device)
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:

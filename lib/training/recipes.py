@@ -13,7 +13,7 @@ from lib.log import say
 from lib.models.build import fresh_trunk, heads_of, load_model, save_model, start_model
 from lib.models.ranker import CandidateRanker, SequenceRanker
 from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, save_ranker, with_lora
-from lib.sections import ModelSpec
+from lib.sections.models import ModelSpec
 from lib.training.objectives.build import make_objective
 from lib.training.objectives.pool_choice import PoolChoice, PoolReader
 from lib.training.tables import Materials

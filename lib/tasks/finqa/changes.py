@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from lib import randomness
-from lib.sections import ChangesConfig
+from lib.sections.finqa import ChangesConfig
 from lib.tasks.finqa.numbers import Place
 from lib.tasks.finqa.places import Page, is_number
 from lib.tasks.finqa.program import TABLE_OPERATIONS, ProgramError, parse

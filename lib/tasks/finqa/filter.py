@@ -20,7 +20,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from lib import randomness
-from lib.sections import PoolsConfig
+from lib.sections.finqa import PoolsConfig
 from lib.tasks.finqa.bank import Bank
 from lib.tasks.finqa.blind import Trees, Words, balanced, hashed_words
 from lib.tasks.finqa.features import in_pool

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib import randomness
-from lib.sections import PoolsConfig
+from lib.sections.finqa import PoolsConfig
 from lib.tasks.finqa.bank import Bank, make_bank, value_of
 from lib.tasks.finqa.changes import walks
 from lib.tasks.finqa.filter import Filter

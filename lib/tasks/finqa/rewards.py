@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from lib.config import Config
 from lib.errors import BadData
-from lib.sections import RewardWeights
+from lib.sections.data import RewardWeights
 from lib.tasks.finqa.program import DECIMALS, ProgramError, equivalent, parse
 
 TERMS = ("execution", "program", "closeness", "format")

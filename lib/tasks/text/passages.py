@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from lib import randomness
 from lib.config import Config
-from lib.sections import DataConfig
+from lib.sections.data import DataConfig
 from lib.tasks import Document, Dropped, Example
 
 Span = tuple[int, int]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lib.config import Config
 from lib.errors import MissingInput, did_you_mean
-from lib.sections import DataConfig
+from lib.sections.data import DataConfig
 
 KINDS = (".txt", ".jsonl", ".parquet")
 BUILTIN = ("builtin", "builtin_small")

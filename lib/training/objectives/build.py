@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from lib.errors import BadConfig
 from lib.log import say
 from lib.models.build import load_model
-from lib.sections import ModelSpec
+from lib.sections.models import ModelSpec
 from lib.tokenization import newline_ids
 from lib.training.data import Sequences, Windows
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken

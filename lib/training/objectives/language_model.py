@@ -13,7 +13,7 @@ from lib.diffusion.masking import corrupt_80_10_10, line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, mean_and_standard_error
 from lib.metrics import Estimate, ratio
 from lib.runtime import Runtime
-from lib.sections import DiffusionConfig, RandomMasking
+from lib.sections.masking import DiffusionConfig, RandomMasking
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Rows, Windows
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor

@@ -18,7 +18,7 @@ from lib import randomness
 from lib.diffusion.categorical import draw
 from lib.errors import BadConfig
 from lib.runtime import Runtime
-from lib.sections import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
+from lib.sections.models import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
 from lib.training.objectives.base import forward, tensor, with_cls
 
 

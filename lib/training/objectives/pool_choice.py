@@ -29,7 +29,7 @@ from lib.ranking.metrics import (
     winners,
 )
 from lib.runtime import Runtime
-from lib.sections import RankerConfig
+from lib.sections.finqa import RankerConfig
 from lib.training.data import Rows
 from lib.training.objectives.base import ResultRow, chunks, result_row, tensor
 from lib.training.pool_table import PoolTable

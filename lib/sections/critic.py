@@ -1,0 +1,43 @@
+"""The critic, and reinforcement learning of the ranker."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from lib.sections.base import AboveZero, Count, Fraction, NonNegative, Positive, Section
+from lib.sections.models import TrainingConfig
+
+
+class PpoConfig(Section):
+    ranker: str
+    rollout_pools: Positive
+    epochs: Positive
+    samples_per_pool: Positive
+    clip: AboveZero
+    value_weight: NonNegative
+    entropy_weight: NonNegative
+    kl_weight: NonNegative
+    normalise_advantages: bool
+
+
+class CriticConfig(Section):
+    method: Literal["token_critic", "ppo"]
+    ppo: PpoConfig
+    generator: str
+    coupling: Literal["decoupled", "joint", "stop_gradient"]
+    layers: Count
+    alpha: NonNegative
+    ramp: tuple[Fraction, Fraction]
+    temperature: tuple[AboveZero, AboveZero]
+    rollout_fraction: Fraction
+    clean_fraction: Fraction
+    partial_fraction: Fraction
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.ramp[0] > self.ramp[1]:
+            raise ValueError(f"ramp {list(self.ramp)} must be [start, end] with start <= end")
+        if self.temperature[0] > self.temperature[1]:
+            raise ValueError(f"temperature {list(self.temperature)} must be [low, high] with low <= high")
+        return self

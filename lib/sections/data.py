@@ -1,0 +1,101 @@
+"""Texts, tokens, candidates, labels and rewards: what the stages to 03 make the data from."""
+
+import itertools
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lib.sections.base import AboveZero, Count, Fraction, NonNegative, Positive, Section, Share
+from lib.sections.masking import Masking
+
+
+class DataConfig(Section):
+    path: str
+    text_key: str
+    id_key: str | None
+    min_document_characters: Positive
+    whitespace: Literal["keep", "squeeze"]
+    passages: Literal["fixed", "paragraph"]
+    passage_characters: Positive
+    deduplicate: Literal["none", "document", "paragraph"]
+    split: Literal["hash", "contiguous"]
+    split_unit: Literal["document", "block"]
+    block_characters: Positive
+    fractions: dict[Literal["train", "held_out", "reference"], Fraction]
+
+    @model_validator(mode="after")
+    def _check(self):
+        if abs(sum(self.fractions.values()) - 1) > 1e-6:
+            raise ValueError(f"fractions {self.fractions} must add up to 1")
+        if self.fractions.get("train", 0) <= 0 or self.fractions.get("held_out", 0) <= 0:
+            raise ValueError("fractions of train and held_out must be above 0")
+        if self.block_characters < self.passage_characters:
+            raise ValueError(
+                f"block_characters ({self.block_characters}) must be at least passage_characters "
+                f"({self.passage_characters})"
+            )
+        return self
+
+
+class TokenizerConfig(Section):
+    kind: Literal["character", "bpe"]
+    vocab_size: Annotated[int, Field(ge=16)]
+    unknown: Literal["error", "unk"]
+
+
+class CandidatesConfig(Section):
+    source: Literal["masked_lm", "random_tokens", "original_only", "programs"]
+    per_example: Annotated[int, Field(ge=1, le=64)]
+    mask_ratio: tuple[Fraction, Fraction]
+    masking: Masking
+    label_rule: Literal["origin", "changed"]
+    temperature: AboveZero
+    top_k: Count
+    top_p: Share
+    fill_passes: Positive
+    cross_fit_folds: Positive
+    batch_size: Positive
+    rows_per_group: Positive
+
+    @model_validator(mode="after")
+    def _check(self):
+        low, high = self.mask_ratio
+        if low > high:
+            raise ValueError(f"mask_ratio {list(self.mask_ratio)} must be [low, high] with low <= high")
+        if self.source == "original_only" and self.per_example != 1:
+            raise ValueError("source original_only has one candidate: set candidates.per_example to 1")
+        return self
+
+
+class LabelsConfig(Section):
+    path: str | None
+
+
+class RewardWeights(Section):
+    execution: NonNegative
+    program: NonNegative
+    closeness: NonNegative
+    format: NonNegative
+
+    @model_validator(mode="after")
+    def _check(self):
+        if sum(self.model_dump().values()) <= 0:
+            raise ValueError("one of the weights must be above 0")
+        return self
+
+
+class RewardsConfig(Section):
+    curve: tuple[tuple[Fraction, Fraction], ...]
+    weights: RewardWeights
+
+    @field_validator("curve")
+    @classmethod
+    def _monotone(cls, points):
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        if len(points) < 2 or xs[0] != 0 or xs[-1] != 1:
+            raise ValueError("curve needs points from x = 0 to x = 1, such as [[0, 1], [1, 0]]")
+        if any(b <= a for a, b in itertools.pairwise(xs)):
+            raise ValueError("the x of curve must rise from point to point")
+        if any(b > a for a, b in itertools.pairwise(ys)):
+            raise ValueError("curve must not rise: more synthetic text is never worth more")
+        return points

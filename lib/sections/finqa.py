@@ -1,0 +1,59 @@
+"""Pools of candidate programs, and the ranker that chooses from them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative, Positive, Section
+
+
+class ChangesConfig(Section):
+    """Weights of the ways to change a gold program."""
+
+    chain: NonNegative
+    masked_lm: NonNegative
+
+
+class PoolsConfig(Section):
+    page_golds: Count
+    same_operators: Fraction
+    corruption_rate: Fraction
+    changes: ChangesConfig
+    bank: Annotated[int, Field(ge=8)]
+    rounds: Positive
+    train_draws: Positive
+    folds: Annotated[int, Field(ge=2)]
+    least_difference: NonNegative
+    leak_limit: Fraction
+
+
+class FinqaConfig(Section):
+    drop: tuple[str, ...]
+    group: Literal["page", "report"]
+    selection_share: Annotated[float, Field(ge=0, le=0.5)]
+    pools: PoolsConfig
+
+
+class LoraConfig(Section):
+    rank: Positive
+    alpha: AboveZero
+    dropout: BelowOne
+    targets: str
+
+
+class RankerConfig(Section):
+    encoder: str | None
+    prompt: Literal["question", "question_page"]
+    prompt_tokens: Positive
+    candidate_tokens: Positive
+    attention: Literal["prefix", "full"]
+    pooling: Literal["last", "cls", "mean"]
+    head: Literal["mlp", "linear"]
+    head_dropout: BelowOne
+    word_dropout: BelowOne
+    adapter: Literal["lora", "none"]
+    embeddings: Literal["learn", "frozen"]
+    lora: LoraConfig
+    loss: Literal["cross_entropy", "listwise", "list_mle", "pairwise", "regression"]
+    temperature: AboveZero
+    margin: NonNegative

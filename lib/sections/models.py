@@ -1,0 +1,173 @@
+"""Models of stage 04: shape, training, and what each is for."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative, Positive, Section
+
+MODES = ("language_model", "token_classifier", "sequence_scorer", "ranker")
+MODE_ALIASES = {  # names of earlier versions
+    "unmasking": "language_model",
+    "remasking_binary": "token_classifier",
+    "token_classification": "token_classifier",
+    "sequence_scoring": "sequence_scorer",
+}
+
+
+class ArchitectureConfig(Section):
+    family: Literal["remask_gpt", "ltg_bert"]
+    layers: Positive
+    width: Positive
+    heads: Positive
+    inner_width: Positive | None
+    context: Annotated[int, Field(ge=2)]
+    dropout: BelowOne
+    bias: bool
+    position_buckets: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width ({self.width}) must be a multiple of 2 x heads ({2 * self.heads}): RoPE turns pairs"
+            )
+        if self.family == "ltg_bert" and self.context <= self.position_buckets // 2:
+            raise ValueError(
+                f"context ({self.context}) must exceed half of position_buckets ({self.position_buckets}): "
+                "nearer distances have a bucket each"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    steps: Positive
+    batch_size: Positive
+    optimizer: Literal["muon", "adamw"]
+    muon_learning_rate: AboveZero
+    muon_momentum: BelowOne
+    learning_rate: AboveZero
+    head_learning_rate: AboveZero | None
+    freeze_backbone: bool
+    unfreeze_at_step: Count | None
+    weight_decay: NonNegative
+    warmup_fraction: Fraction
+    decay_fraction: Fraction
+    gradient_clip: AboveZero
+    ema_decay: BelowOne
+    evaluate_every: Positive
+    evaluation_examples: Positive
+    checkpoint_every: Positive
+    tensorboard: bool
+    allow_inexact_resume: bool
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction + decay_fraction must not exceed 1")
+        if self.unfreeze_at_step is not None and not self.freeze_backbone:
+            raise ValueError(
+                "unfreeze_at_step without freeze_backbone: true has no effect; set both or neither"
+            )
+        if self.unfreeze_at_step is not None and not 0 < self.unfreeze_at_step < self.steps:
+            raise ValueError(
+                "unfreeze_at_step must lie between 0 and steps; leave it out to keep the trunk frozen"
+            )
+        return self
+
+
+class EntropyModifier(Section):
+    weight: AboveZero = 1.0
+    threshold: AboveZero = 0.1
+
+
+class _Limited(Section):
+    """Weights are kept between least and most."""
+
+    least: AboveZero
+    most: AboveZero
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.least >= self.most:
+            raise ValueError(f"least ({self.least}) must be below most ({self.most})")
+        return self
+
+
+class MaskRatioModifier(_Limited):
+    power: AboveZero = 0.5
+    least: AboveZero = 0.1
+    most: AboveZero = 10.0
+
+
+class JudgeModifier(_Limited):
+    """`model`: folder of a trained sequence scorer. Its weights count from start_step until before stop_step."""
+
+    model: str
+    exponent: AboveZero = 1.0
+    least: AboveZero = 0.5
+    most: AboveZero = 2.0
+    start_step: Count = 0
+    stop_step: Positive
+
+    @model_validator(mode="after")
+    def _check_steps(self):
+        if self.start_step >= self.stop_step:
+            raise ValueError(f"stop_step ({self.stop_step}) must be above start_step ({self.start_step})")
+        return self
+
+
+class ModifiersConfig(Section):
+    label_smoothing: BelowOne = 0.0
+    entropy: EntropyModifier | None = None
+    mask_ratio: MaskRatioModifier | None = None
+    judge: JudgeModifier | None = None
+
+    @property
+    def any(self) -> bool:
+        return bool(self.label_smoothing or self.entropy or self.mask_ratio or self.judge)
+
+
+class ModelSpec(Section):
+    """One named model of stage 04. `architecture` and `training` in YAML state only what differs."""
+
+    mode: Literal["language_model", "token_classifier", "sequence_scorer", "ranker"]
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    split: Literal["train", "held_out", "reference"] = "train"
+    start: str = "scratch"
+    num_classes: Annotated[int, Field(ge=2)] = 3
+    class_weighting: Literal["none", "inverse_frequency", "dynamic"] = "none"
+    target_type: Literal["score", "classification"] = "score"
+    blind: bool = False
+    modifiers: ModifiersConfig = ModifiersConfig()
+    architecture: ArchitectureConfig
+    training: TrainingConfig
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _alias(cls, mode):
+        return MODE_ALIASES.get(mode, mode)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.modifiers.any and (self.mode != "language_model" or self.attention == "causal"):
+            what = "a causal one" if self.mode == "language_model" else self.mode
+            raise ValueError(
+                f"modifiers are for the losses of masked language models, and this is {what}: leave them out"
+            )
+        if self.training.freeze_backbone and self.start == "scratch":
+            raise ValueError(
+                "training.freeze_backbone with start: scratch would keep random weights; give the model a start"
+            )
+        return self
+
+    @property
+    def effective_attention(self) -> str:
+        """Token classifiers and sequence scorers always read both ways."""
+        return "bidirectional" if self.mode in ("token_classifier", "sequence_scorer") else self.attention
+
+
+class GeneratorConfig(Section):
+    checkpoint: str | None
+    architecture: ArchitectureConfig
+    training: TrainingConfig

@@ -1,0 +1,73 @@
+"""Sampling and its policies."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lib.errors import did_you_mean
+from lib.sections.base import AboveZero, Fraction, Positive, Probability, Section, Share
+
+POLICIES = (
+    "none", "confidence_first", "margin_first", "random", "confidence", "confidence_fresh", "remdm_cap",
+    "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial", "oracle",
+)  # fmt: skip
+WITH_ERROR_VIEW = ("confidence_first", "confidence", "confidence_fresh", "critic", "critic_blend", "oracle")
+
+
+class SamplerConfig(Section):
+    policies: tuple[str, ...]
+    num_samples: Positive
+    length: Positive | None
+    nfe: tuple[Annotated[int, Field(ge=2)], ...]
+    block_tokens: Positive | None
+    schedule: Literal["linear", "cosine", "custom", "threshold"]
+    start_ratio: Fraction
+    end_ratio: Fraction
+    masking_ratios: tuple[Fraction, ...]
+    threshold: Probability
+    temperature: AboveZero
+    top_p: Share
+    randomness_strength: Fraction
+    selection_temperature: AboveZero | None
+    back_share: Fraction
+    best_of: Positive
+    best_of_policy: str
+    prompt: str
+    infill: str
+    infill_file: str | None
+    batch_size: Positive
+
+    @field_validator("policies", "best_of_policy")
+    @classmethod
+    def _known(cls, names):
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in POLICIES:
+                raise ValueError(f"no policy '{name}'{did_you_mean(name, POLICIES)}")
+        return names
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.schedule == "custom" and not self.masking_ratios:
+            raise ValueError("schedule custom needs masking_ratios, one for each round after the first")
+        if self.schedule != "custom" and self.masking_ratios:
+            raise ValueError(f"masking_ratios is for schedule custom; the schedule here is {self.schedule}")
+        if bool(self.prompt) + bool(self.infill) + bool(self.infill_file) > 1:
+            raise ValueError(
+                "give one of prompt (continue it), infill (fill its [MASK]s) and infill_file, not several"
+            )
+        self._check_policies()
+        return self
+
+    def _check_policies(self) -> None:
+        used = [*self.policies, *([self.best_of_policy] if self.best_of > 1 else [])]
+        if self.schedule == "threshold" and (others := [n for n in used if n not in WITH_ERROR_VIEW]):
+            raise ValueError(
+                f"schedule threshold asks the policy how likely each token is an error; {', '.join(others)} cannot "
+                f"say; policies that can: {', '.join(WITH_ERROR_VIEW)}"
+            )
+        if "oracle" in used and not self.infill_file:
+            raise ValueError(
+                "the policy oracle must know the right text: give infill_file with a column target"
+            )
+        if self.infill_file and self.best_of > 1:
+            raise ValueError("best_of chooses among samples of one length: set it to 1 with infill_file")
