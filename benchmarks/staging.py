@@ -3,7 +3,7 @@ Does staged unmasking pay? Three ways to draw masks, the same tokens, compared b
 
 continuous  the bound itself: k of n tokens, k uniform, every row weighed by 1 / k
 random      one stage of all ratios from the start: the same masks, every masked token weighed alike within its row
-staged      light masks first, then sticky runs and spans, then all ratios; each stage joins when the one before is stale
+staged      the stages of configs/staged.yaml, light masks first; each joins when the one before is stale
 
 tinyshakespeare characters, 90/10 contiguous, the model of configs/nelbo.yaml; only the generator's masks differ. Resumable:
 what is trained is not trained again.
@@ -23,23 +23,20 @@ from lib.report.table import aligned
 from lib.training.named import RECORD, train_named
 
 CHECKS = 40  # evaluations of a run: so often a stage may end
-STAGES = {
-    "continuous": "[]",
-    "random": "[{type: random, max_masked_ratio: 1.0, val_loss_stale_count: 1}]",
-    "staged": "[{type: random, max_masked_ratio: 0.3, val_loss_stale_count: 2},"
-    " {type: sticky, target_masked_ratio: 0.4, p1: 0.02, p2: 0.9, val_loss_stale_count: 2},"
-    " {type: span, num_spans: 4, max_masked_ratio: 0.8, val_loss_stale_count: 2},"
-    " {type: random, max_masked_ratio: 1.0, val_loss_stale_count: 4}]",
+WAYS = {  # config files beside configs/nelbo.yaml, and settings
+    "continuous": ([], []),
+    "random": ([], ["diffusion.stages=[{type: random, max_masked_ratio: 1.0, val_loss_stale_count: 1}]"]),
+    "staged": (["configs/staged.yaml"], []),
 }
 
 
 def run(way: str, seed: int, steps: int) -> dict:
     """Held-out figures of one model, and the step at which each stage joined."""
+    files, settings = WAYS[way]
     overrides = [
-        f"data.path={shakespeare()}", f"seed={seed}", f"diffusion.stages={STAGES[way]}",
-        f"models.generator.training.steps={steps}", f"models.generator.training.evaluate_every={max(1, steps // CHECKS)}",
+        *settings, f"data.path={shakespeare()}", f"seed={seed}", f"models.generator.training.steps={steps}", f"models.generator.training.evaluate_every={max(1, steps // CHECKS)}",
     ]  # fmt: skip
-    config, materials, folder = prepare(f"staging_{seed}", ["configs/nelbo.yaml"], overrides)
+    config, materials, folder = prepare(f"staging_{seed}", ["configs/nelbo.yaml", *files], overrides)
     own = folder / f"{way}_{steps}"
     if not (own / RECORD).exists():
         train_named("generator", config.models["generator"], materials, own, start=None)
@@ -57,7 +54,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    found = {way: [run(way, seed, options.steps) for seed in range(options.seeds)] for way in STAGES}
+    found = {way: [run(way, seed, options.steps) for seed in range(options.seeds)] for way in WAYS}
     first = np.array([row["nelbo"] for row in found["continuous"]])
     lines = [
         (

@@ -9,12 +9,13 @@
 Spans are characters of the passage, `end` not included; classes count from 1, 0 is what no span covers. Example ids are
 those of examples.parquet, such as "novel:12".
 
-Knows files and ids; not what is learned from them.
+Knows files, ids and a tokenizer; not what is learned from them.
 """
 
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,14 @@ class Labels:
 
     by_key: dict[Key, Label] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+
+    def refuse_faults(self) -> None:
+        """Raises BadData that shows the first faults, if there are any."""
+        if self.faults:
+            first = "; ".join(f"{f.example or f.source}: {f.kind}, {f.found}" for f in self.faults[:SHOWN])
+            raise BadData(
+                f"{len(self.faults):,} labels are wrong ({first}); 00_check_data.py --overwrite lists them all"
+            )
 
     def of(self, ids: Sequence[str], splits: Sequence[str]) -> list[Label]:
         """The labels of all examples, in their order. Raises BadData that names those without one."""
@@ -211,3 +220,60 @@ def classes_of(text: str, offsets: Sequence[tuple[int, int]], label: Label, exam
     starts, ends = np.asarray(offsets, int).reshape(-1, 2).T
     first = np.append(labelled, len(text))[np.searchsorted(labelled, starts)]
     return np.where(first < ends, np.append(by_character, 0)[first], 0).astype(np.int8)
+
+
+class LabelledExamples:
+    """Labels joined with a run's examples.
+
+    Args:
+        ids, splits: the examples that are to have labels.
+        tokenizer: of the run; classes of characters become classes of its tokens.
+
+    Raises:
+        BadData: an example has no label.
+    """
+
+    def __init__(self, labels: Labels, ids: Sequence[str], splits: Sequence[str], tokenizer: Any):
+        self.by_id = dict(zip(ids, labels.of(ids, splits), strict=True))
+        self.unused = len(labels.by_key) - len(self.by_id)
+        self.tokenizer = tokenizer
+        self.counts: Counter[int] = Counter()  # class -> tokens
+
+    def rewards(
+        self, rows: Sequence[dict]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], list[np.ndarray] | None]:
+        """(rewards, named terms, classes of each row's tokens if there are any) of rows of the candidates' table.
+
+        Scores are rewards as they are. Where there are only classes, the reward is the share of tokens of class 0.
+        """
+        labels = [self.by_id[row["example_id"]] for row in rows]
+        classes = None
+        if labels[0].spans is not None:
+            classes = [self._classes(row, label) for row, label in zip(rows, labels, strict=True)]
+            kinds, counts = np.unique(np.concatenate(classes), return_counts=True)
+            self.counts.update(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
+        if labels[0].score is not None:
+            reward = np.array([label.score for label in labels], float)
+        else:
+            reward = np.array([float((row == 0).mean()) if len(row) else 1.0 for row in classes or ()])
+        return reward, {"label": reward}, classes
+
+    def _classes(self, row: dict, label: Label) -> np.ndarray:
+        encoded = self.tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True)
+        if list(encoded["input_ids"]) != list(row["token_ids"]):
+            raise BadData(f"{row['example_id']} is tokenised in another way than before; run stage 01 again")
+        return classes_of(row["text"], encoded["offset_mapping"], label, row["example_id"])
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for the manifest."""
+        return {"examples": len(self.by_id), "unused": self.unused, "tokens_by_class": dict(self.counts)}
+
+    def line(self) -> str:
+        """The same for people."""
+        parts = [f"{len(self.by_id):,} examples have labels of yours"]
+        if self.unused:
+            parts.append(f"{self.unused:,} labels belong to no example and are not used")
+        if self.counts:
+            kinds = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(self.counts.items()))
+            parts.append(f"tokens by class: {kinds}")
+        return "; ".join(parts)

@@ -127,7 +127,10 @@ def test_the_example_of_the_card_runs_without_this_repository(ltg_run, tmp_path)
         "\nassert model(ids).logits.shape == (1, ids.shape[1], 3)\n"
     )
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_cannot_be_published_is_refused(ltg_run, tmp_path):

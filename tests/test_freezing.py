@@ -1,6 +1,5 @@
 """A trunk that waits: what learns while it is frozen, what after, and that a resume in between changes no bit."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,15 @@ from pydantic import ValidationError
 
 from lib.config import load_config
 from lib.errors import BadConfig
-from lib.models.build import heads_of, save_model, start_model
+from lib.models.build import heads_of, start_model
 from lib.models.ranker import CandidateRanker, SequenceRanker
 from lib.ranking.ppo import ActorCritic, ValueHead
-from lib.runtime import Runtime
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 from lib.training.loop import train
 from lib.training.optimizer import Optimizer
-from tests.test_training import Killed, NoTokenizer
+from tests.trainings import CPU, Killed, fingerprint, train_tiny
 
-CPU = Runtime(torch.device("cpu"), "fp32")
 CLS = 2
 UNFREEZE, STEPS = 6, 12
 
@@ -42,13 +39,11 @@ class Scores:
 
     selection, tokens_per_row = "loss", 9
 
-    def __init__(self, cls_id: int | None = CLS, fault: int = -1):
-        self.cls_id, self.fault = cls_id, fault
+    def __init__(self, cls_id: int | None = CLS):
+        self.cls_id = cls_id
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def loss(self, model, step, rows):
-        if step == self.fault:
-            raise Killed
         self.seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
         ids = torch.randint(4, 14, (4, 9), generator=torch.Generator().manual_seed(step))
         ids[:, 0] = CLS
@@ -59,10 +54,9 @@ class Scores:
         return {"loss": float(self.loss(model, 10_000, range(4))["loss"])}
 
 
-def run(folder: Path, objective: Scores | None = None, **changes) -> Scores:
+def run(folder: Path, fault: int | None = None, objective: Scores | None = None, **changes) -> Scores:
     objective = objective or Scores()
-    train(model_of(), objective, settings(**changes), CPU, folder, seed=3, label="tiny",
-          save=lambda m, path: save_model(m, path, NoTokenizer()))  # fmt: skip
+    train_tiny(model_of(), objective, settings(**changes), folder, fault)
     return objective
 
 
@@ -95,17 +89,12 @@ def test_from_the_given_step_everything_learns(tmp_path):
     assert rows[4:].all()
 
 
-def fingerprint(folder: Path) -> list[str]:
-    files = ("metrics.jsonl", "best_model/model.safetensors", "final_model/model.safetensors")
-    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files]
-
-
 def test_killed_around_the_unfreezing_it_ends_with_the_same_bits(tmp_path):
     given = {"freeze_backbone": True, "unfreeze_at_step": UNFREEZE, "head_learning_rate": 0.01}
     run(tmp_path / "whole", **given)
     for step in range(UNFREEZE - 2, UNFREEZE + 4):
         with pytest.raises(Killed):
-            run(tmp_path / str(step), Scores(fault=step), **given)
+            run(tmp_path / str(step), step, **given)
         run(tmp_path / str(step), **given)
         assert fingerprint(tmp_path / str(step)) == fingerprint(tmp_path / "whole"), f"killed before {step}"
 
@@ -130,8 +119,7 @@ def test_what_is_frozen_by_others_stays_so(tmp_path):
     model = model_of()
     model.model.embed_tokens.requires_grad_(False)
     objective = Scores()
-    train(model, objective, settings(freeze_backbone=True, unfreeze_at_step=3), CPU, tmp_path, seed=3, label="tiny",
-          save=lambda m, path: save_model(m, path, NoTokenizer()))  # fmt: skip
+    train_tiny(model, objective, settings(freeze_backbone=True, unfreeze_at_step=3), tmp_path)
     weights = by_step(objective)
     assert "model.embed_tokens.weight" not in changed(weights[0], weights[-1])
 

@@ -1,6 +1,5 @@
 """Loss modifiers: each against its formula written out, together, refused where they do not fit."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,8 @@ from pydantic import ValidationError
 
 from lib.config import load_config
 from lib.errors import BadConfig
-from lib.models.build import heads_of, save_model, start_model
-from lib.runtime import Runtime
+from lib.models.build import heads_of, start_model
 from lib.sections.models import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
-from lib.training.loop import train
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.modifiers import (
     Masked,
@@ -23,9 +20,8 @@ from lib.training.objectives.modifiers import (
     mask_ratio_weights,
     uniform_cross_entropies,
 )
-from tests.test_training import Killed, NoTokenizer, settings, windows
+from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny, windows
 
-CPU = Runtime(torch.device("cpu"), "fp32")
 TEXT = np.arange(4, 14)
 V, B, T = 14, 6, 16
 
@@ -154,22 +150,12 @@ def test_modifiers_change_the_training_loss_and_never_the_evaluation():
             assert changed.evaluate(model) == plain.evaluate(model)
 
 
-def run(folder: Path, fault: int = -1) -> list[str]:
+def run(folder: Path, fault: int | None = None) -> dict[str, str]:
     """Twelve steps with judge weighting from step 3 to 8, and hashes of what came out."""
     config = JudgeModifier(model="x", start_step=3, stop_step=8)
     objective = objective_of(modifiers_of(model_of("sequence_scorer").eval(), judge=config))
-    plain = objective.loss
-
-    def loss(model, step, rows):
-        if step == fault:
-            raise Killed
-        return plain(model, step, rows)
-
-    objective.loss = loss
-    train(model_of(), objective, settings(), CPU, folder, seed=3, label="tiny",
-          save=lambda m, path: save_model(m, path, NoTokenizer()))  # fmt: skip
-    files = ("metrics.jsonl", "best_model/model.safetensors", "final_model/model.safetensors")
-    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files]
+    train_tiny(model_of(), objective, settings(), folder, fault)
+    return fingerprint(folder)
 
 
 def test_killed_within_judge_weighting_it_ends_with_the_same_bits(tmp_path):

@@ -1,6 +1,5 @@
 """Staged unmasking: exact masks per stage, progression by stale validation losses, and a resume in the middle of it."""
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -14,14 +13,11 @@ from hypothesis import strategies as st
 from lib.config import load_config
 from lib.diffusion.stages import Progress, mask_in_stages
 from lib.errors import BadConfig
-from lib.models.build import save_model, start_model
-from lib.runtime import Runtime
-from lib.training.loop import train
+from lib.models.build import start_model
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.staged import StagedUnmasking
-from tests.test_training import Killed, NoTokenizer, settings, windows
+from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny, windows
 
-CPU = Runtime(torch.device("cpu"), "fp32")
 STAGES = [
     "{type: random, max_masked_ratio: 0.3, val_loss_stale_count: 1}",
     "{type: sticky, target_masked_ratio: 0.5, p1: 0.02, p2: 0.9, val_loss_stale_count: 2}",
@@ -126,23 +122,9 @@ def test_every_stage_has_its_own_loss_on_fixed_masks():
     assert len(set(first)) == 4
 
 
-def run(folder: Path, fault: int = -1):
-    objective = objective_of()
-    plain = objective.loss
-
-    def loss(model, step, rows):
-        if step == fault:
-            raise Killed
-        return plain(model, step, rows)
-
-    objective.loss = loss
-    return train(model_of(), objective, settings(steps=18, evaluate_every=1, checkpoint_every=4, learning_rate=0.03),
-                 CPU, folder, seed=3, label="tiny", save=lambda m, path: save_model(m, path, NoTokenizer()))  # fmt: skip
-
-
-def fingerprint(folder: Path) -> list[str]:
-    files = ("metrics.jsonl", "best_model/model.safetensors", "final_model/model.safetensors")
-    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files]
+def run(folder: Path, fault: int | None = None):
+    chosen = settings(steps=18, evaluate_every=1, checkpoint_every=4, learning_rate=0.03)
+    return train_tiny(model_of(), objective_of(), chosen, folder, fault)
 
 
 def test_killed_around_a_change_of_stage_it_ends_with_the_same_bits(tmp_path):

@@ -9,40 +9,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, Interrupted, NonFiniteLoss
-from lib.models.build import load_model, save_model, start_model
-from lib.runtime import Runtime
-from lib.sections.models import TrainingConfig
-from lib.training.data import Rows, Windows, pools
-from lib.training.loop import train
+from lib.models.build import load_model, start_model
+from lib.training.data import Rows, pools
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
 from lib.training.optimizer import Optimizer, learning_rate_factor
-
-CPU = Runtime(torch.device("cpu"), "fp32")
-
-
-class NoTokenizer:
-    def save_pretrained(self, folder) -> None:
-        (Path(folder) / "tokenizer.json").write_text("{}")
-
-
-def windows(width: int = 16) -> Windows:
-    """A language in which each token tells the next: easy to learn, so that a few steps show."""
-    ids = np.tile(np.arange(4, 14), 200).astype(np.int32)
-    lists = pa.chunked_array([pa.array(ids.reshape(-1, 50).tolist(), pa.list_(pa.int32()))])
-    return Windows(pa.table({"token_ids": lists, "continues": [i % 4 > 0 for i in range(40)]}), width, 0)
-
-
-def settings(**changes) -> TrainingConfig:
-    base = load_config(quick_test=True).training.model_dump()
-    return TrainingConfig.model_validate(
-        base | {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "batch_size": 8} | changes
-    )
+from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny, windows
 
 
 def start(folder: Path, attention: str = "bidirectional", dropout: float = 0.1, fault=None, **changes):
@@ -54,23 +30,8 @@ def start(folder: Path, attention: str = "bidirectional", dropout: float = 0.1, 
     objective = (
         NextToken(2, **common) if attention == "causal" else MaskedDiffusion(config.diffusion, 1, **common)
     )
-    plain_loss = objective.loss
-
-    def loss(model, step, rows):
-        if fault is not None:
-            fault(step)
-        return plain_loss(model, step, rows)
-
-    objective.loss = loss
     model, _ = start_model("language_model", architecture, attention, 14, 3, "tiny")
-    return train(model, objective, settings(**changes), CPU, folder, seed=3, label="tiny",
-                 save=lambda m, path: save_model(m, path, NoTokenizer()))  # fmt: skip
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of all that must come out the same."""
-    files = ["metrics.jsonl", "best_model/model.safetensors", "final_model/model.safetensors"]
-    return {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in files}
+    return train_tiny(model, objective, settings(**changes), folder, fault)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +49,6 @@ def test_it_learns(tmp_path, attention):
     assert lines[-1]["held_out"][name] < 0.75 * np.log(10)
     assert result.metrics[name] == min(line["held_out"][name] for line in lines)
     assert isinstance(load_model(tmp_path / "best_model"), torch.nn.Module)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the loop catches it, nothing is saved on its way."""
 
 
 def test_killed_before_every_step_in_turn_it_ends_with_the_same_bits(tmp_path, undisturbed):

@@ -113,13 +113,15 @@ def _framed(
 def hide_words(pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.ndarray) -> Pools:
     """The pools (arrays) with a share of their tokens hidden, each by itself; special tokens stay.
 
-    What is hidden in pool b is a function of seed, `rows[b]` and the widths of the arrays. Hidden tokens are [MASK], or the unknown token.
+    What is hidden in pool b is a function of seed, `rows[b]` and the widths of the arrays. Hidden tokens are [MASK],
+    or the unknown token.
     Raises BadConfig for a tokenizer that has neither.
     """
     stand_in = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
     if stand_in is None:
         raise BadConfig(
-            "ranker.word_dropout hides tokens behind [MASK] or the unknown token, and this tokenizer has neither; set it to 0"
+            "ranker.word_dropout hides tokens behind [MASK] or the unknown token, and this tokenizer has neither; "
+            "set it to 0"
         )
     special = np.array(tokenizer.all_special_ids)
 
