@@ -22,6 +22,7 @@ def main(config: Config, args: RunArgs) -> None:
     import pyarrow as pa
 
     from lib import schema
+    from lib.rewards import reward_table
     from lib.tasks import get_task
 
     uses = ("seed", "task", "rewards", "labels")
@@ -101,29 +102,6 @@ def whole_pools(batches):
             yield batch.slice(0, cut)
     if rest is not None and rest.num_rows:
         yield rest
-
-
-def reward_table(candidates, reward, terms):
-    """Ranks and ties within each example. Equal means equal to nine decimals: rewards are sums of floats."""
-    import numpy as np
-    import pandas as pd
-    import pyarrow as pa
-
-    frame = pd.DataFrame({"example": candidates["example_id"].to_pylist(), "reward": np.round(reward, 9)})
-    pools = frame.groupby("example", sort=False)["reward"]
-    rank = pools.rank(method="min", ascending=False).to_numpy(np.int32)
-    tied = frame.groupby(["example", "reward"], sort=False)["reward"].transform("size").to_numpy() > 1
-    columns = {
-        "example_id": candidates["example_id"],
-        "candidate_id": candidates["candidate_id"],
-        "reward": reward,
-        "rank": rank,
-        "best": rank == 1,
-        "tied": tied,
-    }
-    return pa.table(
-        columns | {f"term_{name}": np.asarray(value, np.float64) for name, value in terms.items()}
-    )
 
 
 if __name__ == "__main__":

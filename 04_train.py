@@ -2,10 +2,12 @@
 04: train the models that the config names, in its order: generator, judge, inspector, ranker and their baselines.
 
 Each has a mode, an attention type, a split it learns from and a start. A model that is complete is not trained
-again; one that was cut off goes on from its last checkpoint.
+again; one that was cut off goes on from its last checkpoint. With `stream.enabled` inspector and judge learn from fresh
+candidates, which `02_generate_candidates.py --stream` makes beside it.
 
 reads   01_prepare_dataset: examples, tokenizer; 02_generate_candidates: candidates, generator; 03_build_rewards
-writes  <name>/best_model, <name>/final_model, <name>/metrics.jsonl, <name>/training_manifest.json
+writes  <name>/best_model, <name>/final_model, <name>/metrics.jsonl, <name>/training_manifest.json; <name>/shards.json,
+        the shards it used
 
 python 04_train.py --quick_test --run_dir outputs/demo
 python 04_train.py --quick_test --run_dir outputs/demo --mode sequence_scorer
@@ -25,11 +27,13 @@ from lib.sections.models import ModelSpec
 def main(config: Config, args: RunArgs) -> None:
     from lib.report.table import results_table
     from lib.runtime import Runtime
+    from lib.training.fresh import RECORD as SHARDS_USED
+    from lib.training.fresh import streaming
     from lib.training.named import train_named
     from lib.training.tables import materials_of
 
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
-    uses = ("seed", "device", "precision", "diffusion", "ranker", "models")
+    uses = ("seed", "device", "precision", "diffusion", "ranker", "models", "stream")
     outside = [Path(s.start) for s in config.models.values() if is_folder(s.start, config)]
     if config.ranker.encoder is not None and Path(config.ranker.encoder).is_dir():
         outside.append(Path(config.ranker.encoder))
@@ -46,8 +50,9 @@ def main(config: Config, args: RunArgs) -> None:
         wanted = {n: s for n, s in config.models.items() if args.only_mode in (None, s.mode)}
         if not wanted:
             say(f"no model of the config has mode {args.only_mode}")
-        for name, spec in wanted.items():
-            train_named(name, spec, materials, stage.folder / name, start_folder(stage, config, spec))
+        with streaming(stage, config, materials):
+            for name, spec in wanted.items():
+                train_named(name, spec, materials, stage.folder / name, start_folder(stage, config, spec))
 
         # The stage is complete when every model of the config is
         records = {name: record_of(stage.folder / name) for name in config.models}
@@ -60,7 +65,9 @@ def main(config: Config, args: RunArgs) -> None:
             assert record is not None
             for part in ("best_model", "final_model"):
                 stage.add_folder(f"{name}/{part}", stage.folder / name / part)
-            for part in ("metrics.jsonl", "training_manifest.json"):
+            for part in ("metrics.jsonl", "training_manifest.json", SHARDS_USED):
+                if part == SHARDS_USED and not (stage.folder / name / part).exists():
+                    continue
                 stage.add_file(f"{name}/{part}", stage.folder / name / part)
             stage.stats[name] = {
                 k: record[k] for k in ("mode", "parameters", "best_step", "transfer", "held_out")

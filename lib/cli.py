@@ -41,7 +41,9 @@ class _Parser(argparse.ArgumentParser):
         return args
 
 
-def make_parser(description: str, *, with_mode: bool = False, with_score: bool = False) -> _Parser:
+def make_parser(
+    description: str, *, with_mode: bool = False, with_stream: bool = False, with_score: bool = False
+) -> _Parser:
     parser = _Parser(description)
     add = parser.add_argument
     add(
@@ -74,6 +76,12 @@ def make_parser(description: str, *, with_mode: bool = False, with_score: bool =
     add("--resume", action="store_true", help="insist on continuing unfinished work (it is continued anyway)")
     if with_mode:
         add("--mode", choices=[*MODES, *MODE_ALIASES], help="train only the models of this mode")
+    if with_stream:
+        add(
+            "--stream",
+            action="store_true",
+            help="go on making shards of fresh candidates while stage 04 trains",
+        )
     if with_score:
         add(
             "--score",
@@ -89,14 +97,16 @@ def run_stage(
     description: str | None,
     *,
     with_mode: bool = False,
+    with_stream: bool = False,
     with_score: bool = False,
 ) -> None:
     """Parse the command line, load the config, run `main(config, args)`, exit with the documented code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        options = make_parser(description or "", with_mode=with_mode, with_score=with_score).parse(
-            sys.argv[1:]
+        parser = make_parser(
+            description or "", with_mode=with_mode, with_stream=with_stream, with_score=with_score
         )
+        options = parser.parse(sys.argv[1:])
         config = load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
@@ -108,6 +118,7 @@ def run_stage(
             resume=options.resume,
             command=tuple([Path(sys.argv[0]).name, *sys.argv[1:]]),
             only_mode=MODE_ALIASES.get(mode, mode) if mode else None,
+            stream=getattr(options, "stream", False),
             score=getattr(options, "score", None),
         )
         main(config, args)

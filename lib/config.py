@@ -15,7 +15,14 @@ from pydantic import Field, ValidationError, model_validator
 from lib.errors import BadConfig, MissingInput, UsageError, did_you_mean
 from lib.sections.base import Section
 from lib.sections.critic import CriticConfig
-from lib.sections.data import CandidatesConfig, DataConfig, LabelsConfig, RewardsConfig, TokenizerConfig
+from lib.sections.data import (
+    CandidatesConfig,
+    DataConfig,
+    LabelsConfig,
+    RewardsConfig,
+    StreamConfig,
+    TokenizerConfig,
+)
 from lib.sections.finqa import FinqaConfig, RankerConfig
 from lib.sections.masking import MASKINGS, STAGES_OF, DiffusionConfig
 from lib.sections.models import ArchitectureConfig, GeneratorConfig, ModelSpec, TrainingConfig
@@ -23,6 +30,7 @@ from lib.sections.sampler import SamplerConfig
 from lib.strict_yaml import Location, parse_scalar, parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+CAN_BE_DRAWN_ANEW = ("masked_lm", "random_tokens")
 DEFAULTS = ROOT / "configs" / "default.yaml"
 
 
@@ -38,6 +46,7 @@ class Config(Section):
     diffusion: DiffusionConfig
     generator: GeneratorConfig
     candidates: CandidatesConfig
+    stream: StreamConfig
     labels: LabelsConfig
     rewards: RewardsConfig
     finqa: FinqaConfig
@@ -48,6 +57,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.stream.enabled and self.candidates.source not in CAN_BE_DRAWN_ANEW:
+            raise ValueError(
+                f"stream.enabled makes candidates again and again, which source {self.candidates.source} cannot; set "
+                f"candidates.source to {' or '.join(CAN_BE_DRAWN_ANEW)}"
+            )
         if self.labels.path is not None and self.candidates.source != "original_only":
             raise ValueError(
                 "labels.path has labels of texts as they are: set candidates.source to original_only and "

@@ -42,6 +42,7 @@ class RunArgs:
     resume: bool = False
     command: tuple[str, ...] = ()
     only_mode: str | None = None  # 04 only: train the models of this mode and leave the rest
+    stream: bool = False  # 02 only: go on making shards for stage 04
     score: Path | None = None  # 06 only: score this text instead of sampling
 
 

@@ -11,6 +11,7 @@ import pytest
 from lib import schema
 from lib.config import load_config
 from lib.errors import BadConfig, BadData
+from lib.rewards import reward_table
 from lib.tasks.text.rewriting import rewards
 from lib.training.joins import with_rewards
 
@@ -23,7 +24,7 @@ def pool_table(ids: list[str]) -> pa.Table:
 
 
 def test_ranks_and_ties():
-    table = stage.reward_table(
+    table = reward_table(
         pool_table(["a", "a", "a", "b", "b"]), np.array([0.5, 1.0, 0.5, 0.2, 0.2]), {"x": np.arange(5)}
     )
     table = schema.conform(table, schema.REWARDS)
@@ -34,7 +35,7 @@ def test_ranks_and_ties():
 
 
 def test_sums_that_differ_in_the_last_bit_are_ties():
-    table = stage.reward_table(pool_table(["a", "a"]), np.array([0.1 + 0.2, 0.3]), {})
+    table = reward_table(pool_table(["a", "a"]), np.array([0.1 + 0.2, 0.3]), {})
     assert table["tied"].to_pylist() == [True, True]
 
 
@@ -61,7 +62,7 @@ def test_authenticity_follows_the_curve():
 
 def test_joins_go_by_key_and_name_what_is_missing():
     left = pool_table(["a", "a", "b"]).append_column("x", pa.array([1, 2, 3]))
-    right = stage.reward_table(pool_table(["b", "a", "a"]), np.array([0.3, 0.1, 0.2]), {})
+    right = reward_table(pool_table(["b", "a", "a"]), np.array([0.3, 0.1, 0.2]), {})
     examples = pa.table({"example_id": ["b", "a"], "group": ["gb", "ga"]})
     joined = with_rewards(left, right, examples)
     assert joined["reward"].to_pylist() == [0.1, 0.2, 0.3] and joined["group"].to_pylist() == [

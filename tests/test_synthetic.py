@@ -1,7 +1,10 @@
 """Synthetic text: only masks change, no special token is written, a row does not depend on its batch."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from lib.synthetic import MaskedLMEngine
 from lib.tasks import CandidateContext
 from lib.tasks.text.rewriting import candidates
 from lib.tokenization import encode_batch, train_tokenizer
+from tests.conftest import run_stages
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it"
@@ -267,3 +271,18 @@ def test_a_foreign_masked_lm_changes_only_its_own_stretches(tokenizer, bert_fold
         assert all(c in rest for c in kept)  # what is labelled original stands in the original in this order
         changed += r["text"] != originals[r["example_id"]]
     assert changed > 20
+
+
+def test_any_number_of_processes_writes_the_same_bytes(quick_run, tmp_path):
+    generator = quick_run / "02_generate_candidates" / "generator" / "best_model"
+    files = []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        for stage in ("00_check_data", "01_prepare_dataset"):
+            shutil.copytree(quick_run / stage, run / stage)
+        given = [f"generator.checkpoint={generator}", "candidates.rows_per_group=512"]
+        config = load_config(quick_test=True, overrides=[*given, f"candidates.processes={processes}"])
+        run_stages(run, config, ("02_generate_candidates",))
+        files.append(run / "02_generate_candidates" / "candidates.parquet")
+    assert pq.ParquetFile(files[0]).num_row_groups > 2
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -56,6 +56,7 @@ class CandidatesConfig(Section):
     cross_fit_folds: Positive
     batch_size: Positive
     rows_per_group: Positive
+    processes: Positive
 
     @model_validator(mode="after")
     def _check(self):
@@ -65,6 +66,15 @@ class CandidatesConfig(Section):
         if self.source == "original_only" and self.per_example != 1:
             raise ValueError("source original_only has one candidate: set candidates.per_example to 1")
         return self
+
+
+class StreamConfig(Section):
+    enabled: bool
+    shard_examples: Positive
+    max_backlog: Positive
+    patience: AboveZero
+    first_mask_ratio: tuple[Fraction, Fraction] | None
+    rise_epochs: Positive
 
 
 class LabelsConfig(Section):

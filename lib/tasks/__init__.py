@@ -90,7 +90,8 @@ class CandidateContext:
     """What stage 02 lends a task: the tokenizer, keyed noise, and masked LMs where the config asks for them.
 
     `engines` holds one masked LM, or one per fold when cross-fitting; it is empty for other sources. `dropped` takes
-    the examples for which there are no candidates, with the reason.
+    the examples for which there are no candidates, with the reason. Of another `draw` the same examples get other
+    candidates.
     """
 
     config: Config
@@ -98,10 +99,13 @@ class CandidateContext:
     engines: "list[MaskedLMEngine]"
     plan: Any = None
     dropped: list[Dropped] = field(default_factory=list)
+    draw: int = 0
 
     @property
     def seed(self) -> int:
-        return self.config.seed
+        """What all noise is keyed by."""
+        seed = self.config.seed
+        return randomness.key(seed, "draw", self.draw) if self.draw else seed
 
     def key(self, purpose: str) -> int:
         return randomness.key(self.seed, f"candidates {purpose}")
@@ -143,7 +147,7 @@ class CandidateContext:
 
         folds = len(self.engines)
         inside = [
-            cross_fit_fold(self.seed, g, folds) if s == "train" else 0
+            cross_fit_fold(self.config.seed, g, folds) if s == "train" else 0
             for g, s in zip(groups, splits, strict=True)
         ]
         return np.asarray(inside)

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from lib.sections.models import TrainingConfig
 from lib.training import checkpoint
 from lib.training.freezing import Freezing
 from lib.training.optimizer import Optimizer
+from lib.training.stop import StopRequest
 
 
 class Objective(Protocol):
@@ -283,26 +283,3 @@ class _Run:
         return Result(
             state.step, state.best_step, state.best_metrics, self.trained_seconds, self.tokens_per_second
         )
-
-
-class StopRequest:
-    """While active, SIGINT and SIGTERM are noted instead of cutting a step in two."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> "StopRequest":
-        self._old = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread: whoever started it handles signals
-            self._old = {}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        self.signal = number

@@ -14,6 +14,7 @@ from lib.errors import BadConfig, BadData
 from lib.runtime import Runtime
 from lib.tokenization import load_tokenizer
 from lib.training.data import select_split
+from lib.training.fresh import FreshRows
 from lib.training.joins import with_rewards
 from lib.training.pool_table import PoolTable
 
@@ -27,6 +28,7 @@ class Materials:
         read_candidates: split -> candidates joined with their rewards and their example's group.
         read_baselines: table of schema.BASELINES, None where stage 02 wrote none.
         pool_size: candidates of a pool as stage 02 made them, if that is known.
+        fresh_rows: name of a model -> its training rows out of shards, None where it learns from the table.
     """
 
     config: Config
@@ -36,6 +38,7 @@ class Materials:
     read_candidates: Callable[[str], pa.Table]
     read_baselines: Callable[[], pa.Table | None] = lambda: None
     pool_size: int | None = None
+    fresh_rows: Callable[[str], FreshRows | None] = lambda name: None
     _kept: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     def examples(self, split: str) -> pa.Table:

@@ -1,5 +1,7 @@
 """The objective of each mode over a run's own tokens."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ from lib.models.build import load_model
 from lib.sections.models import ModelSpec
 from lib.tokenization import newline_ids
 from lib.training.data import Sequences, Windows
+from lib.training.fresh import FreshRows
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
 from lib.training.objectives.modifiers import Modifiers, check_judge
 from lib.training.objectives.ranker import BestCandidate, TokenPools
-from lib.training.objectives.sequence_scorer import SequenceClasses, SequenceScore
+from lib.training.objectives.sequence_scorer import FreshTargets, SequenceClasses, SequenceScore
 from lib.training.objectives.staged import StagedUnmasking
-from lib.training.objectives.token_classifier import TokenClasses
+from lib.training.objectives.token_classifier import FreshLabels, TokenClasses
 from lib.training.pool_table import decided_pools, terms_of
 from lib.training.tables import Materials
 
@@ -39,6 +42,7 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
         "seed": materials.config.seed,
         "num_evaluated": spec.training.evaluation_examples,
     }
+    fresh = materials.fresh_rows(name) if spec.split == "train" else None
     if spec.mode == "token_classifier":
         labels = [Sequences(t["token_labels"], context, 0) for t in (train, held_out)]
         highest = max(int(s.ids.max()) for s in labels if len(s.ids))
@@ -48,13 +52,16 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
                 f"set it to at least {highest + 1}"
             )
         return TokenClasses(name, sequences[0], labels[0], sequences[1], labels[1],
-                            num_classes=spec.num_classes, class_weighting=spec.class_weighting, **common)  # fmt: skip
-    targets = [t["reward"].to_numpy() for t in (train, held_out)]
+                            num_classes=spec.num_classes, class_weighting=spec.class_weighting,
+                            fresh=fresh and _fresh_labels(fresh, context, pad_id), **common)  # fmt: skip
+    as_target = _as_is
+    if spec.target_type == "classification":
+        as_target = functools.partial(_classes, num_classes=spec.num_classes)
+    common["fresh"] = fresh and _fresh_targets(fresh, context, pad_id, as_target)
+    targets = [as_target(t["reward"].to_numpy()) for t in (train, held_out)]
     arguments = (name, sequences[0], targets[0], sequences[1], targets[1])
     cls_id = materials.tokenizer.cls_token_id
     if spec.target_type == "classification":
-        targets = [_classes(t, spec.num_classes) for t in targets]
-        arguments = (name, sequences[0], targets[0], sequences[1], targets[1])
         return SequenceClasses(*arguments, cls_id=cls_id, num_classes=spec.num_classes, **common)
     changed = [t["changed_fraction"] for t in (train, held_out)]
     known = materials.config.labels.path is None and not any(column.null_count for column in changed)
@@ -65,6 +72,31 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
 def _classes(rewards: np.ndarray, num_classes: int) -> np.ndarray:
     """Rewards as classes: N equal bands of [0, 1], the top one including 1."""
     return np.minimum((rewards * num_classes).astype(np.int64), num_classes - 1)
+
+
+def _as_is(rewards: np.ndarray) -> np.ndarray:
+    return rewards
+
+
+def _fresh_labels(fresh: FreshRows, width: int, pad_id: int) -> FreshLabels:
+    def batch(rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        table = fresh.rows(rows)
+        every = np.arange(table.num_rows)
+        ids, valid = Sequences(table["token_ids"], width, pad_id).batch(every)
+        return ids, valid, Sequences(table["token_labels"], width, 0).batch(every)[0]
+
+    return batch
+
+
+def _fresh_targets(
+    fresh: FreshRows, width: int, pad_id: int, as_target: Callable[[np.ndarray], np.ndarray]
+) -> FreshTargets:
+    def batch(rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        table = fresh.rows(rows)
+        ids, valid = Sequences(table["token_ids"], width, pad_id).batch(np.arange(table.num_rows))
+        return ids, valid, as_target(table["reward"].to_numpy())
+
+    return batch
 
 
 def _language_objective(name: str, spec: ModelSpec, materials: Materials, context: int):

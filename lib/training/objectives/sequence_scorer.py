@@ -1,5 +1,6 @@
 """`sequence_scorer`: one score in [0, 1] per sequence, or one of N classes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from lib.runtime import Runtime
 from lib.training.data import Rows, Sequences
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor, with_cls
 
+FreshTargets = Callable[[range], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
 
 class SequenceScore:
     """MSE on targets in [0, 1], read at [CLS]. The model's `logits` are the scores already.
@@ -23,6 +26,7 @@ class SequenceScore:
             baseline.
         changed: share of tokens that differ from the original, of the training and of the held-out sequences, where
             known: what of the target the text itself can tell.
+        fresh: rows of the training -> ((B, T) ids, (B, T) validity, (B,) targets), in place of `train`.
     """
 
     selection = "mse"
@@ -30,8 +34,8 @@ class SequenceScore:
     def __init__(self, label, train: Sequences, train_targets: np.ndarray, held_out: Sequences,
                  held_out_targets: np.ndarray, groups: np.ndarray, cls_id: int, runtime: Runtime, seed: int,
                  num_evaluated: int, changed: tuple[np.ndarray, np.ndarray] | None = None,
-                 confidence: list[np.ndarray] | None = None):  # fmt: skip
-        self.changed, self.confidence = changed, confidence
+                 confidence: list[np.ndarray] | None = None, fresh: FreshTargets | None = None):  # fmt: skip
+        self.changed, self.confidence, self.fresh = changed, confidence, fresh
         self.label, self.runtime, self.cls_id = label, runtime, cls_id
         self.train, self.train_targets = train, train_targets
         self.held_out, self.held_out_targets, self._groups = held_out, held_out_targets, groups
@@ -40,12 +44,19 @@ class SequenceScore:
         self._evaluated = np.sort(spread[:num_evaluated])
         self.tokens_per_row = train.width + 1
 
+    def _batch(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids and validity with [CLS], (B,) targets) of rows of the training."""
+        if self.fresh is not None:
+            ids, valid, targets = self.fresh(rows)
+        else:
+            samples = self._order.samples(np.arange(rows.start, rows.stop))
+            (ids, valid), targets = self.train.batch(samples), self.train_targets[samples]
+        return *with_cls(ids, valid, self.cls_id), targets
+
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        samples = self._order.samples(np.arange(rows.start, rows.stop))
-        ids, valid = with_cls(*self.train.batch(samples), self.cls_id)
+        ids, valid, targets = self._batch(rows)
         scores = forward(model, self.runtime, ids, valid).logits.float().squeeze(-1)  # (B,)
-        target = tensor(self.train_targets[samples].astype(np.float32), self.runtime)
-        return {"loss": F.mse_loss(scores, target)}
+        return {"loss": F.mse_loss(scores, tensor(targets.astype(np.float32), self.runtime))}
 
     def predict(self, model: nn.Module, rows: np.ndarray) -> np.ndarray:
         """(R,) scores of held-out rows."""
@@ -136,14 +147,9 @@ class SequenceClasses(SequenceScore):
         self.num_classes = num_classes
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        samples = self._order.samples(np.arange(rows.start, rows.stop))
-        ids, valid = with_cls(*self.train.batch(samples), self.cls_id)
+        ids, valid, targets = self._batch(rows)
         logits = forward(model, self.runtime, ids, valid).logits.float()  # (B, C)
-        return {
-            "loss": F.cross_entropy(
-                logits, tensor(self.train_targets[samples].astype(np.int64), self.runtime)
-            )
-        }
+        return {"loss": F.cross_entropy(logits, tensor(targets.astype(np.int64), self.runtime))}
 
     def predict(self, model: nn.Module, rows: np.ndarray) -> np.ndarray:
         """(R, C) log-probabilities."""

@@ -1,5 +1,7 @@
 """`token_classifier`: a class for every token, such as original, random replacement or predicted."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from lib.runtime import Runtime
 from lib.training.data import Rows, Sequences
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
 
+FreshLabels = Callable[[range], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
 
 class TokenClasses:
     """Cross-entropy per token.
@@ -19,14 +23,15 @@ class TokenClasses:
         num_classes: at least 2.
         class_weighting: none; inverse_frequency (over the training set); dynamic (over each batch).
         confidence: log-probabilities of each held-out sequence's tokens under the masked LM that wrote: the baseline.
+        fresh: rows of the training -> (B, T) ids, validity and labels, in place of `train`.
     """
 
     selection = "cross_entropy"
 
     def __init__(self, label, train, train_labels, held_out, held_out_labels, groups, num_classes: int,
                  class_weighting: str, runtime: Runtime, seed: int, num_evaluated: int,
-                 confidence: list[np.ndarray] | None = None):  # fmt: skip
-        self.confidence = confidence
+                 confidence: list[np.ndarray] | None = None, fresh: FreshLabels | None = None):  # fmt: skip
+        self.confidence, self.fresh = confidence, fresh
         self.label, self.runtime, self.seed, self.num_classes = label, runtime, seed, num_classes
         self.train: Sequences = train
         self.train_labels: Sequences = train_labels
@@ -43,9 +48,11 @@ class TokenClasses:
         self.tokens_per_row = train.width
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        samples = self._order.samples(np.arange(rows.start, rows.stop))
-        ids, valid = self.train.batch(samples)
-        labels, _ = self.train_labels.batch(samples)
+        if self.fresh is not None:
+            ids, valid, labels = self.fresh(rows)
+        else:
+            samples = self._order.samples(np.arange(rows.start, rows.stop))
+            (ids, valid), (labels, _) = self.train.batch(samples), self.train_labels.batch(samples)
         logits = (
             forward(model, self.runtime, ids, valid).logits[tensor(valid, self.runtime)].float()
         )  # (N, C)

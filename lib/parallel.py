@@ -1,0 +1,57 @@
+"""Candidates made by several processes, in the order and with the bits of one.
+
+A group of examples is made whole by one process, from the same noise, so it does not matter which. Worth it where one
+process cannot keep the cores busy: small models on many cores.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from lib.config import Config
+from lib.runtime import Runtime
+from lib.tasks import CandidateContext, Dropped, get_task
+
+AHEAD = 2  # groups in work or waiting to be written, per process: memory stays flat
+
+_context: CandidateContext | None = None  # of a worker process
+
+
+def made_by_processes(
+    config: Config, tokenizer: Path, engines: list[Path], groups: Iterable[pa.Table], processes: int
+) -> Iterator[tuple[int, pa.Table, list[Dropped]]]:
+    """(examples of the group, its candidates, examples left out) of every group, in order."""
+    threads = max(1, torch.get_num_threads() // processes)
+    arguments = (config, tokenizer, engines, threads)
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, arguments) as pool:
+        waiting: deque = deque()
+        for group in groups:
+            waiting.append((group.num_rows, pool.submit(_make, group)))
+            if len(waiting) >= AHEAD * processes:
+                count, future = waiting.popleft()
+                yield count, *future.result()
+        for count, future in waiting:
+            yield count, *future.result()
+
+
+def _begin(config: Config, tokenizer: Path, engines: list[Path], threads: int) -> None:
+    from lib.synthetic import MaskedLMEngine
+    from lib.tokenization import load_tokenizer
+
+    global _context
+    torch.set_num_threads(threads)
+    runtime = Runtime.detect(config)
+    loaded = [MaskedLMEngine.load(folder, runtime) for folder in engines]
+    _context = CandidateContext(config, load_tokenizer(tokenizer), loaded)
+
+
+def _make(group: pa.Table) -> tuple[pa.Table, list[Dropped]]:
+    assert _context is not None
+    _context.dropped.clear()
+    table = get_task(_context.config.task).candidates(group, _context)
+    return table, list(_context.dropped)

@@ -1,0 +1,256 @@
+"""Shards of fresh candidates: made by stage 02 for as long as stage 04 learns from them.
+
+The training examples are cut into shards, in another order in every epoch, and in every epoch each example is rewritten
+anew. So a shard is a function of the seed, its number and what stages 01 and 02 made, and one that is lost comes back the
+same: nothing needs to be kept that the trainer has left behind.
+
+    02_stream/shard_000012/     candidates.parquet, rewards.parquet, manifest.json; appears whole
+    02_stream/cursor.json       the shard that the trainer is at
+    02_stream/producer.alive    touched while somebody makes shards; trainer.alive likewise
+
+Knows tables, files and a task.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib import durable, schema
+from lib.artifacts import Stage
+from lib.config import Config
+from lib.log import say
+from lib.rewards import reward_table
+from lib.table_writer import TableWriter
+from lib.tasks import CandidateContext, get_task
+from lib.training.data import Rows
+
+FOLDER, SCRIPT = "02_stream", "02_generate_candidates.py --stream"
+SHAPED_BY = ("stream.shard_examples", "stream.first_mask_ratio", "stream.rise_epochs")
+PULSE, SILENCE = 1.0, 15.0  # seconds between signs of life, and without one until somebody counts as gone
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an endless row of epochs is cut into shards. No shard has examples of two epochs.
+
+    Attributes:
+        examples: training examples, all of which an epoch has.
+        per_shard: examples of a shard; the last one of an epoch may have fewer.
+        per_example: candidates of an example.
+    """
+
+    examples: int
+    per_shard: int
+    per_example: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Shards of an epoch."""
+        return -(-self.examples // self.per_shard)
+
+    def of_shard(self, number: int) -> tuple[int, np.ndarray]:
+        """(epoch, places within it) of a shard's examples."""
+        epoch, within = divmod(number, self.per_epoch)
+        return epoch, np.arange(within * self.per_shard, min((within + 1) * self.per_shard, self.examples))
+
+    def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row within it) of rows of the endless row of candidates."""
+        epoch, within = np.divmod(rows, self.examples * self.per_example)
+        shard, row = np.divmod(within, self.per_shard * self.per_example)
+        return epoch * self.per_epoch + shard, row
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """The folder of shards, for either side.
+
+    Attributes:
+        key: digest of all that a shard depends on but its number; shards of another key are as good as absent.
+        backlog: shards that are kept ready from the cursor on.
+    """
+
+    folder: Path
+    key: str
+    backlog: int
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"shard_{number:06d}"
+
+    def numbers(self) -> list[int]:
+        """The shards that are there, of any key."""
+        found = (re.fullmatch(r"shard_(\d{6,})", path.name) for path in self.folder.glob("shard_*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def manifest(self, number: int) -> dict[str, Any] | None:
+        """What a shard says of itself; None if it is not there, or not ours."""
+        try:
+            found = json.loads((self.path(number) / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if found.get("key") == self.key else None
+
+    def read(self, number: int) -> tuple[pa.Table, dict[str, Any]] | None:
+        """(candidates with `reward`, manifest) of a shard; None if it is not there. A damaged one is cleared away."""
+        manifest = self.manifest(number)
+        if manifest is None:
+            return None
+        try:
+            damaged = [
+                name for name, digest in manifest["files"].items()
+                if durable.sha256_file(self.path(number) / name) != digest
+            ]  # fmt: skip
+            if damaged:
+                say(f"shard {number} is damaged ({', '.join(damaged)}); it is made again")
+                self.remove(number)
+                return None
+            candidates, rewards = (
+                pq.read_table(self.path(number) / name) for name in ("candidates.parquet", "rewards.parquet")
+            )
+        except OSError:  # being cleared away at this moment
+            return None
+        for column in ("example_id", "candidate_id"):
+            assert candidates[column].equals(rewards[column]), f"{self.path(number)}: keys in another order"
+        return candidates.append_column("reward", rewards["reward"]), manifest
+
+    def write(self, number: int, candidates: pa.Table, rewards: pa.Table, facts: dict[str, Any]) -> None:
+        """Put a shard there, whole."""
+        with durable.replacing_folder(self.path(number)) as folder:
+            files = {}
+            for name, table, kind in (
+                ("candidates", candidates, schema.CANDIDATES), ("rewards", rewards, schema.REWARDS),
+            ):  # fmt: skip
+                writer = TableWriter(folder / f"{name}.parquet", kind)
+                writer.write(table)
+                writer.close()
+                files[f"{name}.parquet"] = durable.sha256_file(folder / f"{name}.parquet")
+            manifest = {"shard": number, "key": self.key, "rows": candidates.num_rows, "files": files} | facts
+            durable.write_json(folder / "manifest.json", manifest)
+
+    def remove(self, number: int) -> None:
+        """Clear a shard away: the manifest first, so that no half of it looks like a whole."""
+        with contextlib.suppress(OSError):
+            (self.path(number) / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path(number), ignore_errors=True)
+
+    @property
+    def cursor(self) -> int:
+        try:
+            return int(json.loads((self.folder / "cursor.json").read_text(encoding="utf-8"))["shard"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def move_cursor(self, number: int) -> None:
+        self.folder.mkdir(exist_ok=True)
+        durable.write_json(self.folder / "cursor.json", {"shard": number})
+
+    # --- signs of life -----------------------------------------------------------------------------------------------
+
+    def is_alive(self, who: str) -> bool:
+        """Whether the `producer` or the `trainer` gave a sign of life of late."""
+        try:
+            return time.time() - (self.folder / f"{who}.alive").stat().st_mtime < SILENCE
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def alive(self, who: str) -> Iterator[None]:
+        """Give signs of life while the block runs, whatever else it is busy with."""
+        self.folder.mkdir(exist_ok=True)
+        file, over = self.folder / f"{who}.alive", threading.Event()
+
+        def beat() -> None:
+            while not over.is_set():
+                file.touch()
+                over.wait(PULSE)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def open_store(stage: Stage, config: Config) -> ShardStore:
+    """The shards of a stage's run. The stage must read stages 01 and 02."""
+    made_of = {
+        # What stage 02 wrote is itself a function of seed, generator and examples
+        "candidates": stage.sha256_of("02_generate_candidates", "candidates"),
+        "examples": stage.sha256_of("01_prepare_dataset", "examples"),
+        "config": config.slice(("seed", "task", "candidates", "rewards", *SHAPED_BY)),
+    }
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return ShardStore(stage.run_dir / FOLDER, digest, config.stream.max_backlog)
+
+
+def cut_of(config: Config, examples: int) -> Cut:
+    return Cut(examples, config.stream.shard_examples, config.candidates.per_example)
+
+
+def at_epoch(config: Config, epoch: int) -> Config:
+    """The config with the mask ratios of an epoch: they rise from `stream.first_mask_ratio` to the candidates' own."""
+    first, last = config.stream.first_mask_ratio, config.candidates.mask_ratio
+    if first is None:
+        return config
+    share = min(1.0, epoch / config.stream.rise_epochs)
+    ratios = tuple(a + (b - a) * share for a, b in zip(first, last, strict=True))
+    return config.model_copy(
+        update={"candidates": config.candidates.model_copy(update={"mask_ratio": ratios})}
+    )
+
+
+class Producer:
+    """Makes the shards that the trainer will want next.
+
+    Args:
+        examples: the training examples, a table of schema.EXAMPLES.
+        context_of: config of an epoch, draw -> the context in which a task makes candidates.
+    """
+
+    def __init__(
+        self, store: ShardStore, config: Config, examples: pa.Table, context_of: Callable[[Config, int], CandidateContext]
+    ):  # fmt: skip
+        self.store, self.config, self.examples, self.context_of = store, config, examples, context_of
+        self.task = get_task(config.task)
+        self.cut = cut_of(config, examples.num_rows)
+        self._order = Rows(config.seed, "stream order", examples.num_rows)
+
+    def step(self) -> int | None:
+        """Make the next shard that is wanted and return its number; None if all are there.
+
+        What the trainer has left behind, or is too far ahead, goes away first.
+        """
+        cursor = self.store.cursor
+        wanted = range(cursor, cursor + self.store.backlog)
+        for number in self.store.numbers():
+            if number not in wanted:
+                self.store.remove(number)
+        missing = next((number for number in wanted if self.store.manifest(number) is None), None)
+        if missing is not None:
+            self.make(missing)
+        return missing
+
+    def make(self, number: int) -> None:
+        """Write shard `number`."""
+        epoch, places = self.cut.of_shard(number)
+        some = self.examples.take(pa.array(self._order.samples(epoch * self.cut.examples + places)))
+        candidates = self.task.candidates(
+            some, self.context_of(at_epoch(self.config, epoch), epoch + 1)
+        )  # draw 0 is the table's
+        reward, terms = self.task.rewards(self.config, candidates)
+        reward = np.asarray(reward, np.float64)
+        facts = {"epoch": epoch, "examples": len(places), "mean_reward": float(reward.mean())}
+        self.store.write(number, candidates, reward_table(candidates, reward, terms), facts)

@@ -1,0 +1,75 @@
+"""Counts over all candidates that stage 02 makes: what a person asks of synthetic text."""
+
+import numpy as np
+import pyarrow.compute as pc
+
+
+class Tally:
+    """Fed table by table."""
+
+    def __init__(self) -> None:
+        self.candidates = self.rewritten = self.unchanged = 0
+        self.fractions: list = []
+        self.kinds: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
+        self.predicted: dict[str, int] = {}
+        self.right: dict[str, int] = {}
+
+    def add(self, table) -> None:
+        self.candidates += table.num_rows
+        for count in pc.value_counts(table["kind"]).to_pylist():
+            self.kinds[count["values"]] = self.kinds.get(count["values"], 0) + count["counts"]
+        if "synthetic_fraction" not in table.column_names:
+            return
+        fraction = table["synthetic_fraction"].to_numpy()
+        original = np.asarray(table["kind"].to_pylist()) == "original"
+        self.rewritten += int((~original).sum())
+        self.fractions.append(np.histogram(fraction[~original], bins=20, range=(0, 1))[0])
+        if not table["token_labels"].null_count and not table["token_ids"].null_count:
+            self._compare(table, original)
+
+    def drop(self, items: list) -> None:
+        for item in items:
+            self.dropped[item.reason] = self.dropped.get(item.reason, 0) + 1
+
+    def _compare(self, table, original) -> None:
+        """How many predicted tokens equal the original's, per split, where the two have the same tokens' places."""
+        ids, labels = table["token_ids"].to_pylist(), table["token_labels"].to_pylist()
+        examples, splits = table["example_id"].to_pylist(), table["split"].to_pylist()
+        truth = {examples[i]: ids[i] for i in range(len(ids)) if original[i]}
+        for i in np.flatnonzero(~original):
+            clean = truth.get(examples[i])
+            self.unchanged += int(clean == ids[i])
+            if clean is None or len(clean) != len(ids[i]):
+                continue
+            predicted = np.asarray(labels[i]) == 2
+            hits = (np.asarray(clean) == np.asarray(ids[i])) & predicted
+            self.predicted[splits[i]] = self.predicted.get(splits[i], 0) + int(predicted.sum())
+            self.right[splits[i]] = self.right.get(splits[i], 0) + int(hits.sum())
+
+    def summary(self) -> dict:
+        counts = {"candidates": self.candidates, "kinds": self.kinds, "dropped": self.dropped}
+        if not self.fractions:
+            return counts
+        histogram = np.sum(self.fractions, axis=0)
+        middle = (np.arange(20) + 0.5) / 20
+        accuracy = {s: self.right[s] / n for s, n in self.predicted.items() if n}
+        return counts | {
+            "rewritten": self.rewritten,
+            "unchanged": self.unchanged,
+            "mean_synthetic_fraction": float((histogram * middle).sum() / max(histogram.sum(), 1)),
+            "synthetic_fraction_histogram": histogram,
+            "generator_accuracy": accuracy,
+        }
+
+    def line(self) -> str:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.kinds.items()))
+        line = f"{self.candidates:,} candidates ({kinds})"
+        if self.fractions:
+            accuracy = {s: f"{self.right[s] / n:.1%}" for s, n in self.predicted.items() if n}
+            line += (
+                f", {self.unchanged:,} of the rewritten ones came out as the original; predicted tokens that equal the "
+                f"original's: {accuracy or 'not compared'}"
+            )
+        left = ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items())
+        return line + (f"; without candidates: {left}" if left else "")

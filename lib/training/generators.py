@@ -1,0 +1,82 @@
+"""The masked LMs that write synthetic text in stage 02: given, or trained there on the run's own train split."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from lib import schema
+from lib.artifacts import Stage
+from lib.config import Config
+from lib.errors import BadConfig
+from lib.sections.models import ModelSpec
+from lib.tasks import cross_fit_fold
+from lib.training.data import select_split
+from lib.training.named import train_named
+from lib.training.tables import Materials
+
+
+def masked_language_models(stage: Stage, config: Config, runtime, tokenizer) -> list[Path]:
+    """Folders of the masked LMs that write synthetic text: given, or trained here; none for other sources."""
+    rewrites = config.finqa.pools.corruption_rate * config.finqa.pools.changes.masked_lm > 0
+    if config.candidates.source != "masked_lm" and not (config.candidates.source == "programs" and rewrites):
+        return []
+    if config.generator.checkpoint:
+        if config.candidates.cross_fit_folds > 1:
+            raise BadConfig(
+                "candidates.cross_fit_folds > 1 trains its generators itself; set generator.checkpoint to null"
+            )
+        return [Path(config.generator.checkpoint)]
+    return train_generators(stage, config, runtime, tokenizer)
+
+
+def generator_folders(stage: Stage, config: Config) -> list[Path]:
+    """The masked LMs that wrote the candidates of the table."""
+    if config.candidates.source != "masked_lm":
+        return []
+    if config.generator.checkpoint:
+        return [Path(config.generator.checkpoint)]
+    folds = config.candidates.cross_fit_folds
+    names = ["generator"] if folds == 1 else [f"generator_fold_{fold}" for fold in range(folds)]
+    return [stage.folder_of("02_generate_candidates", name) for name in names]
+
+
+def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[Path]:
+    """One generator on the whole train split; when cross-fitting, one per fold that leaves that fold out."""
+
+    spec = ModelSpec(
+        mode="language_model", architecture=config.generator.architecture, training=config.generator.training
+    )
+    folds = config.candidates.cross_fit_folds
+    table = {
+        split: select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
+        for split in ("train", "held_out")
+    }
+    fold_of = [cross_fit_fold(config.seed, g, folds) for g in table["train"]["group"].to_pylist()]
+    folders = []
+    for fold in range(folds):
+        name = "generator" if folds == 1 else f"generator_fold_{fold}"
+        kept = without_fold(table["train"], [folds > 1 and f == fold for f in fold_of])
+        examples = {"train": kept, "held_out": table["held_out"]}
+        materials = Materials(
+            config, tokenizer, runtime, examples.__getitem__, lambda split: table[split].slice(0, 0)
+        )
+        record = train_named(name, spec, materials, stage.folder / name, start=None)
+        folder = stage.folder / name / "best_model"
+        stage.add_folder(name, folder)
+        stage.add_file(f"{name}_metrics", stage.folder / name / "metrics.jsonl")
+        stage.stats[name] = {
+            "parameters": record["parameters"],
+            "best_step": record["best_step"],
+            **record["held_out"],
+        }
+        folders.append(folder)
+    return folders
+
+
+def without_fold(table, left_out: list[bool]):
+    """The other rows; one whose predecessor is gone no longer continues it."""
+    keep = ~np.asarray(left_out)
+    continues = table["continues"].to_numpy(zero_copy_only=False) & np.append(False, keep[:-1])
+    index = table.column_names.index("continues")
+    return table.set_column(index, table.schema.field(index), pa.array(continues)).filter(pa.array(keep))
