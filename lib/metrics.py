@@ -93,6 +93,15 @@ def calibration_error(probability: np.ndarray, happened: np.ndarray, bins: int =
     return float(np.abs(gap).sum() / count.sum())
 
 
+def reliability(predicted: np.ndarray, happened: np.ndarray, bins: int = 10) -> list[list[float]]:
+    """[mean prediction, mean of what happened, count] of about equally filled bins; equal predictions share one."""
+    edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)[1:-1]))
+    bin_of = np.searchsorted(edges, predicted, side="right")
+    count = np.bincount(bin_of)
+    said, was = np.bincount(bin_of, predicted), np.bincount(bin_of, happened)
+    return [[float(said[b] / n), float(was[b] / n), int(n)] for b, n in enumerate(count) if n]
+
+
 def auroc(score: np.ndarray, happened: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Chance that a positive scores above a negative; NaN when there is only one kind."""
     from sklearn.metrics import roc_auc_score

@@ -8,7 +8,6 @@ import torch
 from lib import metrics
 from lib.config import load_config
 from lib.models.build import heads_of, read_folder, save_model, start_model
-from lib.runtime import Runtime
 from lib.training.data import Windows
 from lib.training.objectives.error_detection import (
     Seen,
@@ -20,8 +19,7 @@ from lib.training.objectives.error_detection import (
 )
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, without_gradient
-
-CPU = Runtime(torch.device("cpu"), "fp32")
+from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny
 
 
 def objective(coupling: str = "decoupled", **changes) -> TokenCritic:
@@ -88,6 +86,23 @@ def test_alpha_ramps_between_its_two_shares():
     steps = target.config.training.steps
     assert [target.alpha(s) for s in (0, steps // 4)] == [0, 0]
     assert target.alpha(steps // 2) == pytest.approx(0.25) and target.alpha(steps) == 0.5
+
+
+def test_killed_within_the_ramp_it_ends_with_the_same_bits(tmp_path):
+    steps = 12
+    chosen = settings(steps=steps)
+
+    def run(folder, fault=None) -> dict[str, str]:
+        target = objective("joint", alpha=0.5, ramp=(0.25, 0.75), training=chosen)
+        assert 0 < target.alpha(5) < target.alpha(7) < 0.5
+        train_tiny(model(), target, chosen, folder, fault)
+        return fingerprint(folder)
+
+    whole = run(tmp_path / "whole")
+    for step in (5, 7):
+        with pytest.raises(Killed):
+            run(tmp_path / str(step), step)
+        assert run(tmp_path / str(step)) == whole, f"killed before step {step}"
 
 
 def test_joint_loss_is_named_and_selected_on_the_generator_alone():

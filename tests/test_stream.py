@@ -349,9 +349,12 @@ def test_memory_and_disk_stay_flat(make_producer, tmp_path):
 
 
 def test_stages_stream_beside_each_other(quick_run, tmp_path):
-    """02 --stream and 04 as a user starts them, 04 killed on its way; judge and inspector come out as undisturbed."""
+    """02 --stream and 04 as a user starts them, 04 killed on its way; the judge comes out as undisturbed."""
     given = ["stream.enabled=true", "stream.shard_examples=24", "stream.max_backlog=2"]
-    given += [f"models.{name}=null" for name in ("reference_lm", "ar_baseline", "ranker")]
+    given += [
+        f"models.{name}=null" for name in ("generator", "reference_lm", "ar_baseline", "inspector", "ranker")
+    ]
+    given += ["models.judge.start=scratch"]
     results = []
     for name, kills in (("quiet", 0), ("killed", 1)):
         run = tmp_path / name
@@ -374,9 +377,7 @@ def test_stages_stream_beside_each_other(quick_run, tmp_path):
         for _ in range(kills):
             trainer = subprocess.Popen(train, cwd=root, env=environment, stdout=subprocess.DEVNULL)
             deadline = time.monotonic() + 120
-            while (
-                not (run / "04_train" / "inspector" / "shards.json").exists() and time.monotonic() < deadline
-            ):
+            while not (run / "04_train" / "judge" / "shards.json").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             trainer.kill()
             trainer.wait()
@@ -384,8 +385,8 @@ def test_stages_stream_beside_each_other(quick_run, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         said = maker.communicate(timeout=60)[1]
         assert maker.returncode == 0 and "stage 04 is complete" in said, said
-        files = [run / "04_train" / model / file for model in ("inspector", "judge")
-                 for file in ("shards.json", "metrics.jsonl", "final_model/model.safetensors")]  # fmt: skip
+        judge = run / "04_train" / "judge"
+        files = [judge / file for file in ("shards.json", "metrics.jsonl", "final_model/model.safetensors")]
         results.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
         manifest = json.loads((run / "04_train" / "manifest.json").read_text())
         assert (

@@ -4,6 +4,8 @@ from html import escape
 from pathlib import Path
 
 from lib.report import plots
+from lib.report.cells import table
+from lib.report.classifiers import CLASSES_HINT, SCORES_HINT, classes_table, scores_table
 from lib.report.data import ReportData
 from lib.report.table import BANDS_HEAD, bands_cells, passes_text
 from lib.report.trace import heat_map, trace_section
@@ -18,6 +20,7 @@ def build_report(data: ReportData) -> str:
     sections = [
         _header(data),
         _section("Models", "Each trained model beside what doing nothing clever gives. The 95 % interval must lie on the good side.", results_html(data.results)),
+        *_classifiers(data),
         _section("What the ranker chooses", "Mean of each reward term over held-out examples: of the candidate it puts first, of a random one, of the best one.", _winners(data)),
         _section("Sampling", "Every policy wrote the same numbered samples with about as many forward passes. A low NLL counts only beside an entropy like real text's: dull text is likely too.", _policies(data.policies)),
         *_infilling(data.policies),
@@ -55,20 +58,6 @@ def _header(data: ReportData) -> str:
     return f'<header><h1>{escape(data.run)}</h1><p>{escape(data.settings)}</p><p class="hint">{escape(facts)}</p></header>'
 
 
-def table(head: list[str], rows: list[list[str]], classes: list[str] | None = None) -> str:
-    """Cells are HTML already. Numbers are set to the right by their look."""
-    cells = "".join(f"<th>{escape(h)}</th>" for h in head)
-    body = ""
-    for i, row in enumerate(rows):
-        name = f' class="{classes[i]}"' if classes and classes[i] else ""
-        body += f"<tr{name}>" + "".join(f'<td class="{_kind(c)}">{c}</td>' for c in row) + "</tr>"
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _kind(cell: str) -> str:
-    return "number" if cell[:1].isdigit() or cell[:1] in "-+–" else "text"
-
-
 def _interval(value: dict | None, percent: bool = False) -> list[str]:
     if value is None:
         return ["–", ""]
@@ -85,6 +74,19 @@ def results_html(rows: list[dict]) -> str:
         for r in rows
     ]  # fmt: skip
     return table(["model", "metric", "value", "95 % interval", "baseline", "its value", "verdict"], lines)
+
+
+def _classifiers(data: ReportData) -> list[str]:
+    """A section for each model that sorts tokens into classes or gives whole texts a score."""
+    stats = data.manifests.get("04_train", {}).get("stats", {})
+    sections = []
+    for name, record in stats.items():
+        held_out = record.get("held_out", {}) if isinstance(record, dict) else {}
+        if "confusion" in held_out:
+            sections.append(_section(f"Classes of {name}", CLASSES_HINT, classes_table(held_out)))
+        if "reliability" in held_out:
+            sections.append(_section(f"Scores of {name}", SCORES_HINT, scores_table(held_out)))
+    return sections
 
 
 def _winners(data: ReportData) -> str:
@@ -174,7 +176,13 @@ def _critic(data: ReportData) -> str:
     head = ["score", "AUROC", "95 % interval", "average precision", "ECE", "Brier"]
     ece = stats["detection"]["critic_calibrated"]["ece"]
     bands = [[escape(cell) for cell in bands_cells(row)] for row in stats["bands"]]
-    return table(head, lines) + plots.reliability(stats["reliability"], ece) + table(list(BANDS_HEAD), bands)
+    picture = plots.reliability(
+        stats["reliability"],
+        f"calibration error {ece:.3f}",
+        "calibrated chance of error",
+        "share that were errors",
+    )
+    return table(head, lines) + picture + table(list(BANDS_HEAD), bands)
 
 
 def _curves(data: ReportData) -> str:

@@ -72,14 +72,15 @@ def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> s
     return _svg(figure)
 
 
-def reliability(points: list[list[float]], ece: float) -> str:
-    """Said against happened: an honest critic lies on the diagonal."""
+def reliability(points: list[list[float]], title: str, x_label: str, y_label: str) -> str:
+    """Said against happened: who is honest lies on the diagonal."""
     figure = _figure(3.4, 3.2)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#777777", linestyle=":", linewidth=1)
-    axes.plot(*zip(*points, strict=True), color=PALETTE[0], marker="o", markersize=4)
-    axes.set(xlabel="calibrated chance of error", ylabel="share that were errors", xlim=(0, 1), ylim=(0, 1))
-    axes.set_title(f"calibration error {ece:.3f}", fontsize=9, loc="left")
+    said, was = zip(*(point[:2] for point in points), strict=True)
+    axes.plot(said, was, color=PALETTE[0], marker="o", markersize=4)
+    axes.set(xlabel=x_label, ylabel=y_label, xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(title, fontsize=9, loc="left")
     return _svg(figure)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.report.html import page, table
+from lib.report.cells import table
+from lib.report.html import page
 from lib.report.quality import sequence_scores
 from lib.tokenization import decode_batch, encode_batch
 from lib.training.objectives.base import chunks, forward

@@ -134,9 +134,3 @@ def bands(seen: Seen, calibration: Calibration) -> list[dict]:
                 row[f"brier_{kind}"] = brier(probability, wrong)
             rows.append(row)
     return rows
-
-
-def reliability(said: np.ndarray, happened: np.ndarray, points: int = 15) -> list[list[float]]:
-    """[mean forecast, share that happened] in equally filled bins."""
-    bins = np.array_split(np.argsort(said), points)
-    return [[float(said[b].mean()), float(happened[b].mean())] for b in bins if len(b)]

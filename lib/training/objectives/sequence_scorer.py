@@ -80,6 +80,7 @@ class SequenceScore:
         count = metrics.sum_by(self._groups, np.ones_like(target))[0]
         values: dict[str, Any] = metrics.regression(predicted, target)
         values |= {"constant_mse": float(base.sum() / count.sum())}
+        values["reliability"] = metrics.reliability(predicted, target)
         untouched = target == target.max()
         if 0 < untouched.sum() < len(target):
             values["auroc_untouched"] = metrics.auroc(predicted, untouched)

@@ -32,7 +32,6 @@ from lib.training.objectives.error_detection import (
     detection,
     fitted,
     halves,
-    reliability,
 )
 from lib.training.objectives.language_model import MaskedDiffusion
 
@@ -184,7 +183,7 @@ class TokenCritic:
             "tokens": len(seen.wrong),
             "detection": found,
             "bands": bands(seen, calibration),
-            "reliability": reliability(calibrated, seen.wrong),
+            "reliability": metrics.reliability(calibrated, seen.wrong, 15),
             "auroc": found["critic"]["auroc"]["value"],
             "auroc_confidence": found["confidence"]["auroc"]["value"],
         }

@@ -1,0 +1,93 @@
+"""
+How well judge and inspector do on tinyshakespeare: on the generator they learned from, and on one they never saw.
+
+Stages 00 to 04 with configs/judge.yaml; then stages 00 to 03 with another seed and a narrower generator, whose held-out
+candidates the same two models are measured on. Beside them the generators' own confidence. Resumable.
+
+python -m benchmarks.judge                      # 20 minutes on two cores
+python -m benchmarks.judge --set models.judge.training.steps=300
+"""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.prepared import RESULTS, shakespeare
+from lib.artifacts import Stage
+from lib.config import Config, load_config
+from lib.models.build import load_model
+from lib.report.table import aligned
+from lib.runs import RunArgs
+from lib.runtime import Runtime
+from lib.training.objectives.build import make_objective
+from lib.training.tables import materials_of
+
+STAGES = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
+OTHER = [
+    "seed=7",
+    "generator.architecture.width=96",
+    "generator.architecture.heads=3",
+    "generator.training.steps=700",
+]
+NAMES = ("inspector", "judge")
+
+
+def run(folder: Path, config: Config, stages: tuple[str, ...]) -> None:
+    for name in stages:
+        importlib.import_module(name).main(config, RunArgs(run_dir=folder))
+
+
+def measured_elsewhere(own: Path, other: Path, config: Config) -> dict[str, dict[str, Any]]:
+    """Held-out figures of the models of run `own` on the candidates of run `other`."""
+    reads = STAGES[1:4]
+    with Stage(
+        "04_train.py", config, RunArgs(run_dir=other), uses=("seed",), reads=reads, restarts=True
+    ) as stage:
+        materials = materials_of(stage, config, Runtime.detect(config))
+        found = {}
+        for name in NAMES:
+            model: Any = load_model(own / "04_train" / name / "best_model").eval()
+            objective: Any = make_objective(name, config.models[name], materials, config.architecture.context)
+            with torch.no_grad():
+                found[name] = objective.report(model)[0]
+        stage.leave_incomplete("measured with the models of another run")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    given = [f"data.path={shakespeare()}", *parser.parse_args().overrides]
+    own, other = RESULTS / "judge", RESULTS / "judge_other_generator"
+    config = load_config(["configs/judge.yaml"], overrides=given)
+    run(own, config, STAGES)
+    elsewhere = load_config(["configs/judge.yaml"], overrides=[*given, *OTHER])
+    run(other, elsewhere, STAGES[:4])
+
+    records = {
+        name: json.loads((own / "04_train" / name / "training_manifest.json").read_text(encoding="utf-8"))[
+            "held_out"
+        ]
+        for name in NAMES
+    }
+    rows = [("held-out candidates of", "judge R2", "mean confidence", "best possible", "Spearman", "AUROC untouched",
+             "inspector AUROC", "confidence")]  # fmt: skip
+    for what, found in (
+        ("its own generator", records),
+        ("another", measured_elsewhere(own, other, elsewhere)),
+    ):
+        judge, inspector = found["judge"], found["inspector"]
+        figures = (judge["r2"], judge["confidence"]["r2"], judge["best_r2"], judge["spearman"], judge["auroc_untouched"],
+                   inspector["auroc_changed"], inspector["auroc_changed_of_confidence"])  # fmt: skip
+        rows.append((what, *(f"{value:.3f}" for value in figures)))
+    print(aligned(rows))
+
+
+if __name__ == "__main__":
+    main()
