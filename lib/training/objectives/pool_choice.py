@@ -117,13 +117,15 @@ class PoolReader:
 class PoolChoice:
     """The configured loss over training pools, and how well the ranker chooses on others.
 
+    The best step is the one with the least regret: how much less the choices earn than the best ones, on average.
+
     Args:
         train: pools to learn from; each pass over them takes the next of the list.
         selection, held_out: pools to choose the best step by, and to report on.
         evaluated: how many pools of `selection` an evaluation takes, the same ones each time.
     """
 
-    selection = "loss"
+    selection = "regret"  # the loss rises with confidence while the choices still get better
 
     def __init__(
         self, label: str, train: list[PoolTable], selection: PoolTable, held_out: PoolTable, reader: PoolReader,
@@ -168,8 +170,9 @@ class PoolChoice:
         per_pool = ranking_metrics(
             np.concatenate(scores), table.rewards[self._evaluated], table.present[self._evaluated]
         )
-        names = ("accuracy", "average_reward", "mrr")
-        return {"loss": float(np.concatenate(losses).mean())} | {n: float(per_pool[n].mean()) for n in names}
+        values = {n: float(per_pool[n].mean()) for n in ("accuracy", "average_reward", "mrr")}
+        regret = float((per_pool["best_reward"] - per_pool["average_reward"]).mean())
+        return {"loss": float(np.concatenate(losses).mean()), "regret": regret} | values
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
         """All held-out pools: metrics with intervals, controls, baselines, and what the errors are."""
