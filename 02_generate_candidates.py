@@ -52,13 +52,13 @@ def make_table(config: Config, args: RunArgs) -> None:
     import pyarrow as pa
 
     from lib import schema
-    from lib.parallel import made_by_processes
+    from lib.candidates.generators import masked_language_models
+    from lib.candidates.parallel import made_by_processes
+    from lib.candidates.tally import Tally
     from lib.runtime import Runtime
     from lib.synthetic import MaskedLMEngine
-    from lib.tally import Tally
     from lib.tasks import CandidateContext, get_task
     from lib.tokenization import load_tokenizer
-    from lib.training.generators import masked_language_models
 
     checkpoint = [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
     uses = ("seed", "task", "device", "precision", "diffusion", "generator", "candidates", "finqa.pools")
@@ -124,13 +124,14 @@ def make_shards(config: Config, args: RunArgs) -> None:
     import time
 
     from lib import schema
+    from lib.candidates.generators import generator_folders
+    from lib.candidates.producer import Producer
     from lib.runtime import Runtime
-    from lib.shards import SCRIPT, Producer, open_store
+    from lib.shards import SCRIPT, open_store
     from lib.synthetic import MaskedLMEngine
     from lib.tasks import CandidateContext
     from lib.tokenization import load_tokenizer
     from lib.training.data import select_split
-    from lib.training.generators import generator_folders
 
     uses = ("seed", "task", "device", "precision", "candidates", "rewards", "stream")
     reads = ("01_prepare_dataset", "02_generate_candidates")

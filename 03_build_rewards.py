@@ -22,7 +22,7 @@ def main(config: Config, args: RunArgs) -> None:
     import pyarrow as pa
 
     from lib import schema
-    from lib.rewards import reward_table
+    from lib.candidates.rewards import reward_table
     from lib.tasks import get_task
 
     uses = ("seed", "task", "rewards", "labels")

@@ -246,17 +246,17 @@ FEW_STEPS = ["training.steps=4", "generator.training.steps=4", "critic.training.
 
 
 def test_cross_fitting_trains_a_generator_per_fold_that_never_saw_the_fold(tmp_path, monkeypatch):
+    from lib.candidates import generators
     from lib.tasks import cross_fit_fold
-    from lib.training import named
 
     learned: dict[str, set] = {}
-    real = named.train_named
+    real = generators.train_named
 
     def spy(name, spec, materials, folder, start):
         learned[name] = set(materials.examples("train")["group"].to_pylist())
         return real(name, spec, materials, folder, start)
 
-    monkeypatch.setattr(named, "train_named", spy)
+    monkeypatch.setattr(generators, "train_named", spy)
     config = load_config(quick_test=True, overrides=["candidates.cross_fit_folds=2", *FEW_STEPS])
     run_stages(tmp_path / "run_001", config, STAGES[:5])
     for fold in (0, 1):

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
+from lib.candidates.rewards import reward_table
 from lib.config import load_config
 from lib.errors import BadConfig, BadData
-from lib.rewards import reward_table
 from lib.tasks.text.rewriting import rewards
 from lib.training.joins import with_rewards
 

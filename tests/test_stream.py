@@ -20,9 +20,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib.candidates.producer import Producer, at_epoch
 from lib.config import Config, load_config
 from lib.errors import BadConfig, Interrupted, MissingInput, UsageError
-from lib.shards import Cut, Producer, ShardStore, at_epoch
+from lib.shards import Cut, ShardStore
 from lib.tasks import CandidateContext
 from lib.tokenization import load_tokenizer
 from lib.training import fresh

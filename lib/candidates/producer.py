@@ -1,0 +1,68 @@
+"""Who makes the shards that stage 04 learns from: the next one wanted, and no more than that."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+
+from lib.candidates.rewards import reward_table
+from lib.config import Config
+from lib.shards import ShardStore, cut_of
+from lib.tasks import CandidateContext, get_task
+from lib.training.data import Rows
+
+
+def at_epoch(config: Config, epoch: int) -> Config:
+    """The config with the mask ratios of an epoch: they rise from `stream.first_mask_ratio` to the candidates' own."""
+    first, last = config.stream.first_mask_ratio, config.candidates.mask_ratio
+    if first is None:
+        return config
+    share = min(1.0, epoch / config.stream.rise_epochs)
+    ratios = tuple(a + (b - a) * share for a, b in zip(first, last, strict=True))
+    return config.model_copy(
+        update={"candidates": config.candidates.model_copy(update={"mask_ratio": ratios})}
+    )
+
+
+class Producer:
+    """Makes the shards that the trainer will want next.
+
+    Args:
+        examples: the training examples, a table of schema.EXAMPLES.
+        context_of: config of an epoch, draw -> the context in which a task makes candidates.
+    """
+
+    def __init__(
+        self, store: ShardStore, config: Config, examples: pa.Table, context_of: Callable[[Config, int], CandidateContext]
+    ):  # fmt: skip
+        self.store, self.config, self.examples, self.context_of = store, config, examples, context_of
+        self.task = get_task(config.task)
+        self.cut = cut_of(config, examples.num_rows)
+        self._order = Rows(config.seed, "stream order", examples.num_rows)
+
+    def step(self) -> int | None:
+        """Make the next shard that is wanted and return its number; None if all are there.
+
+        What the trainer has left behind, or is too far ahead, goes away first.
+        """
+        cursor = self.store.cursor
+        wanted = range(cursor, cursor + self.store.backlog)
+        for number in self.store.numbers():
+            if number not in wanted:
+                self.store.remove(number)
+        missing = next((number for number in wanted if self.store.manifest(number) is None), None)
+        if missing is not None:
+            self.make(missing)
+        return missing
+
+    def make(self, number: int) -> None:
+        """Write shard `number`."""
+        epoch, places = self.cut.of_shard(number)
+        some = self.examples.take(pa.array(self._order.samples(epoch * self.cut.examples + places)))
+        candidates = self.task.candidates(
+            some, self.context_of(at_epoch(self.config, epoch), epoch + 1)
+        )  # draw 0 is the table's
+        reward, terms = self.task.rewards(self.config, candidates)
+        reward = np.asarray(reward, np.float64)
+        facts = {"epoch": epoch, "examples": len(places), "mean_reward": float(reward.mean())}
+        self.store.write(number, candidates, reward_table(candidates, reward, terms), facts)
