@@ -76,7 +76,7 @@ def main() -> None:
         ]
         for name in NAMES
     }
-    rows = [("held-out candidates of", "judge R2", "mean confidence", "best possible", "Spearman", "AUROC untouched",
+    rows: list[tuple[str, ...]] = [("held-out candidates of", "judge R2", "mean confidence", "best possible", "Spearman", "AUROC untouched",
              "inspector AUROC", "confidence")]  # fmt: skip
     for what, found in (
         ("its own generator", records),
