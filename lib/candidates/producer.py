@@ -43,12 +43,13 @@ class Producer:
     def step(self) -> int | None:
         """Make the next shard that is wanted and return its number; None if all are there.
 
-        What the trainer has left behind, or is too far ahead, goes away first.
+        What the trainer has left behind, or is too far ahead, goes away first; but the first shards stay, since the
+        next model begins with them.
         """
         cursor = self.store.cursor
         wanted = range(cursor, cursor + self.store.backlog)
         for number in self.store.numbers():
-            if number not in wanted:
+            if number not in wanted and number >= self.store.backlog:
                 self.store.remove(number)
         missing = next((number for number in wanted if self.store.manifest(number) is None), None)
         if missing is not None:
