@@ -4,8 +4,8 @@ How well judge and inspector do on tinyshakespeare: on the generator they learne
 Stages 00 to 04 with configs/judge.yaml; then stages 00 to 03 with another seed and a narrower generator, whose held-out
 candidates the same two models are measured on. Beside them the generators' own confidence. Resumable.
 
-python -m benchmarks.judge                      # 20 minutes on two cores
-python -m benchmarks.judge --set models.judge.training.steps=300
+python -m benchmarks.judge
+python -m benchmarks.judge --set generator.training.steps=20 --set models.inspector.training.steps=20   # for trying out
 """
 
 import argparse
@@ -21,12 +21,11 @@ from lib.artifacts import Stage
 from lib.config import Config, load_config
 from lib.models.build import load_model
 from lib.report.table import aligned
-from lib.runs import RunArgs
+from lib.runs import STAGES, RunArgs
 from lib.runtime import Runtime
 from lib.training.objectives.build import make_objective
 from lib.training.tables import materials_of
 
-STAGES = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
 OTHER = [
     "seed=7",
     "generator.architecture.width=96",
@@ -66,7 +65,7 @@ def main() -> None:
     given = [f"data.path={shakespeare()}", *parser.parse_args().overrides]
     own, other = RESULTS / "judge", RESULTS / "judge_other_generator"
     config = load_config(["configs/judge.yaml"], overrides=given)
-    run(own, config, STAGES)
+    run(own, config, STAGES[:5])
     elsewhere = load_config(["configs/judge.yaml"], overrides=[*given, *OTHER])
     run(other, elsewhere, STAGES[:4])
 

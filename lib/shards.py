@@ -184,13 +184,28 @@ class ShardStore:
 def open_store(stage: Stage, config: Config) -> ShardStore:
     """The shards of a stage's run. The stage must read stages 01 and 02."""
     made_of = {
-        # What stage 02 wrote is itself a function of seed, generator and examples
+        "generators": _generators(stage, config),
         "candidates": stage.sha256_of("02_generate_candidates", "candidates"),
         "examples": stage.sha256_of("01_prepare_dataset", "examples"),
         "config": config.slice(("seed", "task", "candidates", "rewards", *SHAPED_BY)),
     }
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return ShardStore(stage.run_dir / FOLDER, digest, config.stream.max_backlog)
+
+
+def generator_names(config: Config) -> list[str]:
+    """The masked LMs that stage 02 trains, as its outputs are called."""
+    folds = config.candidates.cross_fit_folds
+    return ["generator"] if folds == 1 else [f"generator_fold_{fold}" for fold in range(folds)]
+
+
+def _generators(stage: Stage, config: Config) -> list[str]:
+    """Hashes of the masked LMs that write the shards."""
+    if config.candidates.source != "masked_lm":
+        return []
+    if config.generator.checkpoint:
+        return [durable.sha256_folder(Path(config.generator.checkpoint))]
+    return [stage.sha256_of("02_generate_candidates", name) for name in generator_names(config)]
 
 
 def cut_of(config: Config, examples: int) -> Cut:

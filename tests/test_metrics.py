@@ -31,6 +31,13 @@ def test_calibration_error_of_honest_and_boastful_forecasts():
     assert metrics.calibration_error(np.where(p > 0.5, 1.0, 0.0), happened) == pytest.approx(0.25, abs=0.01)
 
 
+def test_reliability_is_the_means_of_equally_filled_bins():
+    predicted, happened = np.repeat([0.1, 0.4, 0.9], 10), np.r_[np.zeros(10), np.tile([0, 1], 5), np.ones(10)]
+    points = metrics.reliability(predicted, happened, 3)
+    assert np.allclose(points, [[0.1, 0, 10], [0.4, 0.5, 10], [0.9, 1, 10]])
+    assert metrics.reliability(np.full(5, 0.3), np.arange(5) % 2) == [[pytest.approx(0.3), 0.4, 5]]
+
+
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
     rng = np.random.default_rng(1)
     hits = 0

@@ -68,6 +68,20 @@ def page(quick_run) -> tuple[str, Page]:
     return html, Page(html)
 
 
+def test_classifiers_and_scorers_stand_beside_their_baselines(page, quick_run):
+    text = page[1].text
+    held_out = {
+        name: json.loads((quick_run / "04_train" / name / "training_manifest.json").read_text())["held_out"]
+        for name in ("inspector", "judge")
+    }
+    classes, scores = text.split("Classes of inspector")[1], text.split("Scores of judge")[1]
+    assert all(f"{count:,}" in classes for row in held_out["inspector"]["confusion"] for count in row)
+    assert f"{held_out['inspector']['f1_0']:.3f}" in classes
+    judge = held_out["judge"]
+    shown = (judge["mse"], judge["confidence"]["spearman"], judge["constant_mse"], judge["best_r2"])
+    assert all(f"{value:.3f}" in scores for value in shown)
+
+
 def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page):
     html, parsed = page
     assert not parsed.problems and not parsed.open

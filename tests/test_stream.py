@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lib.candidates.producer import Producer, at_epoch
 from lib.config import Config, load_config
-from lib.errors import BadConfig, Interrupted, MissingInput, UsageError
+from lib.errors import BadConfig, BadData, Interrupted, MissingInput, UsageError
 from lib.shards import Cut, ShardStore
 from lib.tasks import CandidateContext
 from lib.tokenization import load_tokenizer
@@ -181,18 +181,20 @@ class TinyModel(torch.nn.Linear):
         torch.save(self.state_dict(), Path(folder) / "weights")
 
 
-def train_on_shards(producer: Producer, folder: Path, seen: dict, monkeypatch, kill=lambda: None) -> None:
-    """Training in which the producer gets its turn whenever the trainer waits; `kill()` may raise in either."""
+def train_on_shards(
+    producer: Producer, folder: Path, seen: dict, monkeypatch, kill=lambda side: None
+) -> None:
+    """Training in which the producer gets its turn whenever the trainer waits; `kill(side)` may raise in either."""
 
     def turn(_seconds: float) -> None:
-        kill()
+        kill("producer")
         producer.step()
 
     monkeypatch.setattr(fresh.time, "sleep", turn)
     torch.manual_seed(0)
     chosen = settings(steps=60, checkpoint_every=7, evaluate_every=60, batch_size=7, optimizer="adamw")
     train_tiny(torch.nn.Linear(16, 1), Consumer(reader(producer, folder), seen), chosen, folder,
-               fault=lambda step: kill())  # fmt: skip
+               fault=lambda step: kill("trainer"))  # fmt: skip
 
 
 def test_twenty_deaths_on_each_side_change_nothing(make_producer, tmp_path, monkeypatch):
@@ -208,19 +210,18 @@ def test_twenty_deaths_on_each_side_change_nothing(make_producer, tmp_path, monk
     chance, deaths, seen = random.Random(5), {"trainer": 0, "producer": 0}, {}
     folder = tmp_path / "b"
 
-    def kill() -> None:
-        if sum(deaths.values()) < 40 and chance.random() < 0.4:
-            raise Killed
+    def kill(side: str) -> None:
+        if deaths[side] < 20 and chance.random() < 0.5:
+            deaths[side] += 1
+            raise Killed(side)
 
     while True:
         producer = make_producer(folder / "02_stream")
         try:
             train_on_shards(producer, folder, seen, monkeypatch, kill)
             break
-        except Killed:
-            side = min(deaths, key=lambda name: deaths[name])
-            deaths[side] += 1
-            if side == "producer":  # it leaves halves behind, and shards of its own are lost
+        except Killed as killed:
+            if killed.args == ("producer",):  # it leaves halves behind, and shards of its own are lost
                 half = producer.store.folder / "shard_000009.tmp"
                 half.mkdir(exist_ok=True)
                 (half / "candidates.parquet").write_bytes(b"PAR1")
@@ -309,7 +310,7 @@ def test_a_shard_that_comes_back_different_is_refused(make_producer, tmp_path):
     rows = reader(producer, tmp_path)
     rows.rows(range(7))
     (tmp_path / "shards.json").write_text(json.dumps({"0": hashlib.sha256(b"other").hexdigest()}))
-    with pytest.raises(Exception, match="shard 0 is not what it was when judge used it"):
+    with pytest.raises(BadData, match="shard 0 is not what it was when judge used it"):
         reader(producer, tmp_path).rows(range(7))
 
 

@@ -10,6 +10,7 @@ from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadConfig
 from lib.sections.models import ModelSpec
+from lib.shards import generator_names
 from lib.tasks import cross_fit_fold
 from lib.training.data import select_split
 from lib.training.named import train_named
@@ -36,14 +37,11 @@ def generator_folders(stage: Stage, config: Config) -> list[Path]:
         return []
     if config.generator.checkpoint:
         return [Path(config.generator.checkpoint)]
-    folds = config.candidates.cross_fit_folds
-    names = ["generator"] if folds == 1 else [f"generator_fold_{fold}" for fold in range(folds)]
-    return [stage.folder_of("02_generate_candidates", name) for name in names]
+    return [stage.folder_of("02_generate_candidates", name) for name in generator_names(config)]
 
 
 def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[Path]:
     """One generator on the whole train split; when cross-fitting, one per fold that leaves that fold out."""
-
     spec = ModelSpec(
         mode="language_model", architecture=config.generator.architecture, training=config.generator.training
     )
@@ -54,8 +52,7 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
     }
     fold_of = [cross_fit_fold(config.seed, g, folds) for g in table["train"]["group"].to_pylist()]
     folders = []
-    for fold in range(folds):
-        name = "generator" if folds == 1 else f"generator_fold_{fold}"
+    for fold, name in enumerate(generator_names(config)):
         kept = without_fold(table["train"], [folds > 1 and f == fold for f in fold_of])
         examples = {"train": kept, "held_out": table["held_out"]}
         materials = Materials(

@@ -60,9 +60,8 @@ class Producer:
         """Write shard `number`."""
         epoch, places = self.cut.of_shard(number)
         some = self.examples.take(pa.array(self._order.samples(epoch * self.cut.examples + places)))
-        candidates = self.task.candidates(
-            some, self.context_of(at_epoch(self.config, epoch), epoch + 1)
-        )  # draw 0 is the table's
+        draw = epoch + 1  # 0 is that of the table
+        candidates = self.task.candidates(some, self.context_of(at_epoch(self.config, epoch), draw))
         reward, terms = self.task.rewards(self.config, candidates)
         reward = np.asarray(reward, np.float64)
         facts = {"epoch": epoch, "examples": len(places), "mean_reward": float(reward.mean())}
