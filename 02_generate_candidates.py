@@ -73,7 +73,8 @@ def make_table(config: Config, args: RunArgs) -> None:
         # Make them group by group: memory holds one group of rows, whatever the size of the data
         task = get_task(config.task)
         processes = config.candidates.processes
-        engines = [MaskedLMEngine.load(folder, runtime) for folder in folders] if processes == 1 else []
+        here = folders if processes == 1 else []
+        engines = [MaskedLMEngine.load(folder, runtime, int8=config.candidates.int8) for folder in here]
         context = CandidateContext(config, tokenizer, engines)
         size = max(1, config.candidates.rows_per_group // config.candidates.per_example)
         examples = Examples(stage, size)
@@ -140,7 +141,8 @@ def make_shards(config: Config, args: RunArgs) -> None:
         store = open_store(stage, config)
         tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
         examples = select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), "train")
-        engines = [MaskedLMEngine.load(folder, runtime) for folder in generator_folders(stage, config)]
+        folders = generator_folders(stage, config)
+        engines = [MaskedLMEngine.load(folder, runtime, int8=config.candidates.int8) for folder in folders]
         producer = Producer(
             store, config, examples, lambda at, draw: CandidateContext(at, tokenizer, engines, draw=draw)
         )

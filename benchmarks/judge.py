@@ -2,7 +2,7 @@
 How well judge and inspector do on tinyshakespeare: on the generator they learned from, and on one they never saw.
 
 Stages 00 to 04 with configs/judge.yaml; then stages 00 to 03 with another seed and a narrower generator, whose held-out
-candidates the same two models are measured on. Beside them the generators' own confidence. Resumable.
+candidates the same two models are measured on. Beside them the confidence of the generator that wrote. Resumable.
 
 python -m benchmarks.judge
 python -m benchmarks.judge --set generator.training.steps=20 --set models.inspector.training.steps=20   # for trying out
@@ -75,15 +75,19 @@ def main() -> None:
         ]
         for name in NAMES
     }
-    rows: list[tuple[str, ...]] = [("held-out candidates of", "judge R2", "mean confidence", "best possible", "Spearman", "AUROC untouched",
-             "inspector AUROC", "confidence")]  # fmt: skip
+    head = ("held-out candidates of", "judge R2", "of the rewritten", "mean confidence", "best possible", "Spearman",
+            "of confidence", "AUROC untouched", "inspector AUROC", "confidence")  # fmt: skip
+    rows: list[tuple[str, ...]] = [head]
     for what, found in (
         ("its own generator", records),
         ("another", measured_elsewhere(own, other, elsewhere)),
     ):
         judge, inspector = found["judge"], found["inspector"]
-        figures = (judge["r2"], judge["confidence"]["r2"], judge["best_r2"], judge["spearman"], judge["auroc_untouched"],
-                   inspector["auroc_changed"], inspector["auroc_changed_of_confidence"])  # fmt: skip
+        figures = (
+            judge["r2"], judge["rewritten"]["r2"], judge["confidence"]["r2"], judge["best_r2"], judge["spearman"],
+            judge["confidence"]["spearman"], judge["auroc_untouched"],
+            inspector["auroc_changed"], inspector["auroc_changed_of_confidence"],
+        )  # fmt: skip
         rows.append((what, *(f"{value:.3f}" for value in figures)))
     print(aligned(rows))
 

@@ -5,6 +5,8 @@ python -m benchmarks.speed trainer      # our training step against Hugging Face
 python -m benchmarks.speed logits       # logits at masked positions only against logits everywhere, vocabulary 8k
 python -m benchmarks.speed generation   # synthetic generation against the bare forward pass
 python -m benchmarks.speed overhead     # hashing, fsync and keyed noise as a share of a training stage
+python -m benchmarks.speed masking      # every type of masking on 64 x 1,024 tokens
+python -m benchmarks.speed int8 --run outputs/shakespeare   # its generator in fp32, bf16 and int8: speed and loss
 """
 
 import argparse
@@ -15,14 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
 from lib import durable, randomness
 from lib.config import Config, load_config
+from lib.diffusion.masking import draw_mask, lowest, masked_counts
 from lib.diffusion.nelbo import mask_batch
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
+from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 from lib.sections.models import ArchitectureConfig, TrainingConfig
 from lib.synthetic import MaskedLMEngine
 from lib.training.cross_entropy import cross_entropies
@@ -203,6 +209,54 @@ def compare_generation() -> None:
     print(f"filling {fill:,.0f} tokens/s, bare forward {forward:,.0f} tokens/s: {fill / forward:.0%}")
 
 
+def measure_masking() -> None:
+    """Milliseconds to draw the masks of a batch, for settings of every type, beside two that are hard."""
+    eligible, rows = np.ones((64, 1024), bool), np.arange(64)
+    counts = masked_counts(np.full(64, 0.4), eligible.sum(1))
+    lines = np.tile(np.arange(1024) // 40, (64, 1))
+    kinds: list[Masking] = [
+        RandomMasking(type="random"), SpanMasking(type="span", num_spans=20), LineMasking(type="line", min_ratio=0, max_ratio=1),
+        *(StickyMasking(type="sticky", p1=p1, p2=p2) for p1, p2 in ((0.05, 0.5), (0.02, 0.9), (0.5, 0.1), (0.01, 0))),
+    ]  # fmt: skip
+    for masking in kinds:
+        seconds = _seconds(lambda m=masking: draw_mask(m, eligible, counts, 1, rows, lines))
+        print(f"{masking!r}: {seconds * 1e3:.1f} ms for 64 x 1,024 tokens, 40 % masked")
+
+
+def compare_precisions(run: Path, texts: int = 256) -> None:
+    """A run's generator on its held-out text with half of it masked: tokens/s and nats per masked token."""
+    table = pq.read_table(run / "01_prepare_dataset" / "examples.parquet", columns=["token_ids", "split"])
+    held_out = table.filter(pc.equal(table["split"], "held_out"))["token_ids"].to_pylist()
+    folder = run / "02_generate_candidates" / "generator" / "best_model"
+    engines = {
+        name: MaskedLMEngine.load(folder, Runtime(torch.device("cpu"), precision), int8=name.startswith("int8"))
+        for name, precision in (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "fp32"), ("int8, rest bf16", "bf16"))
+    }  # fmt: skip
+    width = engines["fp32"].width
+    ids = np.array([row[:width] for row in held_out if len(row) >= width][:texts])
+    masked = lowest(randomness.uniform(7, np.arange(len(ids)), width), np.ones(ids.shape, bool),
+                    np.full(len(ids), width // 2))  # fmt: skip
+    targets = torch.from_numpy(ids[masked])
+    found: dict[str, tuple[list[float], float]] = {name: ([], 0.0) for name in engines}
+    for number in range(ROUNDS + 1):
+        for name, engine in engines.items():
+            begin = time.perf_counter()
+            with torch.no_grad():
+                logits = torch.cat([_read(engine, ids[i : i + 64], masked[i : i + 64]) for i in range(0, len(ids), 64)])  # fmt: skip
+            times = found[name][0]
+            if number:
+                times.append(time.perf_counter() - begin)
+            found[name] = (times, float(F.cross_entropy(logits.float(), targets)))
+    print(f"{folder}: {len(ids)} x {width} held-out tokens, half of them masked")
+    for name, (times, nats) in found.items():
+        print(f"{name:16}{ids.size / statistics.median(times):9,.0f} tokens/s   {nats:.4f} nats per masked token")
+
+
+def _read(engine: MaskedLMEngine, ids: np.ndarray, masked: np.ndarray) -> torch.Tensor:
+    inputs = np.where(masked, engine.tokenizer.mask_token_id, ids)
+    return engine._logits(inputs, np.ones(ids.shape, bool), np.flatnonzero(masked))
+
+
 def measure_overhead() -> None:
     """What bookkeeping costs beside training: keyed noise per step, hashing and fsync per checkpoint."""
     config, architecture, training = settings(60)
@@ -272,8 +326,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["trainer", "logits", "generation", "overhead"])
+    parser.add_argument("what", choices=["trainer", "logits", "generation", "overhead", "masking", "int8"])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--run", type=Path, help="for int8: a run with a generator", metavar="RUN_DIR")
     options = parser.parse_args()
     if options.what == "trainer":
         compare_trainer(options.steps)
@@ -281,6 +336,10 @@ def main() -> None:
         compare_logits()
     elif options.what == "generation":
         compare_generation()
+    elif options.what == "masking":
+        measure_masking()
+    elif options.what == "int8":
+        compare_precisions(options.run or parser.error("int8 needs --run RUN_DIR"))
     else:
         measure_overhead()
 

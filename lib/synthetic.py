@@ -18,7 +18,8 @@ from torch import nn
 from lib import randomness
 from lib.diffusion.categorical import draw
 from lib.diffusion.masking import lowest
-from lib.errors import BadData, MissingInput
+from lib.errors import BadConfig, BadData, MissingInput
+from lib.models.int8 import to_int8
 from lib.runtime import Runtime
 from lib.sections.data import CandidatesConfig
 
@@ -47,10 +48,16 @@ class MaskedLMEngine:
         self._sparse = "logits_at" in _argument_names(self.model)
 
     @classmethod
-    def load(cls, folder: Path, runtime: Runtime, width: int | None = None) -> "MaskedLMEngine":
+    def load(
+        cls, folder: Path, runtime: Runtime, width: int | None = None, int8: bool = False
+    ) -> "MaskedLMEngine":
         """From a saved folder with its tokenizer. Raises MissingInput or BadData saying what does not fit."""
         from lib.models.build import is_ours, load_model
 
+        if int8 and runtime.device.type != "cpu":
+            raise BadConfig(
+                f"candidates.int8 is for the CPU, and this runs on {runtime.device}: set it to false"
+            )
         if not (folder / "config.json").exists():
             raise MissingInput(
                 f"generator.checkpoint: {folder} has no config.json; give the folder of a masked LM"
@@ -65,6 +72,8 @@ class MaskedLMEngine:
             )
         longest = getattr(model.config, "max_position_embeddings", None) or 512
         limit = longest - 1 if is_ours(folder) else longest
+        if int8:
+            to_int8(model)
         return cls(model, tokenizer, runtime, min(width or limit, limit))
 
     @torch.no_grad()

@@ -168,12 +168,13 @@ def test_the_report_beats_chance_only_if_the_critic_knows_something():
 
 
 def test_the_masked_share_is_that_of_the_pass_which_completed_the_text():
-    target = objective(rollout_fraction=0.0)
+    target = objective(rollout_passes=(1, 1))
     index, ids, valid = target.diffusion.windows(range(8))
     once = target.fill(model(), ids, valid, index, "critic", 8)
     np.testing.assert_allclose(once.share, once.written.sum(1) / valid.sum(1))
-    twice = objective(rollout_fraction=1.0).fill(model(), ids, valid, index, "critic", 8)
-    np.testing.assert_allclose(twice.share * valid.sum(1), twice.written.sum(1) - twice.written.sum(1) // 2)
+    often = objective(rollout_passes=(3, 3)).fill(model(), ids, valid, index, "critic", 8)
+    left = often.written.sum(1)
+    np.testing.assert_allclose(often.share * valid.sum(1), left - np.ceil(left * 2 / 3))
     partial, share = target._partial(model(), once, index)
     hidden = np.isnan(partial)
     assert (hidden <= once.written).all() and 0.1 < hidden[once.written].mean() < 0.9

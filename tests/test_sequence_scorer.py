@@ -50,3 +50,14 @@ def test_the_generators_mean_confidence_is_a_baseline():
     assert rows[1].baseline == "mean confidence" and rows[1].baseline_value == values["confidence"]["r2"]
     silent, _ = objective(target, None, [rng.normal(-1, 1, 5) for _ in target]).report(Constant())
     assert abs(silent["confidence"]["r2"]) < 0.1
+
+
+def test_no_r2_is_claimed_where_all_targets_are_the_same():
+    values, rows = objective(np.ones(50), None).report(Constant())
+    assert [row.metric for row in rows] == ["MSE"] and "rewritten" not in values
+
+
+def test_rewritten_sequences_are_judged_alone_too():
+    target = np.concatenate([np.ones(20), np.linspace(0.2, 0.8, 60)])
+    values, _ = objective(target, None).report(Constant())
+    assert values["rewritten"]["mse"] == pytest.approx(((target[20:] - 0.5) ** 2).mean())

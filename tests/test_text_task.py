@@ -288,11 +288,16 @@ def test_no_long_text_is_in_two_splits_and_groups_are_whole():
 def test_contiguous_splits_lie_behind_each_other_in_their_shares():
     text = "".join(PROSE.format(i) for i in range(2000))
     fractions = {"train": 0.9, "held_out": 0.1}
-    examples, _ = prepared(text, split="contiguous", fractions=fractions, deduplicate="none")
+    examples, _ = prepared(
+        text, split="contiguous", fractions=fractions, deduplicate="none", block_characters=1024
+    )
     order = [e.split for e in examples]
     assert order == sorted(order, reverse=True)  # train before held_out
     share = sum(len(e.target) for e in examples if e.split == "train") / len(text)
     assert share == pytest.approx(0.9, abs=0.002)
+    for split in fractions:  # intervals resample groups: one long document must not be a single one
+        assert len({e.group for e in examples if e.split == split}) > 5
+    assert len({e.group for e in examples}) == len({(e.group, e.split) for e in examples})
 
 
 def test_the_hash_split_depends_on_the_name_and_keeps_its_shares():

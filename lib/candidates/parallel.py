@@ -46,7 +46,7 @@ def _begin(config: Config, tokenizer: Path, engines: list[Path], threads: int) -
     global _context
     torch.set_num_threads(threads)
     runtime = Runtime.detect(config)
-    loaded = [MaskedLMEngine.load(folder, runtime) for folder in engines]
+    loaded = [MaskedLMEngine.load(folder, runtime, int8=config.candidates.int8) for folder in engines]
     _context = CandidateContext(config, load_tokenizer(tokenizer), loaded)
 
 

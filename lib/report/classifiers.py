@@ -39,6 +39,8 @@ def scores_table(held_out: dict[str, Any]) -> str:
         return [escape(name), *("–" if values.get(k) is None else f"{values[k]:.3f}" for k in keys)]
 
     lines = [cells("this model", held_out)]
+    if "rewritten" in held_out:
+        lines.append(cells("this model, of rewritten sequences alone", held_out["rewritten"]))
     if "confidence" in held_out:
         lines.append(cells("generator's mean confidence", held_out["confidence"]))
     lines.append(cells("constant", {"mse": held_out["constant_mse"], "r2": 0.0}))

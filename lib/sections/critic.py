@@ -29,7 +29,7 @@ class CriticConfig(Section):
     alpha: NonNegative
     ramp: tuple[Fraction, Fraction]
     temperature: tuple[AboveZero, AboveZero]
-    rollout_fraction: Fraction
+    rollout_passes: tuple[Positive, Positive]
     clean_fraction: Fraction
     partial_fraction: Fraction
     training: TrainingConfig
@@ -40,4 +40,6 @@ class CriticConfig(Section):
             raise ValueError(f"ramp {list(self.ramp)} must be [start, end] with start <= end")
         if self.temperature[0] > self.temperature[1]:
             raise ValueError(f"temperature {list(self.temperature)} must be [low, high] with low <= high")
+        if self.rollout_passes[0] > self.rollout_passes[1]:
+            raise ValueError(f"rollout_passes {list(self.rollout_passes)} must be [low, high] with low <= high")
         return self

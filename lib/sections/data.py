@@ -57,6 +57,7 @@ class CandidatesConfig(Section):
     batch_size: Positive
     rows_per_group: Positive
     processes: Positive
+    int8: bool
 
     @model_validator(mode="after")
     def _check(self):

@@ -42,7 +42,7 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
             yield Dropped(f"{name}@{a}", "repeated paragraph", text[a:b])
         number, end_before, split_before = 0, -1, ""
         for block, span in enumerate(s for stretch in stretches for s in _blocks(text, stretch, data)):
-            group = name if data.split_unit == "document" or data.split == "contiguous" else f"{name}:{block}"
+            group = name if data.split_unit == "document" else f"{name}:{block}"
             for a, b, fits in _passages(text, span, data):
                 if not fits:
                     yield Dropped(

@@ -72,7 +72,10 @@ class SequenceScore:
         )
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        """All held-out sequences, beside the constant that is the mean of the training targets."""
+        """All held-out sequences, beside the constant that is the mean of the training targets.
+
+        `rewritten` holds the figures of the sequences that are not untouched: those alone are harder to tell apart.
+        """
         target = self.held_out_targets
         predicted = self.predict(model, np.arange(self.held_out.count))
         constant = float(self.train_targets.mean())
@@ -84,9 +87,12 @@ class SequenceScore:
         untouched = target == target.max()
         if 0 < untouched.sum() < len(target):
             values["auroc_untouched"] = metrics.auroc(predicted, untouched)
+            values["rewritten"] = metrics.regression(predicted[~untouched], target[~untouched])
         values |= self._least_error()
         mse = metrics.ratio(squared, count)
         row = result_row(self.label, "MSE", mse, "constant", values["constant_mse"], lower_is_better=True)
+        if not np.ptp(target):
+            return values, [row]  # nothing to explain: R2 is undefined
         unexplained = metrics.ratio(squared, base)
         r2 = metrics.Estimate(1 - unexplained.value, 1 - unexplained.high, 1 - unexplained.low)
         baseline, value = "constant", 0.0

@@ -101,22 +101,25 @@ class TokenClasses:
         # The number of predicted tokens alone may be what a classifier knows; the constant knows the class shares.
         total, base, count = metrics.sum_by(self._groups[owners], ce, prior, np.ones_like(ce))
         changed, suspicion = classes > 0, 1 - np.exp(scores[:, 0])
-        found = metrics.resampled(lambda w: metrics.auroc(suspicion, changed, w), self._groups[owners])
         constant = float(base.sum() / count.sum())
         values = {
             "cross_entropy": float(ce.mean()),
             "constant_cross_entropy": constant,
-            "auroc_changed": found.value,
             "confusion": confusion.tolist(),
             **metrics.classification(confusion),
         }
+        rows = [
+            result_row(self.label, "cross-entropy, nats/token", metrics.ratio(total, count), "class shares", constant,
+                       lower_is_better=True)
+        ]  # fmt: skip
+        if changed.all() or not changed.any():
+            return values, rows  # there is nothing to tell apart
+        found = metrics.resampled(lambda w: metrics.auroc(suspicion, changed, w), self._groups[owners])
+        values["auroc_changed"] = found.value
         baseline, value = "chance", 0.5
         if self.confidence is not None:
             doubt = -np.concatenate(self.confidence)
             baseline, value = "generator's confidence", metrics.auroc(doubt, changed)
             values["auroc_changed_of_confidence"] = value
-        rows = [
-            result_row(self.label, "cross-entropy, nats/token", metrics.ratio(total, count), "class shares", constant, lower_is_better=True),
-            result_row(self.label, "AUROC, changed tokens", found, baseline, value, lower_is_better=False),
-        ]  # fmt: skip
+        rows.append(result_row(self.label, "AUROC, changed tokens", found, baseline, value, lower_is_better=False))
         return values, rows

@@ -87,26 +87,34 @@ class TokenCritic:
 
     @torch.no_grad()
     def fill(self, model: nn.Module, ids, valid, rows: np.ndarray, purpose: str, period: int) -> Filled:
-        """The model's own samples: masks at all ratios, temperatures as configured, some rows in two passes."""
+        """The model's own samples: masks at all ratios, temperatures and numbers of passes as configured.
+
+        A row's masks fall into the passes evenly, at random: what a pass writes, it writes with all that the passes
+        before it wrote in view, right or wrong, as in a sampling round.
+        """
         masked = self.diffusion.mask(ids, valid, purpose, rows, period).masked
         low, high = self.config.temperature
         heat = low + (high - low) * randomness.uniform(randomness.key(self.seed, f"{purpose} heat"), rows, 1)
-        two = (
-            randomness.uniform(randomness.key(self.seed, f"{purpose} passes"), rows, 1)
-            < self.config.rollout_fraction
-        )
+        passes = self._passes(rows, purpose)
         place = randomness.uniform(randomness.key(self.seed, f"{purpose} place"), rows, ids.shape[1])
-        half = lowest(place, masked, np.where(two[:, 0], masked.sum(1) // 2, 0))
+        rank = np.argsort(np.argsort(np.where(masked, place, np.inf), 1, kind="stable"), 1, kind="stable")
+        turn = rank * passes[:, None] // np.maximum(masked.sum(1), 1)[:, None]  # (B, T) the pass that writes it
+        last = masked & (turn == turn.max(1, initial=0, where=masked)[:, None])
         start = np.where(masked, self.diffusion.mask_id, ids)
-        share = (masked & ~half).sum(1) / np.maximum(valid.sum(1), 1)
+        share = last.sum(1) / np.maximum(valid.sum(1), 1)
         result = Filled(ids, start, valid, masked, np.ones(ids.shape), share)
         was_training = model.training
         model.eval()
-        if half.any():
-            self._write(model, result, half, heat, rows, f"{purpose} first")
-        self._write(model, result, masked & ~half, heat, rows, f"{purpose} second")
+        for number in range(passes.max(initial=0)):
+            self._write(model, result, masked & (turn == number), heat, rows, f"{purpose} {number}")
         model.train(was_training)
         return result
+
+    def _passes(self, rows: np.ndarray, purpose: str) -> np.ndarray:
+        """(B,) number of passes in which each row is filled, even on a logarithmic scale."""
+        low, high = self.config.rollout_passes
+        chance = randomness.uniform(randomness.key(self.seed, f"{purpose} passes"), rows, 1)[:, 0]
+        return np.floor(low * ((high + 1) / low) ** chance).astype(np.int64)
 
     def _hide(self, filled: Filled, rows: np.ndarray, purpose: str, share: float) -> Filled:
         """A share of the rows loses a part of what was written, as the critic sees text inside a sampling round."""
@@ -116,20 +124,26 @@ class TokenCritic:
         return filled.partly_masked(hidden, self.diffusion.mask_id)
 
     def _write(self, model, filled: Filled, now, heat, rows, purpose: str) -> None:
-        at = np.flatnonzero(now)
+        """A token at every place of `now` (B, T), in place; only the rows that have such places are read."""
+        some = np.flatnonzero(now.any(1))
+        if not len(some):
+            return
+        ids, confidence, here = filled.ids[some], filled.confidence[some], now[some]
+        at = np.flatnonzero(here)
         logits = forward(
-            model, self.runtime, filled.ids, filled.valid, logits_at=tensor(at, self.runtime)
+            model, self.runtime, ids, filled.valid[some], logits_at=tensor(at, self.runtime)
         ).logits
-        noise = randomness.uniform(randomness.key(self.seed, purpose), rows, now.shape[1]).reshape(-1)[at]
-        warm = np.broadcast_to(heat, now.shape).reshape(-1)[at].astype(np.float32)
+        noise = randomness.uniform(randomness.key(self.seed, purpose), rows[some], now.shape[1])
+        warm = np.broadcast_to(heat[some], here.shape)
         tokens, sure = draw(
             logits,
-            tensor(noise, self.runtime),
+            tensor(noise.reshape(-1)[at], self.runtime),
             self._forbidden,
-            temperature=tensor(warm, self.runtime)[:, None],
+            temperature=tensor(warm[here].astype(np.float32), self.runtime)[:, None],
         )
-        filled.ids.reshape(-1)[at] = tokens.cpu().numpy()
-        filled.confidence.reshape(-1)[at] = sure.cpu().numpy()
+        ids.reshape(-1)[at] = tokens.cpu().numpy()
+        confidence.reshape(-1)[at] = sure.cpu().numpy()
+        filled.ids[some], filled.confidence[some] = ids, confidence
 
     def _critic_loss(self, model: nn.Module, filled: Filled, rows: np.ndarray, purpose: str) -> Tensor:
         """Binary cross-entropy over the written tokens and a share of the given ones."""
