@@ -48,7 +48,7 @@ def trunks_of(encoder: str | None) -> tuple[Any, Any]:
 
     def fresh(**choices: float) -> Any:
         torch.manual_seed(0)
-        shape = {
+        shape: dict[str, Any] = {
             "hidden_size": 384,
             "num_hidden_layers": 6,
             "num_attention_heads": 12,
