@@ -46,7 +46,7 @@ def trunks_of(encoder: str | None) -> tuple[Any, Any]:
         stock = AutoModel.from_pretrained(encoder, local_files_only=True, use_safetensors=True)
         return open_encoder(encoder)[0], stock
 
-    def fresh(**choices: float) -> Any:
+    def fresh(**choices: Any) -> Any:
         torch.manual_seed(0)
         shape: dict[str, Any] = {
             "hidden_size": 384,
@@ -54,7 +54,7 @@ def trunks_of(encoder: str | None) -> tuple[Any, Any]:
             "num_attention_heads": 12,
             "intermediate_size": 1536,
         }
-        return BertModel(BertConfig(**shape, **choices))
+        return BertModel(BertConfig(**(shape | choices)))
 
     return fresh(attention_probs_dropout_prob=0.0), fresh()
 

@@ -54,6 +54,7 @@ class Plan:
     samples: int  # per setting of E3
     resamples: int
     ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    fill_passes: tuple[int, ...] = (1, 16)  # of E1
     span_ratios: tuple[float, ...] = (0.3, 0.6)
     span_nfe: tuple[int, ...] = (2, 4, 8, 16, 32)
     sample_nfe: tuple[int, ...] = (8, 16, 32, 64, 128)
@@ -77,7 +78,7 @@ PLANS = {
         sums=Size(4, 128, 64, (6000, 20, 1000), 64, sentences=100_000),
     ),
     "quick": Plan(
-        seeds=1, texts=24, samples=24, resamples=50, ratios=(0.3, 0.7), span_ratios=(0.5,), span_nfe=(4, 16),
+        seeds=1, texts=24, samples=24, resamples=50, ratios=(0.3, 0.7), fill_passes=(1, 8), span_ratios=(0.5,), span_nfe=(4, 16),
         sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), sum_nfe=(4, 16), thresholds=(0.2,), policies=MAIN,
         sample_policies=("none", "confidence", "critic", "critic_partial"),
         variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16,
@@ -85,7 +86,7 @@ PLANS = {
         sums=Size(2, 64, 32, (1500, 10, 150), 32, sentences=8000, digits=1, evaluated=64),
     ),
     "tiny": Plan(  # for the tests: everything happens, nothing is learned
-        seeds=1, texts=4, samples=4, resamples=5, ratios=(0.5,), span_ratios=(0.5,), span_nfe=(3,),
+        seeds=1, texts=4, samples=4, resamples=5, ratios=(0.5,), fill_passes=(2,), span_ratios=(0.5,), span_nfe=(3,),
         sample_nfe=(4,), temperatures=(0.7, 1.5), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
         sample_policies=("none", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
         cost_nfe=3, text=Size(1, 32, 32, (4, 4, 4), 8, evaluated=8),
@@ -109,8 +110,10 @@ class Task:
 def tasks(plan: Plan) -> Iterator[Task]:
     """All settings, experiment by experiment."""
     for ratio in plan.ratios:
-        yield Task("E1", {"ratio": ratio}, lambda lab, seed, r=ratio: experiments.error_detection(
-            lab.models(seed), r, plan.texts, plan.resamples))  # fmt: skip
+        for passes in plan.fill_passes:
+            setting = {"ratio": ratio, "passes": passes}
+            yield Task("E1", setting, lambda lab, seed, r=ratio, n=passes: experiments.error_detection(
+                lab.models(seed), r, n, plan.texts, plan.resamples))  # fmt: skip
     for ratio in plan.span_ratios:
         for nfe in plan.span_nfe:
             yield Task("E2", {"ratio": ratio, "nfe": nfe}, lambda lab, seed, r=ratio, n=nfe: experiments.infilling(

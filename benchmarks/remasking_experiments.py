@@ -52,29 +52,36 @@ NOT_CHANCES = ("random", "entropy")  # suspicions that are no probability
 
 
 @torch.no_grad()
-def filled(trained: Trained, ratio: float, count: int) -> Fill:
-    """`ratio` of the tokens of `count` held-out texts, masked at random and drawn at temperature 1."""
+def filled(trained: Trained, ratio: float, passes: int, count: int) -> Fill:
+    """`ratio` of the tokens of `count` held-out texts, masked at random and drawn at temperature 1.
+
+    Each pass draws an equal share of them, with all that the passes before it drew in view, as in sampling.
+    """
     clean = trained.held_out[:count]
     rows = np.arange(len(clean))
     eligible = np.ones(clean.shape, bool)
     counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))
     key = randomness.key(trained.seed, "benchmark fill")
     written = draw_mask(RandomMasking(type="random"), eligible, counts, key, rows)
-    noise = randomness.uniform(randomness.key(trained.seed, "benchmark token"), rows, clean.shape[1])
-    ids, confidence, entropy = clean.copy(), np.ones(clean.shape), np.zeros(clean.shape)
-    for part in chunks(len(clean), 64):
-        at = np.flatnonzero(written[part])
-        inputs = torch.from_numpy(np.where(written[part], trained.mask_id, clean[part]))
-        logits = _logits(trained, inputs, torch.from_numpy(at))
-        barred = torch.tensor(trained.forbidden, device=logits.device)
-        chance = torch.from_numpy(noise[part].reshape(-1)[at]).to(logits.device)
-        tokens, sure = draw(logits, chance, barred)
-        spread = torch.distributions.Categorical(logits=logits.index_fill(1, barred, -1e9)).entropy()
-        for array, values in ((ids, tokens), (confidence, sure), (entropy, spread)):
-            block = array[part].copy()
-            block.reshape(-1)[at] = values.cpu().numpy()
-            array[part] = block
-    views, hidden = _views(trained, ids, written, confidence, noise)
+    place = randomness.uniform(randomness.key(trained.seed, "benchmark place"), rows, clean.shape[1])
+    ids = np.where(written, trained.mask_id, clean)
+    confidence, entropy, left = np.ones(clean.shape), np.zeros(clean.shape), written.copy()
+    for number in range(passes):
+        now = lowest(place, left, -(-left.sum(1) // (passes - number)))
+        noise = randomness.uniform(randomness.key(trained.seed, "benchmark token", number), rows, clean.shape[1])
+        for part in chunks(len(clean), 64):
+            at = np.flatnonzero(now[part])
+            logits = _logits(trained, torch.from_numpy(ids[part]), torch.from_numpy(at))
+            barred = torch.tensor(trained.forbidden, device=logits.device)
+            chance = torch.from_numpy(noise[part].reshape(-1)[at]).to(logits.device)
+            tokens, sure = draw(logits, chance, barred)
+            spread = torch.distributions.Categorical(logits=logits.index_fill(1, barred, -1e9)).entropy()
+            for array, values in ((ids, tokens), (confidence, sure), (entropy, spread)):
+                block = array[part].copy()
+                block.reshape(-1)[at] = values.cpu().numpy()
+                array[part] = block
+        left &= ~now
+    views, hidden = _views(trained, ids, written, confidence, place)
     return Fill(ids != clean, written, written & ~hidden, views | {"entropy": entropy})
 
 
@@ -89,10 +96,14 @@ def _views(trained: Trained, ids, written, confidence, noise) -> tuple[dict[str,
     sampler, rows = trained.sampler(), np.arange(len(ids))
     share = written.mean(1)
     hidden = lowest(noise, written, written.sum(1) // 2)
-    raw, partly = (
-        np.concatenate([sampler.raw_error(texts[p]) for p in chunks(len(ids), 64)])
-        for texts in (ids, np.where(hidden, trained.mask_id, ids))
-    )
+    half = np.where(hidden, trained.mask_id, ids)
+
+    def read(texts: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
+        return np.concatenate([
+            sampler.raw_error(texts[p], None if given is None else given[p]) for p in chunks(len(ids), 64)
+        ])  # fmt: skip
+
+    raw, unknown, partly = read(ids, ~written), read(ids), read(half)
     fresh = np.concatenate([sampler.fresh_confidence(ids[p]) for p in chunks(len(ids), 64)])
     views = {
         "random": randomness.uniform(randomness.key(trained.seed, "benchmark chance"), rows, ids.shape[1]),
@@ -100,6 +111,7 @@ def _views(trained: Trained, ids, written, confidence, noise) -> tuple[dict[str,
         "confidence_fresh": 1 - fresh,
         "critic_raw": raw,
         "critic": trained.calibration(raw, "filled", share),
+        "critic_unknown": trained.calibration(unknown),
         "critic_blend": trained.calibration.blended(raw, confidence),
         "critic_partial": trained.calibration(partly, "partial", hidden.mean(1)),
         "confidence_of_those": 1 - confidence,
@@ -107,9 +119,11 @@ def _views(trained: Trained, ids, written, confidence, noise) -> tuple[dict[str,
     return views, hidden
 
 
-def error_detection(trained: Trained, ratio: float, count: int, resamples: int) -> dict[str, Any]:
+def error_detection(
+    trained: Trained, ratio: float, passes: int, count: int, resamples: int
+) -> dict[str, Any]:
     """View -> AUROC, average precision, precision among the BUDGET most suspected, ECE; differences to confidence."""
-    fill = filled(trained, ratio, count)
+    fill = filled(trained, ratio, passes, count)
     result: dict[str, Any] = {"error_rate": float(fill.wrong[fill.written].mean()), "views": {}}
     for name, suspicion in fill.views.items():
         where = fill.seen if name in PARTIAL else fill.written
@@ -223,10 +237,11 @@ def ablation(
     resamples: int,
     **changes: Any,
 ) -> dict[str, Any]:
-    """What a variant of the critic costs the generator, how well it finds errors, and what its policies gain."""
+    """What a variant of the critic costs the generator, how well it finds the errors of fills, and what its policies gain.
+    """
     before = trained.stats("04_train")["generator"]["held_out"]
     after = trained.stats(CRITIC)
-    detection = error_detection(trained, ratio, count, resamples)["views"]
+    detection = error_detection(trained, ratio, nfe, count, resamples)["views"]
     return {
         "nelbo": after["generator_nelbo"],
         "nelbo_before": before["nelbo"],

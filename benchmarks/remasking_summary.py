@@ -111,12 +111,13 @@ def detection(records: list[Record]) -> str:
         for view in results[0]["views"]:
             found = [r["views"][view] for r in results]
             rows.append([
-                f"{setting['ratio']:.0%}", view, shown(mean_of(found, "auroc")),
+                f"{setting['ratio']:.0%}", str(setting["passes"]), view, shown(mean_of(found, "auroc")),
                 shown(mean_of(found, "auroc_over_confidence"), signed=True), shown(mean_of(found, "average_precision")),
                 shown(mean_of(found, "precision"), percent=True), shown(mean_of(found, "ece")),
             ])  # fmt: skip
     head = [
         "masked",
+        "filled in",
         "view",
         "AUROC",
         "over confidence",

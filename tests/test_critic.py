@@ -160,7 +160,7 @@ def test_gradients_are_on_again_after_a_failure():
 def test_the_report_beats_chance_only_if_the_critic_knows_something():
     target = objective()
     values, rows, calibration = target.report(model())
-    views = {"critic", "critic_calibrated", "critic_blend", "critic_partial", "critic_partial_calibrated"}
+    views = {"critic", "critic_calibrated", "critic_unknown", "critic_blend", "critic_partial", "critic_partial_calibrated"}
     assert set(values["detection"]) == views | {"confidence", "confidence_fresh", "confidence_of_those"}
     assert 0 < values["error_rate"] < 1 and len(rows) == 3
     assert 0 <= calibration(np.array([0.5]))[0] <= 1
@@ -181,6 +181,33 @@ def test_the_masked_share_is_that_of_the_pass_which_completed_the_text():
     np.testing.assert_allclose(share, hidden.sum(1) / valid.sum(1))
 
 
+def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_round():
+    told: list[torch.Tensor | None] = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None, head="lm", given=None):
+            from types import SimpleNamespace
+
+            told.append(given)
+            return SimpleNamespace(logits=torch.zeros(input_ids.shape))
+
+    target = objective(told_fraction=0.5)
+    index, ids, valid = target.diffusion.windows(range(8))
+    filled = target.fill(model(), ids, valid, index, "critic", 8)
+    target._critic_loss(Spy(), filled, index, "critic")
+    flags = told.pop()
+    assert flags is not None
+    given = flags.numpy()
+    rows = given.any(1)
+    assert 0 < rows.sum() < 8
+    np.testing.assert_array_equal(given[rows], (valid & ~filled.written)[rows])
+    partly = filled.partly_masked(filled.written, target.diffusion.mask_id)
+    target._critic_loss(Spy(), partly, index, "critic")
+    assert told.pop() is None
+    objective(told_fraction=0.0)._critic_loss(Spy(), filled, index, "critic")
+    assert told.pop() is None
+
+
 def test_auroc_of_many_resamples_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     score, wrong = rng.integers(0, 20, 500) / 20, rng.random(500) < 0.3
@@ -194,7 +221,7 @@ def made_views(count: int = 80_000) -> Seen:
     critic, share, noise = rng.random((3, count))
     wrong = noise < np.where(share > 0.5, critic**2, critic)
     partial = np.where(rng.random(count) < 0.5, np.nan, critic)
-    return Seen(wrong, np.arange(count) % 50, critic, share, partial, share, rng.random(count), critic)
+    return Seen(wrong, np.arange(count) % 50, critic, critic, share, partial, share, rng.random(count), critic)
 
 
 def test_curves_by_band_are_more_honest_than_one_for_all():

@@ -371,6 +371,24 @@ def test_critic_head(family):
 
 
 @every_family
+def test_the_critic_can_be_told_what_was_given(family, tmp_path):
+    model, ids = make((family, "masked"), critic_layers=1), make_ids()
+    given = torch.zeros(ids.shape, dtype=torch.bool)
+    plain = model(ids, head="critic").logits
+    assert torch.equal(model(ids, head="critic", given=given).logits, plain)  # nothing is known
+    given[1, 3:9] = True
+    told = model(ids, head="critic", given=given).logits
+    assert not torch.allclose(told[1], plain[1])
+    torch.testing.assert_close(told[[0, 2]], plain[[0, 2]])
+    embeddings = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeddings, head="critic", given=given).logits, told)
+    with pytest.raises(ValueError, match="given is for"):
+        model(ids, given=given)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(ids, inputs_embeds=embeddings, head="critic", given=given)
+
+
+@every_family
 def test_token_classification(family):
     model, ids = make((family, "token"), num_labels=3), make_ids()
     labels = ids % 3

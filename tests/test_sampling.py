@@ -90,9 +90,12 @@ class Oracle(nn.Module):
     def __init__(self, truth: np.ndarray, skill: float = 0.5):
         super().__init__()
         self.truth, self.skill, self.passes = torch.from_numpy(truth), skill, 0
+        self.told: list[np.ndarray] = []  # which tokens the critic was told to be right
 
-    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm"):
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
         self.passes += 1
+        if given is not None:
+            self.told.append(given.numpy())
         truth = self.truth.expand(input_ids.shape)
         error = torch.where(input_ids == truth, -9.0, 9.0)
         if head == "critic":
@@ -210,6 +213,18 @@ def test_the_oracle_needs_the_truth():
         oracle_sampler().sample(
             np.full((1, 40), MASK), np.ones((1, 40), bool), np.arange(1), POLICIES["oracle"], 4
         )
+
+
+@pytest.mark.parametrize("name", ["critic", "critic_blend"])
+def test_the_critic_is_told_what_was_given(name):
+    sampler = oracle_sampler()
+    free = np.arange(40) >= 10
+    ids = np.tile(TRUTH, (2, 1))
+    sampler.sample(ids, np.tile(free, (2, 1)), np.arange(2), POLICIES[name], 9)
+    told = sampler.model.told
+    assert len(told) >= 3 and all((t == ~free).all() for t in told)
+    sampler.critic_error(ids)  # of a text from elsewhere nothing is known
+    assert len(sampler.model.told) == len(told)
 
 
 def test_randomness_strength_one_makes_the_critic_blind():
@@ -359,7 +374,7 @@ class Reader(nn.Module):
         super().__init__()
         self.read: list[np.ndarray] = []
 
-    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm"):
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
         self.read.append(input_ids.numpy().copy())
         logits = torch.zeros(*input_ids.shape, WORDS).flatten(0, 1)
         blank = torch.zeros(input_ids.shape)
@@ -403,12 +418,12 @@ def test_calibration_mends_overconfidence_and_keeps_the_order(tmp_path):
     rng = np.random.default_rng(1)
     said = rng.random(20_000)
     happened = rng.random(20_000) < said**2
-    calibration = Calibration.fit(said, happened)
+    calibration = Calibration.fit({"unknown": Observed(said, happened, said)})
     grid = np.linspace(0.02, 0.98, 50)
     assert np.abs(calibration(grid) - grid**2).max() < 0.06
     assert (np.diff(calibration(np.linspace(0, 1, 200))) > 0).all()
     sure = 1 - np.clip(said + 0.1 * rng.standard_normal(20_000), 0.01, 0.99)
-    calibration = Calibration.fit(said, happened, sure, {"filled": Observed(said, happened, said)})
+    calibration = Calibration.fit({"filled": Observed(said, happened, said)}, sure)
     calibration.save(tmp_path / "calibration.json")
     assert Calibration.load(tmp_path / "calibration.json") == calibration
 
@@ -419,14 +434,16 @@ def test_each_band_of_the_masked_share_has_its_own_curve_where_there_is_enough_t
     share = np.where(share < 0.5, share / 2, 0.5 + share / 2)  # nothing between a quarter and three quarters
     share[:400] = 0.3  # but for too few
     happened = rng.random(40_000) < np.where(share < 0.5, said**2, np.sqrt(said))
-    calibration = Calibration.fit(said, happened, readings={"filled": Observed(said, happened, share)})
-    assert [curve is not None for curve in calibration.bands["filled"]] == [True, False, False, True]
+    calibration = Calibration.fit({"filled": Observed(said, happened, share)})
+    assert [curve is not None for curve in calibration.readings["filled"].bands] == [True, False, False, True]
     grid = np.linspace(0.05, 0.95, 19)
     for where, expected in ((0.1, grid**2), (1.0, np.sqrt(grid))):
         rows = np.tile(grid, (2, 1))
         assert np.abs(calibration(rows, "filled", np.full(2, where)) - expected).max() < 0.08
-    np.testing.assert_array_equal(calibration(grid, "filled", np.full(19, 0.3)), calibration(grid))
-    np.testing.assert_array_equal(calibration(grid, "partial", np.full(19, 0.1)), calibration(grid))
+    np.testing.assert_array_equal(
+        calibration(grid, "filled", np.full(19, 0.3)), calibration(grid, "filled")
+    )
+    np.testing.assert_array_equal(calibration(grid, "partial", np.full(19, 0.1)), grid)  # no curve: as it is
     mixed = calibration(np.tile(grid, (2, 1)), "filled", np.array([0.1, 1.0]))
     assert np.abs(mixed - np.stack([grid**2, np.sqrt(grid)])).max() < 0.08
 
@@ -436,7 +453,7 @@ def test_the_sampler_calibrates_by_what_was_masked():
     asked = []
 
     class Spy(Calibration):
-        def __call__(self, probability, reading="filled", share=None):
+        def __call__(self, probability, reading="unknown", share=None):
             assert share is not None
             asked.append((reading, share.tolist()))
             return super().__call__(probability, reading, share)
@@ -455,7 +472,7 @@ def test_the_blend_finds_what_each_of_two_views_knows():
     first, second = rng.standard_normal((2, 20_000))
     happened = rng.random(20_000) < 1 / (1 + np.exp(-(first + 2 * second)))
     critic, error = 1 / (1 + np.exp(-first)), 1 / (1 + np.exp(-second))
-    calibration = Calibration.fit(critic, happened, 1 - error)
+    calibration = Calibration.fit({"filled": Observed(critic, happened, error)}, 1 - error)
     np.testing.assert_allclose(calibration.blend, (1, 2, 0), atol=0.12)
     expected = 1 / (1 + np.exp(-(first + 2 * second)))
     assert np.abs(calibration.blended(critic, 1 - error) - expected).mean() < 0.02

@@ -254,11 +254,12 @@ for step in range(len(seen), steps):
 
 
 def test_processes_killed_for_real_lose_nothing(make_producer, tmp_path):
-    """Producer and trainer as processes of their own; SIGKILL at random moments."""
+    """Producer and trainer as processes of their own; SIGKILL at random moments, by turns. REMASK_KILLS=40 for 20 each."""
+    kills = int(os.environ.get("REMASK_KILLS", 6))
     cut = json.dumps([EXAMPLES, 5, make_producer(tmp_path / "x").cut.per_example])
 
     def trainer(folder: Path) -> subprocess.Popen:
-        command = [sys.executable, "-c", TRAINER, str(folder), "90", cut]
+        command = [sys.executable, "-c", TRAINER, str(folder), str(15 * kills), cut]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
         )
@@ -288,9 +289,11 @@ def test_processes_killed_for_real_lose_nothing(make_producer, tmp_path):
     end(child)
     chance = random.Random(1)
     child, process = producer(folder), trainer(folder)
-    for turn in range(8):
+    deaths = {"trainer": 0, "producer": 0}
+    for turn in range(kills):
         time.sleep(chance.random() * 0.1)
-        if turn % 4 == 3:
+        deaths["trainer" if turn % 2 else "producer"] += process.poll() is None
+        if turn % 2:
             process.kill()
             process.wait()
             process = trainer(folder)
@@ -298,6 +301,7 @@ def test_processes_killed_for_real_lose_nothing(make_producer, tmp_path):
             end(child)
             time.sleep(chance.random() * 0.05)
             child = producer(folder)
+    assert deaths == {"trainer": kills // 2, "producer": kills - kills // 2}  # each while the other side was at work
     assert process.wait(timeout=120) == 0
     end(child)
     assert (folder / "seen.json").read_text() == (quiet / "seen.json").read_text()

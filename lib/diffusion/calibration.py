@@ -1,8 +1,12 @@
 """From a critic's raw probability of error to how often such a token is one (isotonic regression).
 
-How far a critic is off depends on how much was masked: of what it reads (`partial`), or before the pass that completed
-the text it reads (`filled`). So there is a curve for each quarter of that share, where there is enough to learn it from,
-and one for everything else.
+How far a critic is off depends on what it is told and on how much was masked. Three ways of reading:
+
+    filled   a whole draft, with the knowledge of which tokens were given; masked: the share before the pass that completed it
+    partial  a text with masks in it; masked: what is now
+    unknown  a whole text of which nothing is known
+
+Each has a curve of its own, and the first two one for each quarter of the masked share where there is enough to learn from.
 """
 
 import json
@@ -20,7 +24,7 @@ POINTS = 101
 BANDS = 4
 LEAST = 1000  # tokens of a band, for a curve of its own
 LEAST_OF_EACH = 50  # of them right, and wrong
-Reading = Literal["filled", "partial"]
+Reading = Literal["filled", "partial", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,30 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Of one way of reading: `whole` for all shares, and one, or None, for each band of the masked share."""
+
+    whole: Curve = field(default_factory=Curve)
+    bands: tuple[Curve | None, ...] = ()
+
+    @classmethod
+    def fit(cls, seen: Observed) -> "Curves":
+        return cls(Curve.fit(seen.probability, seen.wrong), _bands(seen))
+
+
+@dataclass(frozen=True)
 class Calibration:
     """
     Attributes:
-        curve: for texts of which nothing more is known, and for bands without enough data.
-        bands: reading -> a curve, or None, for each band of the masked share.
+        readings: way of reading -> its curves; without them a raw probability stays as it is.
         blend: weights of the critic's log-odds, the confidence's, and a constant.
     """
 
-    curve: Curve = field(default_factory=Curve)
-    bands: Mapping[str, tuple[Curve | None, ...]] = field(default_factory=dict)
+    readings: Mapping[str, Curves] = field(default_factory=dict)
     blend: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
     def __call__(
-        self, probability: np.ndarray, reading: Reading = "filled", share: np.ndarray | None = None
+        self, probability: np.ndarray, reading: Reading = "unknown", share: np.ndarray | None = None
     ) -> np.ndarray:
         """The share of such tokens that are errors.
 
@@ -83,10 +97,11 @@ class Calibration:
             probability: (B, T) or (N,) raw.
             share: (B,) or (N,) share of the text that was masked, if known; see the module.
         """
-        result = self.curve(probability)
+        curves = self.readings.get(reading, Curves())
+        result = curves.whole(probability)
         if share is not None:
             band = band_of(share)
-            for number, curve in enumerate(self.bands.get(reading, ())):
+            for number, curve in enumerate(curves.bands):
                 here = band == number
                 if curve is not None and here.any():
                     result[here] = curve(probability[here])
@@ -102,40 +117,36 @@ class Calibration:
         return 1 / (1 + np.exp(-(a * _log_odds(probability) + b * _log_odds(1 - confidence) + c)))
 
     @classmethod
-    def fit(
-        cls,
-        probability: np.ndarray,
-        happened: np.ndarray,
-        confidence: np.ndarray | None = None,
-        readings: Mapping[str, Observed] | None = None,
-    ) -> "Calibration":
-        """Curves and blend from (N,) tokens: raw probability, whether each was an error, stored confidence.
-
-        Args:
-            readings: reading -> tokens with the masked share of their text, for the curves of the bands.
-        """
-        bands = {name: _bands(seen) for name, seen in (readings or {}).items()}
-        curve = Curve.fit(probability, happened)
-        if confidence is None or len(np.unique(happened)) < 2:
-            return cls(curve, bands)
-        return cls(curve, bands, _weights(probability, confidence, happened))
+    def fit(cls, readings: Mapping[Reading, Observed], confidence: np.ndarray | None = None) -> "Calibration":
+        """Curves of each way of reading, and the blend if the stored confidence (N,) of the `filled` tokens is given."""
+        curves = {name: Curves.fit(seen) for name, seen in readings.items()}
+        if confidence is None or len(np.unique(readings["filled"].wrong)) < 2:
+            return cls(curves)
+        filled = readings["filled"]
+        return cls(curves, _weights(filled.probability, confidence, filled.wrong))
 
     def save(self, path: Path) -> None:
-        bands = {
-            name: [None if c is None else _plain(c) for c in curves] for name, curves in self.bands.items()
+        readings = {
+            name: {
+                "whole": _plain(curves.whole),
+                "bands": [None if curve is None else _plain(curve) for curve in curves.bands],
+            }
+            for name, curves in self.readings.items()
         }
-        durable.write_json(path, _plain(self.curve) | {"blend": list(self.blend), "bands": bands})
+        durable.write_json(path, {"blend": list(self.blend), "readings": readings})
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            bands = {
-                name: tuple(None if c is None else _curve(c) for c in curves)
-                for name, curves in stored["bands"].items()
+            readings = {
+                name: Curves(
+                    _curve(curves["whole"]), tuple(None if c is None else _curve(c) for c in curves["bands"])
+                )
+                for name, curves in stored["readings"].items()
             }
             first, second, constant = stored["blend"]
-            return cls(_curve(stored), bands, (first, second, constant))
+            return cls(readings, (first, second, constant))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadData(
                 f"{path} is no calibration: {error}; run 05_train_critic with --overwrite"

@@ -226,8 +226,8 @@ class Sampler:
             margin=margin,
             back_share=self.settings.back_share,
             fresh_confidence=lambda: self.fresh_confidence(draft.ids),
-            critic_error=lambda: self.calibration(self.raw_error(draft.ids), "filled", share),
-            blend_error=lambda: self.calibration.blended(self.raw_error(draft.ids), confidence),
+            critic_error=lambda: self.calibration(self.raw_error(draft.ids, ~rows.free), "filled", share),
+            blend_error=lambda: self.calibration.blended(self.raw_error(draft.ids, ~rows.free), confidence),
             partial_error=lambda: self.calibration(draft.critic, "partial", share),
             wrong=wrong,
             most=lambda suspicion, where, count: self._most(suspicion, where, count, noise),
@@ -251,10 +251,10 @@ class Sampler:
         # Equal suspicions must not be settled by position: a trace of noise settles them by chance.
         return lowest(-(score + 1e-9 * noise), where, count)
 
-    def _forward(self, ids: np.ndarray, at: Tensor | None = None, head: str = "lm"):
+    def _forward(self, ids: np.ndarray, at: Tensor | None = None, head: str = "lm", **more: Tensor):
         inputs = torch.from_numpy(ids).to(self.runtime.device)
         with self.runtime.autocast():
-            return self.model(input_ids=inputs, logits_at=at, head=head)
+            return self.model(input_ids=inputs, logits_at=at, head=head, **more)
 
     @torch.no_grad()
     def fresh_confidence(self, ids: np.ndarray) -> np.ndarray:
@@ -270,13 +270,17 @@ class Sampler:
         return self._in_windows(read, ids)
 
     @torch.no_grad()
-    def raw_error(self, ids: np.ndarray) -> np.ndarray:
-        """(B, T) the critic's own chance of error, before calibration, of texts that fit into the context."""
-        return torch.sigmoid(self._forward(ids, head="critic").logits.float()).double().cpu().numpy()
+    def raw_error(self, ids: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
+        """(B, T) the critic's own chance of error, before calibration, of texts that fit into the context.
+
+        `given` (B, T): tokens that are known to be right; None if nothing is known.
+        """
+        told = {} if given is None else {"given": torch.from_numpy(given).to(self.runtime.device)}
+        return torch.sigmoid(self._forward(ids, head="critic", **told).logits.float()).double().cpu().numpy()
 
     @torch.no_grad()
     def critic_error(self, ids: np.ndarray) -> np.ndarray:
-        """(B, T) calibrated chance that each token of a whole text is an error. One forward pass."""
+        """(B, T) calibrated chance that each token of a text of which nothing is known is an error. One forward pass."""
         return self.calibration(self._in_windows(self.raw_error, ids))
 
     def _in_windows(self, read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ class Int8Linear(nn.Module):
             part = y[start : start + ROWS].copy_(whole).mul_(scale).mul_(self.scale)
             if self.bias is not None:
                 part += self.bias
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 def to_int8(model: nn.Module) -> nn.Module:

@@ -32,6 +32,7 @@ class CriticConfig(Section):
     rollout_passes: tuple[Positive, Positive]
     clean_fraction: Fraction
     partial_fraction: Fraction
+    told_fraction: Fraction
     training: TrainingConfig
 
     @model_validator(mode="after")

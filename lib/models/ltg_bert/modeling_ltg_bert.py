@@ -540,6 +540,7 @@ class LtgBertCritic(nn.Module):
             [LtgBertLayer(config, first + n) for n in range(config.critic_layers or 0)]
         )
         self.score = LtgBertHead(config, 1)
+        self.given = nn.Embedding(1, config.hidden_size)  # added to the embeddings of tokens known to be right
 
     def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states (B, T, D) of the trunk to those that `score` reads."""
@@ -587,6 +588,7 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
         labels: Tensor | None = None,
         logits_at: Tensor | str | None = None,
         head: str = "lm",
+        given: Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
         """Logits over the vocabulary, or log-odds that a token is an error.
@@ -597,6 +599,8 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
                 labelled positions, in nats.
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled ones.
             head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`.
+            given: for `head="critic"`, (B, T) bool, True for tokens that are known to be right, such as a prompt's.
+                None: nothing is known.
 
         Returns:
             `logits` (B, T, V) or (N, V) for "lm", (B, T) or (N,) for "critic".
@@ -606,13 +610,20 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
         """
         if head not in ("lm", "critic", "both"):
             raise ValueError(f'head must be "lm", "critic" or "both", got {head!r}')
+        if head != "lm" and self.critic is None:
+            raise ValueError("this model has no critic head: set critic_layers (0 or more) in its config")
+        if given is not None:
+            if head != "critic" or self.critic is None:
+                raise ValueError(f'given is for head="critic", not for {head!r}')
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self._embed(input_ids), None
+            mark = self.critic.given.weight  # (1, D)
+            inputs_embeds = inputs_embeds + given[..., None].to(mark.dtype) * mark
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         hidden = cast(Tensor, outputs.last_hidden_state)
         score, loss_of, classes = self.lm_head, _class_loss, self.config.vocab_size
         critic_logits = None
-        if head != "lm":
-            if self.critic is None:
-                raise ValueError("this model has no critic head: set critic_layers (0 or more) in its config")
+        if self.critic is not None and head != "lm":
             index, mask = self._pairs(attention_mask, position_ids, hidden)
             states = self.critic(hidden, self.embedding.relative_positions(), index, mask)
             if head == "both":

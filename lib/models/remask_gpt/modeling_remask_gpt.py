@@ -732,6 +732,7 @@ class RemaskGptCritic(nn.Module):
         blocks = config.critic_layers or 0
         self.layers = nn.ModuleList([RemaskGptLayer(config, index) for index in range(blocks)])
         self.score = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
+        self.given = nn.Embedding(1, config.hidden_size)  # added to the embeddings of tokens known to be right
         self.eps = config.rms_norm_eps
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -775,6 +776,7 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
         labels: Tensor | None = None,
         logits_at: Tensor | str | None = None,
         head: str = "lm",
+        given: Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
         """Logits over the vocabulary, or log-odds that a token is an error.
@@ -786,12 +788,18 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled
                 ones. Labels may then also be given per chosen position, (N,) or (N, V).
             head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`.
+            given: for `head="critic"`, (B, T) bool, True for tokens that are known to be right, such as a prompt's.
+                None: nothing is known.
 
         Returns:
             `logits` (B, T, V) or (N, V) for "lm", (B, T) or (N,) for "critic".
         """
         if head not in ("lm", "critic", "both"):
             raise ValueError(f'head must be "lm", "critic" or "both", got {head!r}')
+        if given is not None:
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.model._embed(input_ids), None
+            inputs_embeds = self._with_given(inputs_embeds, given, head)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -836,6 +844,13 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
         """
         states = self._critic_hidden(hidden, attention_mask, position_ids)
         return self._require_critic().score_rows(states.flatten(0, 1)).view(hidden.shape[:2])
+
+    def _with_given(self, embeddings: Tensor, given: Tensor, head: str) -> Tensor:
+        """Embeddings (B, T, D) that say which tokens (B, T) are known to be right."""
+        if head != "critic":
+            raise ValueError(f'given is for head="critic", not for {head!r}')
+        mark = self._require_critic().given.weight  # (1, D)
+        return embeddings + given[..., None].to(mark.dtype) * mark
 
     def _critic_hidden(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None

@@ -12,7 +12,7 @@ from lib import metrics
 from lib.diffusion.calibration import BANDS, Calibration, Observed, Reading, band_edges, band_of
 
 FEW = 100  # tokens; a smaller band is not measured
-READINGS: tuple[Reading, ...] = ("filled", "partial")
+READINGS: tuple[Reading, ...] = ("filled", "partial")  # those whose masked share is known
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Seen:
 
     wrong: np.ndarray  # bool
     group: np.ndarray  # the unit that is resampled
-    critic: np.ndarray  # raw probability of error, the whole text in view
+    critic: np.ndarray  # raw probability of error, the whole text in view, and which tokens were given
+    unknown: np.ndarray  # the same, but nothing is known of what was given
     share: np.ndarray  # of the text that was masked before the pass that completed it
     partial: np.ndarray  # raw, with a part of the written tokens masked again; NaN where that hid this one
     partial_share: np.ndarray  # of the text that is masked then
@@ -37,9 +38,11 @@ class Seen:
         return ~np.isnan(self.partial)
 
     def reading(self, name: Reading) -> Observed:
-        """What the critic said in one of its two ways of reading."""
+        """What the critic said in one of its ways of reading."""
         if name == "filled":
             return Observed(self.critic, self.wrong, self.share)
+        if name == "unknown":
+            return Observed(self.unknown, self.wrong, self.share)
         there = self.visible
         return Observed(self.partial[there], self.wrong[there], self.partial_share[there])
 
@@ -54,8 +57,8 @@ def halves(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fitted(seen: Seen) -> Calibration:
-    readings = {name: seen.reading(name) for name in READINGS}
-    return Calibration.fit(seen.critic, seen.wrong, 1 - seen.confidence, readings)
+    readings: dict[Reading, Observed] = {name: seen.reading(name) for name in (*READINGS, "unknown")}
+    return Calibration.fit(readings, 1 - seen.confidence)
 
 
 def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
@@ -70,6 +73,7 @@ def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
     scores = {
         "critic": (seen.critic, every),
         "critic_calibrated": (calibration(seen.critic, "filled", seen.share), every),
+        "critic_unknown": (seen.unknown, every),
         "critic_blend": (calibration.blended(seen.critic, 1 - seen.confidence), every),
         "confidence": (seen.confidence, every),
         "confidence_fresh": (seen.fresh, every),
@@ -114,7 +118,7 @@ def bands(seen: Seen, calibration: Calibration) -> list[dict]:
     rows = []
     for name in READINGS:
         observed = seen.reading(name)
-        band, curves = band_of(observed.share), calibration.bands.get(name, ())
+        band, curves = band_of(observed.share), calibration.readings[name].bands
         for number in range(BANDS):
             here = band == number
             if here.sum() < FEW:
@@ -122,7 +126,7 @@ def bands(seen: Seen, calibration: Calibration) -> list[dict]:
             raw, wrong = observed.probability[here], observed.wrong[here]
             said = {
                 "raw": raw,
-                "one_curve": calibration(raw),
+                "one_curve": calibration(raw, name),
                 "by_band": calibration(raw, name, observed.share[here]),
             }
             low, high = band_edges(number)

@@ -151,13 +151,27 @@ class TokenCritic:
         visible = filled.valid & (filled.ids != self.diffusion.mask_id)
         labelled = filled.written | (visible & (chance < self.config.clean_fraction))
         at = np.flatnonzero(labelled)
-        logits = self._critic_logits(model, filled)[tensor(at, self.runtime)]
+        chance = randomness.uniform(randomness.key(self.seed, f"{purpose} told"), rows, 1)
+        whole = ~(filled.ids == self.diffusion.mask_id).any(1, keepdims=True)  # in the middle of a round nothing is told
+        logits = self._critic_logits(model, filled, whole & (chance < self.config.told_fraction))
+        logits = logits[tensor(at, self.runtime)]
         wrong = (filled.ids != filled.clean).reshape(-1)[at].astype(np.float32)
         return F.binary_cross_entropy_with_logits(logits, tensor(wrong, self.runtime))
 
-    def _critic_logits(self, model: nn.Module, filled: Filled) -> Tensor:
-        """(B T,) log-odds of error, reading the filled text."""
-        return forward(model, self.runtime, filled.ids, filled.valid, head="critic").logits.float().flatten()
+    def _critic_logits(self, model: nn.Module, filled: Filled, told: np.ndarray) -> Tensor:
+        """(B T,) log-odds of error, reading the filled text. `told` (B, 1) or (1,): is it told which tokens were given?"""
+        given = None
+        if told.any():
+            visible = filled.valid & (filled.ids != self.diffusion.mask_id)
+            given = tensor(visible & ~filled.written & told, self.runtime)
+        output = forward(model, self.runtime, filled.ids, filled.valid, head="critic", given=given)
+        return output.logits.float().flatten()
+
+    def _raw(self, model: nn.Module, filled: Filled, told: bool) -> np.ndarray:
+        """(B, T) raw probability of error."""
+        with torch.no_grad():
+            raw = torch.sigmoid(self._critic_logits(model, filled, np.array([told])))
+        return raw.view(filled.ids.shape).double().cpu().numpy()
 
     # ------------------------------------------------------------------ held-out
 
@@ -166,9 +180,7 @@ class TokenCritic:
         for part in chunks(len(examples), 64):
             ids, valid = self.diffusion.held_out.batch(examples[part], np.zeros(len(part)))
             filled = self.fill(model, ids, valid, part, "critic evaluation", 64)
-            with torch.no_grad():
-                raw = torch.sigmoid(self._critic_logits(model, filled)).view(ids.shape)
-            yield part, filled, raw.double().cpu().numpy()
+            yield part, filled, self._raw(model, filled, told=True)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         raw, wrong = [], []
@@ -227,6 +239,7 @@ class TokenCritic:
                 "wrong": filled.ids != filled.clean,
                 "group": self.groups[examples[part]][:, None],
                 "critic": probability,
+                "unknown": self._raw(model, filled, told=False),
                 "share": filled.share[:, None],
                 "partial": partial,
                 "partial_share": partial_share[:, None],
@@ -245,9 +258,9 @@ class TokenCritic:
         part = randomness.uniform(randomness.key(self.seed, "partial report share"), rows, 1)
         hidden = filled.written & (noise < part)
         partly = filled.partly_masked(hidden, self.diffusion.mask_id)
-        raw = torch.sigmoid(self._critic_logits(model, partly)).view(filled.ids.shape)
+        raw = self._raw(model, partly, told=False)
         share = hidden.sum(1) / np.maximum(filled.valid.sum(1), 1)
-        return np.where(hidden, np.nan, raw.double().cpu().numpy()), share
+        return np.where(hidden, np.nan, raw), share
 
     @torch.no_grad()
     def _fresh_confidence(self, model: nn.Module, filled: Filled) -> np.ndarray:
