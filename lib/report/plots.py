@@ -63,6 +63,8 @@ def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> s
         for before, line in itertools.pairwise(lines):  # where a stage of unmasking joined
             if line["held_out"].get("stage", 0) > before["held_out"].get("stage", 0):
                 axes.axvline(before["step"], color="#999999", linestyle="-", linewidth=0.8)
+                axes.text(before["step"], 1, f" stage {line['held_out']['stage']:.0f}", fontsize=6, va="top",
+                          color="#555555", transform=axes.get_xaxis_transform())  # fmt: skip
         if name in baselines:
             axes.axhline(baselines[name], color="#777777", linestyle=":", linewidth=1, label="baseline")
         axes.set_title(name, fontsize=9, loc="left")
