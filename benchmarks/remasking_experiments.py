@@ -19,7 +19,8 @@ from benchmarks.remasking_lab import CRITIC, Trained
 from benchmarks.text_quality import divergence, longest_copy, repeated
 from lib import metrics, randomness
 from lib.diffusion.categorical import draw
-from lib.diffusion.masking import draw_mask, lowest, masked_counts
+from lib.diffusion.lowest import lowest
+from lib.diffusion.masking import draw_mask, masked_counts
 from lib.report.quality import characters, valid_words
 from lib.sections.masking import RandomMasking, StickyMasking
 from lib.training.objectives.base import chunks

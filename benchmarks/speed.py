@@ -24,7 +24,8 @@ import torch.nn.functional as F
 
 from lib import durable, randomness
 from lib.config import Config, load_config
-from lib.diffusion.masking import draw_mask, lowest, masked_counts
+from lib.diffusion.lowest import lowest
+from lib.diffusion.masking import draw_mask, masked_counts
 from lib.diffusion.nelbo import mask_batch
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime

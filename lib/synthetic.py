@@ -17,7 +17,7 @@ from torch import nn
 
 from lib import randomness
 from lib.diffusion.categorical import draw
-from lib.diffusion.masking import lowest
+from lib.diffusion.lowest import lowest
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.int8 import to_int8
 from lib.runtime import Runtime

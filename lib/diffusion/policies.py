@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.diffusion.masking import lowest
+from lib.diffusion.lowest import lowest
 from lib.errors import BadConfig
 
 

@@ -19,7 +19,7 @@ from lib import randomness
 from lib.diffusion.blocks import blocks_of
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw
-from lib.diffusion.masking import lowest
+from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import Policy, View, rounds_for, rule
 from lib.diffusion.schedule import masked_counts_left, masked_shares
 from lib.errors import BadConfig
