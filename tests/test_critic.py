@@ -55,7 +55,10 @@ def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_
             seen["head"] = head
             from types import SimpleNamespace
 
-            return SimpleNamespace(logits=torch.where(wrong, 20.0, -20.0))
+            written = torch.from_numpy(filled.written)
+            return SimpleNamespace(
+                logits=torch.where(wrong, 20.0, -20.0), origin_logits=torch.where(written, 20.0, -20.0)
+            )
 
     loss = target._critic_loss(Spy(), filled, index, "critic")
     assert (
@@ -76,9 +79,10 @@ def test_padding_counts_nothing():
         def forward(self, **_):
             from types import SimpleNamespace
 
-            return SimpleNamespace(logits=logits)
+            return SimpleNamespace(logits=logits, origin_logits=logits)
 
-    assert target._critic_loss(Wild(), filled, index, "critic").item() == pytest.approx(np.log(2), rel=1e-5)
+    expected = (1 + target.config.origin_weight) * np.log(2)  # of error, and of origin
+    assert target._critic_loss(Wild(), filled, index, "critic").item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_alpha_ramps_between_its_two_shares():
@@ -189,7 +193,8 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
             from types import SimpleNamespace
 
             told.append(given)
-            return SimpleNamespace(logits=torch.zeros(input_ids.shape))
+            blank = torch.zeros(input_ids.shape)
+            return SimpleNamespace(logits=blank, origin_logits=blank)
 
     target = objective(told_fraction=0.5)
     index, ids, valid = target.diffusion.windows(range(8))

@@ -360,6 +360,11 @@ def test_critic_head(family):
     torch.testing.assert_close(
         loss, F.binary_cross_entropy_with_logits(out.logits[kept], labels[kept].float())
     )
+    both = model(ids, attention_mask=mask, head="both")
+    torch.testing.assert_close(both.critic_logits, out.logits)
+    torch.testing.assert_close(both.origin_logits, out.origin_logits)
+    assert out.origin_logits.shape == ids.shape and not torch.equal(out.origin_logits, out.logits)
+    assert model(ids).origin_logits is None
     at = torch.tensor([3, 25, 40])
     chosen = model(ids, attention_mask=mask, head="critic", logits_at=at).logits
     torch.testing.assert_close(chosen, out.logits.flatten()[at])

@@ -104,7 +104,8 @@ class Oracle(nn.Module):
         shares.scatter_(-1, truth[..., None], self.skill)
         logits = shares.log().flatten(0, 1)
         logits = logits.view(*input_ids.shape, WORDS) if logits_at is None else logits[logits_at]
-        return SimpleNamespace(logits=logits, critic_logits=error if head == "both" else None)
+        views = {"critic_logits": error, "origin_logits": error} if head == "both" else {}
+        return SimpleNamespace(logits=logits, **views)
 
 
 TRUTH = np.random.default_rng(0).integers(4, WORDS, 40)
@@ -144,10 +145,11 @@ def test_policies_that_see_errors_rank_as_they_should():
     """The more a policy knows of the truth, the more it gets right; critic_partial does it without extra passes."""
     right = {
         name: (run(oracle_sampler(randomness_strength=0.0, back_share=1.0), name, 15, 64).ids == TRUTH).mean()
-        for name in ("oracle", "critic", "critic_partial", "remdm_rescale", "none")
+        for name in ("oracle", "critic", "critic_partial", "critic_origin", "remdm_rescale", "none")
     }
     assert right["oracle"] >= right["critic"] - 0.02  # twice as many rounds
     assert right["critic_partial"] > right["remdm_rescale"] + 0.1
+    assert right["critic_origin"] == right["critic_partial"]  # here both see every error
     assert abs(right["remdm_rescale"] - right["none"]) < 0.06  # taking back at random mends nothing here
 
 
@@ -381,7 +383,7 @@ class Reader(nn.Module):
         if head == "critic":
             return SimpleNamespace(logits=blank)
         logits = logits.view(*input_ids.shape, WORDS) if logits_at is None else logits[logits_at]
-        return SimpleNamespace(logits=logits, critic_logits=blank)
+        return SimpleNamespace(logits=logits, critic_logits=blank, origin_logits=blank)
 
 
 @pytest.mark.parametrize("name", ["none", "critic", "critic_partial", "confidence_fresh"])

@@ -18,6 +18,7 @@ pass they take is counted.
 | critic           | tokens the critic takes for errors in the whole draft                  | 2 | Token-Critic, Lezama et al. 2022 |
 | critic_blend     | as critic, with what the generator thought when it wrote the token     | 2 | |
 | critic_partial   | tokens the critic suspects in the partly masked text, same pass        | 1 | PRISM, Kim et al. 2025 |
+| critic_origin    | tokens that look written by the generator, in the partly masked text, same pass | 1 | |
 | oracle           | exactly the tokens that differ from the truth: the ceiling, when filling known text | 1 | |
 
 With the schedule `threshold` a policy's view of error decides how many: see `rule`.
@@ -53,6 +54,7 @@ class View:
     partial_error: Callable[
         [], np.ndarray
     ]  # the same for the text before the round, from this round's own pass
+    partial_origin: Callable[[], np.ndarray]  # raw chance that the generator wrote it, from the same pass
     blend_error: Callable[[], np.ndarray]  # from critic_error and confidence together; one pass
     wrong: Callable[[], np.ndarray]  # bool: the draft differs from the truth
     most: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (suspicion, where, count (B,)) -> bool
@@ -176,6 +178,7 @@ POLICIES = {
         _suspicious("critic", lambda view: view.critic_error(), extra_pass=True),
         _suspicious("critic_blend", lambda view: view.blend_error(), extra_pass=True),
         Policy("critic_partial", _take_back_some(lambda view: view.partial_error()), partial=True),
+        Policy("critic_origin", _take_back_some(lambda view: view.partial_origin()), partial=True),
         Policy("oracle", lambda view: view.free & view.wrong(), error=_wrong, stops=True),
     )
 }

@@ -182,7 +182,10 @@ class Sampler:
         output = self._forward(rows.ids, where, "both" if partial else "lm")
         draft.logits = output.logits.float()  # (N, V)
         if partial:
-            draft.critic = torch.sigmoid(output.critic_logits.float()).double().cpu().numpy()
+            draft.critic, draft.origin = (
+                torch.sigmoid(logits.float()).double().cpu().numpy()
+                for logits in (output.critic_logits, output.origin_logits)
+            )
         if len(draft.at):
             noise = self._noise("token", number, rows.number, now.shape[1]).reshape(-1)[draft.at]
             tokens, sure = draw(
@@ -229,6 +232,7 @@ class Sampler:
             critic_error=lambda: self.calibration(self.raw_error(draft.ids, ~rows.free), "filled", share),
             blend_error=lambda: self.calibration.blended(self.raw_error(draft.ids, ~rows.free), confidence),
             partial_error=lambda: self.calibration(draft.critic, "partial", share),
+            partial_origin=lambda: draft.origin,
             wrong=wrong,
             most=lambda suspicion, where, count: self._most(suspicion, where, count, noise),
         )
@@ -304,6 +308,7 @@ class _Draft:
     critic: np.ndarray = field(
         default_factory=lambda: np.empty(0)
     )  # (B, T) raw error of the text before the round
+    origin: np.ndarray = field(default_factory=lambda: np.empty(0))  # (B, T) likewise, that it was written
 
 
 def _events(masked: np.ndarray, after: np.ndarray, drafted: bool) -> np.ndarray:

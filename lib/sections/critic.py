@@ -33,6 +33,7 @@ class CriticConfig(Section):
     clean_fraction: Fraction
     partial_fraction: Fraction
     told_fraction: Fraction
+    origin_weight: NonNegative
     training: TrainingConfig
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from lib.sections.base import AboveZero, Fraction, Positive, Probability, Sectio
 
 POLICIES = (
     "none", "confidence_first", "margin_first", "random", "confidence", "confidence_fresh", "remdm_cap",
-    "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial", "oracle",
+    "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial", "critic_origin", "oracle",
 )  # fmt: skip
 WITH_ERROR_VIEW = ("confidence_first", "confidence", "confidence_fresh", "critic", "critic_blend", "oracle")
 

@@ -531,7 +531,8 @@ def _token_outputs(
 
 
 class LtgBertCritic(nn.Module):
-    """Blocks of its own and a head: how likely is each token an error? Not part of the published model."""
+    """Blocks of its own and two heads: is each token an error, and did a generator write it? Not part of the published
+    model."""
 
     def __init__(self, config: LtgBertConfig):
         super().__init__()
@@ -540,10 +541,11 @@ class LtgBertCritic(nn.Module):
             [LtgBertLayer(config, first + n) for n in range(config.critic_layers or 0)]
         )
         self.score = LtgBertHead(config, 1)
+        self.origin = LtgBertHead(config, 1)
         self.given = nn.Embedding(1, config.hidden_size)  # added to the embeddings of tokens known to be right
 
     def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states (B, T, D) of the trunk to those that `score` reads."""
+        """Hidden states (B, T, D) of the trunk to those that `score` and `origin` read."""
         for layer in self.layers:
             hidden, _ = layer(hidden, relative, index, mask)
         return hidden
@@ -555,9 +557,11 @@ class LtgBertCritic(nn.Module):
 
 @dataclass
 class LtgBertMaskedLMOutput(MaskedLMOutput):
-    """`critic_logits` (B, T): log-odds that each token is an error, with `head="both"`."""
+    """`critic_logits` (B, T): log-odds that each token is an error, with `head="both"`. `origin_logits` (B, T): that a
+    generator wrote it, with "both" and "critic"."""
 
     critic_logits: Tensor | None = None
+    origin_logits: Tensor | None = None
 
 
 class LtgBertForMaskedLM(LtgBertPreTrainedModel):
@@ -598,7 +602,8 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
                 `head="critic"` (B, T), 1 for an error, 0 for none, -100 for ignored. The loss is the mean over
                 labelled positions, in nats.
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled ones.
-            head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`.
+            head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`; with the
+                critic also `origin_logits`.
             given: for `head="critic"`, (B, T) bool, True for tokens that are known to be right, such as a prompt's.
                 None: nothing is known.
 
@@ -622,10 +627,11 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         hidden = cast(Tensor, outputs.last_hidden_state)
         score, loss_of, classes = self.lm_head, _class_loss, self.config.vocab_size
-        critic_logits = None
+        critic_logits = origin_logits = None
         if self.critic is not None and head != "lm":
             index, mask = self._pairs(attention_mask, position_ids, hidden)
             states = self.critic(hidden, self.embedding.relative_positions(), index, mask)
+            origin_logits = self.critic.origin(states).squeeze(-1)
             if head == "both":
                 critic_logits = self.critic.log_odds(states)
             else:
@@ -638,6 +644,7 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             critic_logits=critic_logits,
+            origin_logits=origin_logits,
         )  # pyright: ignore[reportArgumentType]
 
 

@@ -725,32 +725,43 @@ class _LanguageModelHead(RemaskGptPreTrainedModel):
 
 
 class RemaskGptCritic(nn.Module):
-    """Blocks of its own and a linear layer: how likely is each token an error?"""
+    """Blocks of its own and two linear layers: is each token an error, and did a generator write it?
+
+    The two differ: a rare word that a person wrote is seldom what a generator would put there, and yet no generator's.
+    """
 
     def __init__(self, config: RemaskGptConfig):
         super().__init__()
         blocks = config.critic_layers or 0
         self.layers = nn.ModuleList([RemaskGptLayer(config, index) for index in range(blocks)])
         self.score = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
+        self.origin = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
         self.given = nn.Embedding(1, config.hidden_size)  # added to the embeddings of tokens known to be right
         self.eps = config.rms_norm_eps
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Hidden states (B, T, D) of the trunk to normalised states (B, T, D) that `score` reads."""
+        """Hidden states (B, T, D) of the trunk to normalised states (B, T, D) that `score` and `origin` read."""
         for layer in self.layers:
             hidden, _ = layer(hidden, rotary, mask)
         return rms_norm(hidden, self.eps) if len(self.layers) else hidden
 
     def score_rows(self, rows: Tensor) -> Tensor:
-        """Log-odds (N,) of rows (N, D)."""
+        """Log-odds (N,) of an error, of rows (N, D)."""
         return linear_rows(rows, self.score.weight, self.score.bias).squeeze(-1)
+
+    def origin_logits(self, states: Tensor) -> Tensor:
+        """Log-odds (B, T) that a generator wrote the token, of states (B, T, D)."""
+        rows = linear_rows(states.flatten(0, 1), self.origin.weight, self.origin.bias)
+        return rows.view(states.shape[:2])
 
 
 @dataclass
 class RemaskGptMaskedLMOutput(MaskedLMOutput):
-    """`critic_logits` (B, T): log-odds that each token is an error, with `head="both"`."""
+    """`critic_logits` (B, T): log-odds that each token is an error, with `head="both"`. `origin_logits` (B, T): that a
+    generator wrote it, with "both" and "critic"."""
 
     critic_logits: Tensor | None = None
+    origin_logits: Tensor | None = None
 
 
 class RemaskGptForMaskedLM(_LanguageModelHead):
@@ -787,7 +798,8 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
                 labelled positions, in nats.
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled
                 ones. Labels may then also be given per chosen position, (N,) or (N, V).
-            head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`.
+            head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`; with the
+                critic also `origin_logits`.
             given: for `head="critic"`, (B, T) bool, True for tokens that are known to be right, such as a prompt's.
                 None: nothing is known.
 
@@ -809,14 +821,19 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        critic_logits = origin_logits = None
+        if head != "lm":
+            states = self._critic_hidden(hidden, attention_mask, position_ids)
+            origin_logits = self._require_critic().origin_logits(states)
+            if head == "both":
+                critic_logits = self._require_critic().score_rows(states.flatten(0, 1)).view(states.shape[:2])
         if head == "critic":
-            hidden = self._critic_hidden(hidden, attention_mask, position_ids)
+            hidden = states
             score, loss_of, num_classes = self._require_critic().score_rows, _error_loss, 2
             if labels is not None and labels.is_floating_point():
                 labels = labels.long()
         else:
             score, loss_of, num_classes = self.lm_logits, _class_loss, self.config.vocab_size
-        critic_logits = self.critic_logits(hidden, attention_mask, position_ids) if head == "both" else None
         loss = None
         if labels is not None:
             logits, loss = _loss_at_labels(hidden, labels, num_classes, logits_at, score, loss_of)
@@ -833,6 +850,7 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             critic_logits=critic_logits,
+            origin_logits=origin_logits,
         )  # pyright: ignore[reportArgumentType]
 
     def critic_logits(

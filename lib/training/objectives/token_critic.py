@@ -8,6 +8,9 @@ that were not chosen count nothing (Lezama et al., Token-Critic, 2022).
     joint          generator loss + alpha x critic loss through the shared trunk; alpha rises over a ramp
     stop_gradient  the same, but the critic's loss does not reach the trunk, which learns from the generator's alone
 
+A second output guesses which tokens the generator wrote, right or wrong (`origin`). A rare word is likely an error and
+likely not the generator's: taking back what looks written does not make text duller, taking back likely errors does.
+
 Legend: B rows, T positions, N positions in question.
 """
 
@@ -146,32 +149,47 @@ class TokenCritic:
         filled.ids[some], filled.confidence[some] = ids, confidence
 
     def _critic_loss(self, model: nn.Module, filled: Filled, rows: np.ndarray, purpose: str) -> Tensor:
-        """Binary cross-entropy over the written tokens and a share of the given ones."""
+        """Binary cross-entropy of errors, over the written tokens and a share of the given ones, and of origin."""
         chance = randomness.uniform(randomness.key(self.seed, f"{purpose} clean"), rows, filled.ids.shape[1])
-        visible = filled.valid & (filled.ids != self.diffusion.mask_id)
+        visible = self._visible(filled)
         labelled = filled.written | (visible & (chance < self.config.clean_fraction))
-        at = np.flatnonzero(labelled)
         chance = randomness.uniform(randomness.key(self.seed, f"{purpose} told"), rows, 1)
-        whole = ~(filled.ids == self.diffusion.mask_id).any(1, keepdims=True)  # in the middle of a round nothing is told
-        logits = self._critic_logits(model, filled, whole & (chance < self.config.told_fraction))
-        logits = logits[tensor(at, self.runtime)]
-        wrong = (filled.ids != filled.clean).reshape(-1)[at].astype(np.float32)
-        return F.binary_cross_entropy_with_logits(logits, tensor(wrong, self.runtime))
+        # In the middle of a round nothing is told
+        told = visible.all(1, keepdims=True, where=filled.valid) & (chance < self.config.told_fraction)
+        error, origin = self._critic_logits(model, filled, told)
+        loss = self._cross_entropy(error, labelled, filled.ids != filled.clean)
+        if self.config.origin_weight and not told.all():
+            guessed = visible & ~told  # who is told need not guess
+            loss = loss + self.config.origin_weight * self._cross_entropy(origin, guessed, filled.written)
+        return loss
 
-    def _critic_logits(self, model: nn.Module, filled: Filled, told: np.ndarray) -> Tensor:
-        """(B T,) log-odds of error, reading the filled text. `told` (B, 1) or (1,): is it told which tokens were given?"""
+    def _cross_entropy(self, logits: Tensor, where: np.ndarray, happened: np.ndarray) -> Tensor:
+        """Mean over the places of `where` (B, T), of log-odds (B T,) against what happened (B, T)."""
+        at = np.flatnonzero(where)
+        targets = tensor(happened.reshape(-1)[at].astype(np.float32), self.runtime)
+        return F.binary_cross_entropy_with_logits(logits[tensor(at, self.runtime)], targets)
+
+    def _visible(self, filled: Filled) -> np.ndarray:
+        """(B, T) bool: a token, and not the mask."""
+        return filled.valid & (filled.ids != self.diffusion.mask_id)
+
+    def _critic_logits(self, model: nn.Module, filled: Filled, told: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B T,) log-odds of error and of having been written by the generator, reading the filled text.
+
+        `told` (B, 1) or (1,): is it told which tokens were given?
+        """
         given = None
         if told.any():
-            visible = filled.valid & (filled.ids != self.diffusion.mask_id)
-            given = tensor(visible & ~filled.written & told, self.runtime)
+            given = tensor(self._visible(filled) & ~filled.written & told, self.runtime)
         output = forward(model, self.runtime, filled.ids, filled.valid, head="critic", given=given)
-        return output.logits.float().flatten()
+        return output.logits.float().flatten(), output.origin_logits.float().flatten()
 
-    def _raw(self, model: nn.Module, filled: Filled, told: bool) -> np.ndarray:
-        """(B, T) raw probability of error."""
+    def _raw(self, model: nn.Module, filled: Filled, told: bool) -> tuple[np.ndarray, np.ndarray]:
+        """((B, T), (B, T)) raw probabilities of error and of origin."""
         with torch.no_grad():
-            raw = torch.sigmoid(self._critic_logits(model, filled, np.array([told])))
-        return raw.view(filled.ids.shape).double().cpu().numpy()
+            logits = self._critic_logits(model, filled, np.array([told]))
+        error, origin = (torch.sigmoid(x).view(filled.ids.shape).double().cpu().numpy() for x in logits)
+        return error, origin
 
     # ------------------------------------------------------------------ held-out
 
@@ -180,17 +198,20 @@ class TokenCritic:
         for part in chunks(len(examples), 64):
             ids, valid = self.diffusion.held_out.batch(examples[part], np.zeros(len(part)))
             filled = self.fill(model, ids, valid, part, "critic evaluation", 64)
-            yield part, filled, self._raw(model, filled, told=True)
+            yield part, filled, self._raw(model, filled, told=True)[0]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        raw, wrong = [], []
+        raw, wrong, origin, written = [], [], [], []
         for _, filled, probability in self._held_out(model, self.diffusion._evaluated):
             raw.append(probability[filled.written])
             wrong.append((filled.ids != filled.clean)[filled.written])
+            origin.append(self._raw(model, filled, told=False)[1][filled.valid])
+            written.append(filled.written[filled.valid])
         p, y = np.concatenate(raw), np.concatenate(wrong)
         clipped = np.clip(p, 1e-7, 1 - 1e-7)
         loss = float(-np.where(y, np.log(clipped), np.log(1 - clipped)).mean())
-        values = {"critic_loss": loss, "auroc": metrics.auroc(p, y), "error_rate": float(y.mean())}
+        values = {"critic_loss": loss, "auroc": metrics.auroc(p, y), "error_rate": float(y.mean()),
+                  "auroc_origin": metrics.auroc(np.concatenate(origin), np.concatenate(written))}  # fmt: skip
         return (self.diffusion.evaluate(model) | values) if self.joint else values
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow], Calibration]:
@@ -239,7 +260,7 @@ class TokenCritic:
                 "wrong": filled.ids != filled.clean,
                 "group": self.groups[examples[part]][:, None],
                 "critic": probability,
-                "unknown": self._raw(model, filled, told=False),
+                "unknown": self._raw(model, filled, told=False)[0],
                 "share": filled.share[:, None],
                 "partial": partial,
                 "partial_share": partial_share[:, None],
@@ -258,7 +279,7 @@ class TokenCritic:
         part = randomness.uniform(randomness.key(self.seed, "partial report share"), rows, 1)
         hidden = filled.written & (noise < part)
         partly = filled.partly_masked(hidden, self.diffusion.mask_id)
-        raw = self._raw(model, partly, told=False)
+        raw = self._raw(model, partly, told=False)[0]
         share = hidden.sum(1) / np.maximum(filled.valid.sum(1), 1)
         return np.where(hidden, np.nan, raw), share
 
