@@ -61,11 +61,11 @@ def test_a_row_does_not_depend_on_its_batch():
     assert np.array_equal(whole.masked[5:7], part.masked)
 
 
-def slow_progress(patience, losses):
+def slow_progress(patience, least_gain, losses):
     """The rule, told in one line per check."""
     current, best, stale, seen = 0, math.inf, 0, []
     for loss in losses:
-        if loss < best:
+        if best == math.inf or loss < best - least_gain * best:
             best, stale = loss, 0
         else:
             stale += 1
@@ -75,15 +75,19 @@ def slow_progress(patience, losses):
     return seen
 
 
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.lists(st.integers(0, 5), max_size=30))
-def test_progress_follows_the_rule(patience, losses):
-    progress, seen = Progress(tuple(patience)), []
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    st.sampled_from([0.0, 0.25, 0.5]),  # whole powers of two: equal to the bit
+    st.lists(st.integers(0, 8), max_size=30),
+)
+def test_progress_follows_the_rule(patience, least_gain, losses):
+    progress, seen = Progress(tuple(patience), (least_gain,) * len(patience)), []
     for loss in losses:
         before = progress.current
         moved = progress.note(float(loss))
         assert moved == (progress.current == before + 1)
         seen.append(progress.current)
-    assert seen == slow_progress(patience, losses)
+    assert seen == slow_progress(patience, least_gain, losses)
 
 
 def objective_of(stages=STAGES, *changes: str) -> StagedUnmasking:

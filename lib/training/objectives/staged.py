@@ -4,6 +4,8 @@ Knows windows of tokens, the stages and a model. The best model is chosen by the
 and continuous-time models are chosen and compared by one number.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,8 @@ class StagedUnmasking(MaskedDiffusion):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.stages = self.config.stages
-        self.progress = Progress(tuple(stage.val_loss_stale_count for stage in self.stages))
+        patience, least_gain = zip(*((s.val_loss_stale_count, s.least_gain) for s in self.stages), strict=True)
+        self.progress = Progress(patience, least_gain)
 
     @property
     def active(self) -> int:
@@ -78,4 +81,4 @@ class StagedUnmasking(MaskedDiffusion):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         current, best, stale = state["progress"].tolist()
-        self.progress = Progress(self.progress.patience, int(current), best, int(stale))
+        self.progress = replace(self.progress, current=int(current), best=best, stale=int(stale))
