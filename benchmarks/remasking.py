@@ -39,7 +39,7 @@ from lib.log import say
 from lib.runs import plain
 
 ALL = tuple(name for name in POLICIES if name != "oracle")
-MAIN = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial")
+MAIN = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
 
 
@@ -62,7 +62,7 @@ class Plan:
     sum_nfe: tuple[int, ...] = (4, 8, 16, 32, 64)
     thresholds: tuple[float, ...] = (0.1, 0.3)
     policies: tuple[str, ...] = ALL
-    sample_policies: tuple[str, ...] = (*MAIN, "confidence_first", "critic_blend")
+    sample_policies: tuple[str, ...] = (*MAIN, "confidence_first")
     variants: tuple[str, ...] = tuple(VARIANTS)
     changes: tuple[tuple[tuple[str, Any], ...], ...] = (
         (("randomness_strength", 0.0),), (("randomness_strength", 0.6),), (("selection_temperature", 1.0),),
@@ -80,7 +80,7 @@ PLANS = {
     "quick": Plan(
         seeds=1, texts=24, samples=24, resamples=50, ratios=(0.3, 0.7), fill_passes=(1, 8), span_ratios=(0.5,), span_nfe=(4, 16),
         sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), sum_nfe=(4, 16), thresholds=(0.2,), policies=MAIN,
-        sample_policies=("none", "confidence", "critic", "critic_partial"),
+        sample_policies=("none", "confidence", "critic", "critic_origin"),
         variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16,
         text=Size(2, 64, 64, (300, 150, 100), 24, evaluated=64),
         sums=Size(2, 64, 32, (1500, 10, 150), 32, sentences=8000, digits=1, evaluated=64),
