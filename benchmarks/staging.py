@@ -8,7 +8,7 @@ staged      the stages of configs/staged.yaml, light masks first; each joins whe
 tinyshakespeare characters, 90/10 contiguous, the model of configs/nelbo.yaml; only the generator's masks differ. Resumable:
 what is trained is not trained again.
 
-python -m benchmarks.staging                                   # 1,000 steps, three seeds
+python -m benchmarks.staging                                   # 500 steps, three seeds: 35 minutes on two cores
 python -m benchmarks.staging --steps 40 --seeds 1              # for trying out
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     found = {way: [run(way, seed, options.steps) for seed in range(options.seeds)] for way in WAYS}
