@@ -110,6 +110,7 @@ from lib import schema
 from lib.artifacts import Stage
 from lib.cli import run_stage
 import pyarrow as pa
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 
 def main(config, args):
     with Stage("00_check_data.py", config, args, uses=("seed",)) as stage:
