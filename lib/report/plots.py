@@ -8,9 +8,9 @@ from typing import Any
 from lib.report.table import passes_text
 
 # Okabe and Ito's palette, with a line style and a marker each, so that no colour carries a meaning alone.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
-MARKERS = ("o", "s", "^", "D", "v", "P", "*")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-", "--")
+MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
 SELECTION = ("nelbo", "nll", "cross_entropy", "mse", "critic_loss", "loss", "regret")
 
 
