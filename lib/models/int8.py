@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
 
 def to_int8(model: nn.Module) -> nn.Module:
     """The model, changed in place: every linear layer of it in 8 bits but the one that makes the logits."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear) and child is not head:
