@@ -238,7 +238,9 @@ def ablation(
     resamples: int,
     **changes: Any,
 ) -> dict[str, Any]:
-    """What a variant of the critic costs the generator, how well it finds the errors of fills, and what its policies gain.
+    """What a variant of the critic costs the generator, how well it finds errors, and what its policies gain.
+
+    Errors are those of fills in `nfe` passes.
     """
     before = trained.stats("04_train")["generator"]["held_out"]
     after = trained.stats(CRITIC)

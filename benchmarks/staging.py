@@ -8,7 +8,7 @@ staged      the stages of configs/staged.yaml, light masks first; each joins whe
 tinyshakespeare characters, 90/10 contiguous, the model of configs/nelbo.yaml; only the generator's masks differ. Resumable:
 what is trained is not trained again.
 
-python -m benchmarks.staging                                   # 500 steps, three seeds: 35 minutes on two cores
+python -m benchmarks.staging                                   # 500 steps, three seeds: about an hour on one core
 python -m benchmarks.staging --steps 40 --seeds 1              # for trying out
 """
 

@@ -144,13 +144,12 @@ def test_bad_ids_and_lengths_are_refused():
 # --- language models -------------------------------------------------------------------------------------------------
 
 
-def test_critic_reads_the_trunks_hidden_states():
+def test_the_critic_says_the_same_alone_and_beside_the_language_model():
     model, ids = make("masked", critic_layers=1), make_ids()
     mask = torch.ones_like(ids)
     mask[0, 9:] = 0
     out = model(ids, attention_mask=mask, head="critic")
-    hidden = model.model(ids, attention_mask=mask).last_hidden_state
-    assert torch.equal(model.critic_logits(hidden, mask), out.logits)
+    assert torch.equal(model(ids, attention_mask=mask, head="both").critic_logits, out.logits)
 
 
 def test_labels_may_be_given_per_chosen_position():

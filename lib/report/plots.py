@@ -119,10 +119,10 @@ def pareto(panels: dict[str, dict[str, list[tuple[float, float]]]], x_label: str
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axes, (title, lines) in zip(figure.subplots(1, columns, squeeze=False, sharey=True).flat, panels.items(), strict=False):  # fmt: skip
         for name, points in lines.items():
-            i = names.index(name)
+            turn, i = divmod(names.index(name), len(PALETTE))  # in a second turn, other lines and markers
             x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, label=name, color=PALETTE[i % 7], linestyle=DASHES[(i + i // 7) % 7],
-                      marker=MARKERS[(i + 2 * (i // 7)) % 7], markersize=5, linewidth=1.2)  # fmt: skip
+            axes.plot(x, y, label=name, color=PALETTE[i], linestyle=DASHES[(i + turn) % len(DASHES)],
+                      marker=MARKERS[(i + 2 * turn) % len(MARKERS)], markersize=5, linewidth=1.2)  # fmt: skip
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel(x_label)
     figure.axes[0].set_ylabel(y_label)

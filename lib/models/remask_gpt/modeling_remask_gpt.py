@@ -823,10 +823,10 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
         hidden = outputs.last_hidden_state
         critic_logits = origin_logits = None
         if head != "lm":
-            states = self._critic_hidden(hidden, attention_mask, position_ids)
-            origin_logits = self._require_critic().origin_logits(states)
+            states, critic = self._critic_hidden(hidden, attention_mask, position_ids), self._require_critic()
+            origin_logits = critic.origin_logits(states)
             if head == "both":
-                critic_logits = self._require_critic().score_rows(states.flatten(0, 1)).view(states.shape[:2])
+                critic_logits = critic.score_rows(states.flatten(0, 1)).view(states.shape[:2])
         if head == "critic":
             hidden = states
             score, loss_of, num_classes = self._require_critic().score_rows, _error_loss, 2
@@ -852,16 +852,6 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
             critic_logits=critic_logits,
             origin_logits=origin_logits,
         )  # pyright: ignore[reportArgumentType]
-
-    def critic_logits(
-        self, hidden: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """Log-odds (B, T) that each token is an error, from the trunk's `last_hidden_state` (B, T, D).
-
-        Give the same mask and positions as to the trunk. Raises ValueError when the model has no critic.
-        """
-        states = self._critic_hidden(hidden, attention_mask, position_ids)
-        return self._require_critic().score_rows(states.flatten(0, 1)).view(hidden.shape[:2])
 
     def _with_given(self, embeddings: Tensor, given: Tensor, head: str) -> Tensor:
         """Embeddings (B, T, D) that say which tokens (B, T) are known to be right."""
