@@ -281,7 +281,7 @@ def test_in_8_bits_a_row_is_still_filled_the_same_way_in_any_batch(tokenizer, be
             candidates(examples(tokenizer), context(tokenizer, [quick], batch_size=size)) for size in (1, 64)
         ]
         assert tables[0].equals(tables[1])
-    with pytest.raises(BadConfig, match="candidates.int8 is for the CPU"):
+    with pytest.raises(BadConfig, match=r"candidates\.int8 is for the CPU"):
         MaskedLMEngine.load(tmp_path, Runtime(torch.device("cuda"), "fp32"), int8=True)
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from lib import metrics, randomness
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw
-from lib.diffusion.lowest import lowest
 from lib.sections.critic import CriticConfig
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
 from lib.training.objectives.error_detection import (
