@@ -69,7 +69,9 @@ def filled(trained: Trained, ratio: float, passes: int, count: int) -> Fill:
     confidence, entropy, left = np.ones(clean.shape), np.zeros(clean.shape), written.copy()
     for number in range(passes):
         now = lowest(place, left, -(-left.sum(1) // (passes - number)))
-        noise = randomness.uniform(randomness.key(trained.seed, "benchmark token", number), rows, clean.shape[1])
+        noise = randomness.uniform(
+            randomness.key(trained.seed, "benchmark token", number), rows, clean.shape[1]
+        )
         for part in chunks(len(clean), 64):
             at = np.flatnonzero(now[part])
             logits = _logits(trained, torch.from_numpy(ids[part]), torch.from_numpy(at))

@@ -250,7 +250,9 @@ def compare_precisions(run: Path, texts: int = 256) -> None:
             found[name] = (times, float(F.cross_entropy(logits.float(), targets)))
     print(f"{folder}: {len(ids)} x {width} held-out tokens, half of them masked")
     for name, (times, nats) in found.items():
-        print(f"{name:16}{ids.size / statistics.median(times):9,.0f} tokens/s   {nats:.4f} nats per masked token")
+        print(
+            f"{name:16}{ids.size / statistics.median(times):9,.0f} tokens/s   {nats:.4f} nats per masked token"
+        )
 
 
 def _read(engine: MaskedLMEngine, ids: np.ndarray, masked: np.ndarray) -> torch.Tensor:

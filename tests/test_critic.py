@@ -164,7 +164,14 @@ def test_gradients_are_on_again_after_a_failure():
 def test_the_report_beats_chance_only_if_the_critic_knows_something():
     target = objective()
     values, rows, calibration = target.report(model())
-    views = {"critic", "critic_calibrated", "critic_unknown", "critic_blend", "critic_partial", "critic_partial_calibrated"}
+    views = {
+        "critic",
+        "critic_calibrated",
+        "critic_unknown",
+        "critic_blend",
+        "critic_partial",
+        "critic_partial_calibrated",
+    }
     assert set(values["detection"]) == views | {"confidence", "confidence_fresh", "confidence_of_those"}
     assert 0 < values["error_rate"] < 1 and len(rows) == 3
     assert 0 <= calibration(np.array([0.5]))[0] <= 1
@@ -226,7 +233,9 @@ def made_views(count: int = 80_000) -> Seen:
     critic, share, noise = rng.random((3, count))
     wrong = noise < np.where(share > 0.5, critic**2, critic)
     partial = np.where(rng.random(count) < 0.5, np.nan, critic)
-    return Seen(wrong, np.arange(count) % 50, critic, critic, share, partial, share, rng.random(count), critic)
+    return Seen(
+        wrong, np.arange(count) % 50, critic, critic, share, partial, share, rng.random(count), critic
+    )
 
 
 def test_curves_by_band_are_more_honest_than_one_for_all():

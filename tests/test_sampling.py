@@ -442,9 +442,7 @@ def test_each_band_of_the_masked_share_has_its_own_curve_where_there_is_enough_t
     for where, expected in ((0.1, grid**2), (1.0, np.sqrt(grid))):
         rows = np.tile(grid, (2, 1))
         assert np.abs(calibration(rows, "filled", np.full(2, where)) - expected).max() < 0.08
-    np.testing.assert_array_equal(
-        calibration(grid, "filled", np.full(19, 0.3)), calibration(grid, "filled")
-    )
+    np.testing.assert_array_equal(calibration(grid, "filled", np.full(19, 0.3)), calibration(grid, "filled"))
     np.testing.assert_array_equal(calibration(grid, "partial", np.full(19, 0.1)), grid)  # no curve: as it is
     mixed = calibration(np.tile(grid, (2, 1)), "filled", np.array([0.1, 1.0]))
     assert np.abs(mixed - np.stack([grid**2, np.sqrt(grid)])).max() < 0.08

@@ -301,7 +301,8 @@ def test_processes_killed_for_real_lose_nothing(make_producer, tmp_path):
             end(child)
             time.sleep(chance.random() * 0.05)
             child = producer(folder)
-    assert deaths == {"trainer": kills // 2, "producer": kills - kills // 2}  # each while the other side was at work
+    # Each died while the other side was at work.
+    assert deaths == {"trainer": kills // 2, "producer": kills - kills // 2}
     assert process.wait(timeout=120) == 0
     end(child)
     assert (folder / "seen.json").read_text() == (quiet / "seen.json").read_text()

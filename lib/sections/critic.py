@@ -43,5 +43,7 @@ class CriticConfig(Section):
         if self.temperature[0] > self.temperature[1]:
             raise ValueError(f"temperature {list(self.temperature)} must be [low, high] with low <= high")
         if self.rollout_passes[0] > self.rollout_passes[1]:
-            raise ValueError(f"rollout_passes {list(self.rollout_passes)} must be [low, high] with low <= high")
+            raise ValueError(
+                f"rollout_passes {list(self.rollout_passes)} must be [low, high] with low <= high"
+            )
         return self

@@ -542,7 +542,8 @@ class LtgBertCritic(nn.Module):
         )
         self.score = LtgBertHead(config, 1)
         self.origin = LtgBertHead(config, 1)
-        self.given = nn.Embedding(1, config.hidden_size)  # added to the embeddings of tokens known to be right
+        # Added to the embeddings of tokens known to be right.
+        self.given = nn.Embedding(1, config.hidden_size)
 
     def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states (B, T, D) of the trunk to those that `score` and `origin` read."""

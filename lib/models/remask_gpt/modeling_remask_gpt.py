@@ -736,7 +736,8 @@ class RemaskGptCritic(nn.Module):
         self.layers = nn.ModuleList([RemaskGptLayer(config, index) for index in range(blocks)])
         self.score = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
         self.origin = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
-        self.given = nn.Embedding(1, config.hidden_size)  # added to the embeddings of tokens known to be right
+        # Added to the embeddings of tokens known to be right.
+        self.given = nn.Embedding(1, config.hidden_size)
         self.eps = config.rms_norm_eps
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:

@@ -29,7 +29,9 @@ class StagedUnmasking(MaskedDiffusion):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.stages = self.config.stages
-        patience, least_gain = zip(*((s.val_loss_stale_count, s.least_gain) for s in self.stages), strict=True)
+        patience, least_gain = zip(
+            *((s.val_loss_stale_count, s.least_gain) for s in self.stages), strict=True
+        )
         self.progress = Progress(patience, least_gain)
 
     @property

@@ -121,5 +121,7 @@ class TokenClasses:
             doubt = -np.concatenate(self.confidence)
             baseline, value = "generator's confidence", metrics.auroc(doubt, changed)
             values["auroc_changed_of_confidence"] = value
-        rows.append(result_row(self.label, "AUROC, changed tokens", found, baseline, value, lower_is_better=False))
+        rows.append(
+            result_row(self.label, "AUROC, changed tokens", found, baseline, value, lower_is_better=False)
+        )
         return values, rows

@@ -100,7 +100,8 @@ class TokenCritic:
         passes = self._passes(rows, purpose)
         place = randomness.uniform(randomness.key(self.seed, f"{purpose} place"), rows, ids.shape[1])
         rank = np.argsort(np.argsort(np.where(masked, place, np.inf), 1, kind="stable"), 1, kind="stable")
-        turn = rank * passes[:, None] // np.maximum(masked.sum(1), 1)[:, None]  # (B, T) the pass that writes it
+        # (B, T): the pass that writes the token
+        turn = rank * passes[:, None] // np.maximum(masked.sum(1), 1)[:, None]
         last = masked & (turn == turn.max(1, initial=0, where=masked)[:, None])
         start = np.where(masked, self.diffusion.mask_id, ids)
         share = last.sum(1) / np.maximum(valid.sum(1), 1)
