@@ -1,7 +1,7 @@
 """
 Does re-masking pay, and does a learned critic? Every policy at equal NFE, on text and on a language that is right or wrong.
 
-E1 wrong tokens found in held-out fills: critic, stored and fresh confidence, entropy, chance
+E1 wrong tokens found in held-out fills: critic, stored and fresh confidence, entropy, chance, and the ceiling
 E2 sticky spans of held-out text filled: right tokens, likelihood, and the oracle as the ceiling
 E3 whole samples: likelihood under two judges against variety, at matched 4-gram entropy; words, repetition, copying
 E4 sums in brackets, decided exactly: share of right sentences
@@ -27,6 +27,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,10 @@ class Task:
 def tasks(plan: Plan) -> Iterator[Task]:
     """All settings, experiment by experiment."""
     for ratio in plan.ratios:
-        for passes in plan.fill_passes:
-            setting = {"ratio": ratio, "passes": passes}
-            yield Task("E1", setting, lambda lab, seed, r=ratio, n=passes: experiments.error_detection(
-                lab.models(seed), r, n, plan.texts, plan.resamples))  # fmt: skip
+        for masks, passes in product(experiments.MASKS, plan.fill_passes):
+            setting = {"masks": masks, "ratio": ratio, "passes": passes}
+            yield Task("E1", setting, lambda lab, seed, m=masks, r=ratio, n=passes: experiments.error_detection(
+                lab.models(seed), m, r, n, plan.texts, plan.resamples))  # fmt: skip
     for ratio in plan.span_ratios:
         for nfe in plan.span_nfe:
             yield Task("E2", {"ratio": ratio, "nfe": nfe}, lambda lab, seed, r=ratio, n=nfe: experiments.infilling(

@@ -28,6 +28,7 @@ from lib.training.objectives.error_detection import weighted_auroc
 
 BUDGET = 0.3  # of the written tokens: how many a round takes back when precision is measured
 STICKY = StickyMasking(type="sticky", p1=0.02, p2=0.9)
+MASKS = {"random": RandomMasking(type="random"), "sticky": STICKY}
 REPEATED = 8  # characters of a repetition
 
 
@@ -53,8 +54,8 @@ NOT_CHANCES = ("random", "entropy")  # suspicions that are no probability
 
 
 @torch.no_grad()
-def filled(trained: Trained, ratio: float, passes: int, count: int) -> Fill:
-    """`ratio` of the tokens of `count` held-out texts, masked at random and drawn at temperature 1.
+def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) -> Fill:
+    """`ratio` of the tokens of `count` held-out texts, masked (`MASKS`) and drawn at temperature 1.
 
     Each pass draws an equal share of them, with all that the passes before it drew in view, as in sampling.
     """
@@ -63,7 +64,7 @@ def filled(trained: Trained, ratio: float, passes: int, count: int) -> Fill:
     eligible = np.ones(clean.shape, bool)
     counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))
     key = randomness.key(trained.seed, "benchmark fill")
-    written = draw_mask(RandomMasking(type="random"), eligible, counts, key, rows)
+    written = draw_mask(MASKS[masks], eligible, counts, key, rows)
     place = randomness.uniform(randomness.key(trained.seed, "benchmark place"), rows, clean.shape[1])
     ids = np.where(written, trained.mask_id, clean)
     confidence, entropy, left = np.ones(clean.shape), np.zeros(clean.shape), written.copy()
@@ -80,12 +81,32 @@ def filled(trained: Trained, ratio: float, passes: int, count: int) -> Fill:
             tokens, sure = draw(logits, chance, barred)
             spread = torch.distributions.Categorical(logits=logits.index_fill(1, barred, -1e9)).entropy()
             for array, values in ((ids, tokens), (confidence, sure), (entropy, spread)):
-                block = array[part].copy()
+                block = array[part]
                 block.reshape(-1)[at] = values.cpu().numpy()
                 array[part] = block
         left &= ~now
     views, hidden = _views(trained, ids, written, confidence, place)
-    return Fill(ids != clean, written, written & ~hidden, views | {"entropy": entropy})
+    views |= {"entropy": entropy, "confidence_given": 1 - _given_confidence(trained, ids, written)}
+    return Fill(ids != clean, written, written & ~hidden, views)
+
+
+def _given_confidence(trained: Trained, ids: np.ndarray, written: np.ndarray) -> np.ndarray:
+    """(B, T) probability of each written token with the given text alone in view; 1 for the given ones.
+
+    No view of a calibrated generator's fills can be better: given that text, what was written tells nothing of the truth.
+    """
+    result, masked = np.ones(ids.shape), np.where(written, trained.mask_id, ids)
+    for part in chunks(len(ids), 64):
+        at = np.flatnonzero(written[part])
+        logits = _logits(trained, torch.from_numpy(masked[part]), torch.from_numpy(at))
+        shares = torch.softmax(
+            logits.index_fill(1, torch.tensor(trained.forbidden, device=logits.device), -torch.inf), -1
+        )
+        tokens = torch.from_numpy(ids[part].reshape(-1)[at]).to(shares.device)
+        block = result[part]
+        block.reshape(-1)[at] = shares.gather(1, tokens[:, None]).squeeze(1).double().cpu().numpy()
+        result[part] = block
+    return result
 
 
 def _logits(trained: Trained, inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -123,10 +144,10 @@ def _views(trained: Trained, ids, written, confidence, noise) -> tuple[dict[str,
 
 
 def error_detection(
-    trained: Trained, ratio: float, passes: int, count: int, resamples: int
+    trained: Trained, masks: str, ratio: float, passes: int, count: int, resamples: int
 ) -> dict[str, Any]:
     """View -> AUROC, average precision, precision among the BUDGET most suspected, ECE; differences to confidence."""
-    fill = filled(trained, ratio, passes, count)
+    fill = filled(trained, masks, ratio, passes, count)
     result: dict[str, Any] = {"error_rate": float(fill.wrong[fill.written].mean()), "views": {}}
     for name, suspicion in fill.views.items():
         where = fill.seen if name in PARTIAL else fill.written
@@ -242,11 +263,11 @@ def ablation(
 ) -> dict[str, Any]:
     """What a variant of the critic costs the generator, how well it finds errors, and what its policies gain.
 
-    Errors are those of fills in `nfe` passes.
+    Errors are those of sticky spans filled in `nfe` passes.
     """
     before = trained.stats("04_train")["generator"]["held_out"]
     after = trained.stats(CRITIC)
-    detection = error_detection(trained, ratio, nfe, count, resamples)["views"]
+    detection = error_detection(trained, "sticky", ratio, nfe, count, resamples)["views"]
     return {
         "nelbo": after["generator_nelbo"],
         "nelbo_before": before["nelbo"],

@@ -111,11 +111,12 @@ def detection(records: list[Record]) -> str:
         for view in results[0]["views"]:
             found = [r["views"][view] for r in results]
             rows.append([
-                f"{setting['ratio']:.0%}", str(setting["passes"]), view, shown(mean_of(found, "auroc")),
+                setting["masks"], f"{setting['ratio']:.0%}", str(setting["passes"]), view, shown(mean_of(found, "auroc")),
                 shown(mean_of(found, "auroc_over_confidence"), signed=True), shown(mean_of(found, "average_precision")),
                 shown(mean_of(found, "precision"), percent=True), shown(mean_of(found, "ece")),
             ])  # fmt: skip
     head = [
+        "masks",
         "masked",
         "filled in",
         "view",

@@ -1,5 +1,7 @@
 """The token critic: labels come from the clean text, joint training ramps, frozen trunks stay frozen."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -41,7 +43,7 @@ def model(critic_layers: int = 1):
 
 
 def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_error():
-    target = objective(clean_fraction=1.0)
+    target = objective(clean_fraction=1.0, labels="sampled")
     index, ids, valid = target.diffusion.windows(range(8))
     filled = target.fill(model(), ids, valid, index, "critic", 8)
     assert (filled.written <= valid).all() and filled.written.any()
@@ -53,8 +55,6 @@ def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_
         def forward(self, input_ids, attention_mask=None, head="lm", **_):
             wrong = torch.from_numpy(filled.ids != ids)
             seen["head"] = head
-            from types import SimpleNamespace
-
             written = torch.from_numpy(filled.written)
             return SimpleNamespace(
                 logits=torch.where(wrong, 20.0, -20.0), origin_logits=torch.where(written, 20.0, -20.0)
@@ -67,6 +67,66 @@ def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_
     assert (filled.ids != ids)[filled.written].any()
 
 
+class Oracle(torch.nn.Module):
+    """A generator that says the same everywhere, and learns of nothing it reads."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.logits = torch.randn(size, generator=torch.Generator().manual_seed(1))
+
+    def forward(self, input_ids, attention_mask=None, logits_at=None, **_):
+        count = input_ids.numel() if logits_at is None else len(logits_at)
+        return SimpleNamespace(logits=self.logits.expand(count, -1).clone())
+
+    def error(self, ids, forbidden) -> np.ndarray:
+        """Exactly how likely a token of `ids` is not the truth."""
+        return (
+            1 - torch.softmax(self.logits.index_fill(0, torch.tensor(forbidden), -torch.inf), -1).numpy()[ids]
+        )
+
+
+def test_expected_labels_are_what_the_generator_said_before_anything_was_written():
+    target = objective(rollout_passes=(4, 4), labels="expected", clean_fraction=1.0, origin_weight=0.0)
+    index, ids, valid = target.diffusion.windows(range(8))
+    oracle = Oracle(14)
+    filled = target.fill(oracle, ids, valid, index, "critic", 8)
+    chance = oracle.error(filled.ids, [0, 1, 2, 3])
+    written = filled.written
+    np.testing.assert_allclose(1 - filled.expected[written], chance[written], atol=1e-6)
+    assert (filled.expected[~written] == 1).all()
+
+    class Says(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None, **_):
+            error = np.where(written, chance, 1e-7).clip(1e-7, 1 - 1e-7)
+            logits = torch.from_numpy(np.log(error / (1 - error)))
+            return SimpleNamespace(logits=logits, origin_logits=logits)
+
+    best = target._critic_loss(Says(), filled, index, "critic").item()
+    share, count = chance[written], (written | valid).sum()
+    entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share)).sum() / count
+    assert best == pytest.approx(entropy, rel=1e-3)  # nothing is below the entropy of the labels
+
+
+def test_given_the_given_text_nothing_says_more_of_an_error_than_the_first_pass():
+    """In several passes a token may be sure because of a wrong one; the label does not believe it."""
+    target = objective(rollout_passes=(6, 6))
+    index, ids, valid = target.diffusion.windows(range(8))
+    net = model()
+    with torch.no_grad():  # an untrained output says the same of every token
+        for number, p in enumerate(net.parameters()):
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+    filled = target.fill(net, ids, valid, index, "critic", 8)
+    start = np.where(filled.written, target.diffusion.mask_id, ids)
+    with torch.no_grad():
+        logits = net.eval()(torch.from_numpy(start), attention_mask=torch.from_numpy(valid)).logits.float()
+    logits[..., [0, 1, 2, 3]] = -torch.inf
+    tokens = torch.from_numpy(filled.ids.astype(np.int64))[..., None]
+    first = torch.softmax(logits, -1).gather(-1, tokens).squeeze(-1).numpy()
+    written = filled.written
+    np.testing.assert_allclose(filled.expected[written], first[written], atol=1e-5)
+    assert np.abs(filled.expected - filled.confidence)[written].max() > 1e-3
+
+
 def test_padding_counts_nothing():
     target = objective(clean_fraction=1.0)
     index, ids, valid = target.diffusion.windows(range(8))
@@ -77,8 +137,6 @@ def test_padding_counts_nothing():
 
     class Wild(torch.nn.Module):
         def forward(self, **_):
-            from types import SimpleNamespace
-
             return SimpleNamespace(logits=logits, origin_logits=logits)
 
     expected = (1 + target.config.origin_weight) * np.log(2)  # of error, and of origin
@@ -172,7 +230,9 @@ def test_the_report_beats_chance_only_if_the_critic_knows_something():
         "critic_partial",
         "critic_partial_calibrated",
     }
-    assert set(values["detection"]) == views | {"confidence", "confidence_fresh", "confidence_of_those"}
+    assert set(values["detection"]) == views | {
+        "confidence", "confidence_fresh", "confidence_given", "confidence_of_those",
+    }  # fmt: skip
     assert 0 < values["error_rate"] < 1 and len(rows) == 3
     assert 0 <= calibration(np.array([0.5]))[0] <= 1
     assert {row["reading"] for row in values["bands"]} == {"filled", "partial"}
@@ -197,8 +257,6 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
 
     class Spy(torch.nn.Module):
         def forward(self, input_ids, attention_mask=None, head="lm", given=None):
-            from types import SimpleNamespace
-
             told.append(given)
             blank = torch.zeros(input_ids.shape)
             return SimpleNamespace(logits=blank, origin_logits=blank)
@@ -234,7 +292,7 @@ def made_views(count: int = 80_000) -> Seen:
     wrong = noise < np.where(share > 0.5, critic**2, critic)
     partial = np.where(rng.random(count) < 0.5, np.nan, critic)
     return Seen(
-        wrong, np.arange(count) % 50, critic, critic, share, partial, share, rng.random(count), critic
+        wrong, np.arange(count) % 50, critic, critic, share, partial, share, rng.random(count), critic, critic
     )
 
 

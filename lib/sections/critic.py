@@ -28,6 +28,7 @@ class CriticConfig(Section):
     layers: Count
     alpha: NonNegative
     ramp: tuple[Fraction, Fraction]
+    labels: Literal["expected", "sampled"]
     temperature: tuple[AboveZero, AboveZero]
     rollout_passes: tuple[Positive, Positive]
     clean_fraction: Fraction

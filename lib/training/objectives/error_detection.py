@@ -28,6 +28,9 @@ class Seen:
     partial_share: np.ndarray  # of the text that is masked then
     confidence: np.ndarray  # one minus it: what the generator said when it wrote the token
     fresh: np.ndarray  # one minus it: what it says now that it sees the whole
+    given: (
+        np.ndarray
+    )  # one minus it: what it says of it with the given text alone in view, before anything was written
 
     def at(self, where: np.ndarray) -> "Seen":
         return Seen(*(getattr(self, f.name)[where] for f in fields(self)))
@@ -65,6 +68,8 @@ def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
     """Score -> {"auroc" as an estimate, "average_precision", "ece", "brier"}.
 
     The partial view exists for the tokens that were left to see; confidence on the same ones stands beside it.
+    `confidence_given` is the ceiling, known where nothing but the masks was written: given the given text, the truth does
+    not depend on what was written, so that for a calibrated generator nothing can say more.
     """
     there = seen.visible
     of_those = np.flatnonzero(there)
@@ -77,6 +82,7 @@ def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
         "critic_blend": (calibration.blended(seen.critic, 1 - seen.confidence), every),
         "confidence": (seen.confidence, every),
         "confidence_fresh": (seen.fresh, every),
+        "confidence_given": (seen.given, every),
         "critic_partial": (seen.partial[there], of_those),
         "critic_partial_calibrated": (partial, of_those),
         "confidence_of_those": (seen.confidence[there], of_those),

@@ -11,6 +11,10 @@ that were not chosen count nothing (Lezama et al., Token-Critic, 2022).
 A second output guesses which tokens the generator wrote, right or wrong (`origin`). A rare word is likely an error and
 likely not the generator's: taking back what looks written does not make text duller, taking back likely errors does.
 
+Labels are 0 or 1 (`sampled`) or their mean over all truths that the given text leaves open, by the generator (`expected`):
+given that text, the truth is independent of what was written, so that it is one minus the generator's probability of the
+token before anything was written. The pass that writes the first tokens gives it for all.
+
 Legend: B rows, T positions, N positions in question.
 """
 
@@ -49,6 +53,9 @@ class Filled:
     valid: np.ndarray  # (B, T) bool
     written: np.ndarray  # (B, T) bool
     confidence: np.ndarray  # (B, T) probability of each written token when it was written
+    expected: (
+        np.ndarray
+    )  # (B, T) probability of each written token with the given text alone in view; given ones: 1
     share: np.ndarray  # (B,) of the text that was masked before the pass that completed it
 
     def partly_masked(self, hidden: np.ndarray, mask_id: int) -> "Filled":
@@ -105,12 +112,21 @@ class TokenCritic:
         last = masked & (turn == turn.max(1, initial=0, where=masked)[:, None])
         start = np.where(masked, self.diffusion.mask_id, ids)
         share = last.sum(1) / np.maximum(valid.sum(1), 1)
-        result = Filled(ids, start, valid, masked, np.ones(ids.shape), share)
+        result = Filled(ids, start, valid, masked, np.ones(ids.shape), np.ones(ids.shape), share)
         was_training = model.training
         model.eval()
+        at, first = self._logits(model, result, masked)  # this pass reads the given text alone
         for number in range(passes.max(initial=0)):
-            self._write(model, result, masked & (turn == number), heat, rows, f"{purpose} {number}")
+            now = masked & (turn == number)
+            if number:
+                where, logits = self._logits(model, result, now)
+            else:
+                here = np.flatnonzero(now.reshape(-1)[at])
+                where, logits = at[here], first[tensor(here, self.runtime)]
+            self._write(result, where, logits, heat, rows, f"{purpose} {number}")
         model.train(was_training)
+        tokens = tensor(result.ids.reshape(-1)[at], self.runtime)[:, None]
+        result.expected.reshape(-1)[at] = torch.softmax(first, -1).gather(1, tokens).squeeze(1).cpu().numpy()
         return result
 
     def _passes(self, rows: np.ndarray, purpose: str) -> np.ndarray:
@@ -126,27 +142,26 @@ class TokenCritic:
         hidden = filled.written & (which < share)[:, None] & (noise < part[:, None])
         return filled.partly_masked(hidden, self.diffusion.mask_id)
 
-    def _write(self, model, filled: Filled, now, heat, rows, purpose: str) -> None:
-        """A token at every place of `now` (B, T), in place; only the rows that have such places are read."""
-        some = np.flatnonzero(now.any(1))
+    def _logits(self, model, filled: Filled, where: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """((N,) flat places of `where` (B, T), (N, V) logits there); only the rows that have such places are read."""
+        some = np.flatnonzero(where.any(1))
         if not len(some):
+            return np.empty(0, np.int64), torch.empty((0, 1), device=self.runtime.device)
+        at = tensor(np.flatnonzero(where[some]), self.runtime)
+        output = forward(model, self.runtime, filled.ids[some], filled.valid[some], logits_at=at)
+        return np.flatnonzero(where), output.logits.float().index_fill(1, self._forbidden, -torch.inf)
+
+    def _write(self, filled: Filled, at: np.ndarray, logits: Tensor, heat, rows, purpose: str) -> None:
+        """A token at every flat place of `at` (N,), in place."""
+        if not len(at):
             return
-        ids, confidence, here = filled.ids[some], filled.confidence[some], now[some]
-        at = np.flatnonzero(here)
-        logits = forward(
-            model, self.runtime, ids, filled.valid[some], logits_at=tensor(at, self.runtime)
-        ).logits
-        noise = randomness.uniform(randomness.key(self.seed, purpose), rows[some], now.shape[1])
-        warm = np.broadcast_to(heat[some], here.shape)
-        tokens, sure = draw(
-            logits,
-            tensor(noise.reshape(-1)[at], self.runtime),
-            self._forbidden,
-            temperature=tensor(warm[here].astype(np.float32), self.runtime)[:, None],
-        )
-        ids.reshape(-1)[at] = tokens.cpu().numpy()
-        confidence.reshape(-1)[at] = sure.cpu().numpy()
-        filled.ids[some], filled.confidence[some] = ids, confidence
+        noise = randomness.uniform(randomness.key(self.seed, purpose), rows, filled.ids.shape[1])
+        warm = np.broadcast_to(heat, filled.ids.shape).reshape(-1)[at].astype(np.float32)
+        chance = tensor(noise.reshape(-1)[at], self.runtime)
+        temperature = tensor(warm, self.runtime)[:, None]
+        tokens, sure = draw(logits, chance, self._forbidden, temperature=temperature)
+        filled.ids.reshape(-1)[at] = tokens.cpu().numpy()
+        filled.confidence.reshape(-1)[at] = sure.cpu().numpy()
 
     def _critic_loss(self, model: nn.Module, filled: Filled, rows: np.ndarray, purpose: str) -> Tensor:
         """Binary cross-entropy of errors, over the written tokens and a share of the given ones, and of origin."""
@@ -157,7 +172,10 @@ class TokenCritic:
         # In the middle of a round nothing is told
         told = visible.all(1, keepdims=True, where=filled.valid) & (chance < self.config.told_fraction)
         error, origin = self._critic_logits(model, filled, told)
-        loss = self._cross_entropy(error, labelled, filled.ids != filled.clean)
+        wrong = filled.ids != filled.clean
+        if self.config.labels == "expected":
+            wrong = np.where(filled.written, 1 - filled.expected, wrong)
+        loss = self._cross_entropy(error, labelled, wrong)
         if self.config.origin_weight and not told.all():
             guessed = visible & ~told  # who is told need not guess
             loss = loss + self.config.origin_weight * self._cross_entropy(origin, guessed, filled.written)
@@ -266,6 +284,7 @@ class TokenCritic:
                 "partial_share": partial_share[:, None],
                 "confidence": 1 - filled.confidence,
                 "fresh": 1 - self._fresh_confidence(model, filled),
+                "given": 1 - filled.expected,
             }
             parts.append({n: np.broadcast_to(v, where.shape)[where] for n, v in columns.items()})
         return Seen(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
