@@ -40,7 +40,12 @@ from lib.log import say
 from lib.runs import plain
 
 ALL = tuple(name for name in POLICIES if name != "oracle")
+# They take back what is rare, so that they need higher temperatures for text as varied
+DULL = ("confidence", "confidence_first", "remdm_conf", "critic", "critic_partial")
+# No rounds at the end that only correct; as ReMDM has it
+PLAIN = {"hold_share": 0.0, "end_ratio": 0.05, "back_share": 0.3}
 MAIN = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
+ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E5
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
 
 
@@ -59,15 +64,17 @@ class Plan:
     span_ratios: tuple[float, ...] = (0.3, 0.6)
     span_nfe: tuple[int, ...] = (2, 4, 8, 16, 32)
     sample_nfe: tuple[int, ...] = (8, 16, 32, 64, 128)
-    temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)
+    temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.3)  # of E3
+    hotter: tuple[float, ...] = (0.75, 1.0, 1.3, 1.7)  # the same for policies that make text dull
     sum_nfe: tuple[int, ...] = (4, 8, 16, 32, 64)
     thresholds: tuple[float, ...] = (0.1, 0.3)
     policies: tuple[str, ...] = ALL
-    sample_policies: tuple[str, ...] = (*MAIN, "confidence_first")
+    sample_policies: tuple[str, ...] = (*MAIN, "confidence_first")  # of E3
+    plain_policies: tuple[str, ...] = ("random", "remdm_conf", "critic_origin")  # of E3 again, `PLAIN`
     variants: tuple[str, ...] = tuple(VARIANTS)
     changes: tuple[tuple[tuple[str, Any], ...], ...] = (
         (("randomness_strength", 0.0),), (("randomness_strength", 0.6),), (("selection_temperature", 1.0),),
-        (("calibrated", False),),
+        (("calibrated", False),), (("hold_share", 0.0),), (("hold_temperature", 1.0),), (("back_share", 0.3),),
     )  # fmt: skip
     cost_nfe: int = 32
 
@@ -75,23 +82,23 @@ class Plan:
 PLANS = {
     "full": Plan(
         seeds=3, texts=256, samples=192, resamples=200,
-        text=Size(4, 128, 128, (2000, 800, 500)),
-        sums=Size(4, 128, 64, (6000, 20, 1000), 64, sentences=100_000),
+        text=Size(4, 128, 128, (2000, 800, 1500, 500)),
+        sums=Size(4, 128, 64, (6000, 20, 1500, 0), 64, sentences=100_000),
     ),
     "quick": Plan(
         seeds=1, texts=24, samples=24, resamples=50, ratios=(0.3, 0.7), fill_passes=(1, 8), span_ratios=(0.5,), span_nfe=(4, 16),
-        sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), sum_nfe=(4, 16), thresholds=(0.2,), policies=MAIN,
-        sample_policies=("none", "confidence", "critic", "critic_origin"),
+        sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), hotter=(0.7, 1.0, 1.4), sum_nfe=(4, 16), thresholds=(0.2,),
+        policies=MAIN, sample_policies=("none", "random", "critic", "critic_origin"), plain_policies=(),
         variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16,
-        text=Size(2, 64, 64, (300, 150, 100), 24, evaluated=64),
-        sums=Size(2, 64, 32, (1500, 10, 150), 32, sentences=8000, digits=1, evaluated=64),
+        text=Size(2, 64, 64, (300, 150, 150, 80), 24, evaluated=64),
+        sums=Size(2, 64, 32, (1500, 10, 150, 0), 32, sentences=8000, digits=1, evaluated=64),
     ),
     "tiny": Plan(  # for the tests: everything happens, nothing is learned
         seeds=1, texts=4, samples=4, resamples=5, ratios=(0.5,), fill_passes=(2,), span_ratios=(0.5,), span_nfe=(3,),
-        sample_nfe=(4,), temperatures=(0.7, 1.5), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
+        sample_nfe=(4,), temperatures=(0.7, 1.5), hotter=(0.7, 1.5), plain_policies=("random",), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
         sample_policies=("none", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
-        cost_nfe=3, text=Size(1, 32, 32, (4, 4, 4), 8, evaluated=8),
-        sums=Size(1, 32, 32, (4, 4, 4), 8, sentences=2500, digits=1, evaluated=8),
+        cost_nfe=3, text=Size(1, 32, 32, (4, 4, 4, 4), 8, evaluated=8),
+        sums=Size(1, 32, 32, (4, 4, 4, 0), 8, sentences=2500, digits=1, evaluated=8),
     ),
 }  # fmt: skip
 
@@ -122,12 +129,14 @@ def tasks(plan: Plan) -> Iterator[Task]:
     yield Task(
         "E3", {"policy": REAL}, lambda lab, seed: experiments.real_text(lab.models(seed), plan.samples)
     )
-    for nfe in plan.sample_nfe:
-        for policy in plan.sample_policies:
-            for heat in plan.temperatures:
-                setting = {"policy": policy, "nfe": nfe, "temperature": heat}
-                yield Task("E3", setting, lambda lab, seed, p=policy, n=nfe, t=heat: experiments.unconditional(
-                    lab.models(seed), p, n, t, plan.samples))  # fmt: skip
+    lines: list[tuple[str, dict[str, Any]]] = [(policy, {}) for policy in plan.sample_policies]
+    lines += [(policy, PLAIN) for policy in plan.plain_policies]
+    for nfe, (policy, changes) in product(plan.sample_nfe, lines):
+        for heat in plan.hotter if policy in DULL else plan.temperatures:
+            setting = {"policy": f"{policy}, plain" if changes else policy, "nfe": nfe, "temperature": heat}
+            changed = {"temperature": heat, **changes}
+            yield Task("E3", setting, lambda lab, seed, p=policy, n=nfe, c=changed: experiments.unconditional(
+                lab.models(seed), p, n, plan.samples, **c))  # fmt: skip
     yield from _sum_tasks(plan)
     yield from _ablation_tasks(plan)
     for policy in plan.policies:
@@ -157,7 +166,7 @@ def _ablation_tasks(plan: Plan) -> Iterator[Task]:
     for variant, changes in tried:
         setting = {"variant": variant} | ({"changes": changes} if changes else {})
         yield Task("E5", setting, lambda lab, seed, v=variant, c=changes: experiments.ablation(
-            lab.models(seed, TEXT, v), 0.5, plan.cost_nfe // 2, ("none", "critic", "critic_partial"), plan.texts,
+            lab.models(seed, TEXT, v), 0.5, plan.cost_nfe // 2, ABLATED, plan.texts,
             plan.resamples, **c))  # fmt: skip
 
 
@@ -185,26 +194,26 @@ class Results:
             "seconds": round(seconds, 2),
         }
         record = plain(head | {"result": result})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
+        with open(
+            self.path, "ab", buffering=0
+        ) as file:  # in one piece: another process may write beside this one
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             os.fsync(file.fileno())
         self.records.append(record)
         self.done.add(task.key(seed))
 
 
 def run(
-    out: Path, plan_name: str, data: str = "builtin", seeds: int | None = None, only: tuple[str, ...] = ()
+    out: Path, plan_name: str, data: str = "builtin", seeds: tuple[int, ...] = (), only: tuple[str, ...] = ()
 ) -> Results:
-    """Every setting that has no line yet, seed by seed; then the tables. Returns all results."""
+    """Every setting that has no line yet, seed by seed; then the tables of all that is there. Returns all results."""
     plan = PLANS[plan_name]
     out.mkdir(parents=True, exist_ok=True)
     _refuse_other_settings(out / "settings.json", plain(asdict(plan) | {"seeds": None, "data": data}))
     lab = Lab(out, data, {TEXT: plan.text, SUMS: plan.sums})
     results = Results(out / "results.jsonl")
     chosen = [task for task in tasks(plan) if not only or task.experiment in only]
-    count = seeds or plan.seeds
-    for seed in range(count):
+    for seed in seeds or range(plan.seeds):
         left = [task for task in chosen if task.key(seed) not in results.done]
         for number, task in enumerate(left, start=1):
             begin = time.perf_counter()
@@ -214,8 +223,7 @@ def run(
             say(
                 f"seed {seed}, {number}/{len(left)}: {task.experiment} {json.dumps(task.setting)}, {seconds:.1f} s"
             )
-    title = f"{plan_name}, {count} seed{'s' if count > 1 else ''}, {data}"
-    write_summary(out, [r for r in results.records if r["seed"] < count], title)
+    write_summary(out, Results(out / "results.jsonl").records, f"{plan_name}, {Path(data).name}")
     say(f"{out / 'summary.md'}")
     return results
 
@@ -235,20 +243,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small: under five minutes on two cores")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--data", default="builtin", help="a text file; builtin: Python's language reference")
-    parser.add_argument("--seeds", type=int, help="default: 3, quick 1")
+    parser.add_argument("--seeds", default="", help="such as 0,1,2, which is the default; quick: 0")
     parser.add_argument("--only", default="", help="experiments, such as E1,E2")
     options = parser.parse_args()
     only = tuple(name for name in options.only.split(",") if name)
-    unknown = set(only) - set(SECTIONS)
-    if unknown or (options.seeds is not None and options.seeds < 1):
-        parser.error(f"--only takes {', '.join(SECTIONS)}, --seeds a number from 1")
+    seeds = [seed for seed in options.seeds.split(",") if seed]
+    if set(only) - set(SECTIONS) or not all(seed.isdecimal() for seed in seeds):
+        parser.error(f"--only takes {', '.join(SECTIONS)}, --seeds whole numbers")
     data = options.data
     if not data.startswith("builtin"):
         if not Path(data).exists():
             parser.error(f"--data {data} is not there")
         data = str(Path(data).resolve())
     plan_name = "quick" if options.quick else "tiny" if options.tiny else "full"
-    run(options.out, plan_name, data, options.seeds, only)
+    run(options.out, plan_name, data, tuple(map(int, seeds)), only)
 
 
 if __name__ == "__main__":

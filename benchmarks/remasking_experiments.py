@@ -207,10 +207,10 @@ def infilling(
 # --------------------------------------------------------------------------------- E3: whole samples
 
 
-def unconditional(trained: Trained, policy: str, nfe: int, temperature: float, count: int) -> dict[str, Any]:
+def unconditional(trained: Trained, policy: str, nfe: int, count: int, **changes: Any) -> dict[str, Any]:
     ids, free = trained.blank(count)
     begin = time.perf_counter()
-    made = trained.sample(policy, nfe, ids, free, temperature=temperature)
+    made = trained.sample(policy, nfe, ids, free, **changes)
     seconds = time.perf_counter() - begin
     return {"passes": made.nfe, "seconds": seconds} | quality(trained, made.ids)
 

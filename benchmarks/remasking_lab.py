@@ -35,13 +35,16 @@ from lib.training.data import Windows
 BEFORE = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
 CRITIC = "05_train_critic"
 TEXT, SUMS = "text", "sums"
-# What each variant of the critic changes in the config; `joint` is the one of all other experiments.
+MAIN = "main"  # the critic of all experiments but the ablations
+# What each variant of the critic changes in the config. All but `main` learn for the same smaller number of steps.
 VARIANTS: dict[str, dict[str, Any]] = {
     "joint": {},
     "no critic": {"alpha": 0.0},
     "alpha 0.25": {"alpha": 0.25},
-    "stop_gradient": {"coupling": "stop_gradient"},
-    "decoupled": {"coupling": "decoupled"},
+    "stop_gradient": {"coupling": "stop_gradient", "layers": 1},
+    "decoupled": {"coupling": "decoupled", "layers": 1},
+    "one block of its own": {"layers": 1},
+    "sampled labels": {"labels": "sampled"},
     "filled only": {"partial_fraction": 0.0},
     "partial only": {"partial_fraction": 1.0},
     "never told": {"told_fraction": 0.0},
@@ -54,7 +57,7 @@ class Size:
     """How large a language's models are and how long they learn.
 
     Attributes:
-        steps: of the generator, the reference model and the critic.
+        steps: of the generator, the reference model, the critic, and the critics of the ablations.
         rates: learning rates of the generator, which starts from scratch.
         sentences: of the language of sums; `digits` of its numbers.
     """
@@ -62,7 +65,7 @@ class Size:
     layers: int
     width: int
     context: int
-    steps: tuple[int, int, int]
+    steps: tuple[int, int, int, int]
     batch_size: int = 32
     rates: Mapping[str, float] = field(
         default_factory=lambda: {"muon_learning_rate": 0.02, "learning_rate": 0.004}
@@ -73,7 +76,7 @@ class Size:
 
     def config(self, data: str) -> dict[str, Any]:
         """A config file: the shipped defaults with these sizes, and no models but generator and reference model."""
-        generator, reference, critic = (_training(steps) for steps in self.steps)
+        generator, reference, critic, _ = (_training(steps) for steps in self.steps)
         others = {name: None for name in load_config().models if name not in ("generator", "reference_lm")}
         models: dict[str, Any] = {
             "generator": {"start": "scratch", "training": generator | dict(self.rates)},
@@ -217,7 +220,7 @@ class Lab:
     sizes: dict[str, Size]
     _trained: dict[tuple, Trained] = field(default_factory=dict)
 
-    def models(self, seed: int, language: str = TEXT, variant: str = "joint") -> Trained:
+    def models(self, seed: int, language: str = TEXT, variant: str = MAIN) -> Trained:
         """The finished models; trained now if they are not there yet."""
         name = (seed, language, variant)
         if name not in self._trained:
@@ -227,10 +230,16 @@ class Lab:
             for stage in BEFORE:
                 if not (folder / stage).exists():
                     (folder / stage).symlink_to(Path("..") / "base" / stage)
-            self._run(seed, language, folder.name, (CRITIC,), {"critic": VARIANTS[variant]})
-            config = self._config(seed, language, {"critic": VARIANTS[variant]})
+            changes = {"critic": self._critic(language, variant)}
+            self._run(seed, language, folder.name, (CRITIC,), changes)
+            config = self._config(seed, language, changes)
             self._trained[name] = Trained(config, folder, Runtime.detect(config), seed)
         return self._trained[name]
+
+    def _critic(self, language: str, variant: str) -> dict[str, Any]:
+        if variant == MAIN:
+            return {}
+        return VARIANTS[variant] | {"training": _training(self.sizes[language].steps[3])}
 
     def _run(self, seed: int, language: str, name: str, stages: tuple[str, ...], changes: dict) -> Path:
         folder = self.out / "models" / language / f"seed_{seed}" / name

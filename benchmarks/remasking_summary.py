@@ -13,7 +13,7 @@ import numpy as np
 from lib import durable
 from lib.report import plots
 
-STEPS_BELOW_REAL = (0.0, 0.5, 1.0)  # nats of 4-gram entropy at which likelihoods are compared
+STEPS_BELOW_REAL = (0.0, 0.25, 0.5)  # nats of 4-gram entropy at which likelihoods are compared
 REAL = "real text"
 
 Record = dict[str, Any]
@@ -38,10 +38,14 @@ def over_seeds(estimates: list[dict[str, float] | float | None]) -> dict[str, fl
 
 
 def at_entropy(rows: list[tuple[float, float]], entropy: float) -> float:
-    """Likelihood read off at a 4-gram entropy from (entropy, NLL) points of several temperatures, between the two
-    nearest; NaN outside of what they reach."""
-    x, y = (np.array(v) for v in zip(*sorted(rows), strict=True))
-    return float(np.interp(entropy, x, y)) if x[0] <= entropy <= x[-1] else float("nan")
+    """Likelihood read off at a 4-gram entropy from (entropy, NLL) points of several temperatures, on the monotone cubic
+    curve through them (Fritsch and Carlson, 1980); NaN outside of what they reach."""
+    from scipy.interpolate import PchipInterpolator
+
+    x, y = (np.array(v) for v in zip(*sorted(dict(rows).items()), strict=True))
+    if len(x) < 2 or not x[0] <= entropy <= x[-1]:
+        return float(y[0]) if len(x) and x[0] == entropy else float("nan")
+    return float(PchipInterpolator(x, y)(entropy))
 
 
 def write_summary(out: Path, records: list[Record], title: str) -> None:

@@ -119,9 +119,16 @@ def test_intervals_over_seeds_are_students():
 
 
 def test_likelihood_is_read_off_between_temperatures_and_not_beyond():
-    points = [(8.0, 3.0), (6.0, 1.0), (7.0, 1.5)]
-    assert at_entropy(points, 7.5) == pytest.approx(2.25) and at_entropy(points, 6.0) == 1.0
-    assert np.isnan(at_entropy(points, 8.1)) and np.isnan(at_entropy(points, 5.9))
+    points = [(x, 0.2 * (x - 4) ** 2) for x in (8.0, 6.0, 7.0, 8.6)]
+    assert at_entropy(points, 6.0) == pytest.approx(0.8) and at_entropy(points, 8.6) == pytest.approx(
+        0.2 * 4.6**2
+    )
+    for entropy in (6.4, 7.5, 8.3):
+        assert at_entropy(points, entropy) == pytest.approx(0.2 * (entropy - 4) ** 2, abs=0.02)
+    assert np.isnan(at_entropy(points, 8.7)) and np.isnan(at_entropy(points, 5.9))
+    assert at_entropy(points[:2], 7.0) == pytest.approx((3.2 + 0.8) / 2) and np.isnan(
+        at_entropy(points[:1], 7.0)
+    )
 
 
 # ----------------------------------------------------------------------------------------- whole runs

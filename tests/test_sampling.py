@@ -15,7 +15,7 @@ from lib.diffusion.calibration import Calibration, Observed
 from lib.diffusion.categorical import draw
 from lib.diffusion.policies import POLICIES, rounds_for
 from lib.diffusion.sampler import STILL_MASKED, TAKEN_BACK, WRITTEN, Sampler
-from lib.diffusion.schedule import masked_counts_left, masked_shares
+from lib.diffusion.schedule import masked_counts_left, masked_shares, temperatures
 from lib.errors import BadConfig
 from lib.models.build import make_model, model_config
 from lib.runtime import Runtime
@@ -28,7 +28,14 @@ NONE = torch.empty(0, dtype=torch.long)
 
 def settings(**changes):
     base = load_config().sampler
-    return base.model_copy(update={"batch_size": 64, **changes})
+    plain = {
+        "hold_share": 0.0,
+        "hold_temperature": 1.0,
+        "end_ratio": 0.05,
+        "back_share": 0.3,
+        "batch_size": 64,
+    }
+    return base.model_copy(update=plain | changes)
 
 
 # ------------------------------------------------------------------------------------------- drawing
@@ -67,6 +74,10 @@ def test_top_k_top_p_and_temperature():
 def test_schedules():
     linear = masked_shares(settings(start_ratio=0.9, end_ratio=0.1), 5)
     np.testing.assert_allclose(linear, [0.9, 0.6333, 0.3667, 0.1, 0], atol=1e-3)
+    held = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 9)
+    np.testing.assert_allclose(held, [0.9, 0.6333, 0.3667, 0.1, 0.1, 0.1, 0.1, 0.1, 0], atol=1e-3)
+    once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 5, takes_back=False)
+    np.testing.assert_array_equal(once, linear)  # who takes nothing back has nothing to do in those rounds
     cosine = masked_shares(settings(schedule="cosine"), 4)
     np.testing.assert_allclose(cosine, [np.cos(np.pi / 8), np.cos(np.pi / 4), np.cos(3 * np.pi / 8), 0])
     assert masked_shares(settings(schedule="custom", masking_ratios=(0.5, 0.2)), 3).tolist() == [0.5, 0.2, 0]
@@ -74,6 +85,17 @@ def test_schedules():
         masked_shares(settings(schedule="custom", masking_ratios=(0.5, 0.2)), 4)
     left = masked_counts_left(linear, np.array([100, 3, 0]))
     assert left[-1].tolist() == [0, 0, 0] and left[0].tolist() == [90, 2, 0] and (left[:-1, 0] >= 1).all()
+
+
+def test_only_the_rounds_that_correct_are_colder():
+    cold = settings(temperature=0.8, hold_share=0.5, hold_temperature=0.25)
+    shares, heats = masked_shares(cold, 9), temperatures(cold, 9)
+    np.testing.assert_allclose(heats, [0.8] * 5 + [0.2] * 4)
+    assert (
+        shares[4] == cold.end_ratio and shares[3] == cold.end_ratio < shares[2]
+    )  # round 4 writes the last first drafts
+    for other in (temperatures(cold, 9, takes_back=False), temperatures(settings(temperature=0.8), 9)):
+        np.testing.assert_allclose(other, 0.8)
 
 
 def test_rounds_pay_for_the_extra_pass():
@@ -131,6 +153,28 @@ def test_every_pass_is_counted_and_the_budget_is_kept(name):
         assert not np.isin(result.ids, SPECIAL).any()
 
 
+@pytest.mark.parametrize("name", ["random", "critic_origin", "none"])
+def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
+    """A generator that slightly prefers one word: in the cold it writes no other."""
+
+    class Level(Oracle):
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+            output = super().forward(input_ids, attention_mask, logits_at, head)
+            output.logits = torch.zeros_like(output.logits)
+            output.logits[:, -1] = 0.5
+            return output
+
+    changes = settings(hold_share=0.5, hold_temperature=0.01, end_ratio=0.2, back_share=1.0)
+    rounds = run(Sampler(Level(TRUTH), MASK, SPECIAL, CPU, changes, seed=5), name, 20, 8, trace=True).rounds
+
+    def words(part) -> int:
+        return len(set(np.concatenate([r.ids[r.events == WRITTEN] for r in part]).tolist()))
+
+    assert words(rounds[:11]) > 5  # 9 of 20 are held, for a policy that takes back
+    assert words(rounds[11:]) == 1 or name == "none"
+    assert words(rounds[11:]) > 1 or name != "none"
+
+
 def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
     right = {
         name: (run(oracle_sampler(randomness_strength=0.0), name, 15, 64).ids == TRUTH).mean()
@@ -174,7 +218,8 @@ def test_every_policy_keeps_to_the_schedule(name, back_share):
     sampler = oracle_sampler(back_share=back_share)
     result = run(sampler, name, 9, 5, trace=True)
     rounds = rounds_for(POLICIES[name], 9)
-    expected = masked_counts_left(masked_shares(sampler.settings, rounds), np.full(5, 40))
+    shares = masked_shares(sampler.settings, rounds, POLICIES[name].takes_back)
+    expected = masked_counts_left(shares, np.full(5, 40))
     for number, round_ in enumerate(result.rounds):
         assert ((round_.ids == MASK).sum(1) == expected[number]).all()
 

@@ -164,11 +164,11 @@ def _wrong(view: View) -> np.ndarray:
 POLICIES = {
     policy.name: policy
     for policy in (
-        Policy("none", _keep_masked(lambda view: view.noise), blind=True),
+        Policy("none", _keep_masked(lambda view: view.noise), blind=True, takes_back=False),
         Policy(
             "confidence_first", _keep_masked(lambda view: view.confidence), error=_unsure, takes_back=False
         ),
-        Policy("margin_first", _keep_masked(lambda view: view.margin())),
+        Policy("margin_first", _keep_masked(lambda view: view.margin()), takes_back=False),
         Policy("random", _suspect(lambda view: view.noise)),
         _suspicious("confidence", _unsure),
         _suspicious("confidence_fresh", lambda view: 1 - view.fresh_confidence(), extra_pass=True),

@@ -21,7 +21,7 @@ from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw
 from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import Policy, View, rounds_for, rule
-from lib.diffusion.schedule import masked_counts_left, masked_shares
+from lib.diffusion.schedule import masked_counts_left, masked_shares, temperatures
 from lib.errors import BadConfig
 from lib.runtime import Runtime
 from lib.sections.sampler import SamplerConfig
@@ -135,7 +135,9 @@ class Sampler:
             here[:, block.start : block.end] = free[:, block.start : block.end]
             seen = slice(block.window, block.end)
             at = np.flatnonzero(here.any(1))
-            left = masked_counts_left(masked_shares(self.settings, rounds), here[at].sum(1)).T
+            left = masked_counts_left(
+                masked_shares(self.settings, rounds, policy.takes_back), here[at].sum(1)
+            ).T
             arrays = (
                 result.ids[at, seen],
                 here[at, seen],
@@ -153,6 +155,7 @@ class Sampler:
         threshold = self.settings.threshold if self.settings.schedule == "threshold" else None
         choose, stops = rule(policy, threshold), policy.stops or threshold is not None
         rounds = rows.left.shape[1]
+        heats = temperatures(self.settings, rounds, policy.takes_back)
         for number in range(rounds):
             if not len(rows.place):
                 return
@@ -161,7 +164,8 @@ class Sampler:
             after = np.zeros_like(masked)
             if policy.blind and not last:
                 after = choose(self._view(number, first, rows, masked, _Draft(rows.ids)))
-            draft = self._draft(rows, masked & ~after, first + number, policy.partial and not last)
+            partial = policy.partial and not last
+            draft = self._draft(rows, masked & ~after, first + number, partial, float(heats[number]))
             result.passes[rows.place] += 1
             if not (policy.blind or last):
                 after = choose(self._view(number, first, rows, masked, draft))
@@ -175,7 +179,9 @@ class Sampler:
             if stops:
                 rows = rows.only(after.sum(1) > 0)
 
-    def _draft(self, rows: _Rows, now: np.ndarray, number: int, partial: bool) -> "_Draft":
+    def _draft(
+        self, rows: _Rows, now: np.ndarray, number: int, partial: bool, temperature: float
+    ) -> "_Draft":
         """A token at every position in `now`, one forward pass; `confidence` learns how sure the model was."""
         draft = _Draft(rows.ids.copy(), at=np.flatnonzero(now))
         where = torch.from_numpy(draft.at).to(self.runtime.device)
@@ -192,7 +198,7 @@ class Sampler:
                 draft.logits,
                 torch.from_numpy(noise).to(draft.logits.device),
                 torch.tensor(self.forbidden, device=draft.logits.device),
-                self.settings.temperature,
+                temperature,
                 top_p=self.settings.top_p,
             )
             draft.ids.reshape(-1)[draft.at] = tokens.cpu().numpy()

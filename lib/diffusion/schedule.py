@@ -9,12 +9,15 @@ from lib.errors import BadConfig
 from lib.sections.sampler import SamplerConfig
 
 
-def masked_shares(config: SamplerConfig, rounds: int) -> np.ndarray:
+def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -> np.ndarray:
     """(rounds,) share of the free tokens left masked after each round; the last is 0.
 
     linear: evenly from start_ratio to end_ratio; cosine: cos(pi/2 x done), slow at first (Chang et al., MaskGIT,
     2022); custom: `masking_ratios`, of which there must be one for each round after the first; threshold: the shares
     of linear, as the most that a round leaves masked.
+
+    Of all but custom the last rounds, `hold_share` of them, stay at end_ratio: the text stands but for what is taken back
+    and written anew (the loop of ReMDM, Wang et al. 2025). A policy that takes nothing back needs them for writing.
     """
     if config.schedule == "custom":
         if len(config.masking_ratios) != rounds - 1:
@@ -22,12 +25,26 @@ def masked_shares(config: SamplerConfig, rounds: int) -> np.ndarray:
                 f"sampler.masking_ratios has {len(config.masking_ratios)} values, but {rounds} rounds need "
                 f"{rounds - 1}: one for each round after the first"
             )
-        shares = np.asarray(config.masking_ratios)
-    elif config.schedule == "cosine":
-        shares = np.cos(np.pi / 2 * np.arange(1, rounds) / rounds)
+        return np.append(config.masking_ratios, 0.0)
+    held = held_rounds(config, rounds, takes_back)
+    falling = rounds - held
+    if config.schedule == "cosine":
+        shares = np.cos(np.pi / 2 * np.arange(1, falling) / falling)
     else:
-        shares = np.linspace(config.start_ratio, config.end_ratio, rounds - 1)
-    return np.append(shares, 0.0)
+        shares = np.linspace(config.start_ratio, config.end_ratio, falling - 1)
+    return np.concatenate([shares, np.full(held, config.end_ratio), [0.0]])
+
+
+def held_rounds(config: SamplerConfig, rounds: int, takes_back: bool) -> int:
+    """How many of the last rounds only correct what stands."""
+    return int(config.hold_share * (rounds - 1)) if takes_back and config.schedule != "custom" else 0
+
+
+def temperatures(config: SamplerConfig, rounds: int, takes_back: bool = True) -> np.ndarray:
+    """(rounds,) temperature at which each round draws: what the held rounds write anew is drawn colder."""
+    heats = np.full(rounds, config.temperature)
+    heats[rounds - held_rounds(config, rounds, takes_back) :] *= config.hold_temperature
+    return heats
 
 
 def masked_counts_left(shares: np.ndarray, free: np.ndarray) -> np.ndarray:

@@ -23,6 +23,8 @@ class SamplerConfig(Section):
     schedule: Literal["linear", "cosine", "custom", "threshold"]
     start_ratio: Fraction
     end_ratio: Fraction
+    hold_share: Fraction
+    hold_temperature: AboveZero
     masking_ratios: tuple[Fraction, ...]
     threshold: Probability
     temperature: AboveZero
