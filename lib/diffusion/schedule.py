@@ -16,8 +16,9 @@ def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -
     2022); custom: `masking_ratios`, of which there must be one for each round after the first; threshold: the shares
     of linear, as the most that a round leaves masked.
 
-    Of all but custom the last rounds, `hold_share` of them, stay at end_ratio: the text stands but for what is taken back
-    and written anew (the loop of ReMDM, Wang et al. 2025). A policy that takes nothing back needs them for writing.
+    Of all but custom the last rounds, `hold_share` of them, stay at one share: the text stands but for what is taken back
+    and written anew (the loop of ReMDM, Wang et al. 2025), every token `hold_rewrites` times in the mean, so that many
+    rounds change little at once. A policy that takes nothing back needs them for writing.
     """
     if config.schedule == "custom":
         if len(config.masking_ratios) != rounds - 1:
@@ -28,11 +29,12 @@ def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -
         return np.append(config.masking_ratios, 0.0)
     held = held_rounds(config, rounds, takes_back)
     falling = rounds - held
+    end = min(config.end_ratio, config.hold_rewrites / held) if held else config.end_ratio
     if config.schedule == "cosine":
         shares = np.cos(np.pi / 2 * np.arange(1, falling) / falling)
     else:
-        shares = np.linspace(config.start_ratio, config.end_ratio, falling - 1)
-    return np.concatenate([shares, np.full(held, config.end_ratio), [0.0]])
+        shares = np.linspace(config.start_ratio, end, falling - 1)
+    return np.concatenate([shares, np.full(held, end), [0.0]])
 
 
 def held_rounds(config: SamplerConfig, rounds: int, takes_back: bool) -> int:

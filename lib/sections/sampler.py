@@ -24,6 +24,7 @@ class SamplerConfig(Section):
     start_ratio: Fraction
     end_ratio: Fraction
     hold_share: Fraction
+    hold_rewrites: AboveZero
     hold_temperature: AboveZero
     masking_ratios: tuple[Fraction, ...]
     threshold: Probability
