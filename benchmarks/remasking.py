@@ -12,13 +12,19 @@ Per seed: generator, reference model and critics by the project's own stages, an
 setting) is a line of OUT/results.jsonl; started again it goes on where it was. Tables are in OUT/summary.md, the
 picture in OUT/pareto.svg.
 
-Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 500 for each of
-seven critics; the sums 4 x 128 with context 64, 6,000 steps; 256 texts per setting (192 in E3). About 5 hours on two
-cores. --quick: 1 seed, 2 x 64 with context 64, some hundred steps, 24 texts, the main policies; under 5 minutes.
+Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 2,000 for the critic,
+500 for each critic of the ablations; the sums 4 x 128 with context 64, 6,000 and 1,500 steps; 256 texts per setting (192
+in E3, 128 in E6). About 6 hours on two cores. --quick: 1 seed, 2 x 64 with context 64, some hundred steps, 24 texts, the
+main policies; under 5 minutes.
 
 python -m benchmarks.remasking outputs/remasking
 python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare/input.txt --only E1,E2
 python -m benchmarks.remasking outputs/remasking_quick --quick
+
+One thread each, processes beside each other use the cores better than one with all threads; they may share OUT if each
+has seeds or experiments of its own:
+
+OMP_NUM_THREADS=1 python -m benchmarks.remasking OUT --seeds 0 & OMP_NUM_THREADS=1 python -m benchmarks.remasking OUT --seeds 1,2
 """
 
 import argparse
@@ -77,19 +83,20 @@ class Plan:
         (("calibrated", False),), (("hold_share", 0.0),), (("hold_temperature", 1.0),), (("back_share", 0.3),),
     )  # fmt: skip
     cost_nfe: int = 32
+    cost_texts: int = 128
 
 
 PLANS = {
     "full": Plan(
         seeds=3, texts=256, samples=192, resamples=200,
-        text=Size(4, 128, 128, (2000, 800, 1500, 500)),
+        text=Size(4, 128, 128, (2000, 800, 2000, 500)),
         sums=Size(4, 128, 64, (6000, 20, 1500, 0), 64, sentences=100_000),
     ),
     "quick": Plan(
         seeds=1, texts=24, samples=24, resamples=50, ratios=(0.3, 0.7), fill_passes=(1, 8), span_ratios=(0.5,), span_nfe=(4, 16),
         sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), hotter=(0.7, 1.0, 1.4), sum_nfe=(4, 16), thresholds=(0.2,),
         policies=MAIN, sample_policies=("none", "random", "critic", "critic_origin"), plain_policies=(),
-        variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16,
+        variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16, cost_texts=24,
         text=Size(2, 64, 64, (300, 150, 150, 80), 24, evaluated=64),
         sums=Size(2, 64, 32, (1500, 10, 150, 0), 32, sentences=8000, digits=1, evaluated=64),
     ),
@@ -97,7 +104,7 @@ PLANS = {
         seeds=1, texts=4, samples=4, resamples=5, ratios=(0.5,), fill_passes=(2,), span_ratios=(0.5,), span_nfe=(3,),
         sample_nfe=(4,), temperatures=(0.7, 1.5), hotter=(0.7, 1.5), plain_policies=("random",), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
         sample_policies=("none", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
-        cost_nfe=3, text=Size(1, 32, 32, (4, 4, 4, 4), 8, evaluated=8),
+        cost_nfe=3, cost_texts=4, text=Size(1, 32, 32, (4, 4, 4, 4), 8, evaluated=8),
         sums=Size(1, 32, 32, (4, 4, 4, 0), 8, sentences=2500, digits=1, evaluated=8),
     ),
 }  # fmt: skip
@@ -142,7 +149,7 @@ def tasks(plan: Plan) -> Iterator[Task]:
     for policy in plan.policies:
         setting = {"policy": policy, "nfe": plan.cost_nfe}
         yield Task("E6", setting, lambda lab, seed, p=policy: experiments.cost(
-            lab.models(seed), p, plan.cost_nfe, plan.texts))  # fmt: skip
+            lab.models(seed), p, plan.cost_nfe, plan.cost_texts))  # fmt: skip
 
 
 def _sum_tasks(plan: Plan) -> Iterator[Task]:

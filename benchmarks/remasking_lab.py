@@ -48,7 +48,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "filled only": {"partial_fraction": 0.0},
     "partial only": {"partial_fraction": 1.0},
     "never told": {"told_fraction": 0.0},
-    "one-pass fills": {"rollout_passes": [1, 1]},
 }
 
 

@@ -76,6 +76,8 @@ def test_schedules():
     np.testing.assert_allclose(linear, [0.9, 0.6333, 0.3667, 0.1, 0], atol=1e-3)
     held = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 9)
     np.testing.assert_allclose(held, [0.9, 0.6333, 0.3667, 0.1, 0.1, 0.1, 0.1, 0.1, 0], atol=1e-3)
+    many = masked_shares(settings(end_ratio=0.1, hold_share=0.5, hold_rewrites=1.5), 101)
+    np.testing.assert_allclose(many[50:100], 1.5 / 50)  # a token is written anew 1.5 times in the mean
     once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 5, takes_back=False)
     np.testing.assert_array_equal(once, linear)  # who takes nothing back has nothing to do in those rounds
     cosine = masked_shares(settings(schedule="cosine"), 4)
@@ -91,9 +93,7 @@ def test_only_the_rounds_that_correct_are_colder():
     cold = settings(temperature=0.8, hold_share=0.5, hold_temperature=0.25)
     shares, heats = masked_shares(cold, 9), temperatures(cold, 9)
     np.testing.assert_allclose(heats, [0.8] * 5 + [0.2] * 4)
-    assert (
-        shares[4] == cold.end_ratio and shares[3] == cold.end_ratio < shares[2]
-    )  # round 4 writes the last first drafts
+    assert shares[2] > shares[3] == shares[4] == cold.end_ratio  # round 4 still writes for the first time
     for other in (temperatures(cold, 9, takes_back=False), temperatures(settings(temperature=0.8), 9)):
         np.testing.assert_allclose(other, 0.8)
 
