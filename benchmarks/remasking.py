@@ -48,8 +48,7 @@ from lib.runs import plain
 ALL = tuple(name for name in POLICIES if name != "oracle")
 # They take back what is rare, so that they need higher temperatures for text as varied
 DULL = ("confidence", "confidence_first", "remdm_conf", "critic", "critic_partial")
-# No rounds at the end that only correct; as ReMDM has it
-PLAIN = {"hold_share": 0.0, "end_ratio": 0.05, "back_share": 0.3}
+PLAIN = {"hold_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
 MAIN = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
 ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E5
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`

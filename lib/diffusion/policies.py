@@ -46,7 +46,10 @@ class View:
     chance: np.ndarray  # (B,) uniform, of its own
     confidence: np.ndarray  # probability of each token when it was written or drafted
     margin: Callable[[], np.ndarray]  # gap between the two likeliest tokens at masked positions
-    back_share: float  # share of the written tokens that ReMDM and critic_partial take back; see the sampler
+    back_share: (
+        float  # what critic_partial and critic_origin take back in a round, as a share of the most possible
+    )
+    remdm_share: float  # the same for ReMDM's policies, whose papers take back less
     fresh_confidence: Callable[[], np.ndarray]  # probability of each drafted token now; one pass
     critic_error: Callable[
         [], np.ndarray
@@ -125,19 +128,19 @@ def _suspect(suspicion: Callable[[View], np.ndarray]) -> Callable[[View], np.nda
 
 
 def _take_back_some(
-    suspicion: Callable[[View], np.ndarray], capped: bool = False
+    suspicion: Callable[[View], np.ndarray], share: Callable[[View], float], capped: bool = False
 ) -> Callable[[View], np.ndarray]:
     """A few written tokens are taken back, and so many masked ones more are written that the schedule is kept.
 
-    The largest share that can be taken back is what the schedule leaves masked over what is written. `capped`:
-    back_share of the written, at most that; else back_share of that.
+    At most as many can be taken back as the schedule leaves masked. It takes back `share` of those or, `capped`, that
+    share of the written ones, at most those.
     """
 
     def choose(view: View) -> np.ndarray:
         written = view.free & ~view.masked
         count = written.sum(1)
         most = np.minimum(view.left, count)
-        wanted = np.minimum(view.back_share * count, most) if capped else view.back_share * most
+        wanted = np.minimum(share(view) * count, most) if capped else share(view) * most
         back_count = np.minimum(_rounded(wanted, view.chance), most)
         # Rows with nothing else masked must take back all that the schedule wants masked
         back_count = np.maximum(back_count, view.left - view.masked.sum(1))
@@ -151,6 +154,14 @@ def _rounded(wanted: np.ndarray, chance: np.ndarray) -> np.ndarray:
     """Whole numbers whose mean is `wanted`: 0.3 tokens a round are one token in three rounds of ten."""
     down = np.floor(wanted)
     return (down + (chance < wanted - down)).astype(np.int64)
+
+
+def _remdm(suspicion: Callable[[View], np.ndarray], capped: bool = False) -> Callable[[View], np.ndarray]:
+    return _take_back_some(suspicion, lambda view: view.remdm_share, capped)
+
+
+def _critics(suspicion: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
+    return _take_back_some(suspicion, lambda view: view.back_share)
 
 
 def _unsure(view: View) -> np.ndarray:
@@ -172,13 +183,13 @@ POLICIES = {
         Policy("random", _suspect(lambda view: view.noise)),
         _suspicious("confidence", _unsure),
         _suspicious("confidence_fresh", lambda view: 1 - view.fresh_confidence(), extra_pass=True),
-        Policy("remdm_cap", _take_back_some(lambda view: view.noise, capped=True)),
-        Policy("remdm_rescale", _take_back_some(lambda view: view.noise)),
-        Policy("remdm_conf", _take_back_some(_unsure)),
+        Policy("remdm_cap", _remdm(lambda view: view.noise, capped=True)),
+        Policy("remdm_rescale", _remdm(lambda view: view.noise)),
+        Policy("remdm_conf", _remdm(_unsure)),
         _suspicious("critic", lambda view: view.critic_error(), extra_pass=True),
         _suspicious("critic_blend", lambda view: view.blend_error(), extra_pass=True),
-        Policy("critic_partial", _take_back_some(lambda view: view.partial_error()), partial=True),
-        Policy("critic_origin", _take_back_some(lambda view: view.partial_origin()), partial=True),
+        Policy("critic_partial", _critics(lambda view: view.partial_error()), partial=True),
+        Policy("critic_origin", _critics(lambda view: view.partial_origin()), partial=True),
         Policy("oracle", lambda view: view.free & view.wrong(), error=_wrong, stops=True),
     )
 }

@@ -234,6 +234,7 @@ class Sampler:
             confidence=confidence + 1e-9 * noise,
             margin=margin,
             back_share=self.settings.back_share,
+            remdm_share=self.settings.remdm_share,
             fresh_confidence=lambda: self.fresh_confidence(draft.ids),
             critic_error=lambda: self.calibration(self.raw_error(draft.ids, ~rows.free), "filled", share),
             blend_error=lambda: self.calibration.blended(self.raw_error(draft.ids, ~rows.free), confidence),

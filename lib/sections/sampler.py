@@ -33,6 +33,7 @@ class SamplerConfig(Section):
     randomness_strength: Fraction
     selection_temperature: AboveZero | None
     back_share: Fraction
+    remdm_share: Fraction
     best_of: Positive
     best_of_policy: str
     prompt: str
