@@ -56,7 +56,13 @@ STOPPING = ("critic", "confidence_first")  # policies that also run with the sch
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. `settings_of_sampler`: changes of the sampler that E5 tries on the joint critic."""
+    """How much of everything.
+
+    Attributes:
+        hotter: temperatures of E3 for the policies in `DULL`.
+        plain_policies: run in E3 a second time, without held rounds.
+        changes: of the sampler, which E5 tries with the joint critic.
+    """
 
     seeds: int
     text: Size
@@ -70,12 +76,12 @@ class Plan:
     span_nfe: tuple[int, ...] = (2, 4, 8, 16, 32)
     sample_nfe: tuple[int, ...] = (8, 16, 32, 64, 128)
     temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.3)  # of E3
-    hotter: tuple[float, ...] = (0.75, 1.0, 1.3, 1.7)  # the same for policies that make text dull
+    hotter: tuple[float, ...] = (0.75, 1.0, 1.3, 1.7)
     sum_nfe: tuple[int, ...] = (4, 8, 16, 32, 64)
     thresholds: tuple[float, ...] = (0.1, 0.3)
     policies: tuple[str, ...] = ALL
     sample_policies: tuple[str, ...] = (*MAIN, "confidence_first")  # of E3
-    plain_policies: tuple[str, ...] = ("random", "remdm_conf", "critic_origin")  # of E3 again, `PLAIN`
+    plain_policies: tuple[str, ...] = ("random", "remdm_conf", "critic_origin")
     variants: tuple[str, ...] = tuple(VARIANTS)
     changes: tuple[tuple[tuple[str, Any], ...], ...] = (
         (("randomness_strength", 0.0),), (("randomness_strength", 0.6),), (("selection_temperature", 1.0),),
