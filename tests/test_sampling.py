@@ -176,6 +176,16 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
 
 
 def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
+    sampler = oracle_sampler(randomness_strength=0.0)
+    names = ("critic", "random", "none")
+    right = {name: (run(sampler, name, 15, 64).ids == TRUTH).mean() for name in names}
+    assert right["critic"] > right["random"] + 0.2
+    assert right["critic"] > right["none"] + 0.2
+    assert abs(right["none"] - 0.5) < 0.05  # this model cannot do better than its skill without going back
+
+
+def test_policies_that_see_errors_rank_as_they_should():
+    """The more a policy knows of the truth, the more it gets right; critic_partial does it without extra passes."""
     sampler = oracle_sampler(randomness_strength=0.0, back_share=1.0, remdm_share=1.0)
     names = ("oracle", "critic", "critic_partial", "critic_origin", "remdm_rescale", "none")
     right = {name: (run(sampler, name, 15, 64).ids == TRUTH).mean() for name in names}

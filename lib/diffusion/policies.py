@@ -46,9 +46,7 @@ class View:
     chance: np.ndarray  # (B,) uniform, of its own
     confidence: np.ndarray  # probability of each token when it was written or drafted
     margin: Callable[[], np.ndarray]  # gap between the two likeliest tokens at masked positions
-    back_share: (
-        float  # what critic_partial and critic_origin take back in a round, as a share of the most possible
-    )
+    back_share: float  # what the partial critics take back in a round, as a share of the most possible
     remdm_share: float  # the same for ReMDM's policies, whose papers take back less
     fresh_confidence: Callable[[], np.ndarray]  # probability of each drafted token now; one pass
     critic_error: Callable[
