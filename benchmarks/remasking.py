@@ -49,7 +49,7 @@ ALL = tuple(name for name in POLICIES if name != "oracle")
 # They take back what is rare, so that they need higher temperatures for text as varied
 DULL = ("confidence", "confidence_first", "remdm_conf", "critic", "critic_partial")
 PLAIN = {"hold_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
-MAIN = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
+LEADING = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
 ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E5
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
 
@@ -80,7 +80,7 @@ class Plan:
     sum_nfe: tuple[int, ...] = (4, 8, 16, 32, 64)
     thresholds: tuple[float, ...] = (0.1, 0.3)
     policies: tuple[str, ...] = ALL
-    sample_policies: tuple[str, ...] = (*MAIN, "confidence_first")  # of E3
+    sample_policies: tuple[str, ...] = (*LEADING, "confidence_first")  # of E3
     plain_policies: tuple[str, ...] = ("random", "remdm_conf", "critic_origin")
     variants: tuple[str, ...] = tuple(VARIANTS)
     changes: tuple[tuple[tuple[str, Any], ...], ...] = (
@@ -100,7 +100,7 @@ PLANS = {
     "quick": Plan(
         seeds=1, texts=24, samples=24, resamples=50, ratios=(0.3, 0.7), fill_passes=(1, 8), span_ratios=(0.5,), span_nfe=(4, 16),
         sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), hotter=(0.7, 1.0, 1.4), sum_nfe=(4, 16), thresholds=(0.2,),
-        policies=MAIN, sample_policies=("none", "random", "critic", "critic_origin"), plain_policies=(),
+        policies=LEADING, sample_policies=("none", "random", "critic", "critic_origin"), plain_policies=(),
         variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16, cost_texts=24,
         text=Size(2, 64, 64, (300, 150, 150, 80), 24, evaluated=64),
         sums=Size(2, 64, 32, (1500, 10, 150, 0), 32, sentences=8000, digits=1, evaluated=64),

@@ -13,6 +13,7 @@ import numpy as np
 from lib import durable
 from lib.report import plots
 
+BASELINES = ("none", "random", "random, plain")  # of E3: each other policy's difference to them
 STEPS_BELOW_REAL = (0.0, 0.25, 0.5)  # nats of 4-gram entropy at which likelihoods are compared
 REAL = "real text"
 
@@ -64,9 +65,9 @@ def write_summary(out: Path, records: list[Record], title: str) -> None:
 
 
 def by_setting(records: list[Record]) -> dict[str, tuple[dict, list[dict]]]:
-    """Setting as text -> (setting, the results of its seeds)."""
+    """Setting as text -> (setting, the results of its seeds in their order)."""
     found: dict[str, tuple[dict, list[dict]]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda r: r["seed"]):
         name = json.dumps(record["setting"], sort_keys=True)
         found.setdefault(name, (record["setting"], []))[1].append(record["result"])
     return found
@@ -181,26 +182,51 @@ JUDGES = (("reference_nll", "the reference model"), ("ngram_nll", "n-grams"))
 
 
 def matched_table(records: list[Record], judge: str, name: str) -> str:
-    """NLL at equal variety: between a policy's temperatures, at the 4-gram entropy of real text and below."""
-    seeds = sorted({r["seed"] for r in records})
+    """NLL at equal variety: between a policy's temperatures, at the 4-gram entropy of real text and below.
+
+    The columns of differences, at real text's entropy, pair the policies of a seed: they share its models and its noise.
+    """
     real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
-    if set(real) != set(seeds):
-        return ""
-    lines = [r for r in records if r["setting"]["policy"] != REAL]
+    lines = [r for r in records if r["setting"]["policy"] != REAL and r["seed"] in real]
+    read = {
+        (policy, nfe, step): [at_entropy(_points(lines, policy, nfe, s, judge), real[s] - step) for s in real]
+        for policy, nfe in dict.fromkeys((r["setting"]["policy"], r["setting"]["nfe"]) for r in lines)
+        for step in STEPS_BELOW_REAL
+    }
     rows: Table = []
-    for policy, nfe in dict.fromkeys((r["setting"]["policy"], r["setting"]["nfe"]) for r in lines):
-        cells = []
-        for step in STEPS_BELOW_REAL:
-            values = [
-                at_entropy(_points(lines, policy, nfe, seed, judge), real[seed] - step) for seed in seeds
-            ]
-            found = over_seeds(list(values))
-            cells.append(
-                shown(found if len(seeds) > 1 or found is None else {"value": found["value"]} | found)
-            )
+    for policy, nfe in dict.fromkeys(key[:2] for key in read):
+        own = read[policy, nfe, 0.0]
+        cells = [shown(over_seeds(list(read[policy, nfe, step]))) for step in STEPS_BELOW_REAL]
+        for other in BASELINES:
+            base = read.get((other, nfe, 0.0), [])
+            known = other != policy and len(base) == len(own)
+            difference = over_seeds(list(np.subtract(own, base))) if known else None
+            cells.append(shown(difference, signed=True))
         rows.append([policy, str(nfe), *cells])
     head = ["policy", "NFE", *(f"real text's entropy{f' - {s}' if s else ''}" for s in STEPS_BELOW_REAL)]
-    return f"### NLL under {name} at equal 4-gram entropy\n\n" + markdown(head, rows) + "\n\n"
+    head += [f"over {other}" for other in BASELINES]
+    means = {key[:2]: over_seeds(values) for key, values in read.items() if not key[2]}
+    return (
+        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text; the lowest is bold.\n\n"
+        f"{_means_by_budget(means)}\n\nWith intervals, at lower entropies, and as differences:\n\n{markdown(head, rows)}\n\n"
+    )
+
+
+def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> str:
+    """A row per policy, a column per budget of passes."""
+    budgets, policies = dict.fromkeys(n for _, n in means), dict.fromkeys(p for p, _ in means)
+    lowest = {
+        n: min((m["value"] for (_, k), m in means.items() if m and k == n), default=None) for n in budgets
+    }
+    rows: Table = []
+    for policy in policies:
+        found = [(nfe, means.get((policy, nfe))) for nfe in budgets]
+        texts = [
+            "–" if m is None else f"**{m['value']:.3f}**" if m["value"] == lowest[n] else f"{m['value']:.3f}"
+            for n, m in found
+        ]
+        rows.append([policy, *texts])
+    return markdown(["policy", *(f"{n} passes" for n in budgets)], rows)
 
 
 def _points(records: list[Record], policy: str, nfe: int, seed: int, judge: str) -> list[tuple[float, float]]:
@@ -223,9 +249,16 @@ def valid_strings(records: list[Record]) -> str:
 
 def ablations(records: list[Record]) -> str:
     rows: Table = []
-    for setting, results in by_setting(records).values():
+    found = by_setting(records)
+    _, plain = found.get(json.dumps({"variant": "no critic"}), ({}, []))
+    for setting, results in found.values():
         name = setting["variant"] + "".join(f", {k} {v}" for k, v in setting.get("changes", {}).items())
-        cost = over_seeds([r["nelbo"] - r["nelbo_before"] for r in results])
+        paired = len(plain) == len(results) and results is not plain
+        cost = (
+            over_seeds([r["nelbo"] - p["nelbo"] for r, p in zip(results, plain, strict=True)])
+            if paired
+            else None
+        )
         accuracy = [
             shown(over_seeds([r["policies"][p]["accuracy"] for r in results]), percent=True)
             for p in results[0]["policies"]
@@ -234,9 +267,9 @@ def ablations(records: list[Record]) -> str:
                      shown(mean_of(results, "auroc_partial")), shown(mean_of(results, "ece")),
                      shown(mean_of(results, "ece_raw")), *accuracy])  # fmt: skip
     policies = [f"right tokens, {p}, %" for p in records[0]["result"]["policies"]]
-    head = ["variant", "NELBO", "against before", "AUROC", "AUROC, partial", "ECE", "ECE, raw", *policies]
+    head = ["variant", "NELBO", "over no critic", "AUROC", "AUROC, partial", "ECE", "ECE, raw", *policies]
     return (
-        "## E5: ablations\n\n`no critic` is the generator trained on for as many steps: what the others cost it is the "
+        "## E5: ablations\n\n`no critic` is the generator trained on for as many steps: what a critic costs it is the "
         "distance to that.\n\n" + markdown(head, rows)
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks import remasking
 from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
-from benchmarks.remasking_summary import at_entropy, over_seeds, shown
+from benchmarks.remasking_summary import at_entropy, matched_table, over_seeds, shown
 from benchmarks.text_quality import divergence, longest_copy, repeated
 
 # ------------------------------------------------------------------------------------------- languages
@@ -129,6 +129,29 @@ def test_likelihood_is_read_off_between_temperatures_and_not_beyond():
     assert at_entropy(points[:2], 7.0) == pytest.approx((3.2 + 0.8) / 2) and np.isnan(
         at_entropy(points[:1], 7.0)
     )
+
+
+def test_policies_are_compared_within_a_seed():
+    """Seeds far apart, a policy 0.1 below the other in each: no interval of its own is narrow, that of the difference is."""
+
+    def record(seed: int, policy: str, heat: float, likelihood: float) -> dict:
+        result = {"fourgram_entropy": 8 + heat, "reference_nll": {"value": likelihood}}
+        return {"seed": seed, "setting": {"policy": policy, "nfe": 4, "temperature": heat}, "result": result}
+
+    records = []
+    for seed, level in enumerate((2.0, 2.5, 3.1)):
+        records.append(record(seed, "real text", 0.5, 0.0))
+        for heat in (0.0, 1.0):
+            records.append(record(seed, "none", heat, level + heat))
+            records.append(record(seed, "critic", heat, level + heat - 0.1 - 0.001 * seed))
+    rows = [
+        line.split(" | ")
+        for line in matched_table(records, "reference_nll", "x").splitlines()
+        if "4 |" in line
+    ]
+    none, critic = ({"own": row[2], "over none": row[5], "over random": row[6]} for row in rows)
+    assert none["own"].startswith("3.033 [") and none["over none"] == "–" == critic["over random"]
+    assert critic["over none"].startswith("**-0.101 [-0.103")
 
 
 # ----------------------------------------------------------------------------------------- whole runs
