@@ -10,7 +10,7 @@ E6 seconds beside passes, and the same samples at any batch size
 
 Per seed: generator, reference model and critics by the project's own stages, an n-gram judge. Each (seed, experiment,
 setting) is a line of OUT/results.jsonl; started again it goes on where it was. Tables are in OUT/summary.md, the
-picture in OUT/pareto.svg.
+pictures in OUT/passes.svg and OUT/pareto.svg.
 
 Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 2,000 for the critic,
 500 for each critic of the ablations; the sums 4 x 128 with context 64, 6,000 and 1,500 steps; 256 texts per setting (192

@@ -43,21 +43,23 @@ def at_entropy(rows: list[tuple[float, float]], entropy: float) -> float:
     curve through them (Fritsch and Carlson, 1980); NaN outside of what they reach."""
     from scipy.interpolate import PchipInterpolator
 
-    x, y = (np.array(v) for v in zip(*sorted(dict(rows).items()), strict=True))
+    x, y = np.array(sorted(dict(rows).items())).reshape(-1, 2).T
     if len(x) < 2 or not x[0] <= entropy <= x[-1]:
         return float(y[0]) if len(x) and x[0] == entropy else float("nan")
     return float(PchipInterpolator(x, y)(entropy))
 
 
 def write_summary(out: Path, records: list[Record], title: str) -> None:
-    """OUT/summary.md, and OUT/pareto.svg if there are whole samples."""
+    """OUT/summary.md, and the pictures OUT/pareto.svg and OUT/passes.svg if there are whole samples."""
     parts = [f"# Re-masking policies: {title}\n", __doc__.split("\n\n", 1)[1].strip() if __doc__ else ""]
     for name, make in SECTIONS.items():
         chosen = [r for r in records if r["experiment"] == name]
         if chosen:
             parts.append(make(chosen))
     if any(r["experiment"] == "E3" for r in records):
-        durable.write_text(out / "pareto.svg", picture([r for r in records if r["experiment"] == "E3"]))
+        whole = [r for r in records if r["experiment"] == "E3"]
+        durable.write_text(out / "pareto.svg", pareto_picture(whole))
+        durable.write_text(out / "passes.svg", budget_picture(whole))
     durable.write_text(out / "summary.md", "\n\n".join(parts) + "\n")
 
 
@@ -173,7 +175,7 @@ def samples(records: list[Record]) -> str:
             "4-gram entropy", "valid words, %", "repeated 8-grams, %", "n-gram divergence", "longest copy"]  # fmt: skip
     matched = "".join(matched_table(records, judge, name) for judge, name in JUDGES)
     return (
-        "## E3: whole samples\n\n![NLL over 4-gram entropy](pareto.svg)\n\n" + matched
+        "## E3: whole samples\n\n![NLL over passes](passes.svg)\n\n![NLL over 4-gram entropy](pareto.svg)\n\n" + matched
         + "### Everything measured\n\n" + markdown(head, rows)
     )  # fmt: skip
 
@@ -181,18 +183,23 @@ def samples(records: list[Record]) -> str:
 JUDGES = (("reference_nll", "the reference model"), ("ngram_nll", "n-grams"))
 
 
+def likelihoods_at_entropy(records: list[Record], judge: str) -> dict[tuple[str, int, float], list[float]]:
+    """(policy, NFE, step below real text's 4-gram entropy) -> each seed's NLL there; NaN beyond its temperatures."""
+    real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
+    lines = [r for r in records if r["setting"]["policy"] != REAL and r["seed"] in real]
+    return {
+        (policy, nfe, step): [at_entropy(_points(lines, policy, nfe, s, judge), real[s] - step) for s in real]
+        for policy, nfe in dict.fromkeys((r["setting"]["policy"], r["setting"]["nfe"]) for r in lines)
+        for step in STEPS_BELOW_REAL
+    }
+
+
 def matched_table(records: list[Record], judge: str, name: str) -> str:
     """NLL at equal variety: between a policy's temperatures, at the 4-gram entropy of real text and below.
 
     The columns of differences, at real text's entropy, pair the policies of a seed: they share its models and its noise.
     """
-    real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
-    lines = [r for r in records if r["setting"]["policy"] != REAL and r["seed"] in real]
-    read = {
-        (policy, nfe, step): [at_entropy(_points(lines, policy, nfe, s, judge), real[s] - step) for s in real]
-        for policy, nfe in dict.fromkeys((r["setting"]["policy"], r["setting"]["nfe"]) for r in lines)
-        for step in STEPS_BELOW_REAL
-    }
+    read = likelihoods_at_entropy(records, judge)
     rows: Table = []
     for policy, nfe in dict.fromkeys(key[:2] for key in read):
         own = read[policy, nfe, 0.0]
@@ -302,7 +309,7 @@ SECTIONS = {
 }
 
 
-def picture(records: list[Record]) -> str:
+def pareto_picture(records: list[Record]) -> str:
     """NLL under the reference model over 4-gram entropy, a panel per budget: the least, a middle one, the most."""
     lines = [r for r in records if r["setting"]["policy"] != REAL]
     budgets = sorted({r["setting"]["nfe"] for r in lines})
@@ -314,8 +321,23 @@ def picture(records: list[Record]) -> str:
         for setting, results in by_setting([r for r in lines if r["setting"]["nfe"] == nfe]).values():
             panel.setdefault(setting["policy"], []).append(_mean_point(results))
         panels[f"{nfe} passes"] = panel | ({REAL: [_mean_point(real)]} if real else {})
-    y_label = "NLL under the reference model, nats per character"
-    return plots.pareto(panels, "4-gram entropy, nats", y_label)
+    at = _mean_point(real)[0] if real else 0.0
+    near = (at - 1.25, at + 0.5) if real else None
+    return plots.pareto(panels, "4-gram entropy, nats", "NLL under the reference model, nats", near)
+
+
+def budget_picture(records: list[Record]) -> str:
+    """NLL under the reference model over the passes spent, at the entropy of real text and below it."""
+    panels: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    for (policy, nfe, step), values in likelihoods_at_entropy(records, JUDGES[0][0]).items():
+        if step == STEPS_BELOW_REAL[-1]:
+            continue
+        title = f"at the 4-gram entropy of real text{f', less {step:g}' if step else ''}"
+        line = panels.setdefault(title, {}).setdefault(policy, {})
+        found = over_seeds(list(values))
+        if found is not None:
+            line[nfe] = found
+    return plots.over_passes(panels, "NLL under the reference model, nats")
 
 
 def _mean_point(results: list[dict]) -> tuple[float, float]:

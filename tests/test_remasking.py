@@ -126,6 +126,7 @@ def test_likelihood_is_read_off_between_temperatures_and_not_beyond():
     for entropy in (6.4, 7.5, 8.3):
         assert at_entropy(points, entropy) == pytest.approx(0.2 * (entropy - 4) ** 2, abs=0.02)
     assert np.isnan(at_entropy(points, 8.7)) and np.isnan(at_entropy(points, 5.9))
+    assert np.isnan(at_entropy([], 7.0))
     assert at_entropy(points[:2], 7.0) == pytest.approx((3.2 + 0.8) / 2) and np.isnan(
         at_entropy(points[:1], 7.0)
     )
@@ -190,7 +191,7 @@ def test_every_setting_has_one_line_and_every_experiment_a_table(finished):
         all(f"## {name}:" in summary for name in remasking.SECTIONS) and "same at batch 1 and 64" in summary
     )
     assert "**NO**" not in summary  # the same samples at any batch size
-    assert "<svg" in (out / "pareto.svg").read_text()
+    assert all("<svg" in (out / name).read_text() for name in ("pareto.svg", "passes.svg"))
     tables = [block for block in summary.split("\n\n") if block.startswith("|")]
     assert len(tables) >= 7
     for table in tables:

@@ -109,28 +109,86 @@ def policies(rows: list[dict]) -> str:
     return _svg(figure)
 
 
-def pareto(panels: dict[str, dict[str, list[tuple[float, float]]]], x_label: str, y_label: str) -> str:
-    """Panel title -> line name -> points, joined in the order of x; a line of one point is a mark alone.
+def pareto(
+    panels: dict[str, dict[str, list[tuple[float, float]]]],
+    x_label: str,
+    y_label: str,
+    near: tuple[float, float] | None = None,
+) -> str:
+    """Panel title -> line name -> (x, y) points, joined in the order of x; a line of one point is a mark alone.
 
-    A line keeps its colour, dashes and marker in all panels, and no two lines share more than one of them.
+    `near`: the part of the x axis that is shown, where the lines are worth telling apart.
     """
     columns = max(1, len(panels))
-    figure = _figure(3.6 * columns + 1.4, 3.6)
+    figure = _figure(3.6 * columns + 1.6, 4.0)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    inside: list[float] = []
     for axes, (title, lines) in zip(figure.subplots(1, columns, squeeze=False, sharey=True).flat, panels.items(), strict=False):  # fmt: skip
         for name, points in lines.items():
-            turn, i = divmod(names.index(name), len(PALETTE))  # in a second turn, other lines and markers
             x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, label=name, color=PALETTE[i], linestyle=DASHES[(i + turn) % len(DASHES)],
-                      marker=MARKERS[(i + 2 * turn) % len(MARKERS)], markersize=5, linewidth=1.2)  # fmt: skip
+            axes.plot(x, y, label=name, markersize=5, linewidth=1.2, **_style(names.index(name)))
+            inside += [v for u, v in points if near is None or near[0] <= u <= near[1]]
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel(x_label)
+        if near is not None:
+            axes.set_xlim(near)
+    if inside:
+        margin = 0.05 * (max(inside) - min(inside)) or 0.1
+        figure.axes[0].set_ylim(min(inside) - margin, max(inside) + margin)
     figure.axes[0].set_ylabel(y_label)
-    handles = {}
+    _legend(figure)
+    return _svg(figure)
+
+
+def over_passes(panels: dict[str, dict[str, dict[int, dict[str, float]]]], y_label: str) -> str:
+    """Panel title -> line name -> forward passes -> {"value", "low", "high"}, passes doubling from tick to tick.
+
+    The marks of a budget stand side by side, so that their intervals can be read. A line without points keeps its place
+    among the colours.
+    """
+    columns = max(1, len(panels))
+    figure = _figure(4.4 * columns + 1.6, 4.0)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axes, (title, lines) in zip(figure.subplots(1, columns, squeeze=False, sharey=True).flat, panels.items(), strict=False):  # fmt: skip
+        for name, found in lines.items():
+            if not found:
+                continue
+            index, budgets = names.index(name), sorted(found)
+            aside = 2 ** (0.5 * ((index + 0.5) / len(names) - 0.5))
+            values = [found[n]["value"] for n in budgets]
+            spread = [
+                [found[n]["value"] - found[n]["low"] for n in budgets],
+                [found[n]["high"] - found[n]["value"] for n in budgets],
+            ]
+            axes.errorbar([n * aside for n in budgets], values, yerr=spread, label=name, markersize=5, linewidth=1.0,
+                          elinewidth=0.8, **_style(index))  # fmt: skip
+        ticks = sorted({n for found in lines.values() for n in found})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel("forward passes")
+    figure.axes[0].set_ylabel(y_label)
+    _legend(figure)
+    return _svg(figure)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Colour, dashes and marker of a figure's line: no two of them share more than one, in a second turn neither."""
+    turn, i = divmod(index, len(PALETTE))
+    return {
+        "color": PALETTE[i],
+        "linestyle": DASHES[(i + turn) % len(DASHES)],
+        "marker": MARKERS[(i + 2 * turn) % len(MARKERS)],
+    }
+
+
+def _legend(figure: Any) -> None:
+    """One for all panels, to their right."""
+    handles: dict[str, Any] = {}
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
-    return _svg(figure)
 
 
 def histogram(counts: list[int], label: str) -> str:
