@@ -47,7 +47,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     from lib import durable, schema
     from lib.errors import BadData
     from lib.report.bench import Bench, as_table
-    from lib.report.scores import HEAD, cells, documents_of, score, scores_page, windows
+    from lib.report.scores import HEAD, cells, documents_of, known_texts, score, scores_page, windows
     from lib.report.table import aligned
     from lib.runtime import Runtime
     from lib.tasks import Document, get_task
@@ -79,12 +79,13 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         bench = Bench(stage, config, runtime)
         rows = score(list(windows(texts, bench.tokenizer, bench.context)), bench)
         stage.write("scores", as_table(rows, schema.SCORES), schema.SCORES)
-        page = scores_page(rows, bench.token_text, file.name)
+        known = documents_of(score(known_texts(bench), bench))
+        page = scores_page(rows, known, bench.token_text, file.name)
         durable.write_text(stage.folder / "scores.html", page)
         stage.add_file("page", stage.folder / "scores.html")
         lines = documents_of(rows)
-        stage.stats["documents"] = lines[:1000]
-        say("\n" + aligned([HEAD, *(cells(line) for line in lines[:20])]))
+        stage.stats |= {"documents": lines[:1000], "known": known}
+        say("\n" + aligned([HEAD, *(cells(line) for line in lines[:20] + known)]))
         say(
             f"\nper token: {stage.shown(stage.folder / 'scores.parquet')}, as a picture: scores.html beside it"
         )

@@ -1,5 +1,6 @@
 """The token critic: labels come from the clean text, joint training ramps, frozen trunks stay frozen."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -229,9 +230,10 @@ def test_the_report_beats_chance_only_if_the_critic_knows_something():
         "critic_blend",
         "critic_partial",
         "critic_partial_calibrated",
+        "whole_text_critic",
     }
     assert set(values["detection"]) == views | {
-        "confidence", "confidence_fresh", "confidence_given", "confidence_of_those",
+        "confidence", "confidence_fresh", "confidence_given", "confidence_of_those", "whole_text_confidence_fresh",
     }  # fmt: skip
     assert 0 < values["error_rate"] < 1 and len(rows) == 3
     assert 0 <= calibration(np.array([0.5]))[0] <= 1
@@ -291,8 +293,26 @@ def made_views(count: int = 80_000) -> Seen:
     critic, share, noise = rng.random((3, count))
     wrong = noise < np.where(share > 0.5, critic**2, critic)
     partial = np.where(rng.random(count) < 0.5, np.nan, critic)
+    written = np.ones(count, bool)
     return Seen(
-        wrong, np.arange(count) % 50, critic, critic, share, partial, share, rng.random(count), critic, critic
+        wrong, written, np.arange(count) % 50, critic, critic, share, partial, share, rng.random(count), critic,
+        critic,
+    )  # fmt: skip
+
+
+def test_who_knows_nothing_of_a_text_is_calibrated_on_all_of_it():
+    """Every second token was given, and is right: among all tokens half as many are wrong as among the written ones."""
+    half = made_views()
+    written = np.arange(len(half.wrong)) % 2 == 0
+    seen = replace(half, written=written, wrong=half.wrong & written)
+    calibration = fitted(seen)
+    raw = np.array([0.4, 0.8])
+    np.testing.assert_allclose(calibration(raw), calibration(raw, "filled") / 2, atol=0.04)
+    found = detection(seen.at(np.arange(8000)), calibration)
+    assert found["whole_text_critic"]["ece"] < 0.03 and found["critic_calibrated"]["ece"] < 0.03
+    assert (
+        found["critic"]["auroc"]
+        == detection(seen.at(np.flatnonzero(written[:8000])), calibration)["critic"]["auroc"]
     )
 
 

@@ -230,6 +230,11 @@ def test_a_users_text_is_scored_token_by_token(scored):
     manifest = load_manifest(folder)
     assert manifest is not None
     assert manifest["stats"]["documents"][0]["tokens"] == sum(len(r["token_ids"]) for r in rows)
+    held_out, rewritten = manifest["stats"]["known"]
+    assert "held-out" in held_out["document_id"] and rewritten["tokens"] == held_out["tokens"] > 0
+    assert (
+        rewritten["reference_nll_mean"] > held_out["reference_nll_mean"] + 0.3
+    )  # by a generator that knows nothing yet
 
 
 def test_the_scores_page_is_whole_and_safe(scored):

@@ -4,7 +4,7 @@ How far a critic is off depends on what it is told and on how much was masked. T
 
     filled   a whole draft, with the knowledge of which tokens were given; masked: the share before the pass that completed it
     partial  a text with masks in it; masked: what is now
-    unknown  a whole text of which nothing is known
+    unknown  a whole text of which nothing is known: any share of its tokens may have been written
 
 Each has a curve of its own, and the first two one for each quarter of the masked share where there is enough to learn from.
 """

@@ -291,7 +291,8 @@ class Sampler:
 
     @torch.no_grad()
     def critic_error(self, ids: np.ndarray) -> np.ndarray:
-        """(B, T) calibrated chance that each token of a text of which nothing is known is an error. One forward pass."""
+        """(B, T) calibrated chance that each token of a text of which nothing is known is an error: how often one is wrong
+        that looks so, in texts of which the generator wrote any share, each equally often. One forward pass."""
         return self.calibration(self._in_windows(self.raw_error, ids))
 
     def _in_windows(self, read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> np.ndarray:

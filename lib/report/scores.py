@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lib import randomness
+from lib.diffusion.policies import POLICIES
 from lib.report.cells import table
 from lib.report.html import page
 from lib.report.quality import sequence_scores
@@ -21,6 +23,7 @@ from lib.training.objectives.language_model import causal_nll
 
 BATCH = 64
 SHOWN_WINDOWS = 60  # on the page; the table has all
+HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same, half of it rewritten)"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,20 @@ def score(parts: list[Window], bench: Any) -> list[dict]:
             for place, i in enumerate(index):
                 rows[i] = _row(parts[i], bench, {name: v[place] for name, v in found.items()})
     return [row for row in rows if row is not None]
+
+
+def known_texts(bench: Any, count: int = BATCH) -> list[Window]:
+    """What the scores of a text may be held against: the run's own held-out text, and the same with a half rewritten.
+
+    Up to `count` windows of each; every second token on average is masked and drawn anew by the generator, in one pass.
+    """
+    real = bench.real_text(count)
+    rows = np.arange(len(real))
+    free = randomness.uniform(randomness.key(bench.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5
+    masked = np.where(free, bench.tokenizer.mask_token_id, real)
+    rewritten = bench.sampler.sample(masked, free, rows, POLICIES["none"], 1).ids if len(real) else real
+    named = ((HELD_OUT, real), (REWRITTEN, rewritten))
+    return [Window(name, number, ids) for name, texts in named for number, ids in enumerate(texts)]
 
 
 @torch.no_grad()
@@ -108,9 +125,12 @@ def cells(line: dict) -> tuple[str, ...]:
     return line["document_id"], f"{line['tokens']:,}", *("-" if n is None else f"{n:.3f}" for n in numbers)
 
 
-def scores_page(rows: list[dict], token_text: Any, source: str) -> str:
-    """The heat maps: the text once per model that scores tokens, every token tinted by its number."""
-    lines = [[escape(c) for c in cells(line)] for line in documents_of(rows)]
+def scores_page(rows: list[dict], known: list[dict], token_text: Any, source: str) -> str:
+    """The heat maps: the text once per model that scores tokens, every token tinted by its number.
+
+    `known`: the lines of the texts that one may hold it against.
+    """
+    lines = [[escape(c) for c in cells(line)] for line in (*documents_of(rows), *known)]
     body = f"<header><h1>{escape(source)}</h1><p class='hint'>Every token as the models of this run see it. "
     body += "Critic: chance that it is wrong. Inspector: chance that it was changed. The redder, the likelier.</p></header>"
     body += "<section><h2>Whole texts</h2>" + table(list(HEAD), lines) + "</section>"

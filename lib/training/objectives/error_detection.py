@@ -1,6 +1,6 @@
 """How well scores tell wrong tokens from right ones, and how honest calibrated chances are. Arrays only: no model.
 
-Legend: N tokens that a generator wrote into clean text.
+Legend: N tokens of clean text into which a generator wrote.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,13 @@ READINGS: tuple[Reading, ...] = ("filled", "partial")  # those whose masked shar
 
 @dataclass(frozen=True)
 class Seen:
-    """Tokens of held-out fills and what was thought of them, all (N,)."""
+    """Tokens of held-out fills and what was thought of them, all (N,).
+
+    Whoever fills gaps asks about the tokens that were written; whoever reads a text of which nothing is known, about all.
+    """
 
     wrong: np.ndarray  # bool
+    written: np.ndarray  # bool: by the generator; the others were given, and are right
     group: np.ndarray  # the unit that is resampled
     critic: np.ndarray  # raw probability of error, the whole text in view, and which tokens were given
     unknown: np.ndarray  # the same, but nothing is known of what was given
@@ -37,15 +41,15 @@ class Seen:
 
     @property
     def visible(self) -> np.ndarray:
-        """(N,) bool: not hidden from the partial view."""
-        return ~np.isnan(self.partial)
+        """(N,) bool: written, and not hidden from the partial view."""
+        return self.written & ~np.isnan(self.partial)
 
     def reading(self, name: Reading) -> Observed:
         """What the critic said in one of its ways of reading."""
-        if name == "filled":
-            return Observed(self.critic, self.wrong, self.share)
         if name == "unknown":
             return Observed(self.unknown, self.wrong, self.share)
+        if name == "filled":
+            return Observed(self.critic[self.written], self.wrong[self.written], self.share[self.written])
         there = self.visible
         return Observed(self.partial[there], self.wrong[there], self.partial_share[there])
 
@@ -61,31 +65,36 @@ def halves(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def fitted(seen: Seen) -> Calibration:
     readings: dict[Reading, Observed] = {name: seen.reading(name) for name in (*READINGS, "unknown")}
-    return Calibration.fit(readings, 1 - seen.confidence)
+    return Calibration.fit(readings, 1 - seen.confidence[seen.written])
 
 
 def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
     """Score -> {"auroc" as an estimate, "average_precision", "ece", "brier"}.
 
-    The partial view exists for the tokens that were left to see; confidence on the same ones stands beside it.
+    They are of the written tokens. The partial view exists for those that were left to see; confidence on the same ones
+    stands beside it. Those of `whole_text` are of all tokens, and know nothing of which were written.
     `confidence_given` is the ceiling, known where nothing but the masks was written: given the given text, the truth does
     not depend on what was written, so that for a calibrated generator nothing can say more.
     """
-    there = seen.visible
-    of_those = np.flatnonzero(there)
-    partial = calibration(seen.partial[there], "partial", seen.partial_share[there])
-    every = np.arange(len(seen.wrong))
+    every, written, of_those = (
+        np.arange(len(seen.wrong)),
+        np.flatnonzero(seen.written),
+        np.flatnonzero(seen.visible),
+    )
+    own, rest = seen.at(written), seen.at(of_those)
     scores = {
-        "critic": (seen.critic, every),
-        "critic_calibrated": (calibration(seen.critic, "filled", seen.share), every),
-        "critic_unknown": (seen.unknown, every),
-        "critic_blend": (calibration.blended(seen.critic, 1 - seen.confidence), every),
-        "confidence": (seen.confidence, every),
-        "confidence_fresh": (seen.fresh, every),
-        "confidence_given": (seen.given, every),
-        "critic_partial": (seen.partial[there], of_those),
-        "critic_partial_calibrated": (partial, of_those),
-        "confidence_of_those": (seen.confidence[there], of_those),
+        "critic": (own.critic, written),
+        "critic_calibrated": (calibration(own.critic, "filled", own.share), written),
+        "critic_unknown": (own.unknown, written),
+        "critic_blend": (calibration.blended(own.critic, 1 - own.confidence), written),
+        "confidence": (own.confidence, written),
+        "confidence_fresh": (own.fresh, written),
+        "confidence_given": (own.given, written),
+        "critic_partial": (rest.partial, of_those),
+        "critic_partial_calibrated": (calibration(rest.partial, "partial", rest.partial_share), of_those),
+        "confidence_of_those": (rest.confidence, of_those),
+        "whole_text_critic": (calibration(seen.unknown), every),
+        "whole_text_confidence_fresh": (seen.fresh, every),
     }
     found = {}
     for name, (score, at) in scores.items():

@@ -241,14 +241,16 @@ class TokenCritic:
         fitting, measuring = halves(seen.group)
         calibration = fitted(seen.at(fitting))
         seen = seen.at(measuring)
-        calibrated = calibration(seen.critic, "filled", seen.share)
         found = detection(seen, calibration)
+        filled = seen.reading("filled")
+        calibrated = calibration(filled.probability, "filled", filled.share)
         values = {
-            "error_rate": float(seen.wrong.mean()),
-            "tokens": len(seen.wrong),
+            "error_rate": float(filled.wrong.mean()),
+            "error_rate_whole_text": float(seen.wrong.mean()),
+            "tokens": len(filled.wrong),
             "detection": found,
             "bands": bands(seen, calibration),
-            "reliability": metrics.reliability(calibrated, seen.wrong, 15),
+            "reliability": metrics.reliability(calibrated, filled.wrong, 15),
             "auroc": found["critic"]["auroc"]["value"],
             "auroc_confidence": found["confidence"]["auroc"]["value"],
         }
@@ -268,14 +270,15 @@ class TokenCritic:
         ]
 
     def observe(self, model: nn.Module, draws: int) -> Seen:
-        """Every token written into the held-out windows, filled `draws` times, and what each view says of it."""
+        """Every token of the held-out windows, filled `draws` times, and what each view says of it."""
         examples = np.tile(np.arange(self.diffusion.held_out.count), draws)
         parts = []
         for part, filled, probability in self._held_out(model, examples):
-            where = filled.written
+            where = filled.valid
             partial, partial_share = self._partial(model, filled, part)
             columns = {
                 "wrong": filled.ids != filled.clean,
+                "written": filled.written,
                 "group": self.groups[examples[part]][:, None],
                 "critic": probability,
                 "unknown": self._raw(model, filled, told=False)[0],
