@@ -235,7 +235,7 @@ def test_the_report_beats_chance_only_if_the_critic_knows_something():
     assert set(values["detection"]) == views | {
         "confidence", "confidence_fresh", "confidence_given", "confidence_of_those", "whole_text_confidence_fresh",
     }  # fmt: skip
-    assert 0 < values["error_rate"] < 1 and len(rows) == 3
+    assert 0 < values["error_rate_whole_text"] < values["error_rate"] < 1 and len(rows) == 4
     assert 0 <= calibration(np.array([0.5]))[0] <= 1
     assert {row["reading"] for row in values["bands"]} == {"filled", "partial"}
 

@@ -258,6 +258,7 @@ class TokenCritic:
 
     def _rows(self, found: dict[str, dict]) -> list[ResultRow]:
         base = found["confidence"]["auroc"]["value"]
+        fresh = found["whole_text_confidence_fresh"]["auroc"]["value"]
 
         def row(name: str, score: str, baseline: str, value: float) -> ResultRow:
             estimate = metrics.Estimate(**found[score]["auroc"])
@@ -267,6 +268,7 @@ class TokenCritic:
             row("AUROC, wrong tokens", "critic", "chance", 0.5),
             row("AUROC, wrong tokens", "critic", "confidence", base),
             row("AUROC, critic and confidence", "critic_blend", "confidence", base),
+            row("AUROC, nothing known of the text", "whole_text_critic", "fresh confidence", fresh),
         ]
 
     def observe(self, model: nn.Module, draws: int) -> Seen:
