@@ -76,6 +76,12 @@ def test_schedules():
     np.testing.assert_allclose(linear, [0.9, 0.6333, 0.3667, 0.1, 0], atol=1e-3)
     held = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 9)
     np.testing.assert_allclose(held, [0.9, 0.6333, 0.3667, 0.1, 0.1, 0.1, 0.1, 0.1, 0], atol=1e-3)
+    few = {"start_ratio": 0.9, "end_ratio": 0.1}
+    assert (
+        masked_shares(settings(**few, hold_share=0.5), 7).tolist()
+        == masked_shares(settings(**few), 7).tolist()
+    )
+    assert temperatures(settings(**few, hold_share=0.5, hold_temperature=0.3), 7).std() == 0
     many = masked_shares(settings(end_ratio=0.1, hold_share=0.5, hold_rewrites=1.5), 101)
     np.testing.assert_allclose(many[50:100], 1.5 / 50)  # a token is written anew 1.5 times in the mean
     once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 5, takes_back=False)

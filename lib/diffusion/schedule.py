@@ -8,6 +8,8 @@ import numpy as np
 from lib.errors import BadConfig
 from lib.sections.sampler import SamplerConfig
 
+LEAST_ROUNDS = 8  # with fewer, held rounds would leave the writing to two or three
+
 
 def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -> np.ndarray:
     """(rounds,) share of the free tokens left masked after each round; the last is 0.
@@ -38,8 +40,10 @@ def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -
 
 
 def held_rounds(config: SamplerConfig, rounds: int, takes_back: bool) -> int:
-    """How many of the last rounds only correct what stands."""
-    return int(config.hold_share * (rounds - 1)) if takes_back and config.schedule != "custom" else 0
+    """How many of the last rounds only correct what stands; none where all are needed for writing."""
+    if not takes_back or config.schedule == "custom" or rounds < LEAST_ROUNDS:
+        return 0
+    return int(config.hold_share * (rounds - 1))
 
 
 def temperatures(config: SamplerConfig, rounds: int, takes_back: bool = True) -> np.ndarray:
