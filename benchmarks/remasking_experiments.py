@@ -50,7 +50,7 @@ class Fill:
 
 
 PARTIAL = ("critic_partial", "confidence_of_those")  # views that exist for the tokens in `seen` alone
-NOT_CHANCES = ("random", "entropy")  # suspicions that are no probability
+NOT_CHANCES = ("random", "entropy", "critic_unknown")  # no probabilities, or not of the written tokens
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def _views(trained: Trained, ids, written, confidence, noise) -> tuple[dict[str,
         "confidence_fresh": 1 - fresh,
         "critic_raw": raw,
         "critic": trained.calibration(raw, "filled", share),
-        "critic_unknown": trained.calibration(unknown),
+        "critic_unknown": unknown,
         "critic_blend": trained.calibration.blended(raw, confidence),
         "critic_partial": trained.calibration(partly, "partial", hidden.mean(1)),
         "confidence_of_those": 1 - confidence,
