@@ -22,7 +22,7 @@ python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare
 python -m benchmarks.remasking outputs/remasking_quick --quick
 
 One thread each, processes beside each other use the cores better than one with all threads; they may share OUT if each
-has seeds or experiments of its own:
+has seeds of its own:
 
 OMP_NUM_THREADS=1 python -m benchmarks.remasking OUT --seeds 0 & OMP_NUM_THREADS=1 python -m benchmarks.remasking OUT --seeds 1,2
 """
@@ -39,8 +39,9 @@ from typing import Any
 
 from benchmarks import remasking_experiments as experiments
 from benchmarks.remasking_lab import SUMS, TEXT, VARIANTS, Lab, Size
-from benchmarks.remasking_summary import REAL, SECTIONS, write_summary
+from benchmarks.remasking_summary import CHURNED, REAL, SECTIONS, write_summary
 from lib import durable
+from lib.config import load_config
 from lib.diffusion.policies import POLICIES
 from lib.log import say
 from lib.runs import plain
@@ -48,7 +49,10 @@ from lib.runs import plain
 ALL = tuple(name for name in POLICIES if name != "oracle")
 # They take back what is rare, so that they need higher temperatures for text as varied
 DULL = ("confidence", "confidence_first", "remdm_conf", "critic", "critic_partial")
+FEW, MANY = 8, 64  # passes: a colder run more up to the one, for those DULL a hotter one from the other
 PLAIN = {"hold_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
+# ReMDM's loop taking back what critic_origin does, as much and as often, but by chance: what is left is the critic's
+CHURN = {"remdm_share": 1.0}
 LEADING = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
 ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E5
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
@@ -59,7 +63,7 @@ class Plan:
     """How much of everything.
 
     Attributes:
-        hotter: temperatures of E3 for the policies in `DULL`.
+        hotter: temperatures of E3 for the policies in `DULL`; coldest, hottest: see `FEW` and `MANY`.
         plain_policies: run in E3 a second time, without held rounds.
         changes: of the sampler, which E5 tries with the joint critic.
     """
@@ -77,6 +81,8 @@ class Plan:
     sample_nfe: tuple[int, ...] = (8, 16, 32, 64, 128)
     temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.3)  # of E3
     hotter: tuple[float, ...] = (0.75, 1.0, 1.3, 1.7)
+    coldest: float = 0.35
+    hottest: float = 2.2
     sum_nfe: tuple[int, ...] = (4, 8, 16, 32, 64)
     thresholds: tuple[float, ...] = (0.1, 0.3)
     policies: tuple[str, ...] = ALL
@@ -141,11 +147,12 @@ def tasks(plan: Plan) -> Iterator[Task]:
     yield Task(
         "E3", {"policy": REAL}, lambda lab, seed: experiments.real_text(lab.models(seed), plan.samples)
     )
-    lines: list[tuple[str, dict[str, Any]]] = [(policy, {}) for policy in plan.sample_policies]
-    lines += [(policy, PLAIN) for policy in plan.plain_policies]
-    for nfe, (policy, changes) in product(plan.sample_nfe, lines):
-        for heat in plan.hotter if policy in DULL else plan.temperatures:
-            setting = {"policy": f"{policy}, plain" if changes else policy, "nfe": nfe, "temperature": heat}
+    lines: list[tuple[str, str, dict[str, Any]]] = [(policy, policy, {}) for policy in plan.sample_policies]
+    lines += [(f"{policy}, plain", policy, PLAIN) for policy in plan.plain_policies]
+    lines.append((CHURNED, "remdm_rescale", CHURN))
+    for nfe, (name, policy, changes) in product(plan.sample_nfe, lines):
+        for heat in _temperatures(plan, policy, nfe):
+            setting = {"policy": name, "nfe": nfe, "temperature": heat}
             changed = {"temperature": heat, **changes}
             yield Task("E3", setting, lambda lab, seed, p=policy, n=nfe, c=changed: experiments.unconditional(
                 lab.models(seed), p, n, plan.samples, **c))  # fmt: skip
@@ -155,6 +162,14 @@ def tasks(plan: Plan) -> Iterator[Task]:
         setting = {"policy": policy, "nfe": plan.cost_nfe}
         yield Task("E6", setting, lambda lab, seed, p=policy: experiments.cost(
             lab.models(seed), p, plan.cost_nfe, plan.cost_texts))  # fmt: skip
+
+
+def _temperatures(plan: Plan, policy: str, nfe: int) -> tuple[float, ...]:
+    """From text that is less varied than real text to more varied, if a policy can."""
+    heats = plan.hotter if policy in DULL else plan.temperatures
+    if nfe <= FEW:
+        return (plan.coldest, *heats)
+    return (*heats, plan.hottest) if policy in DULL and nfe >= MANY else heats
 
 
 def _sum_tasks(plan: Plan) -> Iterator[Task]:
@@ -221,7 +236,7 @@ def run(
     """Every setting that has no line yet, seed by seed; then the tables of all that is there. Returns all results."""
     plan = PLANS[plan_name]
     out.mkdir(parents=True, exist_ok=True)
-    _refuse_other_settings(out / "settings.json", plain(asdict(plan) | {"seeds": None, "data": data}))
+    _refuse_other_settings(out / "settings.json", settings_of(plan, data))
     lab = Lab(out, data, {TEXT: plan.text, SUMS: plan.sums})
     results = Results(out / "results.jsonl")
     chosen = [task for task in tasks(plan) if not only or task.experiment in only]
@@ -238,6 +253,13 @@ def run(
     write_summary(out, Results(out / "results.jsonl").records, f"{plan_name}, {Path(data).name}")
     say(f"{out / 'summary.md'}")
     return results
+
+
+def settings_of(plan: Plan, data: str) -> dict[str, Any]:
+    """All that the lines of one results.jsonl must have in common."""
+    config = load_config()
+    shipped = {"sampler": config.sampler.model_dump(), "critic": config.critic.model_dump(), "plain": PLAIN}
+    return plain(asdict(plan) | shipped | {"seeds": None, "data": data, "critics": VARIANTS})
 
 
 def _refuse_other_settings(path: Path, settings: dict) -> None:

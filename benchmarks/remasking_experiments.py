@@ -55,11 +55,11 @@ NOT_CHANCES = ("random", "entropy", "critic_unknown")  # no probabilities, or no
 
 @torch.no_grad()
 def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) -> Fill:
-    """`ratio` of the tokens of `count` held-out texts, masked (`MASKS`) and drawn at temperature 1.
+    """`ratio` of the tokens of `count` texts that no model saw, masked (`MASKS`) and drawn at temperature 1 in `passes`.
 
     Each pass draws an equal share of them, with all that the passes before it drew in view, as in sampling.
     """
-    clean = trained.held_out[:count]
+    clean = trained.unseen[:count]
     rows = np.arange(len(clean))
     eligible = np.ones(clean.shape, bool)
     counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))
@@ -68,6 +68,7 @@ def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) 
     place = randomness.uniform(randomness.key(trained.seed, "benchmark place"), rows, clean.shape[1])
     ids = np.where(written, trained.mask_id, clean)
     confidence, entropy, left = np.ones(clean.shape), np.zeros(clean.shape), written.copy()
+    share = np.zeros(len(clean))
     for number in range(passes):
         now = lowest(place, left, -(-left.sum(1) // (passes - number)))
         noise = randomness.uniform(
@@ -85,7 +86,8 @@ def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) 
                 block.reshape(-1)[at] = values.cpu().numpy()
                 array[part] = block
         left &= ~now
-    views, hidden = _views(trained, ids, written, confidence, place)
+        share = now.mean(1)  # masked before the pass that completes the text
+    views, hidden = _views(trained, ids, written, confidence, share)
     views |= {"entropy": entropy, "confidence_given": 1 - _given_confidence(trained, ids, written)}
     return Fill(ids != clean, written, written & ~hidden, views)
 
@@ -115,10 +117,10 @@ def _logits(trained: Trained, inputs: torch.Tensor, at: torch.Tensor) -> torch.T
         return trained.model(input_ids=inputs.to(device), logits_at=at.to(device)).logits.float()
 
 
-def _views(trained: Trained, ids, written, confidence, noise) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _views(trained: Trained, ids, written, confidence, share) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """((B, T) suspicion by each view but entropy, (B, T) what was hidden from the partial one: half)."""
     sampler, rows = trained.sampler(), np.arange(len(ids))
-    share = written.mean(1)
+    noise = randomness.uniform(randomness.key(trained.seed, "benchmark hidden"), rows, ids.shape[1])
     hidden = lowest(noise, written, written.sum(1) // 2)
     half = np.where(hidden, trained.mask_id, ids)
 
@@ -162,7 +164,6 @@ def error_detection(
             )._asdict(),
             "average_precision": metrics.average_precision(score, wrong),
             "precision": estimate(top),
-            "precision_over_confidence": estimate(top - _precision(base, where, fill.wrong)),
             "ece": None if name in NOT_CHANCES else metrics.calibration_error(score, wrong),
         }
     return result
@@ -181,12 +182,15 @@ def _precision(suspicion: np.ndarray, where: np.ndarray, wrong: np.ndarray) -> n
 def infilling(
     trained: Trained, ratio: float, nfe: int, policies: tuple[str, ...], count: int, **changes: Any
 ) -> dict[str, Any]:
-    """Policy -> share of right tokens in sticky spans of held-out text, NLL of them under both judges."""
-    clean = trained.held_out[:count]
+    """Policy -> share of right tokens in sticky spans of held-out text, and by how much the whole text is less likely
+    than the true one under both judges, in nats per written token: a span must also fit what stands behind it."""
+    clean = trained.unseen[:count]
     eligible = np.ones(clean.shape, bool)
     counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))
     key = randomness.key(trained.seed, "benchmark spans")
     free = draw_mask(STICKY, eligible, counts, key, np.arange(len(clean)))
+    everywhere = np.ones_like(free)
+    truth = {"reference": trained.reference_nll(clean, everywhere), "ngram": trained.ngram.nll(clean).sum(1)}
     hits, result = {}, {}
     for policy in policies:
         begin = time.perf_counter()
@@ -198,8 +202,10 @@ def infilling(
             "seconds": seconds,
             "accuracy": estimate(hits[policy], counts),
             "over_none": estimate(hits[policy] - hits[policies[0]], counts),
-            "reference_nll": estimate(trained.reference_nll(made.ids, free), counts),
-            "ngram_nll": estimate((trained.ngram.nll(made.ids) * free).sum(1), counts),
+            "reference_over_truth": estimate(
+                trained.reference_nll(made.ids, everywhere) - truth["reference"], counts
+            ),
+            "ngram_over_truth": estimate(trained.ngram.nll(made.ids).sum(1) - truth["ngram"], counts),
         }
     return {"policies": result, "against": policies[0]}
 
@@ -265,12 +271,10 @@ def ablation(
 
     Errors are those of sticky spans filled in `nfe` passes.
     """
-    before = trained.stats("04_train")["generator"]["held_out"]
     after = trained.stats(CRITIC)
     detection = error_detection(trained, "sticky", ratio, nfe, count, resamples)["views"]
     return {
         "nelbo": after["generator_nelbo"],
-        "nelbo_before": before["nelbo"],
         "auroc": detection["critic"]["auroc"],
         "auroc_partial": detection["critic_partial"]["auroc"],
         "ece": detection["critic"]["ece"],

@@ -6,7 +6,7 @@ For each seed and each language (the text, and the sums) stages 00 to 04 run onc
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
 from lib.tokenization import decode_batch, load_tokenizer
 from lib.training.data import Windows
+from lib.training.objectives.error_detection import halves
 
 BEFORE = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
 CRITIC = "05_train_critic"
@@ -153,10 +154,22 @@ class Trained:
     @cached_property
     def held_out(self) -> np.ndarray:
         """(N, T) whole held-out windows in a keyed order."""
+        return self._whole_windows(None)
+
+    @cached_property
+    def unseen(self) -> np.ndarray:
+        """(N, T) those of `held_out` whose groups did not calibrate the critic (see `TokenCritic.report`)."""
+        return self._whole_windows(halves)
+
+    def _whole_windows(self, split: Callable | None) -> np.ndarray:
         tiles = self.windows("held_out").tiled()
+        groups = self._table.filter(pc.equal(self._table["split"], "held_out"))["group"].to_numpy(
+            zero_copy_only=False
+        )
+        chosen = np.ones(tiles.count, bool) if split is None else split(groups[tiles.owner])[1]
         order = randomness.permutation(self.seed, "benchmark windows", 0, tiles.count)
         ids, valid = tiles.batch(order, np.zeros(len(order)))
-        return ids[valid.all(1)]
+        return ids[valid.all(1) & chosen[order]]
 
     @cached_property
     def train_ids(self) -> np.ndarray:
@@ -231,7 +244,7 @@ class Lab:
                     (folder / stage).symlink_to(Path("..") / "base" / stage)
             changes = {"critic": self._critic(language, variant)}
             self._run(seed, language, folder.name, (CRITIC,), changes)
-            config = self._config(seed, language, changes)
+            config = self._config(seed, language, folder.name, changes)
             self._trained[name] = Trained(config, folder, Runtime.detect(config), seed)
         return self._trained[name]
 
@@ -242,17 +255,19 @@ class Lab:
 
     def _run(self, seed: int, language: str, name: str, stages: tuple[str, ...], changes: dict) -> Path:
         folder = self.out / "models" / language / f"seed_{seed}" / name
-        config = self._config(seed, language, changes)
+        config = self._config(seed, language, name, changes)
         for stage in stages:
             importlib.import_module(stage).main(config, RunArgs(run_dir=folder))
         return folder
 
-    def _config(self, seed: int, language: str, changes: dict) -> Config:
+    def _config(self, seed: int, language: str, name: str, changes: dict) -> Config:
         folder = self.out / "models" / language / f"seed_{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         data = self._sums(folder, seed) if language == SUMS else self.data
         files = [self.sizes[language].config(data) | {"seed": seed}, changes]
-        paths = [folder / f"config_{number}.yaml" for number in range(len(files))]
+        paths = [
+            folder / f"{part}.yaml" for part in ("config", name)
+        ]  # a process may be at work on another variant
         for path, content in zip(paths, files, strict=True):
             path.write_text(yaml.safe_dump(json.loads(json.dumps(content))), encoding="utf-8")
         return load_config(paths)

@@ -13,7 +13,8 @@ import numpy as np
 from lib import durable
 from lib.report import plots
 
-BASELINES = ("none", "random", "random, plain")  # of E3: each other policy's difference to them
+CHURNED = "random, as critic_origin"
+BASELINES = ("none", "random", "random, plain", CHURNED)  # of E3: each other policy's difference to them
 STEPS_BELOW_REAL = (0.0, 0.25, 0.5)  # nats of 4-gram entropy at which likelihoods are compared
 REAL = "real text"
 
@@ -144,7 +145,7 @@ def infilling(records: list[Record]) -> str:
             rows.append([
                 f"{setting['ratio']:.0%}", str(setting["nfe"]), policy, passes_of(found),
                 shown(mean_of(found, "accuracy"), percent=True), shown(mean_of(found, "over_none"), percent=True, signed=True),
-                shown(mean_of(found, "reference_nll")), shown(mean_of(found, "ngram_nll")),
+                shown(mean_of(found, "reference_over_truth"), signed=True), shown(mean_of(found, "ngram_over_truth"), signed=True),
             ])  # fmt: skip
     against = records[0]["result"]["against"]
     head = [
@@ -154,8 +155,8 @@ def infilling(records: list[Record]) -> str:
         "passes",
         "right tokens, %",
         f"over {against}, %",
-        "NLL, reference",
-        "NLL, n-grams",
+        "NLL over the truth's, reference",
+        "NLL over the truth's, n-grams",
     ]
     return "## E2: sticky spans of held-out text filled\n\n" + markdown(head, rows)
 

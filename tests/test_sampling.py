@@ -124,7 +124,7 @@ class Oracle(nn.Module):
         self.passes += 1
         if given is not None:
             self.told.append(given.numpy())
-        truth = self.truth.expand(input_ids.shape)
+        truth = self.truth[: input_ids.shape[1]].expand(input_ids.shape)
         error = torch.where(input_ids == truth, -9.0, 9.0)
         if head == "critic":
             return SimpleNamespace(logits=error)
@@ -179,6 +179,25 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
     assert words(rounds[:11]) > 5  # 9 of 20 are held, for a policy that takes back
     assert words(rounds[11:]) == 1 or name == "none"
     assert words(rounds[11:]) > 1 or name != "none"
+
+
+@pytest.mark.parametrize(
+    "name", ["remdm_cap", "remdm_rescale", "remdm_conf", "critic_partial", "critic_origin"]
+)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_held_rounds_write_each_token_as_often_as_asked(name, share):
+    """Whatever a policy takes back while the text grows: in these rounds it is all that the schedule has masked."""
+    sampler = oracle_sampler(
+        hold_share=0.5,
+        hold_rewrites=1.5,
+        start_ratio=0.95,
+        end_ratio=0.2,
+        back_share=share,
+        remdm_share=share,
+    )
+    held = run(sampler, name, 21, 8, trace=True).rounds[11:]
+    written = np.mean([(r.events == WRITTEN).sum(1) for r in held]) * len(held) / 40
+    assert written == pytest.approx(1.5, abs=0.01)
 
 
 def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
@@ -276,6 +295,10 @@ def test_the_critic_is_told_what_was_given(name):
     assert len(told) >= 3 and all((t == ~free).all() for t in told)
     sampler.critic_error(ids)  # of a text from elsewhere nothing is known
     assert len(sampler.model.told) == len(told)
+    several = oracle_sampler(block_tokens=20)  # what an earlier block wrote was not given
+    several.sample(ids, np.tile(free, (2, 1)), np.arange(2), POLICIES[name], 9)
+    assert {t.shape[1] for t in several.model.told} == {20, 40}
+    assert all((t == ~free[: t.shape[1]]).all() for t in several.model.told)
 
 
 def test_randomness_strength_one_makes_the_critic_blind():

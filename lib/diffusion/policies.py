@@ -42,11 +42,14 @@ class View:
     masked: np.ndarray  # bool: masked before the round
     free: np.ndarray  # bool: may be changed at all
     left: np.ndarray  # (B,) positions to be masked after the round
+    held: bool  # the next round only corrects: all that is masked now was taken back
     noise: np.ndarray  # uniform
     chance: np.ndarray  # (B,) uniform, of its own
     confidence: np.ndarray  # probability of each token when it was written or drafted
     margin: Callable[[], np.ndarray]  # gap between the two likeliest tokens at masked positions
-    back_share: float  # what the partial critics take back in a round, as a share of the most possible
+    back_share: (
+        float  # what the partial critics take back while the text grows, as a share of the most possible
+    )
     remdm_share: float  # the same for ReMDM's policies, whose papers take back less
     fresh_confidence: Callable[[], np.ndarray]  # probability of each drafted token now; one pass
     critic_error: Callable[
@@ -131,7 +134,7 @@ def _take_back_some(
     """A few written tokens are taken back, and so many masked ones more are written that the schedule is kept.
 
     At most as many can be taken back as the schedule leaves masked. It takes back `share` of those or, `capped`, that
-    share of the written ones, at most those.
+    share of the written ones, at most those. In held rounds nothing else is masked, so that it takes back all of them.
     """
 
     def choose(view: View) -> np.ndarray:
@@ -139,6 +142,7 @@ def _take_back_some(
         count = written.sum(1)
         most = np.minimum(view.left, count)
         wanted = np.minimum(share(view) * count, most) if capped else share(view) * most
+        wanted = most if view.held else wanted
         back_count = np.minimum(_rounded(wanted, view.chance), most)
         # Rows with nothing else masked must take back all that the schedule wants masked
         back_count = np.maximum(back_count, view.left - view.masked.sum(1))

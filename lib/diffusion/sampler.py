@@ -21,7 +21,7 @@ from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw
 from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import Policy, View, rounds_for, rule
-from lib.diffusion.schedule import masked_counts_left, masked_shares, temperatures
+from lib.diffusion.schedule import held_rounds, masked_counts_left, masked_shares, temperatures
 from lib.errors import BadConfig
 from lib.runtime import Runtime
 from lib.sections.sampler import SamplerConfig
@@ -56,7 +56,8 @@ class _Rows:
     place: np.ndarray  # (B,) where they stand in the batch
     number: np.ndarray  # (B,) the samples' own numbers, which key their noise
     ids: np.ndarray  # (B, T)
-    free: np.ndarray  # (B, T)
+    free: np.ndarray  # (B, T) to be written in this block
+    given: np.ndarray  # (B, T) known to be right; what an earlier block wrote is neither
     confidence: np.ndarray  # (B, T) of each token when it was written
     left: np.ndarray  # (B, rounds) positions to be masked after each round
     truth: np.ndarray | None  # (B, T)
@@ -68,6 +69,7 @@ class _Rows:
             self.number[kept],
             self.ids[kept],
             self.free[kept],
+            self.given[kept],
             self.confidence[kept],
             self.left[kept],
             None if self.truth is None else self.truth[kept],
@@ -141,6 +143,7 @@ class Sampler:
             arrays = (
                 result.ids[at, seen],
                 here[at, seen],
+                ~free[at, seen],
                 np.ones((len(at), block.end - block.window)),
                 left,
             )
@@ -156,19 +159,20 @@ class Sampler:
         choose, stops = rule(policy, threshold), policy.stops or threshold is not None
         rounds = rows.left.shape[1]
         heats = temperatures(self.settings, rounds, policy.takes_back)
+        correcting = rounds - held_rounds(self.settings, rounds, policy.takes_back)  # the first held round
         for number in range(rounds):
             if not len(rows.place):
                 return
             masked = (rows.ids == self.mask_id) & rows.free
-            last = number + 1 == rounds
+            last, held = number + 1 == rounds, number + 1 >= correcting
             after = np.zeros_like(masked)
             if policy.blind and not last:
-                after = choose(self._view(number, first, rows, masked, _Draft(rows.ids)))
+                after = choose(self._view(number, first, rows, masked, _Draft(rows.ids), held))
             partial = policy.partial and not last
             draft = self._draft(rows, masked & ~after, first + number, partial, float(heats[number]))
             result.passes[rows.place] += 1
             if not (policy.blind or last):
-                after = choose(self._view(number, first, rows, masked, draft))
+                after = choose(self._view(number, first, rows, masked, draft, held))
                 result.passes[rows.place] += int(policy.extra_pass)
             rows.ids = np.where(after, self.mask_id, draft.ids)
             result.ids[rows.place, seen] = rows.ids
@@ -205,7 +209,9 @@ class Sampler:
             rows.confidence.reshape(-1)[draft.at] = sure.double().cpu().numpy()
         return draft
 
-    def _view(self, number: int, first: int, rows: _Rows, masked: np.ndarray, draft: "_Draft") -> View:
+    def _view(
+        self, number: int, first: int, rows: _Rows, masked: np.ndarray, draft: "_Draft", held: bool
+    ) -> View:
         key_number, ids, confidence = first + number, rows.ids, rows.confidence
         noise = self._noise("take back", key_number, rows.number, ids.shape[1])
         share = masked.mean(1)  # of what the critic reads, or of what was drafted just before it reads
@@ -229,6 +235,7 @@ class Sampler:
             masked=masked,
             free=rows.free,
             left=rows.left[:, number],
+            held=held,
             noise=noise,
             chance=self._noise("take back count", key_number, rows.number, 1)[:, 0],
             confidence=confidence + 1e-9 * noise,
@@ -236,8 +243,8 @@ class Sampler:
             back_share=self.settings.back_share,
             remdm_share=self.settings.remdm_share,
             fresh_confidence=lambda: self.fresh_confidence(draft.ids),
-            critic_error=lambda: self.calibration(self.raw_error(draft.ids, ~rows.free), "filled", share),
-            blend_error=lambda: self.calibration.blended(self.raw_error(draft.ids, ~rows.free), confidence),
+            critic_error=lambda: self.calibration(self.raw_error(draft.ids, rows.given), "filled", share),
+            blend_error=lambda: self.calibration.blended(self.raw_error(draft.ids, rows.given), confidence),
             partial_error=lambda: self.calibration(draft.critic, "partial", share),
             partial_origin=lambda: draft.origin,
             wrong=wrong,
