@@ -420,18 +420,17 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fill the module's own parameters. There are no buffers in this model."""
-        given = self.config.initializer_range
-        if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=given or EMBEDDING_STD)
-        elif isinstance(module, nn.Linear):
-            own = getattr(module, "initial_std", None)
-            std = own if own is not None else given or module.in_features**-0.5
-            if std:
-                init.normal_(module.weight, std=std)
-            else:
-                init.zeros_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+        given, own = self.config.initializer_range, getattr(module, "initial_std", None)
+        if not isinstance(module, (nn.Embedding, nn.Linear)):
+            return
+        usual = EMBEDDING_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
+        std = own if own is not None else given or usual
+        if std:
+            init.normal_(module.weight, std=std)
+        else:
+            init.zeros_(module.weight)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
 
     def _pick_mask(
         self, attention_mask: Tensor | None, batch: int, length: int, past: int, like: Tensor
@@ -736,8 +735,9 @@ class RemaskGptCritic(nn.Module):
         self.layers = nn.ModuleList([RemaskGptLayer(config, index) for index in range(blocks)])
         self.score = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
         self.origin = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
-        # Added to the embeddings of tokens known to be right.
+        # Added to the embeddings of tokens known to be right; one that never learned what that means makes no difference
         self.given = nn.Embedding(1, config.hidden_size)
+        self.given.initial_std = 0.0  # pyright: ignore[reportArgumentType]
         self.eps = config.rms_norm_eps
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
