@@ -77,7 +77,11 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         runtime = Runtime.detect(config)
         stage.environment |= runtime.fence()
         bench = Bench(stage, config, runtime)
-        rows = score(list(windows(texts, bench.tokenizer, bench.context)), bench)
+        parts = list(windows(texts, bench.tokenizer, bench.context, config.tokenizer.unknown))
+        strange = sum(int((part.ids == bench.tokenizer.unk_token_id).sum()) for part in parts)
+        if strange:
+            say(f"{strange:,} tokens of {file} are outside the run's vocabulary and stand as [UNK]")
+        rows = score(parts, bench)
         stage.write("scores", as_table(rows, schema.SCORES), schema.SCORES)
         known = documents_of(score(known_texts(bench), bench))
         page = scores_page(rows, known, bench.token_text, file.name)

@@ -244,6 +244,21 @@ def test_the_scores_page_is_whole_and_safe(scored):
     assert html.count('class="heat"') >= 2 * len(scored[1].strip()) and "<b>an" not in html
 
 
+def test_characters_that_the_run_never_saw_are_scored_as_unknown(quick_run, quick_config, tmp_path, capsys):
+    """Also where samples are longer than the context, and the text is too."""
+    import shutil
+
+    shutil.copytree(quick_run, tmp_path / "run_001")
+    (tmp_path / "strange.txt").write_text("A \u2603 is true. " * 9, encoding="utf-8")
+    longer = quick_config.sampler.model_copy(update={"length": 150})
+    config = quick_config.model_copy(update={"sampler": longer})
+    args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "strange.txt")
+    importlib.import_module("06_sample").main(config, args)
+    assert "9 tokens of" in capsys.readouterr().err
+    rows = pq.read_table(tmp_path / "run_001" / "06_score_strange" / "scores.parquet").to_pylist()
+    assert sum(row["token_ids"].count(3) for row in rows) == 9
+
+
 def test_a_text_that_cannot_be_scored_is_refused(quick_run, quick_config, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")

@@ -33,10 +33,12 @@ class Window:
     ids: np.ndarray  # (T,)
 
 
-def windows(documents: Iterable[tuple[str, str]], tokenizer: Any, context: int) -> Iterator[Window]:
-    """The windows of (document id, text) pairs, document by document."""
+def windows(
+    documents: Iterable[tuple[str, str]], tokenizer: Any, context: int, unknown: str
+) -> Iterator[Window]:
+    """The windows of (document id, text) pairs, document by document. `unknown`: as in `encode_batch`."""
     for document_id, text in documents:
-        ids = np.asarray(encode_batch(tokenizer, [text])[0], np.int64)
+        ids = np.asarray(encode_batch(tokenizer, [text], unknown)[0], np.int64)
         for number, start in enumerate(range(0, len(ids), context)):
             yield Window(document_id, number, ids[start : start + context])
 
@@ -58,9 +60,9 @@ def score(parts: list[Window], bench: Any) -> list[dict]:
 def known_texts(bench: Any, count: int = BATCH) -> list[Window]:
     """What the scores of a text may be held against: the run's own held-out text, and the same with a half rewritten.
 
-    Up to `count` windows of each; every second token on average is masked and drawn anew by the generator, in one pass.
+    Up to `count` windows of each; every second token on average is masked and drawn anew by the generator.
     """
-    real = bench.real_text(count)
+    real = bench.real_text(count)[:, : bench.context]
     rows = np.arange(len(real))
     free = randomness.uniform(randomness.key(bench.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5
     masked = np.where(free, bench.tokenizer.mask_token_id, real)
