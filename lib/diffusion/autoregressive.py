@@ -1,4 +1,4 @@
-"""Sampling from a causal model, token by token: the baseline. One forward pass per token, so NFE = tokens."""
+"""Sampling from a causal model, token by token: the baseline. One forward pass per written token, so NFE = those."""
 
 import numpy as np
 import torch
@@ -27,23 +27,23 @@ def sample_autoregressively(
 ) -> Samples:
     """Write the free positions of (B, T) ids from left to right; given ones are read, not changed.
 
-    Keys and values of earlier tokens are cached. A text longer than the context is written in blocks of half of it,
-    each behind as much text as the context holds, which one pass reads. The sample's noise is keyed by `rows`, as in
-    the sampler.
+    Keys and values of earlier tokens are cached, and given tokens wait for the pass that writes the next one: a prompt
+    costs none. A text longer than the context is written in blocks of half of it, each behind as much text as the context
+    holds, which one pass reads. The sample's noise is keyed by `rows`, as in the sampler.
     """
-    ids, passes = ids.copy(), 0
+    ids = ids.copy()
     barred = torch.tensor(forbidden, device=runtime.device)
     noise = randomness.uniform(randomness.key(seed, "autoregressive token"), rows, ids.shape[1])
     for block in blocks_of(ids.shape[1], None, context):
-        last = np.concatenate([np.full((len(ids), 1), cls_id), ids[:, block.window : block.start]], 1)
-        cache = None
-        for position in range(block.start, block.end):
+        before = np.full((len(ids), 1), cls_id)
+        read, cache = block.window, None  # the cache holds what lies before `read`
+        for position in block.start + np.flatnonzero(free[:, block.start : block.end].any(0)):
+            unread = np.concatenate([before, ids[:, read:position]], 1)
             with runtime.autocast():
-                inputs = torch.from_numpy(last).to(runtime.device)
+                inputs = torch.from_numpy(unread).to(runtime.device)
                 output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-            cache, passes = output.past_key_values, passes + 1
+            cache, read, before = output.past_key_values, position, before[:, :0]
             here = torch.from_numpy(noise[:, position]).to(runtime.device)
             tokens, _ = draw(output.logits[:, -1], here, barred, settings.temperature, top_p=settings.top_p)
             ids[:, position] = np.where(free[:, position], tokens.cpu().numpy(), ids[:, position])
-            last = ids[:, position : position + 1]
-    return Samples(ids, np.full(len(ids), passes))
+    return Samples(ids, free.sum(1))

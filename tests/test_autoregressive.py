@@ -1,0 +1,38 @@
+"""Sampling from the causal baseline."""
+
+import numpy as np
+import torch
+
+from lib import randomness
+from lib.config import load_config
+from lib.diffusion.autoregressive import sample_autoregressively
+from lib.diffusion.categorical import draw
+from lib.runtime import Runtime
+from tests.test_hugging_face import make, make_ids
+
+
+def test_the_baseline_reads_given_text_at_no_cost_and_writes_what_a_whole_pass_would():
+    """Against a full pass, without a cache, for every written token; given tokens first, between, and last."""
+    model, settings = (
+        make(("remask", "causal"), 0),
+        load_config().sampler.model_copy(update={"temperature": 0.7, "top_p": 1.0}),
+    )
+    ids = make_ids(2, 9).numpy()
+    free = np.zeros(ids.shape, bool)
+    free[:, [3, 4, 7]], free[1, 6] = True, True
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    made = sample_autoregressively(
+        model, ids, free, np.arange(2), 0, [0, 1], settings, Runtime(torch.device("cpu"), "fp32"), seed=3
+    )
+    handle.remove()
+    assert made.passes.tolist() == [3, 4] and len(passes) == 4
+    assert (made.ids[~free] == ids[~free]).all() and not np.isin(made.ids[free], [0, 1]).any()
+    noise = randomness.uniform(randomness.key(3, "autoregressive token"), np.arange(2), 9)
+    whole = np.concatenate([np.zeros((2, 1), int), made.ids], 1)
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(whole)).logits
+    for row, position in zip(*np.nonzero(free), strict=True):
+        chance = torch.tensor([noise[row, position]])
+        token, _ = draw(logits[row, position][None], chance, torch.tensor([0, 1]), 0.7)
+        assert token.item() == made.ids[row, position]
