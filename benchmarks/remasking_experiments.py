@@ -18,7 +18,7 @@ from benchmarks.languages import Sums
 from benchmarks.remasking_lab import CRITIC, Trained
 from benchmarks.text_quality import divergence, longest_copy, repeated
 from lib import metrics, randomness
-from lib.diffusion.categorical import draw
+from lib.diffusion.categorical import draw, probability_of
 from lib.diffusion.lowest import lowest
 from lib.diffusion.masking import draw_mask, masked_counts
 from lib.report.quality import characters, valid_words
@@ -101,12 +101,10 @@ def _given_confidence(trained: Trained, ids: np.ndarray, written: np.ndarray) ->
     for part in chunks(len(ids), 64):
         at = np.flatnonzero(written[part])
         logits = _logits(trained, torch.from_numpy(masked[part]), torch.from_numpy(at))
-        shares = torch.softmax(
-            logits.index_fill(1, torch.tensor(trained.forbidden, device=logits.device), -torch.inf), -1
-        )
-        tokens = torch.from_numpy(ids[part].reshape(-1)[at]).to(shares.device)
+        tokens = torch.from_numpy(ids[part].reshape(-1)[at]).to(logits.device)
+        barred = torch.tensor(trained.forbidden, device=logits.device)
         block = result[part]
-        block.reshape(-1)[at] = shares.gather(1, tokens[:, None]).squeeze(1).double().cpu().numpy()
+        block.reshape(-1)[at] = probability_of(tokens, logits, barred).double().cpu().numpy()
         result[part] = block
     return result
 

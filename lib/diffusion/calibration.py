@@ -73,8 +73,8 @@ class Curves:
     bands: tuple[Curve | None, ...] = ()
 
     @classmethod
-    def fit(cls, seen: Observed) -> "Curves":
-        return cls(Curve.fit(seen.probability, seen.wrong), _bands(seen))
+    def fit(cls, seen: Observed, by_band: bool) -> "Curves":
+        return cls(Curve.fit(seen.probability, seen.wrong), _bands(seen) if by_band else ())
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Calibration:
     @classmethod
     def fit(cls, readings: Mapping[Reading, Observed], confidence: np.ndarray | None = None) -> "Calibration":
         """Curves of each way of reading, and the blend if the stored confidence (N,) of the `filled` tokens is given."""
-        curves = {name: Curves.fit(seen) for name, seen in readings.items()}
+        curves = {name: Curves.fit(seen, by_band=name != "unknown") for name, seen in readings.items()}
         if confidence is None or len(np.unique(readings["filled"].wrong)) < 2:
             return cls(curves)
         filled = readings["filled"]

@@ -43,3 +43,9 @@ def draw(
     rising = shares.cumsum(-1, dtype=torch.float64)
     ids = (rising <= noise.double()[:, None] * rising[:, -1:]).sum(-1).clamp(max=shares.shape[1] - 1)
     return ids, plain.gather(1, ids[:, None]).squeeze(1)
+
+
+def probability_of(tokens: Tensor, logits: Tensor, forbidden: Tensor) -> Tensor:
+    """(...) probability of each token (...) under its logits (..., V), the forbidden ids left out."""
+    shares = torch.softmax(logits.float().index_fill(-1, forbidden, -torch.inf), -1)
+    return shares.gather(-1, tokens[..., None]).squeeze(-1)

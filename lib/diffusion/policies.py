@@ -74,6 +74,7 @@ class Policy:
         partial: it needs the critic's view of the partly masked text from the round's own pass.
         error: View -> (B, T) how likely each token of the draft is an error; None if it has no such view.
         takes_back: it may mask again what an earlier round wrote.
+        drafts: every masked token is written before it chooses, so that those masked again were taken back.
         stops: a row of which it masks nothing is finished.
     """
 
@@ -84,6 +85,7 @@ class Policy:
     partial: bool = False
     error: Callable[[View], np.ndarray] | None = None
     takes_back: bool = True
+    drafts: bool = False
     stops: bool = False
 
 
@@ -120,7 +122,7 @@ def _keep_masked(order: Callable[[View], np.ndarray]) -> Callable[[View], np.nda
 
 def _suspicious(name: str, error: Callable[[View], np.ndarray], extra_pass: bool = False) -> Policy:
     """The policy that masks the most suspicious by a view of error."""
-    return Policy(name, _suspect(error), extra_pass=extra_pass, error=error)
+    return Policy(name, _suspect(error), extra_pass=extra_pass, error=error, drafts=True)
 
 
 def _suspect(suspicion: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
@@ -182,7 +184,7 @@ POLICIES = {
             "confidence_first", _keep_masked(lambda view: view.confidence), error=_unsure, takes_back=False
         ),
         Policy("margin_first", _keep_masked(lambda view: view.margin()), takes_back=False),
-        Policy("random", _suspect(lambda view: view.noise)),
+        Policy("random", _suspect(lambda view: view.noise), drafts=True),
         _suspicious("confidence", _unsure),
         _suspicious("confidence_fresh", lambda view: 1 - view.fresh_confidence(), extra_pass=True),
         Policy("remdm_cap", _remdm(lambda view: view.noise, capped=True)),
@@ -192,7 +194,7 @@ POLICIES = {
         _suspicious("critic_blend", lambda view: view.blend_error(), extra_pass=True),
         Policy("critic_partial", _critics(lambda view: view.partial_error()), partial=True),
         Policy("critic_origin", _critics(lambda view: view.partial_origin()), partial=True),
-        Policy("oracle", lambda view: view.free & view.wrong(), error=_wrong, stops=True),
+        Policy("oracle", lambda view: view.free & view.wrong(), error=_wrong, drafts=True, stops=True),
     )
 }
 

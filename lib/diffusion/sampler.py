@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lib import randomness
 from lib.diffusion.blocks import blocks_of
 from lib.diffusion.calibration import Calibration
-from lib.diffusion.categorical import draw
+from lib.diffusion.categorical import draw, probability_of
 from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import Policy, View, rounds_for, rule
 from lib.diffusion.schedule import held_rounds, masked_counts_left, masked_shares, temperatures
@@ -178,7 +178,7 @@ class Sampler:
             result.ids[rows.place, seen] = rows.ids
             if trace:
                 events = np.where(result.ids == self.mask_id, STILL_MASKED, UNCHANGED).astype(np.int8)
-                events[rows.place, seen] = _events(masked, after, drafted=not policy.blind)
+                events[rows.place, seen] = _events(masked, after, policy.drafts)
                 result.rounds.append(Round(result.ids.copy(), events))
             if stops:
                 rows = rows.only(after.sum(1) > 0)
@@ -279,11 +279,9 @@ class Sampler:
         """(B, T) probability of each token of a whole text, itself in view. One forward pass."""
 
         def read(part: np.ndarray) -> np.ndarray:
-            logits = self._forward(part).logits.float()
-            logits[..., self.forbidden] = -torch.inf
-            shares = torch.softmax(logits, -1)
-            at = torch.from_numpy(part).to(shares.device)[..., None]
-            return shares.gather(-1, at).squeeze(-1).double().cpu().numpy()
+            logits = self._forward(part).logits
+            tokens, barred = (torch.as_tensor(x, device=logits.device) for x in (part, self.forbidden))
+            return probability_of(tokens, logits, barred).double().cpu().numpy()
 
         return self._in_windows(read, ids)
 
@@ -326,12 +324,12 @@ class _Draft:
     origin: np.ndarray = field(default_factory=lambda: np.empty(0))  # (B, T) likewise, that it was written
 
 
-def _events(masked: np.ndarray, after: np.ndarray, drafted: bool) -> np.ndarray:
-    """(B, T). `drafted`: a masked position that stays masked had a draft, which was taken back."""
+def _events(masked: np.ndarray, after: np.ndarray, drafts: bool) -> np.ndarray:
+    """(B, T). `drafts`: a masked position that stays masked had a draft, which was taken back."""
     events = np.full(masked.shape, UNCHANGED, np.int8)
     events[masked & ~after] = WRITTEN
     events[after & ~masked] = TAKEN_BACK
-    events[masked & after] = TAKEN_BACK if drafted else STILL_MASKED
+    events[masked & after] = TAKEN_BACK if drafts else STILL_MASKED
     return events
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from lib.errors import BadConfig
 from lib.sections.sampler import SamplerConfig
 
-LEAST_ROUNDS = 8  # with fewer, held rounds would leave the writing to two or three
+LEAST_ROUNDS = 8  # with fewer, held rounds would leave too few for writing
 
 
 def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -> np.ndarray:

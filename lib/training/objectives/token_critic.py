@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lib import metrics, randomness
 from lib.diffusion.calibration import Calibration
-from lib.diffusion.categorical import draw
+from lib.diffusion.categorical import draw, probability_of
 from lib.sections.critic import CriticConfig
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
 from lib.training.objectives.error_detection import (
@@ -310,11 +310,9 @@ class TokenCritic:
     @torch.no_grad()
     def _fresh_confidence(self, model: nn.Module, filled: Filled) -> np.ndarray:
         """(B, T) probability of every token, the whole filled text in view."""
-        logits = forward(model, self.runtime, filled.ids, filled.valid).logits.float()
-        logits[..., self._forbidden] = -torch.inf
-        shares = torch.softmax(logits, -1)
+        logits = forward(model, self.runtime, filled.ids, filled.valid).logits
         return (
-            shares.gather(-1, tensor(filled.ids, self.runtime)[..., None]).squeeze(-1).double().cpu().numpy()
+            probability_of(tensor(filled.ids, self.runtime), logits, self._forbidden).double().cpu().numpy()
         )
 
 
