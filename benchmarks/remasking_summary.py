@@ -1,7 +1,7 @@
 """From the benchmark's lines of results to tables with intervals over seeds, and the picture. Knows no model.
 
 With two seeds or more a number stands with the 95 % interval of its mean over seeds (Student's t); with one, with its
-interval over samples. Differences are between policies on the same samples of a seed, then averaged likewise.
+interval over samples, if it has one: likelihoods at equal entropy have none. Differences are between policies on the same samples of a seed, then averaged likewise.
 """
 
 import json
@@ -119,7 +119,7 @@ def detection(records: list[Record]) -> str:
         for view in results[0]["views"]:
             found = [r["views"][view] for r in results]
             rows.append([
-                setting["masks"], f"{setting['ratio']:.0%}", str(setting["passes"]), view, shown(mean_of(found, "auroc")),
+                setting["masks"], f"{setting['ratio']:.0%}", str(setting["passes"]), view, str(len(found)), shown(mean_of(found, "auroc")),
                 shown(mean_of(found, "auroc_over_confidence"), signed=True), shown(mean_of(found, "average_precision")),
                 shown(mean_of(found, "precision"), percent=True), shown(mean_of(found, "ece")),
             ])  # fmt: skip
@@ -128,6 +128,7 @@ def detection(records: list[Record]) -> str:
         "masked",
         "filled in",
         "view",
+        "seeds",
         "AUROC",
         "over confidence",
         "average precision",
@@ -143,7 +144,7 @@ def infilling(records: list[Record]) -> str:
         for policy in results[0]["policies"]:
             found = [r["policies"][policy] for r in results]
             rows.append([
-                f"{setting['ratio']:.0%}", str(setting["nfe"]), policy, passes_of(found),
+                f"{setting['ratio']:.0%}", str(setting["nfe"]), policy, str(len(found)), passes_of(found),
                 shown(mean_of(found, "accuracy"), percent=True), shown(mean_of(found, "over_none"), percent=True, signed=True),
                 shown(mean_of(found, "reference_over_truth"), signed=True), shown(mean_of(found, "ngram_over_truth"), signed=True),
             ])  # fmt: skip
@@ -152,6 +153,7 @@ def infilling(records: list[Record]) -> str:
         "masked",
         "NFE",
         "policy",
+        "seeds",
         "passes",
         "right tokens, %",
         f"over {against}, %",
@@ -166,13 +168,13 @@ def samples(records: list[Record]) -> str:
     for setting, results in by_setting(records).values():
         temperature = f"{setting['temperature']:.2f}" if "temperature" in setting else "–"
         rows.append([
-            setting["policy"], str(setting.get("nfe", "–")), passes_of(results), temperature,
+            setting["policy"], str(setting.get("nfe", "–")), str(len(results)), passes_of(results), temperature,
             *(shown(mean_of(results, name)) for name in (
                 "reference_nll", "ngram_nll", "character_entropy", "fourgram_entropy")),
             shown(mean_of(results, "valid_words"), percent=True), shown(mean_of(results, "repetition"), percent=True),
             shown(mean_of(results, "divergence")), f"{np.max([r['longest_copy'] for r in results]):.0f}",
         ])  # fmt: skip
-    head = ["policy", "NFE", "passes", "temperature", "NLL, reference", "NLL, n-grams", "character entropy",
+    head = ["policy", "NFE", "seeds", "passes", "temperature", "NLL, reference", "NLL, n-grams", "character entropy",
             "4-gram entropy", "valid words, %", "repeated 8-grams, %", "n-gram divergence", "longest copy"]  # fmt: skip
     matched = "".join(matched_table(records, judge, name) for judge, name in JUDGES)
     return (
@@ -184,13 +186,21 @@ def samples(records: list[Record]) -> str:
 JUDGES = (("reference_nll", "the reference model"), ("ngram_nll", "n-grams"))
 
 
-def likelihoods_at_entropy(records: list[Record], judge: str) -> dict[tuple[str, int, float], list[float]]:
-    """(policy, NFE, step below real text's 4-gram entropy) -> each seed's NLL there; NaN beyond its temperatures."""
+Likelihoods = dict[tuple[str, int, float], dict[int, float]]
+
+
+def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:
+    """(policy, NFE, step below real text's 4-gram entropy) -> seed -> NLL there; NaN beyond its temperatures."""
     real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
-    lines = [r for r in records if r["setting"]["policy"] != REAL and r["seed"] in real]
+    curves: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
+    for record in records:
+        setting, result = record["setting"], record["result"]
+        if setting["policy"] != REAL and record["seed"] in real:
+            seeds = curves.setdefault((setting["policy"], setting["nfe"]), {})
+            seeds.setdefault(record["seed"], []).append((result["fourgram_entropy"], result[judge]["value"]))
     return {
-        (policy, nfe, step): [at_entropy(_points(lines, policy, nfe, s, judge), real[s] - step) for s in real]
-        for policy, nfe in dict.fromkeys((r["setting"]["policy"], r["setting"]["nfe"]) for r in lines)
+        (*name, step): {seed: at_entropy(points, real[seed] - step) for seed, points in sorted(seeds.items())}
+        for name, seeds in curves.items()
         for step in STEPS_BELOW_REAL
     }
 
@@ -204,16 +214,20 @@ def matched_table(records: list[Record], judge: str, name: str) -> str:
     rows: Table = []
     for policy, nfe in dict.fromkeys(key[:2] for key in read):
         own = read[policy, nfe, 0.0]
-        cells = [shown(over_seeds(list(read[policy, nfe, step]))) for step in STEPS_BELOW_REAL]
+        cells = [shown(over_seeds(list(read[policy, nfe, step].values()))) for step in STEPS_BELOW_REAL]
         for other in BASELINES:
-            base = read.get((other, nfe, 0.0), [])
-            known = other != policy and len(base) == len(own)
-            difference = over_seeds(list(np.subtract(own, base))) if known else None
-            cells.append(shown(difference, signed=True))
-        rows.append([policy, str(nfe), *cells])
-    head = ["policy", "NFE", *(f"real text's entropy{f' - {s}' if s else ''}" for s in STEPS_BELOW_REAL)]
+            base = read.get((other, nfe, 0.0), {})
+            both = [seed for seed in own if seed in base and other != policy]
+            cells.append(shown(over_seeds([own[s] - base[s] for s in both]), signed=True))
+        rows.append([policy, str(nfe), str(len(own)), *cells])
+    head = [
+        "policy",
+        "NFE",
+        "seeds",
+        *(f"real text's entropy{f' - {s}' if s else ''}" for s in STEPS_BELOW_REAL),
+    ]
     head += [f"over {other}" for other in BASELINES]
-    means = {key[:2]: over_seeds(values) for key, values in read.items() if not key[2]}
+    means = {key[:2]: over_seeds(list(values.values())) for key, values in read.items() if not key[2]}
     return (
         f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text; the lowest is bold.\n\n"
         f"{_means_by_budget(means)}\n\nWith intervals, at lower entropies, and as differences:\n\n{markdown(head, rows)}\n\n"
@@ -237,21 +251,13 @@ def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> s
     return markdown(["policy", *(f"{n} passes" for n in budgets)], rows)
 
 
-def _points(records: list[Record], policy: str, nfe: int, seed: int, judge: str) -> list[tuple[float, float]]:
-    return [
-        (r["result"]["fourgram_entropy"], r["result"][judge]["value"])
-        for r in records
-        if r["seed"] == seed and (r["setting"]["policy"], r["setting"]["nfe"]) == (policy, nfe)
-    ]
-
-
 def valid_strings(records: list[Record]) -> str:
     rows: Table = [
         [setting["policy"], str(setting["nfe"]), f"{setting['threshold']:g}" if "threshold" in setting else "–",
-         passes_of(results), shown(mean_of(results, "valid"), percent=True), shown(mean_of(results, "sentences"))]
+         str(len(results)), passes_of(results), shown(mean_of(results, "valid"), percent=True), shown(mean_of(results, "sentences"))]
         for setting, results in by_setting(records).values()
     ]  # fmt: skip
-    head = ["policy", "NFE", "threshold", "passes", "right sentences, %", "sentences per sample"]
+    head = ["policy", "NFE", "threshold", "seeds", "passes", "right sentences, %", "sentences per sample"]
     return "## E4: sums in brackets, right or wrong\n\n" + markdown(head, rows)
 
 
@@ -271,11 +277,21 @@ def ablations(records: list[Record]) -> str:
             shown(over_seeds([r["policies"][p]["accuracy"] for r in results]), percent=True)
             for p in results[0]["policies"]
         ]
-        rows.append([name, shown(mean_of(results, "nelbo")), shown(cost, signed=True), shown(mean_of(results, "auroc")),
+        rows.append([name, str(len(results)), shown(mean_of(results, "nelbo")), shown(cost, signed=True), shown(mean_of(results, "auroc")),
                      shown(mean_of(results, "auroc_partial")), shown(mean_of(results, "ece")),
                      shown(mean_of(results, "ece_raw")), *accuracy])  # fmt: skip
     policies = [f"right tokens, {p}, %" for p in records[0]["result"]["policies"]]
-    head = ["variant", "NELBO", "over no critic", "AUROC", "AUROC, partial", "ECE", "ECE, raw", *policies]
+    head = [
+        "variant",
+        "seeds",
+        "NELBO",
+        "over no critic",
+        "AUROC",
+        "AUROC, partial",
+        "ECE",
+        "ECE, raw",
+        *policies,
+    ]
     return (
         "## E5: ablations\n\n`no critic` is the generator trained on for as many steps: what a critic costs it is the "
         "distance to that.\n\n" + markdown(head, rows)
@@ -284,7 +300,7 @@ def ablations(records: list[Record]) -> str:
 
 def costs(records: list[Record]) -> str:
     rows: Table = [
-        [setting["policy"], str(setting["nfe"]), passes_of(results), shown(mean_of(results, "seconds_per_sample")),
+        [setting["policy"], str(setting["nfe"]), str(len(results)), passes_of(results), shown(mean_of(results, "seconds_per_sample")),
          shown(mean_of(results, "bare_share"), percent=True),
          "yes" if all(r["same_alone"] for r in results) else "**NO**"]
         for setting, results in by_setting(records).values()
@@ -292,6 +308,7 @@ def costs(records: list[Record]) -> str:
     head = [
         "policy",
         "NFE",
+        "seeds",
         "passes",
         "seconds per sample",
         "bare passes in them, %",
@@ -335,7 +352,7 @@ def budget_picture(records: list[Record]) -> str:
             continue
         title = f"at the 4-gram entropy of real text{f', less {step:g}' if step else ''}"
         line = panels.setdefault(title, {}).setdefault(policy, {})
-        found = over_seeds(list(values))
+        found = over_seeds(list(values.values()))
         if found is not None:
             line[nfe] = found
     return plots.over_passes(panels, "NLL under the reference model, nats")
