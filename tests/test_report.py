@@ -17,7 +17,7 @@ from lib import schema
 from lib.errors import BadData, MissingInput
 from lib.report.data import ReportData
 from lib.report.html import build_report
-from lib.report.quality import describe, lexicon, valid_words
+from lib.report.quality import describe, from_first_gap, lexicon, valid_words
 from lib.report.table import aligned, results_table, sampling_table
 from lib.runs import RunArgs, load_manifest
 
@@ -199,6 +199,11 @@ def test_tables_on_the_screen_are_aligned():
     assert len({len(line.split("1.000")[0]) for line in text.splitlines() if "1.000" in line}) == 1
     lines = aligned([("a", "n"), ("x", "1.5"), ("yyy", "10.25")]).splitlines()
     assert lines[2].endswith("  1.5") and lines[3].endswith("10.25")
+
+
+def test_a_fill_is_judged_together_with_what_stands_behind_it():
+    free = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]], bool)
+    assert from_first_gap(free).tolist() == [[False] + [True] * 4, [False] * 5, [True] * 5]
 
 
 # --- any text, scored ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from lib.randomness import permutation
 from lib.report.best_of import best_of
 from lib.report.gather import Measured, starting_ids
 from lib.report.infilling import UNKNOWN, Start, read_infill_file
-from lib.report.quality import describe, lexicon
+from lib.report.quality import describe, from_first_gap, lexicon
 from lib.report.table import best_of_table, infilling_table, results_table, sampling_table, winners_table
 from lib.tokenization import decode_batch, load_tokenizer
 from lib.training.data import Windows, select_split
@@ -197,7 +197,7 @@ class Collected:
         self._trace: list = []
 
     def add_samples(self, policy: str, nfe: int, start: Start, ids: np.ndarray, measured: Measured) -> None:
-        free = start.free
+        free, counted = start.free, from_first_gap(start.free)
         for i, row in enumerate(ids):
             self._samples.append(
                 {
@@ -210,7 +210,7 @@ class Collected:
                     "given": (~free[i]).tolist(),
                     "reference_nll": None
                     if measured.nll is None
-                    else float(measured.nll[i] / max(free[i].sum(), 1)),
+                    else float(measured.nll[i] / max(counted[i].sum(), 1)),
                     "critic_error": float(measured.errors[i][free[i]].mean()),
                     "token_error": measured.errors[i].tolist(),
                     "judge_score": None if measured.judged is None else float(measured.judged[i]),

@@ -11,7 +11,7 @@ import torch
 
 from lib import metrics
 from lib.diffusion.policies import POLICIES
-from lib.report.quality import reference_nll, sequence_scores
+from lib.report.quality import from_first_gap, reference_nll, sequence_scores
 
 CHANCE, CEILING = "chance", "reference model itself"
 
@@ -25,10 +25,11 @@ def best_of(
     Args:
         ids, free: (B, T) what all samples start from; number: (B,) the samples' numbers.
     """
-    count, written = len(ids), np.maximum(free.sum(1), 1)
+    count, counted = len(ids), from_first_gap(free)
     pool = [bench.sampler.sample(ids, free, number + k * count, POLICIES[policy], nfe).ids for k in range(n)]
     nll = np.stack([
-        reference_nll(bench.reference, bench.runtime, texts, free, bench.tokenizer.cls_token_id) / written
+        reference_nll(bench.reference, bench.runtime, texts, counted, bench.tokenizer.cls_token_id)
+        / np.maximum(counted.sum(1), 1)
         for texts in pool
     ])  # (n, B)  # fmt: skip
     rows = []

@@ -15,7 +15,7 @@ from lib.diffusion.blocks import blocks_of
 from lib.errors import BadConfig
 from lib.report.data import ReportData
 from lib.report.infilling import UNKNOWN
-from lib.report.quality import reference_nll, sequence_scores
+from lib.report.quality import from_first_gap, reference_nll, sequence_scores
 from lib.runs import STAGES, load_manifest
 from lib.sections.sampler import SamplerConfig
 from lib.tasks import get_task
@@ -54,8 +54,8 @@ class Measured:
     """Samples with what the judges say of them, of one length or several."""
 
     texts: list[str]
-    size: np.ndarray  # (B,) characters written
-    nll: np.ndarray | None  # (B,) nats of the written tokens under the reference model
+    size: np.ndarray  # (B,) characters from the first written one on
+    nll: np.ndarray | None  # (B,) nats of those under the reference model
     errors: list[np.ndarray]  # (T,) each: calibrated chance of error
     judged: np.ndarray | None  # (B,) the judge's score
     free: list[np.ndarray]  # (T,) each
@@ -66,16 +66,17 @@ class Measured:
     def of(cls, ids: np.ndarray, free: np.ndarray, bench: Any, truth: np.ndarray | None = None) -> "Measured":
         tokenizer, runtime = bench.tokenizer, bench.runtime
         texts, cls_id = decode_batch(tokenizer, ids), tokenizer.cls_token_id
-        written = decode_batch(tokenizer, [row[f] for row, f in zip(ids, free, strict=True)])
+        counted = from_first_gap(free)
+        judged_part = decode_batch(tokenizer, [row[c] for row, c in zip(ids, counted, strict=True)])
         nll = None
         if bench.reference is not None:
-            nll = reference_nll(bench.reference, runtime, ids, free, cls_id)
+            nll = reference_nll(bench.reference, runtime, ids, counted, cls_id)
         errors = [row for p in chunks(len(ids), 64) for row in bench.sampler.critic_error(ids[p])]
         judged = None if bench.judge is None else sequence_scores(bench.judge, runtime, ids, cls_id)
         hits = known = None
         if truth is not None:
             hits, known = (free & (ids == truth)).sum(1), (free & (truth != UNKNOWN)).sum(1)
-        size = np.array([len(t) for t in written], float)
+        size = np.array([len(t) for t in judged_part], float)
         return cls(texts, size, nll, errors, judged, list(free), hits, known)
 
     @classmethod

@@ -35,6 +35,15 @@ def reference_nll(
     return sums
 
 
+def from_first_gap(free: np.ndarray) -> np.ndarray:
+    """(B, T) bool: the written tokens (B, T) and all behind the first of them.
+
+    What a fill is judged by: a causal model's likelihood of the written tokens alone would not mind whether they join up
+    with the given text behind them.
+    """
+    return np.logical_or.accumulate(free, axis=1)
+
+
 @torch.no_grad()
 def sequence_scores(model: nn.Module, runtime: Runtime, ids: np.ndarray, cls_id: int) -> np.ndarray:
     """(B,) what a judge or ranker gives each whole text, [CLS] in front; the mean over windows of a longer one."""
