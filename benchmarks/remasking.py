@@ -129,8 +129,13 @@ class Task:
     setting: dict[str, Any]
     run: Callable[[Lab, int], dict[str, Any]]
 
-    def key(self, seed: int) -> str:
-        return json.dumps([seed, self.experiment, self.setting], sort_keys=True)
+    @property
+    def name(self) -> str:
+        return name_of(self.experiment, self.setting)
+
+
+def name_of(experiment: str, setting: dict[str, Any]) -> str:
+    return json.dumps([experiment, setting], sort_keys=True)
 
 
 def tasks(plan: Plan) -> Iterator[Task]:
@@ -209,9 +214,7 @@ class Results:
                 self.records.append(json.loads(line))
         if path.exists() and path.stat().st_size > len(whole):
             os.truncate(path, len(whole))
-        self.done = {
-            json.dumps([r["seed"], r["experiment"], r["setting"]], sort_keys=True) for r in self.records
-        }
+        self.done = {(r["seed"], name_of(r["experiment"], r["setting"])) for r in self.records}
 
     def add(self, task: Task, seed: int, result: dict[str, Any], seconds: float) -> None:
         head = {
@@ -227,7 +230,7 @@ class Results:
             file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             os.fsync(file.fileno())
         self.records.append(record)
-        self.done.add(task.key(seed))
+        self.done.add((seed, task.name))
 
 
 def run(
@@ -241,7 +244,7 @@ def run(
     results = Results(out / "results.jsonl")
     chosen = [task for task in tasks(plan) if not only or task.experiment in only]
     for seed in seeds or range(plan.seeds):
-        left = [task for task in chosen if task.key(seed) not in results.done]
+        left = [task for task in chosen if (seed, task.name) not in results.done]
         for number, task in enumerate(left, start=1):
             begin = time.perf_counter()
             result = task.run(lab, seed)
@@ -250,7 +253,10 @@ def run(
             say(
                 f"seed {seed}, {number}/{len(left)}: {task.experiment} {json.dumps(task.setting)}, {seconds:.1f} s"
             )
-    write_summary(out, Results(out / "results.jsonl").records, f"{plan_name}, {Path(data).name}")
+    planned = {task.name: number for number, task in enumerate(tasks(plan))}
+    records = Results(out / "results.jsonl").records  # also those of processes beside this one
+    records.sort(key=lambda r: planned.get(name_of(r["experiment"], r["setting"]), len(planned)))
+    write_summary(out, records, f"{plan_name}, {Path(data).name}")
     say(f"{out / 'summary.md'}")
     return results
 

@@ -345,16 +345,23 @@ def pareto_picture(records: list[Record]) -> str:
 
 
 def budget_picture(records: list[Record]) -> str:
-    """NLL under the reference model over the passes spent, at the entropy of real text and below it."""
+    """NLL under the reference model over the passes spent, at the entropy of real text, and the difference to the first of
+    `BASELINES` within a seed."""
+    read = likelihoods_at_entropy(records, JUDGES[0][0])
+    base = BASELINES[0]
     panels: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
-    for (policy, nfe, step), values in likelihoods_at_entropy(records, JUDGES[0][0]).items():
-        if step == STEPS_BELOW_REAL[-1]:
+    for (policy, nfe, step), values in read.items():
+        if step:
             continue
-        title = f"at the 4-gram entropy of real text{f', less {step:g}' if step else ''}"
-        line = panels.setdefault(title, {}).setdefault(policy, {})
-        found = over_seeds(list(values.values()))
-        if found is not None:
-            line[nfe] = found
+        other = read.get((base, nfe, step), {})
+        differences = [value - other[seed] for seed, value in values.items() if seed in other]
+        for title, numbers in (
+            ("at the 4-gram entropy of real text", list(values.values())),
+            (f"less that of {base}, within a seed", differences),
+        ):
+            line = panels.setdefault(title, {}).setdefault(policy, {})
+            if (found := over_seeds(list(numbers))) is not None:
+                line[nfe] = found
     return plots.over_passes(panels, "NLL under the reference model, nats")
 
 

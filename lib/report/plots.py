@@ -144,12 +144,12 @@ def over_passes(panels: dict[str, dict[str, dict[int, dict[str, float]]]], y_lab
     """Panel title -> line name -> forward passes -> {"value", "low", "high"}, passes doubling from tick to tick.
 
     The marks of a budget stand side by side, so that their intervals can be read. A line without points keeps its place
-    among the colours.
+    among the colours. The few values far above the others are cut off, so that the others can be told apart.
     """
     columns = max(1, len(panels))
-    figure = _figure(4.4 * columns + 1.6, 4.0)
+    figure = _figure(4.4 * columns + 1.8, 4.0)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    for axes, (title, lines) in zip(figure.subplots(1, columns, squeeze=False, sharey=True).flat, panels.items(), strict=False):  # fmt: skip
+    for axes, (title, lines) in zip(figure.subplots(1, columns, squeeze=False).flat, panels.items(), strict=False):  # fmt: skip
         for name, found in lines.items():
             if not found:
                 continue
@@ -162,6 +162,11 @@ def over_passes(panels: dict[str, dict[str, dict[int, dict[str, float]]]], y_lab
             ]
             axes.errorbar([n * aside for n in budgets], values, yerr=spread, label=name, markersize=5, linewidth=1.0,
                           elinewidth=0.8, **_style(index))  # fmt: skip
+        everything = [e["value"] for found in lines.values() for e in found.values()]
+        if everything:
+            lowest, middle = min(everything), sorted(everything)[len(everything) // 2]
+            if middle > lowest:
+                axes.set_ylim(top=min(axes.get_ylim()[1], lowest + 4 * (middle - lowest)))
         ticks = sorted({n for found in lines.values() for n in found})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(n) for n in ticks])
