@@ -59,8 +59,11 @@ def write_summary(out: Path, records: list[Record], title: str) -> None:
             parts.append(make(chosen))
     if any(r["experiment"] == "E3" for r in records):
         whole = [r for r in records if r["experiment"] == "E3"]
-        durable.write_text(out / "pareto.svg", pareto_picture(whole))
-        durable.write_text(out / "passes.svg", budget_picture(whole))
+        for name, picture in (("pareto", pareto_picture(whole)), ("passes", budget_picture(whole))):
+            on_white = picture.replace(
+                "<svg ", '<svg style="background: white" ', 1
+            )  # readable on a dark page too
+            durable.write_text(out / f"{name}.svg", on_white)
     durable.write_text(out / "summary.md", "\n\n".join(parts) + "\n")
 
 
