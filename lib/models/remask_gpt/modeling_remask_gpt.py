@@ -429,7 +429,7 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
         else:
             init.zeros_(module.weight)
-        if getattr(module, "bias", None) is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)
 
     def _pick_mask(
