@@ -14,8 +14,8 @@ pictures in OUT/passes.svg and OUT/pareto.svg.
 
 Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 2,000 for the critic,
 500 for each critic of the ablations; the sums 4 x 128 with context 64, 6,000 and 1,500 steps; 256 texts per setting (192
-in E3, 128 in E6). About 6 hours on two cores. --quick: 1 seed, 2 x 64 with context 64, some hundred steps, 24 texts, the
-main policies; under 5 minutes.
+in E3, 128 in E6). About 8 hours on two cores, by the parts that were timed. --quick: 1 seed, 2 x 64 with context 64, some
+hundred steps, 24 texts, the main policies; under 5 minutes.
 
 python -m benchmarks.remasking outputs/remasking
 python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare/input.txt --only E1,E2

@@ -194,11 +194,8 @@ SAMPLES = TableSchema(
         ("text", pa.large_string()),
         ("token_ids", _IDS),
         ("given", pa.list_(pa.field("item", pa.bool_(), nullable=False))),  # protected positions
-        (
-            "reference_nll",
-            pa.float64(),
-            _NULLABLE,
-        ),  # nats per token under reference_lm, from the first written one on
+        # nats per token under reference_lm, from the first written one on
+        ("reference_nll", pa.float64(), _NULLABLE),
         ("critic_error", pa.float64(), _NULLABLE),  # mean calibrated chance that a written token is an error
         (
             "token_error",

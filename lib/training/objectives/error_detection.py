@@ -76,11 +76,8 @@ def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
     `confidence_given` is the ceiling, known where nothing but the masks was written: given the given text, the truth does
     not depend on what was written, so that for a calibrated generator nothing can say more.
     """
-    every, written, of_those = (
-        np.arange(len(seen.wrong)),
-        np.flatnonzero(seen.written),
-        np.flatnonzero(seen.visible),
-    )
+    every = np.arange(len(seen.wrong))
+    written, of_those = np.flatnonzero(seen.written), np.flatnonzero(seen.visible)
     own, rest = seen.at(written), seen.at(of_those)
     scores = {
         "critic": (own.critic, written),
