@@ -257,13 +257,7 @@ def sums(trained: Trained, policy: str, nfe: int, count: int, digits: int, **cha
 
 
 def ablation(
-    trained: Trained,
-    ratio: float,
-    nfe: int,
-    policies: tuple[str, ...],
-    count: int,
-    resamples: int,
-    **changes: Any,
+    trained: Trained, ratio: float, nfe: int, policies: tuple[str, ...], count: int, resamples: int
 ) -> dict[str, Any]:
     """What a variant of the critic costs the generator, how well it finds errors, and what its policies gain.
 
@@ -277,7 +271,7 @@ def ablation(
         "auroc_partial": detection["critic_partial"]["auroc"],
         "ece": detection["critic"]["ece"],
         "ece_raw": detection["critic_raw"]["ece"],
-    } | infilling(trained, ratio, nfe, policies, count, **changes)
+    } | infilling(trained, ratio, nfe, policies, count)
 
 
 # ------------------------------------------------------------------------------------------ E6: cost

@@ -265,40 +265,54 @@ def valid_strings(records: list[Record]) -> str:
 
 
 def ablations(records: list[Record]) -> str:
-    rows: Table = []
-    found = by_setting(records)
-    _, plain = found.get(json.dumps({"variant": "no critic"}), ({}, []))
-    for setting, results in found.values():
-        name = setting["variant"] + "".join(f", {k} {v}" for k, v in setting.get("changes", {}).items())
-        paired = len(plain) == len(results) and results is not plain
-        cost = (
-            over_seeds([r["nelbo"] - p["nelbo"] for r, p in zip(results, plain, strict=True)])
-            if paired
-            else None
-        )
-        accuracy = [
-            shown(over_seeds([r["policies"][p]["accuracy"] for r in results]), percent=True)
-            for p in results[0]["policies"]
-        ]
-        rows.append([name, str(len(results)), shown(mean_of(results, "nelbo")), shown(cost, signed=True), shown(mean_of(results, "auroc")),
-                     shown(mean_of(results, "auroc_partial")), shown(mean_of(results, "ece")),
-                     shown(mean_of(results, "ece_raw")), *accuracy])  # fmt: skip
-    policies = [f"right tokens, {p}, %" for p in records[0]["result"]["policies"]]
-    head = [
-        "variant",
-        "seeds",
-        "NELBO",
-        "over no critic",
-        "AUROC",
-        "AUROC, partial",
-        "ECE",
-        "ECE, raw",
-        *policies,
-    ]
-    return (
+    trained = by_setting([r for r in records if "changes" not in r["setting"]])
+    changed = by_setting([r for r in records if "changes" in r["setting"]])
+    _, plain = trained.get(json.dumps({"variant": "no critic"}), ({}, []))
+    _, joint = trained.get(json.dumps({"variant": "joint"}), ({}, []))
+    policies = list(records[0]["result"]["policies"])
+
+    def right(results: list[dict], policy: str) -> dict[str, float] | None:
+        return mean_of([r["policies"][policy] for r in results], "accuracy")
+
+    rows: Table = [
+        [setting["variant"], str(len(results)), shown(mean_of(results, "nelbo")),
+         shown(_difference(results, plain, "nelbo"), signed=True),
+         *(shown(mean_of(results, name)) for name in ("auroc", "auroc_partial", "ece", "ece_raw")),
+         *(shown(right(results, p), percent=True) for p in policies)]
+        for setting, results in trained.values()
+    ]  # fmt: skip
+    head = ["variant", "seeds", "NELBO", "over no critic", "AUROC", "AUROC, partial", "ECE", "ECE, raw"]
+    head += [f"right tokens, {p}, %" for p in policies]
+    text = (
         "## E5: ablations\n\n`no critic` is the generator trained on for as many steps: what a critic costs it is the "
         "distance to that.\n\n" + markdown(head, rows)
-    )  # fmt: skip
+    )
+    rows = []
+    for setting, results in changed.values():
+        name = ", ".join(f"{k}: {v}" for k, v in setting["changes"].items())
+        cells = [
+            (right(results, p), _difference(results, joint, "policies", p, "accuracy", "value"))
+            for p in policies
+        ]
+        rows.append([
+            name, str(len(results)),
+            *(text for own, more in cells for text in (shown(own, True), shown(more, True, signed=True))),
+        ])  # fmt: skip
+    head = ["sampler", "seeds", *(text for p in policies for text in (f"right tokens, {p}, %", "over joint"))]
+    return text + "\n\nThe joint critic with other settings of the sampler:\n\n" + markdown(head, rows)
+
+
+def _difference(results: list[dict], others: list[dict], *path: str) -> dict[str, float] | None:
+    """Over seeds, of the numbers at a path; None unless both have the same seeds, or for `others` themselves."""
+    if results is others or len(results) != len(others):
+        return None
+
+    def at(result: Any) -> float:
+        for key in path:
+            result = result[key]
+        return result
+
+    return over_seeds([at(a) - at(b) for a, b in zip(results, others, strict=True)])
 
 
 def costs(records: list[Record]) -> str:
