@@ -45,10 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stop_gradient": {"coupling": "stop_gradient", "layers": 1},
     "decoupled": {"coupling": "decoupled", "layers": 1},
     "one block of its own": {"layers": 1},
-    "sampled labels": {"labels": "sampled"},
     "filled only": {"partial_fraction": 0.0},
     "partial only": {"partial_fraction": 1.0},
-    "never told": {"told_fraction": 0.0},
 }
 
 
