@@ -3,7 +3,8 @@ Does re-masking pay, and does a learned critic? Every policy at equal NFE, on te
 
 E1 wrong tokens found in held-out fills: critic, stored and fresh confidence, entropy, chance, and the ceiling
 E2 sticky spans of held-out text filled: right tokens, likelihood, and the oracle as the ceiling
-E3 whole samples: likelihood under two judges against variety, at matched 4-gram entropy; words, repetition, copying
+E3 whole samples: likelihood under two judges against variety, at matched 4-gram entropy, beside an autoregressive model's;
+   words, repetition, copying
 E4 sums in brackets, decided exactly: share of right sentences
 E5 ablations: how the critic is trained and used, and what it costs the generator
 E6 seconds beside passes, and the same samples at any batch size
@@ -39,7 +40,7 @@ from typing import Any
 
 from benchmarks import remasking_experiments as experiments
 from benchmarks.remasking_lab import SUMS, TEXT, VARIANTS, Lab, Size
-from benchmarks.remasking_summary import CHURNED, REAL, SECTIONS, write_summary
+from benchmarks.remasking_summary import AUTOREGRESSIVE, CHURNED, REAL, SECTIONS, write_summary
 from lib import durable
 from lib.config import load_config
 from lib.diffusion.policies import POLICIES
@@ -152,6 +153,10 @@ def tasks(plan: Plan) -> Iterator[Task]:
     yield Task(
         "E3", {"policy": REAL}, lambda lab, seed: experiments.real_text(lab.models(seed), plan.samples)
     )
+    for heat in plan.temperatures:
+        setting = {"policy": AUTOREGRESSIVE, "nfe": plan.text.context, "temperature": heat}
+        yield Task("E3", setting, lambda lab, seed, t=heat: experiments.autoregressive(
+            lab.models(seed), lab.autoregressive(seed), plan.samples, t))  # fmt: skip
     lines: list[tuple[str, str, dict[str, Any]]] = [(policy, policy, {}) for policy in plan.sample_policies]
     lines += [(f"{policy}, plain", policy, PLAIN) for policy in plan.plain_policies]
     lines.append((CHURNED, "remdm_rescale", CHURN))

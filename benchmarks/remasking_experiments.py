@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.languages import Sums
 from benchmarks.remasking_lab import CRITIC, Trained
 from benchmarks.text_quality import divergence, longest_copy, repeated
 from lib import metrics, randomness
+from lib.diffusion.autoregressive import sample_autoregressively
 from lib.diffusion.categorical import draw, probability_of
 from lib.diffusion.lowest import lowest
 from lib.diffusion.masking import draw_mask, masked_counts
@@ -215,6 +217,19 @@ def unconditional(trained: Trained, policy: str, nfe: int, count: int, **changes
     ids, free = trained.blank(count)
     begin = time.perf_counter()
     made = trained.sample(policy, nfe, ids, free, **changes)
+    seconds = time.perf_counter() - begin
+    return {"passes": made.nfe, "seconds": seconds} | quality(trained, made.ids)
+
+
+def autoregressive(trained: Trained, model: nn.Module, count: int, temperature: float) -> dict[str, Any]:
+    """The same of a causal model: a pass for every token."""
+    ids, free = trained.blank(count)
+    begin = time.perf_counter()
+    made = sample_autoregressively(
+        model.to(trained.runtime.device), ids, free, np.arange(count), trained.tokenizer.cls_token_id, trained.forbidden,
+        trained.config.sampler.model_copy(update={"temperature": temperature}), trained.runtime, trained.seed,
+        trained.context,
+    )  # fmt: skip
     seconds = time.perf_counter() - begin
     return {"passes": made.nfe, "seconds": seconds} | quality(trained, made.ids)
 

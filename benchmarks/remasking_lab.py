@@ -20,6 +20,7 @@ import yaml
 from torch import nn
 
 from benchmarks.languages import NgramJudge, Sums
+from benchmarks.remasking_summary import AUTOREGRESSIVE
 from lib import randomness, schema
 from lib.config import Config, load_config
 from lib.diffusion.calibration import Calibration
@@ -229,22 +230,38 @@ class Lab:
     data: str
     sizes: dict[str, Size]
     _trained: dict[tuple, Trained] = field(default_factory=dict)
+    _autoregressive: dict[int, nn.Module] = field(default_factory=dict)
 
     def models(self, seed: int, language: str = TEXT, variant: str = MAIN) -> Trained:
         """The finished models; trained now if they are not there yet."""
         name = (seed, language, variant)
         if name not in self._trained:
-            base = self._run(seed, language, "base", BEFORE, {})
-            folder = base.parent / variant.replace(" ", "_")
-            folder.mkdir(exist_ok=True)
-            for stage in BEFORE:
-                if not (folder / stage).exists():
-                    (folder / stage).symlink_to(Path("..") / "base" / stage)
+            folder = self._beside_base(seed, language, variant.replace(" ", "_"), BEFORE)
             changes = {"critic": self._critic(language, variant)}
             self._run(seed, language, folder.name, (CRITIC,), changes)
             config = self._config(seed, language, folder.name, changes)
             self._trained[name] = Trained(config, folder, Runtime.detect(config), seed)
         return self._trained[name]
+
+    def autoregressive(self, seed: int) -> nn.Module:
+        """An ordinary language model of the same size that learned from the same text, for as many steps as the generator."""
+        if seed not in self._autoregressive:
+            self._beside_base(seed, TEXT, AUTOREGRESSIVE, BEFORE[:-1])
+            spec = load_config().models["ar_baseline"].model_dump()
+            spec["training"] |= _training(self.sizes[TEXT].steps[0])
+            models = {"generator": None, "reference_lm": None, "ar_baseline": spec}
+            folder = self._run(seed, TEXT, AUTOREGRESSIVE, BEFORE[-1:], {"models": models})
+            self._autoregressive[seed] = load_model(folder / BEFORE[-1] / "ar_baseline" / "best_model")
+        return self._autoregressive[seed]
+
+    def _beside_base(self, seed: int, language: str, name: str, stages: tuple[str, ...]) -> Path:
+        """A run of its own that shares `stages` with the base, which is trained first."""
+        folder = self._run(seed, language, "base", BEFORE, {}).parent / name
+        folder.mkdir(exist_ok=True)
+        for stage in stages:
+            if not (folder / stage).exists():
+                (folder / stage).symlink_to(Path("..") / "base" / stage)
+        return folder
 
     def _critic(self, language: str, variant: str) -> dict[str, Any]:
         if variant == MAIN:

@@ -16,7 +16,7 @@ from lib.report import plots
 CHURNED = "random, as critic_origin"
 BASELINES = ("none", "random", "random, plain", CHURNED)  # of E3: each other policy's difference to them
 STEPS_BELOW_REAL = (0.0, 0.25, 0.5)  # nats of 4-gram entropy at which likelihoods are compared
-REAL = "real text"
+REAL, AUTOREGRESSIVE = "real text", "autoregressive"
 
 Record = dict[str, Any]
 Table = list[list[str]]
@@ -346,7 +346,8 @@ SECTIONS = {
 
 def pareto_picture(records: list[Record]) -> str:
     """NLL under the reference model over 4-gram entropy, a panel per budget: the least, a middle one, the most."""
-    lines = [r for r in records if r["setting"]["policy"] != REAL]
+    lines = [r for r in records if r["setting"]["policy"] not in (REAL, AUTOREGRESSIVE)]
+    causal = by_setting([r for r in records if r["setting"]["policy"] == AUTOREGRESSIVE]).values()
     budgets = sorted({r["setting"]["nfe"] for r in lines})
     picked = sorted({budgets[0], budgets[len(budgets) // 2], budgets[-1]}) if budgets else []
     real = [r["result"] for r in records if r["setting"]["policy"] == REAL]
@@ -355,6 +356,9 @@ def pareto_picture(records: list[Record]) -> str:
         panel: dict[str, list[tuple[float, float]]] = {}
         for setting, results in by_setting([r for r in lines if r["setting"]["nfe"] == nfe]).values():
             panel.setdefault(setting["policy"], []).append(_mean_point(results))
+        if causal:  # has but one budget, a pass for every token
+            passes = next(iter(causal))[0]["nfe"]
+            panel[f"{AUTOREGRESSIVE}, {passes} passes"] = [_mean_point(results) for _, results in causal]
         panels[f"{nfe} passes"] = panel | ({REAL: [_mean_point(real)]} if real else {})
     at = _mean_point(real)[0] if real else 0.0
     near = (at - 1.25, at + 0.5) if real else None
