@@ -259,12 +259,17 @@ def run(
             say(
                 f"seed {seed}, {number}/{len(left)}: {task.experiment} {json.dumps(task.setting)}, {seconds:.1f} s"
             )
-    planned = {task.name: number for number, task in enumerate(tasks(plan))}
+    write_tables(out, plan_name, Path(data).name)
+    return results
+
+
+def write_tables(out: Path, plan_name: str, data: str) -> None:
+    """Tables and pictures of all lines that OUT/results.jsonl holds, in the plan's order."""
+    planned = {task.name: number for number, task in enumerate(tasks(PLANS[plan_name]))}
     records = Results(out / "results.jsonl").records  # also those of processes beside this one
     records.sort(key=lambda r: planned.get(name_of(r["experiment"], r["setting"]), len(planned)))
-    write_summary(out, records, f"{plan_name}, {Path(data).name}")
+    write_summary(out, records, f"{plan_name}, {data}")
     say(f"{out / 'summary.md'}")
-    return results
 
 
 def settings_of(plan: Plan, data: str) -> dict[str, Any]:
@@ -291,17 +296,24 @@ def main() -> None:
     parser.add_argument("--data", default="builtin", help="a text file; builtin: Python's language reference")
     parser.add_argument("--seeds", default="", help="such as 0,1,2, which is the default; quick: 0")
     parser.add_argument("--only", default="", help="experiments, such as E1,E2")
+    parser.add_argument(
+        "--tables", action="store_true", help="train nothing: tables and pictures of what is there"
+    )
     options = parser.parse_args()
     only = tuple(name for name in options.only.split(",") if name)
     seeds = [seed for seed in options.seeds.split(",") if seed]
     if set(only) - set(SECTIONS) or not all(seed.isdecimal() for seed in seeds):
         parser.error(f"--only takes {', '.join(SECTIONS)}, --seeds whole numbers")
     data = options.data
+    plan_name = "quick" if options.quick else "tiny" if options.tiny else "full"
+    if options.tables:
+        if not (options.out / "results.jsonl").exists():
+            parser.error(f"--tables: {options.out / 'results.jsonl'} is not there")
+        return write_tables(options.out, plan_name, Path(data).name)
     if not data.startswith("builtin"):
         if not Path(data).exists():
             parser.error(f"--data {data} is not there")
         data = str(Path(data).resolve())
-    plan_name = "quick" if options.quick else "tiny" if options.tiny else "full"
     run(options.out, plan_name, data, tuple(map(int, seeds)), only)
 
 
