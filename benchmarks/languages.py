@@ -50,9 +50,13 @@ class Sums:
         mirrored = "".join(CLOSE[OPEN.index(bracket)] for bracket in reversed(opened))
         return len(opened) <= MOST_BRACKETS and mirrored == closed and int(a) + int(b) == int(c)
 
+    def sentences(self, text: str) -> list[str]:
+        """Those of a text; its first and last piece, which are cut, do not count."""
+        return text.split(";")[1:-1]
+
     def judge(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """((B,) right sentences, (B,) sentences) of each text; its first and last piece, which are cut, do not count."""
-        pieces = [text.split(";")[1:-1] for text in texts]
+        """((B,) right sentences, (B,) sentences) of each text."""
+        pieces = [self.sentences(text) for text in texts]
         right = np.array([sum(map(self.right, row)) for row in pieces], float)
         return right, np.array([len(row) for row in pieces], float)
 

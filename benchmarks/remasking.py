@@ -5,9 +5,12 @@ E1 wrong tokens found in held-out fills: critic, stored and fresh confidence, en
 E2 sticky spans of held-out text filled: right tokens, likelihood, and the oracle as the ceiling
 E3 whole samples: likelihood under two judges against variety, at matched 4-gram entropy, beside an autoregressive model's;
    words, repetition, copying
-E4 sums in brackets, decided exactly: share of right sentences
+E4 sums in brackets, decided exactly: share of right sentences, and how many of them differ
 E5 ablations: how the critic is trained and used, and what it costs the generator
 E6 seconds beside passes, and the same samples at any batch size
+
+Policies that take back write the second half of their rounds cold. E3 sweeps the temperature; in E2, E4 and E5 lines named
+"cold" do the same without taking anything back.
 
 Per seed: generator, reference model and critics by the project's own stages, an n-gram judge. Each (seed, experiment,
 setting) is a line of OUT/results.jsonl; started again it goes on where it was. Tables are in OUT/summary.md, the
@@ -56,6 +59,12 @@ PLAIN = {"hold_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only
 CHURN = {"remdm_share": 1.0}
 LEADING = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
 ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E5
+# Held rounds write cold, which finds likelier tokens by itself: these do it without taking anything back
+COLD = {"temperature": 0.3}
+COLD_POLICIES = (
+    "none",
+    "confidence_first",
+)  # a second time in E2, E4 and E5, where no temperatures are swept
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
 
 
@@ -149,7 +158,7 @@ def tasks(plan: Plan) -> Iterator[Task]:
     for nfe in plan.span_nfe:
         setting = {"ratio": plan.span_ratio, "nfe": nfe}
         yield Task("E2", setting, lambda lab, seed, n=nfe: experiments.infilling(
-            lab.models(seed), plan.span_ratio, n, (*plan.policies, "oracle"), plan.texts))  # fmt: skip
+            lab.models(seed), plan.span_ratio, n, _lines((*plan.policies, "oracle")), plan.texts))  # fmt: skip
     yield Task(
         "E3", {"policy": REAL}, lambda lab, seed: experiments.real_text(lab.models(seed), plan.samples)
     )
@@ -182,14 +191,20 @@ def _temperatures(plan: Plan, policy: str, nfe: int) -> tuple[float, ...]:
     return (*heats, plan.hottest) if policy in DULL and nfe >= MANY else heats
 
 
+def _lines(policies: tuple[str, ...]) -> experiments.Lines:
+    """The policies, and those of them that are tried cold too."""
+    cold = {f"{policy}, cold": (policy, COLD) for policy in COLD_POLICIES if policy in policies}
+    return {policy: (policy, {}) for policy in policies} | cold
+
+
 def _sum_tasks(plan: Plan) -> Iterator[Task]:
     def task(setting: dict[str, Any], policy: str, nfe: int, **changes: Any) -> Task:
         return Task("E4", setting, lambda lab, seed: experiments.sums(
             lab.models(seed, SUMS), policy, nfe, plan.texts, plan.sums.digits, **changes))  # fmt: skip
 
     for nfe in plan.sum_nfe:
-        for policy in plan.policies:
-            yield task({"policy": policy, "nfe": nfe}, policy, nfe)
+        for name, (policy, changes) in _lines(plan.policies).items():
+            yield task({"policy": name, "nfe": nfe}, policy, nfe, **changes)
     for policy in STOPPING:
         for threshold in plan.thresholds:
             nfe = max(plan.sum_nfe)
@@ -198,7 +213,7 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
 
 
 def _ablation_tasks(plan: Plan) -> Iterator[Task]:
-    how = (plan.span_ratio, plan.cost_nfe // 2, ABLATED, plan.texts)
+    how = (plan.span_ratio, plan.cost_nfe // 2, _lines(ABLATED), plan.texts)
     for variant in plan.variants:
         yield Task("E5", {"variant": variant}, lambda lab, seed, v=variant: experiments.ablation(
             lab.models(seed, TEXT, v), *how, plan.resamples))  # fmt: skip
@@ -209,17 +224,17 @@ def _ablation_tasks(plan: Plan) -> Iterator[Task]:
 
 
 class Results:
-    """The lines of OUT/results.jsonl; a last one that was cut off by a kill is forgotten."""
+    """The lines of OUT/results.jsonl; one that was cut off by a kill is passed over."""
 
     def __init__(self, path: Path):
         self.path, self.records = path, []
-        whole = b""
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if line.endswith(b"\n"):
-                whole += line
+        content = path.read_bytes() if path.exists() else b""
+        self._begin = b"" if content.endswith(b"\n") or not content else b"\n"  # ends what was cut off
+        for line in content.splitlines():
+            try:
                 self.records.append(json.loads(line))
-        if path.exists() and path.stat().st_size > len(whole):
-            os.truncate(path, len(whole))
+            except json.JSONDecodeError:
+                continue
         self.done = {(r["seed"], name_of(r["experiment"], r["setting"])) for r in self.records}
 
     def add(self, task: Task, seed: int, result: dict[str, Any], seconds: float) -> None:
@@ -230,11 +245,11 @@ class Results:
             "seconds": round(seconds, 2),
         }
         record = plain(head | {"result": result})
-        with open(
-            self.path, "ab", buffering=0
-        ) as file:  # in one piece: another process may write beside this one
-            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        line = self._begin + json.dumps(record, allow_nan=False).encode() + b"\n"
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(line)  # in one piece: another process may write beside this one
             os.fsync(file.fileno())
+        self._begin = b""
         self.records.append(record)
         self.done.add((seed, task.name))
 
@@ -259,16 +274,16 @@ def run(
             say(
                 f"seed {seed}, {number}/{len(left)}: {task.experiment} {json.dumps(task.setting)}, {seconds:.1f} s"
             )
-    write_tables(out, plan_name, Path(data).name)
+    write_tables(out, plan)
     return results
 
 
-def write_tables(out: Path, plan_name: str, data: str) -> None:
+def write_tables(out: Path, plan: Plan) -> None:
     """Tables and pictures of all lines that OUT/results.jsonl holds, in the plan's order."""
-    planned = {task.name: number for number, task in enumerate(tasks(PLANS[plan_name]))}
+    planned = {task.name: number for number, task in enumerate(tasks(plan))}
     records = Results(out / "results.jsonl").records  # also those of processes beside this one
     records.sort(key=lambda r: planned.get(name_of(r["experiment"], r["setting"]), len(planned)))
-    write_summary(out, records, f"{plan_name}, {data}")
+    write_summary(out, records)
     say(f"{out / 'summary.md'}")
 
 
@@ -309,7 +324,7 @@ def main() -> None:
     if options.tables:
         if not (options.out / "results.jsonl").exists():
             parser.error(f"--tables: {options.out / 'results.jsonl'} is not there")
-        return write_tables(options.out, plan_name, Path(data).name)
+        return write_tables(options.out, PLANS[plan_name])
     if not data.startswith("builtin"):
         if not Path(data).exists():
             parser.error(f"--data {data} is not there")

@@ -33,6 +33,10 @@ STICKY = StickyMasking(type="sticky", p1=0.02, p2=0.9)
 MASKS = {"random": RandomMasking(type="random"), "sticky": STICKY}
 REPEATED = 8  # characters of a repetition
 
+Lines = dict[
+    str, tuple[str, dict[str, Any]]
+]  # name in the table -> policy, settings of the sampler of its own
+
 
 def estimate(numerators: np.ndarray, denominators: np.ndarray | None = None) -> dict[str, float]:
     return metrics.ratio(numerators, denominators)._asdict()
@@ -180,9 +184,9 @@ def _precision(suspicion: np.ndarray, where: np.ndarray, wrong: np.ndarray) -> n
 
 
 def infilling(
-    trained: Trained, ratio: float, nfe: int, policies: tuple[str, ...], count: int, **changes: Any
+    trained: Trained, ratio: float, nfe: int, lines: Lines, count: int, **changes: Any
 ) -> dict[str, Any]:
-    """Policy -> share of right tokens in sticky spans of held-out text, and by how much the whole text is less likely
+    """Line -> share of right tokens in sticky spans of held-out text, and by how much the whole text is less likely
     than the true one under both judges, in nats per written token: a span must also fit what stands behind it."""
     clean = trained.unseen[:count]
     eligible = np.ones(clean.shape, bool)
@@ -192,22 +196,23 @@ def infilling(
     everywhere = np.ones_like(free)
     truth = {"reference": trained.reference_nll(clean, everywhere), "ngram": trained.ngram.nll(clean).sum(1)}
     hits, result = {}, {}
-    for policy in policies:
+    against = next(iter(lines))
+    for name, (policy, own) in lines.items():
         begin = time.perf_counter()
-        made = trained.sample(policy, nfe, clean, free, truth=clean, **changes)
+        made = trained.sample(policy, nfe, clean, free, truth=clean, **changes, **own)
         seconds = time.perf_counter() - begin
-        hits[policy] = ((made.ids == clean) & free).sum(1)
-        result[policy] = {
+        hits[name] = ((made.ids == clean) & free).sum(1)
+        result[name] = {
             "passes": made.nfe,
             "seconds": seconds,
-            "accuracy": estimate(hits[policy], counts),
-            "over_none": estimate(hits[policy] - hits[policies[0]], counts),
+            "accuracy": estimate(hits[name], counts),
+            f"over_{against}": estimate(hits[name] - hits[against], counts),
             "reference_over_truth": estimate(
                 trained.reference_nll(made.ids, everywhere) - truth["reference"], counts
             ),
             "ngram_over_truth": estimate(trained.ngram.nll(made.ids).sum(1) - truth["ngram"], counts),
         }
-    return {"policies": result, "against": policies[0]}
+    return {"policies": result, "against": against}
 
 
 # --------------------------------------------------------------------------------- E3: whole samples
@@ -261,18 +266,25 @@ def quality(trained: Trained, ids: np.ndarray) -> dict[str, Any]:
 
 
 def sums(trained: Trained, policy: str, nfe: int, count: int, digits: int, **changes: Any) -> dict[str, Any]:
-    """Share of right sentences among those that samples of the language of sums hold."""
+    """Share of right sentences among those that samples of the language of sums hold, and how many of them differ."""
     ids, free = trained.blank(count)
     made = trained.sample(policy, nfe, ids, free, **changes)
-    right, total = Sums(digits).judge(trained.texts(made.ids))
-    return {"passes": made.nfe, "valid": estimate(right, total), "sentences": float(total.mean())}
+    texts, language = trained.texts(made.ids), Sums(digits)
+    right, total = language.judge(texts)
+    different = {sentence for text in texts for sentence in language.sentences(text)}
+    return {
+        "passes": made.nfe,
+        "valid": estimate(right, total),
+        "sentences": float(total.mean()),
+        "different": len(different) / max(float(total.sum()), 1.0),
+    }
 
 
 # ------------------------------------------------------------------------------------- E5: ablations
 
 
 def ablation(
-    trained: Trained, ratio: float, nfe: int, policies: tuple[str, ...], count: int, resamples: int
+    trained: Trained, ratio: float, nfe: int, lines: Lines, count: int, resamples: int
 ) -> dict[str, Any]:
     """What a variant of the critic costs the generator, how well it finds errors, and what its policies gain.
 
@@ -286,7 +298,7 @@ def ablation(
         "auroc_partial": detection["critic_partial"]["auroc"],
         "ece": detection["critic"]["ece"],
         "ece_raw": detection["critic_raw"]["ece"],
-    } | infilling(trained, ratio, nfe, policies, count)
+    } | infilling(trained, ratio, nfe, lines, count)
 
 
 # ------------------------------------------------------------------------------------------ E6: cost

@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stop_gradient": {"coupling": "stop_gradient", "layers": 1},
     "decoupled": {"coupling": "decoupled", "layers": 1},
     "one block of its own": {"layers": 1},
+    "sampled labels": {"labels": "sampled"},
     "filled only": {"partial_fraction": 0.0},
     "partial only": {"partial_fraction": 1.0},
 }
@@ -244,11 +245,12 @@ class Lab:
         return self._trained[name]
 
     def autoregressive(self, seed: int) -> nn.Module:
-        """An ordinary language model of the same size that learned from the same text, for as many steps as the generator."""
+        """An ordinary language model of the same size that learned from the same text: for as many steps as the generator
+        before its critic, half of what that has learned in the end."""
         if seed not in self._autoregressive:
             self._beside_base(seed, TEXT, AUTOREGRESSIVE, BEFORE[:-1])
-            spec = load_config().models["ar_baseline"].model_dump()
-            spec["training"] |= _training(self.sizes[TEXT].steps[0])
+            spec = load_config().models["ar_baseline"].model_dump(exclude={"architecture", "training"})
+            spec["training"] = _training(self.sizes[TEXT].steps[0])
             models = {"generator": None, "reference_lm": None, "ar_baseline": spec}
             folder = self._run(seed, TEXT, AUTOREGRESSIVE, BEFORE[-1:], {"models": models})
             self._autoregressive[seed] = load_model(folder / BEFORE[-1] / "ar_baseline" / "best_model")

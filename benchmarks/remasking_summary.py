@@ -50,9 +50,9 @@ def at_entropy(rows: list[tuple[float, float]], entropy: float) -> float:
     return float(PchipInterpolator(x, y)(entropy))
 
 
-def write_summary(out: Path, records: list[Record], title: str) -> None:
+def write_summary(out: Path, records: list[Record]) -> None:
     """OUT/summary.md, and the pictures OUT/pareto.svg and OUT/passes.svg if there are whole samples."""
-    parts = [f"# Re-masking policies: {title}\n", __doc__.split("\n\n", 1)[1].strip() if __doc__ else ""]
+    parts = ["# Re-masking policies\n", __doc__.split("\n\n", 1)[1].strip() if __doc__ else ""]
     for name, make in SECTIONS.items():
         chosen = [r for r in records if r["experiment"] == name]
         if chosen:
@@ -143,15 +143,15 @@ def detection(records: list[Record]) -> str:
 
 def infilling(records: list[Record]) -> str:
     rows: Table = []
+    against = records[0]["result"]["against"]
     for setting, results in by_setting(records).values():
         for policy in results[0]["policies"]:
             found = [r["policies"][policy] for r in results]
             rows.append([
                 f"{setting['ratio']:.0%}", str(setting["nfe"]), policy, str(len(found)), passes_of(found),
-                shown(mean_of(found, "accuracy"), percent=True), shown(mean_of(found, "over_none"), percent=True, signed=True),
+                shown(mean_of(found, "accuracy"), percent=True), shown(mean_of(found, f"over_{against}"), percent=True, signed=True),
                 shown(mean_of(found, "reference_over_truth"), signed=True), shown(mean_of(found, "ngram_over_truth"), signed=True),
             ])  # fmt: skip
-    against = records[0]["result"]["against"]
     head = [
         "masked",
         "NFE",
@@ -257,10 +257,20 @@ def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> s
 def valid_strings(records: list[Record]) -> str:
     rows: Table = [
         [setting["policy"], str(setting["nfe"]), f"{setting['threshold']:g}" if "threshold" in setting else "–",
-         str(len(results)), passes_of(results), shown(mean_of(results, "valid"), percent=True), shown(mean_of(results, "sentences"))]
+         str(len(results)), passes_of(results), shown(mean_of(results, "valid"), percent=True), shown(mean_of(results, "sentences")),
+         shown(mean_of(results, "different"), percent=True)]
         for setting, results in by_setting(records).values()
     ]  # fmt: skip
-    head = ["policy", "NFE", "threshold", "seeds", "passes", "right sentences, %", "sentences per sample"]
+    head = [
+        "policy",
+        "NFE",
+        "threshold",
+        "seeds",
+        "passes",
+        "right sentences, %",
+        "sentences per sample",
+        "different sentences, %",
+    ]
     return "## E4: sums in brackets, right or wrong\n\n" + markdown(head, rows)
 
 

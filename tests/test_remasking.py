@@ -169,7 +169,7 @@ def finished(tmp_path_factory):
 
 
 def lines_of(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return remasking.Results(out / "results.jsonl").records
 
 
 TIMES = ("seconds", "seconds_per_sample", "bare_share")
