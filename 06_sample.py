@@ -45,7 +45,7 @@ def main(config: Config, args: RunArgs) -> None:
 def score_text(config: Config, args: RunArgs, file: Path) -> None:
     """Every token of a user's text, scored by the models of a finished run."""
     from lib import durable, schema
-    from lib.errors import BadData
+    from lib.errors import BadConfig, BadData, MissingInput
     from lib.report.bench import Bench, as_table
     from lib.report.scores import HEAD, cells, documents_of, known_texts, score, scores_page, windows
     from lib.report.table import aligned
@@ -58,7 +58,14 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         "passage_characters": 1,
         "split": "contiguous",
         "fractions": {"train": 1.0},
+        "deduplicate": "none",
     }
+    if config.critic.method == "ppo":
+        raise BadConfig(
+            "--score reads a text token by token, and critic.method: ppo trains no model that does"
+        )
+    if not file.exists():
+        raise MissingInput(f"--score {file}: there is no such file or folder")
     data = config.data.model_copy(update={"path": str(file), **small})
     found = list(get_task("text").check(config.model_copy(update={"data": data})))
     texts = [(d.document_id, d.content) for d in found if isinstance(d, Document)]
@@ -77,17 +84,17 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         runtime = Runtime.detect(config)
         stage.environment |= runtime.fence()
         bench = Bench(stage, config, runtime)
-        parts = list(windows(texts, bench.tokenizer, bench.context, config.tokenizer.unknown))
+        parts = list(windows(texts, bench.tokenizer, bench.narrowest, config.tokenizer.unknown))
         strange = sum(int((part.ids == bench.tokenizer.unk_token_id).sum()) for part in parts)
         if strange:
             say(f"{strange:,} tokens of {file} are outside the run's vocabulary and stand as [UNK]")
         rows = score(parts, bench)
         stage.write("scores", as_table(rows, schema.SCORES), schema.SCORES)
         known = documents_of(score(known_texts(bench), bench))
-        page = scores_page(rows, known, bench.token_text, file.name)
+        lines = documents_of(rows)
+        page = scores_page(rows, lines, known, bench.token_text, file.name)
         durable.write_text(stage.folder / "scores.html", page)
         stage.add_file("page", stage.folder / "scores.html")
-        lines = documents_of(rows)
         stage.stats |= {"documents": lines[:1000], "known": known}
         say("\n" + aligned([HEAD, *(cells(line) for line in lines[:20] + known)]))
         say(
@@ -120,7 +127,7 @@ def sample(config: Config, args: RunArgs) -> None:
                 bench.write(starts, name, nfe, table)
                 progress.update(done + 1)
         table.policies += bench.baselines(starts)
-        chosen = bench.best_of(starts[0])
+        chosen = bench.best_of(starts[0], table)
 
         # Write
         from lib import schema
@@ -135,7 +142,7 @@ def sample(config: Config, args: RunArgs) -> None:
             "best_of": chosen,
         }
         stage.write_json("metrics", metrics)
-        data = gather(stage, config, table.samples(), table.trace(), table.policies, bench)
+        data = gather(stage, config, table.samples(), table.trace(), table.policies, chosen, bench)
         durable.write_text(stage.folder / "report.html", build_report(data))
         stage.add_file("report", stage.folder / "report.html")
         bench.say_results(table.policies, chosen)

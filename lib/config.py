@@ -31,6 +31,7 @@ from lib.strict_yaml import Location, parse_scalar, parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CAN_BE_DRAWN_ANEW = ("masked_lm", "random_tokens")
+GIVEN_TEXT = ("sampler.prompt", "sampler.infill")  # to the last blank as a user wrote it
 DEFAULTS = ROOT / "configs" / "default.yaml"
 
 
@@ -173,6 +174,8 @@ def _apply_override(merged: dict, where: dict, text: str) -> None:
     leaf = parse_scalar(value, f"--set {text}")
     if isinstance(node.get(keys[-1]), str) and not isinstance(leaf, str | None):
         leaf = value  # what is text stays text: 12 and [MASK] look like a number and a list
+    if path.strip() in GIVEN_TEXT and leaf == value.strip():
+        leaf = value  # not in quotes: blanks at its ends are part of it
     node[keys[-1]] = leaf
     for depth in range(1, len(keys) + 1):
         where[keys[:depth]] = Location("--set " + text, 0)

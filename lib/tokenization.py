@@ -89,13 +89,18 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -
     if unknown == "error":
         strange = [text for text, i in zip(texts, ids, strict=True) if (i == UNK).any()]
         if strange:
-            outside = sorted(set("".join(strange)) - set(tokenizer.get_vocab()))
-            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in outside[:20])
             raise BadData(
-                f"{len(outside)} characters are outside the vocabulary: {shown}; leave them out, train the tokenizer "
-                "on text that has them, or set tokenizer.unknown=unk"
+                f"{outside(tokenizer, strange)}; leave them out, train the tokenizer on text that has them, or set "
+                "tokenizer.unknown=unk"
             )
     return ids
+
+
+def outside(tokenizer: Any, texts: Sequence[str]) -> str:
+    """What an error says of texts with characters that the vocabulary has not."""
+    found = sorted(set("".join(texts)) - set(tokenizer.get_vocab()))
+    shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in found[:20])
+    return f"{len(found)} characters are outside the vocabulary: {shown}"
 
 
 def _points(text: str) -> np.ndarray:
@@ -131,10 +136,10 @@ def newline_ids(tokenizer: Any) -> np.ndarray:
     return np.flatnonzero(["\n" in text for text in decode_batch(tokenizer, [[i] for i in range(size)])])
 
 
-def encode_with_masks(tokenizer: Any, text: str) -> np.ndarray:
-    """int32 ids of a text in which [MASK] stands for one token to be written."""
-    pieces = text.split("[MASK]")
-    coded = encode_batch(tokenizer, pieces)
+def encode_with_masks(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -> list[np.ndarray]:
+    """int32 ids of each text, in which [MASK] stands for one token to be written; `unknown` as in `encode_batch`."""
+    pieces = [text.split("[MASK]") for text in texts]
+    coded = iter(encode_batch(tokenizer, [piece for row in pieces for piece in row], unknown))
     mask = np.array([tokenizer.mask_token_id], np.int32)
-    joined = [part for piece in coded for part in (mask, piece)]
-    return np.concatenate(joined[1:])
+    rows = [[part for _ in row for part in (mask, next(coded))] for row in pieces]
+    return [np.concatenate(row[1:]) for row in rows]

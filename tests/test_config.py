@@ -139,3 +139,8 @@ def test_a_missing_file_and_a_bad_override():
 def test_text_settings_stay_text():
     config = load_config(overrides=["sampler.infill=[MASK]", "data.path=12", "sampler.prompt="])
     assert config.sampler.infill == "[MASK]" and config.data.path == "12" and config.sampler.prompt == ""
+    config = load_config(overrides=["sampler.prompt= a: b "])
+    assert (
+        config.sampler.prompt == " a: b "
+        and load_config(overrides=["sampler.prompt='c'"]).sampler.prompt == "c"
+    )

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
-from lib.errors import BadData, MissingInput
+from lib.errors import BadConfig, BadData, MissingInput
+from lib.metrics import ngram_entropy
 from lib.report.data import ReportData
 from lib.report.html import build_report
 from lib.report.quality import describe, from_first_gap, lexicon, valid_words
@@ -130,10 +131,19 @@ def made_data(**changes) -> ReportData:
         "model": HOSTILE, "metric": HOSTILE, "baseline": HOSTILE, "baseline_value": 2.0, "lower_is_better": True,
         "beats_baseline": True, **estimate,
     }  # fmt: skip
+    chosen = {
+        "policy": HOSTILE,
+        "nfe": 4,
+        "n": 2,
+        "scorer": HOSTILE,
+        "nll": estimate,
+        "gain": estimate,
+        "fourgram_entropy": 1.0,
+    }
     line = {"step": 1, "train": {"loss": 1.0}, "held_out": {"nll": 1.0}}
     values = {
         "run": HOSTILE, "settings": HOSTILE, "manifests": {}, "curves": {"m": [line]}, "results": [result],
-        "policies": [policy], "samples": pa.Table.from_pylist([sample], schema.SAMPLES.arrow),
+        "policies": [policy], "best_of": [chosen], "samples": pa.Table.from_pylist([sample], schema.SAMPLES.arrow),
         "trace": pa.Table.from_pylist([step], schema.TRACE.arrow), "token_text": lambda i: HOSTILE, "mask_id": 1,
         "explain": lambda row: HOSTILE,
     }  # fmt: skip
@@ -187,7 +197,7 @@ def test_valid_words_leave_out_cut_ones():
 
 
 def test_a_row_of_the_sampling_table_is_computed_from_its_texts():
-    row = describe("p", 8, 8, 1.0, ["abab", "bbbb"], set(), np.array([2.0, 6.0]), np.array([4.0, 4.0]))
+    row = describe("p", 8, 8, 1.0, ["abab", "bbbb"], set(), np.array([2.0, 6.0]))
     assert row["reference_nll"]["value"] == pytest.approx(1.0)
     share = np.array([2 / 8, 6 / 8])
     assert row["character_entropy"] == pytest.approx(-(share * np.log(share)).sum())
@@ -269,10 +279,21 @@ def test_a_text_that_cannot_be_scored_is_refused(quick_run, quick_config, tmp_pa
     empty.write_text("")
     with pytest.raises(BadData, match="no text to score"):
         importlib.import_module("06_sample").main(quick_config, RunArgs(run_dir=quick_run, score=empty))
-    with pytest.raises(MissingInput):
+    with pytest.raises(MissingInput, match="no such file"):
         importlib.import_module("06_sample").main(
             quick_config, RunArgs(run_dir=quick_run, score=tmp_path / "nowhere.txt")
         )
+
+
+def test_equal_documents_are_each_scored(quick_run, quick_config, tmp_path):
+    import shutil
+
+    shutil.copytree(quick_run, tmp_path / "run_001")
+    (tmp_path / "twice.jsonl").write_text('{"text": "A name is a name."}\n' * 2)
+    args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "twice.jsonl")
+    importlib.import_module("06_sample").main(quick_config, args)
+    rows = pq.read_table(tmp_path / "run_001" / "06_score_twice" / "scores.parquet").to_pylist()
+    assert len({r["document_id"] for r in rows}) == 2 and rows[0]["critic_error"] == rows[1]["critic_error"]
 
 
 # --- samples from a file, and longer than the context ----------------------------------------------------------------
@@ -338,6 +359,7 @@ def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_pat
     assert metrics["real text"]["infill_accuracy"]["value"] == 1
     parsed = Page((folder / "report.html").read_text())
     assert not parsed.problems and "Infilling" in parsed.text
+    assert "No trace was kept" not in parsed.text  # whichever row is the first of the shortest
     assert f"{metrics['critic']['infill_accuracy']['value']:.1%}" in parsed.text
     manifest = load_manifest(folder)
     assert manifest is not None and "mine.parquet" in manifest["inputs"]
@@ -352,6 +374,7 @@ def test_all_rows_that_cannot_be_filled_are_named_at_once(sampled, tmp_path):
         {"id": "short", "text": "A [MASK]", "target": "A name"},
         {"id": "other", "text": "A [MASK]", "target": "B c"},
         {"id": "fine", "text": "A [MASK].", "target": None},
+        {"id": "never", "text": "A [MASK]", "target": "A \u4e2d"},
     ]
     path = infill_file(tmp_path, rows)
     with pytest.raises(BadData) as error:
@@ -359,7 +382,8 @@ def test_all_rows_that_cannot_be_filled_are_named_at_once(sampled, tmp_path):
     message = str(error.value)
     for part in ("row 1 (id 'long'): text has 99 tokens, but the generator reads at most 64", "row 2 (id 'full')",
                  "row 3 (id 'odd'): text has characters outside", "row 4 (id 'short'): target has 6 tokens, text has 3",
-                 "row 5 (id 'other'): target differs from text at token 0", "row 6 (id 'fine'): row 0 has this id"):  # fmt: skip
+                 "row 5 (id 'other'): target differs from text at token 0", "row 6 (id 'fine'): row 0 has this id",
+                 "row 7 (id 'never'): target has characters outside"):  # fmt: skip
         assert part in message, message
     assert "row 0" not in message.replace("row 0 has this id", "") and error.value.exit_code == 65
     for bad, word in (
@@ -376,10 +400,40 @@ def test_all_rows_that_cannot_be_filled_are_named_at_once(sampled, tmp_path):
 
 def test_texts_longer_than_the_context_are_written_in_blocks(sampled):
     overrides = ("sampler.length=150", "sampler.block_tokens=40", "sampler.policies=[none, critic]")
-    folder = sampled(*overrides, "sampler.prompt=The value of")
+    folder = sampled(*overrides, "sampler.prompt=The value of ")
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
-    assert all(len(r["token_ids"]) == 150 and r["text"].startswith("The value of") for r in samples)
+    assert all(len(r["token_ids"]) == 150 and r["text"].startswith("The value of ") for r in samples)
     assert all(np.isfinite(r["reference_nll"]) for r in samples)
     rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
     assert rows["none"]["passes"] == 4 * 4 and rows["critic"]["passes"] == 3 * 4
-    assert rows["autoregressive"]["passes"] == 150 - len("The value of")
+    assert rows["autoregressive"]["passes"] == 150 - len("The value of ")
+
+
+def test_the_best_of_several_samples_are_written_and_shown(sampled):
+    folder = sampled("sampler.policies=[none]", "sampler.best_of=3", "sampler.best_of_policy=random")
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    chosen = [r for r in samples if r["policy"] == "random, best of 3 by judge"]
+    assert [r["sample_id"] for r in chosen] == [0, 1, 2]
+    rows = json.loads((folder / "metrics.json").read_text())["best_of"]
+    judge = next(r for r in rows if r["scorer"] == "judge")
+    assert judge["nll"]["value"] == pytest.approx(np.mean([r["reference_nll"] for r in chosen]))
+    text = Page((folder / "report.html").read_text()).text
+    assert "best of 3 by" in text and f"{judge['fourgram_entropy']:.3f}" in text
+
+
+def test_a_prompt_outside_the_vocabulary_is_refused_by_name(sampled):
+    with pytest.raises(
+        BadConfig, match=r"sampler.prompt: 1 characters are outside .*U\+2603.* write it without"
+    ):
+        sampled("sampler.prompt=A \u2603")
+
+
+def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
+    """Else what all samples share would make them look alike, and real text easier than it is."""
+    prompt = "The value of the object is the value of the "
+    folder = sampled("sampler.policies=[none]", "sampler.num_samples=6", f"sampler.prompt={prompt}")
+    rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    codes = [np.frombuffer(r["text"][len(prompt) :].encode("utf-32-le"), np.uint32) for r in samples]
+    assert rows["none"]["fourgram_entropy"] == pytest.approx(ngram_entropy(codes, 4))
+    assert rows["real text"]["fourgram_entropy"] <= np.log(6 * (64 - len(prompt) - 3))

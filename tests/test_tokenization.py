@@ -57,7 +57,7 @@ def test_characters_outside_the_vocabulary():
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_a_user_types_reads_the_mask(kind):
     tokenizer = KINDS[kind]
-    ids = encode_with_masks(tokenizer, "to [MASK][MASK] be")
+    (ids,) = encode_with_masks(tokenizer, ["to [MASK][MASK] be"])
     assert (ids == 1).sum() == 2
     left, right = encode_batch(tokenizer, ["to ", " be"])
     np.testing.assert_array_equal(ids, [*left, 1, 1, *right])

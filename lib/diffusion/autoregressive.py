@@ -29,9 +29,31 @@ def sample_autoregressively(
 
     Keys and values of earlier tokens are cached, and given tokens wait for the pass that writes the next one: a prompt
     costs none. A text longer than the context is written in blocks of half of it, each behind as much text as the context
-    holds, which one pass reads. The sample's noise is keyed by `rows`, as in the sampler.
+    holds, which one pass reads. The sample's noise is keyed by `rows`, as in the sampler. `sampler.batch_size` texts have a
+    cache at a time.
     """
-    ids = ids.copy()
+    written, size = ids.copy(), settings.batch_size
+    for start in range(0, len(ids), size):
+        part = slice(start, start + size)
+        _write_batch(
+            model, written[part], free[part], rows[part], cls_id, forbidden, settings, runtime, seed, context
+        )
+    return Samples(written, free.sum(1))
+
+
+def _write_batch(
+    model,
+    ids,
+    free,
+    rows,
+    cls_id: int,
+    forbidden: list[int],
+    settings,
+    runtime,
+    seed: int,
+    context: int | None,
+) -> None:
+    """Into (B, T) ids, in place."""
     barred = torch.tensor(forbidden, device=runtime.device)
     noise = randomness.uniform(randomness.key(seed, "autoregressive token"), rows, ids.shape[1])
     for block in blocks_of(ids.shape[1], None, context):
@@ -46,4 +68,3 @@ def sample_autoregressively(
             here = torch.from_numpy(noise[:, position]).to(runtime.device)
             tokens, _ = draw(output.logits[:, -1], here, barred, settings.temperature, top_p=settings.top_p)
             ids[:, position] = np.where(free[:, position], tokens.cpu().numpy(), ids[:, position])
-    return Samples(ids, free.sum(1))

@@ -1,8 +1,8 @@
 """Re-masking policies: which tokens are masked after a round of sampling.
 
 A round is one forward pass that gives a draft for every masked position, then a choice: the policy names the
-positions that stay or become masked, as many as the schedule says. Policies differ in nothing else, and every extra
-pass they take is counted.
+positions that stay or become masked, as many as the schedule says. Every extra pass is counted. Those that take back what
+was written also have the schedule's held rounds, drawn colder (`schedule.temperatures`); among them nothing else differs.
 
 | policy           | what it masks again                                                   | passes | paper |
 |------------------|------------------------------------------------------------------------|--------|-------|

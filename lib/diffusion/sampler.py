@@ -164,13 +164,17 @@ class Sampler:
             if not len(rows.place):
                 return
             masked = (rows.ids == self.mask_id) & rows.free
+            busy = np.full(len(masked), threshold is not None or policy.takes_back)
+            busy |= rows.left[:, number] < masked.sum(1)
+            if not busy.any():
+                continue  # fewer tokens to write than rounds
             last, held = number + 1 == rounds, number + 1 >= correcting
             after = np.zeros_like(masked)
             if policy.blind and not last:
                 after = choose(self._view(number, first, rows, masked, _Draft(rows.ids), held))
             partial = policy.partial and not last
             draft = self._draft(rows, masked & ~after, first + number, partial, float(heats[number]))
-            result.passes[rows.place] += 1
+            result.passes[rows.place] += busy
             if not (policy.blind or last):
                 after = choose(self._view(number, first, rows, masked, draft, held))
                 result.passes[rows.place] += int(policy.extra_pass)

@@ -1,11 +1,11 @@
 """How many tokens are still masked after each round of sampling.
 
-The policies are compared on one schedule, so that only the choice of places differs.
+Policies that take back share one schedule, so that only the choice of places differs; those that take nothing back write to
+the end, at one temperature.
 """
 
 import numpy as np
 
-from lib.errors import BadConfig
 from lib.sections.sampler import SamplerConfig
 
 LEAST_ROUNDS = 8  # with fewer, held rounds would leave too few for writing
@@ -15,7 +15,8 @@ def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -
     """(rounds,) share of the free tokens left masked after each round; the last is 0.
 
     linear: evenly from start_ratio to end_ratio; cosine: cos(pi/2 x done), slow at first (Chang et al., MaskGIT,
-    2022); custom: `masking_ratios`, of which there must be one for each round after the first; threshold: the shares
+    2022); custom: `masking_ratios`, one for each round after the first, read off between them for another number of
+    rounds; threshold: the shares
     of linear, as the most that a round leaves masked.
 
     Of all but custom the last rounds, `hold_share` of them, stay at one share: the text stands but for what is taken back
@@ -23,12 +24,9 @@ def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -
     rounds change little at once. A policy that takes nothing back needs them for writing.
     """
     if config.schedule == "custom":
-        if len(config.masking_ratios) != rounds - 1:
-            raise BadConfig(
-                f"sampler.masking_ratios has {len(config.masking_ratios)} values, but {rounds} rounds need "
-                f"{rounds - 1}: one for each round after the first"
-            )
-        return np.append(config.masking_ratios, 0.0)
+        given = np.asarray(config.masking_ratios)
+        places = np.linspace(0, 1, len(given)), np.linspace(0, 1, rounds - 1)
+        return np.append(np.interp(places[1], places[0], given), 0.0)
     held = held_rounds(config, rounds, takes_back)
     falling = rounds - held
     end = min(config.end_ratio, config.hold_rewrites / held) if held else config.end_ratio

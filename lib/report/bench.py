@@ -56,6 +56,8 @@ class Bench:
         self.judge = self._load(lambda s: s.mode == "sequence_scorer" and s.target_type == "score")
         self.ranker = self._load(lambda s: s.mode == "ranker")
         self.real, self.words = self._real_text()
+        judges = (model, self.reference, self.inspector, self.judge)
+        self.narrowest = min(m.config.max_position_embeddings for m in judges if m is not None) - 1
         self.results = (
             stage.upstream_stats("04_train")["table"] + stage.upstream_stats("05_train_critic")["table"]
         )
@@ -127,16 +129,20 @@ class Bench:
         """(the line of the sampling table, what was measured of each start's samples)."""
         parts = [Measured.of(ids, s.free, self, s.truth) for ids, s in zip(texts, starts, strict=True)]
         all_of = Measured.joined(parts)
-        row = describe(name, nfe, passes, seconds, all_of.texts, self.words, all_of.nll, all_of.size)
+        row = describe(name, nfe, passes, seconds, all_of.written, self.words, all_of.nll)
         return row | all_of.means(), parts
 
-    def best_of(self, start: Start) -> list[dict]:
-        """What choosing the best of N samples gains, by each scorer; nothing without sampler.best_of or a measure."""
+    def best_of(self, start: Start, table: "Collected") -> list[dict]:
+        """What choosing the best of N samples gains, by each scorer, whose choices go into the table; nothing for N = 1."""
         settings = self.config.sampler
-        if settings.best_of == 1 or self.reference is None:
+        if settings.best_of == 1:
             return []
-        policy, nfe = settings.best_of_policy, max(settings.nfe)
-        return best_of(self, start.ids, start.free, start.number, policy, nfe, settings.best_of)
+        policy, nfe, n = settings.best_of_policy, max(settings.nfe), settings.best_of
+        rows, texts = best_of(self, start.ids, start.free, start.number, policy, nfe, n)
+        for scorer, ids in texts.items():
+            name = f"{policy}, best of {n} by {scorer}"
+            table.add_samples(name, nfe, start, ids, Measured.of(ids, start.free, self))
+        return rows
 
     def baselines(self, starts: list[Start]) -> list[dict]:
         """The causal model's own samples, and real text: of the same length, or what should have been filled in."""
@@ -169,7 +175,8 @@ class Bench:
             return [replace(s, ids=s.truth) for s in known if s.truth is not None] if whole else []
         # As many texts as samples: the entropy of n-grams grows with their number
         real = self.real_text(len(starts[0].ids))[:, : starts[0].ids.shape[1]]
-        return [Start(real, np.ones_like(real, bool), np.arange(len(real)))] if len(real) else []
+        # and measured from the same place on
+        return [Start(real, starts[0].free[: len(real)], np.arange(len(real)))] if len(real) else []
 
     def real_text(self, count: int) -> np.ndarray:
         """(up to count, T) whole held-out windows, the same ones at every call."""

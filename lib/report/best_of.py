@@ -11,7 +11,8 @@ import torch
 
 from lib import metrics
 from lib.diffusion.policies import POLICIES
-from lib.report.quality import from_first_gap, reference_nll, sequence_scores
+from lib.report.quality import characters, from_first_gap, reference_nll, sequence_scores
+from lib.tokenization import decode_batch
 
 CHANCE, CEILING = "chance", "reference model itself"
 
@@ -19,33 +20,54 @@ CHANCE, CEILING = "chance", "reference model itself"
 @torch.no_grad()
 def best_of(
     bench: Any, ids: np.ndarray, free: np.ndarray, number: np.ndarray, policy: str, nfe: int, n: int
-) -> list[dict]:
-    """A row per scorer: {"policy", "nfe", "n", "scorer", "nll" and "gain" as estimates, nats per token}.
+) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """(a row per scorer, scorer -> (B, T) the texts that it chose).
+
+    A row is {"policy", "nfe", "n", "scorer", "fourgram_entropy" of the chosen texts, "nll" and "gain" over the first of the
+    N as estimates in nats per token, None without a reference model}. A gain that costs entropy is worth less.
 
     Args:
         ids, free: (B, T) what all samples start from; number: (B,) the samples' numbers.
     """
-    count, counted = len(ids), from_first_gap(free)
-    pool = [bench.sampler.sample(ids, free, number + k * count, POLICIES[policy], nfe).ids for k in range(n)]
-    nll = np.stack([
-        reference_nll(bench.reference, bench.runtime, texts, counted, bench.tokenizer.cls_token_id)
-        / np.maximum(counted.sum(1), 1)
-        for texts in pool
-    ])  # (n, B)  # fmt: skip
-    rows = []
-    likings = {CHANCE: np.zeros_like(nll), **_scorers(bench, pool, free), CEILING: -nll}
+    count = len(ids)
+    pool = np.stack([
+        bench.sampler.sample(ids, free, number + k * count, POLICIES[policy], nfe).ids for k in range(n)
+    ])  # (n, B, T)  # fmt: skip
+    nll = None if bench.reference is None else _nll(bench, pool, from_first_gap(free))
+    likings = {CHANCE: np.zeros(pool.shape[:2]), **_scorers(bench, pool, free)}
+    if nll is not None:
+        likings[CEILING] = -nll
+    rows, texts = [], {}
     for name, liking in likings.items():
-        chosen = np.take_along_axis(nll, liking.argmax(0)[None], 0)[0]  # (B,)
-        rows.append(
-            {
-                "policy": policy, "nfe": nfe, "n": n, "scorer": name, "nll": metrics.ratio(chosen)._asdict(),
-                "gain": metrics.ratio(nll[0] - chosen)._asdict(),
-            }
-        )  # fmt: skip
-    return rows
+        best = liking.argmax(0)  # (B,)
+        chosen = pool[best, np.arange(count)]
+        row: dict[str, Any] = {
+            "policy": policy,
+            "nfe": nfe,
+            "n": n,
+            "scorer": name,
+            "nll": None,
+            "gain": None,
+        }
+        if nll is not None:
+            own = nll[best, np.arange(count)]
+            row |= {"nll": metrics.ratio(own)._asdict(), "gain": metrics.ratio(nll[0] - own)._asdict()}
+        entropy = metrics.ngram_entropy(characters(decode_batch(bench.tokenizer, chosen)), 4)
+        rows.append(row | {"fourgram_entropy": entropy})
+        if name not in (CHANCE, CEILING):
+            texts[name] = chosen
+    return rows, texts
 
 
-def _scorers(bench: Any, pool: list[np.ndarray], free: np.ndarray) -> dict[str, np.ndarray]:
+def _nll(bench: Any, pool: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """(n, B) nats per counted token under the reference model."""
+    sums = [
+        reference_nll(bench.reference, bench.runtime, t, counted, bench.tokenizer.cls_token_id) for t in pool
+    ]
+    return np.stack(sums) / np.maximum(counted.sum(1), 1)
+
+
+def _scorers(bench: Any, pool: np.ndarray, free: np.ndarray) -> dict[str, np.ndarray]:
     """Scorer -> (n, B) how much it likes each text."""
     cls_id = bench.tokenizer.cls_token_id
     share = free / np.maximum(free.sum(1, keepdims=True), 1)

@@ -19,7 +19,7 @@ from lib.report.quality import from_first_gap, reference_nll, sequence_scores
 from lib.runs import STAGES, load_manifest
 from lib.sections.sampler import SamplerConfig
 from lib.tasks import get_task
-from lib.tokenization import decode_batch, encode_batch, encode_with_masks
+from lib.tokenization import UNK, decode_batch, encode_with_masks, outside
 from lib.training.objectives.base import chunks
 
 
@@ -28,7 +28,7 @@ def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.nd
     length = settings.length or context
     blocks_of(length, settings.block_tokens, context)  # refuses what cannot be written
     if settings.infill:
-        row = np.asarray(encode_with_masks(tokenizer, settings.infill))
+        row = _given(tokenizer, "infill", settings.infill)
         if not (row == tokenizer.mask_token_id).any():
             raise BadConfig(
                 "sampler.infill has no [MASK] to fill; write [MASK] once for each token to be written"
@@ -37,10 +37,10 @@ def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.nd
             raise BadConfig(
                 f"sampler.infill has {len(row)} tokens, but the generator reads at most {context}"
             )
-        return row.astype(np.int64)
+        return row
     row = np.full(length, tokenizer.mask_token_id, np.int64)
     if settings.prompt:
-        given = encode_batch(tokenizer, [settings.prompt])[0]
+        given = _given(tokenizer, "prompt", settings.prompt)
         if len(given) >= length:
             raise BadConfig(
                 f"sampler.prompt has {len(given)} tokens; with {length} in all nothing is left to write"
@@ -49,12 +49,21 @@ def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.nd
     return row
 
 
+def _given(tokenizer: Any, name: str, text: str) -> np.ndarray:
+    """(T,) ids of what a user gave as sampler.<name>, masks where it has [MASK]."""
+    (ids,) = encode_with_masks(tokenizer, [text], "unk")
+    if (ids == UNK).any():
+        strange = outside(tokenizer, text.split("[MASK]"))
+        raise BadConfig(f"sampler.{name}: {strange}; the generator never saw them: write it without")
+    return ids.astype(np.int64)
+
+
 @dataclass
 class Measured:
     """Samples with what the judges say of them, of one length or several."""
 
     texts: list[str]
-    size: np.ndarray  # (B,) characters from the first written one on
+    written: list[str]  # the same from the first written character on
     nll: np.ndarray | None  # (B,) nats of those under the reference model
     errors: list[np.ndarray]  # (T,) each: calibrated chance of error
     judged: np.ndarray | None  # (B,) the judge's score
@@ -67,7 +76,7 @@ class Measured:
         tokenizer, runtime = bench.tokenizer, bench.runtime
         texts, cls_id = decode_batch(tokenizer, ids), tokenizer.cls_token_id
         counted = from_first_gap(free)
-        judged_part = decode_batch(tokenizer, [row[c] for row, c in zip(ids, counted, strict=True)])
+        written = decode_batch(tokenizer, [row[c] for row, c in zip(ids, counted, strict=True)])
         nll = None
         if bench.reference is not None:
             nll = reference_nll(bench.reference, runtime, ids, counted, cls_id)
@@ -76,8 +85,7 @@ class Measured:
         hits = known = None
         if truth is not None:
             hits, known = (free & (ids == truth)).sum(1), (free & (truth != UNKNOWN)).sum(1)
-        size = np.array([len(t) for t in judged_part], float)
-        return cls(texts, size, nll, errors, judged, list(free), hits, known)
+        return cls(texts, written, nll, errors, judged, list(free), hits, known)
 
     @classmethod
     def joined(cls, parts: list["Measured"]) -> "Measured":
@@ -104,7 +112,7 @@ class Measured:
 
 
 def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, policies: list[dict],
-           bench: Any) -> ReportData:  # fmt: skip
+           best_of: list[dict], bench: Any) -> ReportData:  # fmt: skip
     """Everything that the report shows, from this stage and the manifests before it."""
     manifests = {name: m for name in STAGES if (m := load_manifest(stage.run_dir / name)) is not None}
     curves = {name: _lines(stage.run_dir / "04_train" / name / "metrics.jsonl") for name in config.models}
@@ -118,7 +126,7 @@ def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, pol
         f"{architecture.width}, context {architecture.context}; seed {config.seed}"
     )
     return ReportData(
-        stage.run_dir.name, settings, manifests, curves, bench.results, policies, samples, trace,
+        stage.run_dir.name, settings, manifests, curves, bench.results, policies, best_of, samples, trace,
         bench.token_text, bench.tokenizer.mask_token_id, getattr(get_task(config.task), "explain", None),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from lib.report import plots
 from lib.report.cells import table
 from lib.report.classifiers import CLASSES_HINT, SCORES_HINT, classes_table, scores_table
 from lib.report.data import ReportData
-from lib.report.table import BANDS_HEAD, bands_cells, passes_text
+from lib.report.table import BANDS_HEAD, BEST_OF_HEAD, bands_cells, best_of_cells, passes_text
 from lib.report.trace import heat_map, trace_section
 
 STYLE = Path(__file__).with_name("report.css")
@@ -24,6 +24,7 @@ def build_report(data: ReportData) -> str:
         _section("What the ranker chooses", "Mean of each reward term over held-out examples: of the candidate it puts first, of a random one, of the best one.", _winners(data)),
         _section("Sampling", "Every policy wrote the same numbered samples with about as many forward passes. A low NLL counts only beside an entropy like real text's: dull text is likely too.", _policies(data.policies)),
         *_infilling(data.policies),
+        *_best_of(data.best_of),
         _section("Samples", "The same sample numbers under each policy; given text is underlined.", _samples(data)),
         _section("How a sample came about", "A row is a round, a column a token. Step through the rounds to see what was written and taken back.", trace_section(data)),
         _section("What the critic suspects", "The redder a token, the likelier the critic holds it for an error; hover for the number.", heat_map(data, SAMPLES_SHOWN)),
@@ -132,6 +133,18 @@ def _infilling(rows: list[dict]) -> list[str]:
     hint = "Share of the filled tokens that are exactly the target's. The oracle takes back what is wrong, and only that."
     body = table(["policy", "passes (NFE)", "right tokens", "95 % interval"], lines)
     return [_section("Infilling", hint, body)] if filled else []
+
+
+def _best_of(rows: list[dict]) -> list[str]:
+    """A section of its own, where every sample was written several times."""
+    if not rows:
+        return []
+    first = rows[0]
+    hint = f"Every sample was written {first['n']} times by {first['policy']} in {first['nfe']} passes each, and one was kept. Chance and the reference model's own choice are the floor and the ceiling; the chosen texts are among the samples below."
+    body = table(
+        [f"best of {first['n']} by", *BEST_OF_HEAD], [[escape(r["scorer"]), *best_of_cells(r)] for r in rows]
+    )
+    return [_section("Best of N", hint, body)]
 
 
 def _samples(data: ReportData) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.errors import BadData
-from lib.tokenization import UNK, encode_batch
+from lib.tokenization import UNK, encode_batch, encode_with_masks
 
 SHOWN = 20
 UNKNOWN = -1  # in place of the right token where no target is given
@@ -49,7 +49,7 @@ def read_infill_file(path: Path, tokenizer: Any, context: int) -> list[Start]:
         BadData: the file cannot be read or a row cannot be filled; every such row is named.
     """
     names, texts, targets = _columns(path)
-    rows = _encoded(tokenizer, texts)
+    rows = [row.astype(np.int64) for row in encode_with_masks(tokenizer, texts, "unk")]
     wanted: list[np.ndarray | None] = [None] * len(rows)
     known = [i for i, target in enumerate(targets) if target is not None]
     for i, ids in zip(known, encode_batch(tokenizer, [str(targets[i]) for i in known], "unk"), strict=True):
@@ -98,18 +98,6 @@ def _columns(path: Path) -> tuple[list[str], list[str], list[str | None]]:
     return columns["id"], columns["text"], columns["target"]
 
 
-def _encoded(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """Ids of each text, the mask's for every [MASK]."""
-    pieces = [text.split("[MASK]") for text in texts]
-    coded = iter(encode_batch(tokenizer, [piece for row in pieces for piece in row], "unk"))
-    mask = np.array([tokenizer.mask_token_id], np.int32)
-    rows = []
-    for row in pieces:
-        parts = [part for _ in row for part in (mask, next(coded))]
-        rows.append(np.concatenate(parts[1:]).astype(np.int64))
-    return rows
-
-
 def _problems(row: np.ndarray, target: np.ndarray | None, tokenizer: Any, context: int) -> list[str]:
     masked = row == tokenizer.mask_token_id
     found = []
@@ -121,6 +109,8 @@ def _problems(row: np.ndarray, target: np.ndarray | None, tokenizer: Any, contex
         found.append("text has characters outside the vocabulary")
     if target is None:
         return found
+    if (target == UNK).any():
+        found.append("target has characters outside the vocabulary, which are never written")
     if len(target) != len(row):
         found.append(
             f"target has {len(target)} tokens, text has {len(row)}: it must be the whole text, filled"

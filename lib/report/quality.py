@@ -83,11 +83,13 @@ def characters(texts: list[str]) -> list[np.ndarray]:
 
 
 def describe(policy: str, nfe: int, passes: float, seconds: float, texts: list[str], known: set[str],
-             nll: np.ndarray | None, counted_characters: np.ndarray) -> dict:  # fmt: skip
-    """One row of the sampling table. `nll`: nats per text, over `counted_characters` of it."""
+             nll: np.ndarray | None) -> dict:  # fmt: skip
+    """One row of the sampling table. `texts`: what was written, from the first gap on; `nll`: nats of each."""
     codes = characters(texts)
     words = valid_words(texts, known)
-    likelihood = None if nll is None else metrics.ratio(nll, counted_characters)._asdict()
+    likelihood = (
+        None if nll is None else metrics.ratio(nll, np.array([len(t) for t in texts], float))._asdict()
+    )
     return {
         "policy": policy,
         "nfe": nfe,

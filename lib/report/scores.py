@@ -22,7 +22,7 @@ from lib.training.objectives.base import chunks, forward
 from lib.training.objectives.language_model import causal_nll
 
 BATCH = 64
-SHOWN_WINDOWS = 60  # on the page; the table has all
+SHOWN_WINDOWS, SHOWN_DOCUMENTS = 60, 200  # on the page; the table has all
 HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same, half of it rewritten)"
 
 
@@ -62,7 +62,7 @@ def known_texts(bench: Any, count: int = BATCH) -> list[Window]:
 
     Up to `count` windows of each; every second token on average is masked and drawn anew by the generator.
     """
-    real = bench.real_text(count)[:, : bench.context]
+    real = bench.real_text(count)[:, : bench.narrowest]
     rows = np.arange(len(real))
     free = randomness.uniform(randomness.key(bench.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5
     masked = np.where(free, bench.tokenizer.mask_token_id, real)
@@ -104,9 +104,11 @@ def _row(window: Window, bench: Any, found: dict[str, np.ndarray]) -> dict:
 
 def documents_of(rows: list[dict]) -> list[dict]:
     """Means over each document, weighted by tokens: a line per document."""
+    windows_of: dict[str, list[dict]] = {}
+    for row in rows:
+        windows_of.setdefault(row["document_id"], []).append(row)
     lines = []
-    for name in dict.fromkeys(row["document_id"] for row in rows):
-        these = [row for row in rows if row["document_id"] == name]
+    for name, these in windows_of.items():
         weights = np.array([len(row["token_ids"]) for row in these])
         line: dict = {"document_id": name, "tokens": int(weights.sum())}
         for key in ("critic_error_mean", "inspector_changed_mean", "reference_nll_mean", "judge_score"):
@@ -127,15 +129,19 @@ def cells(line: dict) -> tuple[str, ...]:
     return line["document_id"], f"{line['tokens']:,}", *("-" if n is None else f"{n:.3f}" for n in numbers)
 
 
-def scores_page(rows: list[dict], known: list[dict], token_text: Any, source: str) -> str:
+def scores_page(
+    rows: list[dict], documents: list[dict], known: list[dict], token_text: Any, source: str
+) -> str:
     """The heat maps: the text once per model that scores tokens, every token tinted by its number.
 
-    `known`: the lines of the texts that one may hold it against.
+    `documents`, `known`: the lines of `documents_of`, and of the texts that one may hold it against.
     """
-    lines = [[escape(c) for c in cells(line)] for line in (*documents_of(rows), *known)]
+    lines = [[escape(c) for c in cells(line)] for line in (*documents[:SHOWN_DOCUMENTS], *known)]
     body = f"<header><h1>{escape(source)}</h1><p class='hint'>Every token as the models of this run see it. "
     body += "Critic: chance that it is wrong. Inspector: chance that it was changed. The redder, the likelier.</p></header>"
-    body += "<section><h2>Whole texts</h2>" + table(list(HEAD), lines) + "</section>"
+    more = len(documents) - SHOWN_DOCUMENTS
+    rest = f"<p class='hint'>And {more:,} more; scores.parquet has all.</p>" if more > 0 else ""
+    body += "<section><h2>Whole texts</h2>" + table(list(HEAD), lines) + rest + "</section>"
     for key, title in (("critic_error", "Critic"), ("inspector_changed", "Inspector")):
         if rows and rows[0][key] is not None:
             shown = "".join(_heat(row, key, token_text) for row in rows[:SHOWN_WINDOWS])

@@ -82,16 +82,24 @@ def winners_table(ranker: str, terms: dict[str, dict[str, float]]) -> str:
     return aligned(lines)
 
 
+BEST_OF_HEAD = ("NLL, nats/token", "gain over one sample", "95 % interval", "4-gram entropy")
+
+
+def best_of_cells(row: dict) -> tuple[str, ...]:
+    """What a scorer's choice among N samples gains over the first of them, under the reference model, and its variety."""
+    gain, entropy = row["gain"], f"{row['fourgram_entropy']:.3f}"
+    if gain is None:
+        return "-", "-", "-", entropy
+    interval = f"{gain['low']:.3f} .. {gain['high']:.3f}"
+    return f"{row['nll']['value']:.3f}", f"{gain['value']:.3f}", interval, entropy
+
+
 def best_of_table(rows: list[dict]) -> str:
-    """What each scorer's choice among N samples gains over the first of them, under the reference model."""
     first = rows[0]
-    lines: list[tuple[str, ...]] = [
-        (f"best of {first['n']} by", "NLL, nats/token", "gain over one sample", "95 % interval")
+    lines = [
+        (f"best of {first['n']} by", *BEST_OF_HEAD),
+        *((row["scorer"], *best_of_cells(row)) for row in rows),
     ]
-    for row in rows:
-        gain = row["gain"]
-        interval = f"{gain['low']:.3f} .. {gain['high']:.3f}"
-        lines.append((row["scorer"], f"{row['nll']['value']:.3f}", f"{gain['value']:.3f}", interval))
     return f"policy {first['policy']}, {first['nfe']} passes a sample\n{aligned(lines)}"
 
 

@@ -11,9 +11,11 @@ CLASSES = ("kept", "written", "taken", "masked")
 
 def trace_section(data: ReportData) -> str:
     """One sample of each policy at the largest budget: its grid and its text after every round."""
-    rows = [r for r in data.trace.to_pylist() if r["sample_id"] == 0]
+    rows = data.trace.to_pylist()
     if not rows:
         return "<p>No trace was kept.</p>"
+    first = min(r["sample_id"] for r in rows)
+    rows = [r for r in rows if r["sample_id"] == first]
     highest = max(r["nfe"] for r in rows)
     legend = "".join(f'<span class="cell {c}"></span> {e} ' for c, e in zip(CLASSES, EVENTS, strict=True))
     parts = [f'<p class="legend">{legend}</p>']
