@@ -1,9 +1,9 @@
 """
 05: train the critic that the config names: token_critic, or ppo.
 
-The token critic says for every token how likely it is an error. It learns from the generator's own samples of clean text: a token is an error if it differs from the one that stood
-there. Decoupled, the generator stays as it is; joint, both learn on one trunk. On held-out text it is compared with
-the generator's own confidence and calibrated.
+The token critic says for every token how likely it is an error, that is, how likely it differs from the one that stood there.
+It learns from the generator's own fills of clean text. Decoupled, the generator stays as it is; joint, both learn on one
+trunk. On held-out text it is compared with the generator's own confidence and calibrated.
 
 ppo takes a ranker as policy over its candidates and trains it further by the rewards of what it chooses, with a value
 critic as baseline; beside it, from the same start, the exact gradient of the expected reward and cross-entropy.

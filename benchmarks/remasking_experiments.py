@@ -101,7 +101,8 @@ def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) 
 def _given_confidence(trained: Trained, ids: np.ndarray, written: np.ndarray) -> np.ndarray:
     """(B, T) probability of each written token with the given text alone in view; 1 for the given ones.
 
-    No view of a calibrated generator's fills can be better: given that text, what was written tells nothing of the truth.
+    As far as the generator's probabilities are the true ones, no view of its fills can be better: given that text, what was
+    written tells nothing of the truth.
     """
     result, masked = np.ones(ids.shape), np.where(written, trained.mask_id, ids)
     for part in chunks(len(ids), 64):

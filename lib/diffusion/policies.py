@@ -10,16 +10,19 @@ was written also have the schedule's held rounds, drawn colder (`schedule.temper
 | confidence_first | nothing: the surest drafts are written first                           | 1 | MaskGIT, Chang et al. 2022 |
 | margin_first     | nothing: largest gap between the two likeliest tokens first            | 1 | Kim et al. 2025 |
 | random           | any token                                                              | 1 | |
-| confidence       | tokens the generator was unsure of when it wrote them                  | 1 | ReMDM-conf, Wang et al. 2025 |
+| confidence       | tokens the generator was unsure of when it wrote them                  | 1 | stored as in ReMDM-conf |
 | confidence_fresh | tokens the generator finds unlikely now that it sees the whole         | 2 | |
-| remdm_cap        | written tokens with a constant chance, at random                       | 1 | ReMDM, Wang et al. 2025 |
-| remdm_rescale    | the same, the chance a share of the largest possible one               | 1 | ReMDM |
-| remdm_conf       | as remdm_rescale, tokens written without confidence more often         | 1 | ReMDM |
+| remdm_cap        | a constant share of the written tokens, at random                      | 1 | after ReMDM, Wang et al. 2025 |
+| remdm_rescale    | a share of the most that the schedule allows, at random                | 1 | after ReMDM |
+| remdm_conf       | as many, tokens written without confidence rather                      | 1 | after ReMDM |
 | critic           | tokens the critic takes for errors in the whole draft                  | 2 | Token-Critic, Lezama et al. 2022 |
 | critic_blend     | as critic, with what the generator thought when it wrote the token     | 2 | |
 | critic_partial   | tokens the critic suspects in the partly masked text, same pass        | 1 | PRISM, Kim et al. 2025 |
 | critic_origin    | tokens that look written by the generator, in the partly masked text, same pass | 1 | |
 | oracle           | exactly the tokens that differ from the truth: the ceiling, when filling known text | 1 | |
+
+ReMDM gives each written token a chance of its own; here the number is the schedule's, and `sampler.remdm_share` stands for the
+size of that chance, so that all policies mask equally many.
 
 With the schedule `threshold` a policy's view of error decides how many: see `rule`.
 

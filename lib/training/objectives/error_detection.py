@@ -73,8 +73,9 @@ def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
 
     They are of the written tokens. The partial view exists for those that were left to see; confidence on the same ones
     stands beside it. Those of `whole_text` are of all tokens, and know nothing of which were written.
-    `confidence_given` is the ceiling, known where nothing but the masks was written: given the given text, the truth does
-    not depend on what was written, so that for a calibrated generator nothing can say more.
+    `confidence_given` is the generator's own ceiling, known where nothing but the masks was written: given the given text, the
+    truth does not depend on what was written, so that as far as the generator's probabilities are the true ones nothing can
+    say more. A critic that knows the language better than the generator could.
     """
     every = np.arange(len(seen.wrong))
     written, of_those = np.flatnonzero(seen.written), np.flatnonzero(seen.visible)

@@ -13,7 +13,8 @@ likely not the generator's: taking back what looks written does not make text du
 
 Labels are 0 or 1 (`sampled`) or their mean over all truths that the given text leaves open, by the generator (`expected`):
 given that text, the truth is independent of what was written, so that it is one minus the generator's probability of the
-token before anything was written. The pass that writes the first tokens gives it for all.
+token before anything was written. The pass that writes the first tokens gives it for all. It is as right as the generator
+is: what that does not know of the language, only sampled labels can teach.
 
 Legend: B rows, T positions, N positions in question.
 """
