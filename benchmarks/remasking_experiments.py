@@ -26,7 +26,6 @@ from lib.diffusion.masking import draw_mask, masked_counts
 from lib.report.quality import characters, valid_words
 from lib.sections.masking import RandomMasking, StickyMasking
 from lib.training.objectives.base import chunks
-from lib.training.objectives.error_detection import weighted_auroc
 
 BUDGET = 0.3  # of the written tokens: how many a round takes back when precision is measured
 STICKY = StickyMasking(type="sticky", p1=0.02, p2=0.9)
@@ -150,9 +149,7 @@ def _views(trained: Trained, ids, written, confidence, share) -> tuple[dict[str,
     return views, hidden
 
 
-def error_detection(
-    trained: Trained, masks: str, ratio: float, passes: int, count: int, resamples: int
-) -> dict[str, Any]:
+def error_detection(trained: Trained, masks: str, ratio: float, passes: int, count: int) -> dict[str, Any]:
     """View -> AUROC, average precision, precision among the BUDGET most suspected, ECE; differences to confidence."""
     fill = filled(trained, masks, ratio, passes, count)
     result: dict[str, Any] = {"error_rate": float(fill.wrong[fill.written].mean()), "views": {}}
@@ -160,13 +157,10 @@ def error_detection(
         where = fill.seen if name in PARTIAL else fill.written
         base = fill.views["confidence"]
         score, wrong, group = suspicion[where], fill.wrong[where], np.nonzero(where)[0]
-        own, other = weighted_auroc(score, wrong), weighted_auroc(base[where], wrong)
         top = _precision(suspicion, where, fill.wrong)
         result["views"][name] = {
-            "auroc": metrics.resampled(own, group, resamples)._asdict(),
-            "auroc_over_confidence": metrics.resampled(
-                lambda w, a=own, b=other: a(w) - b(w), group, resamples
-            )._asdict(),
+            "auroc": metrics.auroc_estimate(score, wrong, group)._asdict(),
+            "auroc_over_confidence": metrics.auroc_estimate(score, wrong, group, base[where])._asdict(),
             "average_precision": metrics.average_precision(score, wrong),
             "precision": estimate(top),
             "ece": None if name in NOT_CHANCES else metrics.calibration_error(score, wrong),
@@ -284,15 +278,13 @@ def sums(trained: Trained, policy: str, nfe: int, count: int, digits: int, **cha
 # ------------------------------------------------------------------------------------- E5: ablations
 
 
-def ablation(
-    trained: Trained, ratio: float, nfe: int, lines: Lines, count: int, resamples: int
-) -> dict[str, Any]:
+def ablation(trained: Trained, ratio: float, nfe: int, lines: Lines, count: int) -> dict[str, Any]:
     """What a variant of the critic costs the generator, how well it finds errors, and what its policies gain.
 
     Errors are those of sticky spans filled in `nfe` passes.
     """
     after = trained.stats(CRITIC)
-    detection = error_detection(trained, "sticky", ratio, nfe, count, resamples)["views"]
+    detection = error_detection(trained, "sticky", ratio, nfe, count)["views"]
     return {
         "nelbo": after["generator_nelbo"],
         "auroc": detection["critic"]["auroc"],

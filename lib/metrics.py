@@ -1,6 +1,5 @@
 """Numbers that judge predictions, with 95 % intervals from resampling whole groups. numpy and scikit-learn only."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from lib import randomness
 
 RESAMPLES = 1000
+MOST_GROUPS = 256  # of AUROC, whose time grows with them
 
 
 class Estimate(NamedTuple):
@@ -36,13 +36,44 @@ def ratio(
     return Estimate(float(numerators.sum() / max(denominators.sum(), 1e-12)), float(low), float(high))
 
 
-def resampled(metric: Callable[[np.ndarray], float], groups: np.ndarray, resamples: int = 200) -> Estimate:
-    """A metric that needs all values at once, such as AUROC. `metric(weights)` gets a weight per value."""
+def auroc_estimate(
+    score: np.ndarray, happened: np.ndarray, groups: np.ndarray, other: np.ndarray | None = None
+) -> Estimate:
+    """AUROC of (N,) scores, or by how much it exceeds that of `other` (N,) scores of the same values; groups resampled.
+
+    More than MOST_GROUPS groups are joined to so many: fewer units, each still independent of the others.
+    """
     _, unit = np.unique(groups, return_inverse=True)
-    counts = _counts(unit.max() + 1, resamples)
-    values = [metric(c[unit].astype(np.float64)) for c in counts]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return Estimate(float(metric(np.ones(len(unit)))), float(low), float(high))
+    unit = unit % MOST_GROUPS
+    size = int(unit.max()) + 1
+    draws = np.concatenate([np.ones((1, size), np.int64), _counts(size, RESAMPLES)])
+    values = _grouped_auroc(score, happened, unit, draws)
+    if other is not None:
+        values = values - _grouped_auroc(other, happened, unit, draws)
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def _grouped_auroc(
+    score: np.ndarray, happened: np.ndarray, unit: np.ndarray, draws: np.ndarray
+) -> np.ndarray:
+    """(R,) AUROC with the values of unit u counted `draws[r, u]` times; NaN where only one kind is left.
+
+    What is sorted once for all draws is how often a positive of one unit is above a negative of another, ties by half.
+    """
+    size = draws.shape[1]
+    _, rank = np.unique(score, return_inverse=True)
+    positive, negative = np.flatnonzero(happened), np.flatnonzero(~happened)
+    above = np.zeros((size, size))  # positives' unit, negatives' unit
+    for u in range(size):
+        count = np.bincount(rank[negative[unit[negative] == u]], minlength=int(rank.max()) + 1)
+        below = (np.cumsum(count) - count / 2)[rank[positive]]
+        above[:, u] = np.bincount(unit[positive], below, size)
+    pairs = (draws @ np.bincount(unit[positive], minlength=size)) * (
+        draws @ np.bincount(unit[negative], minlength=size)
+    )
+    wins = ((draws @ above) * draws).sum(1)
+    return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan)
 
 
 def sum_by(groups: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:

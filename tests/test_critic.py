@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lib import metrics
 from lib.config import load_config
 from lib.models.build import heads_of, read_folder, save_model, start_model
 from lib.training.data import Windows
@@ -18,7 +17,6 @@ from lib.training.objectives.error_detection import (
     detection,
     fitted,
     halves,
-    weighted_auroc,
 )
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, without_gradient
@@ -285,13 +283,6 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
     assert told.pop() is None
     objective(told_fraction=0.0)._critic_loss(Spy(), filled, index, "critic")
     assert told.pop() is None
-
-
-def test_auroc_of_many_resamples_is_that_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    score, wrong = rng.integers(0, 20, 500) / 20, rng.random(500) < 0.3
-    for weights in (np.ones(500), rng.integers(0, 4, 500).astype(float)):
-        assert weighted_auroc(score, wrong)(weights) == pytest.approx(metrics.auroc(score, wrong, weights))
 
 
 def made_views(count: int = 80_000) -> Seen:

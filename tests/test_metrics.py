@@ -55,9 +55,29 @@ def test_groups_are_resampled_whole():
     width = {}
     for copies in (1, 10):
         s, h, g = (np.repeat(x, copies) for x in (score, happened, groups))
-        e = metrics.resampled(lambda w, s=s, h=h: metrics.auroc(s, h, w), g)
+        e = metrics.auroc_estimate(s, h, g)
         width[copies] = e.high - e.low
     assert width[10] == pytest.approx(width[1], rel=0.01)
+
+
+def test_auroc_of_resampled_groups_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    score, happened = rng.integers(0, 20, 500) / 20, rng.random(500) < 0.3
+    groups = rng.integers(0, 30, 500)
+    draws = np.concatenate([np.ones((1, 30), int), rng.integers(0, 4, (5, 30))])
+    for draw, found in zip(draws, metrics._grouped_auroc(score, happened, groups, draws), strict=True):
+        assert found == pytest.approx(metrics.auroc(score, happened, draw[groups].astype(float)))
+    whole = metrics.auroc_estimate(score, happened, groups)
+    assert (
+        whole.value == pytest.approx(metrics.auroc(score, happened)) and whole.low < whole.value < whole.high
+    )
+    noisy = score + rng.normal(0, 0.3, 500)
+    difference = metrics.auroc_estimate(score, happened, groups, noisy)
+    assert difference.value == pytest.approx(whole.value - metrics.auroc(noisy, happened))
+    assert metrics.auroc_estimate(score, happened, groups, score)[:] == (0, 0, 0)
+    one_each = np.arange(500)  # more groups than are told apart
+    many = metrics.auroc_estimate(score, happened, one_each)
+    assert many.high - many.low == pytest.approx(whole.high - whole.low, rel=0.4)
 
 
 def test_ngram_entropy():

@@ -3,7 +3,6 @@
 Legend: N tokens of clean text into which a generator wrote.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -98,26 +97,12 @@ def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
     for name, (score, at) in scores.items():
         wrong = seen.wrong[at]
         found[name] = {
-            "auroc": metrics.resampled(weighted_auroc(score, wrong), seen.group[at])._asdict(),
+            "auroc": metrics.auroc_estimate(score, wrong, seen.group[at])._asdict(),
             "average_precision": metrics.average_precision(score, wrong),
             "ece": metrics.calibration_error(score, wrong),
             "brier": brier(score, wrong),
         }
     return found
-
-
-def weighted_auroc(score: np.ndarray, wrong: np.ndarray) -> Callable[[np.ndarray], float]:
-    """(N,) weights -> AUROC. As `metrics.auroc`, but sorted once for all resamples; equal scores count half."""
-    _, rank = np.unique(score, return_inverse=True)
-    ranks = int(rank.max()) + 1
-
-    def auroc(weights: np.ndarray) -> float:
-        bad = np.bincount(rank, weights * wrong, ranks)
-        good = np.bincount(rank, weights * ~wrong, ranks)
-        pairs = bad.sum() * good.sum()
-        return float((bad * (np.cumsum(good) - good / 2)).sum() / pairs) if pairs else float("nan")
-
-    return auroc
 
 
 def brier(probability: np.ndarray, happened: np.ndarray) -> float:

@@ -114,7 +114,7 @@ class TokenClasses:
         ]  # fmt: skip
         if changed.all() or not changed.any():
             return values, rows  # there is nothing to tell apart
-        found = metrics.resampled(lambda w: metrics.auroc(suspicion, changed, w), self._groups[owners])
+        found = metrics.auroc_estimate(suspicion, changed, self._groups[owners])
         values["auroc_changed"] = found.value
         baseline, value = "chance", 0.5
         if self.confidence is not None:
