@@ -18,8 +18,8 @@ pictures in OUT/passes.svg and OUT/pareto.svg.
 
 Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 2,000 for the critic,
 240 for each critic of the ablations; the sums 4 x 128 with context 64, 6,000 and 1,000 steps; 256 texts per setting (192
-in E3, 64 in E6). About 8 hours on two cores, nearly half of it E3. --quick: 1 seed, 2 x 64 with context 64, some hundred
-steps, 24 texts, the main policies; under 5 minutes.
+in E3, 128 in E5, 64 in E6). About 8 hours on two cores, nearly half of it E3. --quick: 1 seed, 2 x 64 with context 64,
+some hundred steps, 24 texts, the main policies; under 5 minutes.
 
 python -m benchmarks.remasking outputs/remasking
 python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare/input.txt --only E1,E2
@@ -81,7 +81,7 @@ class Plan:
     seeds: int
     text: Size
     sums: Size
-    texts: int  # per setting of E1, E2, E4, E5 and E6
+    texts: int  # per setting of E1, E2 and E4
     samples: int  # per setting of E3
     ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     fill_passes: tuple[int, ...] = (1, 16)  # of E1
@@ -104,6 +104,7 @@ class Plan:
     )  # fmt: skip
     cost_nfe: int = 32
     cost_texts: int = 64
+    ablation_texts: int = 128
 
 
 PLANS = {
@@ -116,7 +117,7 @@ PLANS = {
         seeds=1, texts=24, samples=24, ratios=(0.3, 0.7), fill_passes=(1, 8), span_nfe=(4, 16),
         sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), hotter=(0.7, 1.0, 1.4), sum_nfe=(4, 16), thresholds=(0.2,),
         policies=LEADING, sample_policies=("none", "random", "critic", "critic_origin"), plain_policies=(),
-        variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16, cost_texts=24,
+        variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16, cost_texts=24, ablation_texts=24,
         text=Size(2, 64, 64, (300, 150, 150, 80), 24, evaluated=64),
         sums=Size(2, 64, 32, (1500, 10, 150, 0), 32, sentences=8000, digits=1, evaluated=64),
     ),
@@ -124,7 +125,7 @@ PLANS = {
         seeds=1, texts=4, samples=4, ratios=(0.5,), fill_passes=(2,), span_nfe=(3,),
         sample_nfe=(4,), temperatures=(0.7, 1.5), hotter=(0.7, 1.5), plain_policies=("random",), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
         sample_policies=("none", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
-        cost_nfe=3, cost_texts=4, text=Size(1, 32, 32, (4, 4, 4, 4), 8, evaluated=8),
+        cost_nfe=3, cost_texts=4, ablation_texts=4, text=Size(1, 32, 32, (4, 4, 4, 4), 8, evaluated=8),
         sums=Size(1, 32, 32, (4, 4, 4, 0), 8, sentences=2500, digits=1, evaluated=8),
     ),
 }  # fmt: skip
@@ -212,7 +213,7 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
 
 
 def _ablation_tasks(plan: Plan) -> Iterator[Task]:
-    how = (plan.span_ratio, plan.cost_nfe // 2, _lines(ABLATED), plan.texts)
+    how = (plan.span_ratio, plan.cost_nfe // 2, _lines(ABLATED), plan.ablation_texts)
     for variant in plan.variants:
         yield Task("E5", {"variant": variant}, lambda lab, seed, v=variant: experiments.ablation(
             lab.models(seed, TEXT, v), *how))  # fmt: skip
