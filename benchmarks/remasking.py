@@ -9,8 +9,8 @@ E4 sums in brackets, decided exactly: share of right sentences, and how many of 
 E5 ablations: how the critic is trained and used, and what it costs the generator
 E6 seconds beside passes, and the same samples at any batch size
 
-Policies that take back write the second half of their rounds cold. E3 sweeps the temperature; in E2, E4 and E5 lines named
-"cold" do the same without taking anything back.
+Policies that take back write the second half of their rounds cold. E3 sweeps the temperature; in E2 and E5 lines named "cold"
+do the same without taking anything back; in E4 no rounds are held but in the lines that say so.
 
 Per seed: generator, reference model and critics by the project's own stages, an n-gram judge. Each (seed, experiment,
 setting) is a line of OUT/results.jsonl; started again it goes on where it was. Tables are in OUT/summary.md, the
@@ -55,16 +55,12 @@ ALL = tuple(name for name in POLICIES if name != "oracle")
 DULL = ("confidence", "confidence_first", "remdm_conf", "critic", "critic_partial")
 FEW, MANY = 8, 64  # passes: a colder run more up to the one, for those DULL a hotter one from the other
 PLAIN = {"hold_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
-# ReMDM's loop taking back what critic_origin does, as much and as often, but by chance: what is left is the critic's
-CHURN = {"remdm_share": 1.0}
 LEADING = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
 ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E5
 # Held rounds write cold, which finds likelier tokens by itself: these do it without taking anything back
 COLD = {"temperature": 0.3}
-COLD_POLICIES = (
-    "none",
-    "confidence_first",
-)  # a second time in E2, E4 and E5, where no temperatures are swept
+# These a second time in E2 and E5, where no temperatures are swept
+COLD_POLICIES = ("none", "confidence_first")
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
 
 
@@ -93,6 +89,7 @@ class Plan:
     coldest: float = 0.35
     hottest: float = 2.2
     sum_nfe: tuple[int, ...] = (4, 8, 16, 32)
+    sum_temperatures: tuple[float, ...] = (0.5, 1.0)
     thresholds: tuple[float, ...] = (0.1, 0.3)
     policies: tuple[str, ...] = ALL
     sample_policies: tuple[str, ...] = (*LEADING, "confidence_first")  # of E3
@@ -100,7 +97,7 @@ class Plan:
     variants: tuple[str, ...] = tuple(VARIANTS)
     changes: tuple[tuple[tuple[str, Any], ...], ...] = (
         (("randomness_strength", 0.0),), (("randomness_strength", 0.6),), (("selection_temperature", 1.0),),
-        (("calibrated", False),), (("hold_share", 0.0),), (("hold_temperature", 1.0),), (("back_share", 0.3),),
+        (("calibrated", False),), (("hold_share", 0.0),), (("hold_temperature", 1.0),), (("back_share", 1.0),),
     )  # fmt: skip
     cost_nfe: int = 32
     cost_texts: int = 64
@@ -168,7 +165,8 @@ def tasks(plan: Plan) -> Iterator[Task]:
             lab.models(seed), lab.autoregressive(seed), plan.samples, t))  # fmt: skip
     lines: list[tuple[str, str, dict[str, Any]]] = [(policy, policy, {}) for policy in plan.sample_policies]
     lines += [(f"{policy}, plain", policy, PLAIN) for policy in plan.plain_policies]
-    lines.append((CHURNED, "remdm_rescale", CHURN))
+    # ReMDM's loop taking back what critic_origin does, as much and as often, but by chance: what is left is the critic's
+    lines.append((CHURNED, "remdm_rescale", {"remdm_share": load_config().sampler.back_share}))
     for nfe, (name, policy, changes) in product(plan.sample_nfe, lines):
         for heat in _temperatures(plan, policy, nfe):
             setting = {"policy": name, "nfe": nfe, "temperature": heat}
@@ -202,14 +200,19 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
         return Task("E4", setting, lambda lab, seed: experiments.sums(
             lab.models(seed, SUMS), policy, nfe, plan.texts, plan.sums.digits, **changes))  # fmt: skip
 
+    lines = {(policy, heat): (policy, PLAIN) for policy in plan.policies for heat in plan.sum_temperatures}
+    lines |= {
+        (f"{policy}, held", 1.0): (policy, {}) for policy in plan.policies if POLICIES[policy].takes_back
+    }
     for nfe in plan.sum_nfe:
-        for name, (policy, changes) in _lines(plan.policies).items():
-            yield task({"policy": name, "nfe": nfe}, policy, nfe, **changes)
+        for (name, heat), (policy, changes) in lines.items():
+            setting = {"policy": name, "nfe": nfe, "temperature": heat}
+            yield task(setting, policy, nfe, temperature=heat, **changes)
     for policy in STOPPING:
         for threshold in plan.thresholds:
             nfe = max(plan.sum_nfe)
-            setting = {"policy": policy, "nfe": nfe, "threshold": threshold}
-            yield task(setting, policy, nfe, schedule="threshold", threshold=threshold)
+            setting = {"policy": policy, "nfe": nfe, "temperature": 1.0, "threshold": threshold}
+            yield task(setting, policy, nfe, schedule="threshold", threshold=threshold, **PLAIN)
 
 
 def _ablation_tasks(plan: Plan) -> Iterator[Task]:

@@ -256,7 +256,7 @@ def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> s
 
 def valid_strings(records: list[Record]) -> str:
     rows: Table = [
-        [setting["policy"], str(setting["nfe"]), f"{setting['threshold']:g}" if "threshold" in setting else "–",
+        [setting["policy"], str(setting["nfe"]), f"{setting['temperature']:g}", f"{setting['threshold']:g}" if "threshold" in setting else "–",
          str(len(results)), passes_of(results), shown(mean_of(results, "valid"), percent=True), shown(mean_of(results, "sentences")),
          shown(mean_of(results, "different"), percent=True)]
         for setting, results in by_setting(records).values()
@@ -264,6 +264,7 @@ def valid_strings(records: list[Record]) -> str:
     head = [
         "policy",
         "NFE",
+        "temperature",
         "threshold",
         "seeds",
         "passes",
