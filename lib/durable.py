@@ -25,7 +25,7 @@ def fsync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on a clean exit it is synced and takes the place of `path`."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         yield temporary
         with open(temporary, "rb+") as file:
