@@ -10,7 +10,8 @@ E5 ablations: how the critic is trained and used, and what it costs the generato
 E6 seconds beside passes, and the same samples at any batch size
 
 Policies that take back write the second half of their rounds cold. E3 sweeps the temperature; in E2 and E5 lines named "cold"
-do the same without taking anything back; in E4 no rounds are held but in the lines that say so.
+do the same without taking anything back; in E4 no rounds are held but in the lines that say so, and "sharp" ones take back
+exactly what is suspected most.
 
 Per seed: generator, reference model and critics by the project's own stages, an n-gram judge. Each (seed, experiment,
 setting) is a line of OUT/results.jsonl; started again it goes on where it was. Tables are in OUT/summary.md, the
@@ -18,7 +19,7 @@ pictures in OUT/passes.svg and OUT/pareto.svg.
 
 Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 2,000 for the critic,
 240 for each critic of the ablations; the sums 4 x 128 with context 64, 6,000 and 1,000 steps; 256 texts per setting (192
-in E3, 128 in E5, 64 in E6). About 8 hours on two cores, nearly half of it E3. --quick: 1 seed, 2 x 64 with context 64,
+in E3, 128 in E2 and E5, 64 in E6). About 7 hours on two cores. --quick: 1 seed, 2 x 64 with context 64,
 some hundred steps, 24 texts, the main policies; under 5 minutes.
 
 python -m benchmarks.remasking outputs/remasking
@@ -51,9 +52,6 @@ from lib.log import say
 from lib.runs import plain
 
 ALL = tuple(name for name in POLICIES if name != "oracle")
-# They take back what is rare, so that they need higher temperatures for text as varied
-DULL = ("confidence", "confidence_first", "remdm_conf", "critic", "critic_partial")
-FEW, MANY = 8, 64  # passes: a colder run more up to the one, for those DULL a hotter one from the other
 PLAIN = {"hold_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
 LEADING = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
 ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E5
@@ -61,6 +59,9 @@ ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E
 COLD = {"temperature": 0.3}
 # These a second time in E2 and E5, where no temperatures are swept
 COLD_POLICIES = ("none", "confidence_first")
+# In E4 a second time without the noise that is blended into what they suspect
+SHARP = {"randomness_strength": 0.0}
+BY_CHANCE = ("random", "remdm_cap", "remdm_rescale")  # of those that take back: have nothing to sharpen
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
 
 
@@ -69,7 +70,7 @@ class Plan:
     """How much of everything.
 
     Attributes:
-        hotter: temperatures of E3 for the policies in `DULL`; coldest, hottest: see `FEW` and `MANY`.
+        temperatures: of E3, from which each line takes those around the variety of real text, three at least.
         plain_policies: run in E3 a second time, without held rounds.
         changes: of the sampler, which E5 tries with the joint critic.
     """
@@ -77,17 +78,14 @@ class Plan:
     seeds: int
     text: Size
     sums: Size
-    texts: int  # per setting of E1, E2 and E4
+    texts: int  # per setting of E1 and E4
     samples: int  # per setting of E3
     ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     fill_passes: tuple[int, ...] = (1, 16)  # of E1
     span_ratio: float = 0.5  # of E2 and E5
     span_nfe: tuple[int, ...] = (2, 4, 8, 16, 32)
     sample_nfe: tuple[int, ...] = (8, 16, 32, 64, 128)
-    temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.3)  # of E3
-    hotter: tuple[float, ...] = (0.75, 1.0, 1.3, 1.7)
-    coldest: float = 0.35
-    hottest: float = 2.2
+    temperatures: tuple[float, ...] = (0.35, 0.5, 0.75, 1.0, 1.3, 1.7, 2.2)
     sum_nfe: tuple[int, ...] = (4, 8, 16, 32)
     sum_temperatures: tuple[float, ...] = (0.5, 1.0)
     thresholds: tuple[float, ...] = (0.1, 0.3)
@@ -101,7 +99,7 @@ class Plan:
     )  # fmt: skip
     cost_nfe: int = 32
     cost_texts: int = 64
-    ablation_texts: int = 128
+    span_texts: int = 128  # of E2 and E5
 
 
 PLANS = {
@@ -112,17 +110,17 @@ PLANS = {
     ),
     "quick": Plan(
         seeds=1, texts=24, samples=24, ratios=(0.3, 0.7), fill_passes=(1, 8), span_nfe=(4, 16),
-        sample_nfe=(8, 32), temperatures=(0.4, 0.7, 1.0), hotter=(0.7, 1.0, 1.4), sum_nfe=(4, 16), thresholds=(0.2,),
+        sample_nfe=(8, 32), sum_nfe=(4, 16), thresholds=(0.2,),
         policies=LEADING, sample_policies=("none", "random", "critic", "critic_origin"), plain_policies=(),
-        variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16, cost_texts=24, ablation_texts=24,
+        variants=("joint", "no critic", "decoupled"), changes=((("calibrated", False),),), cost_nfe=16, cost_texts=24, span_texts=24,
         text=Size(2, 64, 64, (300, 150, 150, 80), 24, evaluated=64),
         sums=Size(2, 64, 32, (1500, 10, 150, 0), 32, sentences=8000, digits=1, evaluated=64),
     ),
     "tiny": Plan(  # for the tests: everything happens, nothing is learned
         seeds=1, texts=4, samples=4, ratios=(0.5,), fill_passes=(2,), span_nfe=(3,),
-        sample_nfe=(4,), temperatures=(0.7, 1.5), hotter=(0.7, 1.5), plain_policies=("random",), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
+        sample_nfe=(4,), temperatures=(0.7, 1.5), plain_policies=("random",), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
         sample_policies=("none", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
-        cost_nfe=3, cost_texts=4, ablation_texts=4, text=Size(1, 32, 32, (4, 4, 4, 4), 8, evaluated=8),
+        cost_nfe=3, cost_texts=4, span_texts=4, text=Size(1, 32, 32, (4, 4, 4, 4), 8, evaluated=8),
         sums=Size(1, 32, 32, (4, 4, 4, 0), 8, sentences=2500, digits=1, evaluated=8),
     ),
 }  # fmt: skip
@@ -155,38 +153,27 @@ def tasks(plan: Plan) -> Iterator[Task]:
     for nfe in plan.span_nfe:
         setting = {"ratio": plan.span_ratio, "nfe": nfe}
         yield Task("E2", setting, lambda lab, seed, n=nfe: experiments.infilling(
-            lab.models(seed), plan.span_ratio, n, _lines((*plan.policies, "oracle")), plan.texts))  # fmt: skip
+            lab.models(seed), plan.span_ratio, n, _lines((*plan.policies, "oracle")), plan.span_texts))  # fmt: skip
     yield Task(
         "E3", {"policy": REAL}, lambda lab, seed: experiments.real_text(lab.models(seed), plan.samples)
     )
-    for heat in plan.temperatures:
-        setting = {"policy": AUTOREGRESSIVE, "nfe": plan.text.context, "temperature": heat}
-        yield Task("E3", setting, lambda lab, seed, t=heat: experiments.autoregressive(
-            lab.models(seed), lab.autoregressive(seed), plan.samples, t))  # fmt: skip
+    setting = {"policy": AUTOREGRESSIVE, "nfe": plan.text.context}
+    yield Task("E3", setting, lambda lab, seed: experiments.autoregressive(
+        lab.models(seed), lab.autoregressive(seed), plan.samples, plan.temperatures))  # fmt: skip
     lines: list[tuple[str, str, dict[str, Any]]] = [(policy, policy, {}) for policy in plan.sample_policies]
     lines += [(f"{policy}, plain", policy, PLAIN) for policy in plan.plain_policies]
     # ReMDM's loop taking back what critic_origin does, as much and as often, but by chance: what is left is the critic's
     lines.append((CHURNED, "remdm_rescale", {"remdm_share": load_config().sampler.back_share}))
     for nfe, (name, policy, changes) in product(plan.sample_nfe, lines):
-        for heat in _temperatures(plan, policy, nfe):
-            setting = {"policy": name, "nfe": nfe, "temperature": heat}
-            changed = {"temperature": heat, **changes}
-            yield Task("E3", setting, lambda lab, seed, p=policy, n=nfe, c=changed: experiments.unconditional(
-                lab.models(seed), p, n, plan.samples, **c))  # fmt: skip
+        setting = {"policy": name, "nfe": nfe}
+        yield Task("E3", setting, lambda lab, seed, p=policy, n=nfe, c=changes: experiments.unconditional(
+            lab.models(seed), p, n, plan.samples, plan.temperatures, **c))  # fmt: skip
     yield from _sum_tasks(plan)
     yield from _ablation_tasks(plan)
     for policy in plan.policies:
         setting = {"policy": policy, "nfe": plan.cost_nfe}
         yield Task("E6", setting, lambda lab, seed, p=policy: experiments.cost(
             lab.models(seed), p, plan.cost_nfe, plan.cost_texts))  # fmt: skip
-
-
-def _temperatures(plan: Plan, policy: str, nfe: int) -> tuple[float, ...]:
-    """From text that is less varied than real text to more varied, if a policy can."""
-    heats = plan.hotter if policy in DULL else plan.temperatures
-    if nfe <= FEW:
-        return (plan.coldest, *heats)
-    return (*heats, plan.hottest) if policy in DULL and nfe >= MANY else heats
 
 
 def _lines(policies: tuple[str, ...]) -> experiments.Lines:
@@ -201,8 +188,10 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
             lab.models(seed, SUMS), policy, nfe, plan.texts, plan.sums.digits, **changes))  # fmt: skip
 
     lines = {(policy, heat): (policy, PLAIN) for policy in plan.policies for heat in plan.sum_temperatures}
+    back = [policy for policy in plan.policies if POLICIES[policy].takes_back]
+    lines |= {(f"{policy}, held", 1.0): (policy, {}) for policy in back}
     lines |= {
-        (f"{policy}, held", 1.0): (policy, {}) for policy in plan.policies if POLICIES[policy].takes_back
+        (f"{policy}, sharp", 1.0): (policy, PLAIN | SHARP) for policy in back if policy not in BY_CHANCE
     }
     for nfe in plan.sum_nfe:
         for (name, heat), (policy, changes) in lines.items():
@@ -216,7 +205,7 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
 
 
 def _ablation_tasks(plan: Plan) -> Iterator[Task]:
-    how = (plan.span_ratio, plan.cost_nfe // 2, _lines(ABLATED), plan.ablation_texts)
+    how = (plan.span_ratio, plan.cost_nfe // 2, _lines(ABLATED), plan.span_texts)
     for variant in plan.variants:
         yield Task("E5", {"variant": variant}, lambda lab, seed, v=variant: experiments.ablation(
             lab.models(seed, TEXT, v), *how))  # fmt: skip

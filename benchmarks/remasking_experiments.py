@@ -7,7 +7,7 @@ Legend: B texts, T positions, N written tokens.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from lib.diffusion.autoregressive import sample_autoregressively
 from lib.diffusion.categorical import draw, probability_of
 from lib.diffusion.lowest import lowest
 from lib.diffusion.masking import draw_mask, masked_counts
+from lib.diffusion.sampler import Samples
 from lib.report.quality import characters, valid_words
 from lib.sections.masking import RandomMasking, StickyMasking
 from lib.training.objectives.base import chunks
@@ -31,6 +32,7 @@ BUDGET = 0.3  # of the written tokens: how many a round takes back when precisio
 STICKY = StickyMasking(type="sticky", p1=0.02, p2=0.9)
 MASKS = {"random": RandomMasking(type="random"), "sticky": STICKY}
 REPEATED = 8  # characters of a repetition
+LEAST = 3  # temperatures of a curve
 
 Lines = dict[
     str, tuple[str, dict[str, Any]]
@@ -213,30 +215,67 @@ def infilling(
 # --------------------------------------------------------------------------------- E3: whole samples
 
 
-def unconditional(trained: Trained, policy: str, nfe: int, count: int, **changes: Any) -> dict[str, Any]:
+def unconditional(
+    trained: Trained, policy: str, nfe: int, count: int, temperatures: Sequence[float], **changes: Any
+) -> dict[str, Any]:
     ids, free = trained.blank(count)
-    begin = time.perf_counter()
-    made = trained.sample(policy, nfe, ids, free, **changes)
-    seconds = time.perf_counter() - begin
-    return {"passes": made.nfe, "seconds": seconds} | quality(trained, made.ids)
+    return around_real_text(
+        trained, count, temperatures, lambda heat: trained.sample(policy, nfe, ids, free, temperature=heat, **changes)
+    )  # fmt: skip
 
 
-def autoregressive(trained: Trained, model: nn.Module, count: int, temperature: float) -> dict[str, Any]:
+def autoregressive(
+    trained: Trained, model: nn.Module, count: int, temperatures: Sequence[float]
+) -> dict[str, Any]:
     """The same of a causal model: a pass for every token."""
     ids, free = trained.blank(count)
-    begin = time.perf_counter()
-    made = sample_autoregressively(
-        model.to(trained.runtime.device), ids, free, np.arange(count), trained.tokenizer.cls_token_id, trained.forbidden,
-        trained.config.sampler.model_copy(update={"temperature": temperature}), trained.runtime, trained.seed,
-        trained.context,
-    )  # fmt: skip
-    seconds = time.perf_counter() - begin
-    return {"passes": made.nfe, "seconds": seconds} | quality(trained, made.ids)
+    model = model.to(trained.runtime.device)
+    return around_real_text(trained, count, temperatures, lambda heat: sample_autoregressively(
+        model, ids, free, np.arange(count), trained.tokenizer.cls_token_id, trained.forbidden,
+        trained.config.sampler.model_copy(update={"temperature": heat}), trained.runtime, trained.seed, trained.context,
+    ))  # fmt: skip
+
+
+def around_real_text(
+    trained: Trained, count: int, temperatures: Sequence[float], make: Callable[[float], Samples]
+) -> dict[str, Any]:
+    """Samples at the temperatures around which they are as varied as real text, by 4-gram entropy.
+
+    From the one nearest to 1 colder as long as they are more varied, hotter as long as they are less; then colder still,
+    until there are `LEAST` points of the curve.
+    """
+    ladder = sorted(temperatures)
+    goal = metrics.ngram_entropy(characters(trained.texts(trained.held_out[:count])), 4)
+    found: dict[int, dict[str, Any]] = {}
+    at: int | None = min(range(len(ladder)), key=lambda place: abs(ladder[place] - 1))
+    while at is not None:
+        begin = time.perf_counter()
+        made = make(ladder[at])
+        head = {
+            "temperature": ladder[at],
+            "passes": made.nfe,
+            "seconds": time.perf_counter() - begin,
+        }
+        found[at] = head | quality(trained, made.ids)
+        at = next_place({place: run["fourgram_entropy"] for place, run in found.items()}, goal, len(ladder))
+    return {"temperatures": [found[place] for place in sorted(found)]}
+
+
+def next_place(found: Mapping[int, float], goal: float, size: int) -> int | None:
+    """Which of `size` temperatures is to be tried next: `found` holds a neighbouring few of them with what they gave."""
+    below, above = min(found) - 1, max(found) + 1
+    if min(found.values()) > goal and below >= 0:
+        return below
+    if max(found.values()) < goal and above < size:
+        return above
+    if len(found) >= min(LEAST, size):
+        return None
+    return below if below >= 0 else above
 
 
 def real_text(trained: Trained, count: int) -> dict[str, Any]:
     """The same of as many held-out texts."""
-    return quality(trained, trained.held_out[:count]) | {"passes": 0, "seconds": 0.0}
+    return quality(trained, trained.held_out[:count]) | {"passes": 0}
 
 
 def quality(trained: Trained, ids: np.ndarray) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def write_summary(out: Path, records: list[Record]) -> None:
         if chosen:
             parts.append(make(chosen))
     if any(r["experiment"] == "E3" for r in records):
-        whole = [r for r in records if r["experiment"] == "E3"]
+        whole = apart([r for r in records if r["experiment"] == "E3"])
         for name, picture in (("pareto", pareto_picture(whole)), ("passes", budget_picture(whole))):
             on_white = picture.replace(
                 "<svg ", '<svg style="background: white" ', 1
@@ -166,7 +166,19 @@ def infilling(records: list[Record]) -> str:
     return "## E2: sticky spans of held-out text filled\n\n" + markdown(head, rows)
 
 
+def apart(records: list[Record]) -> list[Record]:
+    """Lines of whole samples with one temperature each, which their setting names."""
+    return [
+        record | {"setting": record["setting"] | {"temperature": run["temperature"]}, "result": run}
+        if "temperature" in run
+        else record
+        for record in records
+        for run in record["result"].get("temperatures", [record["result"]])
+    ]
+
+
 def samples(records: list[Record]) -> str:
+    records = apart(records)
     rows: Table = []
     for setting, results in by_setting(records).values():
         temperature = f"{setting['temperature']:.2f}" if "temperature" in setting else "–"

@@ -10,6 +10,7 @@ from scipy import stats
 
 from benchmarks import remasking
 from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
+from benchmarks.remasking_experiments import next_place
 from benchmarks.remasking_summary import at_entropy, matched_table, over_seeds, shown
 from benchmarks.text_quality import divergence, longest_copy, repeated
 
@@ -153,6 +154,17 @@ def test_policies_are_compared_within_a_seed():
     none, critic = ({"own": row[3], "over none": row[6], "over random": row[7]} for row in rows)
     assert none["own"].startswith("3.033 [") and none["over none"] == "–" == critic["over random"]
     assert critic["over none"].startswith("**-0.101 [-0.103")
+
+
+@pytest.mark.parametrize(
+    ("hottest_below", "tried"),
+    [(3, [3, 4, 2]), (5, [3, 4, 5, 6]), (0, [3, 2, 1, 0]), (6, [3, 4, 5, 6]), (-1, [3, 2, 1, 0])],
+)
+def test_temperatures_are_tried_until_real_text_lies_between_them(hottest_below, tried):
+    found: dict[int, float] = {3: 3.0}
+    while (place := next_place(found, goal=hottest_below + 0.5, size=7)) is not None:
+        found[place] = float(place)
+    assert list(found) == tried
 
 
 # ----------------------------------------------------------------------------------------- whole runs
