@@ -15,7 +15,7 @@ from lib.report import plots
 
 CHURNED = "random, as critic_origin"
 BASELINES = ("none", "random", "random, plain", CHURNED)  # of E3: each other policy's difference to them
-STEPS_BELOW_REAL = (0.0, 0.25, 0.5)  # nats of 4-gram entropy at which likelihoods are compared
+STEPS_BELOW_REAL = (0.0, 0.25)  # nats of 4-gram entropy at which likelihoods are compared
 REAL, AUTOREGRESSIVE = "real text", "autoregressive"
 
 Record = dict[str, Any]
@@ -251,7 +251,7 @@ def matched_table(records: list[Record], judge: str, name: str) -> str:
 
 def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> str:
     """A row per policy, a column per budget of passes."""
-    budgets, policies = dict.fromkeys(n for _, n in means), dict.fromkeys(p for p, _ in means)
+    budgets, policies = sorted({n for _, n in means}), dict.fromkeys(p for p, _ in means)
     lowest = {
         n: min((m["value"] for (_, k), m in means.items() if m and k == n), default=None) for n in budgets
     }

@@ -151,7 +151,7 @@ def test_policies_are_compared_within_a_seed():
         for line in matched_table(records, "reference_nll", "x").splitlines()
         if "4 |" in line
     ]
-    none, critic = ({"own": row[3], "over none": row[6], "over random": row[7]} for row in rows)
+    none, critic = ({"own": row[3], "over none": row[5], "over random": row[6]} for row in rows)
     assert none["own"].startswith("3.033 [") and none["over none"] == "–" == critic["over random"]
     assert critic["over none"].startswith("**-0.101 [-0.103")
 
