@@ -42,9 +42,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks import remasking_detection as detection
 from benchmarks import remasking_experiments as experiments
 from benchmarks.remasking_lab import SUMS, TEXT, VARIANTS, Lab, Size
-from benchmarks.remasking_summary import AUTOREGRESSIVE, CHURNED, REAL, SECTIONS, write_summary
+from benchmarks.remasking_numbers import AUTOREGRESSIVE, REAL
+from benchmarks.remasking_summary import CHURNED, SECTIONS, write_summary
 from lib import durable
 from lib.config import load_config
 from lib.diffusion.policies import POLICIES
@@ -146,9 +148,9 @@ def name_of(experiment: str, setting: dict[str, Any]) -> str:
 def tasks(plan: Plan) -> Iterator[Task]:
     """All settings, experiment by experiment."""
     for ratio in plan.ratios:
-        for masks, passes in product(experiments.MASKS, plan.fill_passes):
+        for masks, passes in product(detection.MASKS, plan.fill_passes):
             setting = {"masks": masks, "ratio": ratio, "passes": passes}
-            yield Task("E1", setting, lambda lab, seed, m=masks, r=ratio, n=passes: experiments.error_detection(
+            yield Task("E1", setting, lambda lab, seed, m=masks, r=ratio, n=passes: detection.error_detection(
                 lab.models(seed), m, r, n, plan.texts))  # fmt: skip
     for nfe in plan.span_nfe:
         setting = {"ratio": plan.span_ratio, "nfe": nfe}

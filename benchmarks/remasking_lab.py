@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 
 from benchmarks.languages import NgramJudge, Sums
-from benchmarks.remasking_summary import AUTOREGRESSIVE
+from benchmarks.remasking_numbers import AUTOREGRESSIVE
 from lib import randomness, schema
 from lib.config import Config, load_config
 from lib.diffusion.calibration import Calibration

@@ -1,4 +1,4 @@
-"""From the benchmark's lines of results to tables with intervals over seeds, and the picture. Knows no model.
+"""From the benchmark's lines of results to tables with intervals over seeds. Knows no model.
 
 With two seeds or more a number stands with the 95 % interval of its mean over seeds (Student's t); with one, with its
 interval over samples, if it has one: likelihoods at equal entropy have none. Differences are between policies on the same samples of a seed, then averaged likewise.
@@ -10,44 +10,23 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.remasking_numbers import (
+    JUDGES,
+    STEPS_BELOW_REAL,
+    Record,
+    apart,
+    by_setting,
+    likelihoods_at_entropy,
+    mean_of,
+    over_seeds,
+)
+from benchmarks.remasking_pictures import budget_picture, pareto_picture
 from lib import durable
-from lib.report import plots
 
 CHURNED = "random, as critic_origin"
 BASELINES = ("none", "random", "random, plain", CHURNED)  # of E3: each other policy's difference to them
-STEPS_BELOW_REAL = (0.0, 0.25)  # nats of 4-gram entropy at which likelihoods are compared
-REAL, AUTOREGRESSIVE = "real text", "autoregressive"
 
-Record = dict[str, Any]
 Table = list[list[str]]
-
-
-def over_seeds(estimates: list[dict[str, float] | float | None]) -> dict[str, float] | None:
-    """{"value", "low", "high"} of the mean; None where a seed has no number."""
-    if not estimates or any(e is None for e in estimates):
-        return None
-    values = np.array([e["value"] if isinstance(e, dict) else e for e in estimates], float)
-    if not np.isfinite(values).all():
-        return None
-    mean = float(values.mean())
-    if len(values) == 1:
-        only = estimates[0]
-        return only if isinstance(only, dict) else {"value": mean, "low": mean, "high": mean}
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return {"value": mean, "low": mean - half, "high": mean + half}
-
-
-def at_entropy(rows: list[tuple[float, float]], entropy: float) -> float:
-    """Likelihood read off at a 4-gram entropy from (entropy, NLL) points of several temperatures, on the monotone cubic
-    curve through them (Fritsch and Carlson, 1980); NaN outside of what they reach."""
-    from scipy.interpolate import PchipInterpolator
-
-    x, y = np.array(sorted(dict(rows).items())).reshape(-1, 2).T
-    if len(x) < 2 or not x[0] <= entropy <= x[-1]:
-        return float(y[0]) if len(x) and x[0] == entropy else float("nan")
-    return float(PchipInterpolator(x, y)(entropy))
 
 
 def write_summary(out: Path, records: list[Record]) -> None:
@@ -59,7 +38,10 @@ def write_summary(out: Path, records: list[Record]) -> None:
             parts.append(make(chosen))
     if any(r["experiment"] == "E3" for r in records):
         whole = apart([r for r in records if r["experiment"] == "E3"])
-        for name, picture in (("pareto", pareto_picture(whole)), ("passes", budget_picture(whole))):
+        for name, picture in (
+            ("pareto", pareto_picture(whole)),
+            ("passes", budget_picture(whole, BASELINES[0])),
+        ):
             on_white = picture.replace(
                 "<svg ", '<svg style="background: white" ', 1
             )  # readable on a dark page too
@@ -68,15 +50,6 @@ def write_summary(out: Path, records: list[Record]) -> None:
 
 
 # ------------------------------------------------------------------------------------------- helpers
-
-
-def by_setting(records: list[Record]) -> dict[str, tuple[dict, list[dict]]]:
-    """Setting as text -> (setting, the results of its seeds in their order)."""
-    found: dict[str, tuple[dict, list[dict]]] = {}
-    for record in sorted(records, key=lambda r: r["seed"]):
-        name = json.dumps(record["setting"], sort_keys=True)
-        found.setdefault(name, (record["setting"], []))[1].append(record["result"])
-    return found
 
 
 def shown(value: dict[str, float] | None, percent: bool = False, signed: bool = False) -> str:
@@ -96,17 +69,6 @@ def shown(value: dict[str, float] | None, percent: bool = False, signed: bool = 
 def markdown(head: list[str], rows: Table) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
-
-
-def mean_of(results: list[dict], *path: str) -> dict[str, float] | None:
-    """Over the seeds' numbers at a path of keys."""
-
-    def at(result: Any) -> Any:
-        for key in path:
-            result = result[key]
-        return result
-
-    return over_seeds([at(result) for result in results])
 
 
 def passes_of(results: list[dict]) -> str:
@@ -166,17 +128,6 @@ def infilling(records: list[Record]) -> str:
     return "## E2: sticky spans of held-out text filled\n\n" + markdown(head, rows)
 
 
-def apart(records: list[Record]) -> list[Record]:
-    """Lines of whole samples with one temperature each, which their setting names."""
-    return [
-        record | {"setting": record["setting"] | {"temperature": run["temperature"]}, "result": run}
-        if "temperature" in run
-        else record
-        for record in records
-        for run in record["result"].get("temperatures", [record["result"]])
-    ]
-
-
 def samples(records: list[Record]) -> str:
     records = apart(records)
     rows: Table = []
@@ -196,28 +147,6 @@ def samples(records: list[Record]) -> str:
         "## E3: whole samples\n\n![NLL over passes](passes.svg)\n\n![NLL over 4-gram entropy](pareto.svg)\n\n" + matched
         + "### Everything measured\n\n" + markdown(head, rows)
     )  # fmt: skip
-
-
-JUDGES = (("reference_nll", "the reference model"), ("ngram_nll", "n-grams"))
-
-
-Likelihoods = dict[tuple[str, int, float], dict[int, float]]
-
-
-def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:
-    """(policy, NFE, step below real text's 4-gram entropy) -> seed -> NLL there; NaN beyond its temperatures."""
-    real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
-    curves: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
-    for record in records:
-        setting, result = record["setting"], record["result"]
-        if setting["policy"] != REAL and record["seed"] in real:
-            seeds = curves.setdefault((setting["policy"], setting["nfe"]), {})
-            seeds.setdefault(record["seed"], []).append((result["fourgram_entropy"], result[judge]["value"]))
-    return {
-        (*name, step): {seed: at_entropy(points, real[seed] - step) for seed, points in sorted(seeds.items())}
-        for name, seeds in curves.items()
-        for step in STEPS_BELOW_REAL
-    }
 
 
 def matched_table(records: list[Record], judge: str, name: str) -> str:
@@ -365,52 +294,3 @@ SECTIONS = {
     "E5": ablations,
     "E6": costs,
 }
-
-
-def pareto_picture(records: list[Record]) -> str:
-    """NLL under the reference model over 4-gram entropy, a panel per budget: the least, a middle one, the most."""
-    lines = [r for r in records if r["setting"]["policy"] not in (REAL, AUTOREGRESSIVE)]
-    causal = by_setting([r for r in records if r["setting"]["policy"] == AUTOREGRESSIVE]).values()
-    budgets = sorted({r["setting"]["nfe"] for r in lines})
-    picked = sorted({budgets[0], budgets[len(budgets) // 2], budgets[-1]}) if budgets else []
-    real = [r["result"] for r in records if r["setting"]["policy"] == REAL]
-    panels = {}
-    for nfe in picked:
-        panel: dict[str, list[tuple[float, float]]] = {}
-        for setting, results in by_setting([r for r in lines if r["setting"]["nfe"] == nfe]).values():
-            panel.setdefault(setting["policy"], []).append(_mean_point(results))
-        if causal:  # has but one budget, a pass for every token
-            passes = next(iter(causal))[0]["nfe"]
-            panel[f"{AUTOREGRESSIVE}, {passes} passes"] = [_mean_point(results) for _, results in causal]
-        panels[f"{nfe} passes"] = panel | ({REAL: [_mean_point(real)]} if real else {})
-    at = _mean_point(real)[0] if real else 0.0
-    near = (at - 1.25, at + 0.5) if real else None
-    return plots.pareto(panels, "4-gram entropy, nats", "NLL under the reference model, nats", near)
-
-
-def budget_picture(records: list[Record]) -> str:
-    """NLL under the reference model over the passes spent, at the entropy of real text, and the difference to the first of
-    `BASELINES` within a seed."""
-    read = likelihoods_at_entropy(records, JUDGES[0][0])
-    base = BASELINES[0]
-    panels: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
-    for (policy, nfe, step), values in read.items():
-        if step:
-            continue
-        other = read.get((base, nfe, step), {})
-        differences = [value - other[seed] for seed, value in values.items() if seed in other]
-        for title, numbers in (
-            ("at the 4-gram entropy of real text", list(values.values())),
-            (f"less that of {base}, within a seed", differences),
-        ):
-            line = panels.setdefault(title, {}).setdefault(policy, {})
-            if (found := over_seeds(list(numbers))) is not None:
-                line[nfe] = found
-    return plots.over_passes(panels, "NLL under the reference model, nats")
-
-
-def _mean_point(results: list[dict]) -> tuple[float, float]:
-    return (
-        float(np.mean([r["fourgram_entropy"] for r in results])),
-        float(np.mean([r["reference_nll"]["value"] for r in results])),
-    )

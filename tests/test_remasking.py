@@ -11,7 +11,8 @@ from scipy import stats
 from benchmarks import remasking
 from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
 from benchmarks.remasking_experiments import next_place
-from benchmarks.remasking_summary import at_entropy, matched_table, over_seeds, shown
+from benchmarks.remasking_numbers import at_entropy, over_seeds
+from benchmarks.remasking_summary import matched_table, shown
 from benchmarks.text_quality import divergence, longest_copy, repeated
 
 # ------------------------------------------------------------------------------------------- languages

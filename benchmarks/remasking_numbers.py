@@ -1,0 +1,88 @@
+"""What the benchmark's lines say, in numbers: means over seeds, and likelihoods read off at equal variety."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+REAL, AUTOREGRESSIVE = "real text", "autoregressive"
+STEPS_BELOW_REAL = (0.0, 0.25)  # nats of 4-gram entropy at which likelihoods are compared
+JUDGES = (("reference_nll", "the reference model"), ("ngram_nll", "n-grams"))
+
+Record = dict[str, Any]
+Likelihoods = dict[tuple[str, int, float], dict[int, float]]
+
+
+def over_seeds(estimates: list[dict[str, float] | float | None]) -> dict[str, float] | None:
+    """{"value", "low", "high"} of the mean; None where a seed has no number."""
+    if not estimates or any(e is None for e in estimates):
+        return None
+    values = np.array([e["value"] if isinstance(e, dict) else e for e in estimates], float)
+    if not np.isfinite(values).all():
+        return None
+    mean = float(values.mean())
+    if len(values) == 1:
+        only = estimates[0]
+        return only if isinstance(only, dict) else {"value": mean, "low": mean, "high": mean}
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def at_entropy(rows: list[tuple[float, float]], entropy: float) -> float:
+    """Likelihood read off at a 4-gram entropy from (entropy, NLL) points of several temperatures, on the monotone cubic
+    curve through them (Fritsch and Carlson, 1980); NaN outside of what they reach."""
+    from scipy.interpolate import PchipInterpolator
+
+    x, y = np.array(sorted(dict(rows).items())).reshape(-1, 2).T
+    if len(x) < 2 or not x[0] <= entropy <= x[-1]:
+        return float(y[0]) if len(x) and x[0] == entropy else float("nan")
+    return float(PchipInterpolator(x, y)(entropy))
+
+
+def by_setting(records: list[Record]) -> dict[str, tuple[dict, list[dict]]]:
+    """Setting as text -> (setting, the results of its seeds in their order)."""
+    found: dict[str, tuple[dict, list[dict]]] = {}
+    for record in sorted(records, key=lambda r: r["seed"]):
+        name = json.dumps(record["setting"], sort_keys=True)
+        found.setdefault(name, (record["setting"], []))[1].append(record["result"])
+    return found
+
+
+def mean_of(results: list[dict], *path: str) -> dict[str, float] | None:
+    """Over the seeds' numbers at a path of keys."""
+
+    def at(result: Any) -> Any:
+        for key in path:
+            result = result[key]
+        return result
+
+    return over_seeds([at(result) for result in results])
+
+
+def apart(records: list[Record]) -> list[Record]:
+    """Lines of whole samples with one temperature each, which their setting names."""
+    return [
+        record | {"setting": record["setting"] | {"temperature": run["temperature"]}, "result": run}
+        if "temperature" in run
+        else record
+        for record in records
+        for run in record["result"].get("temperatures", [record["result"]])
+    ]
+
+
+def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:
+    """(policy, NFE, step below real text's 4-gram entropy) -> seed -> NLL there; NaN beyond its temperatures."""
+    real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
+    curves: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
+    for record in records:
+        setting, result = record["setting"], record["result"]
+        if setting["policy"] != REAL and record["seed"] in real:
+            seeds = curves.setdefault((setting["policy"], setting["nfe"]), {})
+            seeds.setdefault(record["seed"], []).append((result["fourgram_entropy"], result[judge]["value"]))
+    return {
+        (*name, step): {seed: at_entropy(points, real[seed] - step) for seed, points in sorted(seeds.items())}
+        for name, seeds in curves.items()
+        for step in STEPS_BELOW_REAL
+    }

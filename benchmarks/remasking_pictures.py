@@ -1,0 +1,62 @@
+"""The pictures of the re-masking benchmark: likelihood over variety, and over the passes spent."""
+
+import numpy as np
+
+from benchmarks.remasking_numbers import (
+    AUTOREGRESSIVE,
+    JUDGES,
+    REAL,
+    Record,
+    by_setting,
+    likelihoods_at_entropy,
+    over_seeds,
+)
+from lib.report import plots
+
+
+def pareto_picture(records: list[Record]) -> str:
+    """NLL under the reference model over 4-gram entropy, a panel per budget: the least, a middle one, the most."""
+    lines = [r for r in records if r["setting"]["policy"] not in (REAL, AUTOREGRESSIVE)]
+    causal = by_setting([r for r in records if r["setting"]["policy"] == AUTOREGRESSIVE]).values()
+    budgets = sorted({r["setting"]["nfe"] for r in lines})
+    picked = sorted({budgets[0], budgets[len(budgets) // 2], budgets[-1]}) if budgets else []
+    real = [r["result"] for r in records if r["setting"]["policy"] == REAL]
+    panels = {}
+    for nfe in picked:
+        panel: dict[str, list[tuple[float, float]]] = {}
+        for setting, results in by_setting([r for r in lines if r["setting"]["nfe"] == nfe]).values():
+            panel.setdefault(setting["policy"], []).append(_mean_point(results))
+        if causal:  # has but one budget, a pass for every token
+            passes = next(iter(causal))[0]["nfe"]
+            panel[f"{AUTOREGRESSIVE}, {passes} passes"] = [_mean_point(results) for _, results in causal]
+        panels[f"{nfe} passes"] = panel | ({REAL: [_mean_point(real)]} if real else {})
+    at = _mean_point(real)[0] if real else 0.0
+    near = (at - 1.25, at + 0.5) if real else None
+    return plots.pareto(panels, "4-gram entropy, nats", "NLL under the reference model, nats", near)
+
+
+def budget_picture(records: list[Record], base: str) -> str:
+    """NLL under the reference model over the passes spent, at the entropy of real text, and the difference to that
+    of `base` within a seed."""
+    read = likelihoods_at_entropy(records, JUDGES[0][0])
+    panels: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    for (policy, nfe, step), values in read.items():
+        if step:
+            continue
+        other = read.get((base, nfe, step), {})
+        differences = [value - other[seed] for seed, value in values.items() if seed in other]
+        for title, numbers in (
+            ("at the 4-gram entropy of real text", list(values.values())),
+            (f"less that of {base}, within a seed", differences),
+        ):
+            line = panels.setdefault(title, {}).setdefault(policy, {})
+            if (found := over_seeds(list(numbers))) is not None:
+                line[nfe] = found
+    return plots.over_passes(panels, "NLL under the reference model, nats")
+
+
+def _mean_point(results: list[dict]) -> tuple[float, float]:
+    return (
+        float(np.mean([r["fourgram_entropy"] for r in results])),
+        float(np.mean([r["reference_nll"]["value"] for r in results])),
+    )
