@@ -75,49 +75,61 @@ def infilling(
 
 
 def unconditional(
-    trained: Trained, policy: str, nfe: int, count: int, temperatures: Sequence[float], **changes: Any
-) -> dict[str, Any]:
+    trained: Trained, policy: str, budgets: Sequence[int], count: int, temperatures: Sequence[float],
+    **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs at each budget of passes; none at larger budgets once all temperatures leave a policy's samples less varied
+    than real text: with more passes it takes back more of what is rare."""
     ids, free = trained.blank(count)
-    return around_real_text(
-        trained, count, temperatures, lambda heat: trained.sample(policy, nfe, ids, free, temperature=heat, **changes)
-    )  # fmt: skip
+    runs: list[dict[str, Any]] = []
+    start = 1.0
+    for nfe in sorted(budgets):
+
+        def make(heat: float, nfe: int = nfe) -> Samples:
+            return trained.sample(policy, nfe, ids, free, temperature=heat, **changes)
+
+        goal, found = around_real_text(trained, count, temperatures, start, make)
+        runs += [{"nfe": nfe} | run for run in found]
+        nearest = min(found, key=lambda run: abs(run["fourgram_entropy"] - goal))
+        start = nearest["temperature"]
+        if max(run["fourgram_entropy"] for run in found) < goal:
+            break
+    return {"runs": runs}
 
 
 def autoregressive(
     trained: Trained, model: nn.Module, count: int, temperatures: Sequence[float]
 ) -> dict[str, Any]:
-    """The same of a causal model: a pass for every token."""
+    """The same of a causal model, whose budget is a pass for every token."""
     ids, free = trained.blank(count)
     model = model.to(trained.runtime.device)
-    return around_real_text(trained, count, temperatures, lambda heat: sample_autoregressively(
+    _, found = around_real_text(trained, count, temperatures, 1.0, lambda heat: sample_autoregressively(
         model, ids, free, np.arange(count), trained.tokenizer.cls_token_id, trained.forbidden,
         trained.config.sampler.model_copy(update={"temperature": heat}), trained.runtime, trained.seed, trained.context,
     ))  # fmt: skip
+    return {"runs": [{"nfe": ids.shape[1]} | run for run in found]}
 
 
 def around_real_text(
-    trained: Trained, count: int, temperatures: Sequence[float], make: Callable[[float], Samples]
-) -> dict[str, Any]:
-    """Samples at the temperatures around which they are as varied as real text, by 4-gram entropy.
+    trained: Trained, count: int, temperatures: Sequence[float], start: float, make: Callable[[float], Samples]
+) -> tuple[float, list[dict[str, Any]]]:  # fmt: skip
+    """(4-gram entropy of as many real texts, what samples are like at the temperatures around which they have it).
 
-    From the one nearest to 1 colder as long as they are more varied, hotter as long as they are less; then colder still,
-    until there are `LEAST` points of the curve.
+    From the one nearest to `start` colder as long as they are more varied, hotter as long as they are less; then colder
+    still, until there are `LEAST` points of the curve.
     """
     ladder = sorted(temperatures)
     goal = metrics.ngram_entropy(characters(trained.texts(trained.held_out[:count])), 4)
     found: dict[int, dict[str, Any]] = {}
-    at: int | None = min(range(len(ladder)), key=lambda place: abs(ladder[place] - 1))
+    at: int | None = min(range(len(ladder)), key=lambda place: abs(ladder[place] - start))
     while at is not None:
         begin = time.perf_counter()
         made = make(ladder[at])
-        head = {
-            "temperature": ladder[at],
-            "passes": made.nfe,
-            "seconds": time.perf_counter() - begin,
-        }
+        seconds = time.perf_counter() - begin
+        head = {"temperature": ladder[at], "passes": made.nfe, "seconds": seconds}
         found[at] = head | quality(trained, made.ids)
         at = next_place({place: run["fourgram_entropy"] for place, run in found.items()}, goal, len(ladder))
-    return {"temperatures": [found[place] for place in sorted(found)]}
+    return goal, [found[place] for place in sorted(found)]
 
 
 def next_place(found: Mapping[int, float], goal: float, size: int) -> int | None:

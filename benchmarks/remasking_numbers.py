@@ -62,18 +62,17 @@ def mean_of(results: list[dict], *path: str) -> dict[str, float] | None:
 
 
 def apart(records: list[Record]) -> list[Record]:
-    """Lines of whole samples with one temperature each, which their setting names."""
+    """Lines of whole samples with one run each, its budget and its temperature in the setting."""
     return [
-        record | {"setting": record["setting"] | {"temperature": run["temperature"]}, "result": run}
-        if "temperature" in run
-        else record
+        record | {"setting": record["setting"] | {k: run[k] for k in ("nfe", "temperature")}, "result": run}
         for record in records
-        for run in record["result"].get("temperatures", [record["result"]])
-    ]
+        for run in record["result"].get("runs", [])
+    ] + [record for record in records if "runs" not in record["result"]]
 
 
 def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:
-    """(policy, NFE, step below real text's 4-gram entropy) -> seed -> NLL there; NaN beyond its temperatures."""
+    """(policy, NFE, step below real text's 4-gram entropy) -> seed -> NLL there; NaN beyond its temperatures and
+    where a seed's samples were not varied enough to be tried."""
     real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
     curves: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
     for record in records:
@@ -81,8 +80,13 @@ def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:
         if setting["policy"] != REAL and record["seed"] in real:
             seeds = curves.setdefault((setting["policy"], setting["nfe"]), {})
             seeds.setdefault(record["seed"], []).append((result["fourgram_entropy"], result[judge]["value"]))
+    ran: dict[str, set[int]] = {}
+    for (policy, _), seeds in curves.items():
+        ran.setdefault(policy, set()).update(seeds)
     return {
-        (*name, step): {seed: at_entropy(points, real[seed] - step) for seed, points in sorted(seeds.items())}
-        for name, seeds in curves.items()
+        (policy, nfe, step): {
+            seed: at_entropy(seeds.get(seed, []), real[seed] - step) for seed in sorted(ran[policy])
+        }
+        for (policy, nfe), seeds in curves.items()
         for step in STEPS_BELOW_REAL
     }

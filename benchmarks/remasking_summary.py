@@ -173,7 +173,7 @@ def matched_table(records: list[Record], judge: str, name: str) -> str:
     head += [f"over {other}" for other in BASELINES]
     means = {key[:2]: over_seeds(list(values.values())) for key, values in read.items() if not key[2]}
     return (
-        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text; the lowest is bold.\n\n"
+        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text; the lowest is bold; `–`: not as varied at any temperature, for a seed at least.\n\n"
         f"{_means_by_budget(means)}\n\nWith intervals, at lower entropies, and as differences:\n\n{markdown(head, rows)}\n\n"
     )
 

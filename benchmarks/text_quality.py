@@ -33,14 +33,13 @@ def divergence(ids: np.ndarray, real: np.ndarray) -> float:
 
 def longest_copy(ids: np.ndarray, train: np.ndarray) -> int:
     """Tokens of the longest stretch of any sample that stands in the training text, by bisection over its length."""
-    low, high = 0, ids.shape[1]
-    texts = ids.astype(np.uint64)
+    low, high = 0, min(ids.shape[1], len(train))
+    texts, known = ids.astype(np.uint64), train[None].astype(np.uint64)
     while low < high:
         length = (low + high + 1) // 2
-        if (
-            len(train) >= length
-            and np.isin(_hashes(texts, length), _hashes(train[None].astype(np.uint64), length)).any()
-        ):
+        stretches, there = _hashes(texts, length), np.sort(_hashes(known, length))
+        place = np.minimum(np.searchsorted(there, stretches), len(there) - 1)
+        if (there[place] == stretches).any():
             low = length
         else:
             high = length - 1

@@ -156,6 +156,10 @@ def test_policies_are_compared_within_a_seed():
     assert none["own"].startswith("3.033 [") and none["over none"] == "–" == critic["over random"]
     assert critic["over none"].startswith("**-0.101 [-0.103")
 
+    larger = records + [r | {"setting": r["setting"] | {"nfe": 8}} for r in records if r["seed"] < 2]
+    means = matched_table(larger, "reference_nll", "x").split("\n\n")[2].splitlines()
+    assert means[0].startswith("| policy | 4 passes | 8 passes") and all(" | – |" in row for row in means[2:])
+
 
 @pytest.mark.parametrize(
     ("hottest_below", "tried"),
