@@ -202,18 +202,51 @@ def valid_strings(records: list[Record]) -> str:
          shown(mean_of(results, "different"), percent=True)]
         for setting, results in by_setting(records).values()
     ]  # fmt: skip
-    head = [
-        "policy",
-        "NFE",
-        "temperature",
-        "threshold",
-        "seeds",
-        "passes",
-        "right sentences, %",
-        "sentences per sample",
-        "different sentences, %",
+    head = ["policy", "NFE", "temperature", "threshold", "seeds", "passes", "right sentences, %", "sentences per sample",
+            "different sentences, %"]  # fmt: skip
+    return (
+        "## E4: sums in brackets, right or wrong\n\n" + _wrong_by_budget(records)
+        + "\n\n### Everything measured\n\n" + markdown(head, rows)
+    )  # fmt: skip
+
+
+def _wrong_by_budget(records: list[Record]) -> str:
+    """A row per line, a column per budget: its share of wrong sentences at the better temperature; then what the best
+    line with a critic leaves wrong, as a part of what the best one without leaves."""
+    seeds = {r["seed"] for r in records}
+    wrong: dict[str, dict[int, list[float]]] = {}
+    for setting, results in by_setting(records).values():
+        if "threshold" in setting or len(results) < len(seeds):
+            continue
+        line, nfe = wrong.setdefault(setting["policy"], {}), setting["nfe"]
+        found = [1 - result["valid"]["value"] for result in results]
+        if nfe not in line or np.mean(found) < np.mean(line[nfe]):
+            line[nfe] = found
+    budgets = sorted({nfe for line in wrong.values() for nfe in line})
+    rows: Table = [
+        [name, *(shown(over_seeds(line.get(n, [])), percent=True) for n in budgets)]
+        for name, line in wrong.items()
     ]
-    return "## E4: sums in brackets, right or wrong\n\n" + markdown(head, rows)
+
+    def leader(nfe: int, has_critic: bool) -> str | None:
+        found = [
+            (np.mean(line[nfe]), name)
+            for name, line in wrong.items()
+            if nfe in line and name.startswith("critic") == has_critic
+        ]
+        return min(found)[1] if found else None
+
+    last = ["**best with a critic / best without**"]
+    for nfe in budgets:
+        critic, other = leader(nfe, True), leader(nfe, False)
+        if critic is None or other is None:
+            last.append("–")
+            continue
+        pairs = zip(wrong[critic][nfe], wrong[other][nfe], strict=True)
+        ratio = over_seeds([a / b if b else float("nan") for a, b in pairs])
+        last.append(f"{shown(ratio)}: {critic} / {other}")
+    table = markdown(["policy", *(f"{n} passes" for n in budgets)], [*rows, last])
+    return f"Wrong sentences, %, at the temperature at which a line has fewer:\n\n{table}"
 
 
 def ablations(records: list[Record]) -> str:

@@ -12,7 +12,7 @@ from benchmarks import remasking
 from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
 from benchmarks.remasking_experiments import next_place
 from benchmarks.remasking_numbers import at_entropy, over_seeds
-from benchmarks.remasking_summary import matched_table, shown
+from benchmarks.remasking_summary import matched_table, shown, valid_strings
 from benchmarks.text_quality import divergence, longest_copy, repeated
 
 # ------------------------------------------------------------------------------------------- languages
@@ -159,6 +159,36 @@ def test_policies_are_compared_within_a_seed():
     larger = records + [r | {"setting": r["setting"] | {"nfe": 8}} for r in records if r["seed"] < 2]
     means = matched_table(larger, "reference_nll", "x").split("\n\n")[2].splitlines()
     assert means[0].startswith("| policy | 4 passes | 8 passes") and all(" | – |" in row for row in means[2:])
+
+
+def test_the_best_critic_is_set_beside_the_best_of_the_others():
+    """At the better temperature of each line, seed by seed; a line that a seed is missing from does not count."""
+
+    def record(seed: int, policy: str, right: float, **setting) -> dict:
+        setting = {"policy": policy, "nfe": 4, "temperature": 1.0} | setting
+        result = {
+            "valid": dict.fromkeys(("value", "low", "high"), right),
+            "passes": 4,
+            "sentences": 5.0,
+            "different": 1.0,
+        }
+        return {"seed": seed, "setting": setting, "result": result}
+
+    records = []
+    for seed, wrong in enumerate((0.2, 0.4)):
+        records += [record(seed, "none", 0.1), record(seed, "none", 1 - wrong, temperature=0.5)]
+        records += [record(seed, "random", 0.3), record(seed, "critic", 1 - wrong / 2)]
+        records.append(record(seed, "confidence", 0.99, threshold=0.1))
+    records.append(record(0, "critic_origin", 0.99))
+    table = valid_strings(records).split("\n\n")[2].splitlines()
+    assert [row.split(" | ")[0] for row in table[2:]] == [
+        "| none",
+        "| random",
+        "| critic",
+        "| **best with a critic / best without**",
+    ]
+    assert table[2].startswith("| none | 30.0 [") and table[4].startswith("| critic | 15.0 [")
+    assert table[5].endswith("| 0.500: critic / none |")
 
 
 @pytest.mark.parametrize(
