@@ -89,17 +89,9 @@ def detection(records: list[Record]) -> str:
                 shown(mean_of(found, "precision"), percent=True), shown(mean_of(found, "ece")),
             ])  # fmt: skip
     head = [
-        "masks",
-        "masked",
-        "filled in",
-        "view",
-        "seeds",
-        "AUROC",
-        "over confidence",
-        "average precision",
-        "precision at budget, %",
-        "ECE",
-    ]
+        "masks", "masked", "filled in", "view", "seeds", "AUROC", "over confidence",
+        "average precision", "precision at budget, %", "ECE",
+    ]  # fmt: skip
     return "## E1: finding wrong tokens in held-out fills\n\n" + markdown(head, rows)
 
 
@@ -115,16 +107,9 @@ def infilling(records: list[Record]) -> str:
                 shown(mean_of(found, "reference_over_truth"), signed=True), shown(mean_of(found, "ngram_over_truth"), signed=True),
             ])  # fmt: skip
     head = [
-        "masked",
-        "NFE",
-        "policy",
-        "seeds",
-        "passes",
-        "right tokens, %",
-        f"over {against}, %",
-        "NLL over the truth's, reference",
-        "NLL over the truth's, n-grams",
-    ]
+        "masked", "NFE", "policy", "seeds", "passes", "right tokens, %", f"over {against}, %",
+        "NLL over the truth's, reference", "NLL over the truth's, n-grams",
+    ]  # fmt: skip
     return "## E2: sticky spans of held-out text filled\n\n" + markdown(head, rows)
 
 
@@ -165,11 +150,9 @@ def matched_table(records: list[Record], judge: str, name: str) -> str:
             cells.append(shown(over_seeds([own[s] - base[s] for s in both]), signed=True))
         rows.append([policy, str(nfe), str(len(own)), *cells])
     head = [
-        "policy",
-        "NFE",
-        "seeds",
+        "policy", "NFE", "seeds",
         *(f"real text's entropy{f' - {s}' if s else ''}" for s in STEPS_BELOW_REAL),
-    ]
+    ]  # fmt: skip
     head += [f"over {other}" for other in BASELINES]
     means = {key[:2]: over_seeds(list(values.values())) for key, values in read.items() if not key[2]}
     return (
@@ -308,14 +291,9 @@ def costs(records: list[Record]) -> str:
         for setting, results in by_setting(records).values()
     ]  # fmt: skip
     head = [
-        "policy",
-        "NFE",
-        "seeds",
-        "passes",
-        "seconds per sample",
-        "bare passes in them, %",
+        "policy", "NFE", "seeds", "passes", "seconds per sample", "bare passes in them, %",
         "same at batch 1 and 64",
-    ]
+    ]  # fmt: skip
     return "## E6: cost\n\n" + markdown(head, rows)
 
 

@@ -50,17 +50,12 @@ class View:
     chance: np.ndarray  # (B,) uniform, of its own
     confidence: np.ndarray  # probability of each token when it was written or drafted
     margin: Callable[[], np.ndarray]  # gap between the two likeliest tokens at masked positions
-    back_share: (
-        float  # what the partial critics take back while the text grows, as a share of the most possible
-    )
+    # What the partial critics take back while the text grows, as a share of the most possible
+    back_share: float
     remdm_share: float  # the same for ReMDM's policies, whose papers take back less
     fresh_confidence: Callable[[], np.ndarray]  # probability of each drafted token now; one pass
-    critic_error: Callable[
-        [], np.ndarray
-    ]  # calibrated chance that a token of the draft is an error; one pass
-    partial_error: Callable[
-        [], np.ndarray
-    ]  # the same for the text before the round, from this round's own pass
+    critic_error: Callable[[], np.ndarray]  # calibrated chance that a drafted token is wrong; one pass
+    partial_error: Callable[[], np.ndarray]  # of the text before the round, from this round's own pass
     partial_origin: Callable[[], np.ndarray]  # raw chance that the generator wrote it, from the same pass
     blend_error: Callable[[], np.ndarray]  # from critic_error and confidence together; one pass
     wrong: Callable[[], np.ndarray]  # bool: the draft differs from the truth

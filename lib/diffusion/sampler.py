@@ -322,10 +322,9 @@ class _Draft:
     ids: np.ndarray  # (B, T)
     at: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # (N,) flat positions written
     logits: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (N, V)
-    critic: np.ndarray = field(
-        default_factory=lambda: np.empty(0)
-    )  # (B, T) raw error of the text before the round
-    origin: np.ndarray = field(default_factory=lambda: np.empty(0))  # (B, T) likewise, that it was written
+    # (B, T) of the text before the round: raw chance of an error, and that the generator wrote it
+    critic: np.ndarray = field(default_factory=lambda: np.empty(0))
+    origin: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 def _events(masked: np.ndarray, after: np.ndarray, drafts: bool) -> np.ndarray:

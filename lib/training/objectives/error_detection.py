@@ -31,9 +31,8 @@ class Seen:
     partial_share: np.ndarray  # of the text that is masked then
     confidence: np.ndarray  # one minus it: what the generator said when it wrote the token
     fresh: np.ndarray  # one minus it: what it says now that it sees the whole
-    given: (
-        np.ndarray
-    )  # one minus it: what it says of it with the given text alone in view, before anything was written
+    # One minus it: what it says of it with the given text alone in view, before anything was written
+    given: np.ndarray
 
     def at(self, where: np.ndarray) -> "Seen":
         return Seen(*(getattr(self, f.name)[where] for f in fields(self)))

@@ -54,9 +54,8 @@ class Filled:
     valid: np.ndarray  # (B, T) bool
     written: np.ndarray  # (B, T) bool
     confidence: np.ndarray  # (B, T) probability of each written token when it was written
-    expected: (
-        np.ndarray
-    )  # (B, T) probability of each written token with the given text alone in view; given ones: 1
+    # (B, T) probability of each written token with the given text alone in view; given ones: 1
+    expected: np.ndarray
     share: np.ndarray  # (B,) of the text that was masked before the pass that completed it
 
     def partly_masked(self, hidden: np.ndarray, mask_id: int) -> "Filled":
