@@ -4,6 +4,7 @@ Known here: lib.report and what stage 06 leaves. Not known: how samples are draw
 """
 
 import importlib
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ import pytest
 from lib import schema
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.metrics import ngram_entropy
+from lib.report import plots
 from lib.report.data import ReportData
 from lib.report.html import build_report
 from lib.report.quality import describe, from_first_gap, lexicon, valid_words
@@ -437,3 +439,22 @@ def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
     codes = [np.frombuffer(r["text"][len(prompt) :].encode("utf-32-le"), np.uint32) for r in samples]
     assert rows["none"]["fourgram_entropy"] == pytest.approx(ngram_entropy(codes, 4))
     assert rows["real text"]["fourgram_entropy"] <= np.log(6 * (64 - len(prompt) - 3))
+
+
+def test_labels_of_close_marks_stand_apart():
+    """Two marks side by side, then four labels at one place: each has a corner of its own."""
+    figure = plots._figure(6, 4)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    places = [(0.5, 0.5), (0.52, 0.51)]
+    for close in (places, [(0.5, 0.5)] * 4):
+        labels = [
+            axes.annotate("a policy, 32", at, xytext=plots.CORNERS[0], textcoords="offset points")
+            for at in close
+        ]
+        figure.draw_without_rendering()
+        before = [label.get_window_extent() for label in labels]
+        plots._apart(labels, [axes.transData.transform([at]) for at in close])
+        after = [label.get_window_extent() for label in labels]
+        assert any(a.overlaps(b) for a, b in itertools.combinations(before, 2))
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(after, 2))

@@ -11,6 +11,7 @@ from lib.report.table import passes_text
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-", "--")
 MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
+CORNERS = ((6, 4), (6, -10), (-6, 4), (-6, -10))  # of a mark, where its label may start or end, in points
 SELECTION = ("nelbo", "nll", "cross_entropy", "mse", "critic_loss", "loss", "regret")
 
 
@@ -91,6 +92,8 @@ def policies(rows: list[dict]) -> str:
     figure = _figure(6.2, 3.8)
     axes = figure.subplots()
     names = list(dict.fromkeys(row["policy"] for row in rows))
+    labels: list[Any] = []
+    marks: list[list[tuple[float, float]]] = []
     for row in rows:
         nll = row["reference_nll"]
         if nll is None:
@@ -100,13 +103,37 @@ def policies(rows: list[dict]) -> str:
         error = [[nll["value"] - nll["low"]], [nll["high"] - nll["value"]]]
         axes.errorbar(row["fourgram_entropy"], nll["value"], yerr=error, color=color, marker=MARKERS[i % len(MARKERS)], markersize=6, capsize=2, linewidth=1)  # fmt: skip
         label = row["policy"] + (f", {passes_text(row['passes'])}" if row["passes"] else "")
-        axes.annotate(label, (row["fourgram_entropy"], nll["value"]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)  # fmt: skip
+        at = (row["fourgram_entropy"], nll["value"])
+        labels.append(
+            axes.annotate(label, at, xytext=CORNERS[0], textcoords="offset points", fontsize=8, color=color)
+        )
+        marks.append([(at[0], value) for value in (nll["low"], nll["value"], nll["high"])])
     axes.set(
         xlabel="4-gram entropy, nats (more is more varied)",
         ylabel="NLL under the reference model, nats per character",
     )
     axes.margins(0.15)
+    figure.draw_without_rendering()
+    _apart(labels, [axes.transData.transform(mark) for mark in marks])
     return _svg(figure)
+
+
+def _apart(labels: list[Any], marks: list[Any]) -> None:
+    """Each label goes to that corner of its mark where it covers the fewest marks and labels placed before it.
+
+    `marks`: of each label, (N, 2) places on the canvas that the mark with its interval covers.
+    """
+    from matplotlib.transforms import Bbox
+
+    taken = [Bbox([[x - 4, y - 4], [x + 4, y + 4]]) for mark in marks for x, y in mark]
+    for label in labels:
+
+        def covered(corner: tuple[int, int], label: Any = label) -> int:
+            label.set(position=corner, ha="left" if corner[0] > 0 else "right")
+            return label.get_window_extent().count_overlaps(taken)
+
+        covered(min(CORNERS, key=covered))
+        taken.append(label.get_window_extent())
 
 
 def pareto(
