@@ -208,19 +208,26 @@ def ablation(trained: Trained, ratio: float, nfe: int, lines: Lines, count: int)
 
 
 def cost(trained: Trained, policy: str, nfe: int, count: int, repeats: int = 3) -> dict[str, Any]:
-    """Seconds per sample, share of the bare forward passes in them, and whether the batch size matters."""
+    """Seconds per sample, share of the bare forward passes in them, and whether the batch size matters.
+
+    Samples and bare passes take turns, so that a machine that slows down slows both; of each the fastest counts.
+    """
     ids, free = trained.blank(count)
-    made = trained.sample(policy, nfe, ids, free, batch_size=64)
-    seconds = _best(lambda: trained.sample(policy, nfe, ids, free, batch_size=64), repeats)
-    bare = _best(lambda: _bare_passes(trained, ids, round(made.nfe)), repeats)
+    sampling, bare = [], []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        made = trained.sample(policy, nfe, ids, free, batch_size=64)
+        between = time.perf_counter()
+        _bare_passes(trained, ids, round(made.nfe))
+        sampling.append(between - begin)
+        bare.append(time.perf_counter() - between)
     few = min(count, 6)
     alone = trained.sample(policy, nfe, ids[:few], free[:few], batch_size=1)
-    same = bool((alone.ids == made.ids[:few]).all())
     return {
         "passes": made.nfe,
-        "seconds_per_sample": seconds / count,
-        "bare_share": bare / seconds,
-        "same_alone": same,
+        "seconds_per_sample": min(sampling) / count,
+        "bare_share": min(bare) / min(sampling),
+        "same_alone": bool((alone.ids == made.ids[:few]).all()),
     }
 
 
@@ -231,12 +238,3 @@ def _bare_passes(trained: Trained, ids: np.ndarray, passes: int) -> None:
         at = torch.arange(0, ids[part].size, 2)
         for _ in range(passes):
             logits_of(trained, torch.from_numpy(ids[part]), at)
-
-
-def _best(action: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - begin)
-    return min(times)
