@@ -30,6 +30,11 @@ One thread each, processes beside each other use the cores better than one with 
 has seeds of its own:
 
 OMP_NUM_THREADS=1 python -m benchmarks.remasking OUT --seeds 0 & OMP_NUM_THREADS=1 python -m benchmarks.remasking OUT --seeds 1,2
+
+More seeds narrow the intervals of whole samples; --contested measures in them only the lines whose differences are told:
+some 80 minutes of one core per seed.
+
+python -m benchmarks.remasking OUT --seeds 3,4 --contested
 """
 
 import argparse
@@ -46,7 +51,7 @@ from benchmarks import remasking_detection as detection
 from benchmarks import remasking_experiments as experiments
 from benchmarks.remasking_lab import SUMS, TEXT, VARIANTS, Lab, Size
 from benchmarks.remasking_numbers import AUTOREGRESSIVE, REAL
-from benchmarks.remasking_summary import CHURNED, SECTIONS, write_summary
+from benchmarks.remasking_summary import BASELINES, CHURNED, SECTIONS, write_summary
 from lib import durable
 from lib.config import load_config
 from lib.diffusion.policies import POLICIES
@@ -64,6 +69,7 @@ COLD_POLICIES = ("none", "confidence_first")
 # In E4 a second time without the noise that is blended into what they suspect
 SHARP = {"randomness_strength": 0.0}
 BY_CHANCE = ("random", "remdm_cap", "remdm_rescale")  # of those that take back: have nothing to sharpen
+CONTESTED = (REAL, "critic_origin", *BASELINES)  # lines of E3
 STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
 
 
@@ -139,6 +145,10 @@ class Task:
     @property
     def name(self) -> str:
         return name_of(self.experiment, self.setting)
+
+    @property
+    def contested(self) -> bool:
+        return self.experiment == "E3" and self.setting["policy"] in CONTESTED
 
 
 def name_of(experiment: str, setting: dict[str, Any]) -> str:
@@ -246,15 +256,21 @@ class Results:
 
 
 def run(
-    out: Path, plan_name: str, data: str = "builtin", seeds: tuple[int, ...] = (), only: tuple[str, ...] = ()
-) -> Results:
-    """Every setting that has no line yet, seed by seed; then the tables of all that is there. Returns all results."""
+    out: Path, plan_name: str, data: str = "builtin", seeds: tuple[int, ...] = (), only: tuple[str, ...] = (),
+    contested: bool = False,
+) -> Results:  # fmt: skip
+    """Every setting that has no line yet, or just the contested ones, seed by seed; then the tables of all that is there.
+    Returns all results."""
     plan = PLANS[plan_name]
     out.mkdir(parents=True, exist_ok=True)
     _refuse_other_settings(out / "settings.json", settings_of(plan, data))
     lab = Lab(out, data, {TEXT: plan.text, SUMS: plan.sums})
     results = Results(out / "results.jsonl")
-    chosen = [task for task in tasks(plan) if not only or task.experiment in only]
+    chosen = [
+        task
+        for task in tasks(plan)
+        if (not only or task.experiment in only) and (task.contested or not contested)
+    ]
     for seed in seeds or range(plan.seeds):
         left = [task for task in chosen if (seed, task.name) not in results.done]
         for number, task in enumerate(left, start=1):
@@ -303,6 +319,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="", help="such as 0,1,2, which is the default; quick: 0")
     parser.add_argument("--only", default="", help="experiments, such as E1,E2")
     parser.add_argument(
+        "--contested", action="store_true", help=f"only whole samples of {'; '.join(CONTESTED)}"
+    )
+    parser.add_argument(
         "--tables", action="store_true", help="train nothing: tables and pictures of what is there"
     )
     options = parser.parse_args()
@@ -320,7 +339,7 @@ def main() -> None:
         if not Path(data).exists():
             parser.error(f"--data {data} is not there")
         data = str(Path(data).resolve())
-    run(options.out, plan_name, data, tuple(map(int, seeds)), only)
+    run(options.out, plan_name, data, tuple(map(int, seeds)), only, options.contested)
 
 
 if __name__ == "__main__":

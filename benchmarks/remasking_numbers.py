@@ -70,6 +70,14 @@ def apart(records: list[Record]) -> list[Record]:
     ] + [record for record in records if "runs" not in record["result"]]
 
 
+def shared_seeds(records: list[Record]) -> set[int]:
+    """Those that every policy of whole samples has run, over which means of policies are compared; all, if none has."""
+    ran: dict[str, set[int]] = {}
+    for record in records:
+        ran.setdefault(record["setting"]["policy"], set()).add(record["seed"])
+    return set.intersection(*ran.values()) or set.union(*ran.values()) if ran else set()
+
+
 def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:
     """(policy, NFE, step below real text's 4-gram entropy) -> seed -> NLL there; NaN beyond its temperatures and
     where a seed's samples were not varied enough to be tried."""

@@ -10,12 +10,16 @@ from benchmarks.remasking_numbers import (
     by_setting,
     likelihoods_at_entropy,
     over_seeds,
+    shared_seeds,
 )
 from lib.report import plots
 
 
 def pareto_picture(records: list[Record]) -> str:
-    """NLL under the reference model over 4-gram entropy, a panel per budget: the least, a middle one, the most."""
+    """NLL under the reference model over 4-gram entropy, a panel per budget: the least, a middle one, the most; means
+    over the seeds that all policies ran."""
+    shared = shared_seeds(records)
+    records = [r for r in records if r["seed"] in shared]
     lines = [r for r in records if r["setting"]["policy"] not in (REAL, AUTOREGRESSIVE)]
     causal = by_setting([r for r in records if r["setting"]["policy"] == AUTOREGRESSIVE]).values()
     budgets = sorted({r["setting"]["nfe"] for r in lines})
@@ -36,9 +40,10 @@ def pareto_picture(records: list[Record]) -> str:
 
 
 def budget_picture(records: list[Record], base: str) -> str:
-    """NLL under the reference model over the passes spent, at the entropy of real text, and the difference to that
-    of `base` within a seed."""
+    """NLL under the reference model over the passes spent, at the entropy of real text, over the seeds that all
+    policies ran, and the difference to that of `base` within a seed, over all seeds of both."""
     records = [r for r in records if r["setting"]["policy"] != AUTOREGRESSIVE]  # far below, and at one budget
+    shared = shared_seeds(records)
     read = likelihoods_at_entropy(records, JUDGES[0][0])
     panels: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
     for (policy, nfe, step), values in read.items():
@@ -47,11 +52,11 @@ def budget_picture(records: list[Record], base: str) -> str:
         other = read.get((base, nfe, step), {})
         differences = [value - other[seed] for seed, value in values.items() if seed in other]
         for title, numbers in (
-            ("at the 4-gram entropy of real text", list(values.values())),
+            ("at the 4-gram entropy of real text", [v for seed, v in values.items() if seed in shared]),
             (f"less that of {base}, within a seed", differences),
         ):
             line = panels.setdefault(title, {}).setdefault(policy, {})
-            if (found := over_seeds(list(numbers))) is not None:
+            if (found := over_seeds(numbers)) is not None:
                 line[nfe] = found
     return plots.over_passes(panels, "NLL under the reference model, nats")
 

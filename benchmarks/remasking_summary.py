@@ -19,6 +19,7 @@ from benchmarks.remasking_numbers import (
     likelihoods_at_entropy,
     mean_of,
     over_seeds,
+    shared_seeds,
 )
 from benchmarks.remasking_pictures import budget_picture, pareto_picture
 from lib import durable
@@ -154,11 +155,20 @@ def matched_table(records: list[Record], judge: str, name: str) -> str:
         *(f"real text's entropy{f' - {s}' if s else ''}" for s in STEPS_BELOW_REAL),
     ]  # fmt: skip
     head += [f"over {other}" for other in BASELINES]
-    means = {key[:2]: over_seeds(list(values.values())) for key, values in read.items() if not key[2]}
+    shared = shared_seeds(records)
+    means = {
+        key[:2]: over_seeds([value for seed, value in values.items() if seed in shared])
+        for key, values in read.items()
+        if not key[2]
+    }
     return (
-        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text; the lowest is bold; `–`: not as varied at any temperature, for a seed at least.\n\n"
+        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text, over {_listed(shared)}, which all policies ran; the lowest is bold; `–`: not as varied at any temperature, for a seed at least.\n\n"
         f"{_means_by_budget(means)}\n\nWith intervals, at lower entropies, and as differences:\n\n{markdown(head, rows)}\n\n"
     )
+
+
+def _listed(seeds: set[int]) -> str:
+    return ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, sorted(seeds)))
 
 
 def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> str:

@@ -11,7 +11,7 @@ from scipy import stats
 from benchmarks import remasking
 from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
 from benchmarks.remasking_experiments import next_place
-from benchmarks.remasking_numbers import at_entropy, over_seeds
+from benchmarks.remasking_numbers import at_entropy, over_seeds, shared_seeds
 from benchmarks.remasking_summary import matched_table, shown, valid_strings
 from benchmarks.text_quality import divergence, longest_copy, repeated
 
@@ -160,6 +160,15 @@ def test_policies_are_compared_within_a_seed():
     means = matched_table(larger, "reference_nll", "x").split("\n\n")[2].splitlines()
     assert means[0].startswith("| policy | 4 passes | 8 passes") and all(" | – |" in row for row in means[2:])
 
+    more = records + [
+        r | {"seed": 3} for r in records if r["seed"] == 2 and r["setting"]["policy"] != "critic"
+    ]
+    table = matched_table(more, "reference_nll", "x")  # one more seed of `none`, far above: the means stay
+    assert (
+        "over seeds 0, 1, 2," in table and "| none | 3.033 |" in table and "| none | 4 | 4 | 3.175 [" in table
+    )
+    assert shared_seeds(more) == {0, 1, 2}
+
 
 def test_the_best_critic_is_set_beside_the_best_of_the_others():
     """At the better temperature of each line, seed by seed; a line that a seed is missing from does not count."""
@@ -281,3 +290,5 @@ def test_every_plan_is_a_set_of_different_settings():
         assert len(keys) == len(set(keys)) > 10, name
     full = remasking.PLANS["full"]
     assert full.seeds == 3 and set(full.policies) | {"oracle"} == set(remasking.POLICIES)
+    contested = [task.setting["policy"] for task in remasking.tasks(full) if task.contested]
+    assert sorted(contested) == sorted(remasking.CONTESTED)
