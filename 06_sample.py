@@ -45,7 +45,7 @@ def main(config: Config, args: RunArgs) -> None:
 def score_text(config: Config, args: RunArgs, file: Path) -> None:
     """Every token of a user's text, scored by the models of a finished run."""
     from lib import durable, schema
-    from lib.errors import BadConfig, BadData, MissingInput
+    from lib.errors import BadConfig, BadData, MissingInput, RemaskError
     from lib.report.bench import Bench, as_table
     from lib.report.scores import HEAD, cells, documents_of, known_texts, score, scores_page, windows
     from lib.report.table import aligned
@@ -67,9 +67,12 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     if not file.exists():
         raise MissingInput(f"--score {file}: there is no such file or folder")
     data = config.data.model_copy(update={"path": str(file), **small})
-    found = list(get_task("text").check(config.model_copy(update={"data": data})))
+    try:
+        found = list(get_task("text").check(config.model_copy(update={"data": data})))
+    except RemaskError as error:
+        raise type(error)(str(error).replace("data.path", "--score")) from None
     texts = [(d.document_id, d.content) for d in found if isinstance(d, Document)]
-    faults = [f for f in found if not isinstance(f, Document)]
+    faults = [f for f in found if not isinstance(f, Document) and f.kind != "too little text"]
     for fault in faults:
         say(f"{fault.source} {fault.location}: {fault.kind}: {fault.found}; {fault.advice}")
     if not texts:
@@ -77,7 +80,14 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     name = "".join(c if c.isalnum() else "_" for c in file.stem)
     uses = ("seed", "device", "precision", "sampler")
     with Stage(
-        f"06_score_{name}.py", config, args, uses=uses, reads=READS, files=[file], restarts=True
+        f"06_score_{name}.py",
+        config,
+        args,
+        uses=uses,
+        reads=READS,
+        files=[file],
+        restarts=True,
+        ignores=("data.text_key", "data.id_key"),
     ) as stage:
         if stage.finished:
             return
@@ -104,14 +114,21 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
 
 def sample(config: Config, args: RunArgs) -> None:
     from lib import durable
-    from lib.report.bench import Bench, Collected
+    from lib.report.bench import Bench, Collected, context_of, starts_of
     from lib.report.gather import gather
     from lib.report.html import build_report
     from lib.runtime import Runtime
+    from lib.tokenization import load_tokenizer
+
+    def check(stage: Stage) -> None:
+        tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
+        starts_of(config.sampler, tokenizer, context_of(stage))
 
     uses = ("seed", "device", "precision", "sampler")
     files = [Path(config.sampler.infill_file)] if config.sampler.infill_file else []
-    with Stage(__file__, config, args, uses=uses, reads=READS, files=files) as stage:
+    with Stage(
+        __file__, config, args, uses=uses, reads=READS, files=files, restarts=True, check=check
+    ) as stage:
         if stage.finished:
             return
         runtime = Runtime.detect(config)
@@ -119,7 +136,7 @@ def sample(config: Config, args: RunArgs) -> None:
         bench = Bench(stage, config, runtime)
 
         # Every policy writes the same numbered samples from the same start, at every budget of passes
-        starts = bench.starts()
+        starts = starts_of(config.sampler, bench.tokenizer, bench.context)
         table = Collected()
         plan = [(name, nfe) for nfe in config.sampler.nfe for name in config.sampler.policies]
         with Progress("samples", len(plan)) as progress:
@@ -127,7 +144,7 @@ def sample(config: Config, args: RunArgs) -> None:
                 bench.write(starts, name, nfe, table)
                 progress.update(done + 1)
         table.policies += bench.baselines(starts)
-        chosen = bench.best_of(starts[0], table)
+        chosen = bench.best_of(starts, table)
 
         # Write
         from lib import schema

@@ -76,6 +76,12 @@ def passes_of(results: list[dict]) -> str:
     return f"{np.mean([r['passes'] for r in results]):.1f}".removesuffix(".0")
 
 
+def seconds_of(results: list[dict]) -> str:
+    """Of all samples together, the fastest seed's: other work on the machine can only slow one down."""
+    times = [r["seconds"] for r in results if "seconds" in r]
+    return f"{min(times):.1f}" if times else "–"
+
+
 # ---------------------------------------------------------------------------------------- the tables
 
 
@@ -103,12 +109,12 @@ def infilling(records: list[Record]) -> str:
         for policy in results[0]["policies"]:
             found = [r["policies"][policy] for r in results]
             rows.append([
-                f"{setting['ratio']:.0%}", str(setting["nfe"]), policy, str(len(found)), passes_of(found),
+                f"{setting['ratio']:.0%}", str(setting["nfe"]), policy, str(len(found)), passes_of(found), seconds_of(found),
                 shown(mean_of(found, "accuracy"), percent=True), shown(mean_of(found, f"over_{against}"), percent=True, signed=True),
                 shown(mean_of(found, "reference_over_truth"), signed=True), shown(mean_of(found, "ngram_over_truth"), signed=True),
             ])  # fmt: skip
     head = [
-        "masked", "NFE", "policy", "seeds", "passes", "right tokens, %", f"over {against}, %",
+        "masked", "NFE", "policy", "seeds", "passes", "seconds", "right tokens, %", f"over {against}, %",
         "NLL over the truth's, reference", "NLL over the truth's, n-grams",
     ]  # fmt: skip
     return "## E2: sticky spans of held-out text filled\n\n" + markdown(head, rows)
@@ -125,9 +131,10 @@ def samples(records: list[Record]) -> str:
                 "reference_nll", "ngram_nll", "character_entropy", "fourgram_entropy")),
             shown(mean_of(results, "valid_words"), percent=True), shown(mean_of(results, "repetition"), percent=True),
             shown(mean_of(results, "divergence")), f"{np.max([r['longest_copy'] for r in results]):.0f}",
+            seconds_of(results),
         ])  # fmt: skip
     head = ["policy", "NFE", "seeds", "passes", "temperature", "NLL, reference", "NLL, n-grams", "character entropy",
-            "4-gram entropy", "valid words, %", "repeated 8-grams, %", "n-gram divergence", "longest copy"]  # fmt: skip
+            "4-gram entropy", "valid words, %", "repeated 8-grams, %", "n-gram divergence", "longest copy", "seconds"]  # fmt: skip
     matched = "".join(matched_table(records, judge, name) for judge, name in JUDGES)
     return (
         "## E3: whole samples\n\n![NLL over passes](passes.svg)\n\n![NLL over 4-gram entropy](pareto.svg)\n\n" + matched

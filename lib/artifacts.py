@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +52,8 @@ class Stage:
         reads: earlier stages whose tables and folders are read.
         files: files outside outputs/ that are read (raw data, checkpoints), hashed at entry.
         restarts: unfinished work is not worth keeping: begin again, also when config or inputs have changed.
+        check: called before --overwrite removes what is there; what it raises leaves that as it was.
+        ignores: settings such as `data.text_key` in which earlier stages may differ.
         outputs_root: where runs live; tests give their own.
 
     In the body, first `if stage.finished: return`.
@@ -64,6 +66,8 @@ class Stage:
     reads: Iterable[str] = ()
     files: Iterable[Path] = ()
     restarts: bool = False
+    check: Callable[["Stage"], None] | None = None
+    ignores: Iterable[str] = ()
     outputs_root: Path = OUTPUTS
     stats: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +96,8 @@ class Stage:
         self._lock(self.name, fcntl.LOCK_EX)
         self._inputs = self._gather_inputs()
         if self.args.overwrite and self.folder.exists():
+            if self.check is not None:
+                self.check(self)
             shutil.rmtree(self.folder)
         self.finished = self._is_finished()
         self.resuming = False
@@ -132,7 +138,11 @@ class Stage:
                 f"{self.name} needs {name}, which has not finished in {self._shown(self.run_dir)}; "
                 f"run `python {name}.py --run_dir {self._shown(self.run_dir)}` first, with the same --config"
             )
-        differing = changes(manifest["config"], self.config.slice(manifest["config"]))
+        differing = [
+            change
+            for change in changes(manifest["config"], self.config.slice(manifest["config"]))
+            if change.split(":")[0] not in self.ignores
+        ]
         if differing:
             raise BadConfig(
                 f"{name} in {self._shown(self.run_dir)} was made with another config than this command has:\n  "

@@ -214,6 +214,32 @@ def test_unfinished_work_that_holds_nothing_worth_keeping_begins_again(tmp_path)
     assert manifest is not None and manifest["config"] == {"seed": 5}
 
 
+def test_what_a_check_refuses_is_not_overwritten(tmp_path):
+    finish(tmp_path)
+
+    def refuse(stage: Stage) -> None:
+        raise BadConfig("no")
+
+    args = RunArgs(run_dir=tmp_path / "run", overwrite=True)
+    with pytest.raises(BadConfig), Stage("00_check_data.py", CONFIG, args, uses=("seed",), check=refuse):
+        pass
+    with stage(tmp_path) as s:
+        assert s.finished and (s.folder / "rewards.parquet").exists()
+
+
+def test_earlier_stages_may_differ_in_what_is_ignored(tmp_path):
+    finish(tmp_path, uses=("data",))
+    other = load_config(quick_test=True, overrides=["data.text_key=body"])
+    args, reads = RunArgs(run_dir=tmp_path / "run"), ("00_check_data",)
+    with (
+        pytest.raises(BadConfig, match=r"data\.text_key: text -> body"),
+        Stage("06_sample.py", other, args, uses=("seed",), reads=reads),
+    ):
+        pass
+    with Stage("06_sample.py", other, args, uses=("seed",), reads=reads, ignores=("data.text_key",)) as s:
+        assert not s.finished
+
+
 def test_values_of_numpy_and_what_json_cannot_hold():
     given = {"a": np.float32(0.5), 2: [np.int64(3), float("nan")], "c": np.array([1, 2]), "d": float("inf")}
     assert plain(given) == {"a": 0.5, "2": [3, None], "c": [1, 2], "d": None}

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
+from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.metrics import ngram_entropy
 from lib.report import plots
@@ -206,6 +207,26 @@ def test_a_row_of_the_sampling_table_is_computed_from_its_texts():
     assert row["fourgram_entropy"] == pytest.approx(np.log(2))
 
 
+def test_a_policys_budgets_are_one_line_and_no_two_policies_look_alike(monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plain = [], Axes.errorbar
+
+    def spy(self, x, y, **style):
+        drawn.append((len(x), style["color"], style["marker"], style["linestyle"]))
+        return plain(self, x, y, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    (one,) = made_data().policies
+    rows = [one | {"policy": f"p{i}", "nfe": nfe, "passes": nfe} for nfe in (8, 4) for i in range(9)]
+    html = build_report(made_data(policies=[*rows, one | {"policy": "real text", "nfe": 0, "passes": 0}]))
+    picture, panels = drawn[:10], drawn[10:]
+    assert [d[0] for d in picture] == [2] * 9 + [1] and len({d[1:] for d in picture}) == 10
+    assert [d[0] for d in panels] == [2] * 18  # both panels, without real text
+    drawn.clear()
+    assert build_report(made_data(policies=rows[:9])) != html and len(drawn) == 9  # one budget: no panels
+
+
 def test_tables_on_the_screen_are_aligned():
     text = results_table(made_data().results)
     assert len({len(line.split("1.000")[0]) for line in text.splitlines() if "1.000" in line}) == 1
@@ -287,6 +308,25 @@ def test_a_text_that_cannot_be_scored_is_refused(quick_run, quick_config, tmp_pa
         )
 
 
+def test_a_text_in_a_column_of_another_name_is_scored(quick_run, tmp_path):
+    import shutil
+
+    shutil.copytree(quick_run, tmp_path / "run_001")
+    (tmp_path / "mine.jsonl").write_text('{"body": "A name is a name."}\n')
+    config = load_config(quick_test=True, overrides=["data.text_key=body"])
+    args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "mine.jsonl")
+    importlib.import_module("06_sample").main(config, args)
+    (row,) = pq.read_table(tmp_path / "run_001" / "06_score_mine" / "scores.parquet").to_pylist()
+    assert row["text"].strip() == "A name is a name."
+
+
+def test_what_is_wrong_with_a_file_to_score_is_said_of_that_flag(quick_run, quick_config, tmp_path):
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"x")
+    with pytest.raises(MissingInput, match=r"^--score: .*a\.png has the ending '\.png'"):
+        importlib.import_module("06_sample").main(quick_config, RunArgs(run_dir=quick_run, score=picture))
+
+
 def test_equal_documents_are_each_scored(quick_run, quick_config, tmp_path):
     import shutil
 
@@ -305,8 +345,6 @@ def test_equal_documents_are_each_scored(quick_run, quick_config, tmp_path):
 def sampled(quick_run, tmp_path_factory):
     """Stage 06 again on a copy of the quick run: overrides -> the folder it wrote."""
     import shutil
-
-    from lib.config import load_config
 
     def make(*overrides: str):
         folder = tmp_path_factory.mktemp("sampled") / "run_001"
@@ -409,6 +447,55 @@ def test_texts_longer_than_the_context_are_written_in_blocks(sampled):
     rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
     assert rows["none"]["passes"] == 4 * 4 and rows["critic"]["passes"] == 3 * 4
     assert rows["autoregressive"]["passes"] == 150 - len("The value of ")
+
+
+def test_the_best_of_several_fillings_of_every_row_of_a_file(sampled, tmp_path):
+    rows = [
+        {"id": "a", "text": "The value of the " + "[MASK]" * 6 + " is in the text."},
+        {"id": "b", "text": "A " + "[MASK]" * 4 + " of names."},
+        {"id": "c", "text": "[MASK]" * 8 + " of the file is."},
+    ]
+    path = infill_file(tmp_path, rows)
+    folder = sampled(
+        f"sampler.infill_file={path}",
+        "sampler.policies=[none]",
+        "sampler.best_of=3",
+        "sampler.best_of_policy=none",
+    )
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    record = json.loads((folder / "metrics.json").read_text())
+    for scorer in ("critic", "generator", "judge"):
+        chosen = [r for r in samples if r["policy"] == f"none, best of 3 by {scorer}"]
+        assert sorted(r["infill_id"] for r in chosen) == ["a", "b", "c"]
+        assert len(chosen[0]["text"]) < len(chosen[2]["text"])  # of different lengths
+        (row,) = [r for r in record["best_of"] if r["scorer"] == scorer]
+        assert row["nll"]["value"] == pytest.approx(np.mean([r["reference_nll"] for r in chosen]))
+    by_chance = next(r for r in record["best_of"] if r["scorer"] == "chance")
+    assert by_chance["fourgram_entropy"] == pytest.approx(record["policies"][0]["fourgram_entropy"])
+
+
+def test_a_refused_prompt_leaves_the_samples_that_are_there(sampled):
+    folder = sampled("sampler.policies=[none]")
+    before = (folder / "samples.parquet").read_bytes()
+    overrides = ["sampler.num_samples=3", "sampler.nfe=[4]", "sampler.policies=[none]"]
+    stage = importlib.import_module("06_sample")
+    for prompt in ("A \u2603", "x" * 64):
+        config = load_config(quick_test=True, overrides=[*overrides, f"sampler.prompt={prompt}"])
+        with pytest.raises(BadConfig, match=r"sampler\.prompt"):
+            stage.main(config, RunArgs(run_dir=folder.parent, quick_test=True, overwrite=True))
+    config = load_config(quick_test=True, overrides=overrides)
+    stage.main(config, RunArgs(run_dir=folder.parent, quick_test=True))  # up to date
+    assert (folder / "samples.parquet").read_bytes() == before
+
+
+def test_the_judge_of_samples_is_causal():
+    """A model that sees what it judges, on the same split and named before it, is passed over."""
+    from lib.report.bench import _is_causal
+
+    specs = load_config().models
+    assert [n for n, s in specs.items() if _is_causal(s) and s.split == "reference"] == ["reference_lm"]
+    seeing = specs["reference_lm"].model_copy(update={"attention": "bidirectional"})
+    assert not _is_causal(seeing)
 
 
 def test_the_best_of_several_samples_are_written_and_shown(sampled):

@@ -18,6 +18,7 @@ from lib.diffusion.sampler import STILL_MASKED, TAKEN_BACK, WRITTEN, Sampler
 from lib.diffusion.schedule import masked_counts_left, masked_shares, temperatures
 from lib.errors import BadConfig
 from lib.models.build import make_model, model_config
+from lib.report.infilling import Start
 from lib.runtime import Runtime
 from lib.sections.sampler import WITH_ERROR_VIEW
 
@@ -557,6 +558,15 @@ def test_the_blend_finds_what_each_of_two_views_knows():
     assert np.abs(calibration.blended(critic, 1 - error) - expected).mean() < 0.02
 
 
+@pytest.mark.parametrize("name", ["none", "random", "remdm_cap", "critic_partial"])
+def test_a_single_gap_costs_a_single_pass(name):
+    ids, free = np.tile(TRUTH, (2, 1)), np.zeros((2, 40), bool)
+    ids[0, 3], free[0, 3] = MASK, True
+    ids[1, 5:9], free[1, 5:9] = MASK, True
+    passes = oracle_sampler().sample(ids, free, np.arange(2), POLICIES[name], 8).passes
+    assert passes[0] == 1 < passes[1]
+
+
 def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
     from lib.report import best_of as module
 
@@ -571,19 +581,26 @@ def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
         judge=None,
         ranker=None,
         tokenizer=SimpleNamespace(cls_token_id=2),
+        pseudo_likelihood=lambda ids, rows: np.full(ids.shape, -0.5),  # likes all texts alike
     )
     monkeypatch.setattr(
         module, "decode_batch", lambda tokenizer, ids: ["".join(map(chr, 97 + row)) for row in ids]
     )
-    sampler.fresh_confidence = lambda ids: np.full(ids.shape, 0.5)  # likes all texts alike
     ids, free = np.full((40, 40), MASK), np.ones((40, 40), bool)
-    found, texts = module.best_of(bench, ids, free, np.arange(40), "none", 4, 6)
+    whole = Start(ids, free, np.arange(40))
+    found, (texts,) = module.best_of(bench, [whole], "none", 4, 6)
     rows = {r["scorer"]: r for r in found}
     assert rows["critic"]["gain"]["low"] > 0.05  # sees every error
     assert rows["critic"]["nll"]["value"] == pytest.approx(rows[module.CEILING]["nll"]["value"])
     assert rows["generator"]["gain"]["value"] == rows[module.CHANCE]["gain"]["value"] == 0
     assert set(texts) == {"critic", "generator"}
     assert (texts["critic"] != TRUTH).sum(1).mean() == pytest.approx(rows["critic"]["nll"]["value"] * 40)
+    # The same samples in two parts: each is written and chosen as before, the row is over both
+    parts = [Start(ids[p], free[p], np.arange(40)[p]) for p in (slice(0, 15), slice(15, 40))]
+    found, (first, second) = module.best_of(bench, parts, "none", 4, 6)
+    assert (np.concatenate([first["critic"], second["critic"]]) == texts["critic"]).all()
+    assert {r["scorer"]: r for r in found} == rows
+
     bench.reference = None  # chooses all the same
-    found, again = module.best_of(bench, ids, free, np.arange(40), "none", 4, 6)
+    found, (again,) = module.best_of(bench, [whole], "none", 4, 6)
     assert (again["critic"] == texts["critic"]).all() and all(r["gain"] is None for r in found)

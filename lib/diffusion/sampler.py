@@ -166,6 +166,7 @@ class Sampler:
             masked = (rows.ids == self.mask_id) & rows.free
             busy = np.full(len(masked), threshold is not None or policy.takes_back)
             busy |= rows.left[:, number] < masked.sum(1)
+            busy &= masked.any(1) | (rows.left[:, number] > 0)  # a single token: written once, then left
             if not busy.any():
                 continue  # fewer tokens to write than rounds
             last, held = number + 1 == rounds, number + 1 >= correcting

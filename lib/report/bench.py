@@ -1,5 +1,6 @@
 """The models that write and judge samples, loaded once for stage 06 and the benchmarks, and the rows they leave."""
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from lib.report.gather import Measured, starting_ids
 from lib.report.infilling import UNKNOWN, Start, read_infill_file
 from lib.report.quality import describe, from_first_gap, lexicon
 from lib.report.table import best_of_table, infilling_table, results_table, sampling_table, winners_table
+from lib.sections.models import ModelSpec
+from lib.sections.sampler import SamplerConfig
+from lib.synthetic import MaskedLMEngine
 from lib.tokenization import decode_batch, load_tokenizer
 from lib.training.data import Windows, select_split
 
@@ -37,7 +41,7 @@ class Bench:
         self.stage, self.config, self.runtime = stage, config, runtime
         self.tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
         model = load_model(stage.folder_of("05_train_critic", "best_model")).to(runtime.device)
-        self.context = model.config.max_position_embeddings - 1
+        self.context = context_of(stage)
         self.sampler = Sampler(
             model,
             self.tokenizer.mask_token_id,
@@ -48,10 +52,9 @@ class Bench:
             Calibration.load(stage.folder_of("05_train_critic", "calibration.json")),
             self.context,
         )
-        self.reference = self._load(lambda s: s.mode == "language_model" and s.split == "reference")
-        self.autoregressive = self._load(
-            lambda s: s.mode == "language_model" and s.attention == "causal" and s.split != "reference"
-        )
+        # Causal ones: a model that sees what it judges would find everything likely
+        self.reference = self._load(lambda s: _is_causal(s) and s.split == "reference")
+        self.autoregressive = self._load(lambda s: _is_causal(s) and s.split != "reference")
         self.inspector = self._load(lambda s: s.mode == "token_classifier")
         self.judge = self._load(lambda s: s.mode == "sequence_scorer" and s.target_type == "score")
         self.ranker = self._load(lambda s: s.mode == "ranker")
@@ -95,17 +98,12 @@ class Bench:
         width = max(self.context, self.config.sampler.length or 0)  # as long as the samples
         return Windows(held_out, width, self.tokenizer.pad_token_id).tiled(), words
 
-    def starts(self) -> list[Start]:
-        """What samples are written from: masks everywhere, the config's prompt or text with [MASK]s, or its file."""
-        settings = self.config.sampler
-        if settings.infill_file:
-            starts = read_infill_file(Path(settings.infill_file), self.tokenizer, self.context)
-            if "oracle" in settings.policies:
-                _require_targets(starts)
-            return starts
-        row = starting_ids(settings, self.tokenizer, self.context)
-        ids = np.tile(row, (settings.num_samples, 1))
-        return [Start(ids, ids == self.tokenizer.mask_token_id, np.arange(len(ids)))]
+    def pseudo_likelihood(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(B, T) log-probability of every token under the generator, each hidden once, in four passes. `rows`: (B,) keys of
+        what is hidden together."""
+        engine = MaskedLMEngine(self.sampler.model, self.tokenizer, self.runtime, self.context)
+        everything = np.ones(ids.shape, bool)
+        return engine.confidence(ids, everything, self.config.seed, rows, self.config.sampler.batch_size)
 
     def write(self, starts: list[Start], policy: str, nfe: int, table: "Collected") -> None:
         """The samples of one policy at one budget of passes, measured, into the table."""
@@ -132,16 +130,17 @@ class Bench:
         row = describe(name, nfe, passes, seconds, all_of.written, self.words, all_of.nll)
         return row | all_of.means(), parts
 
-    def best_of(self, start: Start, table: "Collected") -> list[dict]:
+    def best_of(self, starts: list[Start], table: "Collected") -> list[dict]:
         """What choosing the best of N samples gains, by each scorer, whose choices go into the table; nothing for N = 1."""
         settings = self.config.sampler
         if settings.best_of == 1:
             return []
         policy, nfe, n = settings.best_of_policy, max(settings.nfe), settings.best_of
-        rows, texts = best_of(self, start.ids, start.free, start.number, policy, nfe, n)
-        for scorer, ids in texts.items():
-            name = f"{policy}, best of {n} by {scorer}"
-            table.add_samples(name, nfe, start, ids, Measured.of(ids, start.free, self))
+        rows, texts = best_of(self, starts, policy, nfe, n)
+        for start, chosen in zip(starts, texts, strict=True):
+            for scorer, ids in chosen.items():
+                name = f"{policy}, best of {n} by {scorer}"
+                table.add_samples(name, nfe, start, ids, Measured.of(ids, start.free, self))
         return rows
 
     def baselines(self, starts: list[Start]) -> list[dict]:
@@ -240,6 +239,30 @@ class Collected:
 
 def as_table(rows: list[dict], table_schema: schema.TableSchema) -> pa.Table:
     return pa.Table.from_pylist(rows, table_schema.arrow)
+
+
+def context_of(stage: Stage) -> int:
+    """Tokens that the generator reads beside its [CLS]."""
+    file = stage.folder_of("05_train_critic", "best_model") / "config.json"
+    return json.loads(file.read_text(encoding="utf-8"))["max_position_embeddings"] - 1
+
+
+def starts_of(settings: SamplerConfig, tokenizer: Any, context: int) -> list[Start]:
+    """What samples are written from: masks everywhere, the config's prompt or text with [MASK]s, or its file.
+
+    Raises BadConfig or BadData saying what cannot be written from."""
+    if settings.infill_file:
+        starts = read_infill_file(Path(settings.infill_file), tokenizer, context)
+        if "oracle" in settings.policies:
+            _require_targets(starts)
+        return starts
+    row = starting_ids(settings, tokenizer, context)
+    ids = np.tile(row, (settings.num_samples, 1))
+    return [Start(ids, ids == tokenizer.mask_token_id, np.arange(len(ids)))]
+
+
+def _is_causal(spec: ModelSpec) -> bool:
+    return spec.mode == "language_model" and spec.attention == "causal"
 
 
 def _require_targets(starts: list[Start]) -> None:

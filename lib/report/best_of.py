@@ -2,8 +2,11 @@
 
 The scorers choose; the reference model, which learned from a split of its own, only measures. A choice by chance and
 the reference model's own choice (the ceiling) stand beside them. Knows the bench of stage 06 and no file.
+
+Legend: N texts of each sample, B samples, T positions.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,71 +14,81 @@ import torch
 
 from lib import metrics
 from lib.diffusion.policies import POLICIES
+from lib.report.infilling import Start
 from lib.report.quality import characters, from_first_gap, reference_nll, sequence_scores
 from lib.tokenization import decode_batch
 
 CHANCE, CEILING = "chance", "reference model itself"
 
 
+@dataclass
+class _Pool:
+    """The texts written from one start, and who likes which."""
+
+    texts: np.ndarray  # (N, B, T)
+    counted: np.ndarray  # (B, T) from the first gap on: the part that is measured
+    nll: np.ndarray | None  # (N, B) nats per counted token under the reference model
+    likings: dict[str, np.ndarray]  # scorer -> (N, B)
+
+    def chosen(self, scorer: str) -> tuple[np.ndarray, np.ndarray]:
+        """((B,) which of the N, (B, T) those texts)."""
+        best = self.likings[scorer].argmax(0)
+        return best, self.texts[best, np.arange(len(best))]
+
+
 @torch.no_grad()
 def best_of(
-    bench: Any, ids: np.ndarray, free: np.ndarray, number: np.ndarray, policy: str, nfe: int, n: int
-) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """(a row per scorer, scorer -> (B, T) the texts that it chose).
+    bench: Any, starts: list[Start], policy: str, nfe: int, n: int
+) -> tuple[list[dict], list[dict[str, np.ndarray]]]:
+    """(a row per scorer over all starts, for each start scorer -> (B, T) the texts that it chose).
 
-    A row is {"policy", "nfe", "n", "scorer", "fourgram_entropy" of the chosen texts, "nll" and "gain" over the first of the
-    N as estimates in nats per token, None without a reference model}. A gain that costs entropy is worth less.
-
-    Args:
-        ids, free: (B, T) what all samples start from; number: (B,) the samples' numbers.
+    A row is {"policy", "nfe", "n", "scorer", "fourgram_entropy" of the chosen texts from their first gap on, "nll" and
+    "gain" over the first of the N as estimates in nats per token, None without a reference model}. A gain that costs
+    entropy is worth less.
     """
-    count = len(ids)
-    pool = np.stack([
-        bench.sampler.sample(ids, free, number + k * count, POLICIES[policy], nfe).ids for k in range(n)
-    ])  # (n, B, T)  # fmt: skip
-    nll = None if bench.reference is None else _nll(bench, pool, from_first_gap(free))
-    likings = {CHANCE: np.zeros(pool.shape[:2]), **_scorers(bench, pool, free)}
-    if nll is not None:
-        likings[CEILING] = -nll
-    rows, texts = [], {}
-    for name, liking in likings.items():
-        best = liking.argmax(0)  # (B,)
-        chosen = pool[best, np.arange(count)]
-        row: dict[str, Any] = {
-            "policy": policy,
-            "nfe": nfe,
-            "n": n,
-            "scorer": name,
-            "nll": None,
-            "gain": None,
-        }
-        if nll is not None:
-            own = nll[best, np.arange(count)]
-            row |= {"nll": metrics.ratio(own)._asdict(), "gain": metrics.ratio(nll[0] - own)._asdict()}
-        entropy = metrics.ngram_entropy(characters(decode_batch(bench.tokenizer, chosen)), 4)
-        rows.append(row | {"fourgram_entropy": entropy})
-        if name not in (CHANCE, CEILING):
-            texts[name] = chosen
+    total = sum(len(start.ids) for start in starts)  # how far apart the numbers of a sample's N texts are
+    pools = [_written(bench, start, policy, nfe, n, total) for start in starts]
+    rows, texts = [], [{} for _ in pools]
+    for scorer in pools[0].likings:
+        gains, own, written = [], [], []
+        for pool, kept in zip(pools, texts, strict=True):
+            best, chosen = pool.chosen(scorer)
+            written += [row[counted] for row, counted in zip(chosen, pool.counted, strict=True)]
+            if pool.nll is not None:
+                own.append(pool.nll[best, np.arange(len(best))])
+                gains.append(pool.nll[0] - own[-1])
+            if scorer not in (CHANCE, CEILING):
+                kept[scorer] = chosen
+        rows.append({
+            "policy": policy, "nfe": nfe, "n": n, "scorer": scorer,
+            "nll": metrics.ratio(np.concatenate(own))._asdict() if own else None,
+            "gain": metrics.ratio(np.concatenate(gains))._asdict() if gains else None,
+            "fourgram_entropy": metrics.ngram_entropy(characters(decode_batch(bench.tokenizer, written)), 4),
+        })  # fmt: skip
     return rows, texts
 
 
-def _nll(bench: Any, pool: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(n, B) nats per counted token under the reference model."""
-    sums = [
-        reference_nll(bench.reference, bench.runtime, t, counted, bench.tokenizer.cls_token_id) for t in pool
-    ]
-    return np.stack(sums) / np.maximum(counted.sum(1), 1)
+def _written(bench: Any, start: Start, policy: str, nfe: int, n: int, apart: int) -> _Pool:
+    pool = np.stack([
+        bench.sampler.sample(start.ids, start.free, start.number + k * apart, POLICIES[policy], nfe).ids for k in range(n)
+    ])  # fmt: skip
+    counted = from_first_gap(start.free)
+    likings, nll = {CHANCE: np.zeros(pool.shape[:2])} | _scorers(bench, pool, start), None
+    if bench.reference is not None:
+        cls_id = bench.tokenizer.cls_token_id
+        sums = [reference_nll(bench.reference, bench.runtime, t, counted, cls_id) for t in pool]
+        nll = np.stack(sums) / np.maximum(counted.sum(1), 1)
+        likings[CEILING] = -nll
+    return _Pool(pool, counted, nll, likings)
 
 
-def _scorers(bench: Any, pool: np.ndarray, free: np.ndarray) -> dict[str, np.ndarray]:
-    """Scorer -> (n, B) how much it likes each text."""
-    cls_id = bench.tokenizer.cls_token_id
-    share = free / np.maximum(free.sum(1, keepdims=True), 1)
+def _scorers(bench: Any, pool: np.ndarray, start: Start) -> dict[str, np.ndarray]:
+    """Scorer -> (N, B) how much it likes each text."""
+    cls_id, rows = bench.tokenizer.cls_token_id, start.number
+    share = start.free / np.maximum(start.free.sum(1, keepdims=True), 1)
     found = {
         "critic": np.stack([-(bench.sampler.critic_error(texts) * share).sum(1) for texts in pool]),
-        "generator": np.stack(
-            [(np.log(bench.sampler.fresh_confidence(texts)) * share).sum(1) for texts in pool]
-        ),
+        "generator": np.stack([(bench.pseudo_likelihood(texts, rows) * share).sum(1) for texts in pool]),
     }
     for name, model in (("judge", bench.judge), ("ranker", bench.ranker)):
         if model is not None:

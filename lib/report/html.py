@@ -116,11 +116,26 @@ def _policies(rows: list[dict]) -> str:
         )  # fmt: skip
         classes.append("" if r["passes"] else "reference")
     head = ["policy", "passes (NFE)", "seconds", "NLL, nats/char", "95 % interval", "character entropy", "4-gram entropy", "valid words", "95 % interval", "judge"]  # fmt: skip
-    picture = plots.policies(rows) if any(r["reference_nll"] for r in rows) else ""
+    picture = plots.policies(rows) + _over_passes(rows) if any(r["reference_nll"] for r in rows) else ""
     missing = (
         "" if picture else "<p>No model was trained on the reference split, so no likelihood is shown.</p>"
     )
     return table(head, lines, classes) + picture + missing
+
+
+def _over_passes(rows: list[dict]) -> str:
+    """Likelihood and variety over the passes spent, where policies were given several budgets."""
+    spent = [r for r in rows if r["passes"] and r["reference_nll"]]
+    nll: dict[str, dict[int, dict]] = {}
+    entropy: dict[str, dict[int, dict]] = {}
+    for r in spent:
+        nll.setdefault(r["policy"], {})[r["nfe"]] = r["reference_nll"]
+        value = r["fourgram_entropy"]
+        entropy.setdefault(r["policy"], {})[r["nfe"]] = {"value": value, "low": value, "high": value}
+    if max(map(len, nll.values()), default=0) < 2:
+        return ""
+    panels = {"NLL under the reference model, per character": nll, "4-gram entropy": entropy}
+    return plots.over_passes(panels, "nats")
 
 
 def _infilling(rows: list[dict]) -> list[str]:

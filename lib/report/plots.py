@@ -88,26 +88,30 @@ def reliability(points: list[list[float]], title: str, x_label: str, y_label: st
 
 
 def policies(rows: list[dict]) -> str:
-    """Likelihood under the reference model against diversity: up and left is worse than down and right."""
+    """Likelihood under the reference model against diversity: up and left is worse than down and right. A policy's budgets
+    are joined in their order; its name stands at the largest."""
     figure = _figure(6.2, 3.8)
     axes = figure.subplots()
-    names = list(dict.fromkeys(row["policy"] for row in rows))
+    lines: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["nfe"]):
+        if row["reference_nll"] is not None:
+            lines.setdefault(row["policy"], []).append(row)
     labels: list[Any] = []
     marks: list[list[tuple[float, float]]] = []
-    for row in rows:
-        nll = row["reference_nll"]
-        if nll is None:
-            continue
-        i = names.index(row["policy"])
-        color = PALETTE[i % len(PALETTE)]
-        error = [[nll["value"] - nll["low"]], [nll["high"] - nll["value"]]]
-        axes.errorbar(row["fourgram_entropy"], nll["value"], yerr=error, color=color, marker=MARKERS[i % len(MARKERS)], markersize=6, capsize=2, linewidth=1)  # fmt: skip
-        label = row["policy"] + (f", {passes_text(row['passes'])}" if row["passes"] else "")
-        at = (row["fourgram_entropy"], nll["value"])
-        labels.append(
-            axes.annotate(label, at, xytext=CORNERS[0], textcoords="offset points", fontsize=8, color=color)
-        )
-        marks.append([(at[0], value) for value in (nll["low"], nll["value"], nll["high"])])
+    for i, name in enumerate(n for n in dict.fromkeys(row["policy"] for row in rows) if n in lines):
+        style, found = _style(i), [row["reference_nll"] for row in lines[name]]
+        x, y = [row["fourgram_entropy"] for row in lines[name]], [nll["value"] for nll in found]
+        spread = [[nll["value"] - nll["low"] for nll in found], [nll["high"] - nll["value"] for nll in found]]
+        axes.errorbar(x, y, yerr=spread, markersize=6, capsize=2, linewidth=1, **style)
+        for row, place in zip(lines[name], zip(x, y, strict=True), strict=True):
+            passes, last = passes_text(row["passes"]), row is lines[name][-1]
+            text = f"{name}, {passes}" if passes and last else name if last else passes
+            labels.append(axes.annotate(text, place, xytext=CORNERS[0], textcoords="offset points",
+                                        fontsize=8 if last else 7, color=style["color"]))  # fmt: skip
+        marks += [
+            [(place, nll[part]) for part in ("low", "value", "high")]
+            for place, nll in zip(x, found, strict=True)
+        ]
     axes.set(
         xlabel="4-gram entropy, nats (more is more varied)",
         ylabel="NLL under the reference model, nats per character",

@@ -15,10 +15,10 @@ WITH_ERROR_VIEW = ("confidence_first", "confidence", "confidence_fresh", "critic
 
 
 class SamplerConfig(Section):
-    policies: tuple[str, ...]
+    policies: Annotated[tuple[str, ...], Field(min_length=1)]
     num_samples: Positive
     length: Positive | None
-    nfe: tuple[Annotated[int, Field(ge=2)], ...]
+    nfe: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)]
     block_tokens: Positive | None
     schedule: Literal["linear", "cosine", "custom", "threshold"]
     start_ratio: Fraction
@@ -38,7 +38,7 @@ class SamplerConfig(Section):
     best_of_policy: str
     prompt: str
     infill: str
-    infill_file: str | None
+    infill_file: Annotated[str, Field(min_length=1)] | None
     batch_size: Positive
 
     @field_validator("policies", "best_of_policy")
@@ -48,6 +48,15 @@ class SamplerConfig(Section):
             if name not in POLICIES:
                 raise ValueError(f"no policy '{name}'{did_you_mean(name, POLICIES)}")
         return names
+
+    @field_validator("policies", "nfe")
+    @classmethod
+    def _once(cls, values):
+        if again := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise ValueError(
+                f"{', '.join(map(str, again))} more than once; each sample is written once per value"
+            )
+        return values
 
     @model_validator(mode="after")
     def _check(self):
@@ -73,5 +82,3 @@ class SamplerConfig(Section):
             raise ValueError(
                 "the policy oracle must know the right text: give infill_file with a column target"
             )
-        if self.infill_file and self.best_of > 1:
-            raise ValueError("best_of chooses among samples of one length: set it to 1 with infill_file")
