@@ -87,12 +87,15 @@ class TokenCritic:
         filled = self._hide(filled, index, "critic", self.config.partial_fraction)
         stopped = without_gradient(model) if self.config.coupling == "stop_gradient" else nullcontext()
         with stopped:
-            critic = self._critic_loss(model, filled, index, "critic")
+            error, origin = self._critic_losses(model, filled, index, "critic")
+        critic, parts = (
+            error + self.config.origin_weight * origin,
+            {"critic_loss": error, "origin_loss": origin},
+        )
         if not self.joint:
-            return {"loss": critic, "critic_loss": critic}
+            return {"loss": critic} | parts
         generator = self.diffusion.loss(model, step, rows)["loss"]
-        total = generator + self.alpha(step) * critic
-        return {"loss": total, "generator_loss": generator, "critic_loss": critic}
+        return {"loss": generator + self.alpha(step) * critic, "generator_loss": generator} | parts
 
     @torch.no_grad()
     def fill(self, model: nn.Module, ids, valid, rows: np.ndarray, purpose: str, period: int) -> Filled:
@@ -163,8 +166,11 @@ class TokenCritic:
         filled.ids.reshape(-1)[at] = tokens.cpu().numpy()
         filled.confidence.reshape(-1)[at] = sure.cpu().numpy()
 
-    def _critic_loss(self, model: nn.Module, filled: Filled, rows: np.ndarray, purpose: str) -> Tensor:
-        """Binary cross-entropy of errors, over the written tokens and a share of the given ones, and of origin."""
+    def _critic_losses(
+        self, model: nn.Module, filled: Filled, rows: np.ndarray, purpose: str
+    ) -> tuple[Tensor, Tensor]:
+        """Binary cross-entropy of errors, over the written tokens and a share of the given ones, and of origin, over the
+        tokens of texts of which nothing was told: who is told need not guess. 0 where nobody guesses."""
         chance = randomness.uniform(randomness.key(self.seed, f"{purpose} clean"), rows, filled.ids.shape[1])
         visible = self._visible(filled)
         labelled = filled.written | (visible & (chance < self.config.clean_fraction))
@@ -175,11 +181,10 @@ class TokenCritic:
         wrong = filled.ids != filled.clean
         if self.config.labels == "expected":
             wrong = np.where(filled.written, 1 - filled.expected, wrong)
-        loss = self._cross_entropy(error, labelled, wrong)
-        if self.config.origin_weight and not told.all():
-            guessed = visible & ~told  # who is told need not guess
-            loss = loss + self.config.origin_weight * self._cross_entropy(origin, guessed, filled.written)
-        return loss
+        errors = self._cross_entropy(error, labelled, wrong)
+        if not self.config.origin_weight or told.all():
+            return errors, errors.new_zeros(())
+        return errors, self._cross_entropy(origin, visible & ~told, filled.written)
 
     def _cross_entropy(self, logits: Tensor, where: np.ndarray, happened: np.ndarray) -> Tensor:
         """Mean over the places of `where` (B, T), of log-odds (B T,) against what happened (B, T)."""
