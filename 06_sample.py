@@ -78,7 +78,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     if not texts:
         raise BadData(f"--score {file}: there is no text to score")
     name = "".join(c if c.isalnum() else "_" for c in file.stem)
-    uses = ("seed", "device", "precision", "sampler")
+    uses = ("seed", "device", "precision", "sampler", "data")
     with Stage(
         f"06_score_{name}.py",
         config,

@@ -296,15 +296,16 @@ def write_tables(out: Path, plan: Plan) -> None:
 
 
 def settings_of(plan: Plan, data: str) -> dict[str, Any]:
-    """All that the lines of one results.jsonl must have in common."""
+    """All that the lines of one results.jsonl must have in common; which lines of E3 there are is not part of it."""
     config = load_config()
     shipped = {"sampler": config.sampler.model_dump(), "critic": config.critic.model_dump(), "plain": PLAIN}
-    return plain(asdict(plan) | shipped | {"seeds": None, "data": data, "critics": VARIANTS})
+    settings = asdict(plan) | shipped | {"seeds": None, "data": data, "critics": VARIANTS}
+    return plain({k: v for k, v in settings.items() if k not in ("sample_policies", "plain_policies")})
 
 
 def _refuse_other_settings(path: Path, settings: dict) -> None:
-    if path.exists() and (stored := json.loads(path.read_text(encoding="utf-8"))) != settings:
-        names = ", ".join(k for k in settings if settings[k] != stored.get(k))
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    if names := ", ".join(k for k in settings if settings[k] != stored.get(k)):
         raise SystemExit(f"{path.parent} holds results of other settings ({names}); give another folder")
     durable.write_json(path, settings)
 

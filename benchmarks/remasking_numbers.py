@@ -71,11 +71,11 @@ def apart(records: list[Record]) -> list[Record]:
 
 
 def shared_seeds(records: list[Record]) -> set[int]:
-    """Those that every policy of whole samples has run, over which means of policies are compared; all, if none has."""
+    """Those that every policy of whole samples has run, over which means of policies are compared."""
     ran: dict[str, set[int]] = {}
     for record in records:
         ran.setdefault(record["setting"]["policy"], set()).add(record["seed"])
-    return set.intersection(*ran.values()) or set.union(*ran.values()) if ran else set()
+    return set.intersection(*ran.values()) if ran else set()
 
 
 def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:

@@ -58,7 +58,7 @@ def budget_picture(records: list[Record], base: str) -> str:
             line = panels.setdefault(title, {}).setdefault(policy, {})
             if (found := over_seeds(numbers)) is not None:
                 line[nfe] = found
-    return plots.over_passes(panels, "NLL under the reference model, nats")
+    return plots.over_passes(panels, "NLL under the reference model, nats", cut=True)
 
 
 def _mean_point(results: list[dict]) -> tuple[float, float]:

@@ -169,13 +169,16 @@ def matched_table(records: list[Record], judge: str, name: str) -> str:
         if not key[2]
     }
     return (
-        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text, over {_listed(shared)}, which all policies ran; the lowest is bold; `–`: not as varied at any temperature, for a seed at least.\n\n"
+        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text, over {_listed(shared)}; the lowest is bold; `–`: not as varied at any temperature, for a seed at least.\n\n"
         f"{_means_by_budget(means)}\n\nWith intervals, at lower entropies, and as differences:\n\n{markdown(head, rows)}\n\n"
     )
 
 
-def _listed(seeds: set[int]) -> str:
-    return ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, sorted(seeds)))
+def _listed(shared: set[int]) -> str:
+    if not shared:
+        return "the seeds that all policies ran (none yet)"
+    numbers = ", ".join(map(str, sorted(shared)))
+    return f"{'seed' if len(shared) == 1 else 'seeds'} {numbers}, which all policies ran"
 
 
 def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> str:

@@ -1,5 +1,6 @@
 """The benchmark of re-masking policies: its judges are right, its tables honest, its runs continue where they were."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -273,6 +274,17 @@ def test_started_again_it_does_only_what_is_missing_and_finds_the_same(finished)
     assert (out / "results.jsonl").read_bytes() == content
     with pytest.raises(SystemExit, match="results of other settings"):
         remasking.run(out, "quick", str(text))
+
+
+def test_a_plan_with_more_policies_goes_on_with_what_is_there(finished, monkeypatch):
+    out, text = finished
+    before = lines_of(out)
+    plan = remasking.PLANS["tiny"]
+    more = dataclasses.replace(plan, sample_policies=(*plan.sample_policies, "random"))
+    monkeypatch.setitem(remasking.PLANS, "tiny", more)
+    remasking.run(out, "tiny", str(text), only=("E3",))
+    (new,) = lines_of(out)[len(before) :]
+    assert new["setting"] == {"policy": "random"}
 
 
 def test_the_oracle_is_the_ceiling_and_differences_are_to_the_first_policy(finished):

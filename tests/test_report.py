@@ -184,7 +184,7 @@ def test_missing_parts_leave_a_page_that_says_so(changes):
 def test_a_policy_without_a_reference_model_has_no_likelihood():
     data = made_data()
     data.policies[0]["reference_nll"] = None
-    assert "No model was trained on the reference split" in Page(build_report(data)).text
+    assert "No causal model was trained on the reference split" in Page(build_report(data)).text
     assert " - " in sampling_table(data.policies)
 
 
@@ -210,19 +210,25 @@ def test_a_row_of_the_sampling_table_is_computed_from_its_texts():
 def test_a_policys_budgets_are_one_line_and_no_two_policies_look_alike(monkeypatch):
     from matplotlib.axes import Axes
 
-    drawn, plain = [], Axes.errorbar
+    drawn, plain, axes = [], Axes.errorbar, []
 
     def spy(self, x, y, **style):
         drawn.append((len(x), style["color"], style["marker"], style["linestyle"]))
+        axes.append((self, y))
         return plain(self, x, y, **style)
 
     monkeypatch.setattr(Axes, "errorbar", spy)
     (one,) = made_data().policies
-    rows = [one | {"policy": f"p{i}", "nfe": nfe, "passes": nfe} for nfe in (8, 4) for i in range(9)]
+    rows = [
+        one | {"policy": f"p{i}", "nfe": nfe, "passes": nfe, "fourgram_entropy": 2.0 + (i == 0) * nfe}
+        for nfe in (8, 4)
+        for i in range(9)
+    ]
     html = build_report(made_data(policies=[*rows, one | {"policy": "real text", "nfe": 0, "passes": 0}]))
     picture, panels = drawn[:10], drawn[10:]
     assert [d[0] for d in picture] == [2] * 9 + [1] and len({d[1:] for d in picture}) == 10
     assert [d[0] for d in panels] == [2] * 18  # both panels, without real text
+    assert all(a.get_ylim()[0] < min(y) and max(y) < a.get_ylim()[1] for a, y in axes)  # nothing is cut off
     drawn.clear()
     assert build_report(made_data(policies=rows[:9])) != html and len(drawn) == 9  # one budget: no panels
 
@@ -318,6 +324,10 @@ def test_a_text_in_a_column_of_another_name_is_scored(quick_run, tmp_path):
     importlib.import_module("06_sample").main(config, args)
     (row,) = pq.read_table(tmp_path / "run_001" / "06_score_mine" / "scores.parquet").to_pylist()
     assert row["text"].strip() == "A name is a name."
+    other = load_config(quick_test=True, overrides=["data.text_key=title"])
+    (tmp_path / "mine.jsonl").write_text('{"body": "A name is a name.", "title": "A value."}\n')
+    with pytest.raises(BadConfig, match=r"data\.text_key: body -> title"):
+        importlib.import_module("06_sample").main(other, args)
 
 
 def test_what_is_wrong_with_a_file_to_score_is_said_of_that_flag(quick_run, quick_config, tmp_path):

@@ -558,13 +558,17 @@ def test_the_blend_finds_what_each_of_two_views_knows():
     assert np.abs(calibration.blended(critic, 1 - error) - expected).mean() < 0.02
 
 
-@pytest.mark.parametrize("name", ["none", "random", "remdm_cap", "critic_partial"])
+@pytest.mark.parametrize(
+    "name", ["none", "random", "remdm_cap", "critic_partial", "critic", "confidence_fresh"]
+)
 def test_a_single_gap_costs_a_single_pass(name):
     ids, free = np.tile(TRUTH, (2, 1)), np.zeros((2, 40), bool)
     ids[0, 3], free[0, 3] = MASK, True
     ids[1, 5:9], free[1, 5:9] = MASK, True
     passes = oracle_sampler().sample(ids, free, np.arange(2), POLICIES[name], 8).passes
     assert passes[0] == 1 < passes[1]
+    alone = oracle_sampler().sample(ids[1:], free[1:], np.arange(1, 2), POLICIES[name], 8).passes
+    assert alone == passes[1:]
 
 
 def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):

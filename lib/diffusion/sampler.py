@@ -176,9 +176,10 @@ class Sampler:
             partial = policy.partial and not last
             draft = self._draft(rows, masked & ~after, first + number, partial, float(heats[number]))
             result.passes[rows.place] += busy
-            if not (policy.blind or last):
+            judged = busy & (rows.left[:, number] > 0)  # where anything may stay masked at all
+            if not (policy.blind or last) and judged.any():
                 after = choose(self._view(number, first, rows, masked, draft, held))
-                result.passes[rows.place] += int(policy.extra_pass)
+                result.passes[rows.place] += judged * int(policy.extra_pass)
             rows.ids = np.where(after, self.mask_id, draft.ids)
             result.ids[rows.place, seen] = rows.ids
             if trace:

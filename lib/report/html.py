@@ -118,7 +118,9 @@ def _policies(rows: list[dict]) -> str:
     head = ["policy", "passes (NFE)", "seconds", "NLL, nats/char", "95 % interval", "character entropy", "4-gram entropy", "valid words", "95 % interval", "judge"]  # fmt: skip
     picture = plots.policies(rows) + _over_passes(rows) if any(r["reference_nll"] for r in rows) else ""
     missing = (
-        "" if picture else "<p>No model was trained on the reference split, so no likelihood is shown.</p>"
+        ""
+        if picture
+        else "<p>No causal model was trained on the reference split, so no likelihood is shown.</p>"
     )
     return table(head, lines, classes) + picture + missing
 

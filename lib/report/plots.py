@@ -171,11 +171,13 @@ def pareto(
     return _svg(figure)
 
 
-def over_passes(panels: dict[str, dict[str, dict[int, dict[str, float]]]], y_label: str) -> str:
+def over_passes(
+    panels: dict[str, dict[str, dict[int, dict[str, float]]]], y_label: str, cut: bool = False
+) -> str:
     """Panel title -> line name -> forward passes -> {"value", "low", "high"}, passes doubling from tick to tick.
 
     The marks of a budget stand side by side, so that their intervals can be read. A line without points keeps its place
-    among the colours. The few values far above the others are cut off, so that the others can be told apart.
+    among the colours. `cut`: the few values far above the others are cut off, so that the others can be told apart.
     """
     columns = max(1, len(panels))
     figure = _figure(4.4 * columns + 1.8, 4.0)
@@ -194,7 +196,7 @@ def over_passes(panels: dict[str, dict[str, dict[int, dict[str, float]]]], y_lab
             axes.errorbar([n * aside for n in budgets], values, yerr=spread, label=name, markersize=5, linewidth=1.0,
                           elinewidth=0.8, **_style(index))  # fmt: skip
         everything = [e["value"] for found in lines.values() for e in found.values()]
-        if everything:
+        if everything and cut:
             lowest, middle = min(everything), sorted(everything)[len(everything) // 2]
             if middle > lowest:
                 axes.set_ylim(top=min(axes.get_ylim()[1], lowest + 4 * (middle - lowest)))

@@ -78,6 +78,10 @@ class SamplerConfig(Section):
                 f"schedule threshold asks the policy how likely each token is an error; {', '.join(others)} cannot "
                 f"say; policies that can: {', '.join(WITH_ERROR_VIEW)}"
             )
+        if self.best_of > 1 and self.best_of_policy == "oracle":
+            raise ValueError(
+                "best_of chooses where the right text is not known; best_of_policy cannot be oracle"
+            )
         if "oracle" in used and not self.infill_file:
             raise ValueError(
                 "the policy oracle must know the right text: give infill_file with a column target"
