@@ -58,7 +58,13 @@ def budget_picture(records: list[Record], base: str) -> str:
             line = panels.setdefault(title, {}).setdefault(policy, {})
             if (found := over_seeds(numbers)) is not None:
                 line[nfe] = found
-    return plots.over_passes(panels, "NLL under the reference model, nats", cut=True)
+    means = next(iter(panels.values()), {})
+    budgets = max(map(len, means.values()), default=0)
+    whole = {
+        name: sum(e["value"] for e in line.values()) for name, line in means.items() if len(line) == budgets
+    }
+    best = min(whole, key=lambda name: whole[name], default=None)
+    return plots.over_passes(panels, "NLL under the reference model, nats", cut=True, strong=best)
 
 
 def _mean_point(results: list[dict]) -> tuple[float, float]:

@@ -172,12 +172,16 @@ def pareto(
 
 
 def over_passes(
-    panels: dict[str, dict[str, dict[int, dict[str, float]]]], y_label: str, cut: bool = False
+    panels: dict[str, dict[str, dict[int, dict[str, float]]]],
+    y_label: str,
+    cut: bool = False,
+    strong: str | None = None,
 ) -> str:
     """Panel title -> line name -> forward passes -> {"value", "low", "high"}, passes doubling from tick to tick.
 
     The marks of a budget stand side by side, so that their intervals can be read. A line without points keeps its place
     among the colours. `cut`: the few values far above the others are cut off, so that the others can be told apart.
+    `strong`: the line that is drawn thick, above the others.
     """
     columns = max(1, len(panels))
     figure = _figure(4.4 * columns + 1.8, 4.0)
@@ -193,8 +197,8 @@ def over_passes(
                 [found[n]["value"] - found[n]["low"] for n in budgets],
                 [found[n]["high"] - found[n]["value"] for n in budgets],
             ]
-            axes.errorbar([n * aside for n in budgets], values, yerr=spread, label=name, markersize=5, linewidth=1.0,
-                          elinewidth=0.8, **_style(index))  # fmt: skip
+            axes.errorbar([n * aside for n in budgets], values, yerr=spread, label=name, markersize=5, elinewidth=0.8,
+                          linewidth=2.4 if name == strong else 1.0, zorder=3 if name == strong else 2, **_style(index))  # fmt: skip
         everything = [e["value"] for found in lines.values() for e in found.values()]
         if everything and cut:
             lowest, middle = min(everything), sorted(everything)[len(everything) // 2]
