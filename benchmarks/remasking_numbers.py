@@ -1,6 +1,7 @@
 """What the benchmark's lines say, in numbers: means over seeds, and likelihoods read off at equal variety."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ Record = dict[str, Any]
 Likelihoods = dict[tuple[str, int, float], dict[int, float]]
 
 
-def over_seeds(estimates: list[dict[str, float] | float | None]) -> dict[str, float] | None:
+def over_seeds(estimates: Sequence[dict[str, float] | float | None]) -> dict[str, float] | None:
     """{"value", "low", "high"} of the mean; None where a seed has no number."""
     if not estimates or any(e is None for e in estimates):
         return None
