@@ -69,7 +69,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     data = config.data.model_copy(update={"path": str(file), **small})
     try:
         found = list(get_task("text").check(config.model_copy(update={"data": data})))
-    except RemaskError as error:
+    except RemaskError as error:  # the task speaks of the setting, the user gave the flag
         raise type(error)(str(error).replace("data.path", "--score")) from None
     texts = [(d.document_id, d.content) for d in found if isinstance(d, Document)]
     faults = [f for f in found if not isinstance(f, Document) and f.kind != "too little text"]

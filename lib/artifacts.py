@@ -67,7 +67,7 @@ class Stage:
     files: Iterable[Path] = ()
     restarts: bool = False
     check: Callable[["Stage"], None] | None = None
-    ignores: Iterable[str] = ()
+    ignores: tuple[str, ...] = ()
     outputs_root: Path = OUTPUTS
     stats: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)

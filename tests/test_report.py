@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -19,6 +20,7 @@ from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.metrics import ngram_entropy
 from lib.report import plots
+from lib.report.bench import roles
 from lib.report.data import ReportData
 from lib.report.html import build_report
 from lib.report.quality import describe, from_first_gap, lexicon, valid_words
@@ -251,8 +253,6 @@ def test_a_fill_is_judged_together_with_what_stands_behind_it():
 @pytest.fixture(scope="module")
 def scored(quick_run, quick_config, tmp_path_factory):
     """A user's text scored by the quick run: (folder of the outputs, the text)."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("scored")
     shutil.copytree(quick_run, folder / "run_001")
     text = "The value of <b>an</b> object. " * 9
@@ -290,8 +290,6 @@ def test_the_scores_page_is_whole_and_safe(scored):
 
 def test_characters_that_the_run_never_saw_are_scored_as_unknown(quick_run, quick_config, tmp_path, capsys):
     """Also where samples are longer than the context, and the text is too."""
-    import shutil
-
     shutil.copytree(quick_run, tmp_path / "run_001")
     (tmp_path / "strange.txt").write_text("A \u2603 is true. " * 9, encoding="utf-8")
     longer = quick_config.sampler.model_copy(update={"length": 150})
@@ -315,8 +313,6 @@ def test_a_text_that_cannot_be_scored_is_refused(quick_run, quick_config, tmp_pa
 
 
 def test_a_text_in_a_column_of_another_name_is_scored(quick_run, tmp_path):
-    import shutil
-
     shutil.copytree(quick_run, tmp_path / "run_001")
     (tmp_path / "mine.jsonl").write_text('{"body": "A name is a name."}\n')
     config = load_config(quick_test=True, overrides=["data.text_key=body"])
@@ -330,6 +326,16 @@ def test_a_text_in_a_column_of_another_name_is_scored(quick_run, tmp_path):
         importlib.import_module("06_sample").main(other, args)
 
 
+def test_a_text_of_one_character_is_scored_and_not_called_too_little(quick_run, tmp_path, capsys):
+    shutil.copytree(quick_run, tmp_path / "run_001")
+    (tmp_path / "one.txt").write_text("A")
+    args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "one.txt")
+    importlib.import_module("06_sample").main(load_config(quick_test=True), args)
+    assert "too little" not in capsys.readouterr().err
+    (row,) = pq.read_table(tmp_path / "run_001" / "06_score_one" / "scores.parquet").to_pylist()
+    assert len(row["critic_error"]) == 1
+
+
 def test_what_is_wrong_with_a_file_to_score_is_said_of_that_flag(quick_run, quick_config, tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes(b"x")
@@ -338,8 +344,6 @@ def test_what_is_wrong_with_a_file_to_score_is_said_of_that_flag(quick_run, quic
 
 
 def test_equal_documents_are_each_scored(quick_run, quick_config, tmp_path):
-    import shutil
-
     shutil.copytree(quick_run, tmp_path / "run_001")
     (tmp_path / "twice.jsonl").write_text('{"text": "A name is a name."}\n' * 2)
     args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "twice.jsonl")
@@ -354,7 +358,6 @@ def test_equal_documents_are_each_scored(quick_run, quick_config, tmp_path):
 @pytest.fixture(scope="module")
 def sampled(quick_run, tmp_path_factory):
     """Stage 06 again on a copy of the quick run: overrides -> the folder it wrote."""
-    import shutil
 
     def make(*overrides: str):
         folder = tmp_path_factory.mktemp("sampled") / "run_001"
@@ -500,12 +503,11 @@ def test_a_refused_prompt_leaves_the_samples_that_are_there(sampled):
 
 def test_the_judge_of_samples_is_causal():
     """A model that sees what it judges, on the same split and named before it, is passed over."""
-    from lib.report.bench import _is_causal
-
     specs = load_config().models
-    assert [n for n, s in specs.items() if _is_causal(s) and s.split == "reference"] == ["reference_lm"]
     seeing = specs["reference_lm"].model_copy(update={"attention": "bidirectional"})
-    assert not _is_causal(seeing)
+    found = roles({"seeing": seeing, **specs})
+    assert found == roles(specs) and found["reference"] == "reference_lm"
+    assert roles({"seeing": seeing}) == dict.fromkeys(found)
 
 
 def test_the_best_of_several_samples_are_written_and_shown(sampled):

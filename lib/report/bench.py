@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,9 @@ class Bench:
             Calibration.load(stage.folder_of("05_train_critic", "calibration.json")),
             self.context,
         )
-        # Causal ones: a model that sees what it judges would find everything likely
-        self.reference = self._load(lambda s: _is_causal(s) and s.split == "reference")
-        self.autoregressive = self._load(lambda s: _is_causal(s) and s.split != "reference")
-        self.inspector = self._load(lambda s: s.mode == "token_classifier")
-        self.judge = self._load(lambda s: s.mode == "sequence_scorer" and s.target_type == "score")
-        self.ranker = self._load(lambda s: s.mode == "ranker")
+        self.reference, self.autoregressive, self.inspector, self.judge, self.ranker = (
+            None if name is None else self._load(name) for name in roles(config.models).values()
+        )
         self.real, self.words = self._real_text()
         judges = (model, self.reference, self.inspector, self.judge)
         self.narrowest = min(m.config.max_position_embeddings for m in judges if m is not None) - 1
@@ -72,11 +70,7 @@ class Bench:
         rankers = [name for name, spec in self.config.models.items() if spec.mode == "ranker"]
         return {name: terms for name in rankers if (terms := stats[name]["held_out"].get("terms"))}
 
-    def _load(self, fits):
-        """The first model of the config that fits, None if there is none."""
-        name = next((n for n, s in self.config.models.items() if fits(s)), None)
-        if name is None:
-            return None
+    def _load(self, name: str) -> Any:
         return load_model(self.stage.folder_of("04_train", f"{name}/best_model")).to(self.runtime.device)
 
     def token_text(self, i: int) -> str:
@@ -261,8 +255,25 @@ def starts_of(settings: SamplerConfig, tokenizer: Any, context: int) -> list[Sta
     return [Start(ids, ids == tokenizer.mask_token_id, np.arange(len(ids)))]
 
 
-def _is_causal(spec: ModelSpec) -> bool:
-    return spec.mode == "language_model" and spec.attention == "causal"
+def roles(models: Mapping[str, ModelSpec]) -> dict[str, str | None]:
+    """Role in stage 06 -> the first of the config's models that fits it; None if none does.
+
+    The reference model must be causal: one that sees what it judges would find everything likely.
+    """
+
+    def first(fits: Callable[[ModelSpec], bool]) -> str | None:
+        return next((name for name, spec in models.items() if fits(spec)), None)
+
+    def causal(spec: ModelSpec) -> bool:
+        return spec.mode == "language_model" and spec.attention == "causal"
+
+    return {
+        "reference": first(lambda s: causal(s) and s.split == "reference"),
+        "autoregressive": first(lambda s: causal(s) and s.split != "reference"),
+        "inspector": first(lambda s: s.mode == "token_classifier"),
+        "judge": first(lambda s: s.mode == "sequence_scorer" and s.target_type == "score"),
+        "ranker": first(lambda s: s.mode == "ranker"),
+    }
 
 
 def _require_targets(starts: list[Start]) -> None:

@@ -104,8 +104,8 @@ def policies(rows: list[dict]) -> str:
         spread = [[nll["value"] - nll["low"] for nll in found], [nll["high"] - nll["value"] for nll in found]]
         axes.errorbar(x, y, yerr=spread, markersize=6, capsize=2, linewidth=1, **style)
         for row, place in zip(lines[name], zip(x, y, strict=True), strict=True):
-            passes, last = passes_text(row["passes"]), row is lines[name][-1]
-            text = f"{name}, {passes}" if passes and last else name if last else passes
+            last = row is lines[name][-1]
+            text = ", ".join(filter(None, (name if last else "", passes_text(row["passes"]))))
             labels.append(axes.annotate(text, place, xytext=CORNERS[0], textcoords="offset points",
                                         fontsize=8 if last else 7, color=style["color"]))  # fmt: skip
         marks += [

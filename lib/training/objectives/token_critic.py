@@ -88,10 +88,8 @@ class TokenCritic:
         stopped = without_gradient(model) if self.config.coupling == "stop_gradient" else nullcontext()
         with stopped:
             error, origin = self._critic_losses(model, filled, index, "critic")
-        critic, parts = (
-            error + self.config.origin_weight * origin,
-            {"critic_loss": error, "origin_loss": origin},
-        )
+        critic = error + self.config.origin_weight * origin
+        parts = {"critic_loss": error, "origin_loss": origin}
         if not self.joint:
             return {"loss": critic} | parts
         generator = self.diffusion.loss(model, step, rows)["loss"]
