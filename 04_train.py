@@ -114,4 +114,4 @@ def record_of(folder: Path) -> dict | None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage(main, __doc__, with_mode=True)

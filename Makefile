@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: pipeline quick_test test benchmark-quick inspect report lint format types setup clean help
+.PHONY: pipeline quick_test test benchmark-quick inspect report lint format types setup help
 
 ## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., SET="key=value ...", RUN=...)
 pipeline: $(STAMP)
@@ -43,13 +43,15 @@ report: $(STAMP)
 	@REMASK_MAKE=1 $(BIN)/python 06_sample.py $(FLAGS)
 	@ls $(if $(RUN),$(RUN),outputs/run_*)/06_sample/report.html | tail -n 1
 
-## Check style and types
+## Check style
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+## Check types
 types: $(STAMP)
 	$(BIN)/pyright
 
+## Put the code into the project's format
 format: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 

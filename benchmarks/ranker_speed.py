@@ -163,13 +163,13 @@ def texts(tokenizer: Any, count: int) -> tuple[list[str], list[list[str]]]:
 
 def peer_seconds(encoder: str, runtime: Runtime, prompts: list[str], candidates: list[list[str]]) -> float:
     """Seconds a step of CrossEncoderTrainer, over five after the first, the same pools each time."""
-    from datasets import Dataset
-    from sentence_transformers.cross_encoder import (
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from sentence_transformers.cross_encoder import (  # pyright: ignore[reportMissingImports]
         CrossEncoder,
         CrossEncoderTrainer,
         CrossEncoderTrainingArguments,
     )
-    from sentence_transformers.cross_encoder.losses import ListNetLoss
+    from sentence_transformers.cross_encoder.losses import ListNetLoss  # pyright: ignore[reportMissingImports]
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):

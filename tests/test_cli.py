@@ -1,5 +1,6 @@
 """The command line: frozen flags, documented exit codes, help at once."""
 
+import runpy
 import subprocess
 import sys
 import time
@@ -14,19 +15,29 @@ from lib.errors import Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
 SCRIPTS = sorted(p.name for p in ROOT.glob("0[0-9]_*.py"))
 
 
-def test_there_are_seven_scripts_and_their_flags_are_frozen():
-    assert len(SCRIPTS) == 7
-    flags = {f for action in make_parser("")._actions for f in action.option_strings}
-    assert flags == {
-        "-h",
-        "--help",
-        "--config",
-        "--run_dir",
-        "--quick_test",
-        "--set",
-        "--overwrite",
-        "--resume",
-    }
+COMMON = {"-h", "--help", "--config", "--run_dir", "--quick_test", "--set", "--overwrite", "--resume"}
+OWN = {"02_generate_candidates.py": {"--stream"}, "04_train.py": {"--mode"}, "06_sample.py": {"--score"}}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_flags_of_each_script_are_frozen(script, monkeypatch):
+    made = []
+
+    def catch(main, description, **kinds):
+        made.append(make_parser(description or "", **kinds))
+
+    monkeypatch.setattr("lib.cli.run_stage", catch)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    flags = {f for action in made[0]._actions for f in action.option_strings}
+    assert flags == COMMON | OWN.get(script, set())
+
+
+def test_mode_reaches_the_stage_under_its_own_name_and_an_alias(monkeypatch):
+    seen = []
+    for word in ("sequence_scorer", "sequence_scoring"):
+        monkeypatch.setattr(sys, "argv", ["04_train.py", "--mode", word])
+        run_stage(lambda config, args: seen.append(args.only_mode), "test", with_mode=True)
+    assert seen == ["sequence_scorer", "sequence_scorer"]
 
 
 def shell(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:

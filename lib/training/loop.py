@@ -168,7 +168,7 @@ class _Run:
         durable.write_json(self.folder / "non_finite.json", bundle)
         return (
             f"{self.label}: the {what} at step {step} is {value}; stopped before the update. Try lower learning "
-            f"rates or training.precision=fp32. The batch is described in {self.folder / 'non_finite.json'}"
+            f"rates or precision=fp32. The batch is described in {self.folder / 'non_finite.json'}"
         )
 
     @property

@@ -1,0 +1,199 @@
+"""Documents and messages keep their word: every command is accepted by the program it names, every flag and config key exists.
+
+tests/test_commands.py runs the same commands, small; here they are parsed by the very parsers and checked against the tree.
+"""
+
+import argparse
+import ast
+import importlib.metadata
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+
+from lib import cli
+from lib.config import ROOT, load_config
+from tests.documented import (
+    LOG,
+    SCRIPTS,
+    SOURCES,
+    Command,
+    commands,
+    config_keys,
+    documents,
+    flags,
+    key_exists,
+    messages,
+)
+
+COMMANDS = commands()
+
+
+def commands_of(*kinds: str) -> list[Command]:
+    return [c for c in COMMANDS if c.kind in kinds]
+
+
+def named(command: Command) -> str:
+    return f"{command.where} {command.text}"[:100]
+
+
+def test_the_documents_commands_are_found():
+    """The reader of documents is not blind: at least so many commands of each kind stand in them today."""
+    counts = {kind: len(commands_of(kind)) for kind in ("script", "module", "make", "file")}
+    assert counts["script"] >= 30 and counts["module"] >= 30 and counts["make"] >= 10 and counts["file"] >= 3
+    assert {c.target for c in commands_of("script")} == {script.name for script in SCRIPTS}
+
+
+def parser_of(script: str, monkeypatch) -> argparse.ArgumentParser:
+    """The parser that a script gives itself when it is started."""
+    made = {}
+
+    def catch(main, description, **kinds):
+        made["parser"] = cli.make_parser(description or "", **kinds)
+
+    monkeypatch.setattr(cli, "run_stage", catch)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    return made["parser"]
+
+
+@pytest.mark.parametrize("command", commands_of("script"), ids=named)
+def test_every_command_of_a_script_has_flags_and_settings_that_exist(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = parser_of(command.target, monkeypatch).parse(command.arguments)  # type: ignore[attr-defined]
+    load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
+
+
+@pytest.mark.parametrize("command", commands_of("module", "file"), ids=named)
+def test_every_command_of_a_module_is_accepted_by_its_parser(command, monkeypatch):
+    """The program is started with the documented arguments and stopped where it has understood them."""
+
+    class Understood(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *given):
+        raise Understood(str(parse(self, *given)))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [command.target, *command.arguments])
+    monkeypatch.setenv("REMASK_DATA", os.environ.get("REMASK_DATA", str(ROOT.parent / "shared" / "data")))
+    if command.kind == "file" or command.target.endswith("legacy_import"):
+        assert (ROOT / command.target).exists() or command.target.startswith("lib.")
+        if "argparse" not in source_of(command):
+            return  # it takes no arguments, or plain ones
+    if "parse_args" not in source_of(command):
+        assert not command.arguments, "it takes no arguments"
+        return
+    with pytest.raises(Understood):
+        if command.kind == "file":
+            runpy.run_path(str(ROOT / command.target), run_name="__main__")
+        else:
+            runpy.run_module(command.target, run_name="__main__")
+
+
+def source_of(command: Command) -> str:
+    if command.kind == "file":
+        return (ROOT / command.target).read_text(encoding="utf-8")
+    path = ROOT / command.target.replace(".", "/")
+    file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__main__.py"
+    return file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", commands_of("make"), ids=named)
+def test_every_make_command_expands_to_commands_that_exist(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    done = subprocess.run(["make", "-n", *command.arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    settings = re.findall(r"--set (\S+)", done.stdout)
+    configs = re.findall(r"--config (\S+)", done.stdout)
+    assert done.stdout.strip()
+    load_config(list(dict.fromkeys(configs)), overrides=list(dict.fromkeys(settings)))
+
+
+def test_every_target_of_make_has_a_rule_and_a_line_of_help():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.M)
+    assert phony
+    rules = set(re.findall(r"^([a-z_-]+):", text, re.M))
+    assert set(phony[1].split()) == rules
+    shown = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT).stdout
+    for target in rules - {"help"}:
+        assert re.search(rf"^make {target} ", shown, re.M), f"make help says nothing of {target}"
+
+
+def test_every_config_key_that_a_message_or_a_document_names_exists():
+    named = [(where, key) for where, text in [*messages(), *documents()] for key in config_keys(text)]
+    assert len(named) > 200
+    wrong = [f"{where}: {key}" for where, key in named if not key_exists(key)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("text", "exists"),
+    [
+        ("try training.precision=fp32", False), ("training.steps", True), ("models.judge.training.steps", True),
+        ("models.{name}.num_klasses", False), ("set models.<x>.num_classes", True), ("data.fractions.train", True),
+        ("`diffusion.masking.p1`", True), ("finqa.pools.leak_limit", True), ("critic.ppo.clipp", False),
+    ],
+)  # fmt: skip
+def test_the_reader_of_config_keys_tells_right_from_wrong(text, exists):
+    found = config_keys(text.replace("{name}", "<x>"))
+    assert len(found) == 1 and key_exists(found[0]) == exists
+
+
+def test_every_flag_that_a_message_or_a_document_names_exists():
+    declared = {"--help"}
+    for source in SOURCES:
+        text = source.read_text(encoding="utf-8")
+        declared |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[a-z][a-z_-]*)"', text))
+    assert {"--mode", "--stream", "--score", "--config", "--run_dir"} <= declared
+    outside = {"--porcelain", "--keep", "--from", "--to"}  # of git, iconv
+    wrong = [
+        f"{where}: {flag}"
+        for where, text in [*messages(), *documents()]
+        for flag in flags(text)
+        if flag not in declared | outside
+    ]
+    assert wrong == []
+
+
+def test_every_import_is_declared_in_a_requirements_file():
+    """What the code imports is what `pip install -r` brings; benchmarks have a file of their own."""
+    distributions = importlib.metadata.packages_distributions()
+
+    def normal(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    def declared(name: str) -> set[str]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return {normal(Requirement(x).name) for x in lines if x and not x.startswith(("#", "-"))}
+
+    main, extra = declared("requirements.txt"), declared("requirements-benchmarks.txt")
+    optional = {"tensorboard"}  # asked for by training.tensorboard, with the command that installs it
+    own = {"lib", "tests", "benchmarks"} | {s.stem for s in SCRIPTS}
+    missing = []
+    for source in [*SOURCES, *(ROOT / "tests").glob("*.py"), *(ROOT / "docs").rglob("*.py")]:
+        allowed = main | optional | (extra if "benchmarks" in source.parts else set())
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules = [node.module]
+            for top in {m.split(".")[0] for m in modules} - own - sys.stdlib_module_names:
+                names = {normal(d) for d in distributions.get(top, [top])}
+                if not names & allowed:
+                    missing.append(f"{source.relative_to(ROOT)}: {top}")
+    assert missing == []
+
+
+def test_the_log_is_history_and_no_document_sends_readers_to_a_heading_that_is_not_there():
+    log = LOG.read_text(encoding="utf-8")
+    for where, line in documents():
+        for title in re.findall(r'LOG\.md, "([^"]+)"', line):
+            assert title in log, f"{where}: LOG.md has no '{title}'"
