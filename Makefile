@@ -4,19 +4,20 @@ PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 CONFIG  ?= configs/default.yaml
 RUN     ?=
 SET     ?=
+QUICK   ?=
 CONFIGS  = $(foreach c,$(CONFIG),--config $(c))
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
 STAGES  := $(sort $(wildcard 0[0-9]_*.py))
-FLAGS    = $(CONFIGS) $(foreach s,$(SET),--set $(s)) $(if $(RUN),--run_dir $(RUN))
+FLAGS    = $(CONFIGS) $(foreach s,$(SET),--set $(s)) $(if $(RUN),--run_dir $(RUN)) $(if $(QUICK),--quick_test)
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: pipeline quick_test test benchmark-quick inspect report lint format types setup help
+.PHONY: pipeline quick_test test test-commands benchmark-quick inspect report lint format types setup help
 
-## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., SET="key=value ...", RUN=...)
+## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., SET="key=value ...", RUN=..., QUICK=1)
 pipeline: $(STAMP)
 	@set -e; for stage in $(STAGES); do REMASK_MAKE=1 $(BIN)/python $$stage $(FLAGS); done
 
@@ -28,7 +29,11 @@ quick_test: $(STAMP)
 
 ## Run the tests, in two processes of one thread each: faster than one process of two
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not commands"
+
+## Run every command that README, docs, configs and docstrings name, small, in a copy of the tree
+test-commands: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m commands
 
 ## Compare the re-masking policies and the critic, small, in under five minutes; tables in outputs/remasking_quick/summary.md
 benchmark-quick: $(STAMP)

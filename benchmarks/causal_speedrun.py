@@ -61,12 +61,19 @@ def main() -> None:
     )
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--skip-plain", action="store_true")
+    parser.add_argument("--steps", type=int, help="of both recipes, for trying out")
     options = parser.parse_args()
     overrides = [f"data.path={shakespeare()}", "training.evaluation_examples=100000"]
+    if options.steps:
+        overrides += [
+            f"models.generator.training.{key}={options.steps}" for key in ("steps", "evaluate_every")
+        ]
     found = {}
     for plain in (False,) if options.skip_plain else (False, True):
         configs = ["configs/speedrun.yaml"] + (["configs/speedrun_plain.yaml"] if plain else [])
-        config, materials, _ = prepare("speedrun", configs, overrides + ([] if plain else options.overrides))
+        config, materials, _ = prepare(
+            "speedrun", configs, overrides[:2] + ([] if plain else options.overrides) + overrides[2:]
+        )
         found[plain] = run(config, materials, plain)
     print(f"{'recipe':<8}{'validation, nats/char':>24}{'training, seconds':>20}{'tokens/s':>12}")
     for plain, (nll, seconds, speed) in found.items():

@@ -5,7 +5,7 @@ Stages 00 to 04 with configs/judge.yaml; then stages 00 to 03 with another seed 
 candidates the same two models are measured on. Beside them the confidence of the generator that wrote. Resumable.
 
 python -m benchmarks.judge
-python -m benchmarks.judge --set generator.training.steps=20 --set models.inspector.training.steps=20   # for trying out
+python -m benchmarks.judge --quick      # a few steps, for trying out
 """
 
 import argparse
@@ -33,6 +33,8 @@ OTHER = [
     "generator.training.steps=700",
 ]
 NAMES = ("inspector", "judge")
+QUICK = [f"{owner}.training.steps=8" for owner in ("generator", "models.inspector", "models.judge")]
+QUICK += ["architecture.layers=1"]
 
 
 def run(folder: Path, config: Config, stages: tuple[str, ...]) -> None:
@@ -62,8 +64,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    given = [f"data.path={shakespeare()}", *parser.parse_args().overrides]
-    own, other = RESULTS / "judge", RESULTS / "judge_other_generator"
+    parser.add_argument("--quick", action="store_true", help="a few steps of small models, for trying out")
+    options = parser.parse_args()
+    given = [f"data.path={shakespeare()}", *(QUICK if options.quick else ()), *options.overrides]
+    kind = "judge_quick" if options.quick else "judge"
+    own, other = RESULTS / kind, RESULTS / f"{kind}_other_generator"
     config = load_config(["configs/judge.yaml"], overrides=given)
     run(own, config, STAGES[:5])
     elsewhere = load_config(["configs/judge.yaml"], overrides=[*given, *OTHER])

@@ -1,0 +1,83 @@
+"""Runs documented commands, small, in a copy of the tree; tests/test_commands.py starts it there, once per worker.
+
+Standard input is a JSON list of commands, each a list of words that begins with `make`, `python FILE` or `python -m MODULE`.
+Each is run in this process as the interpreter would run it, so that torch is imported once: a stage in `make` is the
+line that `make -n` prints. A command with `--stream` runs beside the one after it, in a process of its own. One JSON line
+per command goes to standard output: its exit status and the end of what it said.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:] = [str(Path.cwd()), *sys.path[1:]]
+
+from tests.documented import Command, _commands_of, _joined
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    beside = None
+    for words in json.load(sys.stdin):
+        if "--stream" in words:
+            beside = subprocess.Popen([sys.executable, *words[1:]], stdout=subprocess.DEVNULL)
+            print(json.dumps({"words": words, "code": 0, "said": ""}), file=answers, flush=True)
+            continue
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+            for stream in (1, 2):
+                os.dup2(said.fileno(), stream)
+            code = run(words)
+            if beside is not None:
+                code = code or beside.wait(timeout=300)
+                beside = None
+            sys.stdout.flush()
+            sys.stderr.flush()
+            said.seek(0)
+            print(
+                json.dumps({"words": words, "code": code, "said": said.read()[-3000:]}),
+                file=answers,
+                flush=True,
+            )
+
+
+def run(words: list[str]) -> int:
+    """The exit status of a command."""
+    if words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True)
+        if done.returncode:
+            sys.stderr.write(done.stderr)
+            return done.returncode
+        recipe = "\n".join(done.stdout.splitlines()).replace("set -e; ", "")
+        for _, line in _joined(recipe):
+            for text in _commands_of(line):
+                command = Command("make", text)
+                kind = ["-m"] if command.kind == "module" else []
+                if code := run(["python", *kind, command.target, *command.arguments]):
+                    return code
+        return 0
+    module = words[1] == "-m"
+    name, arguments = (words[2], words[3:]) if module else (words[1], words[2:])
+    sys.argv = [name, *arguments]
+    try:
+        if module:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(end.code)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Every command of README, docs, configs and docstrings runs, small: with --quick_test, on data made here, in a copy of the tree.
+
+`make test-commands` runs them; they take some minutes. What a command needs from earlier stages is made first, as its reader would.
+A new command that cannot be run as it stands wants an entry in `STAND_INS` (what its placeholders mean) or `SMALLER`.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.config import ROOT
+from tests.documented import SCRIPTS, Command, commands
+
+pytestmark = pytest.mark.commands
+STAGES = [script.name for script in SCRIPTS]
+
+# Placeholders of the documents, and what stands for them in the copy
+STAND_INS = {
+    "/path/to/tinyshakespeare/input.txt": "text.txt",
+    "/path/to/text.txt": "text.txt",
+    "/path/to/FinQA/dataset": "finqa_data",
+    "FinQA/dataset": "finqa_data",
+    "/path/to/all-MiniLM-L6-v2": "encoder",
+    "CHECKPOINT": "checkpoint/model.safetensors",
+    "model.bin": "checkpoint/model.bin",
+    "IN.bin": "checkpoint/model.bin",
+    "configs/base.json": "checkpoint/config.json",
+    "outputs/shakespeare": "outputs/default",
+    "outputs/run_001": "outputs/default",
+    "outputs/demo": "outputs/default",
+}
+# Words of single programs that make them small; a program of benchmarks/ without an entry fails its test
+SMALLER = {
+    "benchmarks.nelbo": "--set data.path=text.txt --set models.generator.training.steps=4 --set architecture.layers=1",
+    "benchmarks.judge": "--quick",
+    "benchmarks.staging": "--steps 4 --seeds 2",
+    "benchmarks.causal_speedrun": "--steps 4",
+    "benchmarks.speed": "--steps 2",
+    "benchmarks.ltg_attention": "--size xs --length 16 --batch 1 --steps 1 --rounds 1",
+    "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
+    "benchmarks/backbone_speed.py": "--seconds 0.01 --runs 1 --batch 2",
+    "benchmarks.remasking": "--tiny",
+    "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
+    "benchmarks.over_seeds": "",
+}
+NOT_RUN = {"test", "test-commands", "lint", "types", "format", "setup"}  # of make: they are what CI runs
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of what git would clone, with the data that the commands name."""
+    root = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    (root / ".venv").mkdir()
+    (root / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    (root / ".venv" / "installed").touch()
+    make_data(root)
+    return root
+
+
+def make_data(root: Path) -> None:
+    import pydoc_data.topics
+
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from lib.tasks.finqa.builtin import make_pages
+    from lib.tokenization import train_tokenizer
+    from tests.test_ltg_bert import reference_dict, small_model
+
+    text = "\n\n".join(
+        pydoc_data.topics.topics[name] for name in ("assert", "while", "for", "with", "if", "del")
+    )
+    for name in ("text.txt", "my_text.txt"):
+        (root / name).write_text(text, encoding="utf-8")
+    (root / "tinyshakespeare").mkdir()
+    (root / "tinyshakespeare" / "input.txt").write_text(text * 4, encoding="utf-8")
+    (root / "labels.json").write_text('{"text:0": 0.5}', encoding="utf-8")
+    (root / "finqa_data").mkdir()
+    records = make_pages(0, 60)
+    pages = sorted({r["filename"] for r in records})
+    for split, names in (("train", set(pages[:48])), ("dev", set(pages[48:]))):
+        part = [r for r in records if r["filename"] in names]
+        (root / "finqa_data" / f"{split}.json").write_text(json.dumps(part), encoding="utf-8")
+    words = [
+        *"abcdefghijklmnopqrstuvwxyz0123456789().,$%",
+        *("##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+    ]
+    vocabulary = {t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                   intermediate_size=32, max_position_embeddings=512)
+    ).save_pretrained(root / "encoder")  # fmt: skip
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    ).save_pretrained(root / "encoder")  # fmt: skip
+    model = small_model()
+    (root / "checkpoint").mkdir()
+    state = reference_dict(model)
+    save_file({k: v.contiguous() for k, v in state.items()}, str(root / "checkpoint" / "model.safetensors"))
+    torch.save(state, root / "checkpoint" / "model.bin")
+    settings = model.config.to_dict()
+    (root / "checkpoint" / "config.json").write_text(json.dumps(settings, default=str), encoding="utf-8")
+    train_tokenizer("character", ["abc"], 0).save_pretrained(root / "checkpoint")
+
+
+def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
+    """(which commands must run in one after the other, the command and what must have run before it) in small."""
+    text = command.text
+    for name, stand_in in STAND_INS.items():
+        text = re.sub(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])", stand_in, text)
+    command = Command(command.where, text)
+    arguments = [
+        a.replace("OUT_DIR", f"out_{number}").replace("my_model", f"out_{number}") for a in command.arguments
+    ]
+    if command.kind == "make":
+        if arguments[0] in NOT_RUN:
+            return "none", []
+        run = next((a for a in arguments if a.startswith("RUN=")), f"RUN=outputs/{_slug(arguments)}")
+        rest = [a for a in arguments if not a.startswith("RUN=")]
+        if arguments[0] == "pipeline":
+            return "seeds" if "seed_" in run else run, [["make", *rest, run, "QUICK=1"]]
+        if arguments[0] == "benchmark-quick":
+            return "remasking", [["python", "-m", "benchmarks.remasking", "outputs/quick", "--tiny"]]
+        return ("quick_test" if arguments[0] == "quick_test" else run), [["make", *arguments]]
+    if command.kind == "script":
+        run = (
+            arguments[arguments.index("--run_dir") + 1]
+            if "--run_dir" in arguments
+            else f"outputs/{_slug(arguments)}"
+        )
+        run = "outputs/stream" if "stream.enabled=true" in arguments else run
+        given = [*_without(arguments, "--quick_test", "--run_dir="), "--run_dir", run, "--quick_test"]
+        shared = _without(given, "--overwrite", "--stream", "--mode=", "--score=", "--set=sampler.")
+        before = [["python", stage, *shared] for stage in STAGES[: STAGES.index(command.target)]]
+        if run == "outputs/stream":  # 02 makes shards beside 04
+            before = [["python", stage, *shared] for stage in STAGES[:4]]
+            if command.target == "04_train.py":
+                before.append(["python", STAGES[2], *_without(given, "--overwrite"), "--stream"])
+                return f"RUN={run}", [*before, ["python", command.target, *given]]
+            given = [*_without(given, "--stream"), "--stream"]
+        return f"RUN={run}", [*before, ["python", command.target, *given]]
+    if command.target.startswith("benchmarks"):
+        arguments = [{"FOLDER": "encoder" if "ranker" in command.target else "finqa_data", "OUT": "outputs/out"}.get(a, a)
+                     for a in arguments]  # fmt: skip
+        runs = [a for a in arguments if a == "RUN" or a.startswith("outputs/seed_")]
+        before = []
+        if command.target == "benchmarks.over_seeds":
+            arguments = [f"outputs/seed_{i + 1}" for i in range(len(runs))]
+            before = [
+                ["make", "pipeline", f"SET=seed={i + 1}", f"RUN={run}", "QUICK=1"]
+                for i, run in enumerate(arguments)
+            ]
+        elif "--run" in arguments:
+            arguments[arguments.index("--run") + 1] = "outputs/default"
+            before = [["make", "pipeline", "RUN=outputs/default", "QUICK=1"]]
+        given = [*arguments, *SMALLER[command.target].split()]
+        group = "RUN=" + arguments[-1] if before else command.target.split(".")[-1]
+        group = "seeds" if command.target.endswith("over_seeds") else group
+        kind = ["-m", command.target] if command.kind == "module" else [command.target]
+        return group, [*before, ["python", *kind, *given]]
+    kind = ["-m", command.target] if command.kind == "module" else [command.target]
+    before = []
+    if "outputs/default" in arguments:
+        before = [["make", "pipeline", "RUN=outputs/default", "QUICK=1"]]
+    arguments = [{"config.json": "checkpoint/config.json", "tokenizer.json": "checkpoint/tokenizer.json",
+                  "OUT.safetensors": f"out_{number}.safetensors"}.get(a, a) for a in arguments]  # fmt: skip
+    return ("RUN=outputs/default" if before else "modules"), [*before, ["python", *kind, *arguments]]
+
+
+def _slug(arguments: list[str]) -> str:
+    """A run's name by the configs that a command has."""
+    text = " ".join(arguments)
+    configs = re.findall(r"configs/(?:models/)?([a-z0-9_-]+)\.yaml", text)
+    return "_".join(configs) + ("_text" if "text.txt" in text and configs else "") if configs else "default"
+
+
+def _without(words: list[str], *flags: str) -> list[str]:
+    """Words without some flags; `--mode=` is one with a value, `--set=sampler.` one whose value begins so."""
+    kept, at = [], 0
+    while at < len(words):
+        word, following = words[at], words[at + 1] if at + 1 < len(words) else ""
+        size = 2 if word in ("--mode", "--score", "--set", "--config", "--run_dir") else 1
+        gone = word in flags or any(
+            "=" in flag and word == flag.partition("=")[0] and following.startswith(flag.partition("=")[2])
+            for flag in flags
+        )
+        kept += [] if gone else words[at : at + size]
+        at += size
+    return kept
+
+
+def plan() -> dict[str, list[tuple[Command, list[list[str]]]]]:
+    """group -> its commands, with what must run before each."""
+    groups: dict[str, list] = {}
+    for number, command in enumerate(commands()):
+        group, steps = small(command, number)
+        if steps:
+            groups.setdefault(group, []).append((command, steps))
+    return groups
+
+
+@pytest.mark.parametrize("group", sorted(plan()))
+def test_documented_commands_run(tree, group):
+    steps, asked, done = [], {}, set()
+    for command, needed in plan()[group]:
+        for words in needed:
+            if tuple(words) not in done:
+                done.add(tuple(words))
+                steps.append(words)
+        asked[tuple(needed[-1])] = command
+    environment = os.environ | {
+        "REMASK_DATA": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tree)
+    }  # fmt: skip
+    answer = subprocess.run(
+        [sys.executable, str(tree / "tests" / "run_commands.py")], input=json.dumps(steps), text=True, cwd=tree,
+        env=environment, stdout=subprocess.PIPE, timeout=900,
+    )  # fmt: skip
+    results = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert len(results) == len(steps), f"ended after {len(results)} of {len(steps)} commands"
+    wrong = []
+    for result in results:
+        words = tuple(result["words"])
+        if result["code"]:
+            where = asked[words].where if words in asked else "(needed first)"
+            wrong.append(f"{where}: {' '.join(words)}\n  exit {result['code']}: {result['said'][-1500:]}")
+    assert not wrong, "\n\n".join(wrong)
