@@ -51,6 +51,7 @@ class Result:
     metrics: dict[str, float]  # of the best model, held-out
     seconds: float  # of this process only
     tokens_per_second: float
+    optimizer: dict[str, Any]  # its groups and what was frozen until when, with the names of the weights
 
 
 @dataclass
@@ -116,6 +117,10 @@ class _Run:
         )
         self.folder, self.seed, self.label, self.save = folder, seed, label, save
         self.optimizer = Optimizer(model, settings)
+        if settings.optimizer == "muon" and not any(
+            isinstance(part, torch.optim.Muon) for part in self.optimizer.parts
+        ):
+            say(f"{label}: no hidden matrix learns here, so Muon has none; AdamW updates what learns")
         self.mean = (
             {n: p.detach().clone() for n, p in self.optimizer.parameters.items()}
             if settings.ema_decay
@@ -281,5 +286,10 @@ class _Run:
             self.save(self.model, temporary)
         state = self.state
         return Result(
-            state.step, state.best_step, state.best_metrics, self.trained_seconds, self.tokens_per_second
+            state.step,
+            state.best_step,
+            state.best_metrics,
+            self.trained_seconds,
+            self.tokens_per_second,
+            {"groups": self.optimizer.groups(), "frozen": self.freezing.record()},
         )
