@@ -1,7 +1,7 @@
-"""The one training loop. It knows steps, optimisers, evaluation and checkpoints, and no kind of model or data.
+"""The one training loop. It knows steps, optimisers, evaluation and checkpoints, and no kind of data.
 
-An objective (lib/training/objectives.py) brings the batches, the loss and the metrics. Kill the process at any
-step and call `train` again: the weights, the metrics and the best model come out the same to the bit.
+An objective (`lib/training/objectives/`) brings the batches, the loss and the metrics. Kill the process at any step and
+call `train` again: the weights, the metrics and the best model come out the same to the bit.
 """
 
 import contextlib
@@ -173,7 +173,7 @@ class _Run:
         durable.write_json(self.folder / "non_finite.json", bundle)
         return (
             f"{self.label}: the {what} at step {step} is {value}; stopped before the update. Try lower learning "
-            f"rates or training.precision=fp32. The batch is described in {self.folder / 'non_finite.json'}"
+            f"rates or precision=fp32. The batch is described in {self.folder / 'non_finite.json'}"
         )
 
     @property
