@@ -28,6 +28,8 @@ from lib.training.freezing import Freezing
 from lib.training.optimizer import Optimizer
 from lib.training.stop import StopRequest
 
+BEST = "best_model"
+
 
 class Objective(Protocol):
     """What is learned. `evaluate` gives named numbers; the one called `selection` is minimised."""
@@ -91,7 +93,7 @@ def train(
             "training.tensorboard is true, but tensorboard is not installed; `pip install tensorboard`"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    durable.recover_folder(folder / "best_model")
+    durable.recover_folder(folder / BEST)
     run = _Run(model, objective, settings, runtime, folder, seed, label, save)
     run.restore()
     with StopRequest() as stop, Progress(label, settings.steps, run.state.step) as progress:
@@ -195,9 +197,14 @@ class _Run:
             with torch.no_grad():
                 metrics = self.objective.evaluate(self.model)
             value = metrics[self.objective.selection]
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"{self.label}: the held-out {self.objective.selection} at step {state.step} is {value}, so that no "
+                    "best model can be chosen by it. Try lower learning rates or precision=fp32"
+                )
             if state.best_value is None or value < state.best_value:
                 state.best_value, state.best_step, state.best_metrics = value, state.step, metrics
-                with durable.replacing_folder(self.folder / "best_model") as temporary:
+                with durable.replacing_folder(self.folder / BEST) as temporary:
                     self.save(self.model, temporary)
         self._log({"step": state.step, "train": terms, "held_out": metrics})
         shown = f"{self.objective.selection} {value:.4f}"
@@ -256,10 +263,12 @@ class _Run:
             "objective": self.objective.state() if hasattr(self.objective, "state") else {},
         }
         state = {**vars(self.state), "fence": self.runtime.fence()}
-        checkpoint.save(self.folder, {k: v for k, v in tensors.items() if v}, state)
+        best = self.folder / BEST if self.state.best_value is not None else None
+        checkpoint.save(self.folder, {k: v for k, v in tensors.items() if v}, state, best)
 
     def restore(self) -> None:
-        """Take up the last checkpoint; metrics written after it are cut off, since their steps come again."""
+        """Take up the last checkpoint. What was written after it, metrics and a better best model, goes away: its steps
+        come again, and with `allow_inexact_resume` they may not be the same."""
         loaded = checkpoint.load(self.folder)
         if loaded is None:
             self.metrics_file.unlink(missing_ok=True)
@@ -277,6 +286,7 @@ class _Run:
         self.optimizer.load_state(tensors.get("optimizer", {}))
         if hasattr(self.objective, "load_state"):
             self.objective.load_state(tensors.get("objective", {}))
+        checkpoint.restore_folder(self.folder, BEST)
         if self.metrics_file.exists():
             os.truncate(self.metrics_file, self.state.metrics_bytes)
         say(f"{self.label}: continuing from step {self.state.step}")
