@@ -24,6 +24,8 @@ from tests.trainings import settings
 COMMON: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BERT: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
                         "max_position_embeddings": 16}  # fmt: skip
+DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": False,
+                           "position_buckets": 8, "conv_kernel_size": 3, "norm_rel_ebd": "layer_norm"}  # fmt: skip
 BERT_LAYER = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
               "intermediate.dense", "output.dense")  # fmt: skip
 
@@ -55,10 +57,7 @@ FAMILIES: dict[str, tuple[PreTrainedConfig, set[str]]] = {
         each("encoder.layer.", BERT_LAYER) | {"embeddings_project.weight"},
     ),
     "deberta": (
-        hf.deberta_v2.DebertaV2Config(
-            **COMMON, **BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=False,
-            position_buckets=8, conv_kernel_size=3, norm_rel_ebd="layer_norm",
-        ),
+        hf.deberta_v2.DebertaV2Config(**COMMON, **BERT, **DEBERTA),
         each("encoder.layer.", (
             "attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
             "attention.self.pos_key_proj", "attention.self.pos_query_proj", "attention.output.dense",
