@@ -81,6 +81,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
         stage.stats |= values | {
             "best_step": result.best_step,
             "learning_parameters": learning,
+            "optimizer": result.optimizer,
             "generator_nelbo": nelbo["nelbo"],
             "generator_nelbo_standard_error": nelbo["nelbo_standard_error"],
             "table": [row.as_dict() for row in rows],

@@ -84,6 +84,18 @@ def recover_folder(folder: Path) -> None:
         os.replace(old, folder)
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """All files of `source` in `target`, as links where the file system has them; files here are never changed in place."""
+
+    def link_or_copy(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copyfile(one, other)
+
+    shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

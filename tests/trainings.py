@@ -1,5 +1,6 @@
 """Trainings so small that a test can run many, and break off any of them."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,13 @@ def windows(width: int = 16) -> Windows:
     return Windows(pa.table({"token_ids": lists, "continues": [i % 4 > 0 for i in range(40)]}), width, 0)
 
 
+@functools.cache
+def _quick_training() -> dict[str, Any]:
+    return load_config(quick_test=True).training.model_dump()
+
+
 def settings(**changes) -> TrainingConfig:
-    base = load_config(quick_test=True).training.model_dump()
+    base = _quick_training()
     return TrainingConfig.model_validate(
         base | {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "batch_size": 8} | changes
     )

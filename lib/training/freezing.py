@@ -1,13 +1,14 @@
 """Which weights learn, and when: a trunk that waits until its new head has settled.
 
 Knows modules and the loop's settings. A head is what is not trunk; which that is, a family of ours says by the names of
-tensors, a wrapper by its `trunk_names`.
+tensors, a wrapper by its `trunk_names`, any other model of transformers by its `base_model_prefix`.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lib.errors import BadConfig
 from lib.models.families import FAMILIES
@@ -23,7 +24,14 @@ def trunk_of(model: nn.Module) -> tuple[str, ...]:
     if isinstance(model, SequenceRanker):
         return tuple(f"encoder.{name}" for name in trunk_of(model.encoder))
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
-    return ("",) if family is None else family.trunk
+    if family is not None:
+        trunk = family.trunk
+    elif isinstance(model, PreTrainedModel) and model.base_model is not model:
+        trunk = (f"{model.base_model_prefix}.",)
+    else:
+        return ("",)
+    bare = not any(name.startswith(trunk) for name, _ in model.named_parameters())  # a trunk without a head
+    return ("",) if bare else trunk
 
 
 def head_parameters(model: nn.Module) -> set[str]:
@@ -55,9 +63,9 @@ class Freezing:
                 "models with a head of their own, such as token classifiers"
             )
         # Weights that never learn, such as those under adapters, are none of our business
-        self._parameters = [
-            p for name, p in model.named_parameters() if name not in heads and p.requires_grad
-        ]
+        self._parameters = {
+            name: p for name, p in model.named_parameters() if name not in heads and p.requires_grad
+        }
         self._embedding: Tensor | None = None
         inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
         if cls_id is not None and hasattr(inner, "get_input_embeddings"):
@@ -67,10 +75,23 @@ class Freezing:
         self._cls_id = cls_id
         self._hook: Any = None
 
+    def record(self) -> dict[str, Any] | None:
+        """What waits and until when, for the record; None where nothing does."""
+        if not self.until:
+            return None
+        names = [name for name, p in self._parameters.items() if p is not self._embedding]
+        return {
+            "until_step": self.until,
+            "tensors": len(names),
+            "parameters": sum(self._parameters[name].numel() for name in names),
+            "only_cls_learns": [name for name, p in self._parameters.items() if p is self._embedding],
+            "names": names,
+        }
+
     def at(self, step: int) -> None:
         """Freeze or free the trunk as this step wants it; called before every step, also the first after a resume."""
         frozen = step < self.until
-        for parameter in self._parameters:
+        for parameter in self._parameters.values():
             parameter.requires_grad_(not frozen or parameter is self._embedding)
         if frozen and self._embedding is not None and self._hook is None:
             self._hook = self._embedding.register_hook(self._only_cls)

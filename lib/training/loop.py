@@ -1,7 +1,7 @@
-"""The one training loop. It knows steps, optimisers, evaluation and checkpoints, and no kind of model or data.
+"""The one training loop. It knows steps, optimisers, evaluation and checkpoints, and no kind of data.
 
-An objective (lib/training/objectives.py) brings the batches, the loss and the metrics. Kill the process at any
-step and call `train` again: the weights, the metrics and the best model come out the same to the bit.
+An objective (`lib/training/objectives/`) brings the batches, the loss and the metrics. Kill the process at any step and
+call `train` again: the weights, the metrics and the best model come out the same to the bit.
 """
 
 import contextlib
@@ -28,6 +28,8 @@ from lib.training.freezing import Freezing
 from lib.training.optimizer import Optimizer
 from lib.training.stop import StopRequest
 
+BEST = "best_model"
+
 
 class Objective(Protocol):
     """What is learned. `evaluate` gives named numbers; the one called `selection` is minimised."""
@@ -51,6 +53,7 @@ class Result:
     metrics: dict[str, float]  # of the best model, held-out
     seconds: float  # of this process only
     tokens_per_second: float
+    optimizer: dict[str, Any]  # its groups and what was frozen until when, with the names of the weights
 
 
 @dataclass
@@ -90,7 +93,7 @@ def train(
             "training.tensorboard is true, but tensorboard is not installed; `pip install tensorboard`"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    durable.recover_folder(folder / "best_model")
+    durable.recover_folder(folder / BEST)
     run = _Run(model, objective, settings, runtime, folder, seed, label, save)
     run.restore()
     with StopRequest() as stop, Progress(label, settings.steps, run.state.step) as progress:
@@ -116,6 +119,10 @@ class _Run:
         )
         self.folder, self.seed, self.label, self.save = folder, seed, label, save
         self.optimizer = Optimizer(model, settings)
+        if settings.optimizer == "muon" and not any(
+            isinstance(part, torch.optim.Muon) for part in self.optimizer.parts
+        ):
+            say(f"{label}: no hidden matrix learns here, so Muon has none; AdamW updates what learns")
         self.mean = (
             {n: p.detach().clone() for n, p in self.optimizer.parameters.items()}
             if settings.ema_decay
@@ -190,9 +197,14 @@ class _Run:
             with torch.no_grad():
                 metrics = self.objective.evaluate(self.model)
             value = metrics[self.objective.selection]
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"{self.label}: the held-out {self.objective.selection} at step {state.step} is {value}, so that no "
+                    "best model can be chosen by it. Try lower learning rates or precision=fp32"
+                )
             if state.best_value is None or value < state.best_value:
                 state.best_value, state.best_step, state.best_metrics = value, state.step, metrics
-                with durable.replacing_folder(self.folder / "best_model") as temporary:
+                with durable.replacing_folder(self.folder / BEST) as temporary:
                     self.save(self.model, temporary)
         self._log({"step": state.step, "train": terms, "held_out": metrics})
         shown = f"{self.objective.selection} {value:.4f}"
@@ -251,10 +263,12 @@ class _Run:
             "objective": self.objective.state() if hasattr(self.objective, "state") else {},
         }
         state = {**vars(self.state), "fence": self.runtime.fence()}
-        checkpoint.save(self.folder, {k: v for k, v in tensors.items() if v}, state)
+        best = self.folder / BEST if self.state.best_value is not None else None
+        checkpoint.save(self.folder, {k: v for k, v in tensors.items() if v}, state, best)
 
     def restore(self) -> None:
-        """Take up the last checkpoint; metrics written after it are cut off, since their steps come again."""
+        """Take up the last checkpoint. What was written after it, metrics and a better best model, goes away: its steps
+        come again, and with `allow_inexact_resume` they may not be the same."""
         loaded = checkpoint.load(self.folder)
         if loaded is None:
             self.metrics_file.unlink(missing_ok=True)
@@ -272,6 +286,7 @@ class _Run:
         self.optimizer.load_state(tensors.get("optimizer", {}))
         if hasattr(self.objective, "load_state"):
             self.objective.load_state(tensors.get("objective", {}))
+        checkpoint.restore_folder(self.folder, BEST)
         if self.metrics_file.exists():
             os.truncate(self.metrics_file, self.state.metrics_bytes)
         say(f"{self.label}: continuing from step {self.state.step}")
@@ -281,5 +296,10 @@ class _Run:
             self.save(self.model, temporary)
         state = self.state
         return Result(
-            state.step, state.best_step, state.best_metrics, self.trained_seconds, self.tokens_per_second
+            state.step,
+            state.best_step,
+            state.best_metrics,
+            self.trained_seconds,
+            self.tokens_per_second,
+            {"groups": self.optimizer.groups(), "frozen": self.freezing.record()},
         )

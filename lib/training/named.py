@@ -27,7 +27,7 @@ def train_named(
     """Train a model, or return the record of one already trained.
 
     Returns the record, also in `folder/training_manifest.json`: settings, which tensors came from the start,
-    best step, held-out metrics, rows for the results table.
+    which weights are in which group of the optimiser, best step, held-out metrics, rows for the results table.
     """
     record_file = folder / RECORD
     if record_file.exists():
@@ -55,6 +55,7 @@ def train_named(
         "learning_parameters": sum(p.numel() for p in recipe.model.parameters() if p.requires_grad),
         "transfer": recipe.transfer,
         **recipe.facts,
+        "optimizer": result.optimizer,
         "steps": result.steps,
         "best_step": result.best_step,
         "selection": recipe.objective.selection,

@@ -76,7 +76,7 @@ class PolicyTraining:
         )  # fmt: skip
         best, _ = load_ranker(folder / "best_model")
         scores = reader.all_scores(best.to(self.runtime.device).eval(), self.held_out)
-        return {"best_step": result.best_step, **self._measured(scores)}
+        return {"best_step": result.best_step, "optimizer": result.optimizer, **self._measured(scores)}
 
     def before(self) -> dict[str, Any]:
         """The ranker as it came, measured in the same way."""

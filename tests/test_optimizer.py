@@ -1,0 +1,248 @@
+"""Which weights are in which group of the optimiser, for every family of backbones; what the record says of it."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import models as hf
+
+from lib.config import load_config
+from lib.errors import BadConfig
+from lib.models.build import heads_of, start_model
+from lib.models.encoders import with_lora
+from lib.models.ranker import CandidateRanker
+from lib.ranking.ppo import ActorCritic, ValueHead
+from lib.sections.models import TrainingConfig
+from lib.training.freezing import head_parameters
+from lib.training.optimizer import Optimizer, hidden_matrices
+from tests.trainings import settings
+
+COMMON: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BERT: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+                        "max_position_embeddings": 16}  # fmt: skip
+DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": False,
+                           "position_buckets": 8, "conv_kernel_size": 3, "norm_rel_ebd": "layer_norm"}  # fmt: skip
+BERT_LAYER = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+              "intermediate.dense", "output.dense")  # fmt: skip
+
+
+def each(prefix: str, layers: tuple[str, ...], count: int = 2) -> set[str]:
+    return {f"{prefix}{number}.{layer}.weight" for number in range(count) for layer in layers}
+
+
+# Config and the names, written out by hand from the families' own code, of every weight that is decayed
+FAMILIES: dict[str, tuple[PreTrainedConfig, set[str]]] = {
+    "bert": (hf.bert.BertConfig(**COMMON, **BERT), each("encoder.layer.", BERT_LAYER) | {"pooler.dense.weight"}),
+    "roberta": (
+        hf.roberta.RobertaConfig(**COMMON, **BERT),
+        each("encoder.layer.", BERT_LAYER) | {"pooler.dense.weight"},
+    ),
+    "distilbert": (
+        hf.distilbert.DistilBertConfig(**COMMON, dim=8, n_layers=2, n_heads=2, hidden_dim=16),
+        each("transformer.layer.", ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin",
+                                    "ffn.lin1", "ffn.lin2")),
+    ),
+    "albert": (
+        hf.albert.AlbertConfig(**COMMON, **BERT, embedding_size=6),
+        each("encoder.albert_layer_groups.0.albert_layers.", (
+            "attention.query", "attention.key", "attention.value", "attention.dense", "ffn", "ffn_output"), 1)
+        | {"encoder.embedding_hidden_mapping_in.weight", "pooler.weight"},
+    ),
+    "electra": (
+        hf.electra.ElectraConfig(**COMMON, **BERT, embedding_size=6),
+        each("encoder.layer.", BERT_LAYER) | {"embeddings_project.weight"},
+    ),
+    "deberta": (
+        hf.deberta_v2.DebertaV2Config(**COMMON, **BERT, **DEBERTA),
+        each("encoder.layer.", (
+            "attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
+            "attention.self.pos_key_proj", "attention.self.pos_query_proj", "attention.output.dense",
+            "intermediate.dense", "output.dense")),
+    ),
+    "modernbert": (
+        hf.modernbert.ModernBertConfig(**COMMON, **BERT, cls_token_id=1, sep_token_id=2),
+        each("layers.", ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")),
+    ),
+    "gpt2": (
+        hf.gpt2.GPT2Config(**COMMON, n_embd=8, n_layer=2, n_head=2, n_positions=16),
+        each("h.", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+    ),
+    "llama": (
+        hf.llama.LlamaConfig(**COMMON, **BERT),
+        each("layers.", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+    ),
+}  # fmt: skip
+OWN = {
+    "remask_gpt": ("attn.qkv_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+    "ltg_bert": ("attention.in_proj_qk", "attention.in_proj_v", "attention.out_proj", "mlp.up_proj", "mlp.down_proj"),
+}  # fmt: skip
+OWN_LAYERS = {"remask_gpt": "model.layers.", "ltg_bert": "transformer.layers."}
+
+
+def backbone(family: str) -> Any:
+    return AutoModel.from_config(FAMILIES[family][0])
+
+
+def own(mode: str, family: str, **changes) -> Any:
+    small = {"width": 32, "context": 12, "layers": 2, "family": family, "position_buckets": 8, "bias": True}
+    architecture = load_config(quick_test=True).architecture.model_copy(update=small)
+    return start_model(mode, architecture, "bidirectional", 14, 3, "t", **heads_of(mode), **changes)[0]
+
+
+def groups(model: nn.Module, **changes) -> dict[str, dict[str, Any]]:
+    found = Optimizer(model, settings(**changes)).groups()
+    assert len({g["group"] for g in found}) == len(found)
+    return {g["group"]: g for g in found}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_ranker_on_any_family_decays_the_matrices_of_its_linear_layers_and_nothing_else(family, optimizer):
+    attention = "prefix" if family in ("gpt2", "llama") else "full"
+    model = CandidateRanker(backbone(family), pooling="last", attention=attention, seed=0)
+    expected = {f"trunk.{name}" for name in FAMILIES[family][1]}
+    found = groups(model, optimizer=optimizer, weight_decay=0.3, head_learning_rate=0.5)
+    assert set(found["hidden matrices"]["names"]) == expected
+    assert {g: v["weight_decay"] for g, v in found.items()} == {
+        "hidden matrices": 0.3, "embeddings, vectors": 0.0, "head": 0.0
+    }  # fmt: skip
+    every = [name for group in found.values() for name in group["names"]]
+    assert sorted(every) == sorted(name for name, p in model.named_parameters())
+    assert found["hidden matrices"]["optimizer"] == ("Muon" if optimizer == "muon" else "AdamW")
+    assert {found[g]["optimizer"] for g in ("embeddings, vectors", "head")} == {"AdamW"}
+
+
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("mode", ["language_model", "token_classifier", "sequence_scorer", "ranker"])
+def test_our_own_backbones(mode, family):
+    prefix = ("encoder." if mode == "ranker" else "") + OWN_LAYERS[family]
+    assert hidden_matrices(own(mode, family)) == each(prefix, OWN[family])
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_blocks_of_a_critic_are_hidden_layers_and_its_outputs_are_not(family):
+    found = hidden_matrices(own("language_model", family, critic_layers=2))
+    assert found == each(OWN_LAYERS[family], OWN[family]) | each("critic.layers.", OWN[family])
+
+
+HEADED: dict[str, type[PreTrainedModel]] = {
+    "bert": hf.bert.BertForSequenceClassification,
+    "gpt2": hf.gpt2.GPT2LMHeadModel,  # its last layer is the embedding
+    "llama": hf.llama.LlamaForCausalLM,  # its last layer is not
+    "distilbert": hf.distilbert.DistilBertForMaskedLM,
+}
+
+
+@pytest.mark.parametrize("family", HEADED)
+def test_heads_of_any_model_of_transformers_are_left_out(family):
+    model = HEADED[family](FAMILIES[family][0])
+    expected = {f"{model.base_model_prefix}.{name}" for name in FAMILIES[family][1]}
+    assert hidden_matrices(model) == expected
+    assert head_parameters(model) == {
+        n for n, _ in model.named_parameters() if not n.startswith(f"{model.base_model_prefix}.")
+    }
+
+
+def test_a_linear_layer_that_shares_its_weight_with_an_embedding_is_none():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out, self.embedding, self.inner = nn.Linear(4, 9), nn.Embedding(9, 4), nn.Linear(4, 4)
+            self.out.weight = self.embedding.weight
+
+    assert hidden_matrices(Tied()) == {"inner.weight"}
+
+
+def test_the_policy_of_ppo_has_two_heads_and_neither_is_decayed():
+    ranker = CandidateRanker(backbone("bert"), pooling="cls", attention="full", seed=0)
+    found = hidden_matrices(ActorCritic(ranker, ValueHead(8)))
+    assert found == {f"policy.trunk.{name}" for name in FAMILIES["bert"][1]}
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_under_lora_the_matrices_of_the_adapters_are_hidden_and_those_they_wrap_do_not_learn(family):
+    trunk = backbone(family)
+    trunk.config._name_or_path = "somewhere"
+    model = CandidateRanker(with_lora(trunk, 2, 4, 0.0), pooling="last", seed=0)
+    found = groups(model, optimizer="muon", head_learning_rate=0.5)
+    wrapped = [n for n in FAMILIES[family][1] if "pooler" not in n]
+    layers = {f"trunk.base_model.model.{name.removesuffix('.weight')}" for name in wrapped}
+    assert set(found["hidden matrices"]["names"]) == {
+        f"{layer}.lora_{which}.default.weight" for layer in layers for which in "AB"
+    }
+    assert set(found) == {"hidden matrices", "head"}
+    assert found["hidden matrices"]["tensors"] == 2 * len(layers)
+
+
+def test_modules_that_peft_saves_whole_are_counted_once():
+    trunk = get_peft_model(backbone("bert"), LoraConfig(target_modules=["query"], modules_to_save=["pooler"]))
+    found = groups(CandidateRanker(trunk, pooling="cls", attention="full", seed=0), optimizer="muon")
+    pooler = [n for n in found["hidden matrices"]["names"] if "pooler" in n]
+    assert pooler == ["trunk.base_model.model.pooler.modules_to_save.default.dense.weight"]
+
+
+# --- Muon where it has nothing to do ---------------------------------------------------------------------------------
+
+
+class OnlyVectors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(5, 4), nn.LayerNorm(4)
+
+
+def test_muon_without_hidden_matrices_is_refused():
+    with pytest.raises(BadConfig, match=r"training\.optimizer is muon.*OnlyVectors.*to adamw"):
+        Optimizer(OnlyVectors(), settings(optimizer="muon"))
+    assert set(groups(OnlyVectors(), optimizer="adamw")) == {"embeddings, heads, vectors"}
+
+
+# --- what the groups do and what the record says ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_without_a_gradient_only_the_decayed_weights_shrink(optimizer):
+    """With gradients of 0 AdamW and Muon change nothing by themselves: what is left is the decay, rate x weight_decay."""
+    model = own("sequence_scorer", "ltg_bert")
+    rates = {"muon_learning_rate": 0.5, "learning_rate": 0.25, "head_learning_rate": 0.125}
+    optimiser = Optimizer(
+        model, settings(optimizer=optimizer, weight_decay=0.1, warmup_fraction=0, steps=100, **rates)
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+            p.grad = torch.zeros_like(p)
+    optimiser.step(0)
+    rate = 0.5 if optimizer == "muon" else 0.25
+    decayed = hidden_matrices(model)
+    assert decayed
+    for name, p in model.named_parameters():
+        kept = 1 - rate * 0.1 if name in decayed else 1.0
+        torch.testing.assert_close(p, torch.full_like(p, kept), msg=name)
+
+
+def test_the_record_of_every_model_names_its_groups(quick_run, quick_config):
+    for name in ("generator", "judge", "ranker"):
+        record = json.loads((quick_run / "04_train" / name / "training_manifest.json").read_text())
+        check_record(record["optimizer"], record["learning_parameters"], quick_config.models[name].training)
+    stats = json.loads((quick_run / "05_train_critic" / "manifest.json").read_text())["stats"]
+    check_record(stats["optimizer"], stats["learning_parameters"], quick_config.critic.training)
+
+
+def check_record(record: dict, learning: int, training: TrainingConfig) -> None:
+    by_name = {g["group"]: g for g in record["groups"]}
+    hidden, rest = by_name["hidden matrices"], by_name["embeddings, heads, vectors"]
+    assert record["frozen"] is None and len(by_name) == 2
+    assert (hidden["optimizer"], hidden["learning_rate"]) == ("Muon", training.muon_learning_rate)
+    assert (rest["optimizer"], rest["learning_rate"]) == ("AdamW", training.learning_rate)
+    assert (hidden["weight_decay"], rest["weight_decay"]) == (training.weight_decay, 0.0)
+    assert hidden["parameters"] + rest["parameters"] == learning
+    for group in record["groups"]:
+        assert len(group["names"]) == group["tensors"] > 0
