@@ -26,6 +26,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib import durable, schema
     from lib.tasks import get_task
     from lib.tokenization import train_tokenizer
+    from lib.training.lengths import WholeTexts
 
     uses = (
         "seed",
@@ -53,7 +54,7 @@ def main(config: Config, args: RunArgs) -> None:
         stage.add_folder("tokenizer", stage.folder / "tokenizer")
 
         # Second pass: the examples
-        tally = Tally()
+        tally = Tally(WholeTexts.of(config))
         with (
             stage.writer("examples", schema.EXAMPLES) as kept,
             stage.writer("dropped", schema.DROPPED) as dropped,
@@ -64,6 +65,8 @@ def main(config: Config, args: RunArgs) -> None:
                 if left_out:
                     dropped.write(tally.drop(left_out))
         tally.check(config)
+        if tally.whole is not None:
+            tally.whole.refuse()
         stage.stats |= tally.summary(len(tokenizer))
         say(tally.line(len(tokenizer)))
 
@@ -117,9 +120,13 @@ def encoded(examples: list, tokenizer, unknown: str):
 
 
 class Tally:
-    """Counts per split and per reason of being left out."""
+    """Counts per split and per reason of being left out.
 
-    def __init__(self) -> None:
+    `whole` looks whether the models of the config can read the examples that get candidates.
+    """
+
+    def __init__(self, whole) -> None:
+        self.whole = whole
         self.examples: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
@@ -133,6 +140,8 @@ class Tally:
             self.examples[split] = self.examples.get(split, 0) + part.num_rows
             count = pc.sum(pc.list_value_length(part["token_ids"])).as_py() or 0
             self.tokens[split] = self.tokens.get(split, 0) + count
+            if self.whole is not None and split != "reference":
+                self.whole.add(part)
         self.characters += pc.sum(pc.utf8_length(table["target"])).as_py()
         self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), 3)).as_py() or 0
         return table

@@ -29,6 +29,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.runtime import Runtime
     from lib.training.fresh import RECORD as SHARDS_USED
     from lib.training.fresh import streaming
+    from lib.training.lengths import refuse_longer_candidates
     from lib.training.named import train_named
     from lib.training.tables import materials_of
 
@@ -50,6 +51,7 @@ def main(config: Config, args: RunArgs) -> None:
         wanted = {n: s for n, s in config.models.items() if args.only_mode in (None, s.mode)}
         if not wanted:
             say(f"no model of the config has mode {args.only_mode}")
+        refuse_longer_candidates(config, wanted, materials)
         with streaming(stage, config, materials):
             for name, spec in wanted.items():
                 train_named(name, spec, materials, stage.folder / name, start_folder(stage, config, spec))

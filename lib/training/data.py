@@ -148,10 +148,17 @@ def first_lengths(sizes: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray
 
 
 class Sequences:
-    """Whole token sequences (candidates), padded to `width` and cut there."""
+    """Whole token sequences (candidates), padded to `width`.
+
+    Raises:
+        BadData: a sequence is longer. `lib.training.lengths` refuses it earlier, by its name.
+    """
 
     def __init__(self, token_ids: pa.ChunkedArray, width: int, pad_id: int):
         self.ids, self._lengths = _flatten(token_ids)
+        if (self._lengths > width).any():
+            row = int(np.argmax(self._lengths > width))
+            raise BadData(f"sequence {row} has {self._lengths[row]} tokens, and the model reads {width}")
         self._starts = (
             np.concatenate([[0], np.cumsum(self._lengths)[:-1]]) if len(self._lengths) else self._lengths
         )
@@ -159,7 +166,7 @@ class Sequences:
 
     def batch(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """((..., T) int64 ids, (..., T) bool valid) for sample numbers of any shape; -1 is an empty row."""
-        length = np.where(samples >= 0, np.minimum(self._lengths[samples], self.width), 0)
+        length = np.where(samples >= 0, self._lengths[samples], 0)
         offset = np.arange(self.width)
         valid = offset < length[..., None]
         index = np.where(valid, self._starts[samples][..., None] + offset, 0)
