@@ -130,10 +130,12 @@ class Tally:
         self.examples: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
-        self.characters = self.unknown = 0
+        self.characters = self.unknown = self.shortened = 0
 
     def add(self, table):
         import pyarrow.compute as pc
+
+        from lib.tasks import SHORTENED
 
         for split in pc.unique(table["split"]).to_pylist():
             part = table.filter(pc.equal(table["split"], split))
@@ -142,6 +144,7 @@ class Tally:
             self.tokens[split] = self.tokens.get(split, 0) + count
             if self.whole is not None and split != "reference":
                 self.whole.add(part)
+        self.shortened += sum(SHORTENED in (tags or ()) for tags in table["tags"].to_pylist())
         self.characters += pc.sum(pc.utf8_length(table["target"])).as_py()
         self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), 3)).as_py() or 0
         return table
@@ -170,6 +173,7 @@ class Tally:
             "examples": self.examples,
             "tokens": self.tokens,
             "dropped": self.dropped,
+            "shortened_prompts": self.shortened,
             "vocabulary": vocabulary,
             "unknown_share": self.unknown / max(total, 1),
             "characters_per_token": self.characters / max(total, 1),
@@ -177,7 +181,10 @@ class Tally:
 
     def line(self, vocabulary: int) -> str:
         splits = ", ".join(f"{s} {n:,} ({self.tokens[s]:,} tokens)" for s, n in self.examples.items())
-        return f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}"
+        short = (
+            f"; {self.shortened:,} prompts hold a part only: ranker.prompt_tokens" if self.shortened else ""
+        )
+        return f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}{short}"
 
     def left_out(self) -> str:
         return ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items()) or "nothing"

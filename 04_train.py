@@ -71,9 +71,17 @@ def main(config: Config, args: RunArgs) -> None:
                 if part == SHARDS_USED and not (stage.folder / name / part).exists():
                     continue
                 stage.add_file(f"{name}/{part}", stage.folder / name / part)
-            stage.stats[name] = {
-                k: record[k] for k in ("mode", "parameters", "best_step", "transfer", "held_out")
-            }
+            told = (
+                "mode",
+                "parameters",
+                "best_step",
+                "transfer",
+                "held_out",
+                "skipped_pools",
+                "shortened",
+                "packs",
+            )
+            stage.stats[name] = {k: record[k] for k in told if k in record}
             rows += record["table"]
         stage.stats["table"] = rows
         say(results_table(rows))

@@ -63,6 +63,25 @@ def collate(
     return Pools(prompt_ids, prompt_mask, candidate_ids, candidate_mask)
 
 
+def too_long(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    candidates: Sequence[str],
+    prompt_tokens: int,
+    candidate_tokens: int,
+) -> tuple[int, int]:
+    """How many prompts and how many candidates `collate` would cut off at these budgets."""
+    before, between, after = pair_layout(tokenizer)
+
+    def longer(texts: Sequence[str], room: int) -> int:
+        return sum(len(tokens) > room for tokens in _encode(tokenizer, list(texts)))
+
+    return (
+        longer(prompts, prompt_tokens - len(before) - len(between)),
+        longer(candidates, candidate_tokens - len(after)),
+    )
+
+
 def pair_layout(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     """Special ids before, between and after the texts of a pair."""
     encoded = tokenizer("a", "a")

@@ -166,12 +166,11 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
         table = materials.candidates(split)
         WholeTexts(name, context, materials.config.data.passage_characters).add(table).refuse()
         rows, skipped = decided_pools(table)  # (N, K)
-        if skipped:
-            say(f"{name}: {skipped} pools in {split} have equal rewards; they are skipped")
+        say_skipped(name, split, skipped)
         terms = {term: table[f"term_{term}"].to_numpy()[rows] for term in terms_of(table)}
         groups = np.asarray(table["group"].to_pylist())[rows[:, 0]]
         numbers = np.where(rows >= 0, rows + first_row, -1)
-        pools.append(TokenPools(numbers, table["reward"].to_numpy()[rows], terms, groups))
+        pools.append(TokenPools(numbers, table["reward"].to_numpy()[rows], terms, groups, skipped))
         columns.append(table["token_ids"])
         first_row += table.num_rows
     together = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
@@ -180,6 +179,12 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
         name, Sequences(together, context, tokenizer.pad_token_id), pools[0], pools[1], tokenizer.cls_token_id,
         materials.runtime, materials.config.seed, spec.training.evaluation_examples,
     )  # fmt: skip
+
+
+def say_skipped(name: str, split: str, skipped: int) -> None:
+    """Says how many pools have nothing to choose between."""
+    if skipped:
+        say(f"{name}: {skipped:,} pools in {split} have equal rewards; they are skipped")
 
 
 def confidence_of(column: pa.ChunkedArray) -> list[np.ndarray] | None:
