@@ -26,6 +26,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib import durable, schema
     from lib.tasks import get_task
     from lib.tokenization import train_tokenizer
+    from lib.training.lengths import WholeTexts
 
     uses = (
         "seed",
@@ -53,7 +54,7 @@ def main(config: Config, args: RunArgs) -> None:
         stage.add_folder("tokenizer", stage.folder / "tokenizer")
 
         # Second pass: the examples
-        tally = Tally()
+        tally = Tally(WholeTexts.of(config))
         with (
             stage.writer("examples", schema.EXAMPLES) as kept,
             stage.writer("dropped", schema.DROPPED) as dropped,
@@ -64,6 +65,8 @@ def main(config: Config, args: RunArgs) -> None:
                 if left_out:
                     dropped.write(tally.drop(left_out))
         tally.check(config)
+        if tally.whole is not None:
+            tally.whole.refuse()
         stage.stats |= tally.summary(len(tokenizer))
         say(tally.line(len(tokenizer)))
 
@@ -117,22 +120,31 @@ def encoded(examples: list, tokenizer, unknown: str):
 
 
 class Tally:
-    """Counts per split and per reason of being left out."""
+    """Counts per split and per reason of being left out.
 
-    def __init__(self) -> None:
+    `whole` looks whether the models of the config can read the examples that get candidates.
+    """
+
+    def __init__(self, whole) -> None:
+        self.whole = whole
         self.examples: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
-        self.characters = self.unknown = 0
+        self.characters = self.unknown = self.shortened = 0
 
     def add(self, table):
         import pyarrow.compute as pc
+
+        from lib.tasks import SHORTENED
 
         for split in pc.unique(table["split"]).to_pylist():
             part = table.filter(pc.equal(table["split"], split))
             self.examples[split] = self.examples.get(split, 0) + part.num_rows
             count = pc.sum(pc.list_value_length(part["token_ids"])).as_py() or 0
             self.tokens[split] = self.tokens.get(split, 0) + count
+            if self.whole is not None and split != "reference":
+                self.whole.add(part)
+        self.shortened += sum(SHORTENED in (tags or ()) for tags in table["tags"].to_pylist())
         self.characters += pc.sum(pc.utf8_length(table["target"])).as_py()
         self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), 3)).as_py() or 0
         return table
@@ -161,6 +173,7 @@ class Tally:
             "examples": self.examples,
             "tokens": self.tokens,
             "dropped": self.dropped,
+            "shortened_prompts": self.shortened,
             "vocabulary": vocabulary,
             "unknown_share": self.unknown / max(total, 1),
             "characters_per_token": self.characters / max(total, 1),
@@ -168,7 +181,10 @@ class Tally:
 
     def line(self, vocabulary: int) -> str:
         splits = ", ".join(f"{s} {n:,} ({self.tokens[s]:,} tokens)" for s, n in self.examples.items())
-        return f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}"
+        short = (
+            f"; {self.shortened:,} prompts hold a part only: ranker.prompt_tokens" if self.shortened else ""
+        )
+        return f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}{short}"
 
     def left_out(self) -> str:
         return ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items()) or "nothing"

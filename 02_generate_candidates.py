@@ -59,6 +59,7 @@ def make_table(config: Config, args: RunArgs) -> None:
     from lib.synthetic import MaskedLMEngine
     from lib.tasks import CandidateContext, get_task
     from lib.tokenization import load_tokenizer
+    from lib.training.lengths import WholeTexts
 
     checkpoint = [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
     uses = ("seed", "task", "device", "precision", "diffusion", "generator", "candidates", "finqa.pools")
@@ -84,7 +85,7 @@ def make_table(config: Config, args: RunArgs) -> None:
                     f"candidates.processes must be 1: task {config.task} makes candidates of all examples at once"
                 )
             task.plan_candidates(examples, context)
-        tally = Tally()
+        tally, whole = Tally(), WholeTexts.of(config)
         # Token ids mean nothing without their tokenizer
         metadata = {
             "tokenizer_sha256": stage.sha256_of("01_prepare_dataset", "tokenizer"),
@@ -105,6 +106,8 @@ def make_table(config: Config, args: RunArgs) -> None:
                 if table.num_rows:
                     writer.write(table)
                     tally.add(table)
+                    if whole is not None:
+                        whole.add(table)
                 done += count
                 progress.update(done)
         tally.drop(context.dropped)
@@ -113,6 +116,9 @@ def make_table(config: Config, args: RunArgs) -> None:
         stage.stats |= tally.summary()
         stage.stats["source"] = config.candidates.source
         say(tally.line())
+        if whole is not None and (problem := whole.problem()):  # written by a tokenizer that is not the run's
+            stage.stats["longer_than_context"] = whole.longer
+            say(f"WARNING: stage 04 will refuse these candidates: {problem}")
         if hasattr(task, "review_candidates"):
             figures, baselines = task.review_candidates(context)
             stage.stats |= figures

@@ -29,6 +29,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.runtime import Runtime
     from lib.training.fresh import RECORD as SHARDS_USED
     from lib.training.fresh import streaming
+    from lib.training.lengths import refuse_longer_candidates
     from lib.training.named import train_named
     from lib.training.tables import materials_of
 
@@ -50,6 +51,7 @@ def main(config: Config, args: RunArgs) -> None:
         wanted = {n: s for n, s in config.models.items() if args.only_mode in (None, s.mode)}
         if not wanted:
             say(f"no model of the config has mode {args.only_mode}")
+        refuse_longer_candidates(config, wanted, materials)
         with streaming(stage, config, materials):
             for name, spec in wanted.items():
                 train_named(name, spec, materials, stage.folder / name, start_folder(stage, config, spec))
@@ -69,9 +71,17 @@ def main(config: Config, args: RunArgs) -> None:
                 if part == SHARDS_USED and not (stage.folder / name / part).exists():
                     continue
                 stage.add_file(f"{name}/{part}", stage.folder / name / part)
-            stage.stats[name] = {
-                k: record[k] for k in ("mode", "parameters", "best_step", "transfer", "held_out")
-            }
+            told = (
+                "mode",
+                "parameters",
+                "best_step",
+                "transfer",
+                "held_out",
+                "skipped_pools",
+                "shortened",
+                "packs",
+            )
+            stage.stats[name] = {k: record[k] for k in told if k in record}
             rows += record["table"]
         stage.stats["table"] = rows
         say(results_table(rows))

@@ -192,7 +192,7 @@ def rank(config: Config, args: RunArgs) -> None:
         stage.write("answers", bench.answers(), schema.ANSWERS)
         metrics = {split: bench.measured(split) for split in bench.tables}
         stage.write_json("metrics", metrics)
-        stage.stats |= metrics
+        stage.stats |= metrics | {"shortened": bench.shortened}
         durable.write_text(stage.folder / "report.html", bench.page())
         stage.add_file("report", stage.folder / "report.html")
         for split in bench.tables:

@@ -127,6 +127,28 @@ def test_judge_weights_follow_its_opinion_of_a_sampled_completion():
     assert torch.equal(modifiers.apply(ce, masked, 4)[1], torch.ones(B))
 
 
+def test_the_judge_reads_the_same_completion_of_a_row_in_any_batch():
+    whole = masked_of()
+    config = JudgeModifier(model="x", least=0.2, most=3, stop_step=9)
+    judge = ConstantJudge(whole.ids)
+    modifiers_of(judge, judge=config).apply(torch.ones(len(whole.at)), whole, 0)
+    read = judge.read.numpy()
+    for rows in ([4], [5, 1], [0, 2, 3]):
+        some = np.concatenate([np.flatnonzero(whole.at // T == r) for r in rows])
+        at = np.concatenate([whole.at[whole.at // T == r] % T + n * T for n, r in enumerate(rows)])
+        part = Masked(
+            whole.logits[some], whole.targets[some], torch.from_numpy(at // T), whole.ids[rows],
+            whole.valid[rows], at, whole.ratios[rows], whole.rows[rows],
+        )  # fmt: skip
+        alone = ConstantJudge(whole.ids[rows])
+        modifiers_of(alone, judge=config).apply(torch.ones(len(at)), part, 5)
+        assert np.array_equal(alone.read.numpy(), read[rows])
+    other = masked_of()
+    other.rows[:] = np.arange(B) + 50
+    modifiers_of(judge, judge=config).apply(torch.ones(len(other.at)), other, 0)
+    assert not np.array_equal(judge.read.numpy(), read)  # the next rows of the same text are drawn anew
+
+
 def objective_of(modifiers: Modifiers | None) -> MaskedDiffusion:
     return MaskedDiffusion(
         load_config(quick_test=True).diffusion, 1, label="tiny", train=windows(), held_out=windows(), runtime=CPU,

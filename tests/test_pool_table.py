@@ -1,6 +1,7 @@
 """Pools of candidates as tables: which rows make one, several draws of one example, and figures over seeds."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +45,48 @@ def test_draws_are_the_same_examples_with_other_candidates():
         assert np.array_equal(part.controls, whole.controls[:, columns])
         assert part.texts.tolist() == whole.texts[:, columns].tolist()
     assert second.candidate_ids.tolist() == [[4, 5, 6, 7]] * 2
-    assert whole.draws(3) == [whole] and len(whole.draws(8)) == 1
+    assert len(whole.draws(8)) == 1 and whole.draws(9) == [whole]
+
+
+def test_candidates_that_make_no_whole_pools_are_refused():
+    with pytest.raises(BadData, match=r"a has 8 candidates.*candidates\.per_example \(3\)"):
+        table(a=[1, 0, 0, 0, 0, 1, 0, 0]).draws(3)
+    with pytest.raises(BadData, match=r"b has 6 candidates, another example 8"):
+        table(a=[1, 0, 0, 0, 0, 1, 0, 0], b=[1, 0, 0, 0, 0, 1]).draws(4)
+    ragged = table(a=[1, 0, 0], b=[1, 0])  # one pool each, of any size
+    assert ragged.draws(4) == [ragged]
+
+
+def scored(*keys: tuple[str, int]) -> pa.Table:
+    return pa.table(
+        {
+            "example_id": [name for name, _ in keys],
+            "candidate_id": pa.array([number for _, number in keys], pa.int32()),
+            "score_trees": [10.0 * i + 1 for i in range(len(keys))],
+        }
+    )
+
+
+def test_baselines_come_with_all_pools_or_with_none_of_the_split():
+    rows, asked = candidates({"a": [1, 0], "b": [0, 1, 0]}), examples("a", "b")
+    keys = [("b", 2), ("b", 0), ("b", 1), ("a", 1), ("x", 0), ("a", 0)]
+    found = PoolTable.of(rows, asked, scored(*keys)).baselines
+    assert found["trees"].tolist() == [[51, 31, 0], [11, 21, 1]]
+    assert PoolTable.of(rows, asked, scored(("x", 0))).baselines == {}
+    assert PoolTable.of(rows, asked, None).baselines == {}
+    for missing in ([("a", 0), ("a", 1)], [k for k in keys if k != ("b", 1)]):
+        with pytest.raises(BadData, match=r"no score for \d of 5 candidates, the first is b, candidate"):
+            PoolTable.of(rows, asked, scored(*missing))
+
+
+def test_a_stranger_is_of_another_group_and_every_pool_is_one_once():
+    pools = table(**{name: [1, 0] for name in "abcdef"})
+    grouped = replace(pools, groups=np.array(list("xxyyzz"), dtype=object))
+    for seed in range(20):
+        order = pools.strangers(seed)
+        assert sorted(order) == list(range(6)) and (order != np.arange(6)).all()
+        assert (grouped.groups[grouped.strangers(seed)] != grouped.groups).all()
+    assert not np.array_equal(pools.strangers(3), pools.strangers(4))
 
 
 def test_pools_of_equal_rewards_are_skipped_and_counted():

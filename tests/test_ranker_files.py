@@ -138,6 +138,20 @@ def test_hidden_words_are_drawn_by_row_and_spare_special_tokens():
         hide_words(pools, SimpleNamespace(mask_token_id=None, unk_token_id=None), 0.25, 0, np.arange(40))
 
 
+def test_hidden_words_of_a_pool_are_the_same_alone_and_beside_wider_ones():
+    tokenizer = make_tokenizer("bert")
+    prompts = ["b a " * 8, "a " * 25]
+    texts = [["a b " * 6, "b " * 9], ["a " * 25, "b a", "a b a", "b"]]
+    together = hide_words(collate(tokenizer, prompts, texts, 40, 40), tokenizer, 0.4, 7, np.array([5, 900]))
+    for n in range(2):
+        pools = collate(tokenizer, prompts[n : n + 1], texts[n : n + 1], 40, 40)
+        alone = hide_words(pools, tokenizer, 0.4, 7, np.array([5, 900])[n : n + 1])
+        length, (count, width) = pools.prompt_ids.shape[1], pools.candidate_ids.shape[1:]
+        assert np.array_equal(alone.prompt_ids[0], together.prompt_ids[n, :length])
+        assert np.array_equal(alone.candidate_ids[0], together.candidate_ids[n, :count, :width])
+        assert (alone.candidate_ids != pools.candidate_ids).any()
+
+
 def test_pools_without_candidates_or_tokens_are_refused_together():
     with pytest.raises(BadData, match="prompt 1 has no candidates; candidate 1 of prompt 0 has no token"):
         collate(make_tokenizer("gpt2"), ["a", "b"], [["a", " "], []], 9, 9)

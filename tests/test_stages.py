@@ -163,7 +163,7 @@ def test_bert_corruption_is_what_the_model_reads():
     ids = np.concatenate([objective.windows(range(s * 8, s * 8 + 8))[1] for s in range(40)])
     masks = np.concatenate(
         [
-            objective.mask(i := objective.windows(r)[1], np.ones_like(i, bool), "tiny diffusion", np.array(r), 8).masked
+            objective.mask(*objective.windows(r)[1:], "tiny diffusion", np.array(r), 8).masked
             for r in (range(s * 8, s * 8 + 8) for s in range(40))
         ]
     )  # fmt: skip

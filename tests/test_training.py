@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, Interrupted, NonFiniteLoss
 from lib.models.build import load_model, start_model
-from lib.training.data import Rows, pools
+from lib.training.data import Rows, Windows, first_lengths, pools
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
 from lib.training.optimizer import Optimizer, learning_rate_factor
 from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny, windows
@@ -186,19 +187,120 @@ def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
     assert adam == {"model.embed_tokens.weight"}
 
 
-def test_windows_stay_inside_their_run_and_cover_every_token():
-    data = windows(16)
+WIDTH = 8
+SIZES = [1, 5, WIDTH, WIDTH + 1, 2 * WIDTH, 3 * WIDTH + 7, 4 * WIDTH + 1, 512, 513, 519]
+
+
+def documents(sizes, width: int = WIDTH, passage: int = 6) -> Windows:
+    """Documents of these sizes, in passages; token i of the text is i, so that a window shows where it lies."""
+    lists, continues, first = [], [], 0
+    for size in sizes:
+        for start in range(0, size, passage):
+            lists.append(list(range(first + start, first + min(start + passage, size))))
+            continues.append(start > 0)
+        first += size
+    column = pa.chunked_array([pa.array(lists, pa.list_(pa.int32()))])
+    return Windows(pa.table({"token_ids": column, "continues": continues}), width, -1)
+
+
+def epoch_of(data: Windows, epoch: int) -> list[np.ndarray]:
     index = np.arange(data.count)
-    seen = np.zeros(len(data.ids), bool)
-    for place in np.linspace(0, 0.999, 50):
-        ids, valid = data.batch(index, np.full(data.count, place))
-        assert valid.all()
-        start_at = data._starts + np.floor(place * data._lengths).astype(int)
-        start_at = np.minimum(start_at, np.maximum(data._run_start, data._run_end - 16))
-        assert (start_at // 200 == (start_at + 15) // 200).all()  # runs are four examples of 50 tokens
-        np.testing.assert_array_equal(ids, data.ids[start_at[:, None] + np.arange(16)])
-        seen[start_at[:, None] + np.arange(16)] = True
-    assert seen.all()
+    ids, valid = data.batch(index, data.places(3, "m window", index, np.full(data.count, epoch)))
+    assert (ids[~valid] == -1).all() and (np.diff(valid.astype(int), axis=1) <= 0).all()
+    return [row[here] for row, here in zip(ids, valid, strict=True)]
+
+
+def test_every_token_is_visited_once_per_epoch_and_no_window_leaves_its_document():
+    data = documents(SIZES)
+    document_of = np.repeat(np.arange(len(SIZES)), SIZES)
+    for epoch in range(40):
+        parts = epoch_of(data, epoch)
+        visits = np.bincount(np.concatenate(parts), minlength=sum(SIZES))
+        assert (visits == 1).all()  # the first and the last token of every document too
+        for part in parts:
+            assert len(part) and (np.diff(part) == 1).all() and len(np.unique(document_of[part])) == 1
+        assert [len(p) for p in parts[:3]] == [1, 5, WIDTH]  # short documents are read whole
+
+
+def test_cuts_of_a_document_move_from_epoch_to_epoch_over_all_they_can():
+    data = documents(SIZES)
+    of = np.cumsum(SIZES) - SIZES
+    starts = [np.array([part[0] for part in epoch_of(data, epoch)]) for epoch in range(200)]
+    for number, size in enumerate(SIZES):
+        here = data.document == number
+        cuts = {int(s[here][1] - of[number]) for s in starts} if here.sum() > 1 else set()
+        shortest, longest = {
+            9: (1, 8),
+            16: (8, 8),
+            31: (7, 8),
+            33: (1, 8),
+            512: (1, 7),
+            513: (1, 8),
+            519: (1, 6),
+        }.get(size, (0, -1))
+        assert cuts == set(range(shortest, longest + 1)), size
+    # two documents of one size are cut at places of their own
+    twins = documents([513, 513])
+    half = twins.count // 2
+    apart = [
+        int(e[half][-1] - 513 - e[0][-1]) for e in (epoch_of(twins, epoch) for epoch in range(20))
+    ]  # difference of the first windows' lengths
+    assert len(set(apart)) > 3
+
+
+def test_few_windows_are_short():
+    """Padding is what the short documents need, and less than a window and a half of each long one."""
+    sizes = np.array([40 * WIDTH + rest for rest in range(WIDTH)])
+    windows, shortest, longest = first_lengths(sizes, WIDTH)
+    assert (windows * WIDTH - sizes < 1.5 * WIDTH + 1).all() and (longest - shortest + 1 >= WIDTH // 2).all()
+    sizes = np.arange(1, 31 * WIDTH)
+    assert (first_lengths(sizes, WIDTH)[0] == -(-sizes // WIDTH)).all()  # elsewhere none more than needed
+    assert documents([4096], 128).mean_length / 128 > 0.95
+
+
+def test_windows_are_a_function_of_the_row_alone():
+    def objective(batch_size: int) -> MaskedDiffusion:
+        config = load_config(quick_test=True).diffusion
+        return MaskedDiffusion(
+            config, 1, label="m", train=documents(SIZES), held_out=documents(SIZES), runtime=CPU, seed=3,
+            batch_size=batch_size, num_evaluated=4,
+        )  # fmt: skip
+
+    one, other = objective(8), objective(3)
+    count = one.train.count
+    rows = range(2 * count - 5, 2 * count + 7)  # over the end of an epoch
+    _, ids, valid = one.windows(rows)
+    for place, row in enumerate(rows):
+        _, alone, alone_valid = other.windows(range(row, row + 1))
+        assert np.array_equal(alone[0], ids[place]) and np.array_equal(alone_valid[0], valid[place])
+    epochs = [one.windows(range(e * count, (e + 1) * count)) for e in (0, 1)]
+    for _, ids, valid in epochs:  # as training reads them, an epoch is every token once
+        assert sorted(ids[valid]) == list(range(sum(SIZES)))
+    assert not np.array_equal(epochs[0][1], epochs[1][1])
+
+
+def test_the_training_loss_counts_every_token_alike():
+    """A stub that errs by as many nats as the token's number: the mean over an epoch is the mean over the text."""
+    data = documents([1, 3, 8, 20])
+    for weight in ("exact_count", "inverse_t"):
+        diffusion = load_config(overrides=[f"diffusion.weight={weight}"]).diffusion
+        objective = MaskedDiffusion(
+            diffusion, 99, label="m", train=data, held_out=data, runtime=CPU, seed=3, batch_size=data.count, num_evaluated=4,
+        )  # fmt: skip
+
+        def logits(model, ids, valid, batch, inputs=None):
+            at = np.flatnonzero(batch.masked)
+            target = torch.from_numpy(ids.reshape(-1)[at])
+            # cross-entropy of two classes is log(1 + exp(x)): about x for what is far from the right one
+            wrong = torch.stack([torch.zeros(len(at)), 50.0 + target.float()], 1)
+            return wrong, torch.zeros(len(at), dtype=torch.long), at
+
+        objective._logits = logits
+        model = torch.nn.Linear(1, 1)
+        steps = [float(objective.loss(model, s, range(s * data.count, (s + 1) * data.count))["loss"]) for s in range(300)]  # fmt: skip
+        expected = 50 + np.arange(32).mean()
+        tolerance = 1e-4 if weight == "exact_count" else 0.05
+        assert np.mean(steps) == pytest.approx(expected, rel=max(tolerance, 0.01)), weight
 
 
 def test_tiles_hold_every_token_exactly_once():
@@ -206,7 +308,9 @@ def test_tiles_hold_every_token_exactly_once():
     tiles = data.tiled()
     ids, valid = tiles.batch(np.arange(tiles.count), np.full(tiles.count, 0.7))
     np.testing.assert_array_equal(ids[valid], data.ids)
-    assert valid.sum(1).max() == 16 and (tiles.owner == np.repeat(np.arange(40), 50)[tiles._starts]).all()
+    start, end = tiles.spans(np.arange(tiles.count), np.zeros(tiles.count))
+    assert valid.sum(1).max() == 16 and (tiles.owner == np.repeat(np.arange(40), 50)[start]).all()
+    assert (start % 200 % 16 == 0).all() and ((end - start == 16) | (end % 200 == 0)).all()
 
 
 def test_rows_visit_every_sample_once_per_epoch_in_another_order():

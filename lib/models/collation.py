@@ -63,6 +63,25 @@ def collate(
     return Pools(prompt_ids, prompt_mask, candidate_ids, candidate_mask)
 
 
+def too_long(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    candidates: Sequence[str],
+    prompt_tokens: int,
+    candidate_tokens: int,
+) -> tuple[int, int]:
+    """How many prompts and how many candidates `collate` would cut off at these budgets."""
+    before, between, after = pair_layout(tokenizer)
+
+    def longer(texts: Sequence[str], room: int) -> int:
+        return sum(len(tokens) > room for tokens in _encode(tokenizer, list(texts)))
+
+    return (
+        longer(prompts, prompt_tokens - len(before) - len(between)),
+        longer(candidates, candidate_tokens - len(after)),
+    )
+
+
 def pair_layout(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     """Special ids before, between and after the texts of a pair."""
     encoded = tokenizer("a", "a")
@@ -113,8 +132,8 @@ def _framed(
 def hide_words(pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.ndarray) -> Pools:
     """The pools (arrays) with a share of their tokens hidden, each by itself; special tokens stay.
 
-    What is hidden in pool b is a function of seed, `rows[b]` and the widths of the arrays. Hidden tokens are [MASK],
-    or the unknown token.
+    Whether a token is hidden is a function of seed, `rows[b]`, the number of its candidate and its place there: it does
+    not matter what else is in the batch. Hidden tokens are [MASK], or the unknown token.
     Raises BadConfig for a tokenizer that has neither.
     """
     stand_in = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
@@ -125,11 +144,16 @@ def hide_words(pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.n
         )
     special = np.array(tokenizer.all_special_ids)
 
-    def hidden(ids: np.ndarray, purpose: str) -> np.ndarray:
-        noise = randomness.uniform(randomness.key(seed, purpose), rows, ids[0].size).reshape(ids.shape)
+    def hidden(ids: np.ndarray, purpose: str, *number: int) -> np.ndarray:
+        """(B, L) ids."""
+        noise = randomness.uniform(randomness.key(seed, purpose, *number), rows, ids.shape[1])
         return np.where((noise < share) & ~np.isin(ids, special), stand_in, ids)
 
+    candidates = [
+        hidden(pools.candidate_ids[:, k], "hidden words of candidates", k)
+        for k in range(pools.candidate_ids.shape[1])
+    ]
     return Pools(
         hidden(pools.prompt_ids, "hidden words of prompts"), pools.prompt_mask,
-        hidden(pools.candidate_ids, "hidden words of candidates"), pools.candidate_mask,
+        np.stack(candidates, 1), pools.candidate_mask,
     )  # fmt: skip

@@ -8,6 +8,7 @@ Shapes: N pools, K candidates, B rows, T tokens of a row, D width, M candidates 
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ ATTENTIONS = ("prefix", "full")
 # Greatest relative difference of pooled vectors, packed and one by one, that rounding explains
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
 TOLERANCE_OF_HALF = 0.1
-CHECKED = 2  # pools of the first batch that both ways of scoring are compared on
+PROBED = 24  # tokens of the longest row that both ways of scoring are compared on
 SMALL = 0.02  # first weights of the score: a new head starts close to "no opinion"
 
 
@@ -75,14 +76,16 @@ class CandidateRanker(nn.Module):
             the trunk's own pooler where it has one), or the "mean" of the candidate's tokens.
         head: "mlp" (two layers) or "linear" (one; what `export_classifier` takes).
         seed: the head's first weights are a function of it.
+        packs: whether `forward` packs, as a trained ranker says of itself; None to find out by `self_check`, on tokens
+            that depend on the trunk's vocabulary alone: a training that is taken up again packs as it did before.
 
     Attributes:
         is_causal: whether the trunk's tokens see only earlier ones.
-        packs: whether `forward` packs; None until the first call has compared both ways (`self_check`).
         segments: whether candidates are the second segment of the trunk's token types, as in BERT.
 
     Raises:
-        BadConfig: an unknown choice, or one that the trunk cannot serve.
+        BadConfig: an unknown choice, or one that the trunk cannot serve: attention "prefix" of a bidirectional trunk that
+            does not keep the candidates of a row apart.
     """
 
     trunk_names = ("trunk.",)  # of parameters that are not the head's
@@ -96,6 +99,7 @@ class CandidateRanker(nn.Module):
         head_dropout: float = 0.1,
         attention: str = "prefix",
         seed: int,
+        packs: bool | None = None,
     ):
         super().__init__()
         for name, value, known in (
@@ -116,11 +120,11 @@ class CandidateRanker(nn.Module):
         self._accepted = arguments_of(base)
         self._position_offset = position_offset(base)
         self._pooler = pooling == "cls" and attention == "full" and getattr(base, "pooler", None) is not None
-        self.packs: bool | None = None if attention == "prefix" and self._may_pack() else False
         self._window_said = False
         first = next(base.parameters())
         exact = torch.promote_types(first.dtype, torch.float32)
         self.head = ScoreHead(width_of(base), head, head_dropout, seed).to(first.device, exact)
+        self.packs = attention == "prefix" and (self._may_pack() if packs is None else packs)
 
     @property
     def base(self) -> Any:
@@ -141,24 +145,22 @@ class CandidateRanker(nn.Module):
 
     def features(self, pools: Pools) -> Tensor:
         """(N, K, D) pooled vectors; those of absent candidates are zero."""
-        if self.packs is False:
+        if not self.packs:
             return self._separate_features(pools)
         packed = pack(pools)
-        if self._beyond_window(packed):
-            return self._separate_features(pools)
-        if self.packs is None and bool((pools.present().sum(1) > 1).any()):
-            self.self_check(pools.rows(slice(0, CHECKED)))
-        return self._separate_features(pools) if self.packs is False else self._packed_features(packed)
+        return (
+            self._separate_features(pools) if self._beyond_window(packed) else self._packed_features(packed)
+        )
 
     @torch.no_grad()
-    def self_check(self, pools: Pools) -> float:
-        """Greatest difference of packed and one-by-one scores on some pools, in evaluation mode.
+    def self_check(self, pools: Pools) -> tuple[float, float]:
+        """Greatest difference of packed and one-by-one (scores, pooled vectors) on some pools, in evaluation mode.
 
-        What decides is the pooled vectors, since a fresh head shows little of them: beyond rounding, the ranker says
-        so and scores one by one from then on. 0 for full attention, which is never packed.
+        That of the vectors is relative to their size: a fresh head shows little of them. (0, 0) for full attention, which
+        is never packed.
         """
         if self.attention == "full":
-            return 0.0
+            return 0.0, 0.0
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
@@ -172,22 +174,16 @@ class CandidateRanker(nn.Module):
                 module.training = mode
         packed, separate = packed[present], separate[present]  # (M, D)
         size = separate.norm(dim=-1).clamp_min(1e-12)
-        relative = float(((packed - separate).norm(dim=-1) / size).max())
-        tolerance = TOLERANCE.get(packed.dtype, TOLERANCE_OF_HALF)
-        self.packs = relative <= tolerance
-        if not self.packs:
-            say(
-                f"WARNING: {type(self.base).__name__} gives other states when candidates share a row: they differ by "
-                f"{relative:.1e} of their size, allowed is {tolerance:.0e}. Every candidate is scored in a row of its "
-                "own from now on: as exact, but several times slower"
-            )
-        return float(apart)
+        return float(apart), float(((packed - separate).norm(dim=-1) / size).max())
 
     # --- the trunk ---------------------------------------------------------------------------------------------------
 
     def _may_pack(self) -> bool:
-        """Whether the trunk takes packed rows; says so if it does not."""
-        problem = why_not_packed(self.base)
+        """Whether the trunk takes packed rows and keeps candidates apart in them.
+
+        A causal one that does not is asked one by one, and this is said. Raises BadConfig for a bidirectional one.
+        """
+        problem = why_not_packed(self.base) or self._why_not_equal()
         if problem is not None and not self.is_causal:
             raise BadConfig(
                 f"{type(self.base).__name__} cannot be a prefix-LM: {problem}. Set ranker.attention to full"
@@ -195,9 +191,49 @@ class CandidateRanker(nn.Module):
         if problem is not None:
             say(
                 f"WARNING: {type(self.base).__name__} cannot share a row among candidates: {problem}. "
-                "They are scored one by one"
+                "They are scored one by one: as exact, but several times slower"
             )
         return problem is None
+
+    def _why_not_equal(self) -> str | None:
+        """What the trunk gives for a small pool in one row that it does not give for a row each; None if nothing."""
+        try:
+            _, relative = self.self_check(self._probe())
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            IndexError,
+        ) as error:  # whatever a forward makes of our mask
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return f"it fails on a row of several candidates ({first_line})"
+        dtype = next(self.base.parameters()).dtype
+        tolerance = TOLERANCE.get(dtype, TOLERANCE_OF_HALF)
+        if relative <= tolerance:
+            return None
+        return f"its states differ by {relative:.1e} of their size when candidates share a row, allowed is {tolerance:.0e}"
+
+    def _probe(self) -> Pools:
+        """Two pools of two candidates, the longest of PROBED tokens with its prompt, or what the trunk can read."""
+        limits = (
+            getattr(self.config, "max_position_embeddings", None),
+            getattr(self.config, "sliding_window", None),
+        )
+        size = min(PROBED, *(int(n) - self._position_offset for n in limits if n))
+        first, prompt = size // 2, size - size // 2
+        vocabulary = self.base.get_input_embeddings().num_embeddings
+        drawn = randomness.uniform(
+            randomness.key(0, "packing probe"), np.arange(2), prompt + 2 * first
+        )  # (2, ...)
+        ids = np.floor(drawn * vocabulary).astype(np.int64)
+        candidate_mask = np.ones((2, 2, first), bool)
+        candidate_mask[:, 1, max(1, first - 1) :] = False  # of another length
+        return Pools(
+            ids[:, :prompt],
+            np.ones((2, prompt), bool),
+            ids[:, prompt:].reshape(2, 2, first),
+            candidate_mask,
+        )
 
     def _beyond_window(self, packed: Packed) -> bool:
         """Whether the trunk's sliding attention would cut what our own mask does not."""

@@ -45,6 +45,7 @@ def save_ranker(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
         "head": model.head_kind,
         "head_dropout": model.head.dropout.p,
         "attention": model.attention,
+        "packs": model.packs,
         "trunk": base.config.model_type,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "lora": has_lora,
@@ -81,7 +82,7 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
         trunk, tokenizer = open_encoder(folder, dtype)
     model = CandidateRanker(
         trunk, pooling=record["pooling"], head=record["head"], head_dropout=record["head_dropout"],
-        attention=record["attention"], seed=0,
+        attention=record["attention"], seed=0, packs=record.get("packs"),
     )  # fmt: skip
     try:
         model.head.load_state_dict(load_file(folder / HEAD_FILE))

@@ -17,7 +17,7 @@ from lib.models.ranker_files import load_ranker
 from lib.report.ranking import RankedPool, interesting, ranking_page
 from lib.runtime import Runtime
 from lib.tasks import get_task
-from lib.training.objectives.pool_choice import PoolReader, measure, simple_scores
+from lib.training.objectives.pool_choice import PoolReader, measure, say_shortened, simple_scores
 from lib.training.policy import WAYS
 from lib.training.pool_table import PoolTable
 from lib.training.tables import materials_of
@@ -34,6 +34,7 @@ class RankBench:
         tables: split -> its pools, for the splits that have any.
         scores: (model, split) -> (N, K).
         trained: names of the models that learned; the others are baselines.
+        shortened: "model, split" -> how many prompts and candidates it reads in part only.
     """
 
     def __init__(self, stage: Stage, config: Config, runtime: Runtime):
@@ -45,6 +46,7 @@ class RankBench:
         self.tables = {split: materials.pools(split) for split in SPLITS if split in there}
         self.scores: dict[tuple[str, str], np.ndarray] = {}
         self.trained: list[str] = []
+        self.shortened: dict[str, dict[str, int]] = {}
         self._explain: Callable[[dict], str] = getattr(get_task(config.task), "explain", lambda row: "")
 
     def models(self) -> Iterator[tuple[str, str, bool]]:
@@ -61,6 +63,7 @@ class RankBench:
         ranker.to(self.runtime.device).eval()
         reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed, blind)
         for split, table in self.tables.items():
+            self.shortened[f"{name}, {split}"] = say_shortened(name, split, reader, [table])
             self.scores[name, split] = reader.all_scores(ranker, table)
         self.trained.append(name)
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from lib.synthetic import MaskedLMEngine
 
+SHORTENED = "part of the prompt"  # tag of an example whose prompt was too long to be kept whole
 REQUIRED = ("sources", "check", "prepare", "candidates", "rewards")
 
 

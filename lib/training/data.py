@@ -25,9 +25,13 @@ class Rows:
     purpose: str
     count: int
 
+    def epochs(self, rows: np.ndarray) -> np.ndarray:
+        """(B,) epochs of the given global rows."""
+        return rows // self.count
+
     def samples(self, rows: np.ndarray) -> np.ndarray:
         """(B,) sample numbers of the given global rows."""
-        epochs = rows // self.count
+        epochs = self.epochs(rows)
         result = np.empty_like(rows)
         for epoch in np.unique(epochs):  # one or two per batch
             order = _order(self.seed, self.purpose, int(epoch), self.count)
@@ -50,10 +54,17 @@ def _order(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
 
 
 class Windows:
-    """Crops of `width` tokens out of running text, for language models.
+    """Running text cut into windows of at most `width` tokens, for language models.
 
-    Each example is visited once per epoch; its window starts at a keyed random place inside it and runs on into
-    the examples that continue it. A text shorter than `width` gives a shorter, padded window.
+    A document (a run of examples that continue each other) of at most `width` tokens is one window. A longer one is cut
+    into a fixed number of windows, anew in every epoch: a keyed place says how long the first one is, the others are
+    full, the last one holds what is left. So every token is visited exactly once per epoch, the first and the last of a
+    document like any other, and no window holds tokens of two documents.
+
+    Attributes:
+        count: windows per epoch.
+        document: (count,) the document of each window; `documents` is their number.
+        mean_length: tokens of a window, on average.
     """
 
     def __init__(self, table: pa.Table, width: int, pad_id: int):
@@ -61,53 +72,93 @@ class Windows:
         if not len(ids):
             raise BadData("there is no text in the split that this model trains on; check data.fractions")
         self.ids, self.width, self.pad_id = ids, width, pad_id
-        self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        self._lengths = lengths
-        # A run is a stretch of examples that continue each other; windows stay inside it.
-        run_first = ~table["continues"].to_numpy(zero_copy_only=False)
-        run_first[0] = True
-        run = np.cumsum(run_first) - 1
-        self._run_start = self._starts[run_first][run]
-        ends = self._starts + lengths
-        self._run_end = np.append(ends[:-1][run_first[1:]], ends[-1])[run]
-        self.count = len(lengths)
-        self.owner = np.arange(self.count)  # the example that a window belongs to
+        self._example_starts = np.cumsum(lengths) - lengths
+        first = ~table["continues"].to_numpy(zero_copy_only=False)
+        first[0] = True
+        starts = self._example_starts[first]
+        sizes = np.diff(np.append(starts, len(ids)))
+        starts, sizes = starts[sizes > 0], sizes[sizes > 0]
+        windows, self._shortest, self._longest = first_lengths(sizes, width)
+        self._starts, self._ends = starts, starts + sizes  # of documents
+        self.documents, self.count = len(sizes), int(windows.sum())
+        self.document = np.repeat(np.arange(self.documents), windows)
+        self._number = np.arange(self.count) - np.repeat(np.cumsum(windows) - windows, windows)
+        self.mean_length = len(ids) / self.count
 
     def tiled(self) -> "Windows":
-        """The same text as windows side by side, each token in exactly one: for evaluation.
+        """The same text cut at multiples of `width` from the start of each document, always: for evaluation.
 
-        A tile starts where the one before it in its run ended; the last of a run may be shorter.
+        Its `owner` (count,) is the example that each window starts in.
         """
-        first = np.flatnonzero(np.append(True, self._run_start[1:] != self._run_start[:-1]))
-        sizes = self._run_end[first] - self._run_start[first]
-        tiles = -(-sizes // self.width)
-        run = np.repeat(np.arange(len(first)), tiles)
-        number = np.arange(len(run)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
         result = copy.copy(self)
-        result._starts = self._run_start[first][run] + number * self.width
-        result._run_end = np.minimum(result._starts + self.width, self._run_end[first][run])
-        result._run_start = result._starts
-        result._lengths = result._run_end - result._starts
-        result.count = len(run)
-        result.owner = np.searchsorted(self._starts, result._starts, side="right") - 1
+        sizes = self._ends - self._starts
+        windows = -(-sizes // self.width)
+        result._shortest = result._longest = np.minimum(sizes, self.width)
+        result.count = int(windows.sum())
+        result.document = np.repeat(np.arange(self.documents), windows)
+        result._number = np.arange(result.count) - np.repeat(np.cumsum(windows) - windows, windows)
+        result.mean_length = len(self.ids) / result.count
+        start, _ = result.spans(np.arange(result.count), np.zeros(result.count))
+        result.owner = np.searchsorted(self._example_starts, start, side="right") - 1
         return result
 
-    def batch(self, examples: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """((B, T) int64 ids, (B, T) bool valid). `place` in [0, 1) is where in its example a window starts."""
-        start = self._starts[examples] + np.floor(place * self._lengths[examples]).astype(np.int64)
-        last = np.maximum(self._run_start[examples], self._run_end[examples] - self.width)
-        start = np.minimum(start, last)
+    def spans(self, windows: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """((B,) first token, (B,) end) of windows in the text `ids`; see `batch`."""
+        document, number = self.document[windows], self._number[windows]
+        shortest, longest = self._shortest[document], self._longest[document]
+        cut = self._starts[document] + shortest + np.floor(place * (longest - shortest + 1)).astype(np.int64)
+        start = np.where(number == 0, self._starts[document], cut + (number - 1) * self.width)
+        return start, np.where(number == 0, cut, np.minimum(start + self.width, self._ends[document]))
+
+    def batch(self, windows: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """((B, T) int64 ids, (B, T) bool valid) of windows by their numbers.
+
+        Args:
+            place: (B,) in [0, 1), where the first cut of each window's document lies; the same for all windows of a
+                document in an epoch, see `places`.
+        """
+        start, end = self.spans(windows, place)
         index = start[:, None] + np.arange(self.width)
-        valid = index < self._run_end[examples][:, None]
+        valid = index < end[:, None]
         ids = np.where(valid, self.ids[np.minimum(index, len(self.ids) - 1)], self.pad_id)
         return ids.astype(np.int64), valid
 
+    def places(self, seed: int, purpose: str, windows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """(B,) the keyed place of the first cut of each window's document in an epoch."""
+        rows = epochs * self.documents + self.document[windows]
+        return randomness.uniform(randomness.key(seed, purpose), rows, 1)[:, 0]
+
+
+MANY = 32  # windows of a document from which one more is cheap
+
+
+def first_lengths(sizes: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How documents of `sizes` (D,) tokens are cut: (D,) number of windows, shortest and longest first window.
+
+    With the least number of windows, what the last one would lack is how far the cuts can move. A document of many
+    windows gets one more where that lets them move further, so that its cuts do not fall on the same tokens in every
+    epoch.
+    """
+    windows = -(-sizes // width)
+    rest = sizes - (windows - 1) * width  # tokens of a last window behind full ones, 1 to width
+    more = (windows >= MANY) & (rest - 1 > width - rest + 1)
+    shortest = np.where(more, 1, rest)
+    longest = np.where(more, rest - 1, np.where(windows == 1, rest, width))
+    return windows + more, shortest, longest
+
 
 class Sequences:
-    """Whole token sequences (candidates), padded to `width` and cut there."""
+    """Whole token sequences (candidates), padded to `width`.
+
+    Raises:
+        BadData: a sequence is longer. `lib.training.lengths` refuses it earlier, by its name.
+    """
 
     def __init__(self, token_ids: pa.ChunkedArray, width: int, pad_id: int):
         self.ids, self._lengths = _flatten(token_ids)
+        if (self._lengths > width).any():
+            row = int(np.argmax(self._lengths > width))
+            raise BadData(f"sequence {row} has {self._lengths[row]} tokens, and the model reads {width}")
         self._starts = (
             np.concatenate([[0], np.cumsum(self._lengths)[:-1]]) if len(self._lengths) else self._lengths
         )
@@ -115,7 +166,7 @@ class Sequences:
 
     def batch(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """((..., T) int64 ids, (..., T) bool valid) for sample numbers of any shape; -1 is an empty row."""
-        length = np.where(samples >= 0, np.minimum(self._lengths[samples], self.width), 0)
+        length = np.where(samples >= 0, self._lengths[samples], 0)
         offset = np.arange(self.width)
         valid = offset < length[..., None]
         index = np.where(valid, self._starts[samples][..., None] + offset, 0)

@@ -82,10 +82,22 @@ class PoolTable:
         )
 
     def draws(self, size: int) -> list["PoolTable"]:
-        """Candidates `size` at a time: the pools that a pass over them takes in turn."""
+        """Candidates `size` at a time: the pools that a pass over them takes in turn.
+
+        Examples with at most `size` candidates each are one draw, as they are. Raises BadData where an example has more,
+        and they do not make whole pools.
+        """
         count = self.present.shape[1]
-        if count % size:  # an example without a full pool, as in other tasks
+        if count <= size:
             return [self]
+        counts = self.present.sum(1)
+        if count % size or (counts != count).any():
+            odd = int(np.argmax((counts % size > 0) | (counts != count)))
+            raise BadData(
+                f"{self.example_ids[odd]} has {counts[odd]} candidates, another example {count}: they do not make the same "
+                f"number of whole pools of candidates.per_example ({size}) for every example. Set candidates.per_example to what "
+                "the task makes, or have it make as many for each, and run 02_generate_candidates.py --overwrite"
+            )
         wide = {
             f.name: value
             for f in fields(self)
@@ -136,17 +148,30 @@ def terms_of(candidates: pa.Table) -> list[str]:
     return [c.removeprefix("term_") for c in candidates.column_names if c.startswith("term_")]
 
 
-def _aligned(baselines: pa.Table | None, names: list[str], numbers: np.ndarray, present: np.ndarray) -> dict:
-    """name -> (N, K) scores of the table's rows, by example and candidate; none when a pool of ours is not in it."""
+def _aligned(
+    baselines: pa.Table | None, names: list[str], numbers: np.ndarray, present: np.ndarray
+) -> dict[str, np.ndarray]:
+    """name -> (N, K) scores of the table's rows, by example and candidate; none where the table has none of the pools.
+
+    Raises BadData when it has some of the pools, but not every candidate of all.
+    """
     if baselines is None:
         return {}
     keys = zip(baselines["example_id"].to_pylist(), baselines["candidate_id"].to_pylist(), strict=True)
     row_of = {key: row for row, key in enumerate(keys)}
-    if any((name, 0) not in row_of for name in names):
+    if not {name for name, _ in row_of} & set(names):  # those of the training split are not scored
         return {}
     rows = np.zeros(numbers.shape, np.int64)
-    for n, name in enumerate(names):
-        for k in np.flatnonzero(present[n]):
-            rows[n, k] = row_of[name, int(numbers[n, k])]
+    missing = []
+    for n, k in zip(*np.nonzero(present), strict=True):
+        row = row_of.get((names[n], int(numbers[n, k])))
+        if row is None:
+            missing.append(f"{names[n]}, candidate {numbers[n, k]}")
+        rows[n, k] = row or 0
+    if missing:
+        raise BadData(
+            f"baselines.parquet has no score for {len(missing):,} of {int(present.sum()):,} candidates, the first is "
+            f"{missing[0]}: the ranker could not be compared with them. Run 02_generate_candidates.py --overwrite"
+        )
     found = [c for c in baselines.column_names if c.startswith("score_")]
     return {c.removeprefix("score_"): np.where(present, baselines[c].to_numpy()[rows], 0.0) for c in found}

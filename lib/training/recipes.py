@@ -14,8 +14,8 @@ from lib.models.build import fresh_trunk, heads_of, load_model, save_model, star
 from lib.models.ranker import CandidateRanker, SequenceRanker
 from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, save_ranker, with_lora
 from lib.sections.models import ModelSpec
-from lib.training.objectives.build import make_objective
-from lib.training.objectives.pool_choice import PoolChoice, PoolReader
+from lib.training.objectives.build import make_objective, say_skipped
+from lib.training.objectives.pool_choice import PoolChoice, PoolReader, say_shortened
 from lib.training.tables import Materials
 
 
@@ -59,16 +59,21 @@ def model_recipe(
         say(f"{name}: {len(transfer.loaded)} tensors from {os.path.relpath(start)}; "
             f"left out: {transfer.dropped or 'none'}; new: {transfer.created or 'none'}")  # fmt: skip
 
+    objective = make_objective(name, spec, materials, context=_context_of(model))
+    facts: dict[str, Any] = {"attention": spec.effective_attention}
+    if spec.mode == "ranker":
+        facts["skipped_pools"] = {spec.split: objective.train.skipped, "held_out": objective.held_out.skipped}
+
     def load(path: Path) -> nn.Module:
         return SequenceRanker(load_model(path)) if spec.mode == "ranker" else load_model(path)
 
     return Recipe(
         model,
-        make_objective(name, spec, materials, context=_context_of(model)),
+        objective,
         save=lambda m, path: save_model(m, path, tokenizer),
         load=load,
         transfer=transfer.as_dict() | {"start": _relative(transfer.start, folder)},
-        facts={"attention": spec.effective_attention},
+        facts=facts,
     )
 
 
@@ -79,14 +84,15 @@ def ranker_recipe(
     config, settings = materials.config, materials.config.ranker
     model, tokenizer, origin = start_ranker(name, spec, config, materials.tokenizer, start)
     train_pools, selection = materials.draws(spec.split), materials.pools_for_selection()
-    for split, table in ((spec.split, train_pools[0]), ("selection", selection)):
-        if table.skipped:
-            say(f"{name}: {table.skipped} pools in {split} have equal rewards; they are skipped")
+    held_out = materials.pools("held_out")
     reader = PoolReader(tokenizer, settings, materials.runtime, config.seed, spec.blind)
+    tables = {spec.split: train_pools, "selection": [selection], "held_out": [held_out]}
+    for split, of_split in tables.items():
+        say_skipped(name, split, of_split[0].skipped)
+    shortened = {split: say_shortened(name, split, reader, of_split) for split, of_split in tables.items()}
     objective = PoolChoice(
-        name, train_pools, selection, materials.pools("held_out"), reader, config.seed,
-        spec.training.evaluation_examples,
-    )  # fmt: skip
+        name, train_pools, selection, held_out, reader, config.seed, spec.training.evaluation_examples
+    )
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{name}: {learning:,} of {sum(p.numel() for p in model.parameters()):,} weights learn; {origin}")
     return Recipe(
@@ -95,7 +101,14 @@ def ranker_recipe(
         save=lambda m, path: save_ranker(m, path, tokenizer),
         load=lambda path: load_ranker(path)[0],
         transfer={"start": origin},
-        facts={"attention": settings.attention, "pooling": settings.pooling, "blind": spec.blind},
+        facts={
+            "attention": settings.attention,
+            "pooling": settings.pooling,
+            "blind": spec.blind,
+            "packs": model.packs,
+            "skipped_pools": {split: of_split[0].skipped for split, of_split in tables.items()},
+            "shortened": shortened,
+        },
     )
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lib.config import Config
 from lib.randomness import hash_fraction
-from lib.tasks import Document, Dropped, Example
-from lib.tasks.finqa.pages import serialise
+from lib.tasks import SHORTENED, Document, Dropped, Example
+from lib.tasks.finqa.pages import serialise, whole_page
 from lib.tasks.finqa.program import ProgramError, execute, parse
 from lib.tasks.finqa.record import Record
 
@@ -41,9 +41,12 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
         tags = ["1 step" if steps == 1 else f"{steps} steps" if steps < 4 else "4 or more steps"]
         if splits[record.id] in ("held_out", "test"):
             tags.append(SEEN_REPORT if record.report in taught else NEW_REPORT)
+        prompt = prompt_of(record, config, count_tokens)
+        if config.ranker.prompt == "question_page" and not prompt.endswith(whole_page(record)):
+            tags.append(SHORTENED)
         yield Example(
             example_id=record.id,
-            prompt=prompt_of(record, config, count_tokens),
+            prompt=prompt,
             target=f"{record.program} = {written(value)}",
             split=splits[record.id],
             group=group_of(record, config),

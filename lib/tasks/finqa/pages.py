@@ -121,6 +121,11 @@ def plain_cell(cell: str) -> str:
     return text.replace("$ ", "$")
 
 
+def whole_page(record: Record) -> str:
+    """All lines of the page in their order."""
+    return "\n".join(line.text for line in page_lines(record))
+
+
 def serialise(record: Record, question: str, budget: int, count_tokens: Callable[[str], int]) -> str:
     """The page as lines of text of at most `budget` tokens together, in page order.
 
@@ -130,8 +135,7 @@ def serialise(record: Record, question: str, budget: int, count_tokens: Callable
     Args:
         count_tokens: how many tokens a text has for the model that will read it.
     """
-    lines = page_lines(record)
-    whole = "\n".join(line.text for line in lines)
+    lines, whole = page_lines(record), whole_page(record)
     if budget < 1 or not whole:
         return ""
     if count_tokens(whole) <= budget:

@@ -15,6 +15,7 @@ from lib.sections.models import ModelSpec
 from lib.tokenization import newline_ids
 from lib.training.data import Sequences, Windows
 from lib.training.fresh import FreshRows
+from lib.training.lengths import WholeTexts
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
 from lib.training.objectives.modifiers import Modifiers, check_judge
 from lib.training.objectives.ranker import BestCandidate, TokenPools
@@ -32,11 +33,11 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
     if spec.mode == "ranker":
         return _ranker_objective(name, spec, materials, context)
     train, held_out = materials.candidates(spec.split), materials.candidates("held_out")
-    pad_id = materials.tokenizer.pad_token_id
-    sequences = [Sequences(t["token_ids"], context, pad_id) for t in (train, held_out)]
+    read = whole_sequences(name, context, materials)
+    sequences = [read(table) for table in (train, held_out)]
     groups = np.asarray(held_out["group"].to_pylist())
     common = {
-        "confidence": confidence_of(held_out["token_confidence"], context),
+        "confidence": confidence_of(held_out["token_confidence"]),
         "groups": groups,
         "runtime": materials.runtime,
         "seed": materials.config.seed,
@@ -53,11 +54,11 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
             )
         return TokenClasses(name, sequences[0], labels[0], sequences[1], labels[1],
                             num_classes=spec.num_classes, class_weighting=spec.class_weighting,
-                            fresh=fresh and _fresh_labels(fresh, context, pad_id), **common)  # fmt: skip
+                            fresh=fresh and _fresh_labels(fresh, read, context), **common)  # fmt: skip
     as_target = _as_is
     if spec.target_type == "classification":
         as_target = functools.partial(_classes, num_classes=spec.num_classes)
-    common["fresh"] = fresh and _fresh_targets(fresh, context, pad_id, as_target)
+    common["fresh"] = fresh and _fresh_targets(fresh, read, as_target)
     targets = [as_target(t["reward"].to_numpy()) for t in (train, held_out)]
     arguments = (name, sequences[0], targets[0], sequences[1], targets[1])
     cls_id = materials.tokenizer.cls_token_id
@@ -78,22 +79,32 @@ def _as_is(rewards: np.ndarray) -> np.ndarray:
     return rewards
 
 
-def _fresh_labels(fresh: FreshRows, width: int, pad_id: int) -> FreshLabels:
+def whole_sequences(name: str, context: int, materials: Materials) -> Callable[[pa.Table], Sequences]:
+    """Candidates of a table -> their sequences; raises BadData when model `name` would read only a part of one."""
+
+    def sequences(table: pa.Table) -> Sequences:
+        WholeTexts(name, context, materials.config.data.passage_characters).add(table).refuse()
+        return Sequences(table["token_ids"], context, materials.tokenizer.pad_token_id)
+
+    return sequences
+
+
+def _fresh_labels(fresh: FreshRows, read: Callable[[pa.Table], Sequences], width: int) -> FreshLabels:
     def batch(rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         table = fresh.rows(rows)
         every = np.arange(table.num_rows)
-        ids, valid = Sequences(table["token_ids"], width, pad_id).batch(every)
+        ids, valid = read(table).batch(every)
         return ids, valid, Sequences(table["token_labels"], width, 0).batch(every)[0]
 
     return batch
 
 
 def _fresh_targets(
-    fresh: FreshRows, width: int, pad_id: int, as_target: Callable[[np.ndarray], np.ndarray]
+    fresh: FreshRows, read: Callable[[pa.Table], Sequences], as_target: Callable[[np.ndarray], np.ndarray]
 ) -> FreshTargets:
     def batch(rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         table = fresh.rows(rows)
-        ids, valid = Sequences(table["token_ids"], width, pad_id).batch(np.arange(table.num_rows))
+        ids, valid = read(table).batch(np.arange(table.num_rows))
         return ids, valid, as_target(table["reward"].to_numpy())
 
     return batch
@@ -153,13 +164,13 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
     pools, columns, first_row = [], [], 0
     for split in (spec.split, "held_out"):
         table = materials.candidates(split)
+        WholeTexts(name, context, materials.config.data.passage_characters).add(table).refuse()
         rows, skipped = decided_pools(table)  # (N, K)
-        if skipped:
-            say(f"{name}: {skipped} pools in {split} have equal rewards; they are skipped")
+        say_skipped(name, split, skipped)
         terms = {term: table[f"term_{term}"].to_numpy()[rows] for term in terms_of(table)}
         groups = np.asarray(table["group"].to_pylist())[rows[:, 0]]
         numbers = np.where(rows >= 0, rows + first_row, -1)
-        pools.append(TokenPools(numbers, table["reward"].to_numpy()[rows], terms, groups))
+        pools.append(TokenPools(numbers, table["reward"].to_numpy()[rows], terms, groups, skipped))
         columns.append(table["token_ids"])
         first_row += table.num_rows
     together = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
@@ -170,8 +181,14 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
     )  # fmt: skip
 
 
-def confidence_of(column: pa.ChunkedArray, width: int) -> list[np.ndarray] | None:
-    """The masked LM's log-probabilities of each held-out sequence's tokens, cut as models read them; None if not known."""
+def say_skipped(name: str, split: str, skipped: int) -> None:
+    """Says how many pools have nothing to choose between."""
+    if skipped:
+        say(f"{name}: {skipped:,} pools in {split} have equal rewards; they are skipped")
+
+
+def confidence_of(column: pa.ChunkedArray) -> list[np.ndarray] | None:
+    """The masked LM's log-probabilities of each held-out sequence's tokens; None if not known."""
     if column.null_count or not len(column):
         return None
-    return [np.asarray(row, np.float32)[:width] for row in column.to_pylist()]
+    return [np.asarray(row, np.float32) for row in column.to_pylist()]

@@ -44,8 +44,10 @@ class _Language:
     def windows(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows (B,), ids (B, T), valid (B, T)) of global training rows."""
         index = np.arange(rows.start, rows.stop)
-        place = randomness.uniform(randomness.key(self.seed, f"{self.label} window"), index, 1)[:, 0]
-        return index, *self.train.batch(self._order.samples(index), place)
+        which, epochs = self._order.samples(index), self._order.epochs(index)
+        return index, *self.train.batch(
+            which, self.train.places(self.seed, f"{self.label} window", which, epochs)
+        )
 
     def rows(self, metric: str, nats: Estimate, unigram: float) -> tuple[float, list[ResultRow]]:
         """(bits per character, rows of the results table) of nats per token; in both units if tokens are no characters."""
@@ -104,7 +106,10 @@ class MaskedDiffusion(_Language):
         return None if self.newline_ids is None else line_numbers(np.isin(ids, self.newline_ids))
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        """The NELBO estimate of the batch, nats per token, if masks are drawn for it."""
+        """The NELBO estimate of the batch, nats per token, if masks are drawn for it.
+
+        Every token counts the same: a window weighs as many tokens as it has, over what a window has on average.
+        """
         index, ids, valid = self.windows(rows)
         purpose = f"{self.label} diffusion"
         batch = self.mask(ids, valid, purpose, index, self.batch_size)
@@ -115,7 +120,8 @@ class MaskedDiffusion(_Language):
             )
         logits, targets, at = self._logits(model, ids, valid, batch, inputs)
         ce = cross_entropies(logits, targets)
-        weights = tensor(batch.weights.reshape(-1)[at], self.runtime)
+        size = valid.sum(1, keepdims=True) / self.train.mean_length  # (B, 1)
+        weights = tensor((batch.weights * size).astype(np.float32).reshape(-1)[at], self.runtime)
         if self.modifiers is None:
             return {"loss": (ce * weights).sum() / len(ids)}
         row = tensor(at // ids.shape[1], self.runtime)

@@ -75,7 +75,7 @@ class Modifiers:
             ratios = tensor(masked.ratios.astype(np.float32), self.runtime)
             weights = weights * self._note("mask_ratio", terms, mask_ratio_weights(ratios, config.mask_ratio))
         if config.judge is not None and config.judge.start_step <= step < config.judge.stop_step:
-            weights = weights * self._note("judge", terms, self._judge_weights(masked, config.judge, step))
+            weights = weights * self._note("judge", terms, self._judge_weights(masked, config.judge))
         return ce, weights / weights.mean(), terms
 
     @staticmethod
@@ -85,11 +85,14 @@ class Modifiers:
         return weights
 
     @torch.no_grad()
-    def _judge_weights(self, masked: Masked, config: JudgeModifier, step: int) -> Tensor:
-        """(B,) more for rows whose sampled completion the judge takes for more synthetic than its share of masks."""
+    def _judge_weights(self, masked: Masked, config: JudgeModifier) -> Tensor:
+        """(B,) more for rows whose sampled completion the judge takes for more synthetic than its share of masks.
+
+        A row's completion is a function of the row, not of the batch that it is in.
+        """
         assert self.judge is not None
-        key = randomness.key(self.seed, f"{self.label} judge weight", step)
-        noise = randomness.uniform(key, np.zeros(1, np.int64), len(masked.at))[0]
+        key = randomness.key(self.seed, f"{self.label} judge weight")
+        noise = randomness.uniform(key, masked.rows, masked.ids.shape[1]).reshape(-1)[masked.at]
         specials = np.setdiff1d(np.arange(masked.logits.shape[1]), self.text_ids.cpu().numpy())
         drawn, _ = draw(masked.logits, tensor(noise, self.runtime), tensor(specials, self.runtime))
         filled = masked.ids.copy().reshape(-1)

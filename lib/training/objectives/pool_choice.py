@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.log import say
 from lib.metrics import Estimate
-from lib.models.collation import collate, hide_words
+from lib.models.collation import collate, hide_words, too_long
 from lib.models.packing import Pools
 from lib.ranking.losses import LOSSES
 from lib.ranking.metrics import (
@@ -76,6 +77,19 @@ class PoolReader:
         )
         return Pools(*moved)
 
+    def shortened(self, table: PoolTable) -> dict[str, int]:
+        """How many prompts and candidates of the pools are read in part only, as `ranker.*_tokens` has it."""
+        prompts = [] if self.blind else table.prompts
+        texts = table.texts[table.present].tolist()
+        budgets = self.settings.prompt_tokens, self.settings.candidate_tokens
+        cut = too_long(self.tokenizer, prompts, texts, *budgets)
+        return {
+            "prompts": cut[0],
+            "of_prompts": len(prompts),
+            "candidates": cut[1],
+            "of_candidates": len(texts),
+        }
+
     def tokens_per_pool(self, table: PoolTable) -> int:
         """Mean over the first pools, for the speed that is logged."""
         some = np.arange(min(len(table), 64))
@@ -112,6 +126,19 @@ class PoolReader:
             given = None if prompts is None else [prompts[i] for i in part]
             found.append(self.scores(model, table, part, given, texts).cpu().numpy())
         return np.concatenate(found)
+
+
+def say_shortened(name: str, split: str, reader: PoolReader, tables: list[PoolTable]) -> dict[str, int]:
+    """How many prompts and candidates of all draws of a split are read in part only; says so if any are."""
+    found = [reader.shortened(table) for table in tables]
+    total = {key: sum(one[key] for one in found) for key in found[0]}
+    for what, budget in (("prompts", "prompt_tokens"), ("candidates", "candidate_tokens")):
+        if total[what]:
+            say(
+                f"{name}: {total[what]:,} of {total[f'of_{what}']:,} {what} in {split} are longer than ranker.{budget} "
+                f"({getattr(reader.settings, budget)}); their ends are not read"
+            )
+    return total
 
 
 class PoolChoice:

@@ -29,12 +29,14 @@ class TokenPools:
         rows: (N, K) numbers of sequences, -1 for none.
         rewards: (N, K) in [0, 1], anything where there is none; terms: name -> (N, K), each term of the reward.
         groups: (N,) what is resampled together for intervals.
+        skipped: pools left out because all their rewards are equal.
     """
 
     rows: np.ndarray
     rewards: np.ndarray
     terms: dict[str, np.ndarray]
     groups: np.ndarray
+    skipped: int = 0
 
     @property
     def present(self) -> np.ndarray:
