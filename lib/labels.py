@@ -259,7 +259,9 @@ class LabelledExamples:
         return reward, {"label": reward}, classes
 
     def _classes(self, row: dict, label: Label) -> np.ndarray:
-        encoded = self.tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            row["text"], add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
         if list(encoded["input_ids"]) != list(row["token_ids"]):
             raise BadData(f"{row['example_id']} is tokenised in another way than before; run stage 01 again")
         return classes_of(row["text"], encoded["offset_mapping"], label, row["example_id"])
