@@ -13,6 +13,7 @@ class DataConfig(Section):
     path: str
     text_key: str
     id_key: str | None
+    drop: tuple[str, ...]
     min_document_characters: Positive
     whitespace: Literal["keep", "squeeze"]
     passages: Literal["fixed", "paragraph"]
