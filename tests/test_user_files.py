@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from lib import user_files
 from lib.config import load_config
 from lib.errors import BadConfig, MissingInput
+from lib.report.gather import starting_ids
+from lib.report.infilling import read_infill_file
 from lib.tasks import Document, Problem
 from lib.tasks.text import check, sources
+from lib.tokenization import decode_batch, train_tokenizer
 from lib.user_files import decoded, kind_of, mended, not_utf8, rows, wide_encoding
 
 PROSE = "A sentence that is long enough to stand on its own as a paragraph, number {}.\n\n"
@@ -175,6 +178,21 @@ def test_pages_of_a_file_stay_apart(tmp_path):
     documents, problems = checked(tmp_path / "a.txt")
     assert "herePage" not in documents[0].content and "ends here\nPage 7 ends" in documents[0].content
     assert problems[0].found == "39: U+000C" and problems[0].advice == "they became white space"
+
+
+def test_gaps_and_prompts_are_mended_as_the_data_is(tmp_path):
+    data = "one line\nand another\nmore\n"
+    tokenizer = train_tokenizer("character", [data], 0)
+    table = {"id": ["a\r"], "text": ["one line\r\nand [MASK]nother\x0cmore"], "target": ["one line\r\nand another\x0cmore"]}  # fmt: skip
+    pq.write_table(pa.table(table), tmp_path / "gaps.parquet")
+    (start,) = read_infill_file(tmp_path / "gaps.parquet", tokenizer, 64)
+    assert start.truth is not None and start.names == ["a\r"]
+    assert decode_batch(tokenizer, start.truth) == ["one line\nand another\nmore"]
+    settings = load_config(overrides=["sampler.length=20"]).sampler
+    for name, text in (("prompt", "one line\r\nmore"), ("infill", "one line\r\nm[MASK]re")):
+        row = starting_ids(settings.model_copy(update={name: text}), tokenizer, 32)
+        wanted = "one line\nm" if name == "infill" else "one line\nmore"
+        assert decode_batch(tokenizer, [row])[0].startswith(wanted)
 
 
 # ---------------------------------------------------------------------------------------------- encodings
