@@ -20,13 +20,14 @@ python 06_sample.py --quick_test --run_dir outputs/demo --set sampler.prompt="Th
 python 06_sample.py --quick_test --run_dir outputs/demo --score my_text.txt
 """
 
+import os
 from pathlib import Path
 
 from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.log import Progress, say
-from lib.runs import RunArgs
+from lib.runs import RunArgs, printable, score_stage
 
 READS = (
     "00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train", "05_train_critic",
@@ -66,9 +67,13 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         )
     if not file.exists():
         raise MissingInput(f"--score {file}: there is no such file or folder")
-    data = config.data.model_copy(update={"path": str(file), **small})
+    path = (
+        os.path.join(".", file) if str(file).startswith("builtin") else str(file)
+    )  # no name of shipped text
+    reading = config.model_copy(update={"data": config.data.model_copy(update={"path": path, **small})})
     try:
-        found = list(get_task("text").check(config.model_copy(update={"data": data})))
+        files = get_task("text").sources(reading)
+        found = list(get_task("text").check(reading))
     except RemaskError as error:  # the task speaks of the setting, the user gave the flag
         raise type(error)(str(error).replace("data.path", "--score")) from None
     texts = [(d.document_id, d.content) for d in found if isinstance(d, Document)]
@@ -77,17 +82,16 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         say(f"{fault.source} {fault.location}: {fault.kind}: {fault.found}; {fault.advice}")
     if not texts:
         raise BadData(f"--score {file}: there is no text to score")
-    name = "".join(c if c.isalnum() else "_" for c in file.stem)
     uses = ("seed", "device", "precision", "sampler", "data")
     with Stage(
-        f"06_score_{name}.py",
+        f"{score_stage(file)}.py",
         config,
         args,
         uses=uses,
         reads=READS,
-        files=[file],
+        files=files,
         restarts=True,
-        ignores=("data.text_key", "data.id_key"),
+        ignores=("data.text_key", "data.id_key", "data.drop"),
     ) as stage:
         if stage.finished:
             return
@@ -102,10 +106,10 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         stage.write("scores", as_table(rows, schema.SCORES), schema.SCORES)
         known = documents_of(score(known_texts(bench), bench))
         lines = documents_of(rows)
-        page = scores_page(rows, lines, known, bench.token_text, file.name)
+        page = scores_page(rows, lines, known, bench.token_text, printable(file.name))
         durable.write_text(stage.folder / "scores.html", page)
         stage.add_file("page", stage.folder / "scores.html")
-        stage.stats |= {"documents": lines[:1000], "known": known}
+        stage.stats |= {"scored": printable(file), "documents": lines[:1000], "known": known}
         say("\n" + aligned([HEAD, *(cells(line) for line in lines[:20] + known)]))
         say(
             f"\nper token: {stage.shown(stage.folder / 'scores.parquet')}, as a picture: scores.html beside it"

@@ -10,7 +10,10 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
 STAGES  := $(sort $(wildcard 0[0-9]_*.py))
-FLAGS    = $(CONFIGS) $(foreach s,$(SET),--set $(s)) $(if $(RUN),--run_dir $(RUN)) $(if $(QUICK),--quick_test)
+FLAGS    = $(CONFIGS) $(if $(RUN),--run_dir '$(RUN)') $(if $(QUICK),--quick_test)
+# In a recipe: the words of SET become --set WORD ... in "$$@". Quotes are the shell's: SET='data.path="my data/a.txt" seed=3'
+export SET
+SETTINGS = set -ef; eval "set -- $$SET"; for s; do set -- "$$@" --set "$$s"; shift; done
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
@@ -19,12 +22,12 @@ export HF_HUB_OFFLINE ?= 1
 
 ## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., SET="key=value ...", RUN=..., QUICK=1)
 pipeline: $(STAMP)
-	@set -e; for stage in $(STAGES); do REMASK_MAKE=1 $(BIN)/python $$stage $(FLAGS); done
+	@$(SETTINGS); for stage in $(STAGES); do REMASK_MAKE=1 $(BIN)/python $$stage $(FLAGS) "$$@"; done
 
 ## Run all seven stages, small, from scratch, in under a minute
 quick_test: $(STAMP)
-	@set -e; for stage in $(STAGES); do \
-	  REMASK_MAKE=1 $(BIN)/python $$stage $(CONFIGS) $(foreach s,$(SET),--set $(s)) --quick_test --overwrite \
+	@$(SETTINGS); for stage in $(STAGES); do \
+	  REMASK_MAKE=1 $(BIN)/python $$stage $(CONFIGS) "$$@" --quick_test --overwrite \
 	    --run_dir outputs/quick_test; done
 
 ## Run the tests, in two processes of one thread each: faster than one process of two
@@ -41,12 +44,12 @@ benchmark-quick: $(STAMP)
 
 ## One line per manifest of the newest run (or RUN=...)
 inspect: $(STAMP)
-	@$(BIN)/python -m lib.runs $(RUN)
+	@$(BIN)/python -m lib.runs $(if $(RUN),'$(RUN)')
 
 ## Say where the report of the newest run (or RUN=...) is, and make it again if its stage 06 was not run
 report: $(STAMP)
-	@REMASK_MAKE=1 $(BIN)/python 06_sample.py $(FLAGS)
-	@ls $(if $(RUN),$(RUN),outputs/run_*)/06_sample/report.html | tail -n 1
+	@$(SETTINGS); REMASK_MAKE=1 $(BIN)/python 06_sample.py $(FLAGS) "$$@"
+	@ls $(if $(RUN),'$(RUN)',outputs/run_*)/06_sample/report.html | tail -n 1
 
 ## Check style
 lint: $(STAMP)

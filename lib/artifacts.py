@@ -26,11 +26,13 @@ from lib.runs import (
     STAGES,
     RunArgs,
     changes,
+    check_stage_name,
     code_version,
     environment,
     find_run,
     load_manifest,
     plain,
+    printable,
     validate_manifest,
 )
 from lib.table_writer import TableWriter
@@ -75,6 +77,7 @@ class Stage:
 
     def __enter__(self) -> "Stage":
         self.name = Path(self.script).stem
+        check_stage_name(self.name)
         self.run_dir = find_run(self.name, self.config, self.args, self.outputs_root)
         self.folder = self.run_dir / self.name
         self._check_run_dir()
@@ -176,8 +179,7 @@ class Stage:
                 digest = durable.sha256_folder(path) if path.is_dir() else durable.sha256_file(path)
             except OSError as error:
                 raise MissingInput(f"{path} cannot be read: {error.strerror}") from None
-            # A name that is not UTF-8 is kept as an escape: JSON cannot hold it
-            name, shown = (os.fsencode(p).decode("utf-8", "backslashreplace") for p in (path.name, path))
+            name, shown = printable(path.name), printable(path)
             inputs[name if name not in inputs else shown] = {"path": shown, "sha256": digest}
         return inputs
 
@@ -384,9 +386,9 @@ class Stage:
         manifest = {
             "manifest_version": 1,
             "stage": self.name,
-            "run": self.run_dir.name,
+            "run": printable(os.path.basename(os.path.abspath(self.run_dir))) or "/",
             "quick_test": self.args.quick_test,
-            "command": list(self.args.command),
+            "command": [printable(word) for word in self.args.command],
             "started_at": self._started.isoformat(timespec="seconds"),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self._clock, 3),

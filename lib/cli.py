@@ -19,6 +19,11 @@ from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
 
+def user_path(text: str) -> Path:
+    """A path as given on the command line; ~ is the home, also where the shell leaves it, as in --score=~/a.txt."""
+    return Path(os.path.expanduser(text))
+
+
 class _Parser(argparse.ArgumentParser):
     """Refuses unknown flags with the nearest right one, and never guesses abbreviations."""
 
@@ -55,7 +60,7 @@ def make_parser(
     )
     add(
         "--run_dir",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="the run's folder (default: 00 continues or starts the newest matching run in outputs/, the others use the newest)",
     )
@@ -85,9 +90,10 @@ def make_parser(
     if with_score:
         add(
             "--score",
-            type=Path,
+            type=user_path,
             metavar="FILE",
-            help="score this text (.txt, .jsonl, .parquet or a folder of them) token by token instead of sampling",
+            help="score this text (.txt, .jsonl, .csv, .parquet, ... or a folder of them) token by token instead of sampling; a name "
+            "that begins with a dash is given as --score=-name.txt",
         )
     return parser
 

@@ -6,6 +6,7 @@ file, line and the nearest right name. A loaded Config is frozen and complete: p
 that again gives the same Config.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -104,7 +105,7 @@ def load_config(
     Raises MissingInput for a file that is not there, BadConfig for anything wrong inside, with all problems
     at once, and UsageError for an override that is not KEY=VALUE.
     """
-    files = [DEFAULTS, *(Path(p) for p in paths)]
+    files = [DEFAULTS, *(Path(os.path.expanduser(p)) for p in paths)]
     merged: dict[str, Any] = {}
     where: dict[tuple, Location] = {}
     quick_blocks = []

@@ -3,11 +3,17 @@
 | labels.path           | content                                                                                    |
 |-----------------------|--------------------------------------------------------------------------------------------|
 | a .json file          | a map: example id -> 0.7, or [[start, end, class], ...], or {"score": 0.7, "spans": [...]}  |
+|                       | or a list of records {"example_id": "novel:12", "score": 0.7, "spans": [...]}              |
+| a .jsonl file         | such a record per line                                                                     |
+| a .csv or .tsv file   | columns example_id, score, spans; the spans as JSON                                        |
 | a .parquet file       | columns example_id, score (a number), spans (a list of {start, end, class})                |
 | a folder              | train_labels.json, held_out_labels.json: maps of the n-th example of the split -> score    |
 
-Spans are characters of the passage, `end` not included; classes count from 1, 0 is what no span covers. Example ids are
-those of examples.parquet, such as "novel:12".
+All but .parquet may be packed with gzip (.json.gz). Spans are characters of the passage, `end` not included; classes
+count from 1, 0 is what no span covers. An empty list of spans says "looked at, nothing found"; null, {} and an empty
+cell say nothing, and are no label. Example ids are those of examples.parquet, such as "novel:12". A class of the whole
+text is a score: with target_type classification and n classes, class c is any score in the c-th of n equal bands of
+[0, 1], such as (c + 0.5) / n for c from 0.
 
 Knows files, ids and a tokenizer; not what is learned from them.
 """
@@ -16,7 +22,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +30,9 @@ from typing import Any
 import numpy as np
 
 from lib.errors import BadData, MissingInput
+from lib.user_files import Faulty, Row, decoded, kind_of, rows, whole
 
+COLUMNS = ("example_id", "score", "spans")
 Key = str | tuple[str, int]  # an example id, or split and number
 SPLITS = ("train", "held_out")
 MOST_CLASSES = 127  # what the tables hold
@@ -85,17 +93,23 @@ class Labels:
 
 
 def files_of(path: str) -> list[Path]:
-    """The files that hold the labels. Raises MissingInput when there are none."""
+    """The files that hold the labels. Raises MissingInput when there are none, BadData for another kind of file."""
     given = Path(path)
     if given.is_dir():
-        found = [given / f"{split}_labels.json" for split in SPLITS]
+        names = [f"{split}_labels.json" for split in SPLITS]
+        found = [next((f for f in (given / n, given / f"{n}.gz") if f.exists()), given / n) for n in names]
         if absent := [file.name for file in found if not file.exists()]:
             raise MissingInput(f"labels.path: {given} lacks {', '.join(absent)}")
         return found
     if not given.exists():
         raise MissingInput(
-            f"labels.path: {given} does not exist; expected a .json or .parquet file, or a folder with "
-            "train_labels.json and held_out_labels.json"
+            f"labels.path: {given} does not exist; expected a .json, .jsonl, .csv, .tsv or .parquet file, or a folder "
+            "with train_labels.json and held_out_labels.json"
+        )
+    if kind_of(given).removesuffix(".gz") in ("", ".txt"):
+        raise BadData(
+            f"labels.path: {given} has the ending '{given.suffix}'; expected .json, .jsonl, .csv, .tsv (each also as "
+            ".gz) or .parquet"
         )
     return [given]
 
@@ -104,10 +118,16 @@ def read_labels(path: str) -> Labels:
     """All labels, with every fault. Raises MissingInput, and BadData for a file that is no map or table at all."""
     labels = Labels()
     for file in files_of(path):
-        split = file.name.removesuffix("_labels.json") if Path(path).is_dir() else None
-        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-        for name, given in rows:
-            _add(labels, str(file), split, name, given)
+        split = file.name.partition("_labels.json")[0] if Path(path).is_dir() else None
+        try:
+            if kind_of(file).removesuffix(".gz") == ".json":
+                _read_json(labels, file, split)
+            else:
+                _read_records(labels, file, rows(file, wanted=COLUMNS))
+        except Faulty as faulty:
+            raise BadData(f"labels.path: {file} cannot be read: {faulty}") from None
+        except OSError as error:
+            raise BadData(f"labels.path: {file} cannot be read: {error.strerror or error}") from None
     kinds = {(label.score is not None, label.spans is not None) for label in labels.by_key.values()}
     if len(kinds) > 1:
         labels.faults.append(
@@ -118,70 +138,130 @@ def read_labels(path: str) -> Labels:
     return labels
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+class _Map(list):
+    """A JSON map as its pairs: repeated names are still there, and {} is not []. A dictionary would keep the last."""
+
+
+def _read_json(labels: Labels, file: Path, split: str | None) -> None:
+    text, fault = decoded(whole(file))
+    if text is None:
+        assert fault is not None
+        raise Faulty(fault)
     try:
-        pairs = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=list)
-    except (ValueError, OSError) as error:
+        value = json.loads(text, object_pairs_hook=_Map)
+    except (ValueError, RecursionError) as error:
         raise BadData(f"labels.path: {file} is not JSON: {error}") from None
-    if not isinstance(pairs, list) or any(not isinstance(p, tuple) for p in pairs):
-        raise BadData(f"labels.path: {file} must be a map of example ids to labels, {{...}}")
-    for name, given in pairs:  # repeated names are still there: a dictionary would keep the last
-        yield name, dict(given) if _is_map(given) else given
-
-
-def _is_map(given: Any) -> bool:
-    return isinstance(given, list) and bool(given) and all(isinstance(p, tuple) for p in given)
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BadData(f"labels.path: {file} is not Parquet: {error}") from None
-    if "example_id" not in table.column_names or not {"score", "spans"} & set(table.column_names):
+    if isinstance(value, _Map):
+        for name, given in value:
+            _add(labels, str(file), split, name, given)
+    elif split is None and isinstance(value, list) and all(isinstance(record, _Map) for record in value):
+        found = (Row(i, f"record {i}", _as_dict(record)) for i, record in enumerate(value))
+        _read_records(labels, file, found)
+    else:
         raise BadData(
-            f"labels.path: {file} has columns {table.column_names}; expected example_id and score or spans"
+            f"labels.path: {file} must be a map of example ids to labels, {{...}}"
+            + (", or a list of records with example_id and score or spans" if split is None else "")
         )
-    for row in table.to_pylist():
-        given = {name: row[name] for name in ("score", "spans") if row.get(name) is not None}
-        if "spans" in given:
-            given["spans"] = [
-                [span.get(k) for k in ("start", "end", "class")] if isinstance(span, dict) else span
-                for span in given["spans"]
-            ]
-        yield str(row["example_id"]), given
 
 
-def _add(labels: Labels, source: str, split: str | None, name: str, given: Any) -> None:
+def _as_dict(value: Any) -> Any:
+    """Maps as dictionaries, at any depth; one with a repeated name stays what it is, and is refused later."""
+    if isinstance(value, _Map):
+        names = [name for name, _ in value]
+        return {n: _as_dict(v) for n, v in value} if len(set(names)) == len(names) else value
+    return [_as_dict(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_records(labels: Labels, file: Path, found: Iterable[Row]) -> None:
+    """Labels from rows with example_id and score or spans; other columns are not read."""
+    is_table = kind_of(file).removesuffix(".gz") in (".csv", ".tsv", ".parquet")
+    for row in found:
+        if row.fault is not None:
+            if row.fault.severity == "error":
+                labels.faults.append(
+                    Fault(row.fault.kind, str(file), row.location, row.fault.found, row.fault.expected)
+                )
+            continue
+        problem = _problem_of_names(list(row.value)) if isinstance(row.value, dict) else "is no record"
+        if problem and is_table:
+            raise BadData(f"labels.path: {file} {problem}")
+        if problem:
+            expected = "a record with example_id and score or spans"
+            labels.faults.append(Fault("malformed label", str(file), row.location, problem, expected))
+            continue
+        name, score, spans = (row.value.get(column) for column in COLUMNS)
+        if kind_of(file).startswith((".csv", ".tsv")):
+            score, spans = _from_cell(score, float), _from_cell(spans, json.loads)
+        if name is None or name == "":
+            found_, expected = "no example_id", "the id of an example"
+            labels.faults.append(Fault("malformed label", str(file), row.location, found_, expected))
+            continue
+        _add(labels, str(file), None, str(name), {"score": score, "spans": spans}, row.location)
+
+
+def _problem_of_names(names: list[str]) -> str | None:
+    """What is wrong with the keys of a record or the columns of a table."""
+    for name in names:
+        plain = name.strip().lower().rstrip("s")
+        meant = next((column for column in COLUMNS if column.rstrip("s") == plain), None)
+        if meant is not None and meant not in names:
+            return f"has '{name}'; did you mean '{meant}'?"
+    if "example_id" in names and {"score", "spans"} & set(names):
+        return None
+    return f"has columns {str(names)[:200]}; expected example_id and score or spans"
+
+
+def _from_cell(cell: str | None, read: Callable[[str], Any]) -> Any:
+    """The value in a cell of delimited text: None if it is empty, the text itself if it cannot be read."""
+    cell = (cell or "").strip()
+    if not cell:
+        return None
+    try:
+        return read(cell) if "_" not in cell else cell  # Python takes 1_0 for a number
+    except (ValueError, RecursionError):
+        return cell
+
+
+def _add(labels: Labels, source: str, split: str | None, name: str, given: Any, place: str = "") -> None:
     def wrong(kind: str, found: object, expected: str) -> None:
-        labels.faults.append(Fault(kind, source, name, str(found)[:80], expected))
+        where = f"{name} ({place})" if place else name
+        labels.faults.append(Fault(kind, source, where, str(found)[:80], expected))
 
     key: Key = name
     if split is not None:
-        if not name.isdigit():
+        if not (name.isascii() and name.isdigit()):
             return wrong("malformed label", f"the key {name!r}", "the number of an example, from 0")
         key = (split, int(name))
     if key in labels.by_key:
         return wrong("repeated label", "a second label", "one label per example")
+    given = _as_dict(given)
+    if given is None or isinstance(given, _Map):
+        found = "null" if given is None else f"a name twice, {list(given)}"
+        return wrong("malformed label", found, "a number, a list of spans, or a map of score and spans")
     if not isinstance(given, dict):
         given = {"spans": given} if isinstance(given, list) else {"score": given}
-    if not given or set(given) - {"score", "spans"}:
-        return wrong("malformed label", list(given), "score or spans")
     score, spans = given.get("score"), given.get("spans")
-    if "score" in given:
+    if set(given) - {"score", "spans"} or (score is None and spans is None):
+        return wrong("malformed label", given, "score or spans; [] if there is nothing to be found")
+    if score is not None:
         if not isinstance(score, int | float) or isinstance(score, bool):
             return wrong("label not a number", repr(score), "a number in [0, 1]")
-        if not math.isfinite(score):
+        if isinstance(score, float) and not math.isfinite(score):
             return wrong("label not finite", score, "a number in [0, 1]")
         if not 0 <= score <= 1:
             return wrong("label out of range", score, "a number in [0, 1]")
-    if "spans" in given and (problem := _problem_of(spans)):
-        return wrong("malformed span", *problem)
+    if spans is not None:
+        spans = [_as_triple(span) for span in spans] if isinstance(spans, list) else spans
+        if problem := _problem_of(spans):
+            return wrong("malformed span", *problem)
     ordered = tuple(sorted(tuple(span) for span in spans)) if spans is not None else None
     labels.by_key[key] = Label(None if score is None else float(score), ordered)
+
+
+def _as_triple(span: Any) -> Any:
+    """[start, end, class] of a span that names them; others as they are."""
+    named = isinstance(span, dict) and set(span) == {"start", "end", "class"}
+    return [span["start"], span["end"], span["class"]] if named else span
 
 
 def _problem_of(spans: Any) -> tuple[str, str] | None:
@@ -259,7 +339,9 @@ class LabelledExamples:
         return reward, {"label": reward}, classes
 
     def _classes(self, row: dict, label: Label) -> np.ndarray:
-        encoded = self.tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            row["text"], add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
         if list(encoded["input_ids"]) != list(row["token_ids"]):
             raise BadData(f"{row['example_id']} is tokenised in another way than before; run stage 01 again")
         return classes_of(row["text"], encoded["offset_mapping"], label, row["example_id"])

@@ -17,7 +17,11 @@ def log_to(path: Path | None) -> None:
     global _file
     if _file is not None:
         _file.close()
-    _file = open(path, "a", encoding="utf-8") if path is not None else None  # noqa: SIM115 - closed above
+    if path is None:
+        _file = None
+        return
+    # A file name that is not UTF-8 is written as an escape
+    _file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - closed above
 
 
 def say(text: str) -> None:

@@ -4,13 +4,16 @@
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import resource
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ STAGES = (
     "05_train_critic",
     "06_sample",
 )
+SCORE = "06_score_"  # begins the name of a stage that scored a user's text
 MANIFEST_SCHEMA = Path(__file__).with_name("manifest.schema.json")
 
 
@@ -101,6 +105,30 @@ def load_manifest(folder: Path) -> dict | None:
     return manifest
 
 
+def score_stage(file: Path) -> str:
+    """`06_score_<readable>_<hash>`: one name for each path, whatever the file or folder is called.
+
+    The readable part is what is left of the file's name in small Latin letters and digits; the hash is of the absolute path.
+    """
+    path = os.path.abspath(file)
+    stem = os.path.basename(path).split(".gz")[0].rpartition(".")
+    letters = unicodedata.normalize("NFKD", stem[0] or stem[2]).encode("ascii", "ignore").decode().lower()
+    readable = re.sub(r"[^a-z0-9]+", "_", letters).strip("_")[:40].strip("_") or "text"
+    return f"{SCORE}{readable}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+
+
+def printable(text: str | Path) -> str:
+    """A name as JSON and UTF-8 can hold it: what is not UTF-8 becomes an escape."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def check_stage_name(name: str) -> None:
+    """Raises ValueError, before anything is computed, for a name that no manifest may have."""
+    pattern = json.loads(MANIFEST_SCHEMA.read_text(encoding="utf-8"))["properties"]["stage"]["pattern"]
+    if not re.search(pattern, name):
+        raise ValueError(f"the stage name {name!r} does not match {pattern}")
+
+
 def validate_manifest(manifest: dict) -> None:
     """Hold a manifest to the JSON Schema beside this file. Raises jsonschema.ValidationError."""
     import jsonschema
@@ -165,19 +193,22 @@ def environment() -> dict[str, Any]:
 
 
 def inspect(run_dir: Path) -> str:
-    """One line per manifest: stage, seconds, memory, rows, and the stats that are single numbers."""
+    """One line per manifest, also of scored texts: stage, seconds, memory, rows, and the stats that are single numbers."""
     lines = []
-    for name in STAGES:
+    scored = sorted(path.name for path in run_dir.glob(f"{SCORE}*") if path.is_dir())
+    width = max(map(len, ("02_generate_candidates", *scored))) + 2
+    for name in (*STAGES, *scored):
         manifest = load_manifest(run_dir / name)
         if manifest is None:
             state = "unfinished" if (run_dir / name / "unfinished.json").exists() else "-"
-            lines.append(f"{name:<24} {state}")
+            lines.append(f"{name:<{width}} {state}")
             continue
         rows = {k: o["rows"] for k, o in manifest["outputs"].items() if "rows" in o}
         facts = [f"{k}={v} rows" for k, v in rows.items()]
         facts += [f"{k}={v:.4g}" for k, v in manifest["stats"].items() if isinstance(v, int | float)]
+        facts += [f"of {manifest['stats']['scored']}"] if "scored" in manifest["stats"] else []
         memory = manifest["environment"].get("peak_memory_mb", 0)
-        lines.append(f"{name:<24} {manifest['seconds']:8.1f} s {memory:7.0f} MB  {'  '.join(facts)}")
+        lines.append(f"{name:<{width}} {manifest['seconds']:8.1f} s {memory:7.0f} MB  {'  '.join(facts)}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TableWriter:
-    """Parquet with zstd and page checksums, a row group per `write`, keys unique over all of them."""
+    """Parquet with zstd and page checksums, a row group per `write` of rows, keys unique over all of them."""
 
     def __init__(self, path: Path, schema: "TableSchema", metadata: Mapping[str, str] | None = None):
         self._path, self._schema, self._file, self._metadata = path, schema, None, dict(metadata or {})
@@ -29,7 +29,8 @@ class TableWriter:
             self._open(table.schema)
         assert self._file is not None
         self._keys.append(key_hashes(table, self._schema))
-        self._file.write_table(table)
+        if table.num_rows:  # readers such as `datasets` refuse a row group of no rows
+            self._file.write_table(table)
         self.num_rows += table.num_rows
 
     def _open(self, arrow_schema) -> None:

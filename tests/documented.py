@@ -5,8 +5,12 @@ are the string literals of the scripts, lib/ and benchmarks/.
 """
 
 import ast
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -73,6 +77,32 @@ def commands() -> list[Command]:
         for text in _commands_of(line):
             found.setdefault(text, Command(where, text))
     return list(found.values())
+
+
+def expand_make(arguments: list[str], cwd: Path, folder: Path) -> list[list[str]]:
+    """The commands that `make` with these arguments would run in the environment, each as program and arguments.
+
+    Its shell runs as ever, but the programs of .venv/bin are replaced, in `folder`, by one that writes down how it was called.
+    Raises CalledProcessError when make fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    calls = folder / "calls"
+    calls.write_text("", encoding="utf-8")
+    for name in ("python", "ruff", "pyright"):
+        lines = [f"#!{sys.executable} -SE", "import json, sys", f"with open({str(calls)!r}, 'a') as file:",
+                 f"    file.write(json.dumps([{name!r}, *sys.argv[1:]]) + chr(10))"]  # fmt: skip
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    subprocess.run(
+        ["make", *arguments, f"BIN={folder}"],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
 
 
 def _commands_of(line: str) -> Iterator[str]:
@@ -171,7 +201,9 @@ _SECTIONS = "|".join(sorted(Config.model_fields, key=len, reverse=True))
 _KEY = re.compile(
     rf"(?<![\w./<>{{}}-])((?:{_SECTIONS})(?:\.(?:[a-z][a-z0-9_]*|<\w+>|\w+\[\w+\]))+)(?![\w/(]|\.\w)"
 )
-_FILE = re.compile(r"\.(py|yaml|json|jsonl|parquet|md|txt|csv|safetensors|html|bin|svg|png|gz)$")
+_FILE = re.compile(
+    r"^tokenizer\.model$|\.(py|yaml|json|jsonl|parquet|md|txt|csv|safetensors|html|bin|svg|png|gz)$"
+)
 
 
 def config_keys(text: str) -> list[str]:

@@ -1,8 +1,7 @@
 """Runs documented commands, small, in a copy of the tree; tests/test_commands.py starts it there, once per worker.
 
 Standard input is a JSON list of commands, each a list of words that begins with `make`, `python FILE` or `python -m MODULE`.
-Each is run in this process as the interpreter would run it, so that torch is imported once: a stage in `make` is the
-line that `make -n` prints. A command with `--stream` runs beside the one after it, in a process of its own. One JSON line
+Each is run in this process as the interpreter would run it, so that torch is imported once; of `make`, what its recipe calls. A command with `--stream` runs beside the one after it, in a process of its own. One JSON line
 per command goes to standard output: its exit status and the end of what it said.
 """
 
@@ -18,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:] = [str(Path.cwd()), *sys.path[1:]]
 
-from tests.documented import Command, _commands_of, _joined
+from tests.documented import expand_make
 
 
 def main() -> None:
@@ -49,18 +48,12 @@ def main() -> None:
 def run(words: list[str]) -> int:
     """The exit status of a command."""
     if words[0] == "make":
-        done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True)
-        if done.returncode:
-            sys.stderr.write(done.stderr)
-            return done.returncode
-        recipe = "\n".join(done.stdout.splitlines()).replace("set -e; ", "")
-        for _, line in _joined(recipe):
-            for text in _commands_of(line):
-                command = Command("make", text)
-                kind = ["-m"] if command.kind == "module" else []
-                if code := run(["python", *kind, command.target, *command.arguments]):
-                    return code
-        return 0
+        try:
+            lines = expand_make(words[1:], Path.cwd(), Path("made").absolute())
+        except subprocess.CalledProcessError as error:
+            sys.stderr.write(error.stderr)
+            return error.returncode
+        return next((code for line in lines if (code := run(line))), 0)
     module = words[1] == "-m"
     name, arguments = (words[2], words[3:]) if module else (words[1], words[2:])
     sys.argv = [name, *arguments]

@@ -3,9 +3,11 @@
 import fcntl
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lib import durable, schema
@@ -267,3 +269,28 @@ def test_a_key_repeated_over_two_writes_is_found(tmp_path):
     ):
         w.write(rewards())
         w.write(rewards())
+
+
+@pytest.mark.parametrize("counts", [[], [0], [0, 0], [0, 3], [3, 0], [2, 0, 3]])
+def test_no_table_has_an_empty_row_group(tmp_path, counts):
+    """Readers such as `datasets` refuse a row group of no rows."""
+    with stage(tmp_path) as s, s.writer("rewards", schema.REWARDS) as writer:
+        table = rewards(sum(counts))
+        for start, count in zip(np.cumsum([0, *counts]), counts, strict=False):
+            writer.write(table.slice(int(start), count))
+    found = pq.ParquetFile(s.folder / "rewards.parquet")
+    groups = [found.metadata.row_group(i).num_rows for i in range(found.metadata.num_row_groups)]
+    assert groups == [count for count in counts if count]
+    assert found.read().num_rows == sum(counts) and found.schema_arrow.names[0] == "example_id"
+    manifest = load_manifest(s.folder)
+    assert manifest is not None and manifest["outputs"]["rewards"]["rows"] == sum(counts)
+
+
+def test_a_run_in_the_current_folder_and_a_command_that_is_not_utf8_are_written_down(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = RunArgs(run_dir=Path("."), command=("00", os.fsdecode(b"caf\xe9")))
+    with Stage("00_check_data.py", CONFIG, args, uses=("seed",)) as s:
+        pass
+    manifest = load_manifest(s.folder)
+    assert manifest is not None and manifest["run"] == tmp_path.name
+    assert manifest["command"] == ["00", "caf\\xe9"]

@@ -199,3 +199,11 @@ def test_every_script_opens_with_what_it_does_and_a_command_that_names_it():
         assert "reads   " in head and "writes  " in head and f"python {script}" in head
         assert len(text.splitlines()) <= 280, f"{script} is too long to be a story"
     assert Path(ROOT / "Makefile").exists()
+
+
+def test_paths_of_flags_may_begin_at_the_home_and_files_with_a_dash(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = make_parser("", with_score=True)
+    options = parser.parse(["--score=~/my text (v1).txt", "--run_dir=~/run"])
+    assert (options.score, options.run_dir) == (Path("/home/me/my text (v1).txt"), Path("/home/me/run"))
+    assert parser.parse(["--score=-dash.txt"]).score == Path("-dash.txt")

@@ -150,3 +150,38 @@ def test_text_settings_stay_text():
         config.sampler.prompt == " a: b "
         and load_config(overrides=["sampler.prompt='c'"]).sampler.prompt == "c"
     )
+
+
+PATHS = (
+    "data.path", "labels.path", "generator.checkpoint", "ranker.encoder", "sampler.infill_file", "models.judge.start",
+    "models.generator.modifiers.judge.model",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_may_begin_at_the_home(key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = key.split(".")
+    more = ["candidates.source=original_only", "candidates.per_example=1"] if key == "labels.path" else []
+    more += ["training.freeze_backbone=false"]
+    judge = (
+        ["models.generator.modifiers.judge={model: x, stop_step: 9, start_step: 0}"]
+        if "modifiers" in key
+        else []
+    )
+
+    def value(given: str) -> str:
+        node = load_config(overrides=[*more, *judge, f"{key}={given}"])
+        for k in keys:
+            node = node[k] if isinstance(node, dict) else getattr(node, k)
+        assert isinstance(node, str)
+        return node
+
+    assert value("~/my data/x") == "/home/me/my data/x"
+    assert value("a~b/~/x") == "a~b/~/x" and value("/x") == "/x"
+
+
+def test_config_files_may_lie_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("seed: 7\n")
+    assert load_config(["~/mine.yaml"]).seed == 7

@@ -24,7 +24,7 @@ from lib.tasks.finqa.check import check, compare_answer, sources
 from lib.tasks.finqa.numbers import numbers_in, operands
 from lib.tasks.finqa.pages import page_lines, plain_cell, score_lines, serialise
 from lib.tasks.finqa.program import OPERATIONS, execute, parse
-from lib.tasks.finqa.record import Record, parse_record, read_records
+from lib.tasks.finqa.record import Record, find_files, parse_record, read_records
 from tests.conftest import SHARED
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +151,16 @@ def test_no_json_value_breaks_the_parser(key, value):
     else:
         assert parsed and all(p.kind == "malformed record" for p in parsed)
     assert isinstance(parse_record(value, "train", "", ""), list)
+
+
+def test_a_split_behind_a_dead_link_is_not_left_out(tmp_path):
+    (tmp_path / "train.json").write_text("[]")
+    (tmp_path / "dev.json").symlink_to("gone.json")
+    with pytest.raises(MissingInput, match=r"dev\.json is a link to gone\.json, which is no file"):
+        find_files(tmp_path)
+    (tmp_path / "dev.json").unlink()
+    (tmp_path / "dev.json").symlink_to("train.json")
+    assert [file.name for file in find_files(tmp_path)] == ["train.json", "dev.json"]
 
 
 def test_a_missing_folder_says_where_finqa_is(tmp_path):

@@ -1,7 +1,9 @@
 """A user's own labels: every fault listed, joined by id, learned by inspector and judge."""
 
+import gzip
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.labels import Label, classes_of, read_labels
+from lib.labels import Label, LabelledExamples, Labels, classes_of, read_labels
 from lib.runs import RunArgs, load_manifest
+from lib.tokenization import decode_batch, encode_batch, train_tokenizer
 from tests.conftest import run_stages
 
 
@@ -63,7 +66,19 @@ def test_maps_by_number_are_joined_in_the_order_of_the_split(tmp_path):
         ('{"a": NaN}', "label not finite"),
         ('{"a": Infinity}', "label not finite"),
         ('{"a": true}', "label not a number"),
-        ('{"a": null}', "label not a number"),
+        ('{"a": null}', "malformed label"),
+        ('{"a": {}}', "malformed label"),
+        ('{"a": {"score": null, "spans": null}}', "malformed label"),
+        ('{"a": {"score": null}}', "malformed label"),
+        ('{"a": {"score": 0.5, "score": 0.6}}', "malformed label"),
+        ('{"a": ""}', "label not a number"),
+        ('{"a": 1' + "0" * 400 + "}", "label out of range"),
+        ('{"a": [[]]}', "malformed span"),
+        ('{"a": [{}]}', "malformed span"),
+        ('{"a": {"spans": {}}}', "malformed span"),
+        ('{"a": {"spans": ""}}', "malformed span"),
+        ('{"a": {"spans": [[3, 1, 1]]}}', "malformed span"),
+        ('{"a": [[0, 1, true]]}', "malformed span"),
         ('{"a": "0.5"}', "label not a number"),
         ('{"a": 0.5, "a": 0.5}', "repeated label"),
         ('{"a": {"scor": 0.5}}', "malformed label"),
@@ -80,6 +95,122 @@ def test_maps_by_number_are_joined_in_the_order_of_the_split(tmp_path):
 def test_faults_are_named(tmp_path, text, kind):
     faults = read_labels(write(tmp_path / "labels.json", text)).faults
     assert [fault.kind for fault in faults] == [kind] and faults[0].expected
+
+
+FORMS = {
+    "map.json": json.dumps({"a:0": {"score": 0.5, "spans": [[0, 2, 1], [3, 4, 2]]}, "a:1": {"score": 1, "spans": []}}),
+    "list.json": json.dumps([
+        {"example_id": "a:0", "score": 0.5, "spans": [[0, 2, 1], {"start": 3, "end": 4, "class": 2}]},
+        {"example_id": "a:1", "score": 1, "spans": [], "note": "not read"},
+    ]),
+    "lines.jsonl": '{"example_id": "a:0", "score": 0.5, "spans": [[0, 2, 1], [3, 4, 2]]}\n\n'
+    '{"example_id": "a:1", "score": 1.0, "spans": []}\n',
+    "table.csv": 'example_id,score,spans\na:0,0.5,"[[0, 2, 1], [3, 4, 2]]"\r\na:1,1,[]\n',
+    "semicolons.csv": "score;example_id;spans;note\n.5;a:0;[[0, 2, 1], [3, 4, 2]];x\n1.0;a:1;[];\n",
+    "table.tsv": 'example_id\tspans\tscore\na:0\t"[[0, 2, 1], [3, 4, 2]]"\t5e-1\na:1\t[]\t1\n',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_labels_of_every_form_are_the_same(tmp_path, name, packed, mark):
+    data = (mark + FORMS[name]).encode()
+    path = tmp_path / (name + ".gz" if packed else name)
+    path.write_bytes(gzip.compress(data) if packed else data)
+    labels = read_labels(str(path))
+    assert labels.by_key == {"a:0": Label(0.5, ((0, 2, 1), (3, 4, 2))), "a:1": Label(1.0, ())}
+    assert not labels.faults
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind", "where"),
+    [
+        ("a.csv", "example_id,score\nx,\n", "malformed label", "x (row 0, line 2)"),
+        ("a.csv", "example_id,spans\nx,[]\ny,\n", "malformed label", "y (row 1, line 3)"),
+        ("a.csv", 'example_id,score\nx,"0,5"\n', "label not a number", "x (row 0, line 2)"),
+        ("a.csv", "example_id,score\nx,1_0\n", "label not a number", "x (row 0, line 2)"),
+        ("a.csv", "example_id,score\nx,nan\n", "label not finite", "x (row 0, line 2)"),
+        ("a.csv", "example_id,score\n,0.5\n", "malformed label", "row 0, line 2"),
+        ("a.csv", "example_id,score\nx,0.5\nx,0.5\n", "repeated label", "x (row 1, line 3)"),
+        ("a.csv", "example_id,spans\nx,[[0 1 1]]\n", "malformed span", "x (row 0, line 2)"),
+        ("a.csv", "example_id,score\nx,0.5,7\n", "malformed row", "row 0, line 2"),
+        ("a.csv", "example_id,score\n", "no labels", ""),
+        ("a.jsonl", '{"example_id": "x", "score": 0.5}\n{oops\n', "not JSON", "line 2"),
+        ("a.jsonl", '{"example_id": "x"}\n', "malformed label", "line 1"),
+        ("a.jsonl", '{"example_id": "x", "score": 0.5, "span": []}\n', "malformed label", "line 1"),
+        ("a.jsonl", '{"example_id": null, "score": 0.5}\n', "malformed label", "line 1"),
+        ("a.jsonl", '{"example_id": "x", "score": null}\n', "malformed label", "x (line 1)"),
+        ("a.jsonl", "[0.5]\n", "malformed label", "line 1"),
+        ("a.json", '[{"example_id": "x", "spans": {}}]', "malformed span", "x (record 0)"),
+        ("a.json", "[]", "no labels", ""),
+    ],
+)
+def test_faults_of_rows_say_where_they_are(tmp_path, name, text, kind, where):
+    labels = read_labels(write(tmp_path / name, text))
+    assert [(f.kind, f.example) for f in labels.faults] == [(kind, where)], labels.faults
+    assert labels.faults[0].source == str(tmp_path / name)
+
+
+def test_nulls_in_parquet_are_no_label(tmp_path):
+    table = pa.table({
+        "example_id": ["a", "b", "c", None],
+        "score": pa.array([None] * 4, pa.float64()),
+        "spans": pa.array([[], None, [[0, 1, 1]], []], pa.list_(pa.list_(pa.int64()))),
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "a.parquet")
+    labels = read_labels(str(tmp_path / "a.parquet"))
+    assert labels.by_key == {"a": Label(None, ()), "c": Label(None, ((0, 1, 1),))}
+    assert [(f.kind, f.example) for f in labels.faults] == [
+        ("malformed label", "b (row 1)"), ("malformed label", "row 3")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"example,score\nx,1\n", "columns .*expected example_id and score or spans"),
+        ("a.csv", b"example_id,scores\nx,1\n", "did you mean 'score'"),
+        ("a.csv", b"example_id,score,spans,score\nx,1,[],1\n", "repeated column|score more than once"),
+        ("a.json", '{"a": 1}'.encode("utf-16-be"), "iconv -f utf-16be"),
+        ("a.json", b'{"caf\xe9": 1}', "iconv -f latin1"),
+        ("a.json.gz", b"{}", "damaged"),
+        ("a.xlsx", b"PK", r"ending '\.xlsx'; expected \.json, \.jsonl, \.csv"),
+        ("a.json", b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_files_that_are_no_labels_say_what_they_are(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    try:
+        labels = read_labels(str(tmp_path / name))
+    except BadData as error:
+        assert re.search(words, str(error)) and str(tmp_path / name) in str(error)
+    else:
+        (fault,) = labels.faults
+        assert re.search(words, f"{fault.kind}: {fault.found}")
+
+
+def test_a_folder_of_packed_maps(tmp_path):
+    (tmp_path / "train_labels.json.gz").write_bytes(gzip.compress(b'{"0": 0.25}'))
+    write(tmp_path / "held_out_labels.json", {"0": 1})
+    assert read_labels(str(tmp_path)).by_key == {("train", 0): Label(0.25), ("held_out", 0): Label(1.0)}
+
+
+@pytest.mark.parametrize("kind", ["character", "bpe"])
+def test_a_text_that_holds_the_names_of_special_tokens_can_be_labelled(kind):
+    text = "In BERT the token [MASK] hides word 7, [CLS] leads, [PAD] fills, [UNK] is strange."
+    tokenizer = train_tokenizer(kind, [text] * 3, 300)
+    (ids,) = encode_batch(tokenizer, [text])
+    assert ids.min() > 3  # ordinary tokens
+    start = text.index("[MASK]")
+    labels = Labels({"a": Label(0.5, ((start, start + 6, 1),))})
+    joined = LabelledExamples(labels, ["a"], ["train"], tokenizer)
+    _, _, classes = joined.rewards([{"example_id": "a", "text": text, "token_ids": ids.tolist()}])
+    assert classes is not None
+    marked = [i for i, c in zip(ids, classes[0], strict=True) if c]
+    assert "[MASK]" in decode_batch(tokenizer, [marked])[0] and len(marked) > 1
+    with pytest.raises(BadData, match="tokenised in another way"):
+        joined.rewards([{"example_id": "a", "text": text, "token_ids": ids.tolist()[1:]}])
 
 
 def test_all_faults_come_together(tmp_path):

@@ -298,3 +298,10 @@ def kill_once(monkeypatch, objective, at: int) -> None:
         return real(self, model, step, rows)
 
     monkeypatch.setattr(objective, "loss", loss)
+
+
+def test_no_stage_of_a_run_leaves_an_empty_row_group(quick_run):
+    for path in quick_run.rglob("*.parquet"):
+        metadata = pq.read_metadata(path)
+        assert all(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), path
+    assert pq.read_metadata(quick_run / "02_generate_candidates" / "dropped.parquet").num_row_groups == 0

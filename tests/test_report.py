@@ -3,12 +3,15 @@
 Known here: lib.report and what stage 06 leaves. Not known: how samples are drawn or models trained.
 """
 
+import gzip
 import importlib
 import itertools
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
+from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.metrics import ngram_entropy
@@ -25,7 +29,7 @@ from lib.report.data import ReportData
 from lib.report.html import build_report
 from lib.report.quality import describe, from_first_gap, lexicon, valid_words
 from lib.report.table import aligned, results_table, sampling_table
-from lib.runs import RunArgs, load_manifest
+from lib.runs import RunArgs, check_stage_name, inspect, load_manifest, score_stage
 
 VOID = {"meta", "input", "br", "hr", "img", "path", "rect", "use", "line", "circle"}
 HOSTILE = '<script>alert("x")</script>&"\''
@@ -250,6 +254,11 @@ def test_a_fill_is_judged_together_with_what_stands_behind_it():
 # --- any text, scored ------------------------------------------------------------------------------------------------
 
 
+def scores_of(file: Path) -> Path:
+    """The table of a text beside the run that scored it."""
+    return file.parent / "run_001" / score_stage(file) / "scores.parquet"
+
+
 @pytest.fixture(scope="module")
 def scored(quick_run, quick_config, tmp_path_factory):
     """A user's text scored by the quick run: (folder of the outputs, the text)."""
@@ -259,7 +268,7 @@ def scored(quick_run, quick_config, tmp_path_factory):
     (folder / "mine.txt").write_text(text)
     args = RunArgs(run_dir=folder / "run_001", quick_test=True, score=folder / "mine.txt")
     importlib.import_module("06_sample").main(quick_config, args)
-    return folder / "run_001" / "06_score_mine", text
+    return folder / "run_001" / score_stage(folder / "mine.txt"), text
 
 
 def test_a_users_text_is_scored_token_by_token(scored):
@@ -297,7 +306,7 @@ def test_characters_that_the_run_never_saw_are_scored_as_unknown(quick_run, quic
     args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "strange.txt")
     importlib.import_module("06_sample").main(config, args)
     assert "9 tokens of" in capsys.readouterr().err
-    rows = pq.read_table(tmp_path / "run_001" / "06_score_strange" / "scores.parquet").to_pylist()
+    rows = pq.read_table(scores_of(tmp_path / "strange.txt")).to_pylist()
     assert sum(row["token_ids"].count(3) for row in rows) == 9
 
 
@@ -318,7 +327,7 @@ def test_a_text_in_a_column_of_another_name_is_scored(quick_run, tmp_path):
     config = load_config(quick_test=True, overrides=["data.text_key=body"])
     args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "mine.jsonl")
     importlib.import_module("06_sample").main(config, args)
-    (row,) = pq.read_table(tmp_path / "run_001" / "06_score_mine" / "scores.parquet").to_pylist()
+    (row,) = pq.read_table(scores_of(tmp_path / "mine.jsonl")).to_pylist()
     assert row["text"].strip() == "A name is a name."
     other = load_config(quick_test=True, overrides=["data.text_key=title"])
     (tmp_path / "mine.jsonl").write_text('{"body": "A name is a name.", "title": "A value."}\n')
@@ -332,7 +341,7 @@ def test_a_text_of_one_character_is_scored_and_not_called_too_little(quick_run, 
     args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "one.txt")
     importlib.import_module("06_sample").main(load_config(quick_test=True), args)
     assert "too little" not in capsys.readouterr().err
-    (row,) = pq.read_table(tmp_path / "run_001" / "06_score_one" / "scores.parquet").to_pylist()
+    (row,) = pq.read_table(scores_of(tmp_path / "one.txt")).to_pylist()
     assert len(row["critic_error"]) == 1
 
 
@@ -348,8 +357,70 @@ def test_equal_documents_are_each_scored(quick_run, quick_config, tmp_path):
     (tmp_path / "twice.jsonl").write_text('{"text": "A name is a name."}\n' * 2)
     args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "twice.jsonl")
     importlib.import_module("06_sample").main(quick_config, args)
-    rows = pq.read_table(tmp_path / "run_001" / "06_score_twice" / "scores.parquet").to_pylist()
+    rows = pq.read_table(scores_of(tmp_path / "twice.jsonl")).to_pylist()
     assert len({r["document_id"] for r in rows}) == 2 and rows[0]["critic_error"] == rows[1]["critic_error"]
+
+
+NAMES = [
+    "README.txt", "chapter1.txt", "Überblick.txt", "Upper.TXT", "my text (v1).txt", "my_text__v1_.txt", "one1.jsonl", "one1.txt",
+    "one1.txt.gz", "v1.2.txt", "-dash.txt", ".hidden.txt", "日本語.txt", "a'b\"c$(d);e&f.txt", "x" * 251 + ".txt", "new\nline.txt",
+    os.fsdecode(b"caf\xe9.txt"), ".txt", "readme.txt", "my-notes.txt", "folder", "sub/readme.txt", "06_score_readme.csv",
+]  # fmt: skip
+
+
+def test_every_file_has_a_score_folder_of_its_own_that_a_manifest_may_name(tmp_path, monkeypatch):
+    stages = [score_stage(tmp_path / name) for name in NAMES]
+    assert len(set(stages)) == len(NAMES)
+    for stage in stages:
+        check_stage_name(stage)
+        assert len(stage) < 64 and stage.startswith("06_score_")
+    assert stages[0].startswith("06_score_readme_") and stages[4].startswith("06_score_my_text_v1_")
+    assert stages[2].startswith("06_score_uberblick_") and stages[12].startswith("06_score_text_")
+    monkeypatch.chdir(tmp_path)
+    assert score_stage(Path("README.txt")) == score_stage(Path("./sub/../README.txt")) == stages[0]
+    with pytest.raises(ValueError, match="06_score_README"):
+        check_stage_name("06_score_README")
+
+
+def test_a_name_that_no_manifest_may_have_is_refused_before_anything_is_done(tmp_path, quick_config):
+    args = RunArgs(run_dir=tmp_path / "run_001")
+    with (
+        pytest.raises(ValueError, match="06_Score"),
+        Stage("06_Score.py", quick_config, args, uses=("seed",)),
+    ):
+        pass
+    assert not (tmp_path / "run_001").exists()
+
+
+def test_files_of_any_name_are_scored_apart_and_again_for_nothing(quick_run, quick_config, tmp_path, capsys):
+    """Names that are not UTF-8, packed files and folders too; `make inspect` shows them."""
+    shutil.copytree(quick_run, tmp_path / "run_001")
+    odd = os.fsdecode(b"My caf\xe9 (v1)")
+    (tmp_path / odd).mkdir()
+    (tmp_path / odd / "README.jsonl.gz").write_bytes(gzip.compress(b'{"text": "A name is a name."}\n'))
+    names = [f"{odd}.txt", odd]
+    (tmp_path / names[0]).write_text("The value is an object.")
+    main = importlib.import_module("06_sample").main
+
+    def score(name: str) -> None:
+        command = ("06_sample.py", "--score", str(tmp_path / name))
+        main(quick_config, RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / name, command=command))  # fmt: skip
+
+    for name in names:
+        score(name)
+    texts = {name: pq.read_table(scores_of(tmp_path / name))["text"].to_pylist() for name in names}
+    assert [rows[0].strip() for rows in texts.values()] == ["The value is an object.", "A name is a name."]
+    assert r"My caf\xe9 (v1).txt" in (scores_of(tmp_path / names[0]).parent / "scores.html").read_text()
+    manifest = load_manifest(scores_of(tmp_path / names[0]).parent)
+    assert manifest is not None and manifest["command"][2].endswith(r"My caf\xe9 (v1).txt")
+    lines = [line for line in inspect(tmp_path / "run_001").splitlines() if line.startswith("06_score_")]
+    assert len(lines) == 2 and all("scores=1 rows" in line and r"caf\xe9 (v1)" in line for line in lines)
+    capsys.readouterr()
+    score(names[0])
+    assert "is up to date" in capsys.readouterr().err
+    (tmp_path / odd / "more.txt").write_text("Another text, added to the folder.")
+    with pytest.raises(BadConfig, match=r"(?s)input more\.txt: \(none\) -> .*--overwrite"):
+        score(odd)
 
 
 # --- samples from a file, and longer than the context ----------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib import user_files
 from lib.config import Config, load_config
 from lib.errors import MissingInput
 from lib.tasks import Document, Dropped, Example, Problem, get_task
@@ -52,7 +53,7 @@ def checked(path: Path, **data) -> tuple[list[Document], list[Problem]]:
         ("a.jsonl", b'{"txt": "fine and long enough"}\n', "error", "no text", "txt"),
         ("a.jsonl", b'{"text": 5}\n', "error", "not text", "int 5"),
         ("a.jsonl", b'"just text"\n', "error", "no text", "str just text"),
-        ("a.jsonl", b'{"text": null}\n', "error", "not text", "no value"),
+        ("a.jsonl", b'{"text": null}\n', "error", "null text", "no value"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', "error", "encoding", "byte 27"),
         ("a.jsonl", b'{"text": "' + b"words " * 9 + b'\\ud83d"}\n', "warning", "half characters", "1 lone"),
         ("a.txt", "lost \ufffd ".encode() * 9, "warning", "lost characters", "9 x U+FFFD"),
@@ -94,13 +95,17 @@ def test_columns_and_ids_of_records(tmp_path):
     assert "did you mean 'body'?" in problems[0].advice
 
 
-def test_what_a_folder_holds_besides_is_said_and_hidden_files_are_not_looked_at(tmp_path):
+def test_what_a_folder_holds_besides_is_said_and_hidden_files_are_not_read(tmp_path):
     (tmp_path / "A.TXT").write_text("".join(PROSE.format(i) for i in range(2000)))
     for name in ("notes.md", "more.txt.xz", ".hidden.txt"):
         (tmp_path / name).write_text("x")
     documents, problems = checked(tmp_path)
     assert [d.document_id for d in documents] == ["A"]
-    assert [(p.kind, p.severity) for p in problems] == [("packed", "warning"), ("other file", "warning")]
+    assert [(p.kind, p.severity) for p in problems] == [
+        ("packed", "warning"),
+        ("other file", "warning"),
+        ("hidden", "warning"),
+    ]
     assert "unxz --keep" in problems[0].advice
 
 
@@ -144,14 +149,14 @@ def test_unreadable_files_are_named_beside_other_problems(tmp_path, monkeypatch)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(PROSE.format(name) * 2000)
     (tmp_path / "c.jsonl").write_text("{oops\n")
-    read_bytes = Path.read_bytes
+    whole = user_files.whole
 
     def refuse(path):
         if path.name == "a.txt":
             raise PermissionError(13, "Permission denied")
-        return read_bytes(path)
+        return whole(path)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("lib.tasks.text.raw.whole", refuse)
     documents, problems = checked(tmp_path)
     assert sorted(p.kind for p in problems) == ["not JSON", "unreadable"] and len(documents) == 1
 

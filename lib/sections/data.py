@@ -5,14 +5,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lib.sections.base import AboveZero, Count, Fraction, NonNegative, Positive, Section, Share
+from lib.sections.base import AboveZero, Count, Fraction, NonNegative, Positive, Section, Share, UserPath
 from lib.sections.masking import Masking
 
 
 class DataConfig(Section):
-    path: str
+    path: UserPath
     text_key: str
     id_key: str | None
+    drop: tuple[str, ...]
     min_document_characters: Positive
     whitespace: Literal["keep", "squeeze"]
     passages: Literal["fixed", "paragraph"]
@@ -79,7 +80,7 @@ class StreamConfig(Section):
 
 
 class LabelsConfig(Section):
-    path: str | None
+    path: UserPath | None
 
 
 class RewardWeights(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative, Positive, Section
+from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative, Positive, Section, UserPath
 
 
 class ChangesConfig(Section):
@@ -42,7 +42,7 @@ class LoraConfig(Section):
 
 
 class RankerConfig(Section):
-    encoder: str | None
+    encoder: UserPath | None
     prompt: Literal["question", "question_page"]
     prompt_tokens: Positive
     candidate_tokens: Positive

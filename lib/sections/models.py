@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative, Positive, Section
+from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative, Positive, Section, UserPath
 
 MODES = ("language_model", "token_classifier", "sequence_scorer", "ranker")
 MODE_ALIASES = {  # names of earlier versions
@@ -103,7 +103,7 @@ class MaskRatioModifier(_Limited):
 class JudgeModifier(_Limited):
     """`model`: folder of a trained sequence scorer. Its weights count from start_step until before stop_step."""
 
-    model: str
+    model: UserPath
     exponent: AboveZero = 1.0
     least: AboveZero = 0.5
     most: AboveZero = 2.0
@@ -134,7 +134,7 @@ class ModelSpec(Section):
     mode: Literal["language_model", "token_classifier", "sequence_scorer", "ranker"]
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     split: Literal["train", "held_out", "reference"] = "train"
-    start: str = "scratch"
+    start: UserPath = "scratch"
     num_classes: Annotated[int, Field(ge=2)] = 3
     class_weighting: Literal["none", "inverse_frequency", "dynamic"] = "none"
     target_type: Literal["score", "classification"] = "score"
@@ -168,6 +168,6 @@ class ModelSpec(Section):
 
 
 class GeneratorConfig(Section):
-    checkpoint: str | None
+    checkpoint: UserPath | None
     architecture: ArchitectureConfig
     training: TrainingConfig

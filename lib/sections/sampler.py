@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lib.errors import did_you_mean
-from lib.sections.base import AboveZero, Fraction, Positive, Probability, Section, Share
+from lib.sections.base import AboveZero, Fraction, Positive, Probability, Section, Share, UserPath
 
 POLICIES = (
     "none", "confidence_first", "margin_first", "random", "confidence", "confidence_fresh", "remdm_cap",
@@ -38,7 +38,7 @@ class SamplerConfig(Section):
     best_of_policy: str
     prompt: str
     infill: str
-    infill_file: Annotated[str, Field(min_length=1)] | None
+    infill_file: Annotated[UserPath, Field(min_length=1)] | None
     batch_size: Positive
 
     @field_validator("policies", "best_of_policy")

@@ -107,7 +107,7 @@ def token_counter(config: Config) -> Callable[[str], int]:
 
 
 def _count(tokenizer, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def written(value: float | str) -> str:

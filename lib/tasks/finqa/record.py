@@ -14,6 +14,7 @@ Knows the shape of the files. What the numbers and programs in them mean is the 
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,8 +88,14 @@ class Record:
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """The files of the splits in the folder `path`. Raises MissingInput when there are none."""
+    """The files of the splits in the folder `path`. Raises MissingInput when there are none, or one is no file."""
     folder = Path(path)
+    for file in (folder / name for name in FILES):
+        if (
+            os.path.lexists(file) and not file.is_file()
+        ):  # left out, a missing dev.json would change every split
+            what = f"a link to {os.readlink(file)}, which is no file" if file.is_symlink() else "no file"
+            raise MissingInput(f"data.path: {file} is {what}; mend it, or take it out of the folder")
     files = [folder / name for name in FILES if (folder / name).is_file()]
     if not files:
         state = "holds none of them" if folder.is_dir() else "is no folder"

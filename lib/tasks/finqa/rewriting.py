@@ -18,7 +18,9 @@ def rewrite_arguments(programs: list[str], context: CandidateContext) -> list[st
     A rewrite is a function of the seed and the program alone.
     """
     tokenizer, config = context.tokenizer, context.config.candidates
-    coded = tokenizer(programs, add_special_tokens=False, return_offsets_mapping=True)
+    coded = tokenizer(
+        programs, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
     lengths = np.array([len(ids) for ids in coded["input_ids"]])
     valid = np.arange(lengths.max()) < lengths[:, None]  # (N, T)
     ids = np.full(valid.shape, tokenizer.pad_token_id, np.int64)

@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterator
 
 from lib.config import Config
+from lib.errors import BadConfig, did_you_mean
 from lib.tasks import Document, Problem
-from lib.tasks.text.raw import Fault, RawText, not_utf8, read
+from lib.tasks.text.raw import RawText, read
+from lib.user_files import Fault, decoded, mended
 
-# Beside the C0 and C1 codes: marks of byte order inside a text, which nothing shows
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
-_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+# Errors that `data.drop` may turn into warnings: the row, or the file, is left out
+DROPPABLE = ("null text", "not text", "no text", "not JSON", "malformed row", "encoding", "binary", "damaged", "too long",
+             "unreadable", "dead link", "no file")  # fmt: skip
 _SPACE = re.compile(r"\s")
 # Each pattern matches only what it changes: one match per word of a long text would cost gigabytes
 _SQUEEZED = (
@@ -22,7 +24,15 @@ _PIECE = 2**20  # characters looked at together where a whole text would be copi
 
 
 def check(config: Config) -> Iterator[Document | Problem]:
-    """Documents with their line ends mended, and problems: errors where training would be wrong."""
+    """Documents with their line ends mended, and problems: errors where training would be wrong.
+
+    What `data.drop` names is left out and a warning. Raises BadConfig for a kind that it cannot name.
+    """
+    drop = frozenset(config.data.drop)
+    for kind in sorted(drop - set(DROPPABLE)):
+        raise BadConfig(
+            f"data.drop: '{kind}' is no problem that can be dropped{did_you_mean(kind, DROPPABLE)}"
+        )
     seen: dict[bytes, str] = {}  # digest of a text: the document that has it
     names: dict[str, int] = {}  # how often a name was asked for
     characters = kept = errors = 0
@@ -39,7 +49,7 @@ def check(config: Config) -> Iterator[Document | Problem]:
                 kept, characters = kept + 1, characters + len(text)
                 yield Document(document_id, text, _printable(raw.source))
             faults += [fault] if fault is not None else []
-        for fault in faults:
+        for fault in (_judged(fault, drop) for fault in faults):
             errors += fault.severity == "error"
             yield _problem(fault, raw.source, raw.location)
     # With errors, how much text there is shows only when they are mended
@@ -61,49 +71,21 @@ def _text_of(raw: RawText) -> tuple[str | None, list[Fault]]:
     """The text in clean characters and line ends, with what was wrong."""
     if raw.fault is not None or raw.data is None:
         return None, [raw.fault] if raw.fault is not None else []
-    faults = []
-    data = raw.data
-    if isinstance(data, bytes):
-        data, fault = _decoded(data)
-        if data is None:
-            return None, [fault] if fault else []
-        faults += [fault] if fault else []
-    if "\r" in data:
-        found = f"{data.count(chr(13))} carriage returns"
-        faults.append(Fault("line ends", found, r"\n", "they were mended", "warning"))
-        data = data.replace("\r\n", "\n").replace("\r", "\n")
-    control = _CONTROL.findall(data)
-    if control:
-        found = f"{len(control)}: {', '.join(sorted({f'U+{ord(c):04X}' for c in control}))}"
-        faults.append(Fault("control characters", found, "text", "they were removed", "warning"))
-        data = _CONTROL.sub("", data)
-    halves = len(_HALF_PAIR.findall(data))
-    if halves:
-        advice = "each became U+FFFD; mend what wrote the file"
-        faults.append(Fault("half characters", f"{halves} lone surrogates", "whole ones", advice, "warning"))
-        data = _HALF_PAIR.sub("\ufffd", data)
-    elif "\ufffd" in data:
-        found = f"{data.count(chr(0xFFFD))} x U+FFFD"
-        advice = "an earlier conversion lost them; they are kept as they are"
-        faults.append(Fault("lost characters", found, "the characters themselves", advice, "warning"))
-    return data, faults
+    if isinstance(raw.data, str):
+        return mended(raw.data)
+    text, fault = decoded(raw.data)
+    faults = [fault] if fault is not None else []
+    if text is None:
+        return None, faults
+    text, more = mended(text)
+    return text, faults + more
 
 
-def _decoded(data: bytes) -> tuple[str | None, Fault | None]:
-    """A file's text without its byte order mark, or what is in the way."""
-    head = data[:65536]
-    if b"\x00" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        found = f"a zero byte at byte {head.index(0)}"
-        if 3 * head.count(0) > len(head):
-            return None, Fault("encoding", found, "UTF-8", "if it is UTF-16: `iconv -f utf-16le -t utf-8`")
-        return None, Fault("binary", found, "text", "give a text file")
-    mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    try:
-        text = data[mark:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        return None, not_utf8(error, mark)
-    fault = Fault("byte order mark", "EF BB BF", "no mark", "it was removed", "warning")
-    return text, fault if mark else None
+def _judged(fault: Fault, drop: frozenset[str]) -> Fault:
+    """As a warning where the config says that such rows are to be left out."""
+    if fault.kind not in drop or fault.severity != "error":
+        return fault
+    return fault._replace(severity="warning", advice="it is left out; see data.drop")
 
 
 def squeeze(text: str) -> str:

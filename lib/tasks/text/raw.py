@@ -1,17 +1,15 @@
-"""Raw text from files: .txt, .jsonl, .parquet, a folder of them, or Python's language reference (`builtin`)."""
+"""Raw text from files: those of `lib.user_files`, a folder of them, or Python's language reference (`builtin`)."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from lib.config import Config
 from lib.errors import MissingInput, did_you_mean
 from lib.sections.data import DataConfig
+from lib.user_files import KINDS_IN_WORDS, Fault, Faulty, Found, find_files, kind_of, rows, whole
 
-KINDS = (".txt", ".jsonl", ".parquet")
 BUILTIN = ("builtin", "builtin_small")
 SMALL_CHARACTERS = 60_000
 PACKED = {
@@ -21,16 +19,7 @@ PACKED = {
     ".bz2": "bunzip2 --keep",
     ".zst": "unzstd",
 }
-
-
-class Fault(NamedTuple):
-    """Why there is no text. `error`: it was meant to be one; `warning`: it may be there on purpose."""
-
-    kind: str
-    found: str
-    expected: str
-    advice: str
-    severity: str = "error"
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -50,34 +39,34 @@ def sources(config: Config) -> list[Path]:
         from pydoc_data import topics
 
         return [Path(topics.__file__)]
-    return [path for path in _files(config)[0] if os.access(path, os.R_OK)]
+    return [path for path in _find(config).files if os.access(path, os.R_OK)]
 
 
-def _files(config: Config) -> tuple[list[Path], list[Path]]:
-    """(files to be read, other files beside them) of data.path. Raises MissingInput when there are none."""
+def _find(config: Config) -> Found:
+    """What data.path holds. Raises MissingInput when there is no file to be read."""
     path = Path(config.data.path)
     if path.is_dir():
-        visible = [p for p in path.rglob("*") if not _is_hidden(p.relative_to(path)) and p.is_file()]
-        files = sorted(p for p in visible if p.suffix.lower() in KINDS)
-        others = sorted(p for p in visible if p.suffix.lower() not in KINDS)
-        if not files:
-            packed = [_unpacking(p) for p in others if p.suffix.lower() in PACKED]
+        found = find_files(path)
+        if not found.files:
+            packed = [_unpacking(p) for p in found.others if p.suffix.lower() in PACKED]
+            faults = [f"{p}: {f.kind}, {f.found}" for p, f in found.faults[:SHOWN] if f.kind != "hidden"]
             advice = f"; {packed[0]}" if packed else "; give a folder that does, a file, or `builtin`"
-            raise MissingInput(f"data.path: the folder {path} holds no {', '.join(KINDS)} file{advice}")
-        return files, others
+            advice += f" (what else it holds: {'; '.join(faults)})" if faults else ""
+            raise MissingInput(f"data.path: the folder {path} holds no {KINDS_IN_WORDS} file{advice}")
+        return found
+    if path.is_symlink() and not path.exists():
+        raise MissingInput(f"data.path: {path} is a link to {os.readlink(path)}, which is not there")
     if not path.exists():
         raise MissingInput(f"data.path: {path} does not exist; give a file or folder, or `builtin`")
-    if path.suffix.lower() in PACKED:
-        raise MissingInput(f"data.path: {_unpacking(path)}")
-    if path.suffix.lower() not in KINDS:
+    if not kind_of(path):
+        if path.suffix.lower() in PACKED:
+            raise MissingInput(f"data.path: {_unpacking(path)}")
         raise MissingInput(
-            f"data.path: {path} has the ending '{path.suffix}'; expected one of {', '.join(KINDS)}"
+            f"data.path: {path} has the ending '{path.suffix}'; expected one of {KINDS_IN_WORDS}"
         )
-    return [path], []
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    if not path.is_file():
+        raise MissingInput(f"data.path: {path} is a socket, pipe or device; give a file")
+    return Found([path])
 
 
 def _unpacking(path: Path) -> str:
@@ -91,27 +80,31 @@ def read(config: Config) -> Iterator[RawText]:
         yield from _builtin(small=data.path == "builtin_small")
         return
     root = Path(data.path)
-    files, others = _files(config)
-    for path in files:
-        kind = path.suffix.lower()
-        name = (path.relative_to(root).as_posix() if root.is_dir() else path.name)[: -len(kind)]
+    found = _find(config)
+    in_folder = root.is_dir()
+    for path in found.files:
+        name = path.relative_to(root).as_posix() if in_folder else path.name
+        name = name[: -len(kind_of(path))] or name
         try:
-            if kind == ".txt":
-                yield RawText(name, str(path), "", path.read_bytes())
-            elif kind == ".jsonl":
-                yield from _json_lines(path, name, data)
-            else:
-                yield from _parquet(path, name, data)
+            for raw in _texts(path, name, data):
+                if in_folder and raw.fault is not None and raw.fault.kind == "no list":
+                    raw = replace(raw, fault=_other_file("JSON that is no list of records"))
+                yield raw
         except OSError as error:
             advice = "check the file's rights, or take it out of the folder"
             fault = Fault("unreadable", str(error.strerror or error), "a file to read", advice)
             yield RawText(name, str(path), "", None, fault)
-    for path in others:
-        packed = path.suffix.lower() in PACKED
-        advice = f"{PACKED[path.suffix.lower()]} {path}" if packed else "it is not read"
-        found = f"the ending '{path.suffix}'"
-        fault = Fault("packed" if packed else "other file", found, ", ".join(KINDS), advice, "warning")
+    for path in found.others:
+        fault = _other_file(f"the ending '{path.suffix}'")
+        if packing := PACKED.get(path.suffix.lower()):
+            fault = fault._replace(kind="packed", advice=f"{packing} {path}")
         yield RawText(path.name, str(path), "", None, fault)
+    for path, fault in found.faults:
+        yield RawText(path.name, str(path), "", None, fault)
+
+
+def _other_file(found: str) -> Fault:
+    return Fault("other file", found, KINDS_IN_WORDS, "it is not read", "warning")
 
 
 def _builtin(small: bool) -> Iterator[RawText]:
@@ -125,30 +118,18 @@ def _builtin(small: bool) -> Iterator[RawText]:
         yield RawText(name, "pydoc_data.topics", name, text)
 
 
-def _json_lines(path: Path, name: str, data: DataConfig) -> Iterator[RawText]:
-    before = 0  # bytes of the file before this line
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            start, before = before, before + len(line)
-            raw = RawText(f"{name}-{number}", str(path), f"line {number}", None)
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield _from_record(json.loads(text), raw, data)
-            except UnicodeDecodeError as error:
-                yield replace(raw, fault=not_utf8(error, start))
-            except (ValueError, RecursionError) as error:
-                found = f"{line[:60]!r}: {error}"
-                advice = "mend or remove the line"
-                yield replace(raw, fault=Fault("not JSON", found, "one JSON object per line", advice))
-
-
-def not_utf8(error: UnicodeDecodeError, start: int = 0) -> Fault:
-    """Which byte of the file is wrong, counted from 0, with what stands around it."""
-    data, at = error.object, error.start
-    marked = start == 0 and data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    advice = f"convert it, such as `iconv -f {'utf-16' if marked else 'latin1'} -t utf-8`"
-    return Fault("encoding", f"byte {start + at}: {data[max(0, at - 10) : at + 10]!r}", "UTF-8", advice)
+def _texts(path: Path, name: str, data: DataConfig) -> Iterator[RawText]:
+    """The texts of one file."""
+    if kind_of(path).startswith(".txt"):
+        try:
+            yield RawText(name, str(path), "", whole(path))
+        except Faulty as faulty:
+            yield RawText(name, str(path), "", None, faulty.fault)
+        return
+    columns = {data.text_key: "data.text_key"} | ({data.id_key: "data.id_key"} if data.id_key else {})
+    for row in rows(path, columns):
+        raw = RawText(f"{name}-{row.number}", str(path), row.location, None, row.fault)
+        yield raw if row.fault is not None else _from_record(row.value, raw, data)
 
 
 def _from_record(record, raw: RawText, data: DataConfig) -> RawText:
@@ -158,37 +139,12 @@ def _from_record(record, raw: RawText, data: DataConfig) -> RawText:
         advice = f"set data.text_key{did_you_mean(data.text_key, keys)}" if keys else "mend or remove it"
         return replace(raw, fault=Fault("no text", found, f"a key '{data.text_key}'", advice))
     text = record[data.text_key]
+    if text is None or text != text:  # NaN is how tables say null
+        advice = "fill it, leave the row out, or set data.drop=[null text]"
+        return replace(raw, fault=Fault("null text", "no value", f"a string under '{data.text_key}'", advice))
     if not isinstance(text, str):
-        found = "no value" if text is None else f"{type(text).__name__} {str(text)[:40]}"
-        advice = "mend the value or leave the row out"
-        return replace(raw, fault=Fault("not text", found, "a string", advice))
+        found = f"{type(text).__name__} {str(text)[:40]}"
+        advice = "mend the value, leave the row out, or set data.drop=[not text]"
+        return replace(raw, fault=Fault("not text", found, f"a string under '{data.text_key}'", advice))
     name = record.get(data.id_key) if data.id_key is not None else None
     return replace(raw, document_id=raw.document_id if name is None else str(name), data=text)
-
-
-def _parquet(path: Path, name: str, data: DataConfig) -> Iterator[RawText]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        file = pq.ParquetFile(path)
-        columns = [c for c in (data.text_key, data.id_key) if c]
-        missing = [c for c in columns if c not in file.schema_arrow.names]
-        if missing:
-            hint = did_you_mean(missing[0], file.schema_arrow.names)
-            knob = "data.text_key" if missing[0] == data.text_key else "data.id_key"
-            found = f"columns {str(file.schema_arrow.names)[:200]}"
-            fault = Fault("no text", found, f"a column '{missing[0]}'", f"set {knob}{hint}")
-            yield RawText(name, str(path), "", None, fault)
-            return
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for record in batch.to_pylist():
-                raw = RawText(f"{name}-{number}", str(path), f"row {number}", None)
-                yield _from_record(record, raw, data)
-                number += 1
-    except (PermissionError, FileNotFoundError):
-        raise  # the caller's business, as for the other kinds
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        fault = Fault("damaged", str(error)[:120], "a Parquet file that can be read", "make the file again")
-        yield RawText(name, str(path), f"row {number}", None, fault)
