@@ -143,7 +143,9 @@ CONFIGURED = [
 
 
 @pytest.mark.parametrize(("loss", "settings", "arguments"), CONFIGURED)
-def test_the_configured_loss_with_its_settings_is_what_is_trained_and_evaluated(tokenizer, loss, settings, arguments):
+def test_the_configured_loss_with_its_settings_is_what_is_trained_and_evaluated(
+    tokenizer, loss, settings, arguments
+):
     """By hand, from the stub's scores of the pools that a step asks for."""
     target, table = choice_of(tokenizer, loss=loss, **settings), made_table()
     model = Stub(reads_candidate)
@@ -159,7 +161,10 @@ def test_the_configured_loss_with_its_settings_is_what_is_trained_and_evaluated(
     )
     assert target.evaluate(model)["loss"] == pytest.approx(wanted.mean().item(), rel=1e-5)
     others = [name for name in LOSSES if name != loss]
-    plain = [LOSSES[n](scores, torch.from_numpy(table.rewards).float(), torch.from_numpy(table.present)) for n in others]
+    plain = [
+        LOSSES[n](scores, torch.from_numpy(table.rewards).float(), torch.from_numpy(table.present))
+        for n in others
+    ]
     assert all(abs(wanted.mean() - other.mean()) > 1e-3 for other in plain)  # else equality would mean little
 
 
@@ -326,7 +331,9 @@ def test_the_best_step_is_chosen_on_selection_pools_and_reported_on_others(token
     assert found["accuracy"] == 1 and found["regret"] == pytest.approx(0, abs=1e-7)
     values, _ = target.report(model)
     scores = target.reader.all_scores(model, held_out)
-    assert values["pools"] == 30 and values["accuracy"]["value"] == pytest.approx(accuracy_of(held_out, scores))
+    assert values["pools"] == 30 and values["accuracy"]["value"] == pytest.approx(
+        accuracy_of(held_out, scores)
+    )
 
 
 def test_regret_is_what_the_choices_earn_less_than_the_best_and_chooses_the_best_step(tokenizer):
@@ -334,7 +341,9 @@ def test_regret_is_what_the_choices_earn_less_than_the_best_and_chooses_the_best
     found = target.evaluate(Stub(reads_candidate))
     numbers = np.where(table.present, [[float(t[1:] or 0) for t in row] for row in table.texts], -1)
     earned = table.rewards[np.arange(N), numbers.argmax(1)]
-    assert found["regret"] == pytest.approx(1 - earned.mean()) and found["average_reward"] == pytest.approx(earned.mean())
+    assert found["regret"] == pytest.approx(1 - earned.mean()) and found["average_reward"] == pytest.approx(
+        earned.mean()
+    )
     assert found["regret"] > target.evaluate(Stub(reads_prompt))["regret"] == pytest.approx(0, abs=1e-7)
     assert target.selection == "regret"  # the loop minimises it: less is better
 
