@@ -518,6 +518,7 @@ def test_the_best_candidate_of_a_pool_is_learned_and_reported_where_there_is_one
     present = rows >= 0
     best = np.where(present, rewards[1], -1).argmax(1)
     costs = -log_softmax(scores)[np.arange(4), best]
+    np.testing.assert_allclose(target.scores(FirstToken(), rows), scores)
     found = evaluate(target, FirstToken())
     assert found["loss"] == pytest.approx(costs.mean(), rel=1e-4)
     chosen = scores.argmax(1)
