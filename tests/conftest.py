@@ -20,7 +20,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("data"):
         missing = [name for name in mark.args if not (SHARED / name).exists()]
         if missing:
-            pytest.skip(f"{', '.join(missing)} not in {SHARED}; set REMASK_DATA to the folder of the real data")
+            pytest.skip(
+                f"{', '.join(missing)} not in {SHARED}; set REMASK_DATA to the folder of the real data"
+            )
 
 
 def run_stages(run_dir: Path, config: Config, names=STAGES, **flags) -> None:

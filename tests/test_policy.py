@@ -112,7 +112,9 @@ def test_a_gain_is_the_way_s_accuracy_less_that_of_its_start():
 
     found = {START: figures([0, 0, 1, 0]), "ppo": figures([1, 1, 1, 0]), "exact": figures([0, 0, 0, 0])}
     gains, rows = compare(found, np.arange(4), 0)
-    assert gains["ppo"]["value"] == 0.5 and gains["exact"]["value"] == -0.25 and set(gains) == {"ppo", "exact"}
+    assert (
+        gains["ppo"]["value"] == 0.5 and gains["exact"]["value"] == -0.25 and set(gains) == {"ppo", "exact"}
+    )
     assert gains["ppo"]["low"] >= 0
     assert [(r.model, r.value, r.baseline_value, r.lower_is_better) for r in rows] == [
         ("ppo", 0.75, 0.25, False), ("exact", 0.0, 0.25, False)

@@ -50,7 +50,9 @@ def test_draws_are_the_same_examples_with_other_candidates():
 def baselines(scores: dict[str, list[float]]) -> pa.Table:
     """Of every candidate by its number, in no order."""
     rows = [
-        {"example_id": n, "candidate_id": i, "score_trees": s} for n, v in scores.items() for i, s in enumerate(v)
+        {"example_id": n, "candidate_id": i, "score_trees": s}
+        for n, v in scores.items()
+        for i, s in enumerate(v)
     ]
     return pa.Table.from_pylist(rows[::-1])
 
@@ -68,7 +70,9 @@ def test_every_pool_has_the_prompt_group_and_baseline_of_its_own_example():
         assert values[1, 2] == 0
     assert found.texts[1].tolist() == ["b0", "b1", ""] and found.kinds[1, 2] == "" == found.values[1, 2]
     assert found.terms["a"][0].tolist() == [1, 0, 0.5]
-    skipped = PoolTable.of(made, examples("b", "c", "a"), baselines(scores))  # b's one candidate is its second
+    skipped = PoolTable.of(
+        made, examples("b", "c", "a"), baselines(scores)
+    )  # b's one candidate is its second
     assert skipped.skipped == 1 and skipped.baselines["trees"].tolist() == [[1, 2, 3], [7, 8, 9]]
     numbered = made.set_column(1, "candidate_id", pa.array([2, 1, 0, 1, 0, 2, 1]))
     swapped = PoolTable.of(numbered, examples("a", "b", "c"), baselines(scores))
