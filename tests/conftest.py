@@ -1,4 +1,8 @@
-"""One small run of all seven stages serves many tests; and where real data lies, if it does."""
+"""One small run of all seven stages serves many tests; and where real data lies, if it does.
+
+A test that needs real data says which with `@pytest.mark.data("finqa/dev.json")`: `pytest -m data` runs those alone, and
+one whose files are not there is skipped.
+"""
 
 import importlib
 import os
@@ -10,6 +14,15 @@ from lib.config import ROOT, Config, load_config
 from lib.runs import STAGES, RunArgs
 
 SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("data"):
+        missing = [name for name in mark.args if not (SHARED / name).exists()]
+        if missing:
+            pytest.skip(
+                f"{', '.join(missing)} not in {SHARED}; set REMASK_DATA to the folder of the real data"
+            )
 
 
 def run_stages(run_dir: Path, config: Config, names=STAGES, **flags) -> None:

@@ -511,14 +511,15 @@ def test_the_builtin_pages_have_three_splits():
 
 # FinQA itself
 
+published = pytest.mark.data("finqa/train.json", "finqa/dev.json")
+
 
 @pytest.fixture(scope="module")
 def finqa() -> list[Document | Problem]:
-    if not all((FINQA / f"{split}.json").is_file() for split in ("train", "dev")):
-        pytest.skip(f"no train.json and dev.json in {FINQA}; set REMASK_DATA to the folder of finqa/")
     return list(check(configured(FINQA)))
 
 
+@published
 def test_finqa_has_these_problems(finqa):
     problems = [item for item in finqa if isinstance(item, Problem)]
     assert {p.severity for p in problems} == {"warning"}
@@ -534,6 +535,7 @@ def test_finqa_has_these_problems(finqa):
     assert sum(n for (_, kind), n in counts.items() if kind.startswith("answer")) < 0.2 * len(documents)
 
 
+@published
 def test_evidence_survives_the_budget(finqa):
     records = [Record.from_json(item.content) for item in finqa if isinstance(item, Document)]
     dev = [record for record in records if record.split == "dev"]

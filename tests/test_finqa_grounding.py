@@ -186,10 +186,9 @@ def test_built_in_pages_have_words_for_every_number():
             assert text.count("[") == len(on_page) + tables, text
 
 
+@pytest.mark.data("finqa/dev.json")
 def test_nearly_every_gold_number_of_the_real_data_has_words():
     file = SHARED / "finqa" / "dev.json"
-    if not file.is_file():
-        pytest.skip(f"no dev.json in {SHARED / 'finqa'}; set REMASK_DATA to the folder of finqa/")
     on_page = described = 0
     lengths = []
     for data in json.loads(file.read_text()):

@@ -127,11 +127,10 @@ def test_memory_stays_flat_as_records_grow_in_number(tmp_path):
     assert path.stat().st_size > 6_000_000 and peaks[1] - peaks[0] < 2_000_000
 
 
+@pytest.mark.data("tinyshakespeare/input.txt")
 def test_real_text_is_split_for_comparisons_as_others_split_it(tmp_path):
     """tinyshakespeare, contiguous 90/10: every character once, in order, 65 of them distinct."""
     data = SHARED / "tinyshakespeare" / "input.txt"
-    if not data.exists():
-        pytest.skip(f"{data} is not there; set REMASK_DATA to the folder that holds tinyshakespeare/")
     (tmp_path / "raw").symlink_to(data.parent)
     settings = ["data.split=contiguous", "data.fractions={train: 0.9, held_out: 0.1}", "models.reference_lm=null",
                 "data.whitespace=keep", "data.deduplicate=none"]  # fmt: skip

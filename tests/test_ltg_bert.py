@@ -31,8 +31,6 @@ VECTORS = SHARED / "ltg_bert" / "reference_small.safetensors"
 @pytest.fixture(scope="module")
 def vectors():
     """(tensors by name, config) of the reference implementation's run in float64."""
-    if not VECTORS.is_file():
-        pytest.skip(f"no reference vectors at {VECTORS}; set REMASK_DATA to the folder that holds ltg_bert/")
     with safe_open(str(VECTORS), "pt") as file:
         config = json.loads(file.metadata()["config"])
         return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118
@@ -43,6 +41,7 @@ def reference_weights(vectors) -> dict[str, torch.Tensor]:
     return {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
 
 
+@pytest.mark.data("ltg_bert/reference_small.safetensors")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equal_to_the_reference(vectors, implementation, checkpointing):

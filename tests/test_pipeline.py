@@ -206,7 +206,9 @@ def test_given_text_comes_back_unchanged(copied, given):
         quick_test=True, overrides=[f"sampler.{given}={json.dumps(text)}", "sampler.num_samples=2"]
     )
     run_stages(run_dir, config, ["06_sample"], overwrite=True)
-    for r in pq.read_table(run_dir / "06_sample" / "samples.parquet").to_pylist():
+    rows = pq.read_table(run_dir / "06_sample" / "samples.parquet").to_pylist()
+    assert rows
+    for r in rows:
         assert r["text"].startswith("The value of the ")
         assert r["given"][:17] == [True] * 17 and not any(r["given"][17:])
 

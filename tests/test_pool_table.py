@@ -89,6 +89,47 @@ def test_a_stranger_is_of_another_group_and_every_pool_is_one_once():
     assert not np.array_equal(pools.strangers(3), pools.strangers(4))
 
 
+def baselines(scores: dict[str, list[float]]) -> pa.Table:
+    """Of every candidate by its number, in no order."""
+    rows = [
+        {"example_id": n, "candidate_id": i, "score_trees": s}
+        for n, v in scores.items()
+        for i, s in enumerate(v)
+    ]
+    return pa.Table.from_pylist(rows[::-1])
+
+
+def test_every_pool_has_the_prompt_group_and_baseline_of_its_own_example():
+    """Whatever order the tables are in: an example's row, and a candidate's score, are found by their keys."""
+    rewards = {"a": [0, 1, 0.5], "b": [1.0, 0], "c": [0.25, 0.75, 0.5]}
+    scores = {"c": [7.0, 8, 9], "a": [1.0, 2, 3], "x": [0.0], "b": [4.0, 5]}
+    made = candidates(rewards).filter(pa.array([True, True, True, False, True, True, True, True]))
+    found = PoolTable.of(candidates(rewards), examples("c", "x", "b", "a"), baselines(scores))
+    assert found.prompts == ["ask a", "ask b", "ask c"] and found.groups.tolist() == ["a", "b", "c"]
+    assert found.baselines["trees"].tolist() == [[1, 2, 3], [4, 5, 0], [7, 8, 9]]
+    assert found.present.tolist() == [[True] * 3, [True, True, False], [True] * 3]
+    for values in (found.rewards, found.terms["a"], found.candidate_ids):
+        assert values[1, 2] == 0
+    assert found.texts[1].tolist() == ["b0", "b1", ""] and found.kinds[1, 2] == "" == found.values[1, 2]
+    assert found.terms["a"][0].tolist() == [1, 0, 0.5]
+    skipped = PoolTable.of(
+        made, examples("b", "c", "a"), baselines(scores)
+    )  # b's one candidate is its second
+    assert skipped.skipped == 1 and skipped.baselines["trees"].tolist() == [[1, 2, 3], [7, 8, 9]]
+    numbered = made.set_column(1, "candidate_id", pa.array([2, 1, 0, 1, 0, 2, 1]))
+    swapped = PoolTable.of(numbered, examples("a", "b", "c"), baselines(scores))
+    assert swapped.baselines["trees"].tolist() == [[3, 2, 1], [7, 9, 8]]
+
+
+def test_draws_cut_everything_that_belongs_to_candidates():
+    scores = {"a": [float(i) for i in range(8)]}
+    whole = PoolTable.of(candidates({"a": [1, 0, 0, 0, 0, 1, 0, 0]}), examples("a"), baselines(scores))
+    for number, part in enumerate(whole.draws(K)):
+        own = slice(number * K, number * K + K)
+        assert part.baselines["trees"].tolist() == [scores["a"][own]]
+        assert part.terms["a"].shape == part.kinds.shape == part.values.shape == (1, K)
+
+
 def test_pools_of_equal_rewards_are_skipped_and_counted():
     rows, skipped = decided_pools(candidates({"a": [1, 1], "b": [0, 1, 0], "c": [0.5]}))
     assert rows.tolist() == [[2, 3, 4]] and skipped == 2

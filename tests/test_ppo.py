@@ -360,6 +360,9 @@ def test_the_critic_ignores_order_and_absent_candidates_and_leaves_features_alon
         torch.testing.assert_close(head(features.flip(1), present.flip(1)), value)
         junk = features.masked_fill(~present.unsqueeze(-1), torch.nan)
         torch.testing.assert_close(head(junk, present), value)
+        for n in np.flatnonzero(~PRESENT.all(1))[:4]:  # as if the absent ones had no place at all
+            alone = features[n : n + 1, present[n]]
+            torch.testing.assert_close(head(alone, present[n : n + 1, present[n]]), value[n : n + 1])
     before = torch.random.get_rng_state()
     assert torch.equal(ValueHead(D, 8, seed=4).inner.weight, head.inner.weight)
     assert not torch.equal(ValueHead(D, 8, seed=5).inner.weight, head.inner.weight)

@@ -102,6 +102,7 @@ def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page):
 def test_the_page_shows_the_numbers_of_metrics_json(quick_run, page):
     metrics = json.loads((quick_run / "06_sample" / "metrics.json").read_text())
     _, parsed = page
+    assert metrics["results"] and metrics["policies"]
     for row in metrics["results"]:
         assert row["model"] in parsed.text and f"{row['value']:.3f}" in parsed.text
     for row in metrics["policies"]:
@@ -477,6 +478,7 @@ def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_pat
             if not given:
                 hits.setdefault(row["policy"], []).append(ours == right)
     metrics = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
+    assert hits.keys() == {"critic", "none", "oracle"}
     for policy, found in hits.items():
         assert metrics[policy]["infill_accuracy"]["value"] == pytest.approx(np.mean(found))
     assert np.mean(hits["oracle"]) > np.mean(hits["none"])

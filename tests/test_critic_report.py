@@ -1,0 +1,247 @@
+"""What a critic is trained on and reported with, held by generators and critics whose every probability is known."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from lib.config import load_config
+from lib.diffusion.calibration import Calibration
+from lib.training.data import Windows
+from lib.training.objectives.error_detection import Seen, brier, detection
+from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.objectives.token_critic import Filled, TokenCritic
+from tests.trainings import CPU
+
+SPECIAL, MASK, COMMON, V = [0, 1, 2, 3], 1, 5, 14
+GENERATOR = np.array([0.0] * 4 + [0.05, 0.6] + [0.35 / 8] * 8)  # mostly the common token
+
+
+class Known(torch.nn.Module):
+    """A generator that says the same of every masked token, and a critic that says nothing."""
+
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+        blank = torch.zeros(input_ids.shape)
+        if head == "critic":
+            return SimpleNamespace(logits=blank, origin_logits=blank)
+        shape = input_ids.shape if logits_at is None else (len(logits_at),)
+        return SimpleNamespace(
+            logits=torch.from_numpy(np.log(np.maximum(GENERATOR, 1e-9))).float().expand(*shape, V)
+        )
+
+
+def objective(seed: int = 3, groups=None, windows: int = 24, **changes) -> TokenCritic:
+    """Text of which 0.6 is the common token, as the generator believes; windows end in padding."""
+    config = load_config(quick_test=True)
+    rng = np.random.default_rng(0)
+    rows = [rng.choice(V, 32, p=GENERATOR) for _ in range(windows)]
+    column = pa.chunked_array([pa.array([list(map(int, r)) for r in rows], pa.list_(pa.int32()))])
+    data = Windows(pa.table({"token_ids": column, "continues": [False] * windows}), 40, 0)
+    diffusion = MaskedDiffusion(config.diffusion, MASK, label="critic", train=data, held_out=data, runtime=CPU, seed=seed,
+                                batch_size=8, num_evaluated=windows)  # fmt: skip
+    names = np.arange(windows).astype(str) if groups is None else groups
+    return TokenCritic(config.critic.model_copy(update=changes), diffusion, SPECIAL, names)
+
+
+def filled_by(target: TokenCritic, rows: int = 8, model: Any = None) -> tuple[Filled, np.ndarray]:
+    index, ids, valid = target.diffusion.windows(range(rows))
+    return target.fill(model or Known(), ids, valid, index, "critic", rows), index
+
+
+# --- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_each_row_is_written_at_a_temperature_of_its_own_between_the_two():
+    filled, _ = filled_by(objective(temperature=(0.02, 8.0)), 64)
+    share = [
+        (row[w] == COMMON).mean() for row, w in zip(filled.ids, filled.written, strict=True) if w.sum() > 8
+    ]
+    assert min(share) < 0.25 < 0.9 < max(share)
+    cold, _ = filled_by(objective(temperature=(0.02, 0.02)), 8)
+    assert (cold.ids[cold.written] == COMMON).all()
+    even, _ = filled_by(objective(temperature=(1.0, 1.0)), 64)
+    assert (even.ids[even.written] == COMMON).mean() == pytest.approx(0.6, abs=0.07)
+
+
+def test_numbers_of_passes_are_even_on_a_logarithmic_scale():
+    passes = objective(rollout_passes=(1, 8))._passes(np.arange(20_000), "x")
+    share = np.bincount(passes, minlength=9)[1:] / 20_000
+    wanted = np.log((np.arange(8) + 2) / (np.arange(8) + 1)) / np.log(9)
+    np.testing.assert_allclose(share, wanted, atol=0.01)
+
+
+def test_filling_leaves_a_model_in_the_mode_in_which_it_was():
+    for training in (True, False):
+        model = Known().train(training)
+        filled_by(objective(), model=model)
+        assert model.training == training
+
+
+# --- what counts in training -----------------------------------------------------------------------------------------------
+
+
+class Wild(torch.nn.Module):
+    """Log-odds of 0 where it matters and wild ones elsewhere; keeps what it read."""
+
+    def __init__(self, wild: np.ndarray):
+        super().__init__()
+        self.wild, self.read = torch.from_numpy(wild), []
+
+    def forward(self, input_ids, attention_mask=None, head="lm", given=None):
+        self.read.append(input_ids.numpy())
+        logits = torch.where(self.wild, 1e4, 0.0)
+        return SimpleNamespace(logits=logits, origin_logits=logits)
+
+
+def test_what_was_masked_again_carries_no_label_and_is_not_called_written():
+    target = objective(clean_fraction=1.0)
+    filled, index = filled_by(target)
+    hidden = filled.written & (np.arange(40) % 2 == 0)
+    partly = filled.partly_masked(hidden, MASK)
+    assert hidden.any() and (partly.ids[hidden] == MASK).all() and not partly.written[hidden].any()
+    np.testing.assert_array_equal(partly.written, filled.written & ~hidden)
+    np.testing.assert_array_equal(partly.ids[~hidden], filled.ids[~hidden])
+    for loss in target._critic_losses(Wild(hidden), partly, index, "critic"):
+        assert loss.item() == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_a_share_of_the_rows_is_read_with_masks():
+    for share, least, most in ((0.0, 0, 0), (1.0, 50, 64), (0.5, 20, 44)):
+        target = objective()
+        filled, index = filled_by(target, 64)
+        masked = (target._hide(filled, index, "critic", share).ids == MASK).any(1).sum()
+        assert least <= masked <= most
+    whole = objective(partial_fraction=0.0, coupling="decoupled")
+    reads: list[np.ndarray] = []
+
+    class Reader(Known):
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+            if head == "critic":
+                reads.append(input_ids.numpy())
+            return super().forward(input_ids, attention_mask, logits_at, head, given)
+
+    whole.loss(Reader(), 0, range(8))
+    assert not (reads.pop() == MASK).any()
+    objective(partial_fraction=1.0, coupling="decoupled").loss(Reader(), 0, range(8))
+    assert (reads.pop() == MASK).any()
+
+
+def test_given_tokens_count_as_often_as_asked_and_their_clean_label_is_right():
+    """A critic that is sure of errors among given tokens pays for those alone that are asked for."""
+    paid = {}
+    for share in (0.0, 0.3, 1.0):
+        target = objective(clean_fraction=share, origin_weight=0.0, labels="sampled")
+        filled, index = filled_by(target, 8)
+        given = filled.valid & ~filled.written
+        logits = np.where(given, 10.0, np.where(filled.ids != filled.clean, 40.0, -40.0))
+
+        class Sure(torch.nn.Module):
+            def forward(self, input_ids, logits=logits, **_):
+                return SimpleNamespace(
+                    logits=torch.from_numpy(logits), origin_logits=torch.from_numpy(logits)
+                )
+
+        loss = target._critic_losses(Sure(), filled, index, "critic")[0].item()
+        paid[share] = loss / 10 * filled.written.sum() / (1 - loss / 10) / given.sum()
+    assert paid[0.0] == pytest.approx(0, abs=1e-6) and paid[1.0] == pytest.approx(1, rel=1e-3)
+    assert paid[0.3] == pytest.approx(0.3, abs=0.1)
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_of_written_tokens_against_what_stood_there():
+    """Certain of errors among given tokens, and not quite among written ones: only the latter count."""
+    target: Any = objective(coupling="decoupled")
+    wrong, origin = [], []
+
+    def raw(model, filled, told):
+        differs = filled.ids != filled.clean
+        if told:
+            wrong.append(differs[filled.written])
+        else:
+            origin.append((filled.written[filled.valid], filled.valid.sum()))
+        error = np.where(filled.written, np.where(differs, 0.6, 0.2), 0.9)
+        return error, np.where(filled.valid, np.where(filled.written, 0.7, 0.1), 0.99)
+
+    target._raw = raw
+    found = target.evaluate(Known())
+    rate = np.concatenate(wrong).mean()
+    assert found["error_rate"] == pytest.approx(rate) and 0.3 < rate < 0.9
+    assert found["auroc"] == 1 and found["auroc_origin"] == 1
+    assert found["critic_loss"] == pytest.approx(-(rate * np.log(0.6) + (1 - rate) * np.log(0.8)))
+    assert set(found) == {"critic_loss", "auroc", "error_rate", "auroc_origin"}
+    joint: Any = objective(coupling="joint")
+    joint._raw = raw
+    assert "nelbo" in joint.evaluate(Known())
+
+
+def test_confidence_counts_as_certainty_of_being_right():
+    """The generator believes what is true of the text: where it was sure it is seldom wrong, by every one of its views."""
+    values, rows, _ = objective(temperature=(1.0, 1.0)).report(Known())
+    found = {name: score["auroc"]["value"] for name, score in values["detection"].items()}
+    for name in ("confidence", "confidence_fresh", "confidence_given", "confidence_of_those"):
+        assert found[name] > 0.75, name
+    assert found["critic"] == 0.5 and found["whole_text_confidence_fresh"] > 0.6
+    assert [(r.baseline, r.baseline_value) for r in rows] == [
+        ("chance", 0.5), ("confidence", found["confidence"]), ("confidence", found["confidence"]),
+        ("fresh confidence", found["whole_text_confidence_fresh"]),
+    ]  # fmt: skip
+    assert found["confidence"] != found["whole_text_confidence_fresh"]
+    assert values["auroc"] == found["critic"] and values["auroc_confidence"] == found["confidence"]
+    assert found["critic_blend"] == pytest.approx(found["confidence"], abs=0.02)  # the blend finds who knows
+
+
+def test_calibration_is_fitted_on_other_text_than_it_is_judged_on():
+    """A critic that says noise knows nothing, calibrated too: a curve judged on its own text would seem to know."""
+    found = []
+    for seed in range(8):
+        target: Any = objective(seed, windows=8)
+        noise = np.random.default_rng(seed)
+        target._raw = lambda model, filled, told, noise=noise: (noise.random(filled.ids.shape),) * 2
+        values = target.report(Known())[0]["detection"]
+        found.append([values[n]["auroc"]["value"] for n in ("critic_calibrated", "critic")])
+    calibrated, raw = np.mean(found, 0)
+    assert calibrated < 0.53 and abs(raw - 0.5) < 0.03
+
+
+def test_intervals_are_over_groups_of_windows():
+    """The same figures; of windows that belong together less is known."""
+    low = {}
+    for count in (24, 6):
+        target: Any = objective(groups=np.char.add("g", (np.arange(24) % count).astype(str)))
+        low[count] = target.report(Known())[0]["detection"]["confidence"]["auroc"]
+    assert low[24] != low[6]
+
+
+def views_of(count: int, copies: int = 1, given: int = 0, grouped: bool = True) -> Seen:
+    """`count` written tokens and `given` others, each so many times, as one group or each by itself."""
+    rng = np.random.default_rng(1)
+    critic = rng.random(count + given)
+    written = np.arange(count + given) < count
+    wrong = (rng.random(count + given) < critic) & written
+    columns = [np.repeat(x, copies) for x in (wrong, written, critic)]
+    group = np.repeat(np.arange(count + given), copies) if grouped else np.arange((count + given) * copies)
+    return Seen(columns[0], columns[1], group, *[columns[2]] * 8)
+
+
+def test_copies_of_a_group_tell_nothing_new():
+    found = [detection(views_of(60, 4, grouped=g), Calibration())["critic"]["auroc"] for g in (True, False)]
+    widths = [f["high"] - f["low"] for f in found]
+    assert widths[0] > 1.6 * widths[1] and found[0]["value"] == found[1]["value"]
+
+
+def test_given_tokens_are_in_no_reading_but_that_of_a_text_of_which_nothing_is_known():
+    seen = views_of(300, given=200)
+    for name in ("filled", "partial"):
+        assert len(seen.reading(name).wrong) == 300
+    assert len(seen.reading("unknown").wrong) == 500
+    found = detection(seen, Calibration())
+    clean = views_of(300)
+    for name in ("critic", "critic_unknown", "critic_partial", "confidence_of_those"):
+        assert found[name]["brier"] == pytest.approx(brier(seen.critic[:300], seen.wrong[:300])), name
+    assert found["whole_text_critic"]["brier"] == pytest.approx(brier(seen.critic, seen.wrong))
+    assert brier(clean.critic, clean.wrong) == pytest.approx(((clean.critic - clean.wrong) ** 2).mean())

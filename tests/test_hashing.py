@@ -1,0 +1,70 @@
+"""Hashes of folders and files: everything in them counts, and nothing but that."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lib.durable import folder_bytes, sha256_file, sha256_folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "model"
+    (root / "inner").mkdir(parents=True)
+    for name, text in {"config.json": "{}", "weights": "abc", "inner/vocab": "xyz"}.items():
+        (root / name).write_text(text)
+    return root
+
+
+def rewrite(root: Path) -> None:
+    (root / "weights").write_text("abd")
+
+
+def rewrite_inside(root: Path) -> None:
+    (root / "inner" / "vocab").write_text("xyy")
+
+
+def rename(root: Path) -> None:
+    (root / "weights").rename(root / "weight")
+
+
+def swap(root: Path) -> None:
+    """Two files of the same size exchange what they hold."""
+    (root / "weights").write_text("xyz")
+    (root / "inner" / "vocab").write_text("abc")
+
+
+def move_up(root: Path) -> None:
+    (root / "inner" / "vocab").rename(root / "vocab")
+
+
+def add_empty(root: Path) -> None:
+    (root / "inner" / "new").write_text("")
+
+
+def remove(root: Path) -> None:
+    (root / "inner" / "vocab").unlink()
+
+
+@pytest.mark.parametrize("change", [rewrite, rewrite_inside, rename, swap, move_up, add_empty, remove])
+def test_every_name_place_and_byte_is_in_a_folder_s_hash(folder, change):
+    before = sha256_folder(folder)
+    change(folder)
+    assert sha256_folder(folder) != before
+
+
+def test_where_a_folder_lies_and_when_it_was_written_is_not(folder, tmp_path):
+    copy = tmp_path / "elsewhere" / "other name"
+    shutil.copytree(folder, copy)
+    (copy / "weights").touch()
+    assert sha256_folder(copy) == sha256_folder(folder) and folder_bytes(copy) == 8
+
+
+def test_a_file_s_hash_is_that_of_its_bytes(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"abc")
+    b.write_bytes(b"abc")
+    assert (
+        sha256_file(a) == sha256_file(b) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )

@@ -1,0 +1,615 @@
+"""Training objectives and their reports, held by models whose every probability is known.
+
+A table of probabilities stands in for a network: what a loss, an evaluation and a baseline must be can then be summed by
+hand over the real tokens. Padding gets opinions so wild that one counted position would show.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from lib.config import load_config
+from lib.sections.masking import RandomMasking
+from lib.training.data import Rows, Sequences, Windows
+from lib.training.objectives.base import result_row
+from lib.training.objectives.build import make_objective
+from lib.training.objectives.language_model import MaskedDiffusion, NextToken
+from lib.training.objectives.ranker import BestCandidate, TokenPools
+from lib.training.objectives.sequence_scorer import SequenceClasses, SequenceScore
+from lib.training.objectives.token_classifier import TokenClasses
+from tests.trainings import CPU
+
+V, PAD, MASK, CLS = 14, 0, 1, 2
+
+
+def lists(rows) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array([list(map(int, r)) for r in rows], pa.list_(pa.int32()))])
+
+
+def documents(rows) -> pa.Table:
+    """A table of examples, each a document of its own."""
+    return pa.table({"token_ids": lists(rows), "continues": [False] * len(rows)})
+
+
+@torch.no_grad()
+def evaluate(target: Any, model: nn.Module) -> dict[str, float]:
+    return target.evaluate(model)
+
+
+@torch.no_grad()
+def report(target: Any, model: nn.Module) -> tuple[dict, list]:
+    return target.report(model)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+# --- next tokens ---------------------------------------------------------------------------------------------------------
+
+
+class Bigrams(nn.Module):
+    """The next token's logits are a row of a table, by the last token read; behind padding it bets all on nonsense."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(V, V, generator=torch.Generator().manual_seed(0)) * 2)
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        table = self.table.clone()
+        table[PAD] = torch.linspace(-90, 90, V)
+        return SimpleNamespace(logits=table[input_ids])
+
+    def nll(self, row) -> float:
+        """Nats of a text, the first token given [CLS]."""
+        logs = log_softmax(self.table.detach().numpy().astype(np.float64))
+        return -sum(logs[a, b] for a, b in zip([CLS, *row[:-1]], row, strict=True))
+
+
+RAGGED = [np.random.default_rng(i).integers(4, V, size) for i, size in enumerate((12, 3, 7, 12, 1, 5))]
+
+
+def next_token(train=RAGGED, held_out=RAGGED, **changes) -> NextToken:
+    windows = [Windows(documents(rows), 12, PAD) for rows in (train, held_out)]
+    return NextToken(CLS, **({"label": "ar", "train": windows[0], "held_out": windows[1], "runtime": CPU, "seed": 3,
+                              "batch_size": 6, "num_evaluated": 100} | changes))  # fmt: skip
+
+
+def test_a_causal_model_pays_for_every_token_given_those_before_it_and_for_no_padding():
+    target, model = next_token(), Bigrams()
+    total, count = sum(model.nll(r) for r in RAGGED), sum(map(len, RAGGED))
+    assert evaluate(target, model)["nll"] == pytest.approx(total / count, rel=1e-5)
+    values, (row,) = report(target, model)
+    assert values["nll"] == pytest.approx(total / count, rel=1e-5)
+    assert (
+        row.value == pytest.approx(values["nll"]) and row.low < row.value < row.high and row.lower_is_better
+    )
+    whole = next_token([RAGGED[1]] * 3)  # every window is the whole text, with padding behind
+    assert whole.loss(model, 0, range(6))["loss"].item() == pytest.approx(model.nll(RAGGED[1]) / 3, rel=1e-5)
+
+
+def test_the_id_and_the_width_of_padding_change_nothing():
+    model = Bigrams()
+    results = []
+    for width, pad in ((12, PAD), (12, 3), (20, PAD)):
+        windows = Windows(documents([r[:6] for r in RAGGED]), width, pad)
+        target = next_token(train=RAGGED)
+        target.held_out = target.train = windows
+        loss = target.loss(model, 0, range(6))
+        results.append((loss["loss"].item(), evaluate(target, model)["nll"]))
+        gradient = torch.autograd.grad(loss["loss"], model.table)[0]
+        assert gradient[PAD].abs().sum() == 0
+    assert results[0] == pytest.approx(results[1]) and results[0] == pytest.approx(results[2])
+
+
+# --- masked diffusion ----------------------------------------------------------------------------------------------------
+
+
+class Says(nn.Module):
+    """Token 5 has probability exp(-cost), whatever stands there; the others share the rest.
+
+    Args:
+        cost: number of masks of a row -> nats of token 5.
+        other: nats of token 6 in place of its share, for text of another split.
+    """
+
+    def __init__(self, cost, other: float | None = None, size: int = V):
+        super().__init__()
+        self.cost, self.other, self.size, self.read = cost, other, size, []
+
+    def forward(self, input_ids, attention_mask=None, logits_at=None, **_):
+        self.read.append((input_ids.numpy().copy(), attention_mask))
+        masks = (input_ids == MASK).sum(1)
+        nats = torch.tensor([float(self.cost(int(k))) for k in masks]).repeat_interleave(input_ids.shape[1])
+        if logits_at is not None:
+            nats = nats[logits_at]
+        known = {5: torch.exp(-nats)}
+        if self.other is not None:
+            known[6] = torch.full_like(nats, np.exp(-self.other))
+        rest = (1 - sum(known.values())) / (self.size - len(known))
+        shares = rest[:, None].repeat(1, self.size)
+        for token, share in known.items():
+            shares[:, token] = share
+        return SimpleNamespace(logits=shares.log())
+
+
+def diffusion(train, held_out, width: int = 16, **changes) -> MaskedDiffusion:
+    config = load_config(quick_test=True).diffusion.model_copy(update=changes.pop("config", {}))
+    windows = [Windows(documents(rows), width, PAD) for rows in (train, held_out)]
+    arguments: dict[str, Any] = {"label": "md", "train": windows[0], "held_out": windows[1], "runtime": CPU, "seed": 3,
+                                 "batch_size": 8, "num_evaluated": 100}  # fmt: skip
+    return MaskedDiffusion(config, MASK, **arguments | changes)
+
+
+FIVES = [np.full(16, 5)] * 24
+
+
+def test_every_row_weighs_the_same_however_much_of_it_is_masked():
+    """Cost by number of masks k: the bound is the mean over rows of cost(k), not over masks."""
+    target, model = diffusion(FIVES, FIVES), Says(lambda k: 0.2 + 0.1 * k)
+    loss = target.loss(model, 0, range(8))["loss"].item()
+    read = model.read.pop()[0]
+    counts = (read == MASK).sum(1)
+    assert set(np.unique(read)) == {MASK, 5} and len(set(counts.tolist())) > 4
+    assert loss == pytest.approx((0.2 + 0.1 * counts).mean(), rel=1e-5)
+    model.read.clear()
+    found = evaluate(target, model)
+    counts = np.concatenate([(ids == MASK).sum(1) for ids, _ in model.read])
+    assert len(counts) == 24 and found["nelbo"] == pytest.approx((0.2 + 0.1 * counts).mean(), rel=1e-5)
+
+
+def test_masked_accuracy_is_over_masked_tokens_only():
+    """Sure of token 5 where few are masked, of another where many are: right at so many of the masks."""
+    target, model = diffusion(FIVES, FIVES), Says(lambda k: 0.1 if k <= 8 else 4.0)
+    found = evaluate(target, model)
+    counts = np.concatenate([(ids == MASK).sum(1) for ids, _ in model.read])
+    assert found["masked_accuracy"] == pytest.approx(counts[counts <= 8].sum() / counts.sum())
+    assert 0 < found["masked_accuracy"] < 1
+
+
+def test_padding_changes_no_loss_and_is_never_read_as_text():
+    short = [np.full(n, 5) for n in (16, 9, 4, 1)] * 6
+    target, model = diffusion(short, short), Says(lambda k: 0.7)
+    for rows in (range(8), range(8, 16)):
+        assert target.loss(model, 0, rows)["loss"].item() == pytest.approx(0.7, rel=1e-5)
+    assert evaluate(target, model)["nelbo"] == pytest.approx(0.7, rel=1e-5)
+    for ids, mask in model.read:
+        assert mask is not None
+        np.testing.assert_array_equal(ids == PAD, ~mask.numpy())
+
+
+def test_training_text_is_trained_on_and_held_out_text_reported():
+    sixes = [np.full(16, 6)] * 12
+    target, model = diffusion(FIVES, sixes), Says(lambda k: 1.0, other=2.0)
+    assert target.loss(model, 0, range(8))["loss"].item() == pytest.approx(1, rel=1e-5)
+    assert evaluate(target, model)["nelbo"] == pytest.approx(2, rel=1e-5)
+    values, rows = report(target, model)
+    assert values["nelbo"] == pytest.approx(2, rel=1e-5)
+    assert values["train_nelbo"] == pytest.approx(1, rel=1e-5)
+    assert all(row.lower_is_better for row in rows)
+
+
+def test_a_report_draws_other_masks_for_every_held_out_window_several_times():
+    target, model = diffusion(FIVES, FIVES[:8]), Says(lambda k: 0.5)
+    report(target, model)
+    held_out = np.concatenate([ids for ids, _ in model.read])[:32]
+    masks = {tuple(row) for row in held_out == MASK}
+    assert len(held_out) >= 32 and len(masks) > 24
+
+
+def test_evaluation_draws_the_bound_s_masks_whatever_training_draws():
+    hard = {"min_masked_ratio": 0.6, "weight": "inverse_t", "masking": RandomMasking(type="random")}
+    counts = []
+    for changes in ({}, hard):
+        target, model = diffusion(FIVES, FIVES, config=changes), Says(lambda k: 0.5)
+        evaluate(target, model)
+        counts.append(np.concatenate([(ids == MASK).sum(1) for ids, _ in model.read]).tolist())
+    assert counts[0] == counts[1] and min(counts[0]) < 8
+
+
+def test_windows_of_training_begin_anywhere_in_a_text_and_every_label_has_its_own_order():
+    text = np.arange(4, 400)
+    target = next_token([text], [text])
+    starts = {int(row[0]) for r in range(0, 192, 6) for row in target.windows(range(r, r + 6))[1]}
+    assert len(starts) > 100
+    orders = [next_token(label=label)._order.samples(np.arange(6)).tolist() for label in ("a", "b", "a")]
+    assert orders[0] == orders[2] and sorted(orders[0]) == sorted(orders[1]) == list(range(6))
+    far = [Rows(0, label, 1000).samples(np.arange(1000)) for label in ("a", "b")]
+    assert (far[0] != far[1]).mean() > 0.9
+
+
+# --- constants beside which language models stand ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_the_unigram_baseline_knows_the_training_split_alone(kind):
+    rng = np.random.default_rng(0)
+    train, held_out = [rng.integers(4, 8, 16) for _ in range(9)], [rng.integers(6, V, 16) for _ in range(5)]
+    counts = np.bincount(np.concatenate(train), minlength=V) + 1.0
+    wanted = -np.log(counts / counts.sum())[np.concatenate(held_out)].mean()
+    if kind == "masked":
+        values, (row,) = report(diffusion(train, held_out), Says(lambda k: 1.0))
+    else:
+        values, (row,) = report(next_token(train, held_out), Bigrams())
+    assert values["unigram_nll"] == pytest.approx(wanted) == row.baseline_value and row.baseline == "unigram"
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_bits_per_character_are_nats_per_token_by_its_characters(kind):
+    if kind == "masked":
+        target, model, name = diffusion(FIVES, FIVES, characters_per_token=2.5), Says(lambda k: 1.5), "nelbo"
+    else:
+        target, model, name = next_token(characters_per_token=2.5), Bigrams(), "nll"
+    values, rows = report(target, model)
+    assert values["bits_per_character"] == pytest.approx(values[name] / 2.5 / np.log(2))
+    nats, bits = rows
+    for column in ("value", "low", "high", "baseline_value"):
+        assert getattr(bits, column) == pytest.approx(getattr(nats, column) / 2.5 / np.log(2))
+    plain, one = report(next_token() if kind == "causal" else diffusion(FIVES, FIVES), model)
+    assert plain["bits_per_character"] == pytest.approx(plain[name] / np.log(2)) and len(one) == 1
+
+
+# --- token classifier ----------------------------------------------------------------------------------------------------
+
+C = 3
+TABLE = np.random.default_rng(1).normal(size=(V, C)) * 2
+
+
+class ClassOf(nn.Module):
+    """Logits by the token itself; at padding it is sure of the wrong thing."""
+
+    def __init__(self):
+        super().__init__()
+        table = torch.from_numpy(TABLE).float()
+        table[PAD] = torch.tensor([-90.0, 0.0, 90.0])
+        self.table = nn.Parameter(table)
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def classified(seed: int, count: int, shares) -> tuple[list, list]:
+    """(sequences, their token classes)."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 9, count)
+    return [rng.integers(4, V, n) for n in sizes], [rng.choice(C, n, p=shares) for n in sizes]
+
+
+def classes_of(
+    weighting: str = "none", groups=None, confidence=None, train=None, held_out=None
+) -> TokenClasses:
+    ids, labels = train or classified(0, 12, [0.7, 0.2, 0.1])
+    other, other_labels = held_out or classified(1, 20, [0.4, 0.4, 0.2])
+    sequences = [Sequences(lists(rows), 8, PAD) for rows in (ids, labels, other, other_labels)]
+    return TokenClasses(
+        "inspector", *sequences, groups=np.arange(len(other)) if groups is None else groups, num_classes=C,
+        class_weighting=weighting, runtime=CPU, seed=3, num_evaluated=1000, confidence=confidence,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("weighting", ["none", "inverse_frequency", "dynamic"])
+def test_classes_weigh_as_configured_and_padding_nothing(weighting):
+    ids, labels = classified(0, 12, [0.7, 0.2, 0.1])
+    target, model = classes_of(weighting), ClassOf()
+    which = target._order.samples(np.arange(5))
+    tokens, classes = (np.concatenate([x[i] for i in which]) for x in (ids, labels))
+    costs = -log_softmax(TABLE)[tokens, classes]
+    of_all, of_batch = (np.bincount(c, minlength=C) / len(c) for c in (np.concatenate(labels), classes))
+    weights = {"none": np.ones(C), "inverse_frequency": 1 / of_all, "dynamic": 1 / np.maximum(of_batch, 1e-9)}
+    weight = weights[weighting][classes]
+    loss = target.loss(model, 0, range(5))["loss"]
+    assert loss.item() == pytest.approx((costs * weight).sum() / weight.sum(), rel=1e-5)
+    assert torch.autograd.grad(loss, model.table)[0][PAD].abs().sum() == 0
+    assert len(set(np.round(of_all, 3))) == C and np.abs(of_all - of_batch).max() > 0.02
+
+
+def test_a_rare_class_weighs_more_than_a_frequent_one():
+    target = classes_of("inverse_frequency")
+    weights = target._class_weights(np.zeros(1, int))
+    assert weights is not None and (np.argsort(weights.numpy()) == [0, 1, 2]).all()
+
+
+def test_classifications_are_counted_over_real_tokens_of_held_out_text():
+    target, model = classes_of(), ClassOf()
+    ids, labels = (np.concatenate(x) for x in classified(1, 20, [0.4, 0.4, 0.2]))
+    predicted = TABLE[ids].argmax(1)
+    found, values = evaluate(target, model), report(target, model)[0]
+    for result in (found, values):
+        assert result["cross_entropy"] == pytest.approx(-log_softmax(TABLE)[ids, labels].mean(), rel=1e-5)
+        assert result["accuracy"] == pytest.approx((predicted == labels).mean())
+        for c in range(C):
+            hits = ((predicted == c) & (labels == c)).sum()
+            assert result[f"precision_{c}"] == pytest.approx(hits / (predicted == c).sum())
+            assert result[f"recall_{c}"] == pytest.approx(hits / (labels == c).sum())
+    assert np.sum(values["confusion"]) == len(ids)
+
+
+def test_suspicion_of_changed_tokens_stands_beside_the_writer_s_confidence():
+    ids, labels = classified(1, 20, [0.4, 0.4, 0.2])
+    rng = np.random.default_rng(2)
+    confidence = [
+        rng.normal(size=len(row)) - 2 * (row > 0) for row in labels
+    ]  # unsure where it changed something
+    values, rows = report(classes_of(confidence=confidence), ClassOf())
+    flat, changed = np.concatenate(ids), np.concatenate(labels) > 0
+    chance = np.exp(log_softmax(TABLE))[flat]
+    assert values["auroc_changed"] == pytest.approx(roc_auc_score(changed, 1 - chance[:, 0]))
+    doubt = roc_auc_score(changed, -np.concatenate(confidence))
+    assert rows[1].baseline_value == pytest.approx(doubt) and doubt > 0.8 and not rows[1].lower_is_better
+    assert rows[0].lower_is_better
+    prior = np.bincount(np.concatenate(classified(0, 12, [0.7, 0.2, 0.1])[1]), minlength=C)
+    constant = -np.log(prior / prior.sum())[np.concatenate(labels)].mean()
+    assert values["constant_cross_entropy"] == pytest.approx(constant) == rows[0].baseline_value
+
+
+def test_intervals_of_a_classifier_are_over_whole_groups():
+    """Every sequence four times, as one group and as four."""
+    ids, labels = classified(1, 20, [0.4, 0.4, 0.2])
+    copies = [x for x in ids for _ in range(4)], [x for x in labels for _ in range(4)]
+    together, apart = (
+        report(classes_of(held_out=copies, groups=g), ClassOf())[1]
+        for g in (np.repeat(np.arange(20), 4), np.arange(80))
+    )
+    for one, other in zip(together, apart, strict=True):
+        assert one.value == pytest.approx(other.value)
+        assert one.high - one.low > 1.5 * (other.high - other.low), one.metric
+
+
+# --- sequence scorer -----------------------------------------------------------------------------------------------------
+
+
+class MeanToken(nn.Module):
+    """The mean of the real tokens behind [CLS], over V: it insists on [CLS] in front."""
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        assert (input_ids[:, 0] == CLS).all()
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        valid = valid.clone()
+        valid[:, 0] = 0
+        return SimpleNamespace(logits=((input_ids * valid).sum(1) / valid.sum(1))[:, None] / V)
+
+
+def texts_and_means(seed: int, count: int) -> tuple[list, np.ndarray]:
+    ids, _ = classified(seed, count, [1, 0, 0])
+    return ids, np.array([row.mean() / V for row in ids])
+
+
+def score_of(train_targets=None, held_out_targets=None, groups=None, **more) -> SequenceScore:
+    (ids, means), (other, other_means) = texts_and_means(0, 12), texts_and_means(1, 20)
+    return SequenceScore(
+        "judge", Sequences(lists(ids), 8, PAD), means if train_targets is None else train_targets,
+        Sequences(lists(other), 8, PAD), other_means if held_out_targets is None else held_out_targets,
+        np.arange(20) if groups is None else groups, CLS, CPU, 3, 1000, **more,
+    )  # fmt: skip
+
+
+def test_a_scorer_reads_cls_in_front_and_each_target_belongs_to_its_own_text():
+    target, model = score_of(), MeanToken()
+    for rows in (range(5), range(7, 12), range(10, 15)):
+        assert target.loss(model, 0, rows)["loss"].item() < 1e-12
+    assert evaluate(target, model)["mse"] < 1e-12 and report(target, model)[0]["mse"] < 1e-12
+    means = texts_and_means(0, 12)[1]
+    shifted = score_of(train_targets=means + 0.3)
+    assert shifted.loss(model, 0, range(5))["loss"].item() == pytest.approx(0.09, rel=1e-4)
+
+
+def test_a_scorer_stands_beside_the_mean_of_the_training_targets():
+    rng = np.random.default_rng(0)
+    means = texts_and_means(1, 20)[1]
+    held_out = means + rng.normal(0, 0.1, 20)
+    target = score_of(held_out_targets=held_out)
+    values, (mse, r2) = report(target, MeanToken())
+    constant = texts_and_means(0, 12)[1].mean()
+    assert values["constant_mse"] == pytest.approx(((held_out - constant) ** 2).mean()) == mse.baseline_value
+    error = ((means - held_out) ** 2).mean()
+    assert mse.value == pytest.approx(error, rel=1e-4) and mse.low < mse.value < mse.high
+    assert r2.value == pytest.approx(1 - error / values["constant_mse"], rel=1e-4)
+    assert r2.low < r2.value < r2.high and mse.lower_is_better and not r2.lower_is_better
+
+
+def test_intervals_of_a_scorer_are_over_whole_groups():
+    rng = np.random.default_rng(0)
+    ids, means = texts_and_means(1, 20)
+    targets = means + rng.normal(0, 0.1, 20)
+    rows = []
+    for groups in (np.repeat(np.arange(20), 4), np.arange(80)):
+        target = score_of()
+        target.held_out = Sequences(lists([x for x in ids for _ in range(4)]), 8, PAD)
+        target.held_out_targets, target._groups = np.repeat(targets, 4), groups
+        rows.append(report(target, MeanToken())[1])
+    for one, other in zip(*rows, strict=True):
+        assert one.value == pytest.approx(other.value) and one.high - one.low > 1.5 * (other.high - other.low)
+
+
+def test_confidence_is_judged_on_other_texts_than_its_curve_was_fitted_on():
+    """Noise as confidence: fitted and judged on the same few texts it would seem to tell something."""
+    found = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        noise = [np.full(3, x) for x in rng.normal(size=20)]
+        found.append(
+            score_of(held_out_targets=rng.random(20), confidence=noise).report(MeanToken())[0]["confidence"][
+                "r2"
+            ]
+        )
+    assert np.mean(found) < 0
+
+
+def test_the_least_error_is_learned_on_training_texts_whether_reward_falls_or_rises_with_change():
+    train, held_out = np.linspace(0, 1, 12), np.linspace(0, 1, 20)
+    for sign in (1, -1):
+        falls = [0.5 + sign * 0.4 * (x - 0.5) for x in (train, held_out)]
+        values, _ = score_of(*falls, changed=(train, held_out)).report(MeanToken())
+        assert values["irreducible_mse"] < 1e-3 and values["best_r2"] > 0.97
+    other = score_of(0.5 + 0.2 * train, 0.1 + 0.2 * held_out, changed=(train, held_out))
+    assert other.report(MeanToken())[0]["irreducible_mse"] == pytest.approx(0.16, rel=0.05)
+
+
+class LengthClass(nn.Module):
+    """Class by the length of the text: short, middle, long, with probability 0.8."""
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        number = ((valid.sum(1) - 1) // 3).clamp(max=2)
+        logits = torch.full((len(input_ids), C), np.log(0.1)).scatter(1, number[:, None], np.log(0.8))
+        return SimpleNamespace(logits=logits)
+
+
+def test_classes_of_sequences_stand_beside_the_training_shares():
+    ids, other = classified(0, 12, [1, 0, 0])[0], classified(1, 20, [1, 0, 0])[0]
+    truth = [np.minimum(np.array([len(r) for r in rows]) // 3, 2) for rows in (ids, other)]
+    held_out = np.where(np.arange(20) % 4 == 0, 0, truth[1])  # some are not what their length says
+    target = SequenceClasses(
+        "judge", Sequences(lists(ids), 8, PAD), truth[0], Sequences(lists(other), 8, PAD), held_out,
+        np.arange(20), CLS, CPU, 3, 1000, num_classes=C,
+    )  # fmt: skip
+    model = LengthClass()
+    assert target.loss(model, 0, range(12))["loss"].item() == pytest.approx(-np.log(0.8), rel=1e-5)
+    values, (row,) = report(target, model)
+    hit = truth[1] == held_out
+    assert 0 < hit.mean() < 1 and values["accuracy"] == pytest.approx(hit.mean())
+    costs = np.where(hit, -np.log(0.8), -np.log(0.1))
+    assert values["cross_entropy"] == pytest.approx(costs.mean(), rel=1e-5) == row.value
+    shares = np.bincount(truth[0], minlength=C) / 12
+    assert row.baseline_value == pytest.approx(-np.log(np.maximum(shares, 1e-9))[held_out].mean())
+    hits = ((truth[1] == 0) & (held_out == 0)).sum()
+    assert values["recall_0"] == pytest.approx(hits / (held_out == 0).sum())
+    assert values["precision_0"] == pytest.approx(hits / (truth[1] == 0).sum())
+
+
+# --- ranker without prompts ----------------------------------------------------------------------------------------------
+
+
+class FirstToken(nn.Module):
+    """(N, K) scores: the token behind [CLS], and a lot for an empty row."""
+
+    def forward(self, ids, valid):
+        assert (ids[..., 0] == CLS).all() and valid[..., 0].all()
+        return torch.where(valid[..., 1], ids[..., 1].float(), 99.0)
+
+
+def token_pools(rewards: np.ndarray, rows: np.ndarray) -> TokenPools:
+    return TokenPools(rows, rewards, {"half": rewards / 2}, np.arange(len(rows)))
+
+
+def test_the_best_candidate_of_a_pool_is_learned_and_reported_where_there_is_one():
+    sequences = Sequences(lists([[4 + i % 10, 5] for i in range(24)]), 8, PAD)
+    train_rows, rows = np.arange(12).reshape(4, 3), np.arange(12, 24).reshape(4, 3).copy()
+    rows[1, 2] = -1
+    rng = np.random.default_rng(0)
+    rewards = [np.round(rng.random((4, 3)), 2) for _ in range(2)]
+    target = BestCandidate(
+        "ranker",
+        sequences,
+        token_pools(rewards[0], train_rows),
+        token_pools(rewards[1], rows),
+        CLS,
+        CPU,
+        3,
+        1000,
+    )
+    scores = np.where(rows >= 0, 4.0 + rows % 10, -np.inf)
+    present = rows >= 0
+    best = np.where(present, rewards[1], -1).argmax(1)
+    costs = -log_softmax(scores)[np.arange(4), best]
+    np.testing.assert_allclose(target.scores(FirstToken(), rows), scores)
+    found = evaluate(target, FirstToken())
+    assert found["loss"] == pytest.approx(costs.mean(), rel=1e-4)
+    chosen = scores.argmax(1)
+    assert found["accuracy"] == pytest.approx((chosen == best).mean())
+    assert found["average_reward"] == pytest.approx(rewards[1][np.arange(4), chosen].mean())
+    values, (row,) = report(target, FirstToken())
+    assert row.value == found["accuracy"] and not row.lower_is_better
+    assert row.baseline_value == pytest.approx((1 / present.sum(1)).mean()) and row.baseline == "chance"
+    assert values["terms"]["half"]["winner"] == pytest.approx(found["average_reward"] / 2)
+    which = target._order.samples(np.arange(4))
+    own = -log_softmax(4.0 + train_rows % 10)[np.arange(4), rewards[0].argmax(1)]
+    assert target.loss(FirstToken(), 0, range(4))["loss"].item() == pytest.approx(own[which].mean(), rel=1e-4)
+
+
+# --- what a result claims ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lower_is_better", "baseline", "beats"),
+    [(True, 1.3, True), (True, 1.1, False), (True, 0.5, False),
+     (False, 0.7, True), (False, 0.9, False), (False, 1.5, False)],
+)  # fmt: skip
+def test_a_baseline_is_beaten_by_the_whole_interval_alone(lower_is_better, baseline, beats):
+    from lib.metrics import Estimate
+
+    row = result_row("m", "x", Estimate(1.0, 0.8, 1.2), "b", baseline, lower_is_better=lower_is_better)
+    assert row.beats_baseline == beats and row.as_dict()["beats_baseline"] == beats
+
+
+# --- from tables to objectives -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def materials():
+    """Two splits of candidates and examples whose every number is known."""
+    from lib.tokenization import encode_batch, train_tokenizer
+    from lib.training.tables import Materials
+
+    tokenizer = train_tokenizer("character", ["abcdefghij é"], 0)
+    config = load_config(quick_test=True)
+
+    def examples(split: str) -> pa.Table:
+        texts = ["abcé"] * 4 if split == "train" else ["éé", "abéé"]
+        ids = [i[::2].tolist() for i in encode_batch(tokenizer, texts)]  # as if a token were two characters
+        return pa.table(
+            {"target": texts, "token_ids": ids, "continues": [False] * len(ids), "prompt": [""] * len(ids)}
+        )
+
+    def candidates(split: str) -> pa.Table:
+        letters = "abcdef" if split == "train" else "ghijab"
+        rewards = [0.0, 0.24, 0.26, 0.49, 0.51, 1.0] if split == "train" else [1.0, 0.5, 0.2, 0.1, 0.9, 0.3]
+        ids = [i.tolist() for i in encode_batch(tokenizer, [x * 3 for x in letters])]
+        return pa.table({
+            "example_id": [f"{split}{i // 3}" for i in range(6)], "group": [f"{split}{i // 3}" for i in range(6)],
+            "token_ids": pa.chunked_array([pa.array(ids, pa.list_(pa.int32()))]),
+            "token_labels": pa.chunked_array([pa.array([[0, 1, 2]] * 6, pa.list_(pa.int8()))]),
+            "token_confidence": pa.chunked_array([pa.array([[-0.5] * 3] * 6, pa.list_(pa.float32()))]),
+            "changed_fraction": [0.5, 0.1, 0.2, 0.3, 0.4, 0.6], "reward": rewards,
+        })  # fmt: skip
+
+    return Materials(config, tokenizer, CPU, examples, candidates)
+
+
+def objective_of(materials, name: str, **changes) -> Any:
+    spec = materials.config.models[name].model_copy(update=changes)
+    return make_objective(name, spec, materials, 16)
+
+
+def test_a_ranker_s_pools_hold_the_candidates_of_their_own_split(materials):
+    target = objective_of(materials, "ranker")
+    for pools, letters in ((target.train, "abcdef"), (target.held_out, "ghijab")):
+        ids, valid = target.sequences.batch(pools.rows)
+        read = [
+            materials.tokenizer.decode(row[ok])
+            for row, ok in zip(ids.reshape(6, -1), valid.reshape(6, -1), strict=True)
+        ]
+        assert [text[0] for text in read] == list(letters)
+    assert target.held_out.rewards.reshape(-1).tolist() == [1.0, 0.5, 0.2, 0.1, 0.9, 0.3]
+
+
+def test_rewards_become_equal_bands_of_classes(materials):
+    target = objective_of(
+        materials, "judge", mode="sequence_scorer", target_type="classification", num_classes=4
+    )
+    assert target.train_targets.tolist() == [0, 0, 1, 1, 2, 3]
+    assert target.held_out_targets.tolist() == [3, 2, 0, 0, 3, 1]
+
+
+def test_characters_are_counted_as_characters(materials):
+    """Two characters a token, some of two bytes."""
+    values, rows = report(
+        objective_of(materials, "generator"), Says(lambda k: 1.0, size=len(materials.tokenizer))
+    )
+    assert values["bits_per_character"] == pytest.approx(values["nelbo"] / 2 / np.log(2)) and len(rows) == 2

@@ -1,0 +1,121 @@
+"""Stage 05's three ways to train a ranker further: what each minimises, where it is judged, and what it is said to gain."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib.config import load_config
+from lib.models.packing import Pools
+from lib.ranking.metrics import ranking_metrics
+from lib.ranking.ppo import ActorCritic, ValueHead
+from lib.training import policy
+from lib.training.loop import Result
+from lib.training.policy import START, PolicyTraining, compare
+from tests.test_pool_choice import Stub, made_table, reader_of, reads_candidate, reads_prompt, tokenizer
+from tests.trainings import CPU
+
+__all__ = ["tokenizer"]  # a fixture
+
+
+@pytest.fixture
+def training(tmp_path) -> PolicyTraining:
+    config = load_config(quick_test=True)
+    ranker = config.ranker.model_copy(update={"loss": "listwise", "word_dropout": 0.3})
+    config = config.model_copy(update={"ranker": ranker})
+    tables = made_table(1), made_table(2), made_table(3)
+    return PolicyTraining(config, CPU, tmp_path / "start", tmp_path / "05", *tables)
+
+
+def by_candidate(table) -> np.ndarray:
+    """(N, K) what `reads_candidate` scores."""
+    numbers = [[(int(t[1:]) + 4) / 7 if t else -np.inf for t in row] for row in table.texts]
+    return np.array(numbers)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
+
+
+def actor_critic(rule) -> Any:
+    return ActorCritic(Stub(rule), ValueHead(4))
+
+
+def test_ppo_samples_and_the_exact_way_sums(training, tokenizer):
+    for way, estimator in (("ppo", "sampled"), ("exact", "exact")):
+        goal: Any = training._policy_gradient(way, Stub(reads_candidate), reader_of(tokenizer))
+        assert goal.estimator == estimator and goal.selection == "regret"
+        np.testing.assert_array_equal(goal.rewards.numpy(), training.train.rewards.astype(np.float32))
+        np.testing.assert_array_equal(goal.present.numpy(), training.train.present)
+
+
+def test_the_policy_is_held_to_the_chances_that_it_had_at_its_start(training, tokenizer):
+    goal: Any = training._policy_gradient("ppo", Stub(reads_candidate), reader_of(tokenizer))
+    np.testing.assert_allclose(goal.log_start.exp(), softmax(by_candidate(training.train)), atol=1e-6)
+
+
+def test_the_best_step_is_that_of_least_regret_on_the_selection_pools(training, tokenizer):
+    """Regret of what the policy would draw: of chances, not of the highest score alone."""
+    goal: Any = training._policy_gradient("ppo", Stub(reads_candidate), reader_of(tokenizer))
+    table = training.selection
+    expected = (softmax(by_candidate(table)) * table.rewards).sum(1)
+    found = goal.evaluate(actor_critic(reads_candidate))
+    assert found["expected_reward"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert found["regret"] == pytest.approx((table.rewards.max(1) - expected).mean(), rel=1e-5)
+    chosen = table.rewards[np.arange(len(table)), by_candidate(table).argmax(1)]
+    assert found["average_reward"] == pytest.approx(chosen.mean())
+    sure = goal.evaluate(actor_critic(lambda *a: 50 * reads_prompt(*a)))
+    assert sure["regret"] < 1e-6 < found["regret"] and sure["accuracy"] == 1
+
+
+class Ranker(torch.nn.Module):
+    """Of a width, for the value head; scores by the candidate as trained at `path`, by the prompt elsewhere."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.stub = path, Stub(reads_candidate if path.name == "best_model" else reads_prompt)
+
+    def forward(self, pools: Pools) -> torch.Tensor:
+        return self.stub(pools)
+
+
+def test_plain_cross_entropy_is_trained_whatever_the_ranker_s_loss_and_the_best_model_is_measured(
+    training, tokenizer, monkeypatch
+):
+    caught: dict[str, Any] = {}
+
+    def train(model, objective, settings, runtime, folder, **_) -> Result:
+        caught.update(objective=objective, settings=settings, folder=folder)
+        return Result(3, 2, {}, 0.0, 0.0)
+
+    monkeypatch.setattr(policy, "train", train)
+    monkeypatch.setattr(policy, "load_ranker", lambda path, learning=False: (Ranker(path), tokenizer))
+    found = training.run("cross_entropy")
+    settings = caught["objective"].reader.settings
+    assert settings.loss == "cross_entropy" and settings.word_dropout == 0
+    assert caught["objective"].held_out is training.held_out and caught["objective"].train == [training.train]
+    assert caught["settings"].head_learning_rate is None
+    table = training.held_out
+    wanted = ranking_metrics(by_candidate(table), table.rewards, table.present)["accuracy"]
+    np.testing.assert_array_equal(found["accuracy"], wanted)
+    assert found["best_step"] == 2 and found["held_out"]["accuracy"]["value"] == pytest.approx(wanted.mean())
+    assert training.before()["accuracy"].mean() == 1  # the start reads the prompt
+
+
+def test_a_gain_is_the_way_s_accuracy_less_that_of_its_start():
+    def figures(hits) -> dict[str, Any]:
+        estimate = {"value": float(np.mean(hits)), "low": 0.0, "high": 1.0}
+        return {"accuracy": np.array(hits, float), "held_out": {"accuracy": estimate}}
+
+    found = {START: figures([0, 0, 1, 0]), "ppo": figures([1, 1, 1, 0]), "exact": figures([0, 0, 0, 0])}
+    gains, rows = compare(found, np.arange(4), 0)
+    assert (
+        gains["ppo"]["value"] == 0.5 and gains["exact"]["value"] == -0.25 and set(gains) == {"ppo", "exact"}
+    )
+    assert gains["ppo"]["low"] >= 0
+    assert [(r.model, r.value, r.baseline_value, r.lower_is_better) for r in rows] == [
+        ("ppo", 0.75, 0.25, False), ("exact", 0.0, 0.25, False)
+    ]  # fmt: skip

@@ -1,0 +1,432 @@
+"""The ranker's training and report, held by stubs that read the prompt, the candidate or the position and nothing else.
+
+A stub that reads one input finds the best candidate where that input tells it, and nowhere else: what a blind model, a
+control or a draw must do follows, to the number.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from lib.config import load_config
+from lib.models.packing import Pools
+from lib.ranking.losses import LOSSES
+from lib.ranking.metrics import ranking_metrics
+from lib.training.objectives.pool_choice import (
+    CONTROLS,
+    ELSEWHERE,
+    FIRST,
+    RANDOM,
+    REMOVED,
+    SWAPPED,
+    PoolChoice,
+    PoolReader,
+    measure,
+    simple_scores,
+)
+from lib.training.pool_table import PoolTable
+from tests.trainings import CPU
+
+N, K, WORDS = 24, 4, 40
+PAD, MASK = 0, 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token for each word w0 ... w39, and none around a text."""
+    vocabulary = {"[PAD]": PAD, "[UNK]": 1, "[MASK]": MASK, "a": 3} | {f"w{i}": 4 + i for i in range(WORDS)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    )
+
+
+def made_table(seed: int = 0, count: int = N, missing: bool = True, draw: int = 0) -> PoolTable:
+    """Prompts that name the word of the best candidate; some pools lack their last candidate.
+
+    Elsewhere every candidate reads as the word of the next one. In another draw the wrong ones are others.
+    """
+    rng = np.random.default_rng(seed)
+    best = rng.integers(0, K - 1, count)
+    words = np.array([rng.permutation(WORDS)[: K * 8].reshape(8, K)[draw] for _ in range(count)])
+    own = np.array([rng.integers(WORDS) for _ in range(count)])
+    words = np.where(words == own[:, None], (words + 7) % WORDS, words)
+    words[np.arange(count), best] = own
+    present = np.ones((count, K), bool)
+    if missing:
+        present[::3, K - 1] = False
+    rewards = np.round(rng.uniform(0, 0.8, (count, K)), 2)
+    rewards[np.arange(count), best] = 1.0
+    texts = np.where(present, np.char.add("w", words.astype(str)).astype(object), "")
+    controls = np.where(present, np.roll(texts, 1, 1), "")
+    controls[present & (controls == "")] = "w0"
+    return PoolTable(
+        example_ids=[f"e{i}" for i in range(count)],
+        prompts=[f"w{word}" for word in own],
+        tags=[["odd" if i % 2 else "even"] for i in range(count)],
+        groups=np.array([f"g{i // 2}" for i in range(count)], object),
+        candidate_ids=np.tile(np.arange(K), (count, 1)),
+        texts=texts,
+        controls=controls,
+        kinds=np.where(present, np.where(rewards == 1, "gold", "other"), ""),
+        values=np.where(present, "1", ""),
+        rewards=np.where(present, rewards, 0),
+        terms={"half": rewards / 2},
+        present=present,
+        baselines={"trees": rng.random((count, K))},
+    )
+
+
+class Stub(nn.Module):
+    """Scores (B, K) by `rule(prompt words of a pool, candidate's words, its position)`; keeps what it was shown."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule, self.shown = rule, []
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, pools: Pools) -> torch.Tensor:
+        self.shown.append(pools)
+        scores = torch.full(pools.candidate_mask.shape[:2], -torch.inf)
+        for b, k in pools.candidate_mask.any(-1).nonzero().tolist():
+            prompt = set(pools.prompt_ids[b][pools.prompt_mask[b]].tolist())
+            candidate = pools.candidate_ids[b, k][pools.candidate_mask[b, k]].tolist()
+            scores[b, k] = self.rule(prompt, candidate, k)
+        return scores * self.scale
+
+
+def reads_prompt(prompt: set[int], candidate: list[int], place: int) -> float:
+    return float(candidate[0] in prompt)
+
+
+def reads_candidate(prompt: set[int], candidate: list[int], place: int) -> float:
+    return candidate[0] / 7
+
+
+def reads_position(prompt: set[int], candidate: list[int], place: int) -> float:
+    return -place / 2
+
+
+def reader_of(tokenizer, blind: bool = False, **changes) -> PoolReader:
+    settings = load_config(quick_test=True).ranker.model_copy(update={"word_dropout": 0.0, **changes})
+    return PoolReader(tokenizer, settings, CPU, 0, blind)
+
+
+def choice_of(tokenizer, train=None, selection=None, held_out=None, blind=False, **changes) -> PoolChoice:
+    table = made_table()
+    return PoolChoice(
+        "r", train or [table], selection or table, held_out or table, reader_of(tokenizer, blind, **changes), 0, 1000
+    )  # fmt: skip
+
+
+def accuracy_of(table: PoolTable, scores: np.ndarray) -> float:
+    return float(ranking_metrics(scores, table.rewards, table.present)["accuracy"].mean())
+
+
+# --- losses --------------------------------------------------------------------------------------------------------------
+
+CONFIGURED = [
+    ("cross_entropy", {}, {}),
+    ("list_mle", {}, {}),
+    ("regression", {}, {}),
+    ("listwise", {"temperature": 0.7}, {"temperature": 0.7}),
+    ("pairwise", {"margin": 0.6}, {"margin": 0.6}),
+]
+
+
+@pytest.mark.parametrize(("loss", "settings", "arguments"), CONFIGURED)
+def test_the_configured_loss_with_its_settings_is_what_is_trained_and_evaluated(
+    tokenizer, loss, settings, arguments
+):
+    """By hand, from the stub's scores of the pools that a step asks for."""
+    target, table = choice_of(tokenizer, loss=loss, **settings), made_table()
+    model = Stub(reads_candidate)
+    which = np.concatenate([target._order.samples(np.arange(8, 16))])
+    scores = torch.full((N, K), -torch.inf)
+    for n, k in zip(*np.nonzero(table.present), strict=True):
+        scores[n, k] = (int(table.texts[n, k][1:]) + 4) / 7
+    wanted = LOSSES[loss](
+        scores, torch.from_numpy(table.rewards).float(), torch.from_numpy(table.present), **arguments
+    )
+    assert target.loss(model, 1, range(8, 16))["loss"].item() == pytest.approx(
+        wanted[which].mean().item(), rel=1e-5
+    )
+    assert target.evaluate(model)["loss"] == pytest.approx(wanted.mean().item(), rel=1e-5)
+    others = [name for name in LOSSES if name != loss]
+    plain = [
+        LOSSES[n](scores, torch.from_numpy(table.rewards).float(), torch.from_numpy(table.present))
+        for n in others
+    ]
+    assert all(abs(wanted.mean() - other.mean()) > 1e-3 for other in plain)  # else equality would mean little
+
+
+def test_absent_candidates_have_no_part_in_a_loss(tokenizer):
+    """Whatever reward stands where there is no candidate."""
+    table = made_table()
+    assert not table.present.all()
+    wild = replace(table, rewards=np.where(table.present, table.rewards, 9.0))
+    for loss in LOSSES:
+        losses = [
+            choice_of(tokenizer, [t], t, loss=loss).loss(Stub(reads_candidate), 0, range(N))["loss"].item()
+            for t in (table, wild)
+        ]
+        assert losses[0] == losses[1] and np.isfinite(losses[0])
+
+
+def test_a_pool_narrower_than_the_widest_lacks_its_last_candidates(tokenizer):
+    """Scores of a batch without a full pool are filled up with what can never win."""
+    table = made_table()
+    narrow = np.flatnonzero(~table.present[:, -1])
+    scores = reader_of(tokenizer).scores(Stub(lambda *_: -5.0), table, narrow)
+    assert scores.shape == (len(narrow), K)
+    assert torch.equal(torch.isfinite(scores), torch.from_numpy(table.present[narrow]))
+
+
+# --- what is read --------------------------------------------------------------------------------------------------------
+
+
+def test_who_reads_the_prompt_is_right_and_blind_at_chance(tokenizer):
+    table = made_table()
+    chance = np.mean(1 / table.present.sum(1))
+    for blind, accuracy in ((False, 1.0), (True, chance)):
+        target, model = choice_of(tokenizer, blind=blind), Stub(reads_prompt)
+        assert target.evaluate(model)["accuracy"] == pytest.approx(accuracy)
+        assert target.report(model)[0]["accuracy"]["value"] == pytest.approx(accuracy)
+        target.loss(model, 0, range(8))
+        assert any(pools.prompt_mask.any() for pools in model.shown) != blind
+
+
+def test_controls_are_followed_to_the_number(tokenizer):
+    """Without the question, with another's, with other words for the candidates: the stub answers what it is asked then."""
+    table, model = made_table(), Stub(reads_prompt)
+    others = choice_of(tokenizer).report(model)[0]["others"]
+    strangers = [table.prompts[i] for i in table.strangers(0)]
+
+    def by_hand(prompts: list[str], texts: Any) -> float:
+        scores = np.where(texts == np.array(prompts, object)[:, None], 1.0, 0.0)
+        return accuracy_of(table, scores)
+
+    wanted = {
+        REMOVED: by_hand([""] * N, np.where(table.present, table.texts, "none")),
+        SWAPPED: by_hand(strangers, table.texts),
+        ELSEWHERE: by_hand(table.prompts, table.controls),
+    }
+    for name, value in wanted.items():
+        assert others[name]["accuracy"]["value"] == pytest.approx(value), name
+    assert max(wanted.values()) < 0.6 and set(CONTROLS) == set(wanted)
+
+
+def test_who_reads_the_candidate_alone_does_not_mind_the_question(tokenizer):
+    values = choice_of(tokenizer).report(Stub(reads_candidate))[0]
+    for name in (REMOVED, SWAPPED):
+        assert values["others"][name]["accuracy"] == values["accuracy"]
+        assert values["others"][name]["lead"] == {"value": 0, "low": 0, "high": 0}
+    moved = values["others"][ELSEWHERE]["accuracy"]["value"]
+    table = made_table()
+    numbers = np.array([[float(t[1:] or 0) if t else -1 for t in row] for row in table.controls])
+    assert moved == pytest.approx(accuracy_of(table, numbers)) != values["accuracy"]["value"]
+
+
+def test_who_reads_the_position_alone_is_the_first_candidate(tokenizer):
+    values = choice_of(tokenizer).report(Stub(reads_position))[0]
+    for name in (FIRST, *CONTROLS):
+        assert values["others"][name]["accuracy"] == values["accuracy"]
+    table = made_table()
+    assert values["accuracy"]["value"] == pytest.approx((table.rewards[:, 0] == 1).mean())
+    scores = simple_scores(table)
+    assert accuracy_of(table, scores[RANDOM]) == pytest.approx(np.mean(1 / table.present.sum(1)))
+
+
+def test_a_stranger_is_of_another_group_and_everybody_s_is_another(tokenizer):
+    table = made_table()
+    found = table.strangers(3)
+    assert (table.groups[found] != table.groups).all() and len(set(found.tolist())) > N / 2
+    assert (found != table.strangers(4)).any()
+    odd = replace(table, groups=np.array(["big"] * 16 + [f"g{i}" for i in range(8)], object))
+    assert (odd.groups[odd.strangers(0)] != odd.groups).all()
+
+
+def test_all_scores_are_those_of_each_pool_by_itself(tokenizer):
+    """More pools than are read at once, with prompts and texts of their own too."""
+    table = made_table(2, 70)
+    reader, model = reader_of(tokenizer), Stub(reads_prompt)
+    whole = reader.all_scores(model, table)
+    prompts = table.prompts[::-1]
+    swapped = reader.all_scores(model, table, prompts=prompts, texts=table.controls)
+    for n in range(70):
+        alone = np.array([n])
+        np.testing.assert_array_equal(reader.scores(model, table, alone)[0].detach().numpy(), whole[n])
+        expected = reader.scores(model, table, alone, [prompts[n]], table.controls)[0].detach().numpy()
+        np.testing.assert_array_equal(expected, swapped[n])
+
+
+def test_words_are_hidden_in_training_and_never_when_measuring(tokenizer):
+    target = choice_of(tokenizer, word_dropout=0.5)
+    model = Stub(reads_candidate)
+    target.loss(model, 0, range(N))
+    hidden = [(p.candidate_ids == MASK).any() and (p.prompt_ids == MASK).any() for p in model.shown]
+    assert all(hidden)
+    model.shown.clear()
+    target.evaluate(model)
+    target.report(model)
+    assert len(model.shown) > 4
+    assert not any((p.candidate_ids == MASK).any() or (p.prompt_ids == MASK).any() for p in model.shown)
+
+
+# --- which pools ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_pass_takes_the_next_draw_and_begins_again_after_the_last(tokenizer):
+    draws = [made_table(draw=d, missing=False) for d in range(3)]
+    target, model = choice_of(tokenizer, draws), Stub(reads_candidate)
+    for number in range(5 * N // 8):
+        model.shown.clear()
+        rows = range(number * 8, number * 8 + 8)
+        target.loss(model, number, rows)
+        words = [p.candidate_ids[..., 0] - 4 for p in model.shown]
+        seen = sorted(tuple(row.tolist()) for row in torch.cat(words))
+        which = target._order.samples(np.arange(rows.start, rows.stop))
+        wanted = [
+            tuple(int(t[1:]) for t in draws[r // N % 3].texts[n]) for r, n in zip(rows, which, strict=True)
+        ]
+        assert seen == sorted(wanted)
+    passes = [sorted(target._order.samples(np.arange(p * N, p * N + N)).tolist()) for p in range(3)]
+    assert passes == [list(range(N))] * 3
+
+
+def test_a_batch_over_the_end_of_a_pass_takes_pools_of_two_draws(tokenizer):
+    draws = [made_table(draw=d, missing=False) for d in range(2)]
+    target, model = choice_of(tokenizer, draws, loss="cross_entropy"), Stub(reads_candidate)
+    loss = target.loss(model, 2, range(20, 28))["loss"].item()
+    which = target._order.samples(np.arange(20, 28))
+    each = []
+    for row, n in zip(range(20, 28), which, strict=True):
+        table = draws[row // N]
+        scores = torch.tensor([(int(t[1:]) + 4) / 7 for t in table.texts[n]])
+        each.append(-torch.log_softmax(scores, 0)[int(table.rewards[n].argmax())].item())
+    assert loss == pytest.approx(np.mean(each), rel=1e-5)
+    assert [len(p.prompt_ids) for p in model.shown] == [4, 4]
+
+
+def test_the_best_step_is_chosen_on_selection_pools_and_reported_on_others(tokenizer):
+    """A stub that is right on one table alone says which one is read."""
+    selection, held_out = made_table(5), made_table(6, 30)
+    target = choice_of(tokenizer, [made_table(7)], selection, held_out)
+    known = {(p, t) for p, row in zip(selection.prompts, selection.texts, strict=True) for t in row}
+
+    def only_of_selection(prompt: set[int], candidate: list[int], place: int) -> float:
+        pair = next((f"w{w - 4}" for w in prompt), ""), f"w{candidate[0] - 4}"
+        return float(candidate[0] in prompt) if pair in known else -float(place == 0)
+
+    model = Stub(only_of_selection)
+    found = target.evaluate(model)
+    assert found["accuracy"] == 1 and found["regret"] == pytest.approx(0, abs=1e-7)
+    values, _ = target.report(model)
+    scores = target.reader.all_scores(model, held_out)
+    assert values["pools"] == 30 and values["accuracy"]["value"] == pytest.approx(
+        accuracy_of(held_out, scores)
+    )
+
+
+def test_regret_is_what_the_choices_earn_less_than_the_best_and_chooses_the_best_step(tokenizer):
+    table, target = made_table(), choice_of(tokenizer)
+    found = target.evaluate(Stub(reads_candidate))
+    numbers = np.where(table.present, [[float(t[1:] or 0) for t in row] for row in table.texts], -1)
+    earned = table.rewards[np.arange(N), numbers.argmax(1)]
+    assert found["regret"] == pytest.approx(1 - earned.mean()) and found["average_reward"] == pytest.approx(
+        earned.mean()
+    )
+    assert found["regret"] > target.evaluate(Stub(reads_prompt))["regret"] == pytest.approx(0, abs=1e-7)
+    assert target.selection == "regret"  # the loop minimises it: less is better
+
+
+def test_an_evaluation_takes_the_same_pools_each_time_and_as_many_as_asked(tokenizer):
+    target = PoolChoice("r", [made_table()], made_table(), made_table(), reader_of(tokenizer), 0, 10)
+    model = Stub(reads_candidate)
+    seen = []
+    for _ in range(2):
+        model.shown.clear()
+        target.evaluate(model)
+        seen.append(torch.cat([p.prompt_ids for p in model.shown]).flatten().tolist())
+    assert seen[0] == seen[1] and len(seen[0]) == 10
+
+
+# --- the report ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rival_is_the_best_that_is_no_control(tokenizer):
+    """A strong simple method is the baseline; a control never is, however well it does."""
+    table = made_table()
+    strong = replace(table, baselines={"trees": table.rewards * 1.0, "weak": -table.rewards})
+    values, (row,) = choice_of(tokenizer, held_out=strong).report(Stub(reads_candidate))
+    assert row.baseline == "trees" and row.baseline_value == 1.0
+    assert row.metric == "accuracy" and not row.lower_is_better
+    assert row.value == values["accuracy"]["value"] and (row.low, row.high) != (row.value, row.value)
+    weak = replace(table, baselines={"weak": -table.rewards}, controls=table.texts)
+    _, (row,) = choice_of(tokenizer, held_out=weak).report(Stub(reads_prompt))
+    assert row.baseline in (RANDOM, FIRST) and row.beats_baseline
+
+
+def test_leads_are_over_the_control_and_over_whole_groups(tokenizer):
+    """The lead is the ranker's accuracy less the control's; pools of one group that agree count once."""
+    values = choice_of(tokenizer).report(Stub(reads_prompt))[0]
+    for name, other in values["others"].items():
+        lead = other["lead"]["value"]
+        assert lead == pytest.approx(values["accuracy"]["value"] - other["accuracy"]["value"]), name
+    assert values["others"][REMOVED]["lead"]["value"] > 0.5
+    table = made_table(1, 40, missing=False)
+    twice = np.repeat(np.arange(20), 2)
+    copies = replace(
+        table, prompts=[table.prompts[i] for i in twice], texts=table.texts[twice], rewards=table.rewards[twice],
+        groups=np.array([f"g{i}" for i in twice], object),
+    )  # fmt: skip
+    scores = np.where(copies.texts > "w2", 1.0, 0.0)
+    grouped, loose = (measure(t, scores, 0) for t in (copies, replace(copies, groups=np.arange(40))))
+    widths: list[Any] = [m["accuracy"]["high"] - m["accuracy"]["low"] for m in (grouped, loose)]
+    assert widths[0] > 1.2 * widths[1]
+
+
+def test_errors_and_terms_are_those_of_the_winners():
+    table = made_table(missing=False)
+    scores = np.where(np.arange(K) == 1, 1.0, 0.0) * np.ones((N, 1))
+    values = measure(table, scores, 0)
+    wrong = table.rewards[:, 1] < 1
+    assert values["wrong_choices"]["other"]["chosen"] == wrong.sum() and "gold" not in values["wrong_choices"]
+    terms = values["terms"]
+    assert terms["reward"]["winner"] == pytest.approx(table.rewards[:, 1].mean())
+    assert terms["half"]["winner"] == pytest.approx(table.terms["half"][:, 1].mean())
+    assert terms["reward"]["best"] == 1 and terms["reward"]["random"] == pytest.approx(table.rewards.mean())
+    odd = values["tags"]["odd"]
+    assert odd["count"] == N / 2 and odd["accuracy"] == pytest.approx((~wrong)[1::2].mean())
+    sparse = made_table()
+    means = [row[there].mean() for row, there in zip(sparse.rewards, sparse.present, strict=True)]
+    assert measure(sparse, scores, 0)["terms"]["reward"]["random"] == pytest.approx(np.mean(means))
+
+
+def test_a_recipe_reads_blind_what_the_config_calls_blind(tokenizer, monkeypatch):
+    """From the config's `blind` to what the ranker is shown, and from its draws to what it trains on."""
+    from lib.training import recipes
+
+    table = made_table()
+    materials: Any = SimpleNamespace(
+        config=load_config(quick_test=True), tokenizer=tokenizer, runtime=CPU,
+        draws=lambda split: [table, made_table(1)], pools=lambda split: table, pools_for_selection=lambda: made_table(2),
+    )  # fmt: skip
+    monkeypatch.setattr(recipes, "start_ranker", lambda *_: (Stub(reads_prompt), tokenizer, "nowhere"))
+    spec = materials.config.models["judge"]
+    for blind in (False, True):
+        recipe: Any = recipes.ranker_recipe(
+            "r", spec.model_copy(update={"mode": "ranker", "blind": blind}), materials, None, None
+        )
+        accuracy = recipe.objective.evaluate(recipe.model)["accuracy"]
+        assert (accuracy == 1) != blind and len(recipe.objective.train) == 2
+        assert recipe.objective._selection.prompts == made_table(2).prompts
+        assert recipe.facts["blind"] == blind
