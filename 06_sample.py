@@ -102,6 +102,12 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         strange = sum(int((part.ids == bench.tokenizer.unk_token_id).sum()) for part in parts)
         if strange:
             say(f"{strange:,} tokens of {file} are outside the run's vocabulary and stand as [UNK]")
+        longer = sum(part.number == 1 for part in parts)
+        if longer:
+            say(
+                f"{longer:,} of {len(texts):,} texts have more than {bench.narrowest} tokens: all models, the judge too, read "
+                "them in consecutive windows of so many, and figures of a whole text are means over its tokens"
+            )
         rows = score(parts, bench)
         stage.write("scores", as_table(rows, schema.SCORES), schema.SCORES)
         known = documents_of(score(known_texts(bench), bench))

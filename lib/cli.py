@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.config import Config, load_config
-from lib.errors import CannotCreate, CannotWrite, Interrupted, RemaskError, UsageError, did_you_mean
+from lib.errors import (
+    BadConfig,
+    CannotCreate,
+    CannotWrite,
+    Interrupted,
+    RemaskError,
+    UsageError,
+    did_you_mean,
+)
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
@@ -150,6 +158,10 @@ def as_remask_error(error: BaseException) -> RemaskError | None:
     number = getattr(error, "errno", None)
     where = getattr(error, "filename", None) or "a file"
     text = str(error)
+    if "does not have a deterministic implementation" in text:
+        return BadConfig(
+            f"torch has no kernel for this device that gives the same bits each time: {text.splitlines()[0]} Set device=cpu"
+        )
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return CannotWrite(
             f"the disk is full while writing {where}; what was complete before still is. Free some space and run the same command again"

@@ -1,4 +1,7 @@
-"""Where and how the arithmetic runs: device, precision, threads. Found out once, recorded in the manifest."""
+"""Where and how the arithmetic runs: device, precision, threads. Found out once, recorded in the manifest.
+
+On a GPU every kernel is a deterministic one, as the promise of equal bits needs: torch refuses an operation that has none.
+"""
 
 import contextlib
 import os
@@ -11,10 +14,15 @@ from typing import Any
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
+# cuBLAS gives the same bits each time with a work space of fixed size only, and reads this when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import torch
 
 from lib.config import Config
 from lib.errors import BadConfig
+
+FIXED_WORKSPACES = (":4096:8", ":16:8")  # of CUBLAS_WORKSPACE_CONFIG
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Runtime:
         precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
         torch.set_flush_denormal(True)  # denormals are 40 times slower and mean nothing here
         if device.type == "cuda":
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            _make_deterministic()
         return cls(device, precision)
 
     @contextlib.contextmanager
@@ -58,6 +66,18 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "precision": self.precision,
         }
+
+
+def _make_deterministic() -> None:
+    """Only kernels that give the same bits each time. Raises BadConfig where the environment rules that out."""
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if workspace not in FIXED_WORKSPACES:
+        raise BadConfig(
+            f"the environment sets CUBLAS_WORKSPACE_CONFIG={workspace}, with which a GPU does not give the same bits twice; "
+            f"unset it, or set it to {' or '.join(FIXED_WORKSPACES)}"
+        )
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by their speed of the moment
 
 
 def _has_native_bf16(device: torch.device) -> bool:

@@ -451,6 +451,23 @@ def test_what_the_question_asks_about_comes_first():
     assert score_lines([], "what?") == []
 
 
+def test_prompts_that_hold_a_part_of_the_page_are_tagged():
+    from lib.tasks import SHORTENED, Document, Example
+    from lib.tasks.finqa.examples import prepare
+
+    record = record_of(raw())
+    document = Document(record.id, record.to_json(), "x")
+
+    def tagged(*overrides: str) -> bool:
+        config = load_config(["configs/finqa.yaml"], quick_test=True, overrides=overrides)
+        (example,) = (item for item in prepare(config, [document]) if isinstance(item, Example))
+        return SHORTENED in (example.tags or [])
+
+    assert not tagged()  # the question alone
+    assert not tagged("ranker.prompt=question_page", "ranker.prompt_tokens=500")
+    assert tagged("ranker.prompt=question_page", "ranker.prompt_tokens=20")
+
+
 def test_odd_pages_are_written_too():
     for table in (
         [],

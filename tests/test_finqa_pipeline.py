@@ -143,6 +143,12 @@ def test_the_ranker_is_reported_beside_baselines_and_controls(run):
             "question of another page", "candidates on another page"} == set(others)  # fmt: skip
     assert others["random choice"]["accuracy"]["value"] == pytest.approx(1 / 8)
     assert {"1 step", "2 steps"} <= set(stats["ranker"]["held_out"]["tags"])
+    assert stats["ranker"]["packs"] is True and set(stats["ranker"]["skipped_pools"].values()) == {0}
+    for split, count in stats["ranker"]["shortened"].items():
+        draws = 4 if split == "train" else 1
+        assert 0 <= count["prompts"] < count["of_prompts"], split
+        assert count["of_candidates"] == 8 * draws * count["of_prompts"], split
+    assert stats["ranker_blind"]["shortened"]["held_out"]["of_prompts"] == 0
     blind = stats["ranker_blind"]["held_out"]["others"]
     same = stats["ranker_blind"]["held_out"]["accuracy"]["value"]
     assert blind["question removed"]["accuracy"]["value"] == same, "a blind ranker sees no question to remove"

@@ -14,15 +14,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lib.config import ROOT
+from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.models.collation import collate, hide_words
+from lib.models.collation import collate, hide_words, too_long
 from lib.models.encoders import open_encoder, with_lora
 from lib.models.packing import Pools
 from lib.models.ranker import CandidateRanker
 from lib.models.ranker_export import export_classifier
 from lib.models.ranker_files import load_ranker, save_ranker
+from lib.training.objectives.pool_choice import PoolReader, say_shortened
 from tests.test_ranker import make_trunk
+from tests.trainings import CPU
 
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", *"abcdefgh", *(str(i) for i in range(10)), "add", "(", ")", ",")
 LAYOUTS = {  # how each kind of tokenizer writes a pair
@@ -105,6 +107,42 @@ def test_texts_are_cut_at_their_ends_and_keep_the_special_tokens():
     assert tokens(pools, 1, 0) == tokenizer("h 4", "4")["input_ids"]
     with pytest.raises(BadConfig, match="prompt_tokens is 2, but 2 special tokens"):
         collate(tokenizer, PROMPTS, CANDIDATES, 2, 3)
+
+
+def test_what_is_cut_is_counted(capsys):
+    """At every budget: exactly the texts whose tokens are not all in the pools."""
+    tokenizer = make_tokenizer("bert")
+    whole = collate(tokenizer, PROMPTS, CANDIDATES, 99, 99)
+    flat = [text for row in CANDIDATES for text in row]
+    for prompt_tokens, candidate_tokens in ((3, 2), (4, 3), (5, 4), (99, 99)):
+        cut = collate(tokenizer, PROMPTS, CANDIDATES, prompt_tokens, candidate_tokens)
+        prompts = (cut.prompt_mask.sum(1) < whole.prompt_mask.sum(1)).sum()
+        candidates = (cut.candidate_mask.sum(2) < whole.candidate_mask.sum(2)).sum()
+        assert too_long(tokenizer, PROMPTS, flat, prompt_tokens, candidate_tokens) == (prompts, candidates)
+    assert too_long(tokenizer, PROMPTS, flat, 3, 2) > (0, 0)
+
+    settings = load_config(quick_test=True).ranker.model_copy(
+        update={"prompt_tokens": 4, "candidate_tokens": 3}
+    )
+    texts = np.array([["a", "b", "add (", "4"]], dtype=object)
+    table = SimpleNamespace(prompts=["a b c"], texts=texts, present=np.array([[True, False, True, True]]))
+    for blind, prompts in ((False, 1), (True, 0)):
+        reader = PoolReader(tokenizer, settings, CPU, 0, blind)
+        found = say_shortened("r", "train", reader, [table, table])  # type: ignore[list-item]
+        room = too_long(tokenizer, ["a b c"], ["a", "add (", "4"], 4, 3)
+        assert found == {"prompts": prompts, "of_prompts": 0 if blind else 1,
+                         "candidates": 2 * room[1], "of_candidates": 6}  # fmt: skip
+        said = capsys.readouterr().err
+        assert ("1 of 1 prompts in train are longer than ranker.prompt_tokens (4)" in said) == (not blind)
+
+
+def test_a_trained_ranker_packs_as_it_did_in_training(tmp_path):
+    model, tokenizer = ranker_of(saved_encoder(tmp_path / "base", "gpt2"), lora=False)
+    assert model.packs is True
+    for packs in (True, False):
+        model.packs = packs
+        save_ranker(model, tmp_path / str(packs), tokenizer)
+        assert load_ranker(tmp_path / str(packs))[0].packs is packs
 
 
 def test_real_tokenizer_and_special_names_in_texts():

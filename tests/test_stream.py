@@ -319,6 +319,14 @@ def test_a_shard_that_comes_back_different_is_refused(make_producer, tmp_path):
         reader(producer, tmp_path).rows(range(7))
 
 
+def test_a_damaged_record_of_shards_is_not_taken_for_none(make_producer, tmp_path):
+    producer = make_producer(tmp_path / "02_stream")
+    producer.make(0)
+    (tmp_path / "shards.json").write_text('{"0": "ab')
+    with pytest.raises(BadData, match=r"shards\.json is damaged"):
+        reader(producer, tmp_path).rows(range(3))
+
+
 def test_a_missing_producer_is_noticed(make_producer, tmp_path, capsys):
     rows = reader(make_producer(tmp_path / "02_stream"), tmp_path, patience=0.2)
     with pytest.raises(MissingInput, match=r"has waited 0 s for shard 0.*02_generate_candidates.py --stream"):

@@ -37,12 +37,18 @@ def draw(
         shares = torch.where(shares >= limit, shares, 0.0)
     if top_p < 1.0:
         ordered, order = torch.sort(shares, dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # a token stays while those before it hold less than top_p
+        before = running_sum(ordered) - ordered  # a token stays while those before it hold less than top_p
         kept = torch.where(before < top_p * ordered.sum(-1, keepdim=True), ordered, 0.0)
         shares = torch.zeros_like(shares).scatter(1, order, kept)
-    rising = shares.cumsum(-1, dtype=torch.float64)
+    rising = running_sum(shares)
     ids = (rising <= noise.double()[:, None] * rising[:, -1:]).sum(-1).clamp(max=shares.shape[1] - 1)
     return ids, plain.gather(1, ids[:, None]).squeeze(1)
+
+
+def running_sum(shares: Tensor) -> Tensor:
+    """(..., V) float64 sums of probabilities up to each. In whole units of 2^-52: integers add up to the same in any
+    order, so that a GPU gives the same bits each time, which its cumsum of floats does not."""
+    return (shares.double() * 2.0**52).long().cumsum(-1).double() * 2.0**-52
 
 
 def probability_of(tokens: Tensor, logits: Tensor, forbidden: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.diffusion.categorical import running_sum
 from lib.errors import BadConfig
 from lib.ranking.losses import log_sum_exp
 
@@ -66,7 +67,7 @@ def sample_actions(log_p: Tensor, uniforms: Tensor) -> Tensor:
 
     A candidate of chance 0 is never taken: a number below 1 times the total is below the total, rounded too.
     """
-    cumulative = log_p.double().exp().cumsum(-1)  # (N, K)
+    cumulative = running_sum(log_p.double().exp())  # (N, K)
     return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
 
 

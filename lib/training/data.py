@@ -1,7 +1,7 @@
 """Batches for the training loop: pure functions of (seed, row number), so the cursor is one integer.
 
 Row r of a training run is sample r % N of epoch r // N, in that epoch's own order. A step takes the rows
-step * B .. step * B + B - 1; ranks of a distributed run take slices of them.
+step * B .. step * B + B - 1.
 
 Knows token ids and labels, and neither files nor models. Legend: B rows, T positions, K candidates.
 """

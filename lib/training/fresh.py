@@ -112,8 +112,13 @@ class FreshRows:
         """Keep which shard was used, and that it is the same if it was used before."""
         try:
             used = json.loads(self.record_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except FileNotFoundError:
             used = {}
+        except ValueError:
+            raise BadData(
+                f"{self.record_file} is damaged: it no longer says which shards {self.label} has used. Run "
+                "04_train.py --overwrite to begin again"
+            ) from None
         if used.get(str(number), digest) != digest:
             raise BadData(
                 f"shard {number} is not what it was when {self.label} used it before the interruption: it was made with "

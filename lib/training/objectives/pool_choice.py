@@ -129,9 +129,9 @@ class PoolReader:
 
 
 def say_shortened(name: str, split: str, reader: PoolReader, tables: list[PoolTable]) -> dict[str, int]:
-    """How many prompts and candidates of all draws of a split are read in part only; says so if any are."""
+    """How many prompts of a split, and candidates of all its draws, are read in part only; says so if any are."""
     found = [reader.shortened(table) for table in tables]
-    total = {key: sum(one[key] for one in found) for key in found[0]}
+    total = found[0] | {key: sum(one[key] for one in found) for key in ("candidates", "of_candidates")}
     for what, budget in (("prompts", "prompt_tokens"), ("candidates", "candidate_tokens")):
         if total[what]:
             say(

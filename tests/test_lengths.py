@@ -1,0 +1,146 @@
+"""No text with a label of the whole is read in part: refused by name, before anything is trained."""
+
+import importlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib.config import Config, load_config
+from lib.errors import BadData
+from lib.tokenization import train_tokenizer
+from lib.training.data import Sequences
+from lib.training.lengths import WholeTexts, contexts_of, refuse_longer_candidates
+from lib.training.objectives.build import make_objective
+from lib.training.tables import Materials
+from tests.conftest import run_stages
+from tests.trainings import CPU
+
+LONGEST = 9
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config(quick_test=True, overrides=overrides)
+
+
+def candidates(longest: int = LONGEST, split: str = "train") -> pa.Table:
+    """Two candidates of each of four examples; the first of the last example is the longest."""
+    lengths = [3, 4, 3, 4, 5, 3, longest, 4]
+    return pa.table(
+        {
+            "example_id": [f"{split}:{i // 2}" for i in range(8)],
+            "group": [f"g{i // 2}" for i in range(8)],
+            "token_ids": pa.array([[5] * n for n in lengths], pa.list_(pa.int32())),
+            "token_labels": pa.array(
+                [[0, 1] * (n // 2) + [0] * (n % 2) for n in lengths], pa.list_(pa.int8())
+            ),
+            "token_confidence": pa.array([[-1.0] * n for n in lengths], pa.list_(pa.float32())),
+            "reward": [0.25, 1.0] * 4,
+            "changed_fraction": [0.75, 0.0] * 4,
+            "term_x": [0.5, 0.5] * 4,
+        }
+    )
+
+
+def materials(config: Config, tables: dict[str, pa.Table], fresh=None, prompt: str = "") -> Materials:
+    tokenizer = train_tokenizer("character", ["abcdefgh"], 0)
+    prompts = pa.table({"prompt": ["", prompt]})
+    return Materials(
+        config, tokenizer, CPU, lambda split: prompts, tables.__getitem__, fresh_rows=lambda name: fresh
+    )
+
+
+MODELS = ["inspector", "judge", "ranker"]
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_reads_less_than_a_candidate_is_refused(name, split):
+    config = config_of()
+    tables = {s: candidates(LONGEST if s == split else 5, s) for s in ("train", "held_out")}
+    with pytest.raises(BadData) as caught:
+        make_objective(name, config.models[name], materials(config, tables), LONGEST - 1)
+    for said in (f"1 of 8 texts are longer than models.{name} reads", f"{split}:3 has 9 tokens", "the context is 8",
+                 "architecture.context=9", "data.passage_characters=56 or less"):  # fmt: skip
+        assert said in str(caught.value)
+    assert make_objective(name, config.models[name], materials(config, tables), LONGEST) is not None
+
+
+@pytest.mark.parametrize("name", ["inspector", "judge"])
+def test_so_is_one_that_learns_from_fresh_candidates(name):
+    config = config_of()
+
+    class Fresh:
+        def rows(self, rows):
+            return candidates(LONGEST)
+
+    fine = {s: candidates(5, s) for s in ("train", "held_out")}
+    objective = make_objective(name, config.models[name], materials(config, fine, Fresh()), LONGEST - 1)
+    with pytest.raises(BadData, match=rf"models\.{name} reads.*train:3 has 9 tokens"):
+        objective.loss(None, 0, range(4))  # type: ignore[arg-type]
+
+
+def test_all_models_are_looked_at_before_the_first_is_trained():
+    config = config_of("architecture.context=8", "architecture.heads=2", "models.judge.start=scratch",
+                       "models.judge.architecture.context=12")  # fmt: skip
+    tables = {"train": candidates(5), "held_out": candidates(LONGEST, "held_out")}
+    given = materials(config, tables)
+    for names in (["generator", "inspector"], ["ranker"]):
+        with pytest.raises(BadData, match=rf"models\.{names[-1]} reads.*held_out:3"):
+            refuse_longer_candidates(config, names, given)
+    refuse_longer_candidates(config, ["generator", "reference_lm", "judge"], given)  # windows; 12 tokens
+    # With prompts it reads texts, within its budgets
+    refuse_longer_candidates(config, ["ranker"], materials(config, tables, prompt="what?"))
+
+
+def test_sequences_are_never_cut():
+    column = candidates()["token_ids"]
+    with pytest.raises(BadData, match=f"sequence 6 has {LONGEST} tokens, and the model reads {LONGEST - 1}"):
+        Sequences(column, LONGEST - 1, 0)
+    ids, valid = Sequences(column, LONGEST + 1, 0).batch(np.array([6, -1, 0]))
+    assert valid.sum(1).tolist() == [LONGEST, 0, 3] and (ids[0, :LONGEST] == 5).all()
+
+
+def test_a_model_reads_what_its_start_reads(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 33}))
+    config = config_of("generator.architecture.context=40", "models.judge.start=scratch",
+                       "models.judge.architecture.context=20", "models.ranker.start=judge",
+                       f"models.ar_baseline.start={tmp_path}", "models.reference_lm.start=nowhere")  # fmt: skip
+    assert contexts_of(config) == {"generator": 40, "reference_lm": None, "ar_baseline": 32, "inspector": 40,
+                                   "judge": 20, "ranker": 20}  # fmt: skip
+    least = WholeTexts.of(config)
+    assert least is not None and (least.model, least.context) == (
+        "judge",
+        20,
+    )  # no language model, whatever it reads
+    assert WholeTexts.of(load_config(["configs/nelbo.yaml"])) is None
+    assert WholeTexts.of(load_config(["configs/finqa.yaml"])) is None
+
+
+def test_stage_01_refuses_before_any_model_is_made(tmp_path):
+    config = config_of("data.passage_characters=256")
+    with pytest.raises(
+        BadData, match=r"models\.inspector reads.*has 256 tokens.*passage_characters=64 or less"
+    ):
+        run_stages(tmp_path / "run_001", config, ("00_check_data", "01_prepare_dataset"))
+    assert not (tmp_path / "run_001" / "01_prepare_dataset" / "manifest.json").exists()
+
+
+def test_stage_01_does_not_mind_long_texts_that_get_no_candidates():
+    tally = importlib.import_module("01_prepare_dataset").Tally(WholeTexts("judge", 8, 64))
+    table = pa.table(
+        {
+            "example_id": ["a", "b"],
+            "split": ["train", "reference"],
+            "target": ["x" * 8, "y" * 9],
+            "tags": pa.array([None, None], pa.list_(pa.string())),
+            "token_ids": pa.array([[4] * 8, [4] * 9], pa.list_(pa.int32())),
+        }
+    )
+    tally.add(table)
+    assert tally.whole.problem() is None and tally.whole.total == 1
+    tally.add(table.set_column(1, "split", pa.array(["reference", "selection"])))
+    assert "1 of 2 texts" in (tally.whole.problem() or "") and "b has 9 tokens" in (
+        tally.whole.problem() or ""
+    )
