@@ -155,7 +155,7 @@ def _unreadable(error: OSError, expected: str, path: Path | None = None) -> Faul
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[gzip.GzipFile | IO[bytes]]:
     """The file's bytes, unpacked. Raises OSError, and Faulty for damaged gzip data or what is no text at all."""
     try:
         with gzip.open(path, "rb") if kind_of(path).endswith(".gz") else open(path, "rb") as file:
