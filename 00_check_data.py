@@ -4,7 +4,8 @@
 Documents that are fit go on to the next stage; those that are not are named in problems.parquet with the place, what
 was found, what was expected and what to do. Problems that would make training wrong end the run with exit code 65.
 
-reads   data.path: .txt, .jsonl, .parquet or a folder of them; by default the text that every CPython carries;
+reads   data.path: .txt, .jsonl, .json, .csv, .tsv, .parquet or a folder of them; by default the text that every CPython
+        carries;
         labels.path, if it is set
 writes  documents.parquet, problems.parquet
 

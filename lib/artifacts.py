@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -406,7 +407,7 @@ class Stage:
         say(f"{self.name}: done in {manifest['seconds']:.1f} s")
         following = STAGES.index(self.name) + 1 if self.name in STAGES else len(STAGES)
         if following < len(STAGES) and os.environ.get("REMASK_MAKE") is None:
-            say(f"next: python {STAGES[following]}.py --run_dir {self._shown(self.run_dir)}")
+            say(f"next: python {STAGES[following]}.py --run_dir {shlex.quote(self._shown(self.run_dir))}")
 
     def shown(self, path: Path) -> str:
         """The path as a user would type it."""

@@ -126,7 +126,7 @@ def load_config(
 
 def _read(file: Path) -> tuple[dict, dict]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")))
         raise MissingInput(f"config file {file} does not exist; shipped ones: {near}") from None

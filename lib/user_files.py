@@ -142,7 +142,7 @@ def _sort_in(path: Path, found: Found, pending: deque[Path], linked: deque[Path]
 
 
 def _unreadable(error: OSError, expected: str, path: Path | None = None) -> Fault:
-    if path is not None and path.is_symlink() and not os.path.exists(path):
+    if path is not None and os.path.islink(path) and not os.path.exists(path):
         # A link whose name says that it is neither a text nor a folder is none that anyone misses
         severity = "error" if kind_of(path) or not path.suffix else "warning"
         advice = "mend the link, or take it out of the folder"
@@ -155,7 +155,7 @@ def _unreadable(error: OSError, expected: str, path: Path | None = None) -> Faul
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[gzip.GzipFile | IO[bytes]]:
     """The file's bytes, unpacked. Raises OSError, and Faulty for damaged gzip data or what is no text at all."""
     try:
         with gzip.open(path, "rb") if kind_of(path).endswith(".gz") else open(path, "rb") as file:

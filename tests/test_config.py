@@ -183,5 +183,12 @@ def test_a_path_may_begin_at_the_home(key, monkeypatch):
 
 def test_config_files_may_lie_in_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "mine.yaml").write_text("seed: 7\n")
+    (tmp_path / "mine.yaml").write_text(
+        "\ufeffseed: 7\n", encoding="utf-8"
+    )  # a byte order mark is no part of it
     assert load_config(["~/mine.yaml"]).seed == 7
+
+
+def test_a_path_that_no_manifest_could_hold_is_refused_at_once():
+    with pytest.raises(BadConfig, match=r"data\.path: the path is not UTF-8; rename the file"):
+        load_config(overrides=["data.path=caf\udce9.txt"])

@@ -153,6 +153,12 @@ def test_no_json_value_breaks_the_parser(key, value):
     assert isinstance(parse_record(value, "train", "", ""), list)
 
 
+def test_the_rule_of_the_other_task_is_refused(tmp_path):
+    config = load_config([ROOT / "configs" / "finqa.yaml"], overrides=["data.drop=[null text]"])
+    with pytest.raises(BadConfig, match=r"data\.drop is for task text.*finqa\.drop"):
+        next(check(config))
+
+
 def test_a_split_behind_a_dead_link_is_not_left_out(tmp_path):
     (tmp_path / "train.json").write_text("[]")
     (tmp_path / "dev.json").symlink_to("gone.json")

@@ -132,6 +132,24 @@ def test_folders_that_cannot_be_read_are_named(far, monkeypatch):
         sources(config_of(far))
 
 
+def test_files_of_a_folder_that_can_only_be_listed_are_named(far, monkeypatch):
+    real = os.stat
+
+    def refuse(path, *rest, **options):
+        if Path(path).parent.name == "deep":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        patch.setattr(os, "lstat", refuse)
+        found = user_files.find_files(far)
+    assert [p.name for p in found.files] == ["one.txt"]
+    assert [(p.name, fault.kind, fault.severity) for p, fault in found.faults] == [
+        ("two.txt", "unreadable", "error")
+    ]
+
+
 def test_a_path_that_is_a_dead_link_or_a_pipe_is_said_to_be_one(tmp_path):
     (tmp_path / "a.txt").symlink_to("gone.txt")
     os.mkfifo(tmp_path / "b.txt")

@@ -12,10 +12,19 @@ Share = Annotated[float, Field(gt=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-UserPath = Annotated[
-    str, AfterValidator(os.path.expanduser)
-]  # a path, or a name that stands for one; ~ is the home
 AboveZero = Annotated[float, Field(gt=0)]
+
+
+def _user_path(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # no manifest could hold it
+        raise ValueError("the path is not UTF-8; rename the file, or give the folder that holds it") from None
+    return os.path.expanduser(text)
+
+
+# A path, or a name that stands for one; ~ is the home
+UserPath = Annotated[str, AfterValidator(_user_path)]
 
 
 class Section(BaseModel):

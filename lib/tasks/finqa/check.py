@@ -109,6 +109,10 @@ def check(config: Config) -> Iterator[Document | Problem]:
 
     Raises BadConfig for an unknown kind, MissingInput when there are no files.
     """
+    if config.data.drop:
+        raise BadConfig(
+            "data.drop is for task text; for task finqa, finqa.drop names the problems to leave out"
+        )
     drop = frozenset(config.finqa.drop)
     for kind in sorted(drop - DROPPABLE):
         raise BadConfig(f"finqa.drop: '{kind}' is no kind of problem{did_you_mean(kind, DROPPABLE)}")
