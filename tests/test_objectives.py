@@ -537,6 +537,13 @@ def test_the_best_candidate_of_a_pool_is_learned_and_reported_where_there_is_one
     assert target.loss(FirstToken(), 0, range(4))["loss"].item() == pytest.approx(own[which].mean(), rel=1e-4)
 
 
+def test_a_row_of_no_sequence_is_empty_and_others_are_whole_or_cut_at_the_width():
+    sequences = Sequences(lists([[4, 5, 6], [7], [8, 9]]), 2, PAD)
+    ids, valid = sequences.batch(np.array([[0, -1], [2, 1]]))
+    assert ids.tolist() == [[[4, 5], [PAD, PAD]], [[8, 9], [7, PAD]]]
+    assert valid.tolist() == [[[True, True], [False, False]], [[True, True], [True, False]]]
+
+
 # --- what a result claims ------------------------------------------------------------------------------------------------
 
 
