@@ -36,3 +36,23 @@ def test_the_baseline_reads_given_text_at_no_cost_and_writes_what_a_whole_pass_w
         chance = torch.tensor([noise[row, position]])
         token, _ = draw(logits[row, position][None], chance, torch.tensor([0, 1]), 0.7)
         assert token.item() == made.ids[row, position]
+
+
+def test_a_sample_is_keyed_by_its_number_whatever_stands_beside_it():
+    model, settings = make(("remask", "causal"), 0), load_config().sampler
+    ids = np.repeat(make_ids(1, 9).numpy(), 6, 0)
+    free = np.zeros(ids.shape, bool)
+    free[:, 3:] = True
+
+    def made(rows: list[int], **changes) -> np.ndarray:
+        chosen = settings.model_copy(update={"temperature": 3.0, "top_p": 1.0} | changes)
+        some = slice(len(rows))
+        return sample_autoregressively(
+            model, ids[some], free[some], np.array(rows), 0, [0, 1], chosen, Runtime(torch.device("cpu"), "fp32"), seed=3
+        ).ids  # fmt: skip
+
+    whole = made([0, 1, 2, 7, 8, 9])
+    assert len({tuple(row) for row in whole}) == 6
+    np.testing.assert_array_equal(made([9, 7, 1]), whole[[5, 3, 1]])
+    sure = made([0, 1, 2], top_p=1e-6)  # the likeliest token and no other, however hot
+    assert len({tuple(row) for row in sure}) == 1

@@ -2,10 +2,14 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from lib.config import load_config
 from lib.durable import folder_bytes, sha256_file, sha256_folder
+from lib.shards import open_store
 
 
 @pytest.fixture
@@ -68,3 +72,31 @@ def test_a_file_s_hash_is_that_of_its_bytes(tmp_path):
     assert (
         sha256_file(a) == sha256_file(b) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
+
+
+def stream_key(*overrides: str, checkpoint: Path | None = None, **hashes: str) -> str:
+    """The key of a run's shards. `hashes`: of the outputs of earlier stages."""
+    given = [f"generator.checkpoint={checkpoint}"] if checkpoint else []
+    config = load_config(quick_test=True, overrides=[*overrides, *given])
+    stage: Any = SimpleNamespace(run_dir=Path("run"), sha256_of=lambda name, output: hashes.get(output, "0"))
+    return open_store(stage, config).key
+
+
+def test_a_shard_s_key_holds_all_that_a_shard_depends_on_and_nothing_else(folder):
+    keys = [
+        stream_key(),
+        stream_key("seed=7"),
+        stream_key("candidates.temperature=0.5"),
+        stream_key("rewards.curve=[[0, 1], [1, 0.5]]"),
+        stream_key("stream.shard_examples=7"),
+        stream_key("stream.rise_epochs=9"),
+        stream_key(generator="1"),
+        stream_key(candidates="1"),
+        stream_key(examples="1"),
+        stream_key(checkpoint=folder),
+    ]
+    rewrite(folder)
+    assert len({*keys, stream_key(checkpoint=folder)}) == len(keys) + 1
+    assert stream_key("stream.patience=9", "training.steps=3") == keys[0]
+    folds = [stream_key("candidates.cross_fit_folds=2", **{f"generator_fold_{n}": "1"}) for n in (0, 1)]
+    assert len({stream_key("candidates.cross_fit_folds=2"), *folds}) == 3

@@ -50,11 +50,16 @@ def test_exact_count_has_the_smaller_variance():
     assert spread["exact_count"] < 1e-5 < spread["inverse_t"]
 
 
-def test_padding_is_never_masked_and_a_row_weighs_by_its_own_length():
-    valid = np.arange(10)[None, :] < np.array([[10], [3], [1]])
-    batch = mask_batch(config("exact_count"), valid, 1, "test", np.arange(3), 3)
-    assert not (batch.masked & ~valid).any()
-    np.testing.assert_allclose(batch.weights.sum(1), 1, rtol=1e-6)
+@pytest.mark.parametrize("weight", ["exact_count", "inverse_t"])
+def test_padding_is_never_masked_and_a_row_weighs_by_its_own_length(weight):
+    valid = np.tile(np.arange(10)[None, :] < np.array([[10], [3], [1]]), (2000, 1))
+    batch = mask_batch(config(weight), valid, 1, "test", np.arange(6000), 3)
+    assert not (batch.masked & ~valid).any() and not batch.weights[~valid].any()
+    if weight == "exact_count":
+        np.testing.assert_allclose(batch.weights.sum(1), 1, rtol=1e-6)
+    for length in range(3):  # in the mean a row's weights are 1, whatever its length
+        assert batch.weights[length::3].sum(1).mean() == pytest.approx(1, abs=0.15)
+    np.testing.assert_allclose(batch.ratios, batch.masked.sum(1) / valid.sum(1))
 
 
 def test_every_count_occurs_equally_often():

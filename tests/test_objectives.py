@@ -196,11 +196,15 @@ def test_training_text_is_trained_on_and_held_out_text_reported():
 
 
 def test_a_report_draws_other_masks_for_every_held_out_window_several_times():
-    target, model = diffusion(FIVES, FIVES[:8]), Says(lambda k: 0.5)
+    """Windows are told apart by their length: each is read equally often, with other masks each time."""
+    target, model = diffusion(FIVES, [np.full(n, 5) for n in range(9, 17)]), Says(lambda k: 0.5)
     report(target, model)
-    held_out = np.concatenate([ids for ids, _ in model.read])[:32]
-    masks = {tuple(row) for row in held_out == MASK}
-    assert len(held_out) >= 32 and len(masks) > 24
+    reads = [row[row != PAD] for ids, _ in model.read[: 1 if len(model.read) > 1 else None] for row in ids]
+    masks: dict[int, list] = {}
+    for row in reads[:32]:
+        masks.setdefault(len(row), []).append(tuple(row == MASK))
+    assert sorted(masks) == list(range(9, 17)) and {len(m) for m in masks.values()} == {4}
+    assert sum(len(set(m)) for m in masks.values()) > 24
 
 
 def test_evaluation_draws_the_bound_s_masks_whatever_training_draws():
@@ -531,6 +535,13 @@ def test_the_best_candidate_of_a_pool_is_learned_and_reported_where_there_is_one
     which = target._order.samples(np.arange(4))
     own = -log_softmax(4.0 + train_rows % 10)[np.arange(4), rewards[0].argmax(1)]
     assert target.loss(FirstToken(), 0, range(4))["loss"].item() == pytest.approx(own[which].mean(), rel=1e-4)
+
+
+def test_a_row_of_no_sequence_is_empty_and_others_are_whole_or_cut_at_the_width():
+    sequences = Sequences(lists([[4, 5, 6], [7], [8, 9]]), 2, PAD)
+    ids, valid = sequences.batch(np.array([[0, -1], [2, 1]]))
+    assert ids.tolist() == [[[4, 5], [PAD, PAD]], [[8, 9], [7, PAD]]]
+    assert valid.tolist() == [[[True, True], [False, False]], [[True, True], [True, False]]]
 
 
 # --- what a result claims ------------------------------------------------------------------------------------------------

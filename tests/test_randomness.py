@@ -1,9 +1,12 @@
 """Keyed noise: uniform, independent, the same for a row in any batch, the same tomorrow."""
 
+import ast
+
 import numpy as np
 import pytest
 
 from lib import randomness
+from lib.config import ROOT
 
 
 def test_stored_values_so_that_old_runs_stay_reproducible():
@@ -55,3 +58,63 @@ def test_permutations_differ_by_epoch_and_are_whole():
 def test_hash_fraction_is_uniform():
     values = np.array([randomness.hash_fraction(1, "split", f"document {i}") for i in range(20_000)])
     assert values.mean() == pytest.approx(0.5, abs=0.01) and values.min() >= 0 and values.max() < 1
+
+
+def test_draws_of_two_purposes_or_seeds_have_nothing_in_common():
+    orders = [
+        randomness.permutation(seed, purpose, 0, 1000) for seed, purpose in ((0, "a"), (0, "b"), (1, "a"))
+    ]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[i] == orders[j]).mean() < 0.02
+    texts = [f"document {i}" for i in range(2000)]
+    fractions = [
+        np.array([randomness.hash_fraction(seed, purpose, t) for t in texts])
+        for seed, purpose in ((0, "a"), (0, "b"), (1, "a"))
+    ]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert abs(np.corrcoef(fractions[i], fractions[j])[0, 1]) < 0.1
+    keys = [randomness.key(0, "a"), randomness.key(1, "a"), randomness.key(0, "b"), randomness.key(0, "a", 1)]
+    assert len(set(keys)) == 4 and randomness.key(0, "a", 1, 2) != randomness.key(0, "a", 2, 1)
+
+
+TWICE = {  # what several places have on purpose
+    "held-out candidates",  # inspector and judge are evaluated on the same ones
+    "purpose + ' ratio",  # one or the other draws a batch's masks, each for the purpose of its caller
+    "f'{label} weights",  # one or the other makes a model, each of its own label
+    "f'{label} order",  # the same
+}
+
+
+def purposes() -> list[tuple[str, str]]:
+    """(purpose as it stands in the code, file and line) of every keyed draw of the library."""
+    found = []
+    for path in sorted((ROOT / "lib").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            place = {
+                "key": 1,
+                "permutation": 1,
+                "hash_fraction": 1,
+                "_generator": 1,
+                "Rows": 1,
+                "_noise": 0,
+            }.get(name)
+            own = name == "key" and len(node.args) == 1  # of a context, which knows the seed
+            if place is None or len(node.args) <= (0 if own else place):
+                continue
+            purpose = node.args[0 if own else place]
+            if isinstance(purpose, ast.Constant | ast.JoinedStr | ast.BinOp):
+                found.append((ast.unparse(purpose).strip("'\""), f"{path.relative_to(ROOT)}:{node.lineno}"))
+    return found
+
+
+def test_no_two_draws_have_one_purpose():
+    """Two draws of one key are one draw: what should be independent would be equal."""
+    places: dict[str, list[str]] = {}
+    for purpose, place in purposes():
+        places.setdefault(purpose, []).append(place)
+    assert len(places) > 50
+    twice = {p: where for p, where in places.items() if len(where) > 1 and p not in TWICE}
+    assert not twice

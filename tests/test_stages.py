@@ -126,6 +126,33 @@ def test_every_stage_has_its_own_loss_on_fixed_masks():
     assert len(set(first)) == 4
 
 
+def test_a_stage_ends_by_its_own_loss_and_the_best_model_is_chosen_by_the_bound(monkeypatch):
+    """The current stage's loss alone is stale or not, whatever those of the others do."""
+    objective, model = objective_of(), model_of().eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    plain = MaskedDiffusion.evaluate(objective, model)
+    seen = []
+    for losses in (
+        [5.0, 1, 1, 1],
+        [4.0, 9, 1, 1],
+        [4.0, 2, 1, 1],
+        [3.0, 9, 1, 1],
+        [2.0, 3, 1, 1],
+        [1.0, 3, 1, 1],
+    ):
+        monkeypatch.setattr(objective, "stage_losses", lambda model, losses=losses: losses)
+        values = objective.evaluate(model)
+        assert values["nelbo"] == plain["nelbo"] and objective.selection == "nelbo"
+        seen.append((values["stage"], objective.progress.current))
+    # Stage 0 (1 stale check) ends at the third; stage 1 (2 of them) at the sixth, not before
+    assert seen == [(0, 0), (0, 0), (0, 1), (1, 1), (1, 1), (1, 1)]
+    monkeypatch.setattr(objective, "stage_losses", lambda model: [0.5, 3, 9, 9])
+    objective.evaluate(model)
+    objective.evaluate(model)
+    assert objective.progress.current == 2
+
+
 def run(folder: Path, fault: int | None = None):
     chosen = settings(steps=18, evaluate_every=1, checkpoint_every=4, learning_rate=0.03)
     return train_tiny(model_of(), objective_of(), chosen, folder, fault)

@@ -109,6 +109,30 @@ def test_more_passes_see_more_context(tokenizer):
     assert same[31] > same[1] + 0.3
 
 
+def test_tokens_are_drawn_as_configured(tokenizer):
+    """A model that prefers one letter a little: cold, or with the likeliest alone, it writes no other."""
+
+    class Prefers(torch.nn.Module):
+        config = type("C", (), {"max_position_embeddings": 33})()
+
+        def forward(self, input_ids, attention_mask=None, logits_at=None):
+            logits = torch.zeros(len(logits_at), len(tokenizer))
+            logits[:, 6], logits[:, 7], logits[:, 0] = 1.0, 0.9, 5.0  # and would rather write [PAD]
+            return type("Output", (), {"logits": logits})
+
+    engine = MaskedLMEngine(Prefers(), tokenizer, CPU, 32)
+    ids, valid = np.full((40, 32), 5), np.ones((40, 32), bool)
+
+    def written(**changes) -> set[int]:
+        plain: dict = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "fill_passes": 1}
+        config = context(tokenizer, [engine], **plain | changes).config.candidates
+        return set(engine.fill(ids, valid, valid, config, 1, np.arange(40)).flatten().tolist())
+
+    assert len(written()) > 15 and min(written()) > 3
+    assert written(temperature=0.005) == written(top_k=1) == written(top_p=0.01) == {6}
+    assert written(top_k=2) == {6, 7} and written(temperature=0.005, fill_passes=3) == {6}
+
+
 def test_loading_checks_what_it_is_given(tmp_path, tokenizer):
     with pytest.raises(MissingInput, match=r"no config\.json"):
         MaskedLMEngine.load(tmp_path, CPU)
@@ -229,6 +253,34 @@ def test_cross_fitting_gives_a_passage_to_the_generator_that_did_not_see_it(toke
     assert folds.tolist() == [cross_fit_fold(c.seed, g, 3) for g in groups]
     assert (np.bincount(folds, minlength=3) > 60).all()
     assert set(c.fold_of(groups, ["held_out"] * 300)) == {0}
+
+
+def test_each_fold_s_engine_writes_the_passages_of_its_fold_and_no_others(tokenizer, engine, monkeypatch):
+    """Engines that write one letter each: the letter says who wrote."""
+    from lib.tasks import cross_fit_fold
+
+    letters = [5, 6, 7]
+
+    class Writer:
+        def __init__(self, letter: int):
+            self.letter, self.tokenizer = letter, tokenizer
+
+        def fill(self, ids, valid, masked, config, seed, rows):
+            return np.where(masked, self.letter, ids)
+
+        def confidence(self, ids, valid, *_):
+            return np.zeros(ids.shape, np.float32)
+
+    c = context(tokenizer, [Writer(letter) for letter in letters])
+    table = examples(tokenizer, 40)
+    group_of = dict(zip(table["example_id"].to_pylist(), table["group"].to_pylist(), strict=True))
+    folds = set()
+    for row in candidates(table, c).to_pylist():
+        ids, labels = np.array(row["token_ids"]), np.array(row["token_labels"])
+        fold = cross_fit_fold(c.config.seed, group_of[row["example_id"]], 3)
+        assert set(ids[labels == 2]) <= {letters[fold]}
+        folds.add(fold)
+    assert folds == {0, 1, 2}
 
 
 # --------------------------------------------------------------------------- another model's tokenizer

@@ -290,6 +290,16 @@ def test_no_long_text_is_in_two_splits_and_groups_are_whole():
     assert all(len(s) == 1 for s in split_of.values())
 
 
+def test_a_passage_that_begins_where_a_split_ends_is_of_the_next():
+    text = "".join(chr(97 + i // 4) for i in range(40))  # ten passages of four characters
+    config = load_config(overrides=[
+        "data.split=contiguous", "data.fractions={train: 0.5, held_out: 0.3, reference: 0.2}", "data.passages=fixed",
+        "data.passage_characters=4", "data.block_characters=40", "data.deduplicate=none",
+    ])  # fmt: skip
+    found = [e.split for e in prepare(config, [Document("d", text, "t")]) if isinstance(e, Example)]
+    assert found == ["train"] * 5 + ["held_out"] * 3 + ["reference"] * 2
+
+
 def test_contiguous_splits_lie_behind_each_other_in_their_shares():
     text = "".join(PROSE.format(i) for i in range(2000))
     fractions = {"train": 0.9, "held_out": 0.1}

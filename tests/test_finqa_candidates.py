@@ -1,0 +1,147 @@
+"""Stage 02 for FinQA around the pools: who teaches the wrong programs, what a leak ends, what reads as on another page."""
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib.config import load_config
+from lib.errors import BadData
+from lib.tasks.finqa.builtin import builtin_records
+from lib.tasks.finqa.candidates import Plan, candidates, plan_candidates, review_candidates
+from lib.tasks.finqa.leak import ONE, WHOLE, Matrices
+from lib.tasks.finqa.pools import Candidate, Unfilled
+from lib.tasks.finqa.program import execute
+from lib.tasks.finqa.record import Record
+
+stage = importlib.import_module("lib.tasks.finqa.candidates")  # its package has a function of that name
+SPLITS = ("train", "selection", "held_out", "test")
+RECORDS = [
+    r for r in builtin_records("builtin_small", 0) if not isinstance(execute(r.program or "", r.table), str)
+][:80]
+
+
+def split_of(record: Record) -> str:
+    """By page, so that each has some."""
+    pages = list(dict.fromkeys(r.filename for r in RECORDS))
+    return SPLITS[pages.index(record.filename) % 4]
+
+
+def pools_of(record: Record, count: int = 1) -> list[list[Candidate]]:
+    """The gold program among two others, at another place in each of its pools."""
+    gold = Candidate(record.program or "", float(execute(record.program or "", record.table)), "gold")
+    others = [Candidate(f"add({n}, 1)", n + 1.0, "template") for n in (11, 12)]
+    return [[*others[: i % 3], gold, *others[i % 3 :]] for i in range(count)]
+
+
+class Maker:
+    """Stands in for PoolMaker: every question gets the same kind of pool, the first of a page none."""
+
+    taught: tuple[list[Record], list[str]] = ([], [])
+
+    @classmethod
+    def fit(cls, train, groups, *_) -> "Maker":
+        cls.taught = list(train), list(groups)
+        return cls()
+
+    def pools(self, page, group):
+        return [Unfilled("none") if i and i % 5 == 0 else pools_of(r, 2) for i, r in enumerate(page)]
+
+
+@pytest.fixture
+def context(monkeypatch) -> Any:
+    config = load_config(["configs/finqa.yaml"], quick_test=True, overrides=["finqa.pools.leak_limit=0.5"])
+    monkeypatch.setattr(stage, "PoolMaker", Maker)
+    return SimpleNamespace(config=config, seed=0, engines=[], dropped=[], plan=None)
+
+
+@pytest.fixture
+def planned(context) -> Any:
+    rows = [
+        {"example_id": r.id, "record": r.to_json(), "split": split_of(r), "group": r.filename}
+        for r in RECORDS
+    ]
+    tables = [pa.Table.from_pylist(rows[:30]), pa.Table.from_pylist(rows[30:])]
+    plan_candidates(tables, context)
+    return context
+
+
+def test_wrong_programs_are_learned_from_the_train_split_alone(planned):
+    train, groups = Maker.taught
+    assert [r.id for r in train] == [r.id for r in RECORDS if split_of(r) == "train"]
+    assert groups == [r.filename for r in train] and len(planned.plan.pools) == len(RECORDS)
+
+
+def test_elsewhere_is_another_page_of_the_same_split(planned):
+    plan: Plan = planned.plan
+    assert plan.elsewhere.keys() == plan.records.keys()
+    for name, other in plan.elsewhere.items():
+        assert other.filename != plan.records[name].filename
+        assert plan.splits[other.id] == plan.splits[name]
+    assert len({r.filename for r in plan.elsewhere.values()}) > 4
+
+
+def test_a_control_is_the_same_program_with_the_words_of_the_other_page(planned):
+    rows = [{"example_id": r.id, "split": split_of(r)} for r in RECORDS]
+    found = candidates(pa.Table.from_pylist(rows), planned).to_pylist()
+    gold = [r for r in found if r["kind"] == "gold"]
+    assert len(gold) > 60 and sum(r["text"] != r["control"] for r in gold) > 0.9 * len(gold)
+    assert all(r["control"].split(" = ")[-1] == r["text"].split(" = ")[-1] for r in found)
+    unfilled = sum(isinstance(p, Unfilled) for p in planned.plan.pools.values())
+    assert len(planned.dropped) == unfilled > 0 and len(found) == 6 * (len(RECORDS) - unfilled)
+
+
+def reviewed(context, monkeypatch, upper: float) -> tuple[dict, Any, dict[str, list]]:
+    asked: dict[str, list] = {}
+
+    def measure(train, held_out, seed, limit):
+        asked["train"], asked["held_out"], asked["limit"] = train, held_out, limit
+        row = {"scorer": "trees", "sees": "whole pool", "accuracy": 0.1, "low": 0.05, "high": upper}
+        return {"rows": [row], "worst_upper_bound": upper, "limit": limit}
+
+    def trees(train, tested, seed):
+        asked["baseline"] = [train, tested]
+        return np.array([[10.0 * i + k for k in range(3)] for i in range(len(tested))])
+
+    monkeypatch.setattr(stage, "measure_leak", measure)
+    monkeypatch.setattr(stage, "question_trees", trees)
+    return *review_candidates(context), asked
+
+
+def test_a_leak_is_measured_on_held_out_questions_by_scorers_of_the_train_split(planned, monkeypatch):
+    figures, table, asked = reviewed(planned, monkeypatch, 0.49)
+    for split in ("train", "held_out"):
+        assert {split_of(r) for r, _, _ in asked[split]} == {split} and len(asked[split]) > 5
+        assert all(pool[place].program == record.program for record, pool, place in asked[split])
+    assert asked["limit"] == 0.5 and figures["leak"]["worst_upper_bound"] == 0.49
+    train, tested = asked["baseline"]
+    assert {split_of(r) for r, _, _ in train} == {"train"}
+    assert {split_of(r) for r, _, _ in tested} == {"selection", "held_out", "test"}
+    rows = table.to_pylist()
+    assert [(r["example_id"], r["candidate_id"], r["score_trees"]) for r in rows] == [
+        (record.id, k, 10.0 * i + k) for i, (record, _, _) in enumerate(tested) for k in range(3)
+    ]
+
+
+def test_a_leak_above_the_limit_ends_the_stage_and_one_at_it_does_not(planned, monkeypatch):
+    with pytest.raises(
+        BadData, match=r"finds up to 51\.0% of the gold programs, above finqa\.pools\.leak_limit"
+    ):
+        reviewed(planned, monkeypatch, 0.51)
+    assert reviewed(planned, monkeypatch, 0.5)[1] is not None
+
+
+def test_scorers_that_never_see_the_question_are_given_nothing_of_it():
+    """The same pools under other questions, and with other gold places, look the same to them."""
+    from dataclasses import replace
+
+    pools = [(r, pools_of(r, 3)[i % 3], i % 3) for i, r in enumerate(RECORDS[:12])]
+    telling = [(replace(r, question=f"{r.program} please", answer="12"), p, 0) for r, p, _ in pools]
+    one, other = Matrices.of(pools), Matrices.of(telling)
+    for sees in (ONE, WHOLE):
+        np.testing.assert_array_equal(one.columns(sees), other.columns(sees))
+    assert one.texts == other.texts and one.columns(WHOLE).shape[1] > one.columns(ONE).shape[1]
+    assert one.gold.argmax(1).tolist() == [i % 3 for i in range(12)]
