@@ -288,6 +288,7 @@ def run_cards(python: str, folders: dict[str, Path], root: Path) -> dict:
         cwd=root, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "Do you wish to run the custom code?" not in done.stdout  # the examples have said so already
     return json.loads((root / "results.json").read_text())
 
 
@@ -425,6 +426,19 @@ def test_the_likelihood_of_the_card_is_that_of_score(ltg_run, folders, seen, nam
             written.append(int(logits.argmax()))
         assert found[0]["generated_text"] == text + "".join(decode_batch(tokenizer, [written[-4:]]))
     assert "beyond this model's" in seen[name]["piped"][4]
+    own = load_tokenizer(
+        folder
+    )  # pads on the left, so that prompts of different length are gone on from together
+    settings: Any = {
+        "do_sample": False,
+        "max_new_tokens": 4,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    one = model.generate(**own("x", return_tensors="pt"), **settings)
+    two = model.generate(**own(["The value of", "x"], padding=True, return_tensors="pt"), **settings)
+    assert two.sequences[1, -4:].tolist() == one.sequences[0, -4:].tolist()
+    torch.testing.assert_close(two.logits[0][1], one.logits[0][0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
