@@ -32,6 +32,7 @@ from lib.runtime import Runtime
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 from lib.sections.models import ArchitectureConfig, TrainingConfig
 from lib.synthetic import MaskedLMEngine
+from lib.tokenization import train_tokenizer
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Windows
 from lib.training.loop import train
@@ -64,21 +65,22 @@ def objective_of(
                            batch_size=batch_size, num_evaluated=32)  # fmt: skip
 
 
+def tokenizer_of_size(vocabulary: int):
+    """A character tokenizer of so many ids."""
+    return train_tokenizer("character", ["".join(chr(0x4E00 + i) for i in range(vocabulary - 4))], 0)
+
+
 def ours(steps: int, vocabulary: int) -> float:
     """Tokens per second of our loop, everything in it: data, noise, forward, backward, Muon, running mean."""
     config, architecture, training = settings(steps)
     runtime = Runtime.detect(config)
     objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
     model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
+    tokenizer = tokenizer_of_size(vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         result = train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
-                       save=lambda m, p: save_model(m, p, _NoTokenizer()))  # fmt: skip
+                       save=lambda m, p: save_model(m, p, tokenizer))  # fmt: skip
     return result.tokens_per_second
-
-
-class _NoTokenizer:
-    def save_pretrained(self, folder) -> None:
-        pass
 
 
 def hugging_face(steps: int, vocabulary: int) -> float:
@@ -91,12 +93,9 @@ def hugging_face(steps: int, vocabulary: int) -> float:
         TrainingArguments,
     )
 
-    from lib.tokenization import train_tokenizer
-
     _, architecture, training = settings(steps)
     runtime = Runtime.detect(load_config())
-    letters = "".join(chr(0x4E00 + i) for i in range(vocabulary - 4))
-    tokenizer = train_tokenizer("character", [letters], 0)
+    tokenizer = tokenizer_of_size(vocabulary)
     ids = np.random.default_rng(0).integers(
         4, vocabulary, (training.batch_size * (steps + 8), architecture.context)
     )
@@ -179,9 +178,7 @@ def compare_generation() -> None:
     """Tokens per second of candidate rewriting against the bare forward pass at the same batch."""
     config, architecture, _ = settings(1)
     runtime = Runtime.detect(config)
-    from lib.tokenization import train_tokenizer
-
-    tokenizer = train_tokenizer("character", ["".join(chr(0x4E00 + i) for i in range(66))], 0)
+    tokenizer = tokenizer_of_size(70)
     model = make_model(
         "language_model", model_config(architecture, "bidirectional", len(tokenizer)), 0, "speed"
     ).eval()
@@ -266,9 +263,10 @@ def measure_overhead() -> None:
     runtime = Runtime.detect(config)
     objective = objective_of(config, 70, architecture.context, runtime, training.batch_size)
     model = make_model("language_model", model_config(architecture, "bidirectional", 70), 0, "speed")
+    tokenizer = tokenizer_of_size(70)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
-              save=lambda m, p: save_model(m, p, _NoTokenizer()))  # fmt: skip
+              save=lambda m, p: save_model(m, p, tokenizer))  # fmt: skip
         step = _step_seconds(model, objective, training)
         noise = _seconds(lambda: _noise(config, objective, training))
         file = Path(folder) / "final_model" / "model.safetensors"

@@ -2,6 +2,9 @@
 
 The special ids are 0 to 3 and collide with nothing: data is encoded without looking for their names, so a text that
 contains "[MASK]" is seven ordinary tokens. Only `encode_with_masks`, for what a user types, reads [MASK] as the mask.
+
+A run's own tokenizer puts nothing around a text: objectives add [CLS] themselves. `model_tokenizer` makes of it the one
+that lies in a model's folder, whose plain call gives what that model was trained on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -64,6 +67,42 @@ def _byte_pairs(texts: Iterable[str], vocab_size: int):
     )
     core.train_from_iterator(texts, trainer)
     return core
+
+
+def model_tokenizer(
+    tokenizer: Any, longest: int, *, cls_in_front: bool, reads_masks: bool, padding_side: str = "right"
+) -> Any:
+    """The same tokens as `tokenizer` has, called as a model wants them, for the model's folder.
+
+    Args:
+        longest: most tokens that the model reads, [CLS] included; `truncation=True` cuts there.
+        cls_in_front: the model was trained with [CLS] before every text; else nothing is added to a text.
+        reads_masks: "[MASK]" in a text is the mask. Otherwise names of special tokens are ordinary text, as in
+            `encode_batch`.
+    """
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.no_truncation()
+    core.no_padding()
+    front = [tokenizer.cls_token] if cls_in_front else []
+    core.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single=[*front, "$A"],
+        pair=[*front, "$A", "$B"],
+        special_tokens=[(token, tokenizer.cls_token_id) for token in front],
+    )
+    roles = ("pad_token", "mask_token", "cls_token", "unk_token", "sep_token", "bos_token", "eos_token")
+    named = {role: str(token) for role in roles if (token := getattr(tokenizer, role)) is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_max_length=longest,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side=padding_side,
+        split_special_tokens=not reads_masks,
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:

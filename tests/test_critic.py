@@ -20,7 +20,7 @@ from lib.training.objectives.error_detection import (
 )
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, without_gradient
-from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny
+from tests.trainings import CPU, TOKENIZER, Killed, fingerprint, settings, train_tiny
 
 
 def objective(coupling: str = "decoupled", **changes) -> TokenCritic:
@@ -339,13 +339,9 @@ def test_curves_by_band_are_more_honest_than_one_for_all():
 def test_transfer_says_what_it_took_and_refuses_a_trunk_that_does_not_fit(tmp_path):
     from lib.errors import BadData, MissingInput
 
-    class NoTokenizer:
-        def save_pretrained(self, folder):
-            pass
-
     architecture = load_config(quick_test=True).architecture
     source = model()
-    save_model(source, tmp_path / "a", NoTokenizer())
+    save_model(source, tmp_path / "a", TOKENIZER)
     for mode in ("token_classifier", "sequence_scorer", "ranker", "language_model"):
         new, report = start_model(
             mode, architecture, "bidirectional", 14, 0, "n", tmp_path / "a", **heads_of(mode)

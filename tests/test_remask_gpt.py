@@ -215,3 +215,27 @@ def test_pooling_places():
     causal = make("sequence", attention="causal")
     padded = torch.cat((ids, torch.zeros(2, 3, dtype=torch.long)), dim=1)
     torch.testing.assert_close(causal(padded).logits, causal(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_cpu_takes_the_code_that_is_written_for_its_cache(monkeypatch):
+    """Elsewhere torch's own kernels, a few in place of hundreds; the numbers are the same."""
+
+    def node(result: torch.Tensor) -> str:
+        assert result.grad_fn is not None
+        return result.grad_fn.name()
+
+    x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    away = torch.empty(3, 40, 24, device="meta", requires_grad=True)
+    for function, written in (
+        (lambda t: modeling.rms_norm(t, 1e-6), "_RmsNormBackward"),
+        (modeling.squared_relu, "_SquaredReluBackward"),
+    ):
+        here = function(x)
+        assert node(here) == written != node(function(away))
+        (gradient,) = torch.autograd.grad(here.square().sum(), x)
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling, "_takes_native_code", lambda tensor: True)
+            native = function(x)
+            assert node(native) != written
+            torch.testing.assert_close(native, here)
+            torch.testing.assert_close(torch.autograd.grad(native.square().sum(), x)[0], gradient)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lib import randomness
@@ -19,6 +19,7 @@ from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.families import FAMILIES, Family
 from lib.models.ranker import SequenceRanker
 from lib.sections.models import ArchitectureConfig, ModelSpec
+from lib.tokenization import model_tokenizer
 
 # A bar for every load and save of a small model drowns what matters.
 transformers_logging.disable_progress_bar()
@@ -80,13 +81,38 @@ def fresh_trunk(spec: ModelSpec, vocab_size: int, seed: int, label: str) -> nn.M
         return AutoModel.from_config(config)
 
 
-def heads_of(mode: str, target_type: str = "score", num_classes: int = 3) -> dict[str, Any]:
-    """The config keys that make a mode's head."""
-    if mode == "token_classifier" or (mode == "sequence_scorer" and target_type == "classification"):
-        return {"num_labels": num_classes}
+def heads_of(
+    mode: str, target_type: str = "score", num_classes: int = 3, own_labels: bool = False
+) -> dict[str, Any]:
+    """The config keys that make a mode's head, its classes by name. `own_labels`: token classes are the user's own."""
+    if mode == "token_classifier":
+        return _classes(_token_classes(num_classes, own_labels))
+    if mode == "sequence_scorer" and target_type == "classification":
+        return _classes(_bands(num_classes))
     if mode == "sequence_scorer":
-        return {"num_labels": 1, "score_activation": "sigmoid"}
-    return {"num_labels": 1} if mode == "ranker" else {}
+        return _classes(["score"]) | {"score_activation": "sigmoid", "problem_type": "regression"}
+    # A regression to transformers: its pipelines would put a sigmoid on the one number of a classifier
+    return _classes(["score"]) | {"problem_type": "regression"} if mode == "ranker" else {}
+
+
+def _classes(names: list[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def _token_classes(count: int, own_labels: bool) -> list[str]:
+    """Names of token classes: where a token comes from, or the numbers of the user's own."""
+    known = ["unlabelled"] if own_labels else ["original", "random", "predicted"]
+    return [known[i] if i < len(known) else f"class_{i}" for i in range(count)]
+
+
+def _bands(count: int) -> list[str]:
+    """Names of equal bands of the score's range [0, 1]."""
+    digits = max(2, len(str(count)))
+    return [f"score {i / count:.{digits}f} to {(i + 1) / count:.{digits}f}" for i in range(count)]
 
 
 def start_model(
@@ -195,7 +221,41 @@ def load_model(folder: Path) -> Any:
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """Weights, config and tokenizer into `folder`, as Hugging Face writes them."""
+    """Weights, config and tokenizer into `folder`, as Hugging Face writes them.
+
+    `tokenizer` is the run's; the folder's own has the same tokens and is called as the model was trained.
+    """
     inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
+    if (
+        head_of(inner) == "causal_lm"
+    ):  # what `generate` goes by: text only, and no more than the model can read
+        inner.generation_config = GenerationConfig(
+            max_length=inner.config.max_position_embeddings,
+            suppress_tokens=sorted(set(tokenizer.all_special_ids)),
+            pad_token_id=tokenizer.pad_token_id,
+        )
     inner.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer_of(inner, tokenizer).save_pretrained(folder)
+
+
+def head_of(model: Any) -> str:
+    """Which head of its family a model is: masked_lm, causal_lm, token or sequence."""
+    heads = FAMILIES[model.config.model_type].heads
+    return next(name for name, head in heads.items() if isinstance(model, head))
+
+
+def tokenizer_of(model: Any, tokenizer: Any) -> Any:
+    """The run's tokenizer as `model` was trained to be called.
+
+    Sequence scorers, rankers and causal models read [CLS] in front of a text; masked ones and token classifiers read
+    text alone, one token less than they have positions, for the last one is never trained. Only a masked one reads masks.
+    """
+    head, positions = head_of(model), model.config.max_position_embeddings
+    cls_in_front = head in ("sequence", "causal_lm")
+    return model_tokenizer(
+        tokenizer,
+        positions if cls_in_front else positions - 1,
+        cls_in_front=cls_in_front,
+        reads_masks=head == "masked_lm",
+        padding_side="left" if head == "causal_lm" else "right",
+    )

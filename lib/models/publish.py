@@ -18,35 +18,13 @@ from typing import Any
 
 from lib import durable
 from lib.errors import BadData, CannotCreate, MissingInput, RemaskError, did_you_mean
+from lib.models.cards import usage
 from lib.runs import load_manifest
 
 RANKER_FILE = "ranker.json"  # marks the folder of a ranker with prompts
 POLICIES = ("ppo", "exact", "cross_entropy")  # what stage 05 makes of a ranker
 
-_AUTO = {
-    "MaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "CausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "TokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "SequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-}
-
-
-USE = """```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("THIS_FOLDER", trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-```
-
-The folder carries its own modelling code; nothing else has to be installed but transformers and torch."""
-
-USE_OF_RANKER = """```python
-from sentence_transformers import CrossEncoder
-
-scores = CrossEncoder("THIS_FOLDER").predict([(question, candidate) for candidate in candidates])
-```
-
-The candidate of the highest score is the answer."""
+CALIBRATION = "calibration.json"
 
 
 def publish(run: Path, name: str, out: Path) -> Path:
@@ -58,9 +36,7 @@ def publish(run: Path, name: str, out: Path) -> Path:
         CannotCreate: `out` is not empty.
     """
     stage = "05_train_critic" if name in ("critic", *POLICIES) else "04_train"
-    manifest, data = (load_manifest(run / s) for s in (stage, "01_prepare_dataset"))
-    if manifest is None or data is None:
-        raise MissingInput(f"{run / stage} is not complete; run {stage}.py --run_dir {run}")
+    manifest, data = manifests_of(run, stage)
     output = "best_model" if name == "critic" else f"{name}/best_model"
     if output not in manifest["outputs"]:
         known = [n.removesuffix("/best_model") for n in manifest["outputs"] if n.endswith("/best_model")]
@@ -76,10 +52,28 @@ def publish(run: Path, name: str, out: Path) -> Path:
         if with_prompts:
             _export_ranker(source, folder)
         else:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
+            publish_model(source, folder, manifest, name)
+        if name == "critic":
+            shutil.copyfile(run / stage / manifest["outputs"][CALIBRATION]["path"], folder / CALIBRATION)
         text = card(name, manifest, data, folder, with_prompts)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return out
+
+
+def manifests_of(run: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest of the stage that trained a model and of stage 01. Raises MissingInput for a stage not complete.
+
+    A manifest has the settings that its own stage reads; the first one's `config` has those of stages 03 and 04 too.
+    """
+    manifest, data = (load_manifest(run / s) for s in (stage, "01_prepare_dataset"))
+    if manifest is None or data is None:
+        raise MissingInput(f"{run / stage} is not complete; run {stage}.py --run_dir {run}")
+    before = [load_manifest(run / s) for s in ("03_build_rewards", "04_train")]
+    for earlier in before:
+        if earlier is None:
+            raise MissingInput(f"{run} lacks a complete stage 03 or 04; run the stages of {run} again")
+        manifest["config"] = earlier["config"] | manifest["config"]
+    return manifest, data
 
 
 def _export_ranker(source: Path, folder: Path) -> None:
@@ -90,42 +84,62 @@ def _export_ranker(source: Path, folder: Path) -> None:
     export_classifier(model, folder, tokenizer)
 
 
+def publish_model(source: Path, folder: Path, manifest: dict[str, Any], name: str) -> None:
+    """Weights, code, tokenizer and class names as this version writes them, whichever version trained the model."""
+    from lib.models.build import heads_of, load_model, save_model
+    from lib.tokenization import load_tokenizer
+
+    model = load_model(source)
+    if name != "critic":
+        spec = manifest["config"]["models"][name]
+        own_labels = manifest["config"]["labels"]["path"] is not None
+        heads = heads_of(spec["mode"], spec["target_type"], spec["num_classes"], own_labels)
+        for key, value in heads.items():
+            setattr(model.config, key, value)
+    save_model(model, folder, load_tokenizer(source))
+
+
 def card(
     name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path, with_prompts: bool = False
 ) -> str:
     """The model card as Markdown with its YAML header. `with_prompts`: it scores pairs of prompt and candidate."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = config["architectures"][0]
-    auto, task = next(
-        (v for k, v in _AUTO.items() if architecture.endswith(k)), ("AutoModel", "feature-extraction")
-    )
     rows = [row for row in manifest["stats"]["table"] if row["model"] == name]
     if name in POLICIES:
-        settings = manifest["config"]["critic"]
+        settings, split = manifest["config"]["critic"], "train"
         what = f"a ranker, trained further as a policy by {name}"
     elif name == "critic":
         settings, rows = manifest["config"]["critic"], manifest["stats"]["table"]
+        split = manifest["config"]["models"][settings["generator"]]["split"]
         what = "a masked-diffusion generator with a critic head that says for every token how likely it is an error"
     else:
         settings = manifest["config"]["models"][name]
-        what = f"mode {settings['mode']}, attention {settings['attention']}"
-    training, prepared = settings["training"], data["stats"]
-    split = settings.get("split", "train")
-    path = data["config"]["data"]["path"]
-    source = (
-        "the language reference that every CPython carries" if path == "builtin" else f"`{Path(path).name}`"
-    )
+        split = settings["split"]
+        both_ways = settings["mode"] in ("token_classifier", "sequence_scorer")
+        what = f"mode {settings['mode']}, attention {'bidirectional' if both_ways else settings['attention']}"
+    kind = "critic" if name == "critic" else "pairs" if with_prompts else None
+    own_labels = manifest["config"]["labels"]["path"] is not None
+    use = usage(config, kind, _prompt_of(manifest["config"], settings), own_labels)
+    source = _source_of(data["config"])
     table = "\n".join(
-        f"| {r['metric']} | {r['value']:.4g} | {r['low']:.4g} to {r['high']:.4g} | {r['baseline']}: "
+        f"| {r['metric']} ({'less' if r['lower_is_better'] else 'more'} is better) | {r['value']:.4g} | {r['low']:.4g} to {r['high']:.4g} | {r['baseline']}: "
         f"{r['baseline_value']:.4g} | {'yes' if r['beats_baseline'] else 'NO'} |"
         for r in rows
     )
-    use = USE_OF_RANKER if with_prompts else USE.format(auto=auto)
-    versions = manifest["environment"]
+    prepared, versions = data["stats"], manifest["environment"]
+    precision = versions.get("precision", "fp32")
+    rounded = (
+        "\nThe figures were computed with bf16 products; a model loaded as above computes in float32, and its scores differ by\n"
+        "rounding."
+        if precision == "bf16"
+        else ""
+    )
     commit = manifest["code"].get("commit") or "unknown"
     return f"""---
 library_name: transformers
-pipeline_tag: {task}
+license: unknown
+pipeline_tag: {use.task}
 tags:
 - {config["model_type"]}
 - masked-diffusion
@@ -133,12 +147,14 @@ tags:
 
 # {name}
 
-`{architecture}`: {what}. Trained by Remask from {source}; add a licence before
-you publish it.
+`{architecture}`: {what}. Trained by Remask from {source}.
+
+Licence: none is chosen yet. Set `license` above before you share this folder; the licences of the training data and of the
+code have a say in it.
 
 ## Use
 
-{use}
+{use.text}
 
 ## Data
 
@@ -151,20 +167,48 @@ passages, vocabulary {prepared["vocabulary"]:,}. Held out: {prepared["tokens"]["
 |---|---|---|---|---|
 {table}
 
+The baseline is what the column says, on the same held-out data; "yes" means that the whole interval is better.{rounded}
+
 ## Training
 
-{training["steps"]:,} steps of {training["batch_size"]} rows, {training["optimizer"]} (learning rates
-{training["muon_learning_rate"]} for hidden matrices, {training["learning_rate"]} for the rest), seed
-{manifest["config"]["seed"]}. Python {versions["python"]}, torch {versions["torch"]}, transformers
-{versions["transformers"]}, {versions.get("device", "cpu")}, {versions.get("precision", "fp32")}; code at commit {commit}.
+{_training_of(settings["training"])}, seed {manifest["config"]["seed"]}. Python {versions["python"]}, torch
+{versions["torch"]}, transformers {versions["transformers"]}, {versions.get("device", "cpu")}, {precision}; code at
+commit {commit}.
 """
+
+
+def _prompt_of(config: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What the prompts of the run's rankers hold; empty for one that is blind."""
+    if settings.get("blind"):
+        return ""
+    if config["ranker"]["prompt"] == "question_page":
+        return "the question, a line feed and the text of the page"
+    return "the question alone"
+
+
+def _source_of(config: dict[str, Any]) -> str:
+    """Where a run's data come from, in a few words."""
+    path = config["data"]["path"]
+    if config["task"] == "finqa":
+        return "synthetic questions in the style of FinQA" if path.startswith("builtin") else "FinQA"
+    return (
+        "the language reference that every CPython carries" if path == "builtin" else f"`{Path(path).name}`"
+    )
+
+
+def _training_of(settings: dict[str, Any]) -> str:
+    """Steps, batch and learning rates."""
+    rates = f"learning rate {settings['learning_rate']}"
+    if settings["optimizer"] == "muon":
+        rates = f"learning rates {settings['muon_learning_rate']} for hidden matrices, {settings['learning_rate']} for the rest"
+    return f"{settings['steps']:,} steps of {settings['batch_size']} rows, {settings['optimizer']} ({rates})"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.models.publish", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run_dir", type=Path, help="a finished run, such as outputs/run_001")
-    parser.add_argument("model", help="a model of stage 04, or critic")
+    parser.add_argument("model", help="a model of stage 04; critic, or ppo, exact, cross_entropy of stage 05")
     parser.add_argument("out_dir", type=Path, help="a new folder")
     options = parser.parse_args()
     try:

@@ -19,6 +19,7 @@ from lib.errors import BadConfig
 from lib.models.collation import collate
 from lib.models.packing import Pools
 from lib.models.ranker import CandidateRanker
+from lib.models.trunks import position_offset
 
 OURS = "remask_gpt"
 POOLER_THEN_LINEAR = ("bert",)  # pooler of the trunk, then `classifier`
@@ -41,8 +42,7 @@ def export_classifier(model: CandidateRanker, folder: Path, tokenizer: Any) -> N
     classifier = _classifier(model, trunk)
     config = classifier.config
     config.pad_token_id = tokenizer.pad_token_id
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "right"
+    tokenizer = _for_pairs(tokenizer, trunk)
     _compare(model, classifier, tokenizer)
     activation = f"{nn.Identity.__module__}.{nn.Identity.__name__}"
     if config.model_type == OURS:  # its config takes no foreign key
@@ -52,6 +52,19 @@ def export_classifier(model: CandidateRanker, folder: Path, tokenizer: Any) -> N
         config.sentence_transformers = {"activation_fn": activation}
     classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _for_pairs(tokenizer: Any, trunk: Any) -> Any:
+    """A copy that reads names of special tokens as text, as `collate` does, and knows how long an input may be."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    tokenizer.split_special_tokens = True
+    positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - position_offset(trunk))
+    kept = ("padding_side", "split_special_tokens", "model_max_length")
+    tokenizer.init_kwargs |= {name: getattr(tokenizer, name) for name in kept}  # what is saved
+    return tokenizer
 
 
 def _merged(model: CandidateRanker) -> Any:
@@ -89,7 +102,8 @@ def _refuse(model: CandidateRanker, trunk: Any) -> None:
 def _classifier(model: CandidateRanker, trunk: Any) -> Any:
     """The stock classifier with the ranker's weights, in evaluation mode."""
     config = copy.deepcopy(trunk.config)
-    config.num_labels = 1
+    config.num_labels, config.problem_type = 1, "regression"  # else pipelines put a sigmoid on the score
+    config.id2label, config.label2id = {0: "score"}, {"score": 0}
     kind = config.model_type
     if kind == OURS:
         config.pooling = {"cls": "first", "last": "last"}[model.pooling]
@@ -117,7 +131,8 @@ def _classifier(model: CandidateRanker, trunk: Any) -> Any:
 @torch.no_grad()
 def _compare(model: CandidateRanker, classifier: Any, tokenizer: Any) -> None:
     """Both on a few texts, as each reads them."""
-    prompts, candidates = PROBES
+    names = " ".join(map(str, tokenizer.all_special_tokens))
+    prompts, candidates = [*PROBES[0], f"a {names}"], [*PROBES[1], ["b", f"{names} b"]]
     limit = getattr(model.config, "max_position_embeddings", 64) // 2
     device = next(classifier.parameters()).device
     pools = collate(tokenizer, prompts, candidates, limit, limit)

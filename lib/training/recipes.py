@@ -53,7 +53,7 @@ def model_recipe(
         config.seed,
         name,
         start,
-        **heads_of(spec.mode, spec.target_type, spec.num_classes),
+        **heads_of(spec.mode, spec.target_type, spec.num_classes, config.labels.path is not None),
     )
     if start is not None:
         say(f"{name}: {len(transfer.loaded)} tensors from {os.path.relpath(start)}; "

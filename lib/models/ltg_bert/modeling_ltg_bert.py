@@ -363,7 +363,9 @@ class LtgBertPreTrainedModel(PreTrainedModel):
         index, mask = self._pairs(attention_mask, position_ids, hidden)
 
         all_hidden, all_attentions = [hidden], []
-        for layer in self.transformer.layers:
+        for layer in (
+            self.transformer.layers if hidden.shape[1] else ()
+        ):  # an empty text has nothing to attend to
             hidden, weights = layer(hidden, relative, index, mask)
             all_hidden.append(hidden)
             if want_attentions and weights is None:
@@ -391,6 +393,8 @@ class LtgBertPreTrainedModel(PreTrainedModel):
     def _embed(self, input_ids: Tensor | None) -> Tensor:
         if input_ids is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids.is_floating_point() and not input_ids.numel():
+            input_ids = input_ids.long()  # what tokenizers make of an empty text
         size = self.embedding.word_embedding.num_embeddings
         if _may_look_at(input_ids) and input_ids.numel():
             low, high = (int(value) for value in input_ids.aminmax())

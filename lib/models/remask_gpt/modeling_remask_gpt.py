@@ -50,6 +50,11 @@ def _is_tracing() -> bool:
     return torch.compiler.is_compiling()
 
 
+def _takes_native_code(tensor: Tensor) -> bool:
+    """Whether torch's own kernels are right: what is written out here for the CPU's cache is slow elsewhere."""
+    return tensor.device.type != "cpu" or _is_tracing()
+
+
 def _may_look_at(tensor: Tensor) -> bool:
     """Whether reading a value of the tensor is cheap: on an accelerator it would stop the queue."""
     return tensor.device.type == "cpu" and not _is_tracing()
@@ -92,7 +97,7 @@ def _rms_norm_gradient(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Divide the last dimension by its root mean square (Zhang & Sennrich 2019), without parameters."""
-    if _is_tracing():
+    if _takes_native_code(x):
         return F.rms_norm(x, (x.shape[-1],), eps=eps)
     return _RmsNorm.apply(x, eps)  # pyright: ignore[reportReturnType]
 
@@ -131,7 +136,7 @@ def _slices(count: int, width: int) -> list[slice]:
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0) squared (So et al. 2021)."""
-    return F.relu(x).square() if _is_tracing() else _SquaredRelu.apply(x)  # pyright: ignore[reportReturnType]
+    return F.relu(x).square() if _takes_native_code(x) else _SquaredRelu.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def rotary_tables(
@@ -270,7 +275,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     On the CPU few rows, or few outputs, take code that adds in an order chosen by N: both are padded with zeros.
     """
-    if _is_tracing() or x.device.type != "cpu":
+    if _takes_native_code(x):
         return F.linear(x, weight, bias)
     rows, outputs = x.shape[0], weight.shape[0]
     if rows < FEWEST_ROWS:
@@ -353,7 +358,7 @@ class RemaskGptAttention(nn.Module):
 
     def _may_slice(self, qkv: Tensor) -> bool:
         """Whether the CPU's own way applies: not on an accelerator, not while exporting, not for very long inputs."""
-        return qkv.device.type == "cpu" and qkv.shape[1] <= MAX_SLICED_LENGTH and not _is_tracing()
+        return not _takes_native_code(qkv) and qkv.shape[1] <= MAX_SLICED_LENGTH
 
 
 class RemaskGptMLP(nn.Module):
@@ -556,7 +561,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta, hidden.dtype)
 
         all_hidden, all_attentions = [hidden], []
-        for layer in self.layers:
+        for layer in self.layers if length else ():  # an empty text has nothing to attend to
             hidden, weights = layer(hidden, rotary, mask, is_causal, past_key_values=past_key_values)
             if want_attentions and weights is None:
                 raise ValueError('output_attentions needs attn_implementation="eager"')
@@ -590,6 +595,8 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
     def _embed(self, input_ids: Tensor | None) -> Tensor:
         if input_ids is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids.is_floating_point() and not input_ids.numel():
+            input_ids = input_ids.long()  # what tokenizers make of an empty text
         size = self.embed_tokens.num_embeddings
         if _may_look_at(input_ids) and input_ids.numel():
             low, high = (int(value) for value in input_ids.aminmax())
@@ -955,7 +962,7 @@ class RemaskGptForCausalLM(_LanguageModelHead, GenerationMixin):
         elif logits_at is not None:
             logits = self.lm_logits(_rows_at(hidden, logits_at))
         else:
-            logits = self.lm_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+            logits = self.lm_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], self.config.vocab_size)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1013,7 +1020,7 @@ class RemaskGptForTokenClassification(RemaskGptPreTrainedModel):
         )
         hidden = self.dropout(outputs.last_hidden_state)
         if labels is None:
-            logits, loss = self._score(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1), None
+            logits, loss = self._score(hidden.flatten(0, 1)).view(*hidden.shape[:2], self.num_labels), None
         else:
             logits, loss = _loss_at_labels(hidden, labels, self.num_labels, None, self._score, _class_loss)
         return TokenClassifierOutput(
