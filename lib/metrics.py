@@ -21,7 +21,9 @@ from lib import randomness
 
 RESAMPLES = 1000
 LEVEL = 0.95
-MOST_UNITS = 1024  # groups of a ratio; more are joined to so many: fewer units, each still independent of the others
+MOST_UNITS = (
+    1024  # groups of a ratio; more are joined to so many: fewer units, each still independent of the others
+)
 MOST_GROUPS = 256  # of AUROC, whose time grows with their square
 FEWEST_GROUPS = 10  # below, too few resamples differ: Student's t in place of their quantiles
 SHARE = (0.0, 1.0)  # the limits of a share, an accuracy or an AUROC
@@ -151,7 +153,9 @@ def r2_estimate(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray) -
         counts = _counts(size, RESAMPLES)
         drawn = (counts @ np.stack([e, y, q, m], 1)).T
         share, mean = unexplained(*drawn), drawn[1] / drawn[3]  # (R,)
-        around = q - 2 * mean[:, None] * y + mean[:, None] ** 2 * m  # (R, G) squares around the resample's mean
+        around = (
+            q - 2 * mean[:, None] * y + mean[:, None] ** 2 * m
+        )  # (R, G) squares around the resample's mean
         influence = (e - share[:, None] * around) / (drawn[2] - drawn[1] ** 2 / drawn[3])[:, None]
         squares = (counts * influence**2).sum(1)
         errors = _spread(squares, share**2, size)

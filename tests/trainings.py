@@ -35,6 +35,17 @@ def windows(width: int = 16) -> Windows:
     return Windows(pa.table({"token_ids": lists, "continues": [i % 4 > 0 for i in range(40)]}), width, 0)
 
 
+def splits(width: int = 16) -> dict[str, Any]:
+    """The splits that a language objective asks for, all of that language."""
+    held_out = windows(width)
+    return {
+        "train": windows(width),
+        "selection": windows(width),
+        "held_out": held_out,
+        "groups": held_out.owner,
+    }
+
+
 def settings(**changes) -> TrainingConfig:
     base = load_config(quick_test=True).training.model_dump()
     return TrainingConfig.model_validate(

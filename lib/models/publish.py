@@ -90,6 +90,11 @@ def _export_ranker(source: Path, folder: Path) -> None:
     export_classifier(model, folder, tokenizer)
 
 
+def _interval(row: dict) -> str:
+    """The ends of a row's interval; one group of held-out text alone gives none."""
+    return "–" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
+
+
 def card(
     name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path, with_prompts: bool = False
 ) -> str:
@@ -116,7 +121,7 @@ def card(
         "the language reference that every CPython carries" if path == "builtin" else f"`{Path(path).name}`"
     )
     table = "\n".join(
-        f"| {r['metric']} | {r['value']:.4g} | {r['low']:.4g} to {r['high']:.4g} | {r['baseline']}: "
+        f"| {r['metric']} | {r['value']:.4g} | {_interval(r)} | {r['baseline']}: "
         f"{r['baseline_value']:.4g} | {'yes' if r['beats_baseline'] else 'NO'} |"
         for r in rows
     )
