@@ -148,7 +148,7 @@ class Tally:
 
     def check(self, config: Config) -> None:
         """Every split with a share must have examples, and so must the one that chooses the best step."""
-        shares = config.data.fractions | {"selection": 1.0}
+        shares = config.data.fractions | ({"selection": 1.0} if self.examples.get("train") else {})
         empty = [s for s, share in shares.items() if share > 0 and not self.examples.get(s)]
         if empty:
             raise BadData(
