@@ -159,12 +159,13 @@ class Tally:
         return pa.Table.from_pylist([vars(i) for i in items], schema.DROPPED.arrow)
 
     def check(self, config: Config) -> None:
-        """Every split with a share must have examples."""
-        empty = [s for s, share in config.data.fractions.items() if share > 0 and not self.examples.get(s)]
+        """Every split with a share must have examples, and so must the one that chooses the best step."""
+        shares = config.data.fractions | ({"selection": 1.0} if self.examples.get("train") else {})
+        empty = [s for s, share in shares.items() if share > 0 and not self.examples.get(s)]
         if empty:
             raise BadData(
                 f"nothing fell into split {', '.join(empty)} (examples per split: {self.examples}; left out: "
-                f"{self.left_out()}); set a smaller data.block_characters, another seed, or give more data"
+                f"{self.left_out()}); {_advice(config)}, or give more data"
             )
 
     def summary(self, vocabulary: int) -> dict:
@@ -188,6 +189,14 @@ class Tally:
 
     def left_out(self) -> str:
         return ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items()) or "nothing"
+
+
+def _advice(config: Config) -> str:
+    """What makes more of the splits have examples."""
+    if config.task == "finqa":
+        return "set a larger finqa.selection_share or another seed"
+    unit = "data.split_unit=block and " if config.data.split_unit == "document" else ""
+    return f"set {unit}a smaller data.block_characters, another seed"
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
             "learning_parameters": learning,
             "optimizer": result.optimizer,
             "generator_nelbo": nelbo["nelbo"],
-            "generator_nelbo_standard_error": nelbo["nelbo_standard_error"],
+            "generator_nelbo_half_width": nelbo["nelbo_half_width"],
             "table": [row.as_dict() for row in rows],
         }
         say(results_table(stage.stats["table"]))
@@ -168,28 +168,31 @@ def critic_objective(stage: Stage, config: Config, runtime, tokenizer, context: 
     from lib.training.data import Windows, select_split
     from lib.training.objectives.language_model import MaskedDiffusion
     from lib.training.objectives.token_critic import TokenCritic
+    from lib.training.tables import SELECTION
 
-    tables = {
-        split: select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
-        for split in (config.models[config.critic.generator].split, "held_out")
-    }
-    train, held_out = tables[config.models[config.critic.generator].split], tables["held_out"]
+    tables = [
+        select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
+        for split in (config.models[config.critic.generator].split, SELECTION, "held_out")
+    ]
+    train, selection, held_out = (Windows(t, context, tokenizer.pad_token_id) for t in tables)
+    tiles = held_out.tiled()
     training = config.critic.training
     diffusion = MaskedDiffusion(
         config.diffusion.model_copy(update={"stages": ()}),  # over, when a critic joins
         tokenizer.mask_token_id,
         text_ids=np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids),
         label="critic",
-        train=Windows(train, context, tokenizer.pad_token_id),
-        held_out=(tiles := Windows(held_out, context, tokenizer.pad_token_id).tiled()),
+        train=train,
+        selection=selection.tiled(),
+        held_out=tiles,
+        groups=np.asarray(tables[2]["group"].to_pylist())[tiles.owner],
         runtime=runtime,
         seed=config.seed,
         batch_size=training.batch_size,
         num_evaluated=training.evaluation_examples,
         newline_ids=newline_ids(tokenizer),
     )
-    groups = np.asarray(held_out["group"].to_pylist())[tiles.owner]
-    return TokenCritic(config.critic, diffusion, sorted(set(tokenizer.all_special_ids)), groups)
+    return TokenCritic(config.critic, diffusion, sorted(set(tokenizer.all_special_ids)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def main() -> None:
         f"training             {speed['seconds'] / 60:.1f} minutes, {speed['tokens_per_second']:,.0f} tokens/s"
     )
     print(
-        f"held-out NELBO       {held_out['nelbo']:.4f} +- {held_out['nelbo_standard_error']:.4f} nats/character"
+        f"held-out NELBO       {held_out['nelbo']:.4f} +- {held_out['nelbo_half_width']:.4f} nats/character "
+        "(95 % interval, blocks resampled)"
     )
     print(f"train NELBO          {held_out['train_nelbo']:.4f}")
     print(f"masked accuracy      {held_out['masked_accuracy']:.4f}")

@@ -42,7 +42,7 @@ def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) 
 
     Each pass draws an equal share of them, with all that the passes before it drew in view, as in sampling.
     """
-    clean = trained.unseen[:count]
+    clean = trained.held_out[:count]
     rows = np.arange(len(clean))
     eligible = np.ones(clean.shape, bool)
     counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))

@@ -44,7 +44,7 @@ def infilling(
 ) -> dict[str, Any]:
     """Line -> share of right tokens in sticky spans of held-out text, and by how much the whole text is less likely
     than the true one under both judges, in nats per written token: a span must also fit what stands behind it."""
-    clean = trained.unseen[:count]
+    clean = trained.held_out[:count]
     eligible = np.ones(clean.shape, bool)
     counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))
     key = randomness.key(trained.seed, "benchmark spans")

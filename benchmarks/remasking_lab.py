@@ -6,7 +6,7 @@ For each seed and each language (the text, and the sums) stages 00 to 04 run onc
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,6 @@ from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
 from lib.tokenization import decode_batch, load_tokenizer
 from lib.training.data import Windows
-from lib.training.objectives.error_detection import halves
 
 BEFORE = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
 CRITIC = "05_train_critic"
@@ -152,23 +151,11 @@ class Trained:
 
     @cached_property
     def held_out(self) -> np.ndarray:
-        """(N, T) whole held-out windows in a keyed order."""
-        return self._whole_windows(None)
-
-    @cached_property
-    def unseen(self) -> np.ndarray:
-        """(N, T) those of `held_out` whose groups did not calibrate the critic (see `TokenCritic.report`)."""
-        return self._whole_windows(halves)
-
-    def _whole_windows(self, split: Callable | None) -> np.ndarray:
+        """(N, T) whole held-out windows in a keyed order. No model and no calibration has seen them."""
         tiles = self.windows("held_out").tiled()
-        groups = self._table.filter(pc.equal(self._table["split"], "held_out"))["group"].to_numpy(
-            zero_copy_only=False
-        )
-        chosen = np.ones(tiles.count, bool) if split is None else split(groups[tiles.owner])[1]
         order = randomness.permutation(self.seed, "benchmark windows", 0, tiles.count)
         ids, valid = tiles.batch(order, np.zeros(len(order)))
-        return ids[valid.all(1) & chosen[order]]
+        return ids[valid.all(1)]
 
     @cached_property
     def train_ids(self) -> np.ndarray:

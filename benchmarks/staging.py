@@ -42,7 +42,7 @@ def run(way: str, seed: int, steps: int) -> dict:
         train_named("generator", config.models["generator"], materials, own, start=None)
     record = json.loads((own / RECORD).read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    stages = [(line["step"], int(line["held_out"].get("stage", 0))) for line in lines]
+    stages = [(line["step"], int(line["selection"].get("stage", 0))) for line in lines]
     joined = {stage: step for step, stage in reversed(stages)}
     return record["held_out"] | {"joined": [joined[s] for s in sorted(joined)][1:]}
 

@@ -7,7 +7,8 @@
 | a .jsonl file         | such a record per line                                                                     |
 | a .csv or .tsv file   | columns example_id, score, spans; the spans as JSON                                        |
 | a .parquet file       | columns example_id, score (a number), spans (a list of {start, end, class})                |
-| a folder              | train_labels.json, held_out_labels.json: maps of the n-th example of the split -> score    |
+| a folder              | train_labels.json, held_out_labels.json: maps of the n-th example of the split -> score;    |
+|                       | the split `selection` is numbered as a part of train                                       |
 
 All but .parquet may be packed with gzip (.json.gz). Spans are characters of the passage, `end` not included; classes
 count from 1, 0 is what no span covers. An empty list of spans says "looked at, nothing found"; null, {} and an empty
@@ -75,9 +76,12 @@ class Labels:
 
     def of(self, ids: Sequence[str], splits: Sequence[str]) -> list[Label]:
         """The labels of all examples, in their order. Raises BadData that names those without one."""
-        numbers = dict.fromkeys(splits, 0)
+        numbers = dict.fromkeys(splits, 0) | {"train": 0}
         found, missing = [], []
-        for example, split in zip(ids, splits, strict=True):
+        for example, own in zip(ids, splits, strict=True):
+            split = (
+                "train" if own == "selection" else own
+            )  # which is taken out of train, and is numbered with it
             label = self.by_key.get(example, self.by_key.get((split, numbers[split])))
             numbers[split] += 1
             if label is None:

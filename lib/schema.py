@@ -55,7 +55,7 @@ EXAMPLES = TableSchema(
         ("example_id", pa.string()),
         ("prompt", pa.large_string()),
         ("target", pa.large_string()),
-        ("split", pa.string()),  # train | held_out | reference | selection (chooses the best step) | test
+        ("split", pa.string()),  # train | selection (chooses the best step) | held_out | reference | test
         ("group", pa.string()),  # examples of one group are never in two splits or two folds
         ("continues", pa.bool_()),  # this target goes on exactly where the row before ended
         ("token_ids", _IDS),  # of the target

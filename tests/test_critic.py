@@ -16,7 +16,6 @@ from lib.training.objectives.error_detection import (
     bands,
     detection,
     fitted,
-    halves,
 )
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, without_gradient
@@ -28,10 +27,10 @@ def objective(coupling: str = "decoupled", **changes) -> TokenCritic:
     ids = np.tile(np.arange(4, 14), 64).astype(np.int32)
     lists = pa.chunked_array([pa.array(ids.reshape(-1, 32).tolist(), pa.list_(pa.int32()))])
     data = Windows(pa.table({"token_ids": lists, "continues": [False] * 20}), 40, 0)  # windows with padding
-    diffusion = MaskedDiffusion(config.diffusion, 1, label="critic", train=data, held_out=data, runtime=CPU, seed=3,
-                                batch_size=8, num_evaluated=16)  # fmt: skip
+    diffusion = MaskedDiffusion(config.diffusion, 1, label="critic", train=data, selection=data, held_out=data,
+                                groups=np.arange(20).astype(str), runtime=CPU, seed=3, batch_size=8, num_evaluated=16)  # fmt: skip
     critic = config.critic.model_copy(update={"coupling": coupling, **changes})
-    return TokenCritic(critic, diffusion, [0, 1, 2, 3], np.arange(20).astype(str))
+    return TokenCritic(critic, diffusion, [0, 1, 2, 3])
 
 
 def model(critic_layers: int = 1):
@@ -165,7 +164,7 @@ def test_killed_within_the_ramp_it_ends_with_the_same_bits(tmp_path):
         assert run(tmp_path / str(step)) == whole, f"killed before step {step}"
 
 
-def test_joint_loss_is_named_and_selected_on_the_generator_alone():
+def test_joint_loss_is_named_and_selected_on_generator_and_critic():
     target = objective("joint", ramp=(0.0, 0.0))
     terms = target.loss(model(), 5, range(8))
     generator, error, origin = (
@@ -174,7 +173,7 @@ def test_joint_loss_is_named_and_selected_on_the_generator_alone():
     assert min(error, origin) > 0 and target.config.origin_weight > 0
     critic = error + target.config.origin_weight * origin
     assert terms["loss"].item() == pytest.approx(generator + target.config.alpha * critic, rel=1e-5)
-    assert target.selection == "nelbo" and objective().selection == "critic_loss"
+    assert target.selection == "nelbo_and_auroc" and objective().selection == "critic_loss"
 
 
 @pytest.mark.parametrize("coupling", ["joint", "decoupled", "stop_gradient"])
@@ -318,8 +317,8 @@ def test_who_knows_nothing_of_a_text_is_calibrated_on_all_of_it():
 
 def test_curves_by_band_are_more_honest_than_one_for_all():
     seen = made_views()
-    fitting, measuring = halves(seen.group)
-    assert not (fitting & measuring).any() and not set(seen.group[fitting]) & set(seen.group[measuring])
+    fitting = seen.group % 2 == 0
+    measuring = ~fitting
     calibration = fitted(seen.at(fitting))
     rows = bands(seen.at(measuring), calibration)
     assert [(r["reading"], r["low"]) for r in rows] == [

@@ -73,7 +73,7 @@ def test_examples_are_the_text_and_the_figures_add_up(folder):
     examples = pq.read_table(stage / "examples.parquet")
     assert sum(stats["examples"].values()) == examples.num_rows
     assert sum(stats["tokens"].values()) == pc.sum(pc.list_value_length(examples["token_ids"])).as_py()
-    assert set(stats["examples"]) == {"train", "held_out", "reference"}
+    assert set(stats["examples"]) == {"train", "selection", "held_out", "reference"}
     assert "".join(examples["target"].to_pylist()) == NOVEL.strip()
     tokenizer = load_tokenizer(stage / "tokenizer")
     assert len(tokenizer) == stats["vocabulary"] == len(set(NOVEL)) + 4

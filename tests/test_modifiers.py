@@ -20,7 +20,7 @@ from lib.training.objectives.modifiers import (
     mask_ratio_weights,
     uniform_cross_entropies,
 )
-from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny, windows
+from tests.trainings import CPU, Killed, fingerprint, settings, splits, train_tiny
 
 TEXT = np.arange(4, 14)
 V, B, T = 14, 6, 16
@@ -151,7 +151,7 @@ def test_the_judge_reads_the_same_completion_of_a_row_in_any_batch():
 
 def objective_of(modifiers: Modifiers | None) -> MaskedDiffusion:
     return MaskedDiffusion(
-        load_config(quick_test=True).diffusion, 1, label="tiny", train=windows(), held_out=windows(), runtime=CPU,
+        load_config(quick_test=True).diffusion, 1, label="tiny", **splits(), runtime=CPU,
         seed=3, batch_size=8, num_evaluated=16, text_ids=TEXT, modifiers=modifiers,
     )  # fmt: skip
 

@@ -170,7 +170,7 @@ def test_no_text_is_in_two_splits(quick_run):
         if len(r["target"]) >= 40:
             splits.setdefault("text " + r["target"], set()).add(r["split"])
     assert all(len(s) == 1 for s in splits.values())
-    assert {r["split"] for r in rows} == {"train", "held_out", "reference"}
+    assert {r["split"] for r in rows} == {"train", "selection", "held_out", "reference"}
 
 
 def test_generator_accuracy_is_counted_from_the_candidates(quick_run, manifests):

@@ -309,8 +309,7 @@ def interval_of(hits, groups, seed):
     return summary(per_pool, groups, seed)["accuracy"]
 
 
-def test_intervals_cover_as_often_as_they_say_when_pages_are_resampled_whole(monkeypatch):
-    monkeypatch.setattr(metrics, "RESAMPLES", 300)
+def test_intervals_cover_as_often_as_they_say_when_pages_are_resampled_whole():
     rng = np.random.default_rng(0)
     covered = {"pages": 0, "pools": 0}
     for trial in range(300):
@@ -320,14 +319,6 @@ def test_intervals_cover_as_often_as_they_say_when_pages_are_resampled_whole(mon
             covered[name] += entry["low"] <= 0.6 <= entry["high"]
     assert 0.90 < covered["pages"] / 300 < 0.985
     assert covered["pools"] / 300 < 0.88  # taking pools as independent promises too much
-
-
-def test_blocks_of_resamples_do_not_repeat_each_other(monkeypatch):
-    rng = np.random.default_rng(1)
-    groups, hits = pages(rng, 50, 2)
-    whole = interval_of(hits, groups, 0)
-    monkeypatch.setattr(metrics, "_CELLS", 50 * 7)
-    assert interval_of(hits, groups, 0) == pytest.approx(whole, abs=1e-12)
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals_and_covers():

@@ -41,7 +41,7 @@ def made_page(**changes) -> str:
         "baseline_value": 0.5,
         "beats_baseline": True,
     }
-    line = {"step": 1, "train": {"loss": 2.0}, "held_out": {"loss": 1.0, "accuracy": 0.3}}
+    line = {"step": 1, "train": {"loss": 2.0}, "selection": {"loss": 1.0, "accuracy": 0.3}}
     values = {
         "title": "a run", "settings": "8 questions", "results": [result | estimate],
         "models": [made_model(), made_model("trees", 0.5), {"name": "random choice", "accuracy": 0.25}],
@@ -170,7 +170,7 @@ def test_hostile_text_stays_text():
         note=HOSTILE,
     )
     rows = {HOSTILE: [{"name": HOSTILE, "accuracy": 0.5, "low": 0.4, "high": 0.6, "count": 1}]}
-    line = {"step": 1, "train": {"loss": 1.0}, "held_out": {"accuracy": 0.5}}
+    line = {"step": 1, "train": {"loss": 1.0}, "selection": {"accuracy": 0.5}}
     names = {"title": HOSTILE, "settings": HOSTILE, "models": [made_model(HOSTILE), made_model("$x^{$")]}
     html = made_page(breakdowns=rows, curves={HOSTILE: [line], "$x_$": [line]}, pools=[pool], **names)
     parsed = Page(html)
@@ -192,7 +192,7 @@ def test_the_same_data_gives_the_same_bytes():
         ({"curves": {}}, "No model was trained"),
         ({"curves": {"ranker": []}}, "No model was trained"),
         ({"pools": []}, "No pool with right and wrong candidates"),
-        ({"curves": {"policy": [{"step": 1, "train": {"reward": 1.0}, "held_out": {}}]}}, "Learning"),
+        ({"curves": {"policy": [{"step": 1, "train": {"reward": 1.0}, "selection": {}}]}}, "Learning"),
         ({"models": [{"name": "lonely", "accuracy": 0.5, "low": None, "high": None}]}, "lonely"),
         ({"models": [made_model(mrr=float("nan"))]}, "ranker"),
         ({"breakdowns": {"fooled by": [{"name": "chain", "count": 12, "share_of_errors": 0.25}]}}, "share of errors"),

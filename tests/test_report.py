@@ -150,7 +150,7 @@ def made_data(**changes) -> ReportData:
         "gain": estimate,
         "fourgram_entropy": 1.0,
     }
-    line = {"step": 1, "train": {"loss": 1.0}, "held_out": {"nll": 1.0}}
+    line = {"step": 1, "train": {"loss": 1.0}, "selection": {"nll": 1.0}}
     values = {
         "run": HOSTILE, "settings": HOSTILE, "manifests": {}, "curves": {"m": [line]}, "results": [result],
         "policies": [policy], "best_of": [chosen], "samples": pa.Table.from_pylist([sample], schema.SAMPLES.arrow),

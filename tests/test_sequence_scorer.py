@@ -21,7 +21,7 @@ class Constant(torch.nn.Module):
 
 def objective(targets: np.ndarray, changed: np.ndarray | None, confidence=None) -> SequenceScore:
     ids = Sequences(pa.chunked_array([pa.array([[5, 6, 7]] * len(targets), pa.list_(pa.int32()))]), 8, 0)
-    return SequenceScore("judge", ids, targets, ids, targets, np.arange(len(targets)), 2, CPU, 0, 10,
+    return SequenceScore("judge", ids, targets, ids, targets, ids, targets, np.arange(len(targets)), 2, CPU, 0, 10,
                          changed=None if changed is None else (changed, changed), confidence=confidence)  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from lib.errors import BadConfig
 from lib.models.build import start_model
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.staged import StagedUnmasking
-from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny, windows
+from tests.trainings import CPU, Killed, fingerprint, settings, splits, train_tiny
 
 STAGES = [
     "{type: random, max_masked_ratio: 0.3, val_loss_stale_count: 1}",
@@ -92,7 +92,7 @@ def test_progress_follows_the_rule(patience, least_gain, losses):
 
 def objective_of(stages=STAGES, *changes: str) -> StagedUnmasking:
     return StagedUnmasking(
-        diffusion_of(*changes, stages=stages), 1, label="tiny", train=windows(), held_out=windows(), runtime=CPU,
+        diffusion_of(*changes, stages=stages), 1, label="tiny", **splits(), runtime=CPU,
         seed=3, batch_size=8, num_evaluated=16, newline_ids=np.array([13]), text_ids=np.arange(4, 14),
     )  # fmt: skip
 
@@ -161,9 +161,9 @@ def run(folder: Path, fault: int | None = None):
 def test_killed_around_a_change_of_stage_it_ends_with_the_same_bits(tmp_path):
     run(tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    stages = [int(line["held_out"]["stage"]) for line in lines]
+    stages = [int(line["selection"]["stage"]) for line in lines]
     assert stages == sorted(stages) and stages[-1] >= 1, "the test needs a change of stage"
-    assert {f"stage_{n}_loss" for n in range(4)} <= set(lines[0]["held_out"])
+    assert {f"stage_{n}_loss" for n in range(4)} <= set(lines[0]["selection"])
     change = next(i for i, stage in enumerate(stages) if stage)
     for step in range(change - 1, change + 3):
         with pytest.raises(Killed):
@@ -174,7 +174,7 @@ def test_killed_around_a_change_of_stage_it_ends_with_the_same_bits(tmp_path):
 
 def test_bert_corruption_is_what_the_model_reads():
     objective = MaskedDiffusion(
-        diffusion_of("diffusion.corruption=bert", stages=[]), 1, label="tiny", train=windows(), held_out=windows(),
+        diffusion_of("diffusion.corruption=bert", stages=[]), 1, label="tiny", **splits(),
         runtime=CPU, seed=3, batch_size=8, num_evaluated=16, text_ids=np.arange(4, 14),
     )  # fmt: skip
     read = []

@@ -307,9 +307,11 @@ def test_contiguous_splits_lie_behind_each_other_in_their_shares():
         text, split="contiguous", fractions=fractions, deduplicate="none", block_characters=1024
     )
     order = [e.split for e in examples]
-    assert order == sorted(order, reverse=True)  # train before held_out
-    share = sum(len(e.target) for e in examples if e.split == "train") / len(text)
+    assert order == sorted(order, reverse=True)  # train before selection before held_out
+    share = sum(len(e.target) for e in examples if e.split != "held_out") / len(text)
     assert share == pytest.approx(0.9, abs=0.002)
+    share = sum(len(e.target) for e in examples if e.split == "selection") / len(text)
+    assert share == pytest.approx(0.9 * load_config().data.selection_fraction, abs=0.002)
     for split in fractions:  # intervals resample groups: one long document must not be a single one
         assert len({e.group for e in examples if e.split == split}) > 5
     assert len({e.group for e in examples}) == len({(e.group, e.split) for e in examples})
@@ -320,7 +322,10 @@ def test_the_hash_split_depends_on_the_name_and_keeps_its_shares():
     first, _ = prepared(text, block_characters=400, deduplicate="none")
     again, _ = prepared(text, block_characters=400, deduplicate="none")
     assert [e.split for e in first] == [e.split for e in again]
-    for split, share in load_config().data.fractions.items():
+    data = load_config().data
+    chosen = data.selection_fraction * data.fractions["train"]
+    shares = data.fractions | {"train": data.fractions["train"] - chosen, "selection": chosen}
+    for split, share in shares.items():
         assert sum(e.split == split for e in first) / len(first) == pytest.approx(share, abs=0.03)
 
 

@@ -19,15 +19,14 @@ from lib.models.build import load_model, start_model
 from lib.training.data import Rows, Windows, first_lengths, pools
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
 from lib.training.optimizer import Optimizer, learning_rate_factor
-from tests.trainings import CPU, Killed, fingerprint, settings, train_tiny, windows
+from tests.trainings import CPU, Killed, fingerprint, settings, splits, train_tiny, windows
 
 
 def start(folder: Path, attention: str = "bidirectional", dropout: float = 0.1, fault=None, **changes):
     """Train the tiny language from the folder's checkpoint or its start. `fault(step)` may raise before a step."""
     config = load_config(quick_test=True)
     architecture = config.architecture.model_copy(update={"dropout": dropout, "width": 32, "context": 16})
-    common = {"label": "tiny", "train": windows(), "held_out": windows(), "runtime": CPU, "seed": 3, "batch_size": 8,
-              "num_evaluated": 16}  # fmt: skip
+    common = {"label": "tiny", **splits(), "runtime": CPU, "seed": 3, "batch_size": 8, "num_evaluated": 16}
     objective = (
         NextToken(2, **common) if attention == "causal" else MaskedDiffusion(config.diffusion, 1, **common)
     )
@@ -47,8 +46,8 @@ def test_it_learns(tmp_path, attention):
     result = start(tmp_path, attention, dropout=0.0, steps=120, evaluate_every=40)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     name = "nll" if attention == "causal" else "nelbo"
-    assert lines[-1]["held_out"][name] < 0.75 * np.log(10)
-    assert result.metrics[name] == min(line["held_out"][name] for line in lines)
+    assert lines[-1]["selection"][name] < 0.75 * np.log(10)
+    assert result.metrics[name] == min(line["selection"][name] for line in lines)
     assert isinstance(load_model(tmp_path / "best_model"), torch.nn.Module)
 
 
@@ -342,7 +341,7 @@ def test_the_held_out_bound_is_the_same_whatever_masks_training_draws():
     ):
         diffusion = load_config(overrides=[f"diffusion.masking={masking}"]).diffusion
         objective = MaskedDiffusion(
-            diffusion, 1, label="tiny", train=windows(), held_out=windows(), runtime=CPU, seed=3, batch_size=8,
+            diffusion, 1, label="tiny", **splits(), runtime=CPU, seed=3, batch_size=8,
             num_evaluated=16, newline_ids=np.array([4]),
         )  # fmt: skip
         with torch.no_grad():

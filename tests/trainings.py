@@ -40,6 +40,17 @@ def _quick_training() -> dict[str, Any]:
     return load_config(quick_test=True).training.model_dump()
 
 
+def splits(width: int = 16) -> dict[str, Any]:
+    """The splits that a language objective asks for, all of that language."""
+    held_out = windows(width)
+    return {
+        "train": windows(width),
+        "selection": windows(width),
+        "held_out": held_out,
+        "groups": held_out.owner,
+    }
+
+
 def settings(**changes) -> TrainingConfig:
     base = _quick_training()
     return TrainingConfig.model_validate(

@@ -14,7 +14,7 @@ from lib.shards import generator_names
 from lib.tasks import cross_fit_fold
 from lib.training.data import select_split
 from lib.training.named import train_named
-from lib.training.tables import Materials
+from lib.training.tables import SELECTION, Materials
 
 
 def masked_language_models(stage: Stage, config: Config, runtime, tokenizer) -> list[Path]:
@@ -48,13 +48,13 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
     folds = config.candidates.cross_fit_folds
     table = {
         split: select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
-        for split in ("train", "held_out")
+        for split in ("train", SELECTION, "held_out")
     }
     fold_of = [cross_fit_fold(config.seed, g, folds) for g in table["train"]["group"].to_pylist()]
     folders = []
     for fold, name in enumerate(generator_names(config)):
         kept = without_fold(table["train"], [folds > 1 and f == fold for f in fold_of])
-        examples = {"train": kept, "held_out": table["held_out"]}
+        examples = table | {"train": kept}
         materials = Materials(
             config, tokenizer, runtime, examples.__getitem__, lambda split: table[split].slice(0, 0)
         )

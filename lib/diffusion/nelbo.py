@@ -7,8 +7,9 @@ With the linear schedule alpha(t) = 1 - t (Sahoo et al., MDLM, 2024; Shi et al.,
 
 `inverse_t` draws just that. `exact_count` draws the number of masks k ~ U{1..n} instead, with weight n / k
 (Ou et al., RADD, 2024): the same bound with less variance, since k is not left to chance. Either way
-`MaskedBatch.weights` times the cross-entropies, summed over a row, is the row's NELBO in nats per token. That holds for
-masks of the type `random`; sticky ones, spans and lines make other training losses, each the mean over masked tokens.
+`MaskedBatch.weights` times the cross-entropies, summed over a row, is the row's NELBO in nats per token; of a batch, see
+`weights_per_token`. That holds for masks of the type `random`; sticky ones, spans and lines make other training losses,
+each the mean over masked tokens.
 
 Works on numpy arrays. Legend: B rows, T positions.
 """
@@ -72,6 +73,10 @@ def mask_batch(
     return MaskedBatch(masked, weights, masked.sum(1) / np.maximum(lengths, 1))
 
 
-def mean_and_standard_error(rows: np.ndarray) -> tuple[float, float]:
-    """Mean NELBO of rows (nats per token each) and its standard error."""
-    return float(rows.mean()), float(rows.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else float("nan")
+def weights_per_token(batch: MaskedBatch, valid: np.ndarray) -> np.ndarray:
+    """(B, T) float32 weights whose sum of weight x CE over the whole batch is its NELBO in nats per token.
+
+    A row counts by its number of tokens: the sum of the rows' nats over the sum of their tokens.
+    """
+    lengths = valid.sum(1, keepdims=True)
+    return batch.weights * (lengths / max(lengths.sum(), 1)).astype(np.float32)

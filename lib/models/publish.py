@@ -99,6 +99,11 @@ def publish_model(source: Path, folder: Path, manifest: dict[str, Any], name: st
     save_model(model, folder, load_tokenizer(source))
 
 
+def _interval(row: dict) -> str:
+    """The ends of a row's interval; one group of held-out text alone gives none."""
+    return "–" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
+
+
 def card(
     name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path, with_prompts: bool = False
 ) -> str:
@@ -123,7 +128,7 @@ def card(
     use = usage(config, kind, _prompt_of(manifest["config"], settings), own_labels)
     source = _source_of(data["config"])
     table = "\n".join(
-        f"| {r['metric']} ({'less' if r['lower_is_better'] else 'more'} is better) | {r['value']:.4g} | {r['low']:.4g} to {r['high']:.4g} | {r['baseline']}: "
+        f"| {r['metric']} ({'less' if r['lower_is_better'] else 'more'} is better) | {r['value']:.4g} | {_interval(r)} | {r['baseline']}: "
         f"{r['baseline_value']:.4g} | {'yes' if r['beats_baseline'] else 'NO'} |"
         for r in rows
     )

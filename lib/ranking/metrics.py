@@ -1,19 +1,18 @@
-"""How well scores rank pools of candidates, with 95 % intervals. numpy only; knows no models, text or files.
+"""How well scores rank pools of candidates, with 95 % intervals. Arrays only; knows no models, text or files.
 
 `ranking_metrics` gives numbers per pool, the rest turns them into tables. Nothing depends on the order in which
 candidates happen to stand: tied scores are judged by what a fair draw among them gives on average, tied best
 rewards are all right answers. Ties are exact equality.
 
-Legend: N pools, K candidates, G groups (pages) that are resampled whole, R resamples.
+Legend: N pools, K candidates, G groups (pages) that are resampled whole.
 """
 
 import numpy as np
 
-from lib import randomness
-from lib.metrics import Estimate, sum_by
+from lib.metrics import SHARE, Estimate, ratio, sum_by
 
-RESAMPLES = 2000
-_CELLS = 4_000_000  # of counts held at once, (R, G)
+# What a metric cannot pass, where that is not 0 and 1
+_LIMITS = {"kendall_tau": (-1.0, 1.0), "normalised_reward_ratio": (-np.inf, 1.0), "difference": (-1.0, 1.0)}
 _Z = 1.959964  # 97.5 % of a normal distribution
 _BASELINES = ("chance", "best_reward", "mean_reward")  # of the pools, whatever the scores: no interval
 
@@ -128,7 +127,7 @@ def _order_metrics(score: np.ndarray, gain: np.ndarray, present: np.ndarray) -> 
 def summarise(
     per_pool: dict[str, np.ndarray], groups: np.ndarray, seed: int
 ) -> dict[str, float | dict[str, float]]:
-    """Means over pools, and two ratios of sums, with bootstrap intervals over whole groups.
+    """Means over pools, and two ratios of sums, with intervals over whole groups (lib/metrics.py).
 
     `reward_ratio` is the winners' reward over the best; `normalised_reward_ratio` counts both from a random
     choice, so 0 is random and 1 is best. Pools where a metric is NaN are left out of it, a metric that is NaN
@@ -136,7 +135,7 @@ def summarise(
 
     Args:
         per_pool: of `ranking_metrics`.
-        groups: (N,) of any type: what is resampled together. Few groups (under 20) make intervals too narrow.
+        groups: (N,) of any type: what is resampled together.
 
     Returns: name -> value for chance, best_reward and mean_reward, name -> {value, low, high} for the others.
     """
@@ -147,7 +146,7 @@ def summarise(
         "normalised_reward_ratio": (chosen - mean, best - mean),
     }
     result: dict[str, float | dict[str, float]] = {
-        k: e._asdict() for k, e in _bootstrap(ratios, groups, seed).items()
+        k: e._asdict() for k, e in _intervals(ratios, groups, seed).items()
     }
     return result | {k: float(per_pool[k].mean()) for k in _BASELINES}
 
@@ -156,7 +155,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: in
     """{value, low, high} of mean(a) - mean(b): two rankers' (N,) accuracies on the same pools, in the same order."""
     if a.shape != b.shape:
         raise ValueError(f"paired values must be of the same pools, got shapes {a.shape} and {b.shape}")
-    return _bootstrap({"difference": _mean(a - b)}, groups, seed)["difference"]._asdict()
+    return _intervals({"difference": _mean(a - b)}, groups, seed)["difference"]._asdict()
 
 
 def breakdown(accuracy: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
@@ -229,20 +228,11 @@ def _mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(known, values, 0.0), known.astype(np.float64)
 
 
-def _bootstrap(
+def _intervals(
     ratios: dict[str, tuple[np.ndarray, np.ndarray]], groups: np.ndarray, seed: int
 ) -> dict[str, Estimate]:
     """sum(numerators) / sum(denominators) by name, with intervals from the same resamples of groups for all."""
-    sums = np.stack(sum_by(groups, *(column for pair in ratios.values() for column in pair)), 1)  # (G, 2 F)
-    units = len(sums)
-    generator = np.random.Generator(np.random.Philox(randomness.key(seed, "ranking bootstrap", units)))
-    block = max(1, _CELLS // units)
-    totals = [sums.sum(0, keepdims=True)]
-    for done in range(0, RESAMPLES, block):
-        size = min(block, RESAMPLES - done)
-        totals.append(generator.multinomial(units, np.full(units, 1 / units), size=size) @ sums)
-    totals = np.concatenate(totals)  # (1 + R, 2 F)
-    values = totals[:, ::2] / np.maximum(totals[:, 1::2], 1e-12)  # (1 + R, F)
-    low, high = np.percentile(values[1:], [2.5, 97.5], axis=0)
-    columns = zip(values[0], low, high, strict=True)
-    return {name: Estimate(*map(float, column)) for name, column in zip(ratios, columns, strict=True)}
+    return {
+        name: ratio(*sum_by(groups, *pair), limits=_LIMITS.get(name, SHARE), seed=seed)
+        for name, pair in ratios.items()
+    }

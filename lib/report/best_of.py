@@ -27,7 +27,7 @@ class _Pool:
 
     texts: np.ndarray  # (N, B, T)
     counted: np.ndarray  # (B, T) from the first gap on: the part that is measured
-    nll: np.ndarray | None  # (N, B) nats per counted token under the reference model
+    nats: np.ndarray | None  # (N, B) of the counted tokens under the reference model
     likings: dict[str, np.ndarray]  # scorer -> (N, B)
 
     def chosen(self, scorer: str) -> tuple[np.ndarray, np.ndarray]:
@@ -43,26 +43,28 @@ def best_of(
     """(a row per scorer over all starts, for each start scorer -> (B, T) the texts that it chose).
 
     A row is {"policy", "nfe", "n", "scorer", "fourgram_entropy" of the chosen texts from their first gap on, "nll" and
-    "gain" over the first of the N as estimates in nats per token, None without a reference model}. A gain that costs
+    "gain" over the first of the N as estimates in nats per token over all samples, which are resampled; None without a
+    reference model}. A gain that costs
     entropy is worth less.
     """
     total = sum(len(start.ids) for start in starts)  # how far apart the numbers of a sample's N texts are
     pools = [_written(bench, start, policy, nfe, n, total) for start in starts]
     rows, texts = [], [{} for _ in pools]
     for scorer in pools[0].likings:
-        gains, own, written = [], [], []
+        gains, own, counts, written = [], [], [], []
         for pool, kept in zip(pools, texts, strict=True):
             best, chosen = pool.chosen(scorer)
             written += [row[counted] for row, counted in zip(chosen, pool.counted, strict=True)]
-            if pool.nll is not None:
-                own.append(pool.nll[best, np.arange(len(best))])
-                gains.append(pool.nll[0] - own[-1])
+            if pool.nats is not None:
+                own.append(pool.nats[best, np.arange(len(best))])
+                gains.append(pool.nats[0] - own[-1])
+                counts.append(pool.counted.sum(1))
             if scorer not in (CHANCE, CEILING):
                 kept[scorer] = chosen
         rows.append({
             "policy": policy, "nfe": nfe, "n": n, "scorer": scorer,
-            "nll": metrics.ratio(np.concatenate(own))._asdict() if own else None,
-            "gain": metrics.ratio(np.concatenate(gains))._asdict() if gains else None,
+            "nll": metrics.ratio(np.concatenate(own), np.concatenate(counts))._asdict() if own else None,
+            "gain": metrics.ratio(np.concatenate(gains), np.concatenate(counts))._asdict() if gains else None,
             "fourgram_entropy": metrics.ngram_entropy(characters(decode_batch(bench.tokenizer, written)), 4),
         })  # fmt: skip
     return rows, texts
@@ -73,13 +75,13 @@ def _written(bench: Any, start: Start, policy: str, nfe: int, n: int, apart: int
         bench.sampler.sample(start.ids, start.free, start.number + k * apart, POLICIES[policy], nfe).ids for k in range(n)
     ])  # fmt: skip
     counted = from_first_gap(start.free)
-    likings, nll = {CHANCE: np.zeros(pool.shape[:2])} | _scorers(bench, pool, start), None
+    likings, nats = {CHANCE: np.zeros(pool.shape[:2])} | _scorers(bench, pool, start), None
     if bench.reference is not None:
         cls_id = bench.tokenizer.cls_token_id
         sums = [reference_nll(bench.reference, bench.runtime, t, counted, cls_id) for t in pool]
-        nll = np.stack(sums) / np.maximum(counted.sum(1), 1)
-        likings[CEILING] = -nll
-    return _Pool(pool, counted, nll, likings)
+        nats = np.stack(sums)  # of one sample's texts the same tokens count
+        likings[CEILING] = -nats
+    return _Pool(pool, counted, nats, likings)
 
 
 def _scorers(bench: Any, pool: np.ndarray, start: Start) -> dict[str, np.ndarray]:

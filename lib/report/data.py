@@ -12,7 +12,7 @@ class ReportData:
     Attributes:
         run: name of the run; `settings` is a line about its data and size.
         manifests: stage name -> manifest.json of the finished stages.
-        curves: model name -> lines of its metrics.jsonl: {"step", "train": {term: value}, "held_out": {metric: value}}.
+        curves: model name -> lines of its metrics.jsonl: {"step", "train": {term: value}, "selection": {metric: value}}.
         results: rows of the results table (lib.training.objectives.base.ResultRow as dictionaries).
         policies: one entry per policy and NFE: {"policy", "nfe", "passes", "samples", "seconds",
             "reference_nll": {"value", "low", "high"} or None (nats per character), "character_entropy",

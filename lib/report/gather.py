@@ -104,7 +104,7 @@ class Measured:
     def means(self) -> dict[str, Any]:
         accuracy = None
         if self.hits is not None and self.known is not None and self.known.any():
-            accuracy = metrics.ratio(self.hits, self.known)._asdict()
+            accuracy = metrics.ratio(self.hits, self.known, limits=metrics.SHARE)._asdict()
         written = [e[f] for e, f in zip(self.errors, self.free, strict=True)]
         return {
             "judge_score": None if self.judged is None else float(self.judged.mean()),

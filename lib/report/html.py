@@ -7,7 +7,15 @@ from lib.report import plots
 from lib.report.cells import table
 from lib.report.classifiers import CLASSES_HINT, SCORES_HINT, classes_table, scores_table
 from lib.report.data import ReportData
-from lib.report.table import BANDS_HEAD, BEST_OF_HEAD, bands_cells, best_of_cells, passes_text
+from lib.report.table import (
+    BANDS_HEAD,
+    BEST_OF_HEAD,
+    INTERVALS,
+    bands_cells,
+    best_of_cells,
+    interval_text,
+    passes_text,
+)
 from lib.report.trace import heat_map, trace_section
 
 STYLE = Path(__file__).with_name("report.css")
@@ -19,7 +27,7 @@ def build_report(data: ReportData) -> str:
     """The whole page. All text of the run is escaped: it may hold anything."""
     sections = [
         _header(data),
-        _section("Models", "Each trained model beside what doing nothing clever gives. The 95 % interval must lie on the good side.", results_html(data.results)),
+        _section("Models", "Each trained model beside what doing nothing clever gives. The 95 % interval must lie on the good side. " + INTERVALS, results_html(data.results)),
         *_classifiers(data),
         _section("What the ranker chooses", "Mean of each reward term over held-out examples: of the candidate it puts first, of a random one, of the best one.", _winners(data)),
         _section("Sampling", "Every policy wrote the same numbered samples with about as many forward passes. A low NLL counts only beside an entropy like real text's: dull text is likely too.", _policies(data.policies)),
@@ -29,7 +37,7 @@ def build_report(data: ReportData) -> str:
         _section("How a sample came about", "A row is a round, a column a token. Step through the rounds to see what was written and taken back.", trace_section(data)),
         _section("What the critic suspects", "The redder a token, the likelier the critic holds it for an error; hover for the number.", heat_map(data, SAMPLES_SHOWN)),
         _section("The critic against the generator's own confidence", "AUROC: chance that a wrong token is more suspected than a right one. ECE and Brier: how far stated chances are from what happened. Below, the same by how much of the text was masked before the critic read it (filled), or still is (partial).", _critic(data)),
-        _section("Learning", "Training loss and the held-out number that chose the best model.", _curves(data)),
+        _section("Learning", "Training loss and the number on the selection split that chose the best model; what is reported is held-out text, which chose nothing.", _curves(data)),
         _section("Synthetic text", "How much of each rewritten candidate a masked LM wrote.", _synthetic(data)),
         _section("Stages", "What ran, how long, and with which settings.", _stages(data)),
     ]  # fmt: skip
@@ -63,7 +71,8 @@ def _interval(value: dict | None, percent: bool = False) -> list[str]:
     if value is None:
         return ["–", ""]
     f = (lambda v: f"{v:.1%}") if percent else (lambda v: f"{v:.3f}")
-    return [f(value["value"]), f'<span class="interval">{f(value["low"])} – {f(value["high"])}</span>']
+    ends = interval_text(value, percent, " – ")
+    return [f(value["value"]), f'<span class="interval">{ends}</span>']
 
 
 def results_html(rows: list[dict]) -> str:

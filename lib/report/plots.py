@@ -12,7 +12,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-", "--")
 MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
 CORNERS = ((6, 4), (6, -10), (-6, 4), (-6, -10))  # of a mark, where its label may start or end, in points
-SELECTION = ("nelbo", "nll", "cross_entropy", "mse", "critic_loss", "loss", "regret")
+SELECTION = ("nelbo_and_auroc", "nelbo", "nll", "cross_entropy", "mse", "critic_loss", "loss", "regret")
 
 
 def _figure(width: float, height: float):
@@ -34,7 +34,7 @@ def _svg(figure: Any) -> str:
 
 
 def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> str:
-    """A panel per model: training loss and the held-out number that selects the best model."""
+    """A panel per model: training loss and the number on the selection split that chooses the best model."""
     shown = {name: lines for name, lines in curves.items() if lines}
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
@@ -43,7 +43,7 @@ def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> s
         figure.subplots(rows, columns, squeeze=False).flat, shown.items(), strict=False
     ):
         steps = [line["step"] for line in lines]
-        metric = next(m for m in SELECTION if m in lines[0]["held_out"])
+        metric = next(m for m in SELECTION if m in lines[0]["selection"])
         axes.plot(steps, [line["train"]["loss"] for line in lines], color=PALETTE[0], label="train loss")
         modifiers = dict.fromkeys(t for line in lines for t in line["train"] if t.startswith("modifier_"))
         for i, term in enumerate(modifiers):
@@ -51,20 +51,20 @@ def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> s
             axes.plot(
                 steps, values, color=PALETTE[2 + i % 5], linewidth=0.8, label=term.removeprefix("modifier_")
             )
-        held_out = [line["held_out"][metric] for line in lines]
+        chosen_by = [line["selection"][metric] for line in lines]
         axes.plot(
             steps,
-            held_out,
+            chosen_by,
             color=PALETTE[1],
             linestyle="--",
             marker="o",
             markersize=3,
-            label=f"held-out {metric}",
+            label=f"selection {metric}",
         )
         for before, line in itertools.pairwise(lines):  # where a stage of unmasking joined
-            if line["held_out"].get("stage", 0) > before["held_out"].get("stage", 0):
+            if line["selection"].get("stage", 0) > before["selection"].get("stage", 0):
                 axes.axvline(before["step"], color="#999999", linestyle="-", linewidth=0.8)
-                axes.text(before["step"], 1, f" stage {line['held_out']['stage']:.0f}", fontsize=6, va="top",
+                axes.text(before["step"], 1, f" stage {line['selection']['stage']:.0f}", fontsize=6, va="top",
                           color="#555555", transform=axes.get_xaxis_transform())  # fmt: skip
         if name in baselines:
             axes.axhline(baselines[name], color="#777777", linestyle=":", linewidth=1, label="baseline")
@@ -101,7 +101,8 @@ def policies(rows: list[dict]) -> str:
     for i, name in enumerate(n for n in dict.fromkeys(row["policy"] for row in rows) if n in lines):
         style, found = _style(i), [row["reference_nll"] for row in lines[name]]
         x, y = [row["fourgram_entropy"] for row in lines[name]], [nll["value"] for nll in found]
-        spread = [[nll["value"] - nll["low"] for nll in found], [nll["high"] - nll["value"] for nll in found]]
+        ends = [_ends(nll) for nll in found]
+        spread = [[v - low for v, (low, _) in zip(y, ends, strict=True)], [high - v for v, (_, high) in zip(y, ends, strict=True)]]  # fmt: skip
         axes.errorbar(x, y, yerr=spread, markersize=6, capsize=2, linewidth=1, **style)
         for row, place in zip(lines[name], zip(x, y, strict=True), strict=True):
             last = row is lines[name][-1]
@@ -109,8 +110,8 @@ def policies(rows: list[dict]) -> str:
             labels.append(axes.annotate(text, place, xytext=CORNERS[0], textcoords="offset points",
                                         fontsize=8 if last else 7, color=style["color"]))  # fmt: skip
         marks += [
-            [(place, nll[part]) for part in ("low", "value", "high")]
-            for place, nll in zip(x, found, strict=True)
+            [(place, low), (place, value), (place, high)]
+            for place, value, (low, high) in zip(x, y, ends, strict=True)
         ]
     axes.set(
         xlabel="4-gram entropy, nats (more is more varied)",
@@ -120,6 +121,12 @@ def policies(rows: list[dict]) -> str:
     figure.draw_without_rendering()
     _apart(labels, [axes.transData.transform(mark) for mark in marks])
     return _svg(figure)
+
+
+def _ends(estimate: dict) -> tuple[float, float]:
+    """(low, high) of an estimate; where one group alone gives no interval, its value twice: a mark without a bar."""
+    low, high, value = estimate["low"], estimate["high"], estimate["value"]
+    return (low, high) if low == low and high == high else (value, value)
 
 
 def _apart(labels: list[Any], marks: list[Any]) -> None:
@@ -194,8 +201,8 @@ def over_passes(
             aside = 2 ** (0.5 * ((index + 0.5) / len(names) - 0.5))
             values = [found[n]["value"] for n in budgets]
             spread = [
-                [found[n]["value"] - found[n]["low"] for n in budgets],
-                [found[n]["high"] - found[n]["value"] for n in budgets],
+                [found[n]["value"] - _ends(found[n])[0] for n in budgets],
+                [_ends(found[n])[1] - found[n]["value"] for n in budgets],
             ]
             axes.errorbar([n * aside for n in budgets], values, yerr=spread, label=name, markersize=5, elinewidth=0.8,
                           linewidth=2.4 if name == strong else 1.0, zorder=3 if name == strong else 2, **_style(index))  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from lib.report import ranking_plots
 from lib.report.cells import table
 from lib.report.html import page, results_html
-from lib.report.table import aligned
+from lib.report.table import INTERVALS, aligned
 
 STYLE = Path(__file__).with_name("ranking.css")
 RANDOM = "random choice"  # the row of `models` that says what chance is, if there is one
@@ -155,7 +155,7 @@ def ranking_page(
     chance = _chance(models, pools)
     sections = [
         f'<header><h1>{escape(title)}</h1><p class="hint">{escape(settings)}</p></header>',
-        _section("Models", "Each trained model beside the best of what needs no model. The 95 % interval must lie on the good side.", results_html(results)),
+        _section("Models", "Each trained model beside the best of what needs no model. The 95 % interval must lie on the good side. " + INTERVALS, results_html(results)),
         _section("Who finds the right candidate", "Accuracy: the candidate with the highest score has the best reward. Of the best: reward of the choices over the best possible. Above random: the same, counted from a random choice (0 %) to the best (100 %).", _models(models, results, chance)),
         _section("Where it is right", "Small counts have wide intervals. The dashed line is chance.", _breakdowns(breakdowns, chance)),
         _section("Pools worth a look", "Candidates by score. The bar and the share are the softmax of the scores; ▶ is the model's choice, ★ has the best reward.", _pools(interesting(pools, POOLS_PER_HEADING)), "long"),

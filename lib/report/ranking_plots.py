@@ -52,7 +52,7 @@ def learning(curves: dict[str, list[dict]], chance: float | None) -> str:
     panels = figure.subplots(2, columns, squeeze=False, sharex="col")
     for (above, below), (name, lines) in zip(panels.T, shown.items(), strict=True):
         steps = [line["step"] for line in lines]
-        for axes, part, color in ((above, "train", PALETTE[0]), (below, "held_out", PALETTE[1])):
+        for axes, part, color in ((above, "train", PALETTE[0]), (below, "selection", PALETTE[1])):
             key = _key(lines, part)
             if key is None:
                 axes.set_visible(False)

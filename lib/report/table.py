@@ -1,5 +1,21 @@
 """The results table on the screen: every model beside what doing nothing clever gives."""
 
+from collections.abc import Mapping
+from typing import Any
+
+INTERVALS = (
+    "Intervals are 95 % intervals; ± is half the width of one. Whole groups are resampled: documents or blocks of held-out "
+    "text for models, samples for policies, pages for questions. Where a table is over seeds, so is the interval."
+)
+
+
+def interval_text(estimate: Mapping[str, Any], percent: bool = False, between: str = " .. ") -> str:
+    """The ends of an estimate's interval; `-` where one group alone gives none."""
+    ends = (estimate["low"], estimate["high"])
+    if any(end is None or end != end for end in ends):  # manifests hold None for NaN
+        return "-"
+    return between.join(f"{end:.1%}" if percent else f"{end:.3f}" for end in ends)
+
 
 def results_table(rows: list[dict]) -> str:
     """Aligned text of result rows (lib.training.objectives.base.ResultRow as dictionaries)."""
@@ -11,7 +27,7 @@ def results_table(rows: list[dict]) -> str:
                 row["model"],
                 row["metric"],
                 f"{row['value']:.3f}",
-                f"{row['low']:.3f} .. {row['high']:.3f}",
+                interval_text(row),
                 row["baseline"],
                 f"{row['baseline_value']:.3f}",
                 "yes" if row["beats_baseline"] else "NO",
@@ -50,7 +66,7 @@ def detection_table(detection: dict[str, dict]) -> str:
             (
                 name,
                 f"{auroc['value']:.3f}",
-                f"{auroc['low']:.3f} .. {auroc['high']:.3f}",
+                interval_text(auroc),
                 f"{found['average_precision']:.3f}",
                 f"{found['ece']:.3f}",
                 f"{found['brier']:.3f}",
@@ -90,8 +106,7 @@ def best_of_cells(row: dict) -> tuple[str, ...]:
     gain, entropy = row["gain"], f"{row['fourgram_entropy']:.3f}"
     if gain is None:
         return "-", "-", "-", entropy
-    interval = f"{gain['low']:.3f} .. {gain['high']:.3f}"
-    return f"{row['nll']['value']:.3f}", f"{gain['value']:.3f}", interval, entropy
+    return f"{row['nll']['value']:.3f}", f"{gain['value']:.3f}", interval_text(gain), entropy
 
 
 def best_of_table(rows: list[dict]) -> str:
@@ -114,7 +129,7 @@ def sampling_table(policies: list[dict]) -> str:
                 passes_text(row["passes"]) or "-",
                 f"{row['seconds']:.1f}" if row["seconds"] else "-",
                 f"{nll['value']:.3f}" if nll else "-",
-                f"{nll['low']:.3f} .. {nll['high']:.3f}" if nll else "-",
+                interval_text(nll) if nll else "-",
                 f"{row['character_entropy']:.3f}",
                 f"{row['fourgram_entropy']:.3f}",
                 f"{words['value']:.1%}" if words else "-",
@@ -129,7 +144,7 @@ def infilling_table(policies: list[dict]) -> str:
     for row in policies:
         found = row["infill_accuracy"]
         if found is not None:
-            interval = f"{found['low']:.1%} .. {found['high']:.1%}"
+            interval = interval_text(found, percent=True)
             lines.append(
                 (row["policy"], passes_text(row["passes"]) or "-", f"{found['value']:.1%}", interval)
             )

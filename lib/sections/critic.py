@@ -35,6 +35,7 @@ class CriticConfig(Section):
     partial_fraction: Fraction
     told_fraction: Fraction
     origin_weight: NonNegative
+    selection_weight: NonNegative
     training: TrainingConfig
 
     @model_validator(mode="after")

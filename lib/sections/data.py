@@ -23,6 +23,7 @@ class DataConfig(Section):
     split_unit: Literal["document", "block"]
     block_characters: Positive
     fractions: dict[Literal["train", "held_out", "reference"], Fraction]
+    selection_fraction: Annotated[float, Field(gt=0, le=0.5)]
 
     @model_validator(mode="after")
     def _check(self):

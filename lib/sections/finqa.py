@@ -30,7 +30,7 @@ class PoolsConfig(Section):
 class FinqaConfig(Section):
     drop: tuple[str, ...]
     group: Literal["page", "report"]
-    selection_share: Annotated[float, Field(ge=0, le=0.5)]
+    selection_share: Annotated[float, Field(gt=0, le=0.5)]
     pools: PoolsConfig
 
 

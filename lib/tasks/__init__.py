@@ -65,7 +65,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn from; see schema.EXAMPLES for the columns."""
+    """One thing to learn from; see schema.EXAMPLES for the columns.
+
+    `split`: train; selection, which chooses the best step of every model and must not be empty; held_out, which is
+    reported; or another of schema.EXAMPLES. A group lies in one split as a whole.
+    """
 
     example_id: str
     prompt: str

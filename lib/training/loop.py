@@ -32,7 +32,7 @@ BEST = "best_model"
 
 
 class Objective(Protocol):
-    """What is learned. `evaluate` gives named numbers; the one called `selection` is minimised."""
+    """What is learned. `evaluate` gives named numbers on the selection split; the one called `selection` is minimised."""
 
     selection: str
     tokens_per_row: int
@@ -50,7 +50,7 @@ class Objective(Protocol):
 class Result:
     steps: int
     best_step: int
-    metrics: dict[str, float]  # of the best model, held-out
+    metrics: dict[str, float]  # of the best model, on the selection split
     seconds: float  # of this process only
     tokens_per_second: float
     optimizer: dict[str, Any]  # its groups and what was frozen until when, with the names of the weights
@@ -206,7 +206,7 @@ class _Run:
                 state.best_value, state.best_step, state.best_metrics = value, state.step, metrics
                 with durable.replacing_folder(self.folder / BEST) as temporary:
                     self.save(self.model, temporary)
-        self._log({"step": state.step, "train": terms, "held_out": metrics})
+        self._log({"step": state.step, "train": terms, "selection": metrics})
         shown = f"{self.objective.selection} {value:.4f}"
         say(
             f"  {self.label} {state.step}/{self.settings.steps}: loss {terms.get('loss', math.nan):.4f}, {shown}"
@@ -245,7 +245,7 @@ class _Run:
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(self.folder / "tensorboard")) as writer:
-            for split in ("train", "held_out"):
+            for split in ("train", "selection"):
                 for name, value in line[split].items():
                     writer.add_scalar(f"{split}/{name}", value, line["step"])
 

@@ -1,6 +1,7 @@
 """The tables of a run's earlier stages, as stages 04 to 06 want them: by split, and joined by their keys."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,8 @@ from lib.training.data import select_split
 from lib.training.fresh import FreshRows
 from lib.training.joins import with_rewards
 from lib.training.pool_table import PoolTable
+
+SELECTION = "selection"  # the split that chooses the best step of every model, and nothing else
 
 
 @dataclass
@@ -71,18 +74,41 @@ class Materials:
         return table.draws(size)
 
     def pools_for_selection(self) -> PoolTable:
-        """Those of the split `selection`; without one, the held-out ones."""
-        try:
-            return self.pools("selection")
-        except BadData:
-            return self.pools("held_out")
+        """Those of the split `selection`, and of no other: nothing is chosen on what is reported.
+
+        Raises BadData when the split is missing, or when none of its pools has candidates to choose between.
+        """
+        with explained(SELECTION):
+            return self.pools(SELECTION)
 
     def _get(self, kind: str, split: str, read: Callable[[str], pa.Table]) -> pa.Table:
         if (kind, split) not in self._kept:
             self._kept[kind, split] = read(split)
             if not self._kept[kind, split].num_rows:
-                raise BadData(f"there are no {kind} in split '{split}'; check data.fractions")
+                raise BadData(
+                    f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}"
+                )
         return self._kept[kind, split]
+
+
+_ADVICE = {
+    SELECTION: (
+        "it chooses the best step of every model: set a larger data.selection_fraction (task finqa: "
+        "finqa.selection_share) or give more data, then run 01_prepare_dataset.py --overwrite and the stages after it"
+    )
+}
+
+
+@contextlib.contextmanager
+def explained(split: str) -> Iterator[None]:
+    """Adds to a BadData which split it is about and, for the selection split, what to do."""
+    try:
+        yield
+    except BadData as error:
+        advice = _ADVICE.get(split, "")
+        if advice and advice in str(error):
+            raise
+        raise BadData(f"split '{split}': {error}" + (f"; {advice}" if advice else "")) from None
 
 
 def materials_of(stage: Stage, config: Config, runtime: Runtime) -> Materials:

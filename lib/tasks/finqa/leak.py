@@ -4,6 +4,7 @@ The scorers here are not those that made the pools (`filter`): other models, oth
 that rankers read instead of words of our own choice. What they find is a shortcut that a ranker could take too.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lib import randomness
-from lib.metrics import Estimate, ratio, sum_by
+from lib.metrics import SHARE, Estimate, ratio, sum_by
 from lib.ranking.metrics import ranking_metrics
 from lib.tasks.finqa.blind import Sparse
 from lib.tasks.finqa.features import Described, in_pool, label_of, number_table
@@ -82,7 +83,10 @@ def measure_leak(
     """
     train, held_out = Matrices.of(train_pools), Matrices.of(held_out_pools)
     rows = [_row(name, sees, scores, held_out) for name, sees, scores in _blind_scores(train, held_out, seed)]
-    return {"rows": rows, "worst_upper_bound": max(row["high"] for row in rows), "limit": limit}
+    bounds = [
+        1.0 if math.isnan(row["high"]) else row["high"] for row in rows
+    ]  # one page alone bounds nothing
+    return {"rows": rows, "worst_upper_bound": max(bounds), "limit": limit}
 
 
 def _row(scorer: str, sees: str, scores: np.ndarray, pools: Matrices) -> dict:
@@ -96,7 +100,7 @@ def accuracy(scores: np.ndarray, gold: np.ndarray, pages: np.ndarray) -> Estimat
     """Share of pools whose highest score (N, K) is the gold one's, ties shared; the interval resamples pages."""
     found = ranking_metrics(scores, gold.astype(np.float64), np.ones_like(gold))["accuracy"]
     hits, pools = sum_by(pages, found, np.ones(len(found)))
-    return ratio(hits, pools)
+    return ratio(hits, pools, limits=SHARE)
 
 
 def _blind_scores(train: Matrices, held_out: Matrices, seed: int):

@@ -3,6 +3,11 @@
 A document is a string; everything here is a span (start, end) of it. Repeated paragraphs are taken out, what is left
 is cut into blocks, each of one split, and the blocks into passages. A passage `continues` the one before it when it
 starts where that one ended, in the same split.
+
+A share of train, `data.selection_fraction`, is the split `selection`, which chooses the best step of every model: with
+hashed splits whole groups by a hash of their own, so that a document more changes no other's split; with contiguous ones
+the end of train, so that train and held_out begin where they always did. However small the data, one group is there,
+or with contiguous splits one passage, if train has more than that.
 """
 
 import hashlib
@@ -25,13 +30,13 @@ _ORDER = ("train", "held_out", "reference")
 def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example | Dropped]:
     """Passages of every document in order, each with its split and group, and what was left out with the reason.
 
-    Contiguous splits need the whole length first: `documents` is then gone over twice.
+    Contiguous splits need the whole length first, hashed ones the first group for selection: `documents` is gone over
+    twice.
     """
     data = config.data
-    assert data.split != "contiguous" or not isinstance(documents, Iterator), (
-        "an iterator can be read once only"
-    )
+    assert not isinstance(documents, Iterator), "an iterator can be read once only"
     total = sum(len(d.content) for d in documents) if data.split == "contiguous" else 0
+    drawn = 0.0 if total else _selection_below(config, documents)
     paragraphs: set[bytes] = set()
     passages: dict[bytes, str] = {}
     offset = 0
@@ -42,14 +47,14 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
             yield Dropped(f"{name}@{a}", "repeated paragraph", text[a:b])
         number, end_before, split_before = 0, -1, ""
         for block, span in enumerate(s for stretch in stretches for s in _blocks(text, stretch, data)):
-            group = name if data.split_unit == "document" else f"{name}:{block}"
+            group = _group(name, block, data)
             for a, b, fits in _passages(text, span, data):
                 if not fits:
                     yield Dropped(
                         f"{name}@{a}", "tail of a paragraph longer than data.passage_characters", text[a:b]
                     )
                     continue
-                split = _contiguous(data, (offset + a) / total) if total else _hashed(config, group)
+                split = _contiguous(data, offset + a, total) if total else _hashed(config, group, drawn)
                 if _elsewhere(text[a:b], split, passages, data):
                     yield Dropped(f"{name}@{a}", "the same passage stands in another split", text[a:b])
                     continue
@@ -153,12 +158,50 @@ def _passages(text: str, span: Span, data: DataConfig) -> Iterator[tuple[int, in
         yield begin, end, True
 
 
-def _hashed(config: Config, group: str) -> str:
-    place = randomness.hash_fraction(config.seed, "split", group)
-    return _contiguous(config.data, place)
+def _hashed(config: Config, group: str, drawn: float) -> str:
+    """The split of a group. `drawn`: groups of train whose hash for selection is not above it are taken out of train."""
+    split = _split_at(config.data, randomness.hash_fraction(config.seed, "split", group))
+    return "selection" if split == "train" and _selection_hash(config, group) <= drawn else split
 
 
-def _contiguous(data: DataConfig, place: float) -> str:
+def _selection_hash(config: Config, group: str) -> float:
+    return randomness.hash_fraction(config.seed, "selection", group)
+
+
+def _selection_below(config: Config, documents: Iterable[Document]) -> float:
+    """The hash for selection up to which groups of train are taken: the configured share, or the lowest one that there
+    is when none lies below it. Ends at the first group that does."""
+    data, lowest = config.data, 1.0
+    paragraphs: set[bytes] = set()
+    for document in documents:
+        text = document.content
+        stretches, _ = _without_repeats(text, data, paragraphs)
+        for block, span in enumerate(s for stretch in stretches for s in _blocks(text, stretch, data)):
+            group = _group(document.document_id, block, data)
+            if not any(fits for *_, fits in _passages(text, span, data)):
+                continue
+            if _hashed(config, group, -1.0) == "train":
+                lowest = min(lowest, _selection_hash(config, group))
+                if lowest <= data.selection_fraction:
+                    return data.selection_fraction
+    return lowest
+
+
+def _group(document: str, block: int, data: DataConfig) -> str:
+    return document if data.split_unit == "document" else f"{document}:{block}"
+
+
+def _contiguous(data: DataConfig, start: int, total: int) -> str:
+    """The split of a passage that starts at a character of all text; the last part of train is for selection."""
+    split = _split_at(data, start / total)
+    if split != "train":
+        return split
+    end = data.fractions["train"] * total
+    length = max(data.selection_fraction * end, data.passage_characters)  # one passage starts there at least
+    return "selection" if start >= end - length else "train"
+
+
+def _split_at(data: DataConfig, place: float) -> str:
     """The split at a place in [0, 1) when the splits lie behind each other."""
     edge, last = 0.0, "train"
     for split in _ORDER:

@@ -23,7 +23,7 @@ from lib.training.objectives.sequence_scorer import FreshTargets, SequenceClasse
 from lib.training.objectives.staged import StagedUnmasking
 from lib.training.objectives.token_classifier import FreshLabels, TokenClasses
 from lib.training.pool_table import decided_pools, terms_of
-from lib.training.tables import Materials
+from lib.training.tables import SELECTION, Materials, explained
 
 
 def make_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
@@ -32,9 +32,10 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
         return _language_objective(name, spec, materials, context)
     if spec.mode == "ranker":
         return _ranker_objective(name, spec, materials, context)
-    train, held_out = materials.candidates(spec.split), materials.candidates("held_out")
+    tables = [materials.candidates(split) for split in (spec.split, SELECTION, "held_out")]
+    train, held_out = tables[0], tables[2]
     read = whole_sequences(name, context, materials)
-    sequences = [read(table) for table in (train, held_out)]
+    sequences = [read(table) for table in tables]
     groups = np.asarray(held_out["group"].to_pylist())
     common = {
         "confidence": confidence_of(held_out["token_confidence"]),
@@ -45,22 +46,20 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
     }
     fresh = materials.fresh_rows(name) if spec.split == "train" else None
     if spec.mode == "token_classifier":
-        labels = [Sequences(t["token_labels"], context, 0) for t in (train, held_out)]
+        labels = [Sequences(t["token_labels"], context, 0) for t in tables]
         highest = max(int(s.ids.max()) for s in labels if len(s.ids))
         if highest >= spec.num_classes:
             raise BadConfig(
                 f"models.{name}.num_classes is {spec.num_classes}, but the token labels go up to {highest}; "
                 f"set it to at least {highest + 1}"
             )
-        return TokenClasses(name, sequences[0], labels[0], sequences[1], labels[1],
-                            num_classes=spec.num_classes, class_weighting=spec.class_weighting,
-                            fresh=fresh and _fresh_labels(fresh, read, context), **common)  # fmt: skip
+        return TokenClasses(name, *_beside(sequences, labels), num_classes=spec.num_classes,
+                            class_weighting=spec.class_weighting, fresh=fresh and _fresh_labels(fresh, read, context), **common)  # fmt: skip
     as_target = _as_is
     if spec.target_type == "classification":
         as_target = functools.partial(_classes, num_classes=spec.num_classes)
     common["fresh"] = fresh and _fresh_targets(fresh, read, as_target)
-    targets = [as_target(t["reward"].to_numpy()) for t in (train, held_out)]
-    arguments = (name, sequences[0], targets[0], sequences[1], targets[1])
+    arguments = (name, *_beside(sequences, [as_target(t["reward"].to_numpy()) for t in tables]))
     cls_id = materials.tokenizer.cls_token_id
     if spec.target_type == "classification":
         return SequenceClasses(*arguments, cls_id=cls_id, num_classes=spec.num_classes, **common)
@@ -68,6 +67,11 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
     known = materials.config.labels.path is None and not any(column.null_count for column in changed)
     pair = (changed[0].to_numpy(), changed[1].to_numpy()) if known else None
     return SequenceScore(*arguments, cls_id=cls_id, changed=pair, **common)
+
+
+def _beside(first: list, second: list) -> list:
+    """Of each split what it has of the first kind, then of the second."""
+    return [part for pair in zip(first, second, strict=True) for part in pair]
 
 
 def _classes(rewards: np.ndarray, num_classes: int) -> np.ndarray:
@@ -112,16 +116,16 @@ def _fresh_targets(
 
 def _language_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
     tokenizer, config = materials.tokenizer, materials.config
-    examples = {split: materials.examples(split) for split in (spec.split, "held_out")}
-    train, held_out = (
-        Windows(examples[s], context, tokenizer.pad_token_id) for s in (spec.split, "held_out")
-    )
-    characters = pc.sum(pc.utf8_length(examples["held_out"]["target"])).as_py()
+    tables = [materials.examples(split) for split in (spec.split, SELECTION, "held_out")]
+    train, selection, held_out = (Windows(table, context, tokenizer.pad_token_id) for table in tables)
+    characters = pc.sum(pc.utf8_length(tables[2]["target"])).as_py()
     tiles = held_out.tiled()
     common = {
         "label": name,
         "train": train,
+        "selection": selection.tiled(),
         "held_out": tiles,
+        "groups": np.asarray(tables[2]["group"].to_pylist())[tiles.owner],
         "runtime": materials.runtime,
         "seed": config.seed,
         "batch_size": spec.training.batch_size,
@@ -160,12 +164,13 @@ def _modifiers(
 
 
 def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
-    """Training and held-out pools over one list of sequences."""
+    """Pools of the three splits over one list of sequences."""
     pools, columns, first_row = [], [], 0
-    for split in (spec.split, "held_out"):
+    for split in (spec.split, SELECTION, "held_out"):
         table = materials.candidates(split)
         WholeTexts(name, context, materials.config.data.passage_characters).add(table).refuse()
-        rows, skipped = decided_pools(table)  # (N, K)
+        with explained(split):
+            rows, skipped = decided_pools(table)  # (N, K)
         say_skipped(name, split, skipped)
         terms = {term: table[f"term_{term}"].to_numpy()[rows] for term in terms_of(table)}
         groups = np.asarray(table["group"].to_pylist())[rows[:, 0]]
@@ -176,8 +181,8 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
     together = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
     tokenizer = materials.tokenizer
     return BestCandidate(
-        name, Sequences(together, context, tokenizer.pad_token_id), pools[0], pools[1], tokenizer.cls_token_id,
-        materials.runtime, materials.config.seed, spec.training.evaluation_examples,
+        name, Sequences(together, context, tokenizer.pad_token_id), *pools, tokenizer.cls_token_id, materials.runtime,
+        materials.config.seed, spec.training.evaluation_examples,
     )  # fmt: skip
 
 

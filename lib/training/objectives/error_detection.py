@@ -16,7 +16,7 @@ READINGS: tuple[Reading, ...] = ("filled", "partial")  # those whose masked shar
 
 @dataclass(frozen=True)
 class Seen:
-    """Tokens of held-out fills and what was thought of them, all (N,).
+    """Tokens of fills of text that no model learned from, and what was thought of them, all (N,).
 
     Whoever fills gaps asks about the tokens that were written; whoever reads a text of which nothing is known, about all.
     """
@@ -50,15 +50,6 @@ class Seen:
             return Observed(self.critic[self.written], self.wrong[self.written], self.share[self.written])
         there = self.visible
         return Observed(self.partial[there], self.wrong[there], self.partial_share[there])
-
-
-def halves(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """((N,) bool, (N,) bool): every second group to fit on, the others to measure on; one group serves both."""
-    names = np.unique(group)
-    if len(names) < 2:
-        return np.ones(len(group), bool), np.ones(len(group), bool)
-    fitting = np.isin(group, names[::2])
-    return fitting, ~fitting
 
 
 def fitted(seen: Seen) -> Calibration:

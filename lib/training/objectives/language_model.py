@@ -1,7 +1,9 @@
 """`language_model`: masked diffusion for bidirectional models, next-token prediction for causal ones.
 
-Both report nats per token over all tokens of a window: the diffusion model its NELBO, the causal one its exact
-NLL, which reads [CLS] as the beginning so that the first token counts too.
+Both train on and report nats per token, sum over tokens by number of tokens, so that how a text is cut into windows
+changes nothing: the diffusion model its NELBO, the causal one its exact NLL, which reads [CLS] as the beginning so that
+the first token counts too. The best step is chosen on the selection windows, the report is on the held-out ones; its
+intervals resample whole groups (documents or blocks).
 """
 
 import numpy as np
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 
 from lib import randomness
 from lib.diffusion.masking import corrupt_80_10_10, line_numbers
-from lib.diffusion.nelbo import MaskedBatch, mask_batch, mean_and_standard_error
-from lib.metrics import Estimate, ratio
+from lib.diffusion.nelbo import MaskedBatch, mask_batch, weights_per_token
+from lib.metrics import Estimate, ratio, sum_by
 from lib.runtime import Runtime
 from lib.sections.masking import DiffusionConfig, RandomMasking
 from lib.training.cross_entropy import cross_entropies
@@ -23,22 +25,28 @@ EVALUATION_BATCH = 64
 
 
 class _Language:
-    """Windows of the train split by keyed order, and a fixed set of held-out windows.
+    """Windows of the train split by keyed order, and fixed windows to choose the best step by and to report on.
 
     Args:
+        selection: windows of the selection split; an evaluation takes `num_evaluated` of them, the same ones each time.
+        held_out: windows side by side, each token of the held-out split in exactly one.
+        groups: (held_out.count,) the group of each, any type: what is resampled together for intervals.
         characters_per_token: of held-out text; bits per character compare models of different tokenizers.
     """
 
     def __init__(
-        self, label, train: Windows, held_out: Windows, runtime: Runtime, seed, batch_size, num_evaluated,
-        characters_per_token: float = 1.0,
+        self, label, train: Windows, selection: Windows, held_out: Windows, groups: np.ndarray, runtime: Runtime, seed,
+        batch_size, num_evaluated, characters_per_token: float = 1.0,
     ):  # fmt: skip
+        if len(groups) != held_out.count:
+            raise ValueError(f"{label}: {len(groups)} groups for {held_out.count} held-out windows")
         self.label, self.train, self.held_out, self.runtime, self.seed = label, train, held_out, runtime, seed
+        self.selection_windows, self.groups = selection, np.asarray(groups)
         self.batch_size = batch_size
         self.tokens_per_row = train.width
         self._nats_per_bit = characters_per_token * np.log(2)  # per token and per character
         self._order = Rows(seed, f"{label} order", train.count)
-        spread = randomness.permutation(seed, "held-out windows", 0, held_out.count)
+        spread = randomness.permutation(seed, "selection windows", 0, selection.count)
         self._evaluated = np.sort(spread[:num_evaluated])
 
     def windows(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -63,6 +71,10 @@ class _Language:
                 )
             )
         return bits.value, found
+
+    def estimate(self, nats: np.ndarray, tokens: np.ndarray) -> Estimate:
+        """Nats per token of all held-out windows from the (W,) nats and tokens of each; groups are resampled."""
+        return ratio(*sum_by(self.groups, nats, tokens))
 
     def unigram_nll(self) -> float:
         """Nats per token of held-out text under the train split's token frequencies: the constant baseline."""
@@ -106,10 +118,7 @@ class MaskedDiffusion(_Language):
         return None if self.newline_ids is None else line_numbers(np.isin(ids, self.newline_ids))
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        """The NELBO estimate of the batch, nats per token, if masks are drawn for it.
-
-        Every token counts the same: a window weighs as many tokens as it has, over what a window has on average.
-        """
+        """The NELBO estimate of the batch, nats per token, if masks are drawn for it: every token counts the same."""
         index, ids, valid = self.windows(rows)
         purpose = f"{self.label} diffusion"
         batch = self.mask(ids, valid, purpose, index, self.batch_size)
@@ -120,15 +129,14 @@ class MaskedDiffusion(_Language):
             )
         logits, targets, at = self._logits(model, ids, valid, batch, inputs)
         ce = cross_entropies(logits, targets)
-        size = valid.sum(1, keepdims=True) / self.train.mean_length  # (B, 1)
-        weights = tensor((batch.weights * size).astype(np.float32).reshape(-1)[at], self.runtime)
+        weights = tensor(weights_per_token(batch, valid).reshape(-1)[at], self.runtime)
         if self.modifiers is None:
-            return {"loss": (ce * weights).sum() / len(ids)}
+            return {"loss": (ce * weights).sum()}
         row = tensor(at // ids.shape[1], self.runtime)
         masked = Masked(logits, targets, row, ids, valid, at, batch.ratios, index)
         modified, row_weights, terms = self.modifiers.apply(ce, masked, step)
-        loss = (modified * weights * row_weights[row]).sum() / len(ids)
-        return {"loss": loss, "plain_loss": (ce.detach() * weights).sum() / len(ids), **terms}
+        loss = (modified * weights * row_weights[row]).sum()
+        return {"loss": loss, "plain_loss": (ce.detach() * weights).sum(), **terms}
 
     def cross_entropies(self, model, ids, valid, batch: MaskedBatch) -> tuple[Tensor, np.ndarray]:
         """((N,) cross-entropies at the masked positions, (N,) flat indices of those)."""
@@ -149,9 +157,12 @@ class MaskedDiffusion(_Language):
         ).logits  # (N, V)
         return logits, tensor(ids.reshape(-1)[at], self.runtime), at
 
-    def row_nelbos(self, model: nn.Module, windows: Windows, examples: np.ndarray, draws: int = 1):
-        """((R,) NELBO of each window, (R,) accuracy sums, (R,) masked counts), R = examples x draws."""
-        nelbo, hits, masked = [], [], []
+    def window_nelbos(
+        self, model: nn.Module, windows: Windows, examples: np.ndarray, draws: int = 1
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """((R,) NELBO of each window in nats, (R,) its tokens, (R,) right guesses, (R,) masked tokens), R = draws x
+        examples, the examples running faster."""
+        nats, tokens, hits, masked = [], [], [], []
         total = np.tile(examples, draws)
         for part in chunks(len(total), EVALUATION_BATCH):
             ids, valid = windows.batch(total[part], np.zeros(len(part)))
@@ -160,41 +171,42 @@ class MaskedDiffusion(_Language):
             ce = cross_entropies(logits, targets).cpu().numpy()
             hit = (logits.argmax(-1) == targets).cpu().numpy()
             row = at // ids.shape[1]
-            size = len(part)
-            nelbo.append(np.bincount(row, ce * batch.weights.reshape(-1)[at], size))
+            size, lengths = len(part), valid.sum(1)
+            nats.append(lengths * np.bincount(row, ce * batch.weights.reshape(-1)[at], size))
+            tokens.append(lengths)
             hits.append(np.bincount(row, hit, size))
             masked.append(batch.masked.sum(1))
-        return np.concatenate(nelbo), np.concatenate(hits), np.concatenate(masked)
+        nats, tokens, hits, masked = (np.concatenate(x) for x in (nats, tokens, hits, masked))
+        return nats, tokens, hits, masked
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        nelbo, hits, masked = self.row_nelbos(model, self.held_out, self._evaluated)
-        mean, error = mean_and_standard_error(nelbo)
+        nats, tokens, hits, masked = self.window_nelbos(model, self.selection_windows, self._evaluated)
         return {
-            "nelbo": mean,
-            "nelbo_standard_error": error,
+            "nelbo": float(nats.sum() / tokens.sum()),
             "masked_accuracy": float(hits.sum() / masked.sum()),
         }
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
-        """Held-out NELBO with four mask draws per window, accuracy on masked tokens, and the same on train text."""
+        """Held-out NELBO with four mask draws per window, accuracy on masked tokens, and the same on train text.
+
+        `nelbo_half_width` is that of the 95 % interval.
+        """
         examples = np.arange(self.held_out.count)
-        nelbo, hits, masked = self.row_nelbos(model, self.held_out, examples, draws=4)
-        seen = np.sort(
-            randomness.permutation(self.seed, "train windows", 0, self.train.count)[: len(examples)]
-        )
-        train_nelbo, train_hits, train_masked = self.row_nelbos(model, self.train, seen, draws=1)
-        per_window = nelbo.reshape(4, -1).mean(0)
-        mean, error = mean_and_standard_error(per_window)
+        nats, tokens, hits, masked = self.window_nelbos(model, self.held_out, examples, draws=4)
+        train = self.train.tiled()
+        seen = np.sort(randomness.permutation(self.seed, "train windows", 0, train.count)[: len(examples)])
+        train_nats, train_tokens, train_hits, train_masked = self.window_nelbos(model, train, seen)
+        nelbo = self.estimate(nats.reshape(4, -1).mean(0), tokens.reshape(4, -1)[0])
         unigram = self.unigram_nll()
         metrics = {
-            "nelbo": mean,
-            "nelbo_standard_error": error,
+            "nelbo": nelbo.value,
+            "nelbo_half_width": nelbo.half_width,
             "masked_accuracy": float(hits.sum() / masked.sum()),
-            "train_nelbo": float(train_nelbo.mean()),
+            "train_nelbo": float(train_nats.sum() / train_tokens.sum()),
             "train_masked_accuracy": float(train_hits.sum() / train_masked.sum()),
             "unigram_nll": unigram,
         }
-        metrics["bits_per_character"], rows = self.rows("NELBO", ratio(per_window), unigram)
+        metrics["bits_per_character"], rows = self.rows("NELBO", nelbo, unigram)
         return metrics, rows
 
 
@@ -216,25 +228,29 @@ class NextToken(_Language):
         """((B, T) nats of every token given [CLS] and those before it, (B, T) float validity)."""
         return causal_nll(model, self.runtime, ids, valid, self.cls_id)
 
-    def _nll(self, model: nn.Module, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def window_nlls(
+        self, model: nn.Module, windows: Windows, examples: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """((R,) nats of each window, (R,) its tokens)."""
         sums, counts = [], []
         for part in chunks(len(examples), EVALUATION_BATCH):
-            ids, valid = self.held_out.batch(examples[part], np.zeros(len(part)))
+            ids, valid = windows.batch(examples[part], np.zeros(len(part)))
             nll, mask = self.token_nll(model, ids, valid)
             sums.append((nll * mask).sum(1).cpu().numpy())
             counts.append(valid.sum(1))
         return np.concatenate(sums), np.concatenate(counts)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        sums, counts = self._nll(model, self._evaluated)
+        sums, counts = self.window_nlls(model, self.selection_windows, self._evaluated)
         return {"nll": float(sums.sum() / counts.sum())}
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
-        sums, counts = self._nll(model, np.arange(self.held_out.count))
+        """Held-out NLL; `nll_half_width` is that of the 95 % interval."""
+        nll = self.estimate(*self.window_nlls(model, self.held_out, np.arange(self.held_out.count)))
         unigram = self.unigram_nll()
-        estimate = ratio(sums, counts)
-        bits, rows = self.rows("NLL", estimate, unigram)
-        return {"nll": estimate.value, "unigram_nll": unigram, "bits_per_character": bits}, rows
+        metrics = {"nll": nll.value, "nll_half_width": nll.half_width, "unigram_nll": unigram}
+        metrics["bits_per_character"], rows = self.rows("NLL", nll, unigram)
+        return metrics, rows
 
 
 def causal_nll(

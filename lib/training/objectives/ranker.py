@@ -48,18 +48,22 @@ class TokenPools:
 
 
 class BestCandidate:
-    """Cross-entropy on the best candidates of each pool."""
+    """Cross-entropy on the best candidates of each pool.
+
+    Args:
+        train, selection, held_out: pools to learn from, to choose the best step by, and to report on.
+    """
 
     selection = "loss"
 
-    def __init__(self, label: str, sequences: Sequences, train: TokenPools, held_out: TokenPools, cls_id: int,
-                 runtime: Runtime, seed: int, num_evaluated: int):  # fmt: skip
+    def __init__(self, label: str, sequences: Sequences, train: TokenPools, selection: TokenPools, held_out: TokenPools,
+                 cls_id: int, runtime: Runtime, seed: int, num_evaluated: int):  # fmt: skip
         self.label, self.sequences, self.train, self.held_out = label, sequences, train, held_out
         self.cls_id, self.runtime, self.seed = cls_id, runtime, seed
         self._order = Rows(seed, f"{label} order", len(train.rows))
-        spread = randomness.permutation(seed, "held-out pools", 0, len(held_out.rows))
+        spread = randomness.permutation(seed, "selection pools", 0, len(selection.rows))
         size = train.rows.shape[1]
-        self._evaluated = held_out.some(np.sort(spread[: max(1, num_evaluated // size)]))
+        self._evaluated = selection.some(np.sort(spread[: max(1, num_evaluated // size)]))
         self.tokens_per_row = (sequences.width + 1) * size
 
     def scores(self, model: nn.Module, rows: np.ndarray) -> Tensor:

@@ -22,6 +22,9 @@ class SequenceScore:
     """MSE on targets in [0, 1], read at [CLS]. The model's `logits` are the scores already.
 
     Args:
+        train, selection, held_out: sequences to learn from, to choose the best step by, and to report on, each with its
+            (N,) targets.
+        groups: (held-out rows,) what is resampled together.
         confidence: log-probabilities of each held-out sequence's tokens under the masked LM that wrote; their mean is a
             baseline.
         changed: share of tokens that differ from the original, of the training and of the held-out sequences, where
@@ -31,16 +34,17 @@ class SequenceScore:
 
     selection = "mse"
 
-    def __init__(self, label, train: Sequences, train_targets: np.ndarray, held_out: Sequences,
-                 held_out_targets: np.ndarray, groups: np.ndarray, cls_id: int, runtime: Runtime, seed: int,
-                 num_evaluated: int, changed: tuple[np.ndarray, np.ndarray] | None = None,
+    def __init__(self, label, train: Sequences, train_targets: np.ndarray, selection: Sequences,
+                 selection_targets: np.ndarray, held_out: Sequences, held_out_targets: np.ndarray, groups: np.ndarray,
+                 cls_id: int, runtime: Runtime, seed: int, num_evaluated: int, changed: tuple[np.ndarray, np.ndarray] | None = None,
                  confidence: list[np.ndarray] | None = None, fresh: FreshTargets | None = None):  # fmt: skip
         self.changed, self.confidence, self.fresh = changed, confidence, fresh
         self.label, self.runtime, self.cls_id = label, runtime, cls_id
         self.train, self.train_targets = train, train_targets
+        self._selection, self._selection_targets = selection, selection_targets
         self.held_out, self.held_out_targets, self._groups = held_out, held_out_targets, groups
         self._order = Rows(seed, f"{label} order", train.count)
-        spread = randomness.permutation(seed, "held-out candidates", 0, held_out.count)
+        spread = randomness.permutation(seed, "selection candidates", 0, selection.count)
         self._evaluated = np.sort(spread[:num_evaluated])
         self.tokens_per_row = train.width + 1
 
@@ -58,17 +62,17 @@ class SequenceScore:
         scores = forward(model, self.runtime, ids, valid).logits.float().squeeze(-1)  # (B,)
         return {"loss": F.mse_loss(scores, tensor(targets.astype(np.float32), self.runtime))}
 
-    def predict(self, model: nn.Module, rows: np.ndarray) -> np.ndarray:
-        """(R,) scores of held-out rows."""
+    def predict(self, model: nn.Module, sequences: Sequences, rows: np.ndarray) -> np.ndarray:
+        """(R,) scores of some rows of `sequences`."""
         scores = []
         for part in chunks(len(rows), 64):
-            ids, valid = with_cls(*self.held_out.batch(rows[part]), self.cls_id)
+            ids, valid = with_cls(*sequences.batch(rows[part]), self.cls_id)
             scores.append(forward(model, self.runtime, ids, valid).logits.float().squeeze(-1).cpu().numpy())
         return np.concatenate(scores)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return metrics.regression(
-            self.predict(model, self._evaluated), self.held_out_targets[self._evaluated]
+            self.predict(model, self._selection, self._evaluated), self._selection_targets[self._evaluated]
         )
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
@@ -77,7 +81,7 @@ class SequenceScore:
         `rewritten` holds the figures of the sequences that are not untouched: those alone are harder to tell apart.
         """
         target = self.held_out_targets
-        predicted = self.predict(model, np.arange(self.held_out.count))
+        predicted = self.predict(model, self.held_out, np.arange(self.held_out.count))
         constant = float(self.train_targets.mean())
         squared, base = metrics.sum_by(self._groups, (predicted - target) ** 2, (constant - target) ** 2)
         count = metrics.sum_by(self._groups, np.ones_like(target))[0]
@@ -93,8 +97,7 @@ class SequenceScore:
         row = result_row(self.label, "MSE", mse, "constant", values["constant_mse"], lower_is_better=True)
         if not np.ptp(target):
             return values, [row]  # nothing to explain: R2 is undefined
-        unexplained = metrics.ratio(squared, base)
-        r2 = metrics.Estimate(1 - unexplained.value, 1 - unexplained.high, 1 - unexplained.low)
+        r2 = metrics.r2_estimate(predicted, target, self._groups)
         baseline, value = "constant", 0.0
         if self.confidence is not None:
             values["confidence"] = self._of_confidence(untouched)
@@ -158,28 +161,31 @@ class SequenceClasses(SequenceScore):
         logits = forward(model, self.runtime, ids, valid).logits.float()  # (B, C)
         return {"loss": F.cross_entropy(logits, tensor(targets.astype(np.int64), self.runtime))}
 
-    def predict(self, model: nn.Module, rows: np.ndarray) -> np.ndarray:
+    def predict(self, model: nn.Module, sequences: Sequences, rows: np.ndarray) -> np.ndarray:
         """(R, C) log-probabilities."""
         scores = []
         for part in chunks(len(rows), 64):
-            ids, valid = with_cls(*self.held_out.batch(rows[part]), self.cls_id)
+            ids, valid = with_cls(*sequences.batch(rows[part]), self.cls_id)
             logits = forward(model, self.runtime, ids, valid).logits.float()
             scores.append(torch.log_softmax(logits, -1).cpu().numpy())
         return np.concatenate(scores)
 
-    def _scores(self, model: nn.Module, rows: np.ndarray) -> tuple[np.ndarray, dict]:
-        target = self.held_out_targets[rows].astype(np.int64)
-        scores = self.predict(model, rows)
+    def _scores(
+        self, model: nn.Module, sequences: Sequences, targets: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, dict]:
+        target = targets[rows].astype(np.int64)
+        scores = self.predict(model, sequences, rows)
         pairs = target * self.num_classes + scores.argmax(1)
         confusion = np.bincount(pairs, minlength=self.num_classes**2).reshape(self.num_classes, -1)
         ce = -scores[np.arange(len(target)), target]
         return ce, {"cross_entropy": float(ce.mean()), **metrics.classification(confusion)}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self._scores(model, self._evaluated)[1]
+        return self._scores(model, self._selection, self._selection_targets, self._evaluated)[1]
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        ce, values = self._scores(model, np.arange(self.held_out.count))
+        rows = np.arange(self.held_out.count)
+        ce, values = self._scores(model, self.held_out, self.held_out_targets, rows)
         share = (
             np.bincount(self.train_targets.astype(np.int64), minlength=self.num_classes) / self.train.count
         )

@@ -16,13 +16,13 @@ from lib.log import say
 from lib.training.objectives.base import chunks
 from lib.training.objectives.language_model import EVALUATION_BATCH, MaskedDiffusion
 
-LEAST_CHECKED = 32  # held-out windows of each stage's validation loss
+LEAST_CHECKED = 32  # selection windows of each stage's validation loss
 
 
 class StagedUnmasking(MaskedDiffusion):
     """Masked language modelling by stages.
 
-    `evaluate` also measures every stage on its share of the held-out windows, the same windows and masks each time, and
+    `evaluate` also measures every stage on its share of the selection windows, the same windows and masks each time, and
     moves on to the next stage when the current one's loss is stale.
     """
 
@@ -61,14 +61,14 @@ class StagedUnmasking(MaskedDiffusion):
 
     @torch.no_grad()
     def stage_losses(self, model: nn.Module) -> list[float]:
-        """(S,) mean cross-entropy over the masked tokens of each stage's held-out windows."""
+        """(S,) mean cross-entropy over the masked tokens of each stage's selection windows."""
         losses = []
         size = max(LEAST_CHECKED, len(self._evaluated) // len(self.stages))
         for number in range(len(self.stages)):
             windows = np.resize(np.roll(self._evaluated, -number * size), size)
             total = count = 0.0
             for part in chunks(size, EVALUATION_BATCH):
-                ids, valid = self.held_out.batch(windows[part], np.zeros(len(part)))
+                ids, valid = self.selection_windows.batch(windows[part], np.zeros(len(part)))
                 of_row = np.full(len(part), number)
                 batch = self._masked(ids, valid, "stage evaluation", part, size, of_row)
                 ce, at = self.cross_entropies(model, ids, valid, batch)

@@ -19,7 +19,9 @@ class TokenClasses:
     """Cross-entropy per token.
 
     Args:
-        labels: `Sequences` over the classes, aligned with the ids.
+        train, selection, held_out: sequences to learn from, to choose the best step by, and to report on.
+        train_labels, selection_labels, held_out_labels: `Sequences` over the classes, aligned with the ids.
+        groups: (held-out rows,) what is resampled together.
         num_classes: at least 2.
         class_weighting: none; inverse_frequency (over the training set); dynamic (over each batch).
         confidence: log-probabilities of each held-out sequence's tokens under the masked LM that wrote: the baseline.
@@ -28,18 +30,18 @@ class TokenClasses:
 
     selection = "cross_entropy"
 
-    def __init__(self, label, train, train_labels, held_out, held_out_labels, groups, num_classes: int,
-                 class_weighting: str, runtime: Runtime, seed: int, num_evaluated: int,
+    def __init__(self, label, train, train_labels, selection, selection_labels, held_out, held_out_labels, groups,
+                 num_classes: int, class_weighting: str, runtime: Runtime, seed: int, num_evaluated: int,
                  confidence: list[np.ndarray] | None = None, fresh: FreshLabels | None = None):  # fmt: skip
         self.confidence, self.fresh = confidence, fresh
         self.label, self.runtime, self.seed, self.num_classes = label, runtime, seed, num_classes
         self.train: Sequences = train
         self.train_labels: Sequences = train_labels
-        self.held_out: Sequences = held_out
-        self.held_out_labels: Sequences = held_out_labels
-        self._groups = groups  # (held-out rows,) resampled together
+        self._selection: tuple[Sequences, Sequences] = (selection, selection_labels)
+        self._held_out: tuple[Sequences, Sequences] = (held_out, held_out_labels)
+        self._groups = groups
         self._order = Rows(seed, f"{label} order", train.count)
-        spread = randomness.permutation(seed, "held-out candidates", 0, held_out.count)
+        spread = randomness.permutation(seed, "selection candidates", 0, selection.count)
         self._evaluated = np.sort(spread[:num_evaluated])
         self.weighting = class_weighting
         self.frequencies = np.bincount(train_labels.ids, minlength=num_classes) / max(
@@ -71,12 +73,13 @@ class TokenClasses:
         weight = np.where(present, 1.0 / np.maximum(share, 1e-12), 0.0) / present.sum()
         return tensor(weight.astype(np.float32), self.runtime)
 
-    def _predict(self, model: nn.Module, rows: np.ndarray):
-        """Over `rows`: (N, C) log-probabilities, (N,) classes, (N,) row numbers, for valid tokens."""
+    def _predict(self, model: nn.Module, split: tuple[Sequences, Sequences], rows: np.ndarray):
+        """Over `rows` of a split: (N, C) log-probabilities, (N,) classes, (N,) row numbers, for valid tokens."""
+        sequences, labels_of = split
         scores, classes, owners = [], [], []
         for part in chunks(len(rows), 64):
-            ids, valid = self.held_out.batch(rows[part])
-            labels, _ = self.held_out_labels.batch(rows[part])
+            ids, valid = sequences.batch(rows[part])
+            labels, _ = labels_of.batch(rows[part])
             logits = forward(model, self.runtime, ids, valid).logits.float()
             scores.append(torch.log_softmax(logits, -1).cpu().numpy()[valid])
             classes.append(labels[valid])
@@ -84,7 +87,7 @@ class TokenClasses:
         return np.concatenate(scores), np.concatenate(classes), np.concatenate(owners)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        scores, classes, _ = self._predict(model, self._evaluated)
+        scores, classes, _ = self._predict(model, self._selection, self._evaluated)
         ce = -scores[np.arange(len(classes)), classes].mean()
         return {"cross_entropy": float(ce), **metrics.classification(self._confusion(scores, classes))}
 
@@ -94,7 +97,7 @@ class TokenClasses:
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
         """All held-out candidates: per class scores, the confusion table, AUROC of "not original"."""
-        scores, classes, owners = self._predict(model, np.arange(self.held_out.count))
+        scores, classes, owners = self._predict(model, self._held_out, np.arange(self._held_out[0].count))
         confusion = self._confusion(scores, classes)
         ce = -scores[np.arange(len(classes)), classes]
         prior = -np.log(np.maximum(self.frequencies, 1e-9))[classes]

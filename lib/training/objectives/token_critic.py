@@ -32,13 +32,13 @@ from lib import metrics, randomness
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw, probability_of
 from lib.sections.critic import CriticConfig
+from lib.training.data import Windows
 from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
 from lib.training.objectives.error_detection import (
     Seen,
     bands,
     detection,
     fitted,
-    halves,
 )
 from lib.training.objectives.language_model import MaskedDiffusion
 
@@ -64,14 +64,18 @@ class Filled:
 
 
 class TokenCritic:
-    def __init__(
-        self, config: CriticConfig, diffusion: MaskedDiffusion, forbidden: list[int], groups: np.ndarray
-    ):
-        self.config, self.diffusion, self.groups = config, diffusion, groups
+    """
+    Args:
+        diffusion: the generator's objective over the same windows; of its held-out windows' groups the intervals are.
+        forbidden: ids that are never drawn.
+    """
+
+    def __init__(self, config: CriticConfig, diffusion: MaskedDiffusion, forbidden: list[int]):
+        self.config, self.diffusion = config, diffusion
         self.runtime, self.seed, self.label = diffusion.runtime, diffusion.seed, diffusion.label
         self._forbidden = torch.tensor(forbidden, device=self.runtime.device)
         self.joint = config.coupling != "decoupled"  # the generator learns too
-        self.selection = "nelbo" if self.joint else "critic_loss"
+        self.selection = "nelbo_and_auroc" if self.joint else "critic_loss"
         self.tokens_per_row = diffusion.tokens_per_row
 
     # ------------------------------------------------------------------ training
@@ -212,18 +216,21 @@ class TokenCritic:
         error, origin = (torch.sigmoid(x).view(filled.ids.shape).double().cpu().numpy() for x in logits)
         return error, origin
 
-    # ------------------------------------------------------------------ held-out
+    # ------------------------------------------------------------------ selection and report
 
-    def _held_out(self, model: nn.Module, examples: np.ndarray):
-        """Yields (part, Filled, (B, T) raw probability of error) over held-out windows."""
+    def _fills(self, model: nn.Module, windows: Windows, examples: np.ndarray):
+        """Yields (part, Filled, (B, T) raw probability of error) over some windows."""
         for part in chunks(len(examples), 64):
-            ids, valid = self.diffusion.held_out.batch(examples[part], np.zeros(len(part)))
+            ids, valid = windows.batch(examples[part], np.zeros(len(part)))
             filled = self.fill(model, ids, valid, part, "critic evaluation", 64)
             yield part, filled, self._raw(model, filled, told=True)[0]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """How well errors are found on the selection windows; when the generator learns too, also its NELBO there, and
+        `nelbo_and_auroc`, which weighs both and chooses the best step."""
+        windows, chosen = self.diffusion.selection_windows, self.diffusion._evaluated
         raw, wrong, origin, written = [], [], [], []
-        for _, filled, probability in self._held_out(model, self.diffusion._evaluated):
+        for _, filled, probability in self._fills(model, windows, chosen):
             raw.append(probability[filled.written])
             wrong.append((filled.ids != filled.clean)[filled.written])
             origin.append(self._raw(model, filled, told=False)[1][filled.valid])
@@ -233,17 +240,21 @@ class TokenCritic:
         loss = float(-np.where(y, np.log(clipped), np.log(1 - clipped)).mean())
         values = {"critic_loss": loss, "auroc": metrics.auroc(p, y), "error_rate": float(y.mean()),
                   "auroc_origin": metrics.auroc(np.concatenate(origin), np.concatenate(written))}  # fmt: skip
-        return (self.diffusion.evaluate(model) | values) if self.joint else values
+        if not self.joint:
+            return values
+        values = self.diffusion.evaluate(model) | values
+        both = nelbo_and_auroc(values["nelbo"], values["auroc"], self.config.selection_weight)
+        return values | {"nelbo_and_auroc": both}
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow], Calibration]:
         """Error detection on held-out fills beside the generator's own confidence, stored and fresh.
 
-        Half of the groups calibrate, the other half measure: the figures are of the second half.
+        Fills of the selection windows calibrate: no figure is of text that the calibration was fitted on.
         """
-        seen = self.observe(model, REPORT_DRAWS)
-        fitting, measuring = halves(seen.group)
-        calibration = fitted(seen.at(fitting))
-        seen = seen.at(measuring)
+        diffusion = self.diffusion
+        own = diffusion.selection_windows
+        calibration = fitted(self.observe(model, own, np.arange(own.count), REPORT_DRAWS))
+        seen = self.observe(model, diffusion.held_out, diffusion.groups, REPORT_DRAWS)
         found = detection(seen, calibration)
         filled = seen.reading("filled")
         calibrated = calibration(filled.probability, "filled", filled.share)
@@ -274,17 +285,17 @@ class TokenCritic:
             row("AUROC, nothing known of the text", "whole_text_critic", "fresh confidence", fresh),
         ]
 
-    def observe(self, model: nn.Module, draws: int) -> Seen:
-        """Every token of the held-out windows, filled `draws` times, and what each view says of it."""
-        examples = np.tile(np.arange(self.diffusion.held_out.count), draws)
+    def observe(self, model: nn.Module, windows: Windows, groups: np.ndarray, draws: int) -> Seen:
+        """Every token of the windows, filled `draws` times, and what each view says of it. `groups`: one per window."""
+        examples = np.tile(np.arange(windows.count), draws)
         parts = []
-        for part, filled, probability in self._held_out(model, examples):
+        for part, filled, probability in self._fills(model, windows, examples):
             where = filled.valid
             partial, partial_share = self._partial(model, filled, part)
             columns = {
                 "wrong": filled.ids != filled.clean,
                 "written": filled.written,
-                "group": self.groups[examples[part]][:, None],
+                "group": groups[examples[part]][:, None],
                 "critic": probability,
                 "unknown": self._raw(model, filled, told=False)[0],
                 "share": filled.share[:, None],
@@ -317,6 +328,15 @@ class TokenCritic:
         return (
             probability_of(tensor(filled.ids, self.runtime), logits, self._forbidden).double().cpu().numpy()
         )
+
+
+def nelbo_and_auroc(nelbo: float, auroc: float, weight: float) -> float:
+    """nelbo + weight x (1 - auroc): what the best step of a generator and its critic has least of.
+
+    `weight` nats per token are worth as much as the whole way from an AUROC of 0 to 1. An AUROC that is not defined
+    (NaN: all written tokens are right, or all wrong) counts as chance, 0.5.
+    """
+    return nelbo + weight * (1 - (0.5 if np.isnan(auroc) else auroc))
 
 
 @contextmanager
