@@ -11,6 +11,7 @@ from torch import nn
 from lib.config import Config
 from lib.log import say
 from lib.models.build import fresh_trunk, heads_of, load_model, save_model, start_model
+from lib.models.encoders import configured
 from lib.models.ranker import CandidateRanker, SequenceRanker
 from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, save_ranker, with_lora
 from lib.sections.models import ModelSpec
@@ -113,8 +114,9 @@ def start_ranker(name: str, spec: ModelSpec, config: Config, run_tokenizer: Any,
         trunk, tokenizer = open_encoder(str(start))
         origin = f"trunk of {os.path.relpath(start)}"
     elif settings.encoder is not None:
-        trunk, tokenizer = open_encoder(settings.encoder)
-        origin = settings.encoder
+        source, revision = configured(settings.encoder)
+        trunk, tokenizer = open_encoder(source, revision=revision)
+        origin = source if revision is None else f"{source}@{revision}"
     else:
         trunk, tokenizer = fresh_trunk(spec, len(run_tokenizer), config.seed, name), run_tokenizer
         origin = "scratch"
