@@ -118,7 +118,9 @@ def test_what_a_stage_can_import_counts_and_nothing_else_does(project):
     found = code_files("/somewhere/04_train.py", "text", project)
     assert list(found) == REACHED
     assert "lib/tasks/other.py" in code_files("04_train", "other", project)
-    assert list(code_files("04_more_of_it.py", "text", project)) == REACHED  # no file of its own: the script of 04
+    assert (
+        list(code_files("04_more_of_it.py", "text", project)) == REACHED
+    )  # no file of its own: the script of 04
     for path in REACHED:
         (project / path).write_text((project / path).read_text() + "z = 1\n")
         _read.cache_clear()

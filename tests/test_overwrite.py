@@ -227,7 +227,11 @@ def test_a_checkpoint_without_config_costs_no_candidates(run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "model.safetensors").touch()
     refused(
-        run, "02_generate_candidates", MissingInput, "config.json", f"generator.checkpoint={tmp_path / 'empty'}"
+        run,
+        "02_generate_candidates",
+        MissingInput,
+        "config.json",
+        f"generator.checkpoint={tmp_path / 'empty'}",
     )
 
 
