@@ -427,9 +427,7 @@ def test_frozen_weights_are_recognised_and_learning_ones_do_not_count():
         checkpoint.check_frozen("0" * 64, digest, "ranker")
 
 
-def test_another_code_stops_a_real_training_and_shards_of_other_code_are_absent(
-    quick_run, tmp_path, monkeypatch
-):
+def test_another_code_stops_a_real_training(quick_run, tmp_path, monkeypatch):
     """Stage 04, killed in its second model: the first, complete, stays; the second refuses, by the names of the files."""
     from lib.training.loop import _Run
 
@@ -438,6 +436,7 @@ def test_another_code_stops_a_real_training_and_shards_of_other_code_are_absent(
         "models.ar_baseline=null",
         "models.inspector=null",
         "models.ranker=null",
+        "models.judge.start=generator",
     ]
     steps = [
         f"models.{m}.training.{k}" for m in ("generator", "judge") for k in ("steps=4", "checkpoint_every=1")
@@ -468,6 +467,47 @@ def test_another_code_stops_a_real_training_and_shards_of_other_code_are_absent(
     importlib.import_module("04_train").main(allowed, args)
     assert (tmp_path / "04_train" / "generator" / "training_manifest.json").read_bytes() == generator
     assert code_of(tmp_path, "04_train")["mixed"] == ["lib/a.py"]
+
+
+def test_shards_of_other_code_count_as_absent(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from lib import shards
+
+    stage = SimpleNamespace(run_dir=tmp_path, sha256_of=lambda stage, output: "0" * 64)
+    files = {"lib/candidates/producer.py": "0"}
+    monkeypatch.setattr("lib.code_version.code_files", lambda script, task: dict(files))
+
+    def key(config: Config = CONFIG) -> str:
+        return shards.open_store(stage, config).key  # pyright: ignore[reportArgumentType]
+
+    before = key()
+    assert key() == before != key(load_config(quick_test=True, overrides=["seed=5"]))
+    files["lib/synthetic.py"] = "1"
+    assert key() != before
+    monkeypatch.undo()
+    from lib.code_version import code_files
+
+    made_by = code_files(shards.MAKER, "text")
+    assert {"lib/candidates/producer.py", "lib/synthetic.py", "lib/tasks/text/rewriting.py"} <= made_by.keys()
+
+
+def test_a_producer_of_other_shards_is_no_producer(tmp_path):
+    from lib.shards import ShardStore
+
+    ours, other = ShardStore(tmp_path, "ours", 1), ShardStore(tmp_path, "other", 1)
+    with other.alive("producer"):
+        assert other.is_alive("producer") and not ours.is_alive("producer")
+
+
+def test_shards_are_made_for_as_long_as_stage_04_is_made_again(tmp_path):
+    stage = importlib.import_module("02_generate_candidates")
+    config = load_config(quick_test=True, overrides=["stream.enabled=true"])
+    with Hollow("04_train.py", config, RunArgs(run_dir=tmp_path), uses=("stream",)):
+        pass
+    assert stage.has_streamed(tmp_path)
+    (tmp_path / "04_train.new").mkdir()
+    assert not stage.has_streamed(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- locks and new runs
