@@ -22,6 +22,7 @@ from lib.errors import BadData
 from lib.labels import files_of, read_labels
 from lib.log import say
 from lib.runs import RunArgs
+from lib.stage_tables import shown_path
 
 SHOWN_PER_KIND = 5
 ROWS_PER_GROUP = 256
@@ -63,7 +64,7 @@ def main(config: Config, args: RunArgs) -> None:
             say(line)
         errors = tally.count("error")
         if errors:
-            where = stage.shown(stage.folder / "problems.parquet")
+            where = shown_path(stage.folder / "problems.parquet")
             what = "1 problem" if errors == 1 else f"{errors:,} problems"
             raise BadData(f"{what} in the data must be mended first; see {where} for all that was found")
 

@@ -23,7 +23,7 @@ ROWS_PER_GROUP = 8192
 
 
 def main(config: Config, args: RunArgs) -> None:
-    from lib import durable, schema
+    from lib import durable, outside, schema
     from lib.tasks import get_task
     from lib.tokenization import train_tokenizer
     from lib.training.lengths import WholeTexts
@@ -39,7 +39,10 @@ def main(config: Config, args: RunArgs) -> None:
         "ranker.prompt_tokens",
         "ranker.encoder",
     )
-    with Stage(__file__, config, args, uses=uses, reads=("00_check_data",), restarts=True) as stage:
+    files = outside.of_examples(config)
+    with Stage(
+        __file__, config, args, uses=uses, reads=("00_check_data",), files=files, restarts=True
+    ) as stage:
         if stage.finished:
             return
         task = get_task(config.task)

@@ -17,8 +17,10 @@ python 02_generate_candidates.py --quick_test --run_dir outputs/demo
 python 02_generate_candidates.py --quick_test --run_dir outputs/demo --set stream.enabled=true --stream
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+from lib import durable
 from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
@@ -37,7 +39,9 @@ def main(config: Config, args: RunArgs) -> None:
     if not args.stream or args.overwrite or not is_complete(config, args):
         make_table(config, args)
     if args.stream:
-        make_shards(config, args)
+        make_shards(
+            config, replace(args, overwrite=False)
+        )  # a shard is made again when what it is made of changes
 
 
 def is_complete(config: Config, args: RunArgs) -> bool:
@@ -51,7 +55,7 @@ def is_complete(config: Config, args: RunArgs) -> bool:
 def make_table(config: Config, args: RunArgs) -> None:
     import pyarrow as pa
 
-    from lib import schema
+    from lib import outside, schema
     from lib.candidates.generators import masked_language_models
     from lib.candidates.parallel import made_by_processes
     from lib.candidates.tally import Tally
@@ -61,13 +65,13 @@ def make_table(config: Config, args: RunArgs) -> None:
     from lib.tokenization import load_tokenizer
     from lib.training.lengths import WholeTexts
 
-    checkpoint = [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
+    files = outside.of_candidates(config)
     uses = ("seed", "task", "device", "precision", "diffusion", "generator", "candidates", "finqa.pools")
-    with Stage(__file__, config, args, uses=uses, reads=("01_prepare_dataset",), files=checkpoint) as stage:
+    with Stage(__file__, config, args, uses=uses, reads=("01_prepare_dataset",), files=files) as stage:
         if stage.finished:
             return
-        runtime = Runtime.detect(config)
-        stage.environment |= runtime.fence()
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
         tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
         folders = masked_language_models(stage, config, runtime, tokenizer)
 
@@ -143,7 +147,7 @@ def make_shards(config: Config, args: RunArgs) -> None:
     uses = ("seed", "task", "device", "precision", "candidates", "rewards", "stream")
     reads = ("01_prepare_dataset", "02_generate_candidates")
     with Stage("02_stream.py", config, args, uses=uses, reads=reads, restarts=True) as stage:
-        runtime = Runtime.detect(config)
+        runtime = Runtime.detect(config, stage.code)
         store = open_store(stage, config)
         tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
         examples = select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), "train")
@@ -169,8 +173,9 @@ def make_shards(config: Config, args: RunArgs) -> None:
 
 
 def has_streamed(run_dir: Path) -> bool:
-    """Whether stage 04 is complete, and learned from shards."""
-    manifest = load_manifest(run_dir / "04_train")
+    """Whether stage 04 is complete, and learned from shards; not while --overwrite makes it again."""
+    folder = run_dir / "04_train"
+    manifest = load_manifest(folder) if not durable.beside(folder, durable.NEW).exists() else None
     return manifest is not None and manifest["config"].get("stream", {}).get("enabled", False)
 
 

@@ -25,6 +25,7 @@ from lib.sections.models import ModelSpec
 
 
 def main(config: Config, args: RunArgs) -> None:
+    from lib import outside
     from lib.report.table import results_table
     from lib.runtime import Runtime
     from lib.training.fresh import RECORD as SHARDS_USED
@@ -35,16 +36,11 @@ def main(config: Config, args: RunArgs) -> None:
 
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
     uses = ("seed", "device", "precision", "diffusion", "ranker", "models", "stream")
-    outside = [Path(s.start) for s in config.models.values() if is_folder(s.start, config)]
-    if config.ranker.encoder is not None and Path(config.ranker.encoder).is_dir():
-        outside.append(Path(config.ranker.encoder))
-    judges = [spec.modifiers.judge for spec in config.models.values()]
-    outside += [Path(judge.model) for judge in judges if judge is not None]
-    with Stage(__file__, config, args, uses=uses, reads=reads, files=outside) as stage:
+    with Stage(__file__, config, args, uses=uses, reads=reads, files=outside.of_models(config)) as stage:
         if stage.finished:
             return
-        runtime = Runtime.detect(config)
-        stage.environment |= runtime.fence()
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
         materials = materials_of(stage, config, runtime)
 
         # Train what is asked for; models of other modes keep what they have
@@ -85,10 +81,6 @@ def main(config: Config, args: RunArgs) -> None:
             rows += record["table"]
         stage.stats["table"] = rows
         say(results_table(rows))
-
-
-def is_folder(start: str, config: Config) -> bool:
-    return start not in ("scratch", "02_generate_candidates", *config.models)
 
 
 def start_folder(stage: Stage, config: Config, spec: ModelSpec) -> Path | None:

@@ -42,8 +42,8 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
     with Stage(__file__, config, args, uses=uses, reads=reads) as stage:
         if stage.finished:
             return
-        runtime = Runtime.detect(config)
-        stage.environment |= runtime.fence()
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
         tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
 
         # The critic sits on the generator's trunk; decoupled, nothing but the critic learns
@@ -94,6 +94,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
 def train_policy(config: Config, args: RunArgs) -> None:
     import json
 
+    from lib import outside
     from lib.report.table import results_table
     from lib.runtime import Runtime
     from lib.training.policy import START, WAYS, PolicyTraining, compare, remember
@@ -111,11 +112,12 @@ def train_policy(config: Config, args: RunArgs) -> None:
         )
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
     uses = ("seed", "device", "precision", "ranker", "critic")
-    with Stage(__file__, config, args, uses=uses, reads=reads) as stage:
+    files = outside.of_policies(config)
+    with Stage(__file__, config, args, uses=uses, reads=reads, files=files) as stage:
         if stage.finished:
             return
-        runtime = Runtime.detect(config)
-        stage.environment |= runtime.fence()
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
         materials = materials_of(stage, config, runtime)
         if not materials.have_prompts:
             raise BadConfig(f"critic.method ppo needs examples with prompts; task {config.task} has none")

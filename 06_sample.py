@@ -95,8 +95,8 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     ) as stage:
         if stage.finished:
             return
-        runtime = Runtime.detect(config)
-        stage.environment |= runtime.fence()
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
         bench = Bench(stage, config, runtime)
         parts = list(windows(texts, bench.tokenizer, bench.narrowest, config.tokenizer.unknown))
         strange = sum(int((part.ids == bench.tokenizer.unk_token_id).sum()) for part in parts)
@@ -123,7 +123,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
 
 
 def sample(config: Config, args: RunArgs) -> None:
-    from lib import durable
+    from lib import durable, outside
     from lib.report.bench import Bench, Collected, context_of, starts_of
     from lib.report.gather import gather
     from lib.report.html import build_report
@@ -135,14 +135,14 @@ def sample(config: Config, args: RunArgs) -> None:
         starts_of(config.sampler, tokenizer, context_of(stage))
 
     uses = ("seed", "device", "precision", "sampler")
-    files = [Path(config.sampler.infill_file)] if config.sampler.infill_file else []
+    files = outside.of_samples(config)
     with Stage(
         __file__, config, args, uses=uses, reads=READS, files=files, restarts=True, check=check
     ) as stage:
         if stage.finished:
             return
-        runtime = Runtime.detect(config)
-        stage.environment |= runtime.fence()
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
         bench = Bench(stage, config, runtime)
 
         # Every policy writes the same numbered samples from the same start, at every budget of passes
@@ -177,16 +177,17 @@ def sample(config: Config, args: RunArgs) -> None:
 
 
 def rank(config: Config, args: RunArgs) -> None:
-    from lib import durable, schema
+    from lib import durable, outside, schema
     from lib.report.rank_bench import RankBench
     from lib.report.ranking import ranking_table
     from lib.runtime import Runtime
 
-    with Stage(__file__, config, args, uses=("seed", "device", "precision", "ranker"), reads=READS) as stage:
+    uses, files = ("seed", "device", "precision", "ranker"), outside.of_policies(config)
+    with Stage(__file__, config, args, uses=uses, reads=READS, files=files) as stage:
         if stage.finished:
             return
-        runtime = Runtime.detect(config)
-        stage.environment |= runtime.fence()
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
         bench = RankBench(stage, config, runtime)
 
         # Everyone scores the same pools

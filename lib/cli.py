@@ -85,7 +85,11 @@ def make_parser(
         dest="overrides",
         help="change one setting, such as training.steps=100; may be given several times",
     )
-    add("--overwrite", action="store_true", help="throw away what this stage made before and make it again")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="make this stage's outputs again; the old ones stay until the new ones are complete",
+    )
     add("--resume", action="store_true", help="insist on continuing unfinished work (it is continued anyway)")
     if with_mode:
         add("--mode", choices=[*MODES, *MODE_ALIASES], help="train only the models of this mode")

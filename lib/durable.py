@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+NEW, OLD = ".new", ".old"  # beside a folder: what is to take its place, and what stood there a moment ago
+
 
 def fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
@@ -49,37 +51,43 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder; on a clean exit every file in it is synced and it takes the place of `folder`.
-
-    An older `folder` goes away only after the new one is complete on the disk. Between the two renames the
-    older one stands under `<name>.old`; `recover_folder` puts it back if the process died right there.
-    """
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """A temporary folder; on a clean exit it takes the place of `folder`, which stays until then."""
+    temporary = beside(folder, ".tmp")
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_dir():
-                fsync_folder(path)
-            else:
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        fsync_folder(temporary)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        fsync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(folder, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def replace_folder(folder: Path, new: Path) -> None:
+    """Sync every file in `new` and let it take the place of `folder`.
+
+    An older `folder` goes away only after the new one is complete on the disk. Between the two renames the
+    older one stands under `<name>.old`; `recover_folder` puts one of the two there if the process died right then.
+    """
+    old = beside(folder, OLD)
+    for path in sorted(new.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    fsync_folder(new)
+    remove(old)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    fsync_folder(folder.parent)
+    remove(old)
+
+
 def recover_folder(folder: Path) -> None:
     """Put back a folder whose replacement was cut off between its two renames."""
-    old = folder.with_name(folder.name + ".old")
+    old = beside(folder, OLD)
     if old.exists() and not folder.exists():
         os.replace(old, folder)
 
@@ -94,6 +102,18 @@ def link_folder(source: Path, target: Path) -> None:
             shutil.copyfile(one, other)
 
     shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.name + suffix)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, or a link to one, if it is there."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

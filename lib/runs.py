@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import resource
-import subprocess
 import sys
 import unicodedata
 from collections.abc import Mapping
@@ -19,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lib import durable
 from lib.config import ROOT, Config
-from lib.errors import BadData, MissingInput
+from lib.errors import BadData, CannotCreate, MissingInput
 
 OUTPUTS = ROOT / "outputs"
 STAGES = (
@@ -33,6 +33,7 @@ STAGES = (
     "06_sample",
 )
 SCORE = "06_score_"  # begins the name of a stage that scored a user's text
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "pyarrow", "numpy")
 MANIFEST_SCHEMA = Path(__file__).with_name("manifest.schema.json")
 
 
@@ -62,7 +63,10 @@ def existing_runs(outputs: Path) -> list[Path]:
 
 
 def find_run(stage_name: str, config: Config, args: RunArgs, outputs: Path) -> Path:
-    """--run_dir, or: stage 00 continues the newest run of this very config or starts one; others the newest."""
+    """--run_dir, or: stage 00 continues the newest run of this very config or starts one; others the newest.
+
+    A new run's folder is made here, with the config in it, so that no two processes start the same one.
+    """
     if args.run_dir is not None:
         return args.run_dir
     runs = existing_runs(outputs)
@@ -73,7 +77,28 @@ def find_run(stage_name: str, config: Config, args: RunArgs, outputs: Path) -> P
     for run in reversed(runs):
         if _stored_config(run) == config.model_dump(mode="json"):
             return run
-    return outputs / f"run_{(run_number(runs[-1]) or 0) + 1 if runs else 1:03d}"
+    return _new_run(config, outputs, (run_number(runs[-1]) or 0) + 1 if runs else 1)
+
+
+def _new_run(config: Config, outputs: Path, number: int) -> Path:
+    """Make `run_<number>`, or the next that nobody else has made meanwhile."""
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+        while True:
+            run = outputs / f"run_{number:03d}"
+            with contextlib.suppress(FileExistsError):
+                run.mkdir()
+                break
+            number += 1
+        store_config(run, config)
+    except OSError as error:
+        raise CannotCreate(f"cannot create a run folder in {outputs}: {error.strerror}") from None
+    return run
+
+
+def store_config(run: Path, config: Config) -> None:
+    """Write what stage 00 finds its run by."""
+    durable.write_json(run / "config.json", config.model_dump(mode="json"))
 
 
 def _stored_config(run: Path) -> dict | None:
@@ -167,35 +192,27 @@ def plain(value: Any) -> Any:
     return value
 
 
-def code_version() -> dict[str, Any]:
-    try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
-        status = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
-        )
-        return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+def versions() -> dict[str, str]:
+    """Of the libraries whose version may change a result."""
+    found = {}
+    for package in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def environment() -> dict[str, Any]:
-    versions = {}
-    for package in ("torch", "transformers", "pyarrow", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         1024 if sys.platform != "darwin" else 1024**2
     )
-    return {"python": platform.python_version(), **versions, "peak_memory_mb": round(peak, 1)}
+    return {"python": platform.python_version(), **versions(), "peak_memory_mb": round(peak, 1)}
 
 
 def inspect(run_dir: Path) -> str:
-    """One line per manifest, also of scored texts: stage, seconds, memory, rows, and the stats that are single numbers."""
+    """One line per manifest, also of scored texts: stage, seconds, memory, rows, the stats that are single numbers, and
+    whether --overwrite has begun to make it again."""
     lines = []
-    scored = sorted(path.name for path in run_dir.glob(f"{SCORE}*") if path.is_dir())
+    scored = sorted(path.name for path in run_dir.glob(f"{SCORE}*") if path.is_dir() and not path.suffix)
     width = max(map(len, ("02_generate_candidates", *scored))) + 2
     for name in (*STAGES, *scored):
         manifest = load_manifest(run_dir / name)
@@ -208,6 +225,8 @@ def inspect(run_dir: Path) -> str:
         facts += [f"{k}={v:.4g}" for k, v in manifest["stats"].items() if isinstance(v, int | float)]
         facts += [f"of {manifest['stats']['scored']}"] if "scored" in manifest["stats"] else []
         memory = manifest["environment"].get("peak_memory_mb", 0)
+        if durable.beside(run_dir / name, durable.NEW).exists():
+            facts.append(f"(--overwrite is unfinished: {name}{durable.NEW})")
         lines.append(f"{name:<{width}} {manifest['seconds']:8.1f} s {memory:7.0f} MB  {'  '.join(facts)}")
     return "\n".join(lines)
 

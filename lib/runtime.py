@@ -5,8 +5,8 @@ On a GPU every kernel is a deterministic one, as the promise of equal bits needs
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 # Every new number of masked tokens is a new shape, and oneDNN keeps what it compiled for the last 1,024 of them: more
@@ -21,6 +21,7 @@ import torch
 
 from lib.config import Config
 from lib.errors import BadConfig
+from lib.runs import versions
 
 FIXED_WORKSPACES = (":4096:8", ":16:8")  # of CUBLAS_WORKSPACE_CONFIG
 
@@ -29,9 +30,10 @@ FIXED_WORKSPACES = (":4096:8", ":16:8")  # of CUBLAS_WORKSPACE_CONFIG
 class Runtime:
     device: torch.device
     precision: str  # fp32 | bf16
+    code: Mapping[str, str] = field(default_factory=dict, compare=False)  # of the stage: see lib.code_version
 
     @classmethod
-    def detect(cls, config: Config) -> "Runtime":
+    def detect(cls, config: Config, code: Mapping[str, str] | None = None) -> "Runtime":
         """Resolve `device: auto` and `precision: auto`. Raises BadConfig for what this machine has not got."""
         cuda = torch.cuda.is_available()
         if config.device == "cuda" and not cuda:
@@ -42,7 +44,7 @@ class Runtime:
         torch.set_flush_denormal(True)  # denormals are 40 times slower and mean nothing here
         if device.type == "cuda":
             _make_deterministic()
-        return cls(device, precision)
+        return cls(device, precision, code or {})
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -53,14 +55,14 @@ class Runtime:
         else:
             yield
 
-    def fence(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to give the same bits."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to give the same bits, beside the code."""
         device = str(self.device)
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
         else:
             device = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        return {
+        return versions() | {
             "torch": torch.__version__,
             "device": device,
             "threads": torch.get_num_threads(),

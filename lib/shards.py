@@ -6,7 +6,7 @@ same: nothing needs to be kept that the trainer has left behind.
 
     02_stream/shard_000012/     candidates.parquet, rewards.parquet, manifest.json; appears whole
     02_stream/cursor.json       the shard that the trainer is at
-    02_stream/producer.alive    touched while somebody makes shards; trainer.alive likewise
+    02_stream/producer.alive    touched while somebody makes shards, holds their key; trainer.alive likewise
 
 Knows tables and files; who fills them is `lib.candidates.producer`.
 """
@@ -27,13 +27,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib import durable, schema
+from lib import code_version, durable, schema
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.log import say
 from lib.table_writer import TableWriter
 
 FOLDER, SCRIPT = "02_stream", "02_generate_candidates.py --stream"
+MAKER = "lib/candidates/producer.py"
 SHAPED_BY = ("stream.shard_examples", "stream.first_mask_ratio", "stream.rise_epochs")
 PULSE, SILENCE = 1.0, 15.0  # seconds between signs of life, and without one until somebody counts as gone
 
@@ -155,9 +156,10 @@ class ShardStore:
     # --- signs of life -----------------------------------------------------------------------------------------------
 
     def is_alive(self, who: str) -> bool:
-        """Whether the `producer` or the `trainer` gave a sign of life of late."""
+        """Whether a `producer` or a `trainer` of such shards gave a sign of life of late."""
+        file = self.folder / f"{who}.alive"
         try:
-            return time.time() - (self.folder / f"{who}.alive").stat().st_mtime < SILENCE
+            return file.read_text() == self.key and time.time() - file.stat().st_mtime < SILENCE
         except OSError:
             return False
 
@@ -166,6 +168,8 @@ class ShardStore:
         """Give signs of life while the block runs, whatever else it is busy with."""
         self.folder.mkdir(exist_ok=True)
         file, over = self.folder / f"{who}.alive", threading.Event()
+
+        file.write_text(self.key)
 
         def beat() -> None:
             while not over.is_set():
@@ -184,6 +188,7 @@ class ShardStore:
 def open_store(stage: Stage, config: Config) -> ShardStore:
     """The shards of a stage's run. The stage must read stages 01 and 02."""
     made_of = {
+        "code": code_version.digest(code_version.code_files(MAKER, config.task)),
         "generators": _generators(stage, config),
         "candidates": stage.sha256_of("02_generate_candidates", "candidates"),
         "examples": stage.sha256_of("01_prepare_dataset", "examples"),

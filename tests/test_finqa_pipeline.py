@@ -18,7 +18,7 @@ from lib.errors import BadConfig, BadData, Interrupted, MissingInput
 from lib.runs import STAGES, RunArgs, load_manifest, validate_manifest
 from lib.tasks.finqa.program import execute, parse
 from lib.tasks.finqa.record import Record
-from tests.conftest import run_stages
+from tests.conftest import run_stages_recorded, undeclared
 
 FINQA = ROOT / "configs" / "finqa.yaml"
 
@@ -28,10 +28,16 @@ def config_of(*overrides: str):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def reads() -> dict[str, set[str]]:
+    """The settings that each stage of `run` read."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, reads):
     """The folder of a finished quick run."""
     folder = tmp_path_factory.mktemp("finqa") / "run_001"
-    run_stages(folder, config_of())
+    reads.update(run_stages_recorded(folder, config_of()))
     return folder
 
 
@@ -63,6 +69,10 @@ def test_every_stage_is_complete_and_its_tables_keep_to_their_schemas(run):
         "06_sample/answers": schema.ANSWERS,
     }.items():
         schema.conform(pq.read_table(run / f"{path}.parquet"), table_schema)
+
+
+def test_no_stage_reads_a_setting_that_its_manifest_does_not_have(run, reads):
+    assert reads["02_generate_candidates"] >= {"finqa.pools", "candidates"} and not undeclared(reads, run)
 
 
 def test_no_page_is_in_two_splits(run):

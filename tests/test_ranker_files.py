@@ -303,6 +303,20 @@ def test_a_loaded_ranker_may_go_on_learning(tmp_path):
     assert not goes_on.training and all(p.requires_grad for p in goes_on.head.parameters())
 
 
+def test_adapters_on_a_model_of_their_stage_move_with_it(tmp_path):
+    """As --overwrite does: made in one folder, complete in another, where another model may have stood."""
+    stage = tmp_path / "04_train.new"
+    saved_encoder(stage / "generator" / "best_model", "bert")
+    model, tokenizer = ranker_of(stage / "generator" / "best_model", lora=True)
+    save_ranker(model, stage / "ranker" / "best_model", tokenizer)
+    expected = load_ranker(stage / "ranker" / "best_model")[0].state_dict()
+    stage.rename(tmp_path / "04_train")
+    folder = tmp_path / "04_train" / "ranker" / "best_model"
+    found = load_ranker(folder)[0].state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+    assert not [p.name for p in folder.iterdir() if p.suffix in (".json", ".md") and ".new" in p.read_text()]
+
+
 def test_a_changed_encoder_or_damaged_folder_is_refused(tmp_path):
     base = saved_encoder(tmp_path / "base", "llama")
     model, tokenizer = ranker_of(base, lora=True)

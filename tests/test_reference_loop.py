@@ -354,7 +354,7 @@ def test_after_an_inexact_resume_the_best_model_is_still_the_one_of_the_record(t
     with pytest.raises(Killed):  # the checkpoint is that of step 5, the best model on the disk that of step 6
         run(tmp_path, Objective((2.0, 1.0, 0.1, 0.2), kill_at=9), evaluate_every=2, checkpoint_every=5)
     assert_same(read(tmp_path / "best_model"), reference()[5]["weights"])
-    monkeypatch.setattr(type(CPU), "fence", lambda self: {"torch": "another"})
+    monkeypatch.setattr(type(CPU), "fingerprint", lambda self: {"torch": "another"})
     with pytest.raises(BadConfig, match="allow_inexact_resume"):
         run(tmp_path, Objective(), evaluate_every=2, checkpoint_every=5)
     result = run(

@@ -148,7 +148,7 @@ def test_resuming_under_another_precision_is_refused_unless_allowed(tmp_path):
         start(tmp_path, fault=_kill_at_seven)
     state = tmp_path / "checkpoint" / "state.json"
     changed = json.loads(state.read_text())
-    changed["fence"]["precision"] = "bf16"
+    changed["fingerprint"]["precision"] = "bf16"
     state.write_text(json.dumps(changed))
     hashes = json.loads((tmp_path / "checkpoint" / "hashes.json").read_text())
     hashes["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models import families as families  # makes our own backbones known to the Auto classes
+from lib.outside import encoder_source, not_had
 
 transformers_logging.disable_progress_bar()
 
@@ -77,6 +78,12 @@ def open_encoder(
     return trunk, tokenizer
 
 
+def configured(encoder: str) -> tuple[str, str | None]:
+    """(folder or name on the hub, commit) of `ranker.encoder`, as `open_encoder` takes them."""
+    source = encoder_source(encoder)
+    return (encoder, None) if isinstance(source, Path) else (source.name, source.commit)
+
+
 def open_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> Any:
     """The tokenizer of an encoder, padding on the right. Raises as `open_encoder` does."""
     source = _source(name_or_folder, revision)
@@ -109,14 +116,9 @@ def _source(name_or_folder: str | Path, revision: str | None) -> dict[str, Any]:
 
 
 def _not_had(name: str | Path, error: OSError) -> str:
-    reason = str(error).strip().splitlines()[0]
     if Path(name).is_dir():
-        return f"{name} cannot be read as an encoder: {reason}"
-    return (
-        f"encoder {name} is no folder here and cannot be had from the hub as safetensors: {reason} "
-        "Give a folder with config.json, model.safetensors and the tokenizer, or, with a network, a name on the hub "
-        "and HF_HUB_OFFLINE=0"
-    )
+        return f"{name} cannot be read as an encoder: {str(error).strip().splitlines()[0]}"
+    return not_had(name, error)
 
 
 def _require_encoder_files(folder: Path) -> None:

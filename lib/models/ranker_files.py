@@ -6,6 +6,7 @@ in `config.json` and `model.safetensors`.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ def save_ranker(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
         "trunk": base.config.model_type,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "lora": has_lora,
-        "base": _origin(base, has_lora),
+        "base": _origin(base, has_lora, folder),
     }
     if has_lora:
+        model.trunk.peft_config["default"].base_model_name_or_path = record["base"]["name"]
         model.trunk.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     else:
@@ -93,7 +95,7 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
 
 def _with_saved_lora(folder: Path, origin: dict[str, Any], dtype: torch.dtype, learning: bool) -> Any:
     """The encoder that a ranker adapts, with the ranker's adapters."""
-    name = origin["name"]
+    name = str(folder / origin["name"]) if origin.get("relative") else origin["name"]
     trunk, _ = open_encoder(name, dtype, origin["revision"])
     found = weights_digest(name)
     if found != origin["weights_sha256"]:
@@ -133,9 +135,17 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _origin(base: Any, with_digest: bool) -> dict[str, Any]:
-    """Where the trunk was read from; the hash of its weights if the ranker is nothing without them."""
+def _origin(base: Any, with_digest: bool, folder: Path) -> dict[str, Any]:
+    """Where the trunk was read from; the hash of its weights if the ranker is nothing without them.
+
+    A model of the same stage is named as seen from the ranker's `folder`: the two move together.
+    """
     name = base.config._name_or_path or None
     revision = getattr(base.config, "_commit_hash", None)
     digest = weights_digest(name) if with_digest and name is not None else None
-    return {"name": name, "revision": revision, "weights_sha256": digest}
+    origin = {"name": name, "revision": revision, "weights_sha256": digest}
+    if name is not None and Path(name).parts[-1:] == ("best_model",):
+        stages = [Path(path).absolute().parent.parent for path in (name, folder)]
+        if stages[0] == stages[1]:
+            return origin | {"name": os.path.relpath(name, folder), "relative": True}
+    return origin

@@ -116,7 +116,8 @@ class Measured:
 def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, policies: list[dict],
            best_of: list[dict], bench: Any) -> ReportData:  # fmt: skip
     """Everything that the report shows, from this stage and the manifests before it."""
-    manifests = {name: m for name in STAGES if (m := load_manifest(stage.run_dir / name)) is not None}
+    before = [name for name in STAGES if name != stage.name]  # this one's is of what --overwrite replaces
+    manifests = {name: m for name in before if (m := load_manifest(stage.run_dir / name)) is not None}
     curves = {name: _lines(stage.run_dir / "04_train" / name / "metrics.jsonl") for name in config.models}
     curves["critic"] = _lines(stage.run_dir / "05_train_critic" / "metrics.jsonl")
     generator_alone = _lines(stage.run_dir / "02_generate_candidates" / "generator" / "metrics.jsonl")

@@ -5,14 +5,18 @@ beside them, as links to the same bytes: the one outside may be of a later step.
 rename. The older checkpoint goes away only after that.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lib import durable
+from lib import code_version, durable
 from lib.errors import BadConfig, BadData
+from lib.log import say
 
 FOLDER = "checkpoint"
 
@@ -43,7 +47,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
     durable.recover_folder(path)
     if not path.exists():
         return None
-    advice = "remove the checkpoint folder to train this model from its start, or pass --overwrite"
+    advice = "remove the checkpoint folder to train this model from its start"
     try:
         hashes = json.loads((path / "hashes.json").read_text(encoding="utf-8"))
         for name, expected in hashes.items():
@@ -64,11 +68,42 @@ def restore_folder(folder: Path, name: str) -> None:
             durable.link_folder(kept, temporary)
 
 
-def check_fence(saved: dict[str, Any], now: dict[str, Any], allow_inexact: bool, label: str) -> None:
-    """Refuse to continue under another torch, thread count or precision: the bits would differ."""
-    differing = [f"{k}: {saved.get(k)} -> {now[k]}" for k in now if saved.get(k) != now[k]]
+def check_fingerprint(
+    saved: dict[str, Any], now: dict[str, Any], allow_inexact: bool, label: str, folder: Path
+) -> None:
+    """Refuse to continue under another torch, thread count, precision or other code: the bits would differ.
+
+    Args:
+        saved, now: `Runtime.fingerprint` with the files of the code as `code`.
+        folder: the model's, which the message says how to begin again.
+    """
+    differing = [f"{k}: {saved.get(k)} -> {now[k]}" for k in now if k != "code" and saved.get(k) != now[k]]
+    if changed := code_version.changed_files(saved.get("code", {}), now.get("code", {})):
+        differing.append(f"changed code: {code_version.shown(changed)}")
     if differing and not allow_inexact:
         raise BadConfig(
             f"{label} was begun elsewhere ({'; '.join(differing)}), so continuing would not give the same bits; "
-            "set training.allow_inexact_resume=true to go on all the same, or pass --overwrite"
+            f"set training.allow_inexact_resume=true to go on all the same, or remove {folder} to train it from its start"
+        )
+    if differing:
+        say(f"{label}: going on all the same ({'; '.join(differing)}), as training.allow_inexact_resume says")
+
+
+def frozen_digest(model: nn.Module, learning: Iterable[str]) -> str:
+    """Hash of the weights that do not learn, which a checkpoint does not have."""
+    learning, digest = set(learning), hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        if name not in learning:
+            data = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_frozen(saved: str | None, now: str, label: str) -> None:
+    """Refuse to continue on other frozen weights than those that the training was begun with."""
+    if saved not in (None, now):
+        raise BadData(
+            f"{label}: the weights that do not learn are not those that the training was begun with; put back the "
+            "encoder or the start that they came from, or pass --overwrite"
         )

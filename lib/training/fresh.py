@@ -122,7 +122,7 @@ class FreshRows:
         if used.get(str(number), digest) != digest:
             raise BadData(
                 f"shard {number} is not what it was when {self.label} used it before the interruption: it was made with "
-                "another torch, thread count or precision. Run 04_train.py --overwrite to begin again"
+                "other code, another torch, thread count or precision. Run 04_train.py --overwrite to begin again"
             )
         if str(number) not in used:
             used[str(number)] = digest

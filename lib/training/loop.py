@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -251,6 +252,15 @@ class _Run:
 
     # ------------------------------------------------------------------ checkpoints
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return self.runtime.fingerprint() | {"code": dict(self.runtime.code)}
+
+    @cached_property
+    def frozen(self) -> str:
+        """Hash of the weights that no checkpoint has: they come from the start."""
+        return checkpoint.frozen_digest(self.model, self.optimizer.parameters)
+
     def save_checkpoint(self) -> None:
         self.state.metrics_bytes = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
         if self.metrics_file.exists():
@@ -262,7 +272,7 @@ class _Run:
             "optimizer": self.optimizer.state(),
             "objective": self.objective.state() if hasattr(self.objective, "state") else {},
         }
-        state = {**vars(self.state), "fence": self.runtime.fence()}
+        state = {**vars(self.state), "fingerprint": self.fingerprint, "frozen_sha256": self.frozen}
         best = self.folder / BEST if self.state.best_value is not None else None
         checkpoint.save(self.folder, {k: v for k, v in tensors.items() if v}, state, best)
 
@@ -274,10 +284,15 @@ class _Run:
             self.metrics_file.unlink(missing_ok=True)
             return
         tensors, state = loaded
-        checkpoint.check_fence(
-            state.pop("fence"), self.runtime.fence(), self.settings.allow_inexact_resume, self.label
+        checkpoint.check_fingerprint(
+            state.pop("fingerprint", {}),
+            self.fingerprint,
+            self.settings.allow_inexact_resume,
+            self.label,
+            self.folder,
         )
-        self.state = _State(**state)
+        checkpoint.check_frozen(state.pop("frozen_sha256", None), self.frozen, self.label)
+        self.state = _State(**{k: v for k, v in state.items() if k in _State.__dataclass_fields__})
         with torch.no_grad():
             for name, value in tensors["weights"].items():
                 self.optimizer.parameters[name].copy_(value)

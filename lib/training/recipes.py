@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from lib import durable
 from lib.config import Config
 from lib.log import say
 from lib.models.build import fresh_trunk, heads_of, load_model, save_model, start_model
+from lib.models.encoders import configured
 from lib.models.ranker import CandidateRanker, SequenceRanker
 from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, save_ranker, with_lora
 from lib.sections.models import ModelSpec
@@ -82,7 +84,7 @@ def ranker_recipe(
 ) -> Recipe:
     """A ranker that reads a prompt and its candidates, as the section `ranker` says."""
     config, settings = materials.config, materials.config.ranker
-    model, tokenizer, origin = start_ranker(name, spec, config, materials.tokenizer, start)
+    model, tokenizer, origin = start_ranker(name, spec, config, materials.tokenizer, start, folder)
     train_pools, selection = materials.draws(spec.split), materials.pools_for_selection()
     held_out = materials.pools("held_out")
     reader = PoolReader(tokenizer, settings, materials.runtime, config.seed, spec.blind)
@@ -112,7 +114,9 @@ def ranker_recipe(
     )
 
 
-def start_ranker(name: str, spec: ModelSpec, config: Config, run_tokenizer: Any, start: Path | None):
+def start_ranker(
+    name: str, spec: ModelSpec, config: Config, run_tokenizer: Any, start: Path | None, folder: Path
+):
     """(ranker, its tokenizer, where it comes from).
 
     From `start`: a trained ranker goes on as it is; another model of ours lends its trunk. Otherwise from the
@@ -121,13 +125,14 @@ def start_ranker(name: str, spec: ModelSpec, config: Config, run_tokenizer: Any,
     settings = config.ranker
     if start is not None and (start / RANKER_FILE).exists():
         model, tokenizer = load_ranker(start, learning=True)
-        return model, tokenizer, f"ranker in {os.path.relpath(start)}"
+        return model, tokenizer, f"ranker in {_relative(start, folder)}"
     if start is not None:
         trunk, tokenizer = open_encoder(str(start))
-        origin = f"trunk of {os.path.relpath(start)}"
+        origin = f"trunk of {_relative(start, folder)}"
     elif settings.encoder is not None:
-        trunk, tokenizer = open_encoder(settings.encoder)
-        origin = settings.encoder
+        source, revision = configured(settings.encoder)
+        trunk, tokenizer = open_encoder(source, revision=revision)
+        origin = source if revision is None else f"{source}@{revision}"
     else:
         trunk, tokenizer = fresh_trunk(spec, len(run_tokenizer), config.seed, name), run_tokenizer
         origin = "scratch"
@@ -144,9 +149,15 @@ def start_ranker(name: str, spec: ModelSpec, config: Config, run_tokenizer: Any,
     return model, tokenizer, origin
 
 
-def _relative(start: str, folder: Path) -> str:
-    """The start as seen from the run's folder, so that a record does not depend on where the run lies."""
-    return start if start == "scratch" else os.path.relpath(start, folder.parent.parent)
+def _relative(start: str | Path, folder: Path) -> str:
+    """The start as seen from the run's folder, so that a record does not depend on where the run lies, nor on whether
+    its stage is being made again beside the old one."""
+    if start == "scratch":
+        return str(start)
+    stage = folder.parent
+    if Path(start).is_relative_to(stage):
+        return str(Path(stage.name.removesuffix(durable.NEW)) / Path(start).relative_to(stage))
+    return os.path.relpath(start, stage.parent)
 
 
 def _context_of(model: nn.Module) -> int:

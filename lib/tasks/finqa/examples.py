@@ -8,7 +8,6 @@ held-out questions stay unseen until the end. A group is a page, or a report wit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 from lib.config import Config
 from lib.randomness import hash_fraction
@@ -99,10 +98,10 @@ def token_counter(config: Config) -> Callable[[str], int]:
     encoder = config.ranker.encoder
     if encoder is None or config.ranker.prompt == "question":
         return lambda text: len(text.split())
-    from lib.models.ranker_files import open_tokenizer
+    from lib.models.encoders import configured, open_tokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer = open_tokenizer(Path(encoder) if Path(encoder).is_dir() else encoder)
+    tokenizer = open_tokenizer(*configured(encoder))
     return partial(_count, tokenizer)
 
 
