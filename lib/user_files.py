@@ -279,7 +279,7 @@ def _undecodable(path: Path) -> Fault:
     """The first place of a file that is not UTF-8."""
     decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
     with opened(path) as file:
-        for piece in itertools.chain(iter(lambda: file.read(2**20), b""), [b""]):
+        for piece in itertools.chain(iter(lambda: file.read(HEAD), b""), [b""]):
             pending = len(decoder.getstate()[0])
             try:
                 decoder.decode(piece, final=not piece)
