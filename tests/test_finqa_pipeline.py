@@ -248,6 +248,17 @@ def test_the_policies_are_compared_with_their_start(run):
     assert {"ratio_mean", "clip_fraction", "kl_to_start", "entropy", "value_loss"} <= set(lines[-1]["train"])
 
 
+def test_every_way_decays_the_same_weights(run):
+    """Those of the encoder's linear layers; neither the score head nor the value head."""
+    decayed = {}
+    for way in ("ppo", "exact", "cross_entropy"):
+        record = json.loads((run / "05_train_critic" / way / "training_manifest.json").read_text())
+        groups = {group["group"]: group["names"] for group in record["optimizer"]["groups"]}
+        decayed[way] = {name.removeprefix("policy.") for name in groups["hidden matrices"]}
+        assert all(name.startswith("trunk.") for name in decayed[way])
+    assert decayed["ppo"] == decayed["exact"] == decayed["cross_entropy"] != set()
+
+
 def test_answers_are_those_of_the_highest_score(run):
     ranked: dict[tuple, list] = {}
     for row in rows(run, "06_sample/ranked"):

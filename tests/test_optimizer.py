@@ -124,6 +124,12 @@ def test_our_own_backbones(mode, family):
     assert hidden_matrices(own(mode, family)) == each(prefix, OWN[family])
 
 
+def test_a_backbone_of_ours_without_a_head_has_no_head():
+    bare = own("language_model", "remask_gpt").model
+    assert head_parameters(bare) == set()
+    assert hidden_matrices(bare) == each("layers.", OWN["remask_gpt"])
+
+
 @pytest.mark.parametrize("family", OWN)
 def test_blocks_of_a_critic_are_hidden_layers_and_its_outputs_are_not(family):
     found = hidden_matrices(own("language_model", family, critic_layers=2))

@@ -215,10 +215,19 @@ def test_the_loop_ends_with_the_weights_of_the_reference(case, optimizer, tmp_pa
     if "clip" in ours:  # some gradients are clipped, others are not
         assert min(e["norm"] for e in expected) < ours["clip"] < max(e["norm"] for e in expected)
     model, objective = Tiny(), Objective()
-    run(tmp_path, objective, model, optimizer=optimizer, **theirs)
+    result = run(tmp_path, objective, model, optimizer=optimizer, **theirs)
     assert_same({n: p.detach() for n, p in model.named_parameters()}, expected[-1]["weights"])
     kept = "ema" if ours.get("ema_decay") else "weights"
     assert_same(read(tmp_path / "final_model"), expected[-1][kept])
+    # The record has the full rates, not those that the schedule ended with
+    rates = {group["group"]: group["learning_rate"] for group in result.optimizer["groups"]}
+    assert rates["hidden matrices"] == (0.2 if optimizer == "muon" else 0.1)
+    assert rates.get("head") == ours.get("head_rate")
+    frozen = result.optimizer["frozen"]
+    assert (frozen and (frozen["until_step"], frozen["only_cls_learns"])) == (
+        (ours["frozen_until"], [EMBEDDING]) if "frozen_until" in ours else None
+    )
+    assert frozen is None or set(frozen["names"]) == expected[0]["weights"].keys() - {*HEAD, EMBEDDING}
     # At every evaluation it is the averaged weights that are seen; the last has the best value
     assert len(objective.evaluated) == 3
     for step, seen in zip((4, 8, 10), objective.evaluated, strict=True):
@@ -290,6 +299,14 @@ def test_a_best_step_from_before_a_kill_is_still_the_best(tmp_path):
     result = run(tmp_path, Objective((3.0, 4.0)), evaluate_every=3)
     assert (result.best_step, result.metrics["error"]) == (3, 1.0)
     assert_same(read(tmp_path / "best_model"), reference()[2]["weights"])
+
+
+def test_a_run_without_a_checkpoint_begins_its_metrics_anew(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, Objective(kill_at=2), evaluate_every=1, checkpoint_every=5)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    run(tmp_path, Objective(), evaluate_every=1, checkpoint_every=5)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
 
 
 def test_dropout_is_a_function_of_seed_label_and_step(tmp_path):
