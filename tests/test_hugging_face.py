@@ -407,6 +407,17 @@ def test_token_classification(family):
         model(ids, labels=torch.full_like(ids, -100))
 
 
+@pytest.mark.parametrize(
+    "key", [key for key in CLASSES if key[1] in ("masked", "causal", "token")], ids="-".join
+)
+def test_an_empty_text_has_empty_logits(key):
+    """Also where a tokenizer made floats of it, as torch does of an empty list."""
+    changes = {"num_labels": 3} if key[1] == "token" else {}
+    for ids in (torch.empty(1, 0), torch.empty(1, 0, dtype=torch.long)):
+        logits = make(key, **changes)(ids, attention_mask=torch.empty(1, 0)).logits
+        assert logits.shape == (1, 0, 3 if key[1] == "token" else VOCAB)
+
+
 @every_family
 def test_sequence_problems_are_inferred_per_call(family):
     ids = make_ids()
