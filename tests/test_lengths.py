@@ -114,6 +114,10 @@ def test_a_model_reads_what_its_start_reads(tmp_path):
         "judge",
         20,
     )  # no language model, whatever it reads
+    for model, advice in (("ranker", "models.judge.architecture.context alone"), ("inspector", "")):
+        problem = WholeTexts(model, 8, config).add(candidates()).problem() or ""
+        assert "architecture.context=9 or more" in problem and ("alone" in problem) == bool(advice)
+        assert advice in problem
     assert WholeTexts.of(load_config(["configs/nelbo.yaml"])) is None
     assert WholeTexts.of(load_config(["configs/finqa.yaml"])) is None
 
@@ -128,7 +132,7 @@ def test_stage_01_refuses_before_any_model_is_made(tmp_path):
 
 
 def test_stage_01_does_not_mind_long_texts_that_get_no_candidates():
-    tally = importlib.import_module("01_prepare_dataset").Tally(WholeTexts("judge", 8, 64))
+    tally = importlib.import_module("01_prepare_dataset").Tally(WholeTexts("judge", 8, config_of()))
     table = pa.table(
         {
             "example_id": ["a", "b"],

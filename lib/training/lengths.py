@@ -29,13 +29,13 @@ class WholeTexts:
 
     Attributes:
         model: its name in `models`; context: tokens that it reads, [CLS] aside.
-        passage_characters: of the config, for advice.
+        config: for advice.
         total, longer: texts seen, and those with more tokens; longest, name: the tokens of the longest and its example.
     """
 
     model: str
     context: int
-    passage_characters: int
+    config: Config
     total: int = 0
     longer: int = 0
     longest: int = 0
@@ -57,7 +57,7 @@ class WholeTexts:
         if not readers:
             return None
         name = min(readers, key=lambda n: readers[n])
-        return cls(name, readers[name], config.data.passage_characters)
+        return cls(name, readers[name], config)
 
     def add(self, table: pa.Table) -> "WholeTexts":
         """Looks at examples or candidates (columns example_id, token_ids)."""
@@ -73,11 +73,19 @@ class WholeTexts:
         """What is wrong and what to do; None if every text fits."""
         if not self.longer:
             return None
-        shorter = max(1, self.passage_characters * self.context // self.longest)
+        shorter = max(1, self.config.data.passage_characters * self.context // self.longest)
+        root = self.model
+        while (start := self.config.models[root].start) in self.config.models:
+            root = start
+        own = (
+            f" (models.{root}.architecture.context alone, if stage 02 is to stay)"
+            if start == "scratch"
+            else ""
+        )
         return (
             f"{self.longer:,} of {self.total:,} texts are longer than models.{self.model} reads, but their labels and "
             f"rewards are of the whole: {self.name} has {self.longest} tokens, the context is {self.context}. Set "
-            f"architecture.context={self.longest} or more, or data.passage_characters={shorter} or less, and run again "
+            f"architecture.context={self.longest} or more{own}, or data.passage_characters={shorter} or less, and run again "
             "from the first stage that this changes"
         )
 
@@ -120,7 +128,7 @@ def refuse_longer_candidates(config: Config, names: Iterable[str], materials: "M
         with_prompts = spec.mode == "ranker" and materials.have_prompts
         if spec.mode not in WHOLE_READERS or with_prompts or contexts[name] is None:
             continue
-        texts = WholeTexts(name, contexts[name] or 0, config.data.passage_characters)
+        texts = WholeTexts(name, contexts[name] or 0, config)
         for split in (spec.split, "held_out"):
             texts.add(materials.candidates(split))
         texts.refuse()

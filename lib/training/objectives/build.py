@@ -87,7 +87,7 @@ def whole_sequences(name: str, context: int, materials: Materials) -> Callable[[
     """Candidates of a table -> their sequences; raises BadData when model `name` would read only a part of one."""
 
     def sequences(table: pa.Table) -> Sequences:
-        WholeTexts(name, context, materials.config.data.passage_characters).add(table).refuse()
+        WholeTexts(name, context, materials.config).add(table).refuse()
         return Sequences(table["token_ids"], context, materials.tokenizer.pad_token_id)
 
     return sequences
@@ -168,7 +168,7 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
     pools, columns, first_row = [], [], 0
     for split in (spec.split, SELECTION, "held_out"):
         table = materials.candidates(split)
-        WholeTexts(name, context, materials.config.data.passage_characters).add(table).refuse()
+        WholeTexts(name, context, materials.config).add(table).refuse()
         with explained(split):
             rows, skipped = decided_pools(table)  # (N, K)
         say_skipped(name, split, skipped)
