@@ -6,6 +6,7 @@ Known here: lib.report and what stage 06 leaves. Not known: how samples are draw
 import importlib
 import itertools
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -557,3 +558,15 @@ def test_labels_of_close_marks_stand_apart():
         after = [label.get_window_extent() for label in labels]
         assert any(a.overlaps(b) for a, b in itertools.combinations(before, 2))
         assert not any(a.overlaps(b) for a, b in itertools.combinations(after, 2))
+
+
+def test_one_group_alone_has_no_interval_and_the_tables_say_so():
+    row = {"model": "m", "metric": "NLL", "value": 1.0, "low": None, "high": None, "baseline": "b", "baseline_value": 2.0,
+           "lower_is_better": True, "beats_baseline": False}  # fmt: skip
+    assert results_table([row]).splitlines()[-1].split() == ["m", "NLL", "1.000", "-", "b", "2.000", "NO"]
+    known = row | {"low": 0.5, "high": 1.25}
+    assert "0.500 .. 1.250" in results_table([known])
+    data = made_data(results=[row])
+    data.policies[0]["reference_nll"] = {"value": 1.0, "low": math.nan, "high": math.nan}
+    parsed = Page(build_report(data))
+    assert not parsed.problems and "± is half the width of one" in parsed.text
