@@ -40,7 +40,7 @@ MAIN = "main"  # the critic of all experiments but the ablations
 # What each variant of the critic changes in the config. All but `main` learn for the same smaller number of steps.
 VARIANTS: dict[str, dict[str, Any]] = {
     "joint": {},
-    "no critic": {"alpha": 0.0},
+    "no critic": {"alpha": 0.0, "selection_weight": 0.0},
     "alpha 0.25": {"alpha": 0.25},
     "stop_gradient": {"coupling": "stop_gradient"},
     "decoupled": {"coupling": "decoupled", "layers": 1},

@@ -85,18 +85,27 @@ def test_few_groups_get_students_interval_of_the_jackknife_widened_for_unequal_s
     assert found.half_width == pytest.approx(half)
 
 
-def test_resamples_are_studentised_and_follow_the_skewness():
-    """The bootstrap-t interval of a mean written out, draw by draw."""
-    values = np.random.default_rng(4).exponential(1, 20)
-    mean, ratios = values.mean(), []
+@pytest.mark.parametrize("equal", [True, False])
+def test_resamples_are_studentised_and_follow_the_skewness(equal):
+    """The bootstrap-t interval written out, resample by resample; unequal groups widen it."""
+    rng = np.random.default_rng(4)
+    d = np.full(20, 1.0) if equal else rng.lognormal(0, 0.8, 20)
+    n = d * rng.exponential(1, 20)
+    value, ratios = n.sum() / d.sum(), []
     for count in metrics._counts(20, metrics.RESAMPLES):
-        drawn = np.repeat(values, count.astype(int))
-        ratios.append((drawn.mean() - mean) / (drawn.std() / math.sqrt(19)))
+        of = np.repeat(np.arange(20), count.astype(int))
+        drawn = n[of].sum() / d[of].sum()
+        error = math.sqrt(20 / 19 * ((n[of] - drawn * d[of]) ** 2).sum()) / d[of].sum()
+        ratios.append((drawn - value) / error)
     low, high = np.quantile(ratios, [0.025, 0.975])
-    error = values.std(ddof=1) / math.sqrt(20)  # of a mean the jackknife's is the usual one
-    found = metrics.ratio(values)
-    assert found == pytest.approx((mean, mean - high * error, mean - low * error))
-    assert found.high - mean > 1.2 * (mean - found.low)  # the truth of such values lies above more often
+    effective = d.sum() ** 2 / (d**2).sum()
+    wider = stats.t.ppf(0.975, effective - 1) / stats.t.ppf(0.975, 19)
+    without = (n.sum() - n) / (d.sum() - d)
+    error = math.sqrt(19 / 20 * ((without - without.mean()) ** 2).sum()) * wider
+    found = metrics.ratio(n, d)
+    assert found == pytest.approx((value, value - high * error, value - low * error))
+    assert (wider > 1.02) != equal
+    assert found.high - value > 1.1 * (value - found.low)  # the truth of such values lies above more often
 
 
 def test_a_ratio_in_other_units_has_the_interval_in_other_units():

@@ -95,6 +95,14 @@ def test_no_likelihood_changes_when_the_same_text_is_cut_into_other_tiles(kind, 
     assert values[f"{name}_half_width"] == pytest.approx(expected.half_width, rel=1e-5)
 
 
+def test_the_unigram_is_learned_on_train_and_measured_on_held_out_text():
+    train, held_out = text([2, 3], [30, 10], 8), text([3, 4], [6, 2], 8).tiled()
+    made = NextToken(2, label="stub", train=train, selection=train, held_out=held_out, groups=held_out.owner, runtime=CPU,
+                     seed=3, batch_size=4, num_evaluated=4)  # fmt: skip
+    # Counts plus one of ids 0 to 4: 1, 1, 31, 11, 1
+    assert made.unigram_nll() == pytest.approx(-(6 * math.log(11 / 45) + 2 * math.log(1 / 45)) / 8)
+
+
 @pytest.mark.parametrize("kind", [MaskedDiffusion, NextToken])
 def test_an_evaluation_takes_a_part_of_the_selection_windows_token_by_token(kind):
     made = objective(kind, 16, num_evaluated=9)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -256,6 +257,8 @@ def test_cross_fitting_trains_a_generator_per_fold_that_never_saw_the_fold(tmp_p
 
     def spy(name, spec, materials, folder, start):
         learned[name] = set(materials.examples("train")["group"].to_pylist())
+        for split in ("train", "selection", "held_out"):
+            assert set(materials.examples(split)["split"].to_pylist()) == {split}
         return real(name, spec, materials, folder, start)
 
     monkeypatch.setattr(generators, "train_named", spy)
@@ -289,6 +292,26 @@ def test_the_critic_killed_and_continued_gives_the_same_bits(copied, coupling, m
         assert manifest is not None
         hashes.append(manifest["outputs"])
     assert hashes[0] == hashes[1]
+
+
+def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, quick_config):
+    from lib.tokenization import load_tokenizer
+    from tests.trainings import CPU
+
+    file = pq.ParquetFile(quick_run / "01_prepare_dataset" / "examples.parquet")
+    tokenizer = load_tokenizer(quick_run / "01_prepare_dataset" / "tokenizer")
+    stage = SimpleNamespace(batches=lambda *_: file.iter_batches())
+    module = importlib.import_module("05_train_critic")
+    made = module.critic_objective(stage, quick_config, CPU, tokenizer, 64).diffusion
+    rows = file.read().to_pylist()
+    for split, windows in (
+        ("train", made.train),
+        ("selection", made.selection_windows),
+        ("held_out", made.held_out),
+    ):
+        assert windows.ids.tolist() == [i for r in rows if r["split"] == split for i in r["token_ids"]]
+    of_example = [r["group"] for r in rows if r["split"] == "held_out"]
+    assert made.groups.tolist() == [of_example[i] for i in made.held_out.owner]
 
 
 def kill_once(monkeypatch, objective, at: int) -> None:

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import os
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -555,7 +556,10 @@ def test_the_best_of_several_fillings_of_every_row_of_a_file(sampled, tmp_path):
         assert sorted(r["infill_id"] for r in chosen) == ["a", "b", "c"]
         assert len(chosen[0]["text"]) < len(chosen[2]["text"])  # of different lengths
         (row,) = [r for r in record["best_of"] if r["scorer"] == scorer]
-        assert row["nll"]["value"] == pytest.approx(np.mean([r["reference_nll"] for r in chosen]))
+        # From the first gap on every token counts the same, whichever text it stands in
+        counted = [len(r["given"]) - r["given"].index(False) for r in chosen]
+        mean = np.average([r["reference_nll"] for r in chosen], weights=counted)
+        assert row["nll"]["value"] == pytest.approx(mean)
     by_chance = next(r for r in record["best_of"] if r["scorer"] == "chance")
     assert by_chance["fourgram_entropy"] == pytest.approx(record["policies"][0]["fourgram_entropy"])
 
@@ -630,3 +634,15 @@ def test_labels_of_close_marks_stand_apart():
         after = [label.get_window_extent() for label in labels]
         assert any(a.overlaps(b) for a, b in itertools.combinations(before, 2))
         assert not any(a.overlaps(b) for a, b in itertools.combinations(after, 2))
+
+
+def test_one_group_alone_has_no_interval_and_the_tables_say_so():
+    row = {"model": "m", "metric": "NLL", "value": 1.0, "low": None, "high": None, "baseline": "b", "baseline_value": 2.0,
+           "lower_is_better": True, "beats_baseline": False}  # fmt: skip
+    assert results_table([row]).splitlines()[-1].split() == ["m", "NLL", "1.000", "-", "b", "2.000", "NO"]
+    known = row | {"low": 0.5, "high": 1.25}
+    assert "0.500 .. 1.250" in results_table([known])
+    data = made_data(results=[row])
+    data.policies[0]["reference_nll"] = {"value": 1.0, "low": math.nan, "high": math.nan}
+    parsed = Page(build_report(data))
+    assert not parsed.problems and "± is half the width of one" in parsed.text

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from lib.training.objectives import token_critic
 from lib.training.objectives.build import make_objective
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, nelbo_and_auroc
+from lib.training.pool_table import PoolTable
 from lib.training.tables import Materials
 from tests.trainings import CPU, fingerprint, settings, splits, windows
 
@@ -267,6 +269,44 @@ def test_rankers_without_prompts_say_which_split_is_undecided(tokenizer):
 
     with pytest.raises(BadData, match=r"split 'selection': no pool .*data\.selection_fraction"):
         make_objective("ranker", MODES["ranker"], materials(tokenizer, read_candidates=read), 16)
+
+
+def choosing(name: str) -> PoolTable:
+    """Two pools; with the scores of `ByTable` a ranker chooses right in one of them, or in both."""
+    right = np.array([[1.0, 0.0], [1.0, 0.0] if name == "selection" else [0.0, 1.0]])
+    text = np.array([["a", "b"]] * 2, dtype=object)
+    return PoolTable([name, name + "2"], ["p", "p"], [[], []], np.array([name, name + "2"]), np.zeros((2, 2), int), text,
+                     None, text, text, right, {}, np.ones((2, 2), bool), {})  # fmt: skip
+
+
+class ByTable:
+    """A reader in whose eyes the first candidate is always the better one."""
+
+    settings, runtime = SimpleNamespace(loss="cross_entropy", word_dropout=0.0), CPU
+
+    def tokens_per_pool(self, table):
+        return 1
+
+    def scores(self, model, table, which, **_):
+        return torch.tensor([[2.0, 0.0]]).repeat(len(which), 1)
+
+    def all_scores(self, model, table, **_):
+        return np.tile([2.0, 0.0], (len(table), 1))
+
+
+def test_rankers_with_prompts_and_policies_are_chosen_on_the_selection_pools():
+    from lib.ranking.ppo import ActorCritic
+    from lib.training.objectives.pool_choice import PoolChoice
+    from lib.training.policy import PolicyTraining
+
+    train_pools, selection, held_out = (choosing(split) for split in SPLITS)
+    reader: Any = ByTable()
+    chosen = PoolChoice("r", [train_pools], selection, held_out, reader, 0, 8).evaluate(torch.nn.Identity())
+    assert chosen["accuracy"] == 1 and chosen["regret"] == 0
+    config = load_config(quick_test=True)
+    policy: Any = PolicyTraining(config, CPU, None, None, train_pools, selection, held_out)  # type: ignore[arg-type]
+    found = policy._regret(ActorCritic(torch.nn.Identity(), torch.nn.Identity()), reader)
+    assert found["accuracy"] == 1 and found["regret"] == pytest.approx(1 / (1 + np.exp(2)))
 
 
 # ------------------------------------------------------------------------------------ the split
