@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.prepared import prepare, shakespeare
+from benchmarks.provenance import say_provenance
 from lib.config import Config
 from lib.models.build import start_model
 from lib.training.loop import train
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--skip-plain", action="store_true")
     options = parser.parse_args()
+    say_provenance()
     overrides = [f"data.path={shakespeare()}", "training.evaluation_examples=100000"]
     found = {}
     for plain in (False,) if options.skip_plain else (False, True):

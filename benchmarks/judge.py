@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.prepared import RESULTS, shakespeare
+from benchmarks.provenance import say_provenance
 from lib.artifacts import Stage
 from lib.config import Config, load_config
 from lib.models.build import load_model
@@ -63,6 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     given = [f"data.path={shakespeare()}", *parser.parse_args().overrides]
+    say_provenance()
     own, other = RESULTS / "judge", RESULTS / "judge_other_generator"
     config = load_config(["configs/judge.yaml"], overrides=given)
     run(own, config, STAGES[:5])
