@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.provenance import say_provenance
 from lib.models.remask_gpt import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
 
 PRECISIONS = ("fp32", "autocast", "bf16")
@@ -103,6 +104,7 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
+    say_provenance()
     if args.keep_memory:
         keep_freed_memory()
     for precision in args.precision or PRECISIONS:

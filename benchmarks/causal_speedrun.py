@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.prepared import prepare, shakespeare
+from benchmarks.provenance import say_provenance
 from lib.config import Config
 from lib.models.build import start_model
 from lib.training.loop import train
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--skip-plain", action="store_true")
     parser.add_argument("--steps", type=int, help="of both recipes, for trying out")
     options = parser.parse_args()
+    say_provenance()
     overrides = [f"data.path={shakespeare()}", "training.evaluation_examples=100000"]
     if options.steps:
         overrides += [

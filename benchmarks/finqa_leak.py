@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from benchmarks.provenance import say_provenance
 from lib.config import Config, load_config
 from lib.report.table import aligned
 from lib.tasks.finqa.leak import Matrices, Pool, accuracy, label_overlap, measure_leak, question_trees
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("data", help="folder with FinQA's train.json and dev.json")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
+    say_provenance()
     config = load_config(overrides=["candidates.per_example=8", *args.overrides])
     records = [r for r in read_records(args.data) if isinstance(r, Record) and r.program]
     train, dev = ([r for r in records if r.split == split] for split in ("train", "dev"))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.prepared import RESULTS, shakespeare
+from benchmarks.provenance import say_provenance
 from lib.artifacts import Stage
 from lib.config import Config, load_config
 from lib.models.build import load_model
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--quick", action="store_true", help="a few steps of small models, for trying out")
     options = parser.parse_args()
+    say_provenance()
     given = [f"data.path={shakespeare()}", *(QUICK if options.quick else ()), *options.overrides]
     kind = "judge_quick" if options.quick else "judge"
     own, other = RESULTS / kind, RESULTS / f"{kind}_other_generator"

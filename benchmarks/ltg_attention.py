@@ -20,6 +20,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from benchmarks.provenance import say_provenance
 from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM
 from lib.models.ltg_bert.modeling_ltg_bert import LtgBertAttention
 
@@ -114,6 +115,7 @@ def main() -> None:
     if options.way:
         print(json.dumps(measure(options)))
         return
+    say_provenance()
     print(f"largest difference of a gradient between the two ways, float64: {check(options):.1e}")
     found: dict[str, list[dict]] = {"ours": [], "plain": []}
     for _ in range(options.rounds):

@@ -9,6 +9,7 @@ import argparse
 import json
 
 from benchmarks.prepared import prepare, shakespeare, train_one
+from benchmarks.provenance import say_provenance
 
 
 def main() -> None:
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--name", default="nelbo")
     options = parser.parse_args()
+    say_provenance()
     overrides = [f"data.path={shakespeare()}", *options.overrides]
     config, materials, folder = prepare(options.name, ["configs/nelbo.yaml"], overrides)
     record = train_one("generator", config.models["generator"], materials, folder)

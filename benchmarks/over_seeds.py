@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from benchmarks.provenance import say_provenance
 from lib.errors import MissingInput, RemaskError
 from lib.report.table import aligned
 from lib.runs import load_manifest
@@ -65,6 +66,7 @@ def main() -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, help="two or more run folders, of different seeds")
     runs = parser.parse_args().runs
+    say_provenance()
     if len(runs) < 2:
         print("a spread needs two runs or more", file=sys.stderr)
         return 2

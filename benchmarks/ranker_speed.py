@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.provenance import say_provenance
 from lib.config import load_config
 from lib.models.collation import collate
 from lib.models.packing import Pools
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip", choices=["ways", "peer"], help="leave out one of both comparisons")
     options = parser.parse_args()
+    say_provenance()
     runtime = Runtime.detect(load_config())
     if options.skip != "ways":
         compare_ways(options.encoder, runtime, options.pools, options.rounds)

@@ -14,8 +14,8 @@ do the same without taking anything back; in E4 no rounds are held but in the li
 exactly what is suspected most.
 
 Per seed: generator, reference model and critics by the project's own stages, an n-gram judge. Each (seed, experiment,
-setting) is a line of OUT/results.jsonl; started again it goes on where it was. Tables are in OUT/summary.md, the
-pictures in OUT/passes.svg and OUT/pareto.svg.
+setting) is a line of OUT/results.jsonl, with the code, date, command, library versions and machine that it comes from;
+started again it goes on where it was. Tables are in OUT/summary.md, the pictures in OUT/passes.svg and OUT/pareto.svg.
 
 Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 2,000 for the critic,
 240 for each critic of the ablations; the sums 4 x 128 with context 64, 6,000 and 1,000 steps; 256 texts per setting (128
@@ -41,6 +41,7 @@ import argparse
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -49,10 +50,11 @@ from typing import Any
 
 from benchmarks import remasking_detection as detection
 from benchmarks import remasking_experiments as experiments
+from benchmarks.provenance import files, provenance
 from benchmarks.remasking_lab import SUMS, TEXT, VARIANTS, Lab, Size
 from benchmarks.remasking_numbers import AUTOREGRESSIVE, REAL
-from benchmarks.remasking_summary import BASELINES, CHURNED, SECTIONS, write_summary
-from lib import durable
+from benchmarks.remasking_summary import BASELINES, CHURNED, SECTIONS, commit_of, write_summary
+from lib import code_version, durable
 from lib.config import load_config
 from lib.diffusion.policies import POLICIES
 from lib.log import say
@@ -245,6 +247,7 @@ class Results:
             "experiment": task.experiment,
             "setting": task.setting,
             "seconds": round(seconds, 2),
+            "provenance": provenance(),
         }
         record = plain(head | {"result": result})
         line = self._begin + json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -254,6 +257,17 @@ class Results:
         self._begin = b""
         self.records.append(record)
         self.done.add((seed, task.name))
+
+    def say_other_code(self) -> None:
+        """Lines of other code stay, each with its own provenance; that there are some is said."""
+        now = code_version.digest(files())
+        other = [r for r in self.records if r.get("provenance", {}).get("code") != now]
+        if other:
+            commits = Counter(commit_of(r) for r in other)
+            said = ", ".join(f"{count:,} of {commit}" for commit, count in commits.items())
+            say(
+                f"{self.path} holds {len(other):,} lines of other code ({said}); another folder keeps them apart"
+            )
 
 
 def run(
@@ -267,6 +281,7 @@ def run(
     _refuse_other_settings(out / "settings.json", settings_of(plan, data))
     lab = Lab(out, data, {TEXT: plan.text, SUMS: plan.sums})
     results = Results(out / "results.jsonl")
+    results.say_other_code()
     chosen = [
         task
         for task in tasks(plan)

@@ -32,7 +32,11 @@ Table = list[list[str]]
 
 def write_summary(out: Path, records: list[Record]) -> None:
     """OUT/summary.md, and the pictures OUT/pareto.svg and OUT/passes.svg if there are whole samples."""
-    parts = ["# Re-masking policies\n", __doc__.split("\n\n", 1)[1].strip() if __doc__ else ""]
+    parts = [
+        "# Re-masking policies\n",
+        __doc__.split("\n\n", 1)[1].strip() if __doc__ else "",
+        origins(records),
+    ]
     for name, make in SECTIONS.items():
         chosen = [r for r in records if r["experiment"] == name]
         if chosen:
@@ -48,6 +52,29 @@ def write_summary(out: Path, records: list[Record]) -> None:
             )  # readable on a dark page too
             durable.write_text(out / f"{name}.svg", on_white)
     durable.write_text(out / "summary.md", "\n\n".join(parts) + "\n")
+
+
+def origins(records: list[Record]) -> str:
+    """Which code the lines come from, and when they were measured or, where that is not known, published."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        source = record.get("provenance", {})
+        found.setdefault(commit_of(record), []).append(
+            source.get("date") or source.get("published_date") or "?"
+        )
+    lines = [
+        f"* {commit}: {len(dates):,} lines, {min(dates)} to {max(dates)}" for commit, dates in found.items()
+    ]
+    return "Lines by the commit whose code measured them:\n\n" + "\n".join(lines)
+
+
+def commit_of(record: Record) -> str:
+    """The commit that a line was measured at, or published at if that is all that is known."""
+    source = record.get("provenance", {})
+    if commit := source.get("commit"):
+        return commit[:8] + (" with changes" if source.get("dirty") else "")
+    published = source.get("published_commit")
+    return f"not recorded, published in {published[:8]}" if published else "not recorded"
 
 
 # ------------------------------------------------------------------------------------------- helpers

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
+from benchmarks.provenance import say_provenance
 from lib import durable, randomness
 from lib.config import Config, load_config
 from lib.diffusion.lowest import lowest
@@ -332,6 +333,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--run", type=Path, help="for int8: a run with a generator", metavar="RUN_DIR")
     options = parser.parse_args()
+    say_provenance()
     if options.what == "trainer":
         compare_trainer(options.steps)
     elif options.what == "logits":

@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.prepared import prepare, shakespeare
+from benchmarks.provenance import say_provenance
 from lib.report.table import aligned
 from lib.training.named import RECORD, train_named
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    say_provenance()
     found = {way: [run(way, seed, options.steps) for seed in range(options.seeds)] for way in WAYS}
     first = np.array([row["nelbo"] for row in found["continuous"]])
     lines = [

@@ -28,11 +28,13 @@ def code_files(script: str, task: str, root: Path = ROOT) -> dict[str, str]:
     """{path below `root`: hash of its code} of a stage's script and of all of lib/ that it can import.
 
     Args:
-        script: name of the stage or its file, or a file of lib/; a stage without a file of its own, such as
-            02_stream, belongs to the numbered script with the same number.
+        script: a file below `root`, or the name of a stage; one without a file of its own, such as 02_stream, belongs
+            to the numbered script with the same number.
         task: the configured task, which is imported by its name.
     """
-    own = root / script if script.startswith("lib/") else root / f"{Path(script).stem}.py"
+    own = root / script
+    if not (own.is_relative_to(root) and own.is_file()):
+        own = root / f"{Path(script).stem}.py"
     if not own.exists():
         own = next(iter(sorted(root.glob(f"{Path(script).name[:2]}_*.py"))), own)
     waiting, found = [own, *_files_of(f"lib.tasks.{task}", root)], {}
@@ -91,7 +93,7 @@ def _imports(text: str, package: tuple[str, ...]) -> set[str]:
         origin = ".".join([*parents, *filter(None, [origin.lstrip(".")])])
         found.add(origin)
         found.update(f"{origin}.{name}" for name in re.findall(r"\w+", names))
-    return {name for name in found if name.split(".")[0] == "lib"}
+    return {name for name in found if name.split(".")[0] in ("lib", "benchmarks")}
 
 
 def _files_of(module: str, root: Path) -> list[Path]:

@@ -78,7 +78,7 @@ def test_a_change_of_code_changes_the_hash(old, new):
 
 def write(root: Path, **files: str) -> None:
     for name, text in files.items():
-        path = root / (name.replace("__", "/") + ".py")
+        path = root / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 

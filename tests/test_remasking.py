@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -15,6 +16,7 @@ from benchmarks.remasking_experiments import next_place
 from benchmarks.remasking_numbers import at_entropy, over_seeds, shared_seeds
 from benchmarks.remasking_summary import matched_table, shown, valid_strings
 from benchmarks.text_quality import divergence, longest_copy, repeated
+from lib.config import ROOT
 
 # ------------------------------------------------------------------------------------------- languages
 
@@ -229,7 +231,7 @@ def lines_of(out) -> list[dict]:
     return remasking.Results(out / "results.jsonl").records
 
 
-TIMES = ("seconds", "seconds_per_sample", "bare_share")
+TIMES = ("seconds", "seconds_per_sample", "bare_share", "provenance")
 
 
 def timeless(value):
@@ -274,6 +276,41 @@ def test_started_again_it_does_only_what_is_missing_and_finds_the_same(finished)
     assert (out / "results.jsonl").read_bytes() == content
     with pytest.raises(SystemExit, match="results of other settings"):
         remasking.run(out, "quick", str(text))
+
+
+def test_every_line_says_where_it_comes_from(finished):
+    lines = lines_of(finished[0])
+    for line in lines:
+        source = line["provenance"]
+        assert source.keys() == {"commit", "dirty", "code", "date", "command", "versions", "machine"}
+        assert {"python", "torch", "transformers", "tokenizers", "numpy"} <= source["versions"].keys()
+        assert source["machine"]["threads"] >= 1 and source["machine"]["processor"] and source["command"]
+    assert len({line["provenance"]["code"] for line in lines}) == 1
+    summary = (finished[0] / "summary.md").read_text(encoding="utf-8")
+    assert f"{remasking.commit_of(lines[0])}: {len(lines):,} lines, 20" in summary
+
+
+def test_published_lines_say_what_is_known_of_them():
+    lines = [json.loads(line) for line in (ROOT / "docs/remasking/results.jsonl").read_text().splitlines()]
+    known = [line["provenance"] for line in lines]
+    assert all("commit" in source or source["published_commit"] for source in known)
+    table = (ROOT / "docs/remasking/README.md").read_text(encoding="utf-8")
+    for commit, count in Counter(source.get("published_commit") for source in known).items():
+        assert commit is None or re.search(rf"^\| {commit[:8]} \| .* \| {count} \|$", table, re.MULTILINE)
+
+
+def test_lines_of_other_code_are_not_mixed_in_silence(tmp_path, capsys, monkeypatch):
+    source = {"commit": "c" * 40, "dirty": True, "code": "older"}
+    head = {"seed": 0, "experiment": "E1", "result": {}}
+    records = [head | {"setting": {"n": 1}}, head | {"setting": {"n": 2}, "provenance": source}]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    remasking.Results(path).say_other_code()
+    said = capsys.readouterr().err
+    assert "holds 2 lines of other code (1 of not recorded, 1 of cccccccc with changes)" in said
+    monkeypatch.setattr("lib.code_version.digest", lambda files: "older")
+    remasking.Results(path).say_other_code()
+    assert "holds 1 lines of other code (1 of not recorded)" in capsys.readouterr().err
 
 
 def test_a_plan_with_more_policies_goes_on_with_what_is_there(finished, monkeypatch):

@@ -7,8 +7,8 @@ import gzip
 import importlib
 import itertools
 import json
-import os
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
