@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from lib.metrics import ngram_entropy
+from lib.metrics import average_precision, classification, ngram_entropy, regression
 from lib.report.best_of import _scorers
 from lib.report.quality import (
     characters,
@@ -138,3 +138,17 @@ def test_an_answer_is_the_candidate_of_the_highest_score_and_its_probability_its
         assert row["reward"] == table.rewards[n, row["candidate_id"]]
     right = table.rewards[np.arange(len(table)), chosen] == 1
     assert bench.table("held_out")[0]["accuracy"] == pytest.approx(right.mean())
+
+
+def test_figures_of_predictions_against_their_formulas():
+    target, predicted = np.array([0.0, 0.5, 1.0, 0.25]), np.array([0.3, 0.4, 0.1, 0.3])
+    found = regression(predicted, target)
+    assert found["mae"] == pytest.approx(np.abs(predicted - target).mean())
+    assert found["pearson"] == pytest.approx(np.corrcoef(predicted, target)[0, 1]) and found["pearson"] < 0
+    table = classification(np.array([[8, 2, 0], [1, 4, 0], [3, 0, 2]]))
+    f1 = [2 * 8 / (10 + 12), 2 * 4 / (5 + 6), 2 * 2 / (5 + 2)]
+    assert [table[f"f1_{c}"] for c in range(3)] == pytest.approx(f1)
+    assert table["macro_f1"] == pytest.approx(np.mean(f1))
+    score, happened = np.array([0.9, 0.8, 0.3, 0.1]), np.array([True, False, True, False])
+    assert average_precision(score, happened) == pytest.approx((1 + 2 / 3) / 2)
+    assert np.isnan(average_precision(score, happened & False))
