@@ -185,7 +185,7 @@ def test_fillers_have_the_operators_of_the_golds_in_the_pool():
     matched = {}
     for share in (0.0, 1.0):
         found = []
-        for _, pool, _ in filled(fit(same_operators=share)):
+        for _, pool, _ in filled(fit(train=TRAIN[:100], same_operators=share), by_page(RECORDS[-150:])):
             golds = {operators_of(c.program) for c in pool if c.kind in ("gold", "page_gold")}
             found += [operators_of(c.program) in golds for c in pool if c.kind == "template"]
         matched[share] = np.mean(found)

@@ -105,6 +105,8 @@ def test_an_epoch_has_every_example_and_rewrites_it_anew(make_producer, tmp_path
     epochs = [pa.concat_tables(tables[:4]), pa.concat_tables(tables[4:])]
     first, second = (sorted(set(e["example_id"].to_pylist())) for e in epochs)
     assert first == second and len(first) == EXAMPLES
+    orders = [list(dict.fromkeys(e["example_id"].to_pylist())) for e in epochs]
+    assert orders[0] != orders[1] and orders[0] != first  # each in an order of its own
     texts = [dict(zip(names(e), e["text"].to_pylist(), strict=True)) for e in epochs]
     kinds = dict(zip(names(epochs[0]), epochs[0]["kind"].to_pylist(), strict=True))
     changed = [
