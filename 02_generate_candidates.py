@@ -94,14 +94,15 @@ def make_table(config: Config, args: RunArgs) -> None:
             words = stage.folder_of("01_prepare_dataset", "tokenizer")
             tables = made_by_processes(config, words, folders, examples, processes)
         else:
-            tables = ((group.num_rows, task.candidates(group, context), []) for group in examples)
+            tables = ((group.num_rows, task.candidates(group, context), [], {}) for group in examples)
         with (
             stage.writer("candidates", schema.CANDIDATES, metadata) as writer,
             Progress("candidates", stage.rows("01_prepare_dataset", "examples")) as progress,
         ):
             done = 0
-            for count, table, dropped in tables:
+            for count, table, dropped, counts in tables:
                 context.dropped += dropped
+                context.counts.update(counts)
                 if table.num_rows:
                     writer.write(table)
                     tally.add(table)
@@ -112,6 +113,8 @@ def make_table(config: Config, args: RunArgs) -> None:
         stage.write("dropped", pa.Table.from_pylist(dropped, schema.DROPPED.arrow), schema.DROPPED)
         stage.stats |= tally.summary()
         stage.stats["source"] = config.candidates.source
+        if context.counts:
+            stage.stats["rewriting"] = dict(context.counts)
         say(tally.line())
         if hasattr(task, "review_candidates"):
             figures, baselines = task.review_candidates(context)
