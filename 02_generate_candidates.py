@@ -113,8 +113,6 @@ def make_table(config: Config, args: RunArgs) -> None:
         stage.write("dropped", pa.Table.from_pylist(dropped, schema.DROPPED.arrow), schema.DROPPED)
         stage.stats |= tally.summary()
         stage.stats["source"] = config.candidates.source
-        if context.counts:
-            stage.stats["rewriting"] = dict(context.counts)
         say(tally.line())
         if hasattr(task, "review_candidates"):
             figures, baselines = task.review_candidates(context)

@@ -124,7 +124,11 @@ class _Marks:
         types = {part["type"] for part in parts}
         byte_level = "ByteLevel" in types
         spaces = [p["replacement"] for p in parts if p["type"] == "Metaspace"]
-        spaces += [p["content"] for p in parts if p["type"] == "Replace" and p["pattern"] == {"String": " "} and p["content"]]
+        spaces += [
+            p["content"]
+            for p in parts
+            if p["type"] == "Replace" and p["pattern"] == {"String": " "} and p["content"]
+        ]
         decoder = {p["type"]: p for p in _parts(state.get("decoder"))}
         prefix = model.get("continuing_subword_prefix") or decoder.get("WordPiece", {}).get("prefix")
         suffix = model.get("end_of_word_suffix") or decoder.get("BPEDecoder", {}).get("suffix")

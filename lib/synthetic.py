@@ -99,7 +99,9 @@ class MaskedLMEngine:
                 f"{folder}: the tokenizer has ids up to {largest} but the model embeds {size}, from 0 on; "
                 "they do not belong together"
             )
-        limit = (longest_input(model) or LONGEST) - ours  # ours have a position for [CLS], which is not used here
+        limit = (
+            longest_input(model) or LONGEST
+        ) - ours  # ours have a position for [CLS], which is not used here
         if int8:
             to_int8(model)
         return cls(model, tokenizer, runtime, min(width or limit, limit))
@@ -311,7 +313,11 @@ def _load_foreign(folder: Path) -> nn.Module:
     logging.set_verbosity_error()  # its report of missing tensors advises to train them
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BadData(f"{folder} is no masked LM that transformers can load: {_line(error)}") from None

@@ -77,16 +77,26 @@ def why_not_packed(trunk: Any) -> str | None:
 
 
 def _compare(trunk: Any) -> str | None:
-    device, causal, table = next(trunk.parameters()).device, is_causal_trunk(trunk), trunk.get_input_embeddings()
+    device, causal, table = (
+        next(trunk.parameters()).device,
+        is_causal_trunk(trunk),
+        trunk.get_input_embeddings(),
+    )
     padding = (getattr(trunk.config, "pad_token_id", None), getattr(table, "padding_idx", None))
     ids = [i for i in range(table.weight.shape[0]) if i not in padding]
     words = torch.tensor((ids * 9)[-9:])  # RoBERTa's kin count no positions for padding
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    pools = Pools(words[None, :3], torch.ones(1, 3, dtype=torch.bool), words[None, 3:].view(1, 2, 3), mask[None])
+    pools = Pools(
+        words[None, :3], torch.ones(1, 3, dtype=torch.bool), words[None, 3:].view(1, 2, 3), mask[None]
+    )
 
     def read(packed: Packed, ordinary: bool) -> Tensor:
         packed = packed.to(device)
-        arguments = {"attention_mask": (packed.owner >= 0).long()} if ordinary else packed_arguments(trunk, packed, causal)
+        arguments = (
+            {"attention_mask": (packed.owner >= 0).long()}
+            if ordinary
+            else packed_arguments(trunk, packed, causal)
+        )
         states = trunk(input_ids=packed.ids, **arguments).last_hidden_state
         return states.double()
 
@@ -103,7 +113,11 @@ def _compare(trunk: Any) -> str | None:
         )
     if causal:  # their rows of one candidate were the ordinary ones
         return None
-    one = pack(Pools(words[None], torch.ones(1, 9, dtype=torch.bool), words[None, None, :1], mask[None, :1, :1] & False))
+    one = pack(
+        Pools(
+            words[None], torch.ones(1, 9, dtype=torch.bool), words[None, None, :1], mask[None, :1, :1] & False
+        )
+    )
     off = _relative(read(one, ordinary=False), read(one, ordinary=True))
     if not off <= tolerance:
         return (

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.errors import BadData
+from lib.log import say
 from lib.synthetic import Barred, MaskedLMEngine
 from lib.tasks import CandidateContext
 from lib.tasks.text.units import Reader, Reading
 from lib.tokenization import characters_of, encode_batch
 
 NARROWEST = 16  # tokens of the narrowest window; wider ones are powers of two
+UNKNOWN, UNREADABLE = "unknown units", "unreadable units"
 _NEXT_WINDOW = 0x1E3779B97F4A7C15  # between the keys of windows of one text
 
 
@@ -53,11 +55,33 @@ def rewrite_with_other_tokenizer(
         {
             "rewritten": len(texts),
             "without a unit to mask": len(texts) - len(np.unique(read.home[masked])),
+            "units": len(read.home),
+            UNKNOWN: int((~read.known).sum()),
             "masked units": int(masked.sum()),
-            "read in windows": int((np.bincount(read.owner, minlength=len(texts)) > capacity(engine, reader)).sum()),
+            "read in windows": int(
+                (np.bincount(read.owner, minlength=len(texts)) > capacity(engine, reader)).sum()
+            ),
         }
     )
     return _in_own_tokens(results, context)
+
+
+def review(counts: Counter[str]) -> dict[str, int]:
+    """The counts of a whole run for its manifest, said in a line. Raises BadData if nothing could be rewritten."""
+    if not counts["masked units"]:
+        raise BadData(
+            f"the masked LM's tokenizer knows none of the {counts['units']:,} words and signs of "
+            f"{counts['rewritten']:,} passages, so nothing can be rewritten; give generator.checkpoint a model of the "
+            "texts' language, or null to train one"
+        )
+    say(
+        f"rewritten with the masked LM's own tokenizer: {counts['masked units']:,} of {counts['units']:,} units masked; "
+        f"{counts[UNKNOWN]:,} stayed because it does not know them, {counts[UNREADABLE]:,} because what was written is no "
+        f"whole character or none that the run's tokenizer reads; {counts['without a unit to mask']:,} of "
+        f"{counts['rewritten']:,} passages had nothing to mask, such as white space alone; "
+        f"{counts['read in windows']:,} are longer than the model and were read in windows"
+    )
+    return dict(counts)
 
 
 def _draw_mask(read: Reading, ratio: np.ndarray, rows: np.ndarray, context: CandidateContext) -> np.ndarray:
@@ -149,11 +173,13 @@ class _Writing:
     ):  # fmt: skip
         self.read, self.texts, self.reader, self.filled = read, texts, reader, filled
         self.masked, self.characters = masked.copy(), characters
-        self.counts: Counter[str] = Counter({"units that stayed: no whole characters were written": 0})
+        self.counts: Counter[str] = Counter({UNREADABLE: 0})
         shown = read.unit_of >= 0
         changed = np.zeros(len(read.home), bool)
         changed[read.unit_of[shown & (filled != read.ids)]] = True
-        self.words = {int(u): word for u in np.flatnonzero(changed) if (word := self._word(int(u))) is not None}
+        self.words = {
+            int(u): word for u in np.flatnonzero(changed) if (word := self._word(int(u))) is not None
+        }
         # Units that differ, and those behind one: the space in front of these may change
         behind = np.append(False, changed)[:-1]
         self.active = np.flatnonzero(masked | behind)
@@ -167,7 +193,7 @@ class _Writing:
         word = self.reader.surfaces.write([int(i) for i in ids])
         if word is None or (self.characters is not None and not self.characters.issuperset(word)):
             self.masked[unit] = False
-            self.counts["units that stayed: no whole characters were written"] += 1
+            self.counts[UNREADABLE] += 1
             return None
         return word
 
@@ -213,7 +239,10 @@ class _Writing:
             apart = bool(read.apart[unit])
         else:
             left, right = read.last[unit - 1], read.first[unit]
-            ids = [int((self.filled if u in self.words else read.ids)[i]) for u, i in ((unit - 1, left), (unit, right))]
+            ids = [
+                int((self.filled if u in self.words else read.ids)[i])
+                for u, i in ((unit - 1, left), (unit, right))
+            ]
             apart = bool(self.reader.apart(*ids))
         if gap == " " and read.apart[unit] and not apart:
             return ""

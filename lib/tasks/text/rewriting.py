@@ -12,7 +12,7 @@ from lib import randomness
 from lib.config import Config
 from lib.errors import BadConfig
 from lib.tasks import CandidateContext
-from lib.tasks.text.foreign import Rewritten, rewrite_with_other_tokenizer
+from lib.tasks.text.foreign import Rewritten, review, rewrite_with_other_tokenizer
 from lib.tokenization import decode_batch
 
 ORIGINAL, RANDOM_REPLACEMENT, PREDICTED = 0, 1, 2
@@ -88,9 +88,7 @@ def _only_changed(labels: list, differs: list, context: CandidateContext) -> lis
     return [np.where(d, label, ORIGINAL).astype(np.int8) for label, d in zip(labels, differs, strict=True)]
 
 
-def _rewrite(
-    examples, owner, token_ids, chosen, ratio, rows, context: CandidateContext
-) -> list[Rewritten]:
+def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: CandidateContext) -> list[Rewritten]:
     """What is made of each chosen candidate."""
     config = context.config.candidates
     if config.source == "masked_lm" and not context.same_tokenizer:
@@ -115,6 +113,11 @@ def _rewrite(
     differs = [new != ids[r, : len(new)] for r, new in enumerate(kept)]
     parts = zip(kept, marks, differs, decode_batch(context.tokenizer, kept), strict=True)
     return [Rewritten(*part) for part in parts]
+
+
+def review_candidates(context: CandidateContext) -> tuple[dict, None]:
+    """What another model's tokenizer could and could not rewrite."""
+    return ({"rewriting": review(context.counts)} if context.counts else {}), None
 
 
 def _random_ids(width: int, rows: np.ndarray, context: CandidateContext) -> np.ndarray:

@@ -140,7 +140,9 @@ class Reader:
         follows = np.append(home[1:] == home[:-1], False)[: len(home)]
         limit = np.where(follows, np.append(start[1:], 0)[: len(home)], bounds[home + 1])
         end = np.minimum(edge.next_white[end], limit)
-        behind = np.where(np.append(False, follows[:-1])[: len(home)], np.append(0, end[:-1])[: len(home)], bounds[home])
+        behind = np.where(
+            np.append(False, follows[:-1])[: len(home)], np.append(0, end[:-1])[: len(home)], bounds[home]
+        )
         start = np.maximum(edge.white_before[start], behind)
 
         # 4. Spaces
@@ -149,7 +151,9 @@ class Reader:
         held = inner & (first - previous > 1)
         apart = held | (inner & self._apart(ids, coded, first, previous))
         feeds = np.append(0, np.cumsum(points == 10))
-        line_ends = feeds[np.where(follows, np.append(start[1:], 0)[: len(home)], bounds[home + 1])] > feeds[end]
+        line_ends = (
+            feeds[np.where(follows, np.append(start[1:], 0)[: len(home)], bounds[home + 1])] > feeds[end]
+        )
         lone = np.bincount(unit, minlength=len(home)) == 1
         return Reading(
             ids, owner, unit_of, start, end, home, first, last, known, apart, held, lone, line_ends, bounds
@@ -159,10 +163,12 @@ class Reader:
         """(U,) bool, whether the tokens say that a space stands between a unit and the one before it."""
         if self.surfaces.says_spaces:
             return self.apart(ids[previous], ids[first])
-        words = np.concatenate([np.asarray([-1 if w is None else w for w in e.word_ids], np.int64) for e in coded])
+        words = np.concatenate(
+            [np.asarray([-1 if w is None else w for w in e.word_ids], np.int64) for e in coded]
+        )
         return words[first] != words[previous]
 
-    def apart(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    def apart(self, left: Any, right: Any) -> Any:
         """Whether ids side by side say that a space stands between them."""
         s = self.surfaces
         return (s.begins[right] | s.ends[left]) & ~s.opens[left]
