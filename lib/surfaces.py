@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Surfaces:
     partial: np.ndarray
     writes_spaces: bool
     says_spaces: bool
+    _readable: dict[frozenset[str], np.ndarray] = field(default_factory=dict, repr=False)  # found once
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Surfaces":
@@ -80,11 +81,13 @@ class Surfaces:
         """(V,) bool, the writable ids whose characters are among the given ones; None: all characters."""
         if characters is None:
             return self.writable
-        known = self.writable.copy()
-        for i in np.flatnonzero(known & ~self.partial):
-            core = self.cores[i]
-            known[i] = core is not None and characters.issuperset(core.decode())
-        return known
+        if characters not in self._readable:
+            known = self.writable.copy()
+            for i in np.flatnonzero(known & ~self.partial):
+                core = self.cores[i]
+                known[i] = core is not None and characters.issuperset(core.decode())
+            self._readable[characters] = known
+        return self._readable[characters]
 
     def write(self, ids: list[int]) -> str | None:
         """The text of neighbouring tokens without the space in front; None if their bytes are no whole characters."""

@@ -25,6 +25,7 @@ from lib.runtime import Runtime
 from lib.surfaces import Surfaces
 from lib.synthetic import MaskedLMEngine
 from lib.tasks import CandidateContext, get_task
+from lib.tasks.finqa.rewriting import rewrite_arguments
 from lib.tasks.text.foreign import _Writing, rewrite_with_other_tokenizer
 from lib.tasks.text.rewriting import candidates
 from lib.tasks.text.units import Reader
@@ -735,3 +736,9 @@ def test_the_tally_counts_tokens_that_came_out_as_they_were():
                     (label == 2).sum() - (0 if new == old else (label[new.startswith(" ") :] == 2).sum())
                 )
     assert tally.summary()["generator_accuracy"]["train"] == pytest.approx(right / predicted)
+
+
+def test_programs_are_rewritten_in_the_runs_tokens_or_not_at_all():
+    own = train_tokenizer("character", ["subtract(1, 2)"], 0)
+    with pytest.raises(BadConfig, match=r"has a tokenizer of its own.*finqa\.pools\.changes\.masked_lm to 0"):
+        rewrite_arguments(["subtract(1, 2)"], context(engine_of("word_piece"), own))

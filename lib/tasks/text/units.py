@@ -78,7 +78,6 @@ class Reader:
     def __init__(self, tokenizer: Any):
         self.surfaces = Surfaces.of(tokenizer)
         core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        core.post_processor = None  # it would take spaces out of the tokens' stretches
         core.no_truncation()
         core.no_padding()
         core.encode_special_tokens = True
