@@ -17,11 +17,9 @@ from lib.errors import BadConfig, BadData
 from lib.log import say
 from lib.models.packing import Packed, Pools, first_token_index, last_token_index, pack
 from lib.models.trunks import (
-    TOLERANCE,
-    TOLERANCE_OF_HALF,
     arguments_of,
+    attention_of,
     is_causal_trunk,
-    packed_arguments,
     position_offset,
     why_not_packed,
     width_of,
@@ -30,6 +28,9 @@ from lib.models.trunks import (
 POOLINGS = ("last", "cls", "mean")
 HEADS = ("mlp", "linear")
 ATTENTIONS = ("prefix", "full")
+# Greatest relative difference of pooled vectors, packed and one by one, that rounding explains
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
+TOLERANCE_OF_HALF = 0.1
 CHECKED = 2  # pools of the first batch that both ways of scoring are compared on
 SMALL = 0.02  # first weights of the score: a new head starts close to "no opinion"
 
@@ -236,8 +237,18 @@ class CandidateRanker(nn.Module):
         if ordinary:
             arguments["attention_mask"] = (packed.owner >= 0).long()
         else:
-            arguments |= packed_arguments(self.base, packed, self.is_causal)
+            visible = packed.visible(self.is_causal)
+            arguments["attention_mask"] = (
+                visible if attention_of(self.base) == "sdpa" else self._additive(visible)
+            )
+            if "position_ids" in self._accepted:
+                arguments["position_ids"] = packed.positions + self._position_offset
         return self.trunk(**arguments)
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        dtype = next(self.base.parameters()).dtype
+        none = torch.zeros((), dtype=dtype, device=visible.device)
+        return torch.where(visible, none, torch.finfo(dtype).min)
 
     # --- from states to scores ---------------------------------------------------------------------------------------
 
