@@ -99,14 +99,15 @@ def make_table(config: Config, args: RunArgs) -> None:
             words = stage.folder_of("01_prepare_dataset", "tokenizer")
             tables = made_by_processes(config, words, folders, examples, processes)
         else:
-            tables = ((group.num_rows, task.candidates(group, context), []) for group in examples)
+            tables = ((group.num_rows, task.candidates(group, context), [], {}) for group in examples)
         with (
             stage.writer("candidates", schema.CANDIDATES, metadata) as writer,
             Progress("candidates", stage.rows("01_prepare_dataset", "examples")) as progress,
         ):
             done = 0
-            for count, table, dropped in tables:
+            for count, table, dropped, counts in tables:
                 context.dropped += dropped
+                context.counts.update(counts)
                 if table.num_rows:
                     writer.write(table)
                     tally.add(table)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lib import randomness
@@ -22,8 +23,37 @@ from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.int8 import to_int8
 from lib.runtime import Runtime
 from lib.sections.data import CandidatesConfig
+from lib.surfaces import closed_ids
 
 CONFIDENCE_PASSES = 4  # passes in which every token is hidden once
+LONGEST = 512  # tokens, for a model that knows no limit
+
+
+@dataclass(frozen=True)
+class Barred:
+    """Ids that are not drawn, besides those that never are.
+
+    Attributes:
+        never: (V,) bool, at any place.
+        there: (V,) bool, at some places only.
+        places: (B, T) bool, which.
+    """
+
+    never: np.ndarray
+    there: np.ndarray
+    places: np.ndarray
+
+    def rows(self, which: np.ndarray) -> "Barred":
+        return Barred(self.never, self.there, self.places[which])
+
+    def take_out(self, logits: torch.Tensor, at: np.ndarray) -> torch.Tensor:
+        """The (N, V) logits of the flat places `at`, -inf for what is barred there."""
+        size = logits.shape[1]
+        never, there = (
+            torch.from_numpy(_resized(ids, size)).to(logits.device) for ids in (self.never, self.there)
+        )
+        here = torch.from_numpy(self.places.reshape(-1)[at]).to(logits.device)
+        return logits.masked_fill(never | (there & here[:, None]), -torch.inf)
 
 
 @dataclass
@@ -43,8 +73,7 @@ class MaskedLMEngine:
 
     def __post_init__(self) -> None:
         self.model.to(self.runtime.device).eval()
-        ids = sorted(set(self.tokenizer.all_special_ids))
-        self._forbidden = torch.tensor(ids, device=self.runtime.device)
+        self._forbidden: dict[int, torch.Tensor] = {}
         self._sparse = "logits_at" in _argument_names(self.model)
 
     @classmethod
@@ -52,26 +81,27 @@ class MaskedLMEngine:
         cls, folder: Path, runtime: Runtime, width: int | None = None, int8: bool = False
     ) -> "MaskedLMEngine":
         """From a saved folder with its tokenizer. Raises MissingInput or BadData saying what does not fit."""
-        from lib.models.build import is_ours, load_model
+        from lib.models.build import is_ours
+        from lib.models.trunks import longest_input, require_model_files
 
         if int8 and runtime.device.type != "cpu":
             raise BadConfig(
                 f"candidates.int8 is for the CPU, and this runs on {runtime.device}: set it to false"
             )
-        if not (folder / "config.json").exists():
-            raise MissingInput(
-                f"generator.checkpoint: {folder} has no config.json; give the folder of a masked LM"
-            )
+        require_model_files(folder)
         tokenizer = _load_tokenizer(folder)
-        model: Any = load_model(folder) if is_ours(folder) else _load_foreign(folder)
+        ours = is_ours(folder)
+        model: Any = _load_ours(folder) if ours else _load_foreign(folder)
         size = model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > size:
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= size:
             raise BadData(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens but the model embeds {size}; "
+                f"{folder}: the tokenizer has ids up to {largest} but the model embeds {size}, from 0 on; "
                 "they do not belong together"
             )
-        longest = getattr(model.config, "max_position_embeddings", None) or 512
-        limit = longest - 1 if is_ours(folder) else longest
+        limit = (
+            longest_input(model) or LONGEST
+        ) - ours  # ours have a position for [CLS], which is not used here
         if int8:
             to_int8(model)
         return cls(model, tokenizer, runtime, min(width or limit, limit))
@@ -85,6 +115,8 @@ class MaskedLMEngine:
         config: CandidatesConfig,
         seed: int,
         rows: np.ndarray,
+        barred: Barred | None = None,
+        width: int | None = None,
     ) -> np.ndarray:
         """(B, T) ids with every masked position written.
 
@@ -93,15 +125,20 @@ class MaskedLMEngine:
         Args:
             ids: (B, T); what stands at masked positions is not read. Longer rows than `width` go in pieces.
             rows: (B,) keys of the rows; the same row is filled the same way in any batch.
+            barred: ids that are not drawn, for rows of at most `width` tokens.
+            width: pad rows to so many tokens, in place of the engine's; must be a function of each row alone.
         """
         if ids.shape[1] > self.width:
+            assert barred is None and width is None, "rows in pieces take neither"
             return self._fill_in_pieces(ids, valid, masked, config, seed, rows)
         filled = ids.copy()
         full = valid.all(1)
         for part in (np.flatnonzero(full), np.flatnonzero(~full)):
             for start in range(0, len(part), config.batch_size):
                 b = part[start : start + config.batch_size]
-                filled[b] = self._fill_batch(filled[b], valid[b], masked[b], config, seed, rows[b])
+                filled[b] = self._fill_batch(
+                    filled[b], valid[b], masked[b], config, seed, rows[b], barred and barred.rows(b), width
+                )
         return filled
 
     @torch.no_grad()
@@ -162,7 +199,7 @@ class MaskedLMEngine:
         filled[used] = self.fill(cut[used], fits[used], hidden[used], config, seed, keys[used])
         return join(filled)
 
-    def _fill_batch(self, ids, valid, masked, config, seed, rows) -> np.ndarray:
+    def _fill_batch(self, ids, valid, masked, config, seed, rows, barred=None, width=None) -> np.ndarray:
         left = masked.copy()
         for number in range(config.fill_passes):
             count = np.ceil(left.sum(1) / (config.fill_passes - number)).astype(np.int64)
@@ -173,11 +210,13 @@ class MaskedLMEngine:
                 continue
             inputs = np.where(left, self.tokenizer.mask_token_id, ids)
             noise = randomness.uniform(randomness.key(seed, "fill token", number), rows, ids.shape[1])
-            logits = self._logits(inputs, valid, at)  # (N, V)
+            logits = self._logits(inputs, valid, at, width)  # (N, V)
+            if barred is not None:
+                logits = barred.take_out(logits, at)
             tokens, _ = draw(
                 logits,
                 torch.from_numpy(noise.reshape(-1)[at]).to(logits.device),
-                self._forbidden,
+                self._never(logits.shape[1]),
                 config.temperature,
                 config.top_k,
                 config.top_p,
@@ -186,13 +225,25 @@ class MaskedLMEngine:
             left &= ~now
         return ids
 
-    def _logits(self, inputs: np.ndarray, valid: np.ndarray, at: np.ndarray) -> torch.Tensor:
+    def _never(self, size: int) -> torch.Tensor:
+        """(F,) ids below `size` that are never drawn: special and added tokens, and ids without a token."""
+        if size not in self._forbidden:
+            known = np.zeros(size, bool)
+            known[[i for i in self.tokenizer.get_vocab().values() if i < size]] = True
+            known[[i for i in closed_ids(self.tokenizer) if i < size]] = False
+            self._forbidden[size] = torch.from_numpy(np.flatnonzero(~known)).to(self.runtime.device)
+        return self._forbidden[size]
+
+    def _logits(
+        self, inputs: np.ndarray, valid: np.ndarray, at: np.ndarray, width: int | None = None
+    ) -> torch.Tensor:
         device = self.runtime.device
-        pad = self.width - inputs.shape[1]
+        width = width or self.width
+        pad = width - inputs.shape[1]
         if pad > 0:
             inputs = np.pad(inputs, ((0, 0), (0, pad)), constant_values=self.tokenizer.pad_token_id)
             valid = np.pad(valid, ((0, 0), (0, pad)))
-            at = at // (self.width - pad) * self.width + at % (self.width - pad)
+            at = at // (width - pad) * width + at % (width - pad)
         mask = None if valid.all() else torch.from_numpy(valid).to(device)
         where = torch.from_numpy(at).to(device)
         with self.runtime.autocast():
@@ -203,6 +254,11 @@ class MaskedLMEngine:
             mask = torch.from_numpy(valid).to(device).long()
             logits = self.model(input_ids=torch.from_numpy(inputs).to(device), attention_mask=mask).logits
         return logits.flatten(0, 1)[where]
+
+
+def _resized(values: np.ndarray, size: int) -> np.ndarray:
+    """The first `size` values, False where there are fewer."""
+    return np.pad(values[:size], (0, max(0, size - len(values))))
 
 
 def _spread_out(values: np.ndarray, at: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -223,21 +279,67 @@ def _load_tokenizer(folder: Path):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise MissingInput(f"{folder} holds no tokenizer that can be loaded: {error}") from None
-    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        raise BadData(
-            f"{folder}: its tokenizer has no mask or no padding token, so it belongs to no masked LM"
-        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise MissingInput(f"{folder} holds no tokenizer that can be loaded: {_line(error)}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadData(f"{folder} has no fast tokenizer; save it with a tokenizer.json")
+    for name in ("mask", "pad"):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            raise BadData(
+                f"{folder}: its tokenizer has no {name} token, so it belongs to no masked LM; give generator.checkpoint "
+                "the folder of one"
+            )
     return tokenizer
+
+
+def _load_ours(folder: Path) -> nn.Module:
+    from lib.models.build import load_model
+    from lib.models.families import FAMILIES
+
+    model = load_model(folder)
+    if type(model) is not FAMILIES[model.config.model_type].heads["masked_lm"]:
+        raise BadData(
+            f"{folder} holds a {type(model).__name__}, which is no masked LM; give a model of mode language_model with "
+            "attention bidirectional"
+        )
+    return model
 
 
 def _load_foreign(folder: Path) -> nn.Module:
     from transformers import AutoModelForMaskedLM
+    from transformers.utils import logging
 
-    if not list(folder.glob("*.safetensors")):
-        raise BadData(f"{folder} has no .safetensors file; pickled weights are not read, convert them first")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing tensors advises to train them
     try:
-        return AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadData(f"{folder} is no masked LM that transformers can load: {error}") from None
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise BadData(f"{folder} is no masked LM that transformers can load: {_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise BadData(
+            f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, such as {', '.join(missing[:3])}; "
+            "give the folder of a masked LM with its head, not of an encoder, a classifier or a discriminator"
+        )
+    if getattr(model.config, "is_decoder", False):
+        raise BadData(
+            f"{folder}/config.json says is_decoder: its tokens see only earlier ones; give a masked LM that reads both ways"
+        )
+    if "attention_mask" not in _argument_names(model):
+        raise BadData(
+            f"{folder}: {type(model).__name__} takes no attention_mask and would read padding as text; give another masked LM"
+        )
+    return model
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]

@@ -160,6 +160,12 @@ def _code_points(tokenizer: Any) -> np.ndarray | None:
     return table
 
 
+def characters_of(tokenizer: Any) -> frozenset[str] | None:
+    """The characters that a character tokenizer reads; None for others, which read all."""
+    table = _code_points(tokenizer)
+    return None if table is None else frozenset(map(chr, np.flatnonzero(table != UNK)))
+
+
 def decode_batch(tokenizer: Any, sequences: Iterable[Sequence[int] | np.ndarray]) -> list[str]:
     """The exact text of each sequence of ids; special tokens are shown by their names."""
     if _code_points(tokenizer) is not None:

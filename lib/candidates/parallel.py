@@ -4,7 +4,7 @@ A group of examples is made whole by one process, from the same noise, so it doe
 process cannot keep the cores busy: small models on many cores.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -24,8 +24,8 @@ _context: CandidateContext | None = None  # of a worker process
 
 def made_by_processes(
     config: Config, tokenizer: Path, engines: list[Path], groups: Iterable[pa.Table], processes: int
-) -> Iterator[tuple[int, pa.Table, list[Dropped]]]:
-    """(examples of the group, its candidates, examples left out) of every group, in order."""
+) -> Iterator[tuple[int, pa.Table, list[Dropped], Counter[str]]]:
+    """(examples of the group, its candidates, examples left out, counts) of every group, in order."""
     threads = max(1, torch.get_num_threads() // processes)
     arguments = (config, tokenizer, engines, threads)
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin, arguments) as pool:
@@ -50,8 +50,9 @@ def _begin(config: Config, tokenizer: Path, engines: list[Path], threads: int) -
     _context = CandidateContext(config, load_tokenizer(tokenizer), loaded)
 
 
-def _make(group: pa.Table) -> tuple[pa.Table, list[Dropped]]:
+def _make(group: pa.Table) -> tuple[pa.Table, list[Dropped], Counter[str]]:
     assert _context is not None
     _context.dropped.clear()
+    _context.counts.clear()
     table = get_task(_context.config.task).candidates(group, _context)
-    return table, list(_context.dropped)
+    return table, list(_context.dropped), Counter(_context.counts)

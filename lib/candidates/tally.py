@@ -33,19 +33,17 @@ class Tally:
             self.dropped[item.reason] = self.dropped.get(item.reason, 0) + 1
 
     def _compare(self, table, original) -> None:
-        """How many predicted tokens equal the original's, per split, where the two have the same tokens' places."""
+        """How many predicted tokens equal the original's, per split."""
         ids, labels = table["token_ids"].to_pylist(), table["token_labels"].to_pylist()
         examples, splits = table["example_id"].to_pylist(), table["split"].to_pylist()
+        changed = np.rint(table["changed_fraction"].to_numpy() * np.array([len(i) for i in ids]))
         truth = {examples[i]: ids[i] for i in range(len(ids)) if original[i]}
         for i in np.flatnonzero(~original):
-            clean = truth.get(examples[i])
-            self.unchanged += int(clean == ids[i])
-            if clean is None or len(clean) != len(ids[i]):
-                continue
-            predicted = np.asarray(labels[i]) == 2
-            hits = (np.asarray(clean) == np.asarray(ids[i])) & predicted
-            self.predicted[splits[i]] = self.predicted.get(splits[i], 0) + int(predicted.sum())
-            self.right[splits[i]] = self.right.get(splits[i], 0) + int(hits.sum())
+            self.unchanged += int(truth.get(examples[i]) == ids[i])
+            predicted = int((np.asarray(labels[i]) == 2).sum())
+            if predicted:
+                self.predicted[splits[i]] = self.predicted.get(splits[i], 0) + predicted
+                self.right[splits[i]] = self.right.get(splits[i], 0) + predicted - int(changed[i])
 
     def summary(self) -> dict:
         counts = {"candidates": self.candidates, "kinds": self.kinds, "dropped": self.dropped}

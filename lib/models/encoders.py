@@ -17,12 +17,11 @@ from transformers.utils import logging as transformers_logging
 from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models import families as families  # makes our own backbones known to the Auto classes
+from lib.models.trunks import TRUNK_FILE, require_model_files
 from lib.outside import encoder_source, not_had
 
 transformers_logging.disable_progress_bar()
 
-TRUNK_FILE, SHARDS_FILE = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model")
 EVERY_LINEAR = "all-linear"
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 _digests: dict[tuple, str] = {}
@@ -89,7 +88,7 @@ def open_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> A
     source = _source(name_or_folder, revision)
     folder = Path(name_or_folder)
     if folder.is_dir():
-        _require_encoder_files(folder)
+        require_model_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **source)
     except OSError as error:
@@ -119,26 +118,6 @@ def _not_had(name: str | Path, error: OSError) -> str:
     if Path(name).is_dir():
         return f"{name} cannot be read as an encoder: {str(error).strip().splitlines()[0]}"
     return not_had(name, error)
-
-
-def _require_encoder_files(folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        raise MissingInput(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    if not any((folder / name).exists() for name in (TRUNK_FILE, SHARDS_FILE)):
-        pickled = sorted(
-            path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern)
-        )
-        if pickled:
-            raise BadData(
-                f"{folder} has its weights only in {pickled[0]}, a pickle, which can run any code and is not read; "
-                "convert it to model.safetensors with save_pretrained on a machine that may run it"
-            )
-        raise MissingInput(f"{folder} has no {TRUNK_FILE}; give a folder with the model's weights")
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise MissingInput(
-            f"{folder} has no tokenizer (tokenizer.json or a vocabulary); copy there the one that the model was "
-            "trained with"
-        )
 
 
 def with_lora(

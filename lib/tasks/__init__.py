@@ -21,6 +21,7 @@ and may have these:
 
 import importlib
 import pkgutil
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -95,8 +96,8 @@ class CandidateContext:
     """What stage 02 lends a task: the tokenizer, keyed noise, and masked LMs where the config asks for them.
 
     `engines` holds one masked LM, or one per fold when cross-fitting; it is empty for other sources. `dropped` takes
-    the examples for which there are no candidates, with the reason. Of another `draw` the same examples get other
-    candidates.
+    the examples for which there are no candidates, with the reason; `counts` takes what a person should know of the
+    others, for the manifest. Of another `draw` the same examples get other candidates.
     """
 
     config: Config
@@ -105,6 +106,7 @@ class CandidateContext:
     plan: Any = None
     dropped: list[Dropped] = field(default_factory=list)
     draw: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
     @property
     def seed(self) -> int:

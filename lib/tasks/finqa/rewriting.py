@@ -7,6 +7,7 @@ parses and runs the result.
 import numpy as np
 
 from lib import randomness
+from lib.errors import BadConfig
 from lib.tasks import CandidateContext
 from lib.tokenization import decode_batch
 
@@ -15,8 +16,14 @@ def rewrite_arguments(programs: list[str], context: CandidateContext) -> list[st
     """Each program with a share of its numbers' tokens masked and filled again; that share is drawn per program
     from `candidates.mask_ratio`, and at least one token is masked.
 
-    A rewrite is a function of the seed and the program alone.
+    A rewrite is a function of the seed and the program alone. Raises BadConfig for a masked LM with other tokens.
     """
+    if not context.same_tokenizer:
+        raise BadConfig(
+            f"generator.checkpoint {context.config.generator.checkpoint} has a tokenizer of its own, and programs are "
+            "rewritten in the run's tokens; set it to null to train a masked LM on the programs, or "
+            "finqa.pools.changes.masked_lm to 0"
+        )
     tokenizer, config = context.tokenizer, context.config.candidates
     coded = tokenizer(
         programs, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True

@@ -12,7 +12,7 @@ from lib import randomness
 from lib.config import Config
 from lib.errors import BadConfig
 from lib.tasks import CandidateContext
-from lib.tasks.text.foreign import rewrite_with_other_tokenizer
+from lib.tasks.text.foreign import Rewritten, review, rewrite_with_other_tokenizer
 from lib.tokenization import decode_batch
 
 ORIGINAL, RANDOM_REPLACEMENT, PREDICTED = 0, 1, 2
@@ -37,14 +37,14 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
     token_ids: list = [lists[o] for o in owner]
     labels: list = [np.zeros(len(ids), np.int8) for ids in token_ids]
     texts = [examples["target"][int(o)].as_py() for o in owner]
+    differs: list = [np.zeros(len(ids), bool) for ids in token_ids]
     changed = np.flatnonzero(~is_original)
     if config.source != "original_only" and len(changed):
         new = _rewrite(examples, owner[changed], token_ids, changed, ratio[changed], rows[changed], context)
-        for i, (ids, label, text) in zip(changed, new, strict=True):
-            token_ids[i], labels[i], texts[i] = ids, label, text
-    differs = [_differs(ids, lists[o]) for ids, o in zip(token_ids, owner, strict=True)]
+        for i, one in zip(changed, new, strict=True):
+            token_ids[i], labels[i], differs[i], texts[i] = one.token_ids, one.labels, one.differs, one.text
     if config.label_rule == "changed":
-        labels = _only_changed(labels, differs)
+        labels = _only_changed(labels, differs, context)
     return pa.table(
         {
             "example_id": examples["example_id"].take(pa.array(owner)),
@@ -54,7 +54,7 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
             "text": texts,
             "mask_ratio": pa.array(ratio, mask=is_original | (config.source == "original_only")),
             "synthetic_fraction": [float((label > 0).mean()) if len(label) else 0.0 for label in labels],
-            "changed_fraction": [None if d is None else float(d.mean()) if len(d) else 0.0 for d in differs],
+            "changed_fraction": [float(d.mean()) if len(d) else 0.0 for d in differs],
             "token_confidence": _confidence(examples["split"].to_pylist(), owner, token_ids, rows, context),
             "token_ids": pa.array([np.asarray(t, np.int32) for t in token_ids], pa.list_(pa.int32())),
             "token_labels": pa.array(labels, pa.list_(pa.int8())),
@@ -78,16 +78,9 @@ def _confidence(
     return pa.array(found, pa.list_(pa.float32()))
 
 
-def _differs(ids, original) -> np.ndarray | None:
-    """(T,) bool: tokens that are not what stood there; None where another tokenizer wrote, so that places have moved."""
-    if len(ids) != len(original):
-        return None
-    return np.asarray(ids) != np.asarray(original)
-
-
-def _only_changed(labels: list, differs: list) -> list:
+def _only_changed(labels: list, differs: list, context: CandidateContext) -> list:
     """Labels in which a token that was written as it had been counts as original."""
-    if any(d is None for d in differs):
+    if context.engines and not context.same_tokenizer:
         raise BadConfig(
             "candidates.label_rule changed compares tokens place by place, and generator.checkpoint has a tokenizer of "
             "its own: set it to origin"
@@ -95,8 +88,8 @@ def _only_changed(labels: list, differs: list) -> list:
     return [np.where(d, label, ORIGINAL).astype(np.int8) for label, d in zip(labels, differs, strict=True)]
 
 
-def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: CandidateContext):
-    """(ids, labels, text) for each chosen candidate."""
+def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: CandidateContext) -> list[Rewritten]:
+    """What is made of each chosen candidate."""
     config = context.config.candidates
     if config.source == "masked_lm" and not context.same_tokenizer:
         texts = [examples["target"][int(o)].as_py() for o in owner]
@@ -117,7 +110,14 @@ def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: Candidate
     lengths = valid.sum(1)
     kept = [filled[r, :n].astype(np.int32) for r, n in enumerate(lengths)]
     marks = [np.where(masked[r, :n], label, ORIGINAL).astype(np.int8) for r, n in enumerate(lengths)]
-    return zip(kept, marks, decode_batch(context.tokenizer, kept), strict=True)
+    differs = [new != ids[r, : len(new)] for r, new in enumerate(kept)]
+    parts = zip(kept, marks, differs, decode_batch(context.tokenizer, kept), strict=True)
+    return [Rewritten(*part) for part in parts]
+
+
+def review_candidates(context: CandidateContext) -> tuple[dict, None]:
+    """What another model's tokenizer could and could not rewrite."""
+    return ({"rewriting": review(context.counts)} if context.counts else {}), None
 
 
 def _random_ids(width: int, rows: np.ndarray, context: CandidateContext) -> np.ndarray:
