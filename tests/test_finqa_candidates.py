@@ -12,7 +12,7 @@ from lib.config import load_config
 from lib.errors import BadData
 from lib.tasks.finqa.builtin import builtin_records
 from lib.tasks.finqa.candidates import Plan, candidates, plan_candidates, review_candidates
-from lib.tasks.finqa.leak import ONE, WHOLE, Matrices
+from lib.tasks.finqa.leak import ONE, WHOLE, Matrices, accuracy, measure_leak
 from lib.tasks.finqa.pools import Candidate, Unfilled
 from lib.tasks.finqa.program import execute
 from lib.tasks.finqa.record import Record
@@ -145,3 +145,52 @@ def test_scorers_that_never_see_the_question_are_given_nothing_of_it():
         np.testing.assert_array_equal(one.columns(sees), other.columns(sees))
     assert one.texts == other.texts and one.columns(WHOLE).shape[1] > one.columns(ONE).shape[1]
     assert one.gold.argmax(1).tolist() == [i % 3 for i in range(12)]
+
+
+def matrices(seed: int, count: int, alone: float, beside: float) -> Matrices:
+    """Pools of 4 in which the gold program is told by itself, or only beside the others, or not at all."""
+    rng = np.random.default_rng(seed)
+    gold = np.arange(4) == rng.integers(0, 4, (count, 1))
+    rows, compared = rng.normal(size=(2, count, 4, 3)).astype(np.float32)
+    rows[..., 0] += 6 * gold * alone
+    compared[..., 0] += 6 * gold * beside
+    texts = [" ".join(rng.choice(["aa", "bb", "cc", "dd", "ee"], 4)) for _ in range(4 * count)]
+    return Matrices(np.array([f"page {i // 2}" for i in range(count)]), rows, compared, texts, gold)
+
+
+def leak_of(monkeypatch, train: Matrices, held_out: Matrices) -> tuple[dict, dict[tuple[str, str], dict]]:
+    found = {"train": train, "held_out": held_out}
+    monkeypatch.setattr(Matrices, "of", staticmethod(found.__getitem__))
+    leak = measure_leak("train", "held_out", 0, 0.4)  # pyright: ignore[reportArgumentType]
+    return leak, {(row["scorer"], row["sees"]): row for row in leak["rows"]}
+
+
+def test_a_leak_is_found_where_it_is_and_only_by_who_can_see_it(monkeypatch):
+    told = {}
+    for name, alone, beside in (("nowhere", 0, 0), ("alone", 1, 0), ("beside", 0, 1)):
+        leak, told[name] = leak_of(
+            monkeypatch, matrices(0, 60, alone, beside), matrices(1, 60, alone, beside)
+        )
+        assert leak["worst_upper_bound"] == max(row["high"] for row in leak["rows"]) and leak["limit"] == 0.4
+        for row in leak["rows"]:
+            assert (
+                row["chance"] == 0.25 and row["pools"] == 60 and row["low"] < row["accuracy"] < row["high"]
+            ) or row["accuracy"] == 1
+    for scorer in ("linear", "trees"):
+        assert (
+            told["alone"][scorer, ONE]["accuracy"] > 0.95 and told["alone"][scorer, WHOLE]["accuracy"] > 0.95
+        )
+        assert (
+            told["beside"][scorer, ONE]["accuracy"] < 0.5 and told["beside"][scorer, WHOLE]["accuracy"] > 0.95
+        )
+        assert told["nowhere"][scorer, WHOLE]["accuracy"] < 0.5
+    _, turned = leak_of(monkeypatch, matrices(2, 60, -1, 0), matrices(3, 60, 1, 0))
+    assert turned["linear", ONE]["accuracy"] < 0.05  # what was learned is what the train pools teach
+
+
+def test_the_interval_of_a_leak_is_over_pages():
+    rng = np.random.default_rng(0)
+    gold = np.tile([True, False], (60, 1))
+    scores = np.where(rng.random(15)[np.repeat(np.arange(15), 4), None] < 0.5, [[1.0, 0.0]], [[0.0, 1.0]])
+    pages, apart = (accuracy(scores, gold, names) for names in (np.repeat(np.arange(15), 4), np.arange(60)))
+    assert pages.value == apart.value and pages.high - pages.low > 1.6 * (apart.high - apart.low)

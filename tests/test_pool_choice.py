@@ -274,6 +274,11 @@ def test_words_are_hidden_in_training_and_never_when_measuring(tokenizer):
     target.loss(model, 0, range(N))
     hidden = [(p.candidate_ids == MASK).any() and (p.prompt_ids == MASK).any() for p in model.shown]
     assert all(hidden)
+    one = made_table(count=1, missing=False)  # a pool that comes again has other words hidden
+    again, reader = choice_of(tokenizer, [one], word_dropout=0.5), Stub(reads_candidate)
+    for row in range(12):
+        again.loss(reader, row, range(row, row + 1))
+    assert len({tuple((p.candidate_ids == MASK).flatten().tolist()) for p in reader.shown}) > 4
     model.shown.clear()
     target.evaluate(model)
     target.report(model)
@@ -345,6 +350,10 @@ def test_regret_is_what_the_choices_earn_less_than_the_best_and_chooses_the_best
         earned.mean()
     )
     assert found["regret"] > target.evaluate(Stub(reads_prompt))["regret"] == pytest.approx(0, abs=1e-7)
+    assert (
+        set(found) == {"loss", "regret", "accuracy", "average_reward", "mrr"}
+        and found["mrr"] > found["accuracy"]
+    )
     assert target.selection == "regret"  # the loop minimises it: less is better
 
 
