@@ -437,6 +437,10 @@ def test_masked_shares_are_counted_in_units_and_labels_touch_only_them():
     assert kept_word.labels.tolist() == [2, 2, 2, 0, 2, 2, 2]  # word pieces do not write the space
     (spaced,), _ = rewrite(engine_of("unigram_always", whole("unigram_always")), ["fox fox"], own, ratio=1.0)
     assert (spaced.labels == 2).all()  # and SentencePiece does
+    fox = engine_of("unigram_always", make("unigram_always").convert_tokens_to_ids(["\u2581fox"]))
+    (held,), _ = rewrite(fox, ["fox x fox"], own, ratio=1.0)
+    assert held.text == "fox fox fox"
+    assert held.labels.tolist() == [2, 2, 2, 0, *[2] * 7]  # but the space of a lone mark, which stays
 
 
 def test_what_the_run_cannot_read_is_never_written():
