@@ -224,6 +224,13 @@ def test_fixed_passages_are_the_whole_text_in_order(text, size, block, split):
         assert after.continues == (before.split == after.split)
 
 
+def test_the_line_ends_behind_a_block_are_no_passage_of_their_own():
+    text = "a" * 64 + "b" * 64 + "\n\n"
+    examples, dropped = prepared(text, passage_characters=64, block_characters=1024, deduplicate="none")
+    assert [len(e.target) for e in examples] == [64, 33, 33] and "".join(e.target for e in examples) == text
+    assert all(e.target.strip() for e in examples) and not dropped
+
+
 @settings(max_examples=80, deadline=None)
 @given(PARAGRAPHS, st.integers(10, 80), st.integers(80, 400))
 def test_paragraph_passages_start_at_paragraphs_and_nothing_but_blanks_vanishes(text, size, block):

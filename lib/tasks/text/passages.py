@@ -11,6 +11,7 @@ or with contiguous splits one passage, if train has more than that.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -140,8 +141,10 @@ def _passages(text: str, span: Span, data: DataConfig) -> Iterator[tuple[int, in
     """(start, end, whether it is a passage) over a block."""
     size = data.passage_characters
     if data.passages == "fixed":
-        for start in range(span[0], span[1], size):
-            yield start, min(start + size, span[1]), True
+        cuts = [*range(span[0], span[1], size), span[1]]
+        if len(cuts) > 2 and not text[cuts[-2] : cuts[-1]].strip():
+            cuts[-2] = (cuts[-3] + cuts[-1]) // 2  # no passage of white space alone: halve the last two together
+        yield from ((start, end, True) for start, end in itertools.pairwise(cuts))
         return
     begin = end = span[0]
     for a, b in _spans_of_paragraphs(text, span):
