@@ -139,6 +139,9 @@ def test_real_text_is_split_for_comparisons_as_others_split_it(tmp_path):
     examples = pq.read_table(tmp_path / "run" / "01_prepare_dataset" / "examples.parquet")
     assert "".join(examples["target"].to_pylist()) == data.read_text()
     assert stats["vocabulary"] == 65 + 4
-    assert stats["tokens"]["train"] == pytest.approx(1_003_854, abs=128)
+    tokens = stats["tokens"]
+    assert tokens["train"] + tokens["selection"] == pytest.approx(1_003_854, abs=128)
+    assert tokens["selection"] == pytest.approx(0.05 * 1_003_854, abs=128)
+    assert tokens["held_out"] == pytest.approx(111_540, abs=128)
     ids = np.concatenate(examples["token_ids"].to_numpy())
     assert ids.min() > 3 and len(np.unique(ids)) == 65
