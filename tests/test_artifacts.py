@@ -173,6 +173,26 @@ def test_a_folder_is_replaced_whole_and_recovered(tmp_path):
     assert (folder / "a").read_text() == "two"
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_whose_replacement_fails_at_either_rename_comes_back(tmp_path, monkeypatch, failing):
+    folder, real, calls = tmp_path / "model", os.replace, []
+    with durable.replacing_folder(folder) as temporary:
+        (temporary / "a").write_text("one")
+
+    def replace(*args):
+        calls.append(args)
+        if len(calls) == failing:
+            raise OSError(5, "no")
+        real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
+        patch.setattr(os, "replace", replace)
+        with durable.replacing_folder(folder) as temporary:
+            (temporary / "a").write_text("two")
+    durable.recover_folder(folder)
+    assert (folder / "a").read_text() == "one"
+
+
 def test_runs_are_found_by_the_rules(tmp_path):
     def run_of(name, config=CONFIG):
         with Stage(f"{name}.py", config, RunArgs(), uses=("seed",), outputs_root=tmp_path) as s:

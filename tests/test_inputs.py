@@ -144,7 +144,8 @@ def test_a_new_file_in_a_folder_and_a_folder_that_is_gone_are_noticed(outside_fi
     enter = [
         lambda s=s: importlib.import_module(s).main(config, RunArgs(run_dir=tmp_path)) for s in STAGES[:2]
     ]
-    enter[0](), enter[1]()
+    for stage in enter:
+        stage()
     (outside_files["encoder"] / "special_tokens_map.json").write_text("{}")
     with pytest.raises(BadConfig, match=r"input special_tokens_map\.json: \(none\) -> "):
         enter[1]()
@@ -411,7 +412,7 @@ def test_frozen_weights_are_recognised_and_learning_ones_do_not_count():
     learning = {"1.weight", "1.bias"}
     digest = checkpoint.frozen_digest(model, learning)
     with torch.no_grad():
-        model[1].weight.add_(1)
+        model.get_parameter("1.weight").add_(1)
     assert checkpoint.frozen_digest(model, learning) == digest
     for name in ("0.weight", "0.bias"):
         parameter = model.get_parameter(name)
