@@ -11,6 +11,7 @@ from lib.diffusion.categorical import draw, probability_of
 from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import POLICIES, View, _rounded, rounds_for, rule
 from lib.diffusion.sampler import Sampler
+from lib.diffusion.schedule import held_rounds, masked_shares, temperatures
 from tests.test_sampling import CPU, MASK, NONE, SPECIAL, TRUTH, Oracle, settings
 
 T, LEFT = 20, 4
@@ -105,6 +106,14 @@ def test_shares_of_tokens_are_kept_in_the_mean():
 def test_rounds_are_as_many_as_the_budget_pays():
     assert [rounds_for(POLICIES["critic"], nfe) for nfe in (1, 2, 3, 7, 8, 33)] == [1, 1, 2, 4, 4, 17]
     assert rounds_for(POLICIES["critic_partial"], 7) == 7
+
+
+def test_a_schedule_of_one_s_own_has_no_held_rounds():
+    own = settings(
+        schedule="custom", masking_ratios=(0.8, 0.2), hold_share=0.5, hold_temperature=0.2, temperature=0.9
+    )
+    np.testing.assert_allclose(temperatures(own, 12), 0.9)
+    assert masked_shares(own, 12)[-2] == 0.2 and held_rounds(own, 12, True) == 0
 
 
 def test_takes_back_by_the_right_one_of_two_views():
