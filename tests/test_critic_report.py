@@ -257,3 +257,40 @@ def test_given_tokens_are_in_no_reading_but_that_of_a_text_of_which_nothing_is_k
         assert found[name]["brier"] == pytest.approx(brier(seen.critic[:300], seen.wrong[:300])), name
     assert found["whole_text_critic"]["brier"] == pytest.approx(brier(seen.critic, seen.wrong))
     assert brier(clean.critic, clean.wrong) == pytest.approx(((clean.critic - clean.wrong) ** 2).mean())
+
+
+class ToldOnly(Known):
+    """A critic that knows something only when it is told which tokens were given."""
+
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+        output = super().forward(input_ids, attention_mask, logits_at, head, given)
+        if head == "critic" and given is not None:
+            output.logits = torch.where(input_ids == COMMON, -2.0, 2.0)
+            output.origin_logits = output.logits
+        return output
+
+
+def test_only_the_view_of_a_whole_draft_is_told_what_was_given():
+    target = objective(temperature=(1.0, 1.0))
+    found = target.report(ToldOnly())[0]["detection"]
+    assert found["critic"]["auroc"]["value"] > 0.75
+    for name in ("critic_unknown", "critic_partial", "whole_text_critic"):
+        assert found[name]["auroc"]["value"] == 0.5, name
+    values = target.evaluate(ToldOnly())
+    assert values["auroc"] > 0.75 and values["auroc_origin"] == 0.5
+
+
+def test_the_loss_weighs_errors_and_origin_as_configured():
+    target = objective(coupling="decoupled", origin_weight=0.25)
+
+    class Unsure(Known):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if hasattr(output, "origin_logits"):
+                output.origin_logits = output.origin_logits + 1.5
+            return output
+
+    terms = target.loss(Unsure(), 0, range(8))
+    assert terms["critic_loss"].item() != pytest.approx(terms["origin_loss"].item(), abs=0.05)
+    wanted = terms["critic_loss"] + 0.25 * terms["origin_loss"]
+    assert terms["loss"].item() == pytest.approx(wanted.item())

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw, probability_of
 from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import POLICIES, View, _rounded, rounds_for, rule
 from lib.diffusion.sampler import Sampler
+from lib.diffusion.schedule import held_rounds, masked_shares, temperatures
 from tests.test_sampling import CPU, MASK, NONE, SPECIAL, TRUTH, Oracle, settings
 
 T, LEFT = 20, 4
@@ -107,6 +109,14 @@ def test_rounds_are_as_many_as_the_budget_pays():
     assert rounds_for(POLICIES["critic_partial"], 7) == 7
 
 
+def test_a_schedule_of_one_s_own_has_no_held_rounds():
+    own = settings(
+        schedule="custom", masking_ratios=(0.8, 0.2), hold_share=0.5, hold_temperature=0.2, temperature=0.9
+    )
+    np.testing.assert_allclose(temperatures(own, 12), 0.9)
+    assert masked_shares(own, 12)[-2] == 0.2 and held_rounds(own, 12, True) == 0
+
+
 def test_takes_back_by_the_right_one_of_two_views():
     """A model whose critic doubts what its origin view does not: each policy follows its own."""
 
@@ -128,6 +138,27 @@ def test_takes_back_by_the_right_one_of_two_views():
         ).rounds[3:]  # fmt: skip
         back = np.concatenate([np.nonzero(r.events == 2)[1] for r in rounds])
         assert len(back) > 20 and ((back >= low) & (back < high)).mean() > 0.8
+
+
+def test_the_blend_doubts_what_was_written_without_confidence():
+    """A blend that looks at confidence alone, and a generator that is sure of the first half."""
+
+    class Half(Oracle):
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+            output = super().forward(input_ids, attention_mask, logits_at, head, given)
+            if head == "lm":
+                sharp = torch.where(torch.arange(input_ids.shape[1]) < 20, 8.0, 0.0).repeat(len(input_ids))
+                output.logits = torch.zeros_like(output.logits)
+                output.logits[:, 6] = sharp[logits_at]
+            return output
+
+    calibration = Calibration({}, (0.0, 1.0, 0.0))
+    chosen = settings(randomness_strength=0.0)
+    sampler = Sampler(Half(TRUTH), MASK, SPECIAL, CPU, chosen, seed=5, calibration=calibration)
+    whole = np.full((8, 40), MASK), np.ones((8, 40), bool), np.arange(8)
+    rounds = sampler.sample(*whole, POLICIES["critic_blend"], 12, trace=True).rounds[:-1]
+    back = np.concatenate([np.nonzero(r.events == 2)[1] for r in rounds[-3:]])
+    assert len(back) > 10 and (back >= 20).mean() > 0.9
 
 
 def test_noise_is_of_its_purpose_round_and_sample():
