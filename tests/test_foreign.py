@@ -746,3 +746,9 @@ def test_programs_are_rewritten_in_the_runs_tokens_or_not_at_all():
     own = train_tokenizer("character", ["subtract(1, 2)"], 0)
     with pytest.raises(BadConfig, match=r"has a tokenizer of its own.*finqa\.pools\.changes\.masked_lm to 0"):
         rewrite_arguments(["subtract(1, 2)"], context(engine_of("word_piece"), own))
+
+
+def test_a_unit_of_one_token_never_gets_half_a_character():
+    results, given = rewrite(engine_of("byte_level"), [" the fox jumps over the lazy dog"] * 8, ratio=1.0)
+    assert given.counts["masked units"] == 56 and given.counts["unreadable units"] == 0
+    assert all(r.differs.any() for r in results)
