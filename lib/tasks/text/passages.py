@@ -143,7 +143,9 @@ def _passages(text: str, span: Span, data: DataConfig) -> Iterator[tuple[int, in
     if data.passages == "fixed":
         cuts = [*range(span[0], span[1], size), span[1]]
         if len(cuts) > 2 and not text[cuts[-2] : cuts[-1]].strip():
-            cuts[-2] = (cuts[-3] + cuts[-1]) // 2  # no passage of white space alone: halve the last two together
+            cuts[-2] = (
+                cuts[-3] + cuts[-1]
+            ) // 2  # no passage of white space alone: halve the last two together
         yield from ((start, end, True) for start, end in itertools.pairwise(cuts))
         return
     begin = end = span[0]
