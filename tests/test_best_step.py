@@ -107,8 +107,8 @@ def test_the_best_step_is_that_of_the_least_value_and_the_first_of_equal_ones(
         "tests.trainings.save_model",
         lambda model, path, _: saved.append((path.name, model.weight.sum().item())),
     )
-    model = torch.nn.Linear(2, 1)
-    model.config = SimpleNamespace(model_type="none")  # pyright: ignore[reportAttributeAccessIssue]
+    model: Any = torch.nn.Linear(2, 1)
+    model.config = SimpleNamespace(model_type="none")
     result = train_tiny(model, Scripted(values), settings(steps=3, evaluate_every=1, ema_decay=0.0), tmp_path)
     assert result.best_step == best and result.metrics["regret"] == min(values)
     kept = [weight for name, weight in saved if "best_model" in name]

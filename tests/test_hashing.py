@@ -98,5 +98,8 @@ def test_a_shard_s_key_holds_all_that_a_shard_depends_on_and_nothing_else(folder
     rewrite(folder)
     assert len({*keys, stream_key(checkpoint=folder)}) == len(keys) + 1
     assert stream_key("stream.patience=9", "training.steps=3") == keys[0]
-    folds = [stream_key("candidates.cross_fit_folds=2", **{f"generator_fold_{n}": "1"}) for n in (0, 1)]
+    folds = [
+        stream_key("candidates.cross_fit_folds=2", checkpoint=None, **{f"generator_fold_{n}": "1"})
+        for n in (0, 1)
+    ]
     assert len({stream_key("candidates.cross_fit_folds=2"), *folds}) == 3

@@ -129,10 +129,10 @@ class Says(nn.Module):
         nats = torch.tensor([float(self.cost(int(k))) for k in masks]).repeat_interleave(input_ids.shape[1])
         if logits_at is not None:
             nats = nats[logits_at]
-        known = {5: torch.exp(-nats)}
+        known: dict[int, Any] = {5: torch.exp(-nats)}
         if self.other is not None:
             known[6] = torch.full_like(nats, np.exp(-self.other))
-        rest = (1 - sum(known.values())) / (self.size - len(known))
+        rest: Any = (1 - sum(known.values())) / (self.size - len(known))
         shares = rest[:, None].repeat(1, self.size)
         for token, share in known.items():
             shares[:, token] = share

@@ -40,7 +40,7 @@ def view_of(
 
 def first(order: np.ndarray, among: np.ndarray, count: int) -> set[int]:
     """The `count` lowest of an order (1, T) among some positions."""
-    return set(np.flatnonzero(lowest(order, among[None], np.array([count]))[0]))
+    return set(np.flatnonzero(lowest(order, among[None], np.array([count]))[0]).tolist())
 
 
 ALL = np.ones(T, bool)
@@ -217,7 +217,8 @@ def test_temperature_comes_before_what_is_kept():
 
 def test_certainty_is_the_plain_probability_whatever_is_drawn_from():
     plain = torch.softmax(LOGITS.index_fill(1, torch.tensor([1]), -torch.inf), -1)[0]
-    for choices in ({"temperature": 0.3}, {"top_k": 2}, {"top_p": 0.8, "temperature": 3.0}):
+    kept: list[dict[str, Any]] = [{"temperature": 0.3}, {"top_k": 2}, {"top_p": 0.8, "temperature": 3.0}]
+    for choices in kept:
         ids, sure = draw(LOGITS.expand(50, 5), torch.linspace(0, 0.99, 50), torch.tensor([1]), **choices)
         torch.testing.assert_close(sure, plain[ids])
     told = probability_of(torch.tensor([[0, 2]]), LOGITS.expand(1, 2, 5), torch.tensor([1]))

@@ -5,6 +5,7 @@ control or a draw must do follows, to the number.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -231,7 +232,7 @@ def test_who_reads_the_candidate_alone_does_not_mind_the_question(tokenizer):
         assert values["others"][name]["lead"] == {"value": 0, "low": 0, "high": 0}
     moved = values["others"][ELSEWHERE]["accuracy"]["value"]
     table = made_table()
-    numbers = np.array([[float(t[1:] or 0) if t else -1 for t in row] for row in table.controls])
+    numbers = np.array([[float(t[1:] or 0) if t else -1 for t in row] for row in np.asarray(table.controls)])
     assert moved == pytest.approx(accuracy_of(table, numbers)) != values["accuracy"]["value"]
 
 
@@ -433,7 +434,7 @@ def test_a_recipe_reads_blind_what_the_config_calls_blind(tokenizer, monkeypatch
     spec = materials.config.models["judge"]
     for blind in (False, True):
         recipe: Any = recipes.ranker_recipe(
-            "r", spec.model_copy(update={"mode": "ranker", "blind": blind}), materials, None, None
+            "r", spec.model_copy(update={"mode": "ranker", "blind": blind}), materials, Path("nowhere"), None
         )
         accuracy = recipe.objective.evaluate(recipe.model)["accuracy"]
         assert (accuracy == 1) != blind and len(recipe.objective.train) == 2
