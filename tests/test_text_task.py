@@ -304,7 +304,7 @@ def test_a_passage_that_begins_where_a_split_ends_is_of_the_next():
         "data.passage_characters=4", "data.block_characters=40", "data.deduplicate=none",
     ])  # fmt: skip
     found = [e.split for e in prepare(config, [Document("d", text, "t")]) if isinstance(e, Example)]
-    assert found == ["train"] * 5 + ["held_out"] * 3 + ["reference"] * 2
+    assert found == ["train"] * 4 + ["selection"] + ["held_out"] * 3 + ["reference"] * 2
 
 
 def test_contiguous_splits_lie_behind_each_other_in_their_shares():
