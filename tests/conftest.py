@@ -73,6 +73,13 @@ def run_stages_recorded(run_dir: Path, config: Config) -> dict[str, set[str]]:
     return found
 
 
+# Read only to refuse early what a later stage would refuse: these settings change no output
+CHECKED_EARLY = {
+    "01_prepare_dataset": {"candidates", "generator", "models"},  # texts longer than a model's context
+    "02_generate_candidates": {"labels", "models"},
+}
+
+
 def undeclared(reads: dict[str, set[str]], run_dir: Path) -> list[str]:
     """Settings that a stage read although neither its manifest nor that of a stage it reads has them."""
     manifests = {name: load_manifest(run_dir / name) or {} for name in STAGES}
@@ -81,7 +88,9 @@ def undeclared(reads: dict[str, set[str]], run_dir: Path) -> list[str]:
         before = {entry["stage"] for entry in manifest["inputs"].values() if "stage" in entry}
         declared = set().union(*(manifests[stage]["config"] for stage in before | {name}))
         missing += [
-            f"{name}: {key}" for key in sorted(reads[name]) if not {key, key.split(".")[0]} & declared
+            f"{name}: {key}"
+            for key in sorted(reads[name] - CHECKED_EARLY.get(name, set()))
+            if not {key, key.split(".")[0]} & declared
         ]
     return missing
 

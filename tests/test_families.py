@@ -316,26 +316,17 @@ def scored(folder: Path, tokenizer, texts: list[str], role: str) -> list[dict]:
 
 @torch.no_grad()
 def evaluated(folder: Path, tokenizer, texts: list[str], classes: int | None = None) -> np.ndarray:
-    """Stage 04's own figures of texts, cut as it cuts them."""
+    """Stage 04's own figures of what the model reads of texts."""
     model = load_model(folder)
-    ids = pa.chunked_array([pa.array(encode_batch(tokenizer, texts, "unk"), pa.list_(pa.int32()))])
-    rows = Sequences(ids, model.config.max_position_embeddings - 1, tokenizer.pad_token_id)
+    width = model.config.max_position_embeddings - 1
+    cut = [row[:width] for row in encode_batch(tokenizer, texts, "unk")]
+    rows = Sequences(pa.chunked_array([pa.array(cut, pa.list_(pa.int32()))]), width, tokenizer.pad_token_id)
     targets = np.zeros(len(texts))
-    arguments = (
-        "judge",
-        rows,
-        targets,
-        rows,
-        targets,
-        np.arange(len(texts)),
-        tokenizer.cls_token_id,
-        CPU,
-        0,
-        9,
-    )
+    splits = (rows, targets) * 3
+    arguments = ("judge", *splits, np.arange(len(texts)), tokenizer.cls_token_id, CPU, 0, 9)
     if classes is not None:
-        return np.exp(SequenceClasses(*arguments, num_classes=classes).predict(model, np.arange(len(texts))))
-    return SequenceScore(*arguments).predict(model, np.arange(len(texts)))
+        return np.exp(SequenceClasses(*arguments, num_classes=classes).predict(model, rows, np.arange(len(texts))))
+    return SequenceScore(*arguments).predict(model, rows, np.arange(len(texts)))
 
 
 def tokenizer_of_run(run: Path):

@@ -167,6 +167,7 @@ def test_a_blind_ranker_is_given_an_empty_question_and_another_one_its_own(run, 
     """The scores that stage 06 wrote, against those of the shipped model over what it should have read."""
     from lib.models.collation import collate
     from lib.models.ranker_files import load_ranker
+    from lib.runtime import Runtime
 
     assert config_of().models[name].blind == blind
     prompts = {r["example_id"]: r["prompt"] for r in rows(run, "01_prepare_dataset/examples")}
@@ -183,12 +184,12 @@ def test_a_blind_ranker_is_given_an_empty_question_and_another_one_its_own(run, 
             tokenizer, questions, [[r["text"] for r in written[n]] for n in some], settings.prompt_tokens,
             settings.candidate_tokens,
         )  # fmt: skip
-        with torch.no_grad():
-            scores[asked] = model.eval()(pools.tensors()).numpy()
+        with torch.no_grad(), Runtime.detect(config_of()).autocast():
+            scores[asked] = model.eval()(pools.tensors()).float().numpy()
     found = np.array([[r["score"] for r in written[n]] for n in some])
     right, wrong = ("none", "own") if blind else ("own", "none")
-    np.testing.assert_allclose(found, scores[right], atol=1e-5)
-    assert np.abs(found - scores[wrong]).max() > 1e-4  # so little trained, a question moves little
+    # So little trained, a question moves little: but ten times as much as rounding does
+    assert np.abs(found - scores[right]).max() < 0.1 * np.abs(found - scores[wrong]).max()
 
 
 def test_a_policy_killed_in_the_middle_of_a_rollout_ends_with_the_same_bits(run, tmp_path, monkeypatch):
