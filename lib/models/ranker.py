@@ -8,7 +8,6 @@ Shapes: N pools, K candidates, B rows, T tokens of a row, D width, M candidates 
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,10 +28,6 @@ from lib.models.trunks import (
 POOLINGS = ("last", "cls", "mean")
 HEADS = ("mlp", "linear")
 ATTENTIONS = ("prefix", "full")
-# Greatest relative difference of pooled vectors, packed and one by one, that rounding explains
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
-TOLERANCE_OF_HALF = 0.1
-PROBED = 24  # tokens of the longest row that both ways of scoring are compared on
 SMALL = 0.02  # first weights of the score: a new head starts close to "no opinion"
 
 
@@ -183,7 +178,7 @@ class CandidateRanker(nn.Module):
 
         A causal one that does not is asked one by one, and this is said. Raises BadConfig for a bidirectional one.
         """
-        problem = why_not_packed(self.base) or self._why_not_equal()
+        problem = why_not_packed(self.base)
         if problem is not None and not self.is_causal:
             raise BadConfig(
                 f"{type(self.base).__name__} cannot be a prefix-LM: {problem}. Set ranker.attention to full"
@@ -194,46 +189,6 @@ class CandidateRanker(nn.Module):
                 "They are scored one by one: as exact, but several times slower"
             )
         return problem is None
-
-    def _why_not_equal(self) -> str | None:
-        """What the trunk gives for a small pool in one row that it does not give for a row each; None if nothing."""
-        try:
-            _, relative = self.self_check(self._probe())
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-        ) as error:  # whatever a forward makes of our mask
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return f"it fails on a row of several candidates ({first_line})"
-        dtype = next(self.base.parameters()).dtype
-        tolerance = TOLERANCE.get(dtype, TOLERANCE_OF_HALF)
-        if relative <= tolerance:
-            return None
-        return f"its states differ by {relative:.1e} of their size when candidates share a row, allowed is {tolerance:.0e}"
-
-    def _probe(self) -> Pools:
-        """Two pools of two candidates, the longest of PROBED tokens with its prompt, or what the trunk can read."""
-        limits = (
-            getattr(self.config, "max_position_embeddings", None),
-            getattr(self.config, "sliding_window", None),
-        )
-        size = min(PROBED, *(int(n) - self._position_offset for n in limits if n))
-        first, prompt = size // 2, size - size // 2
-        vocabulary = self.base.get_input_embeddings().num_embeddings
-        drawn = randomness.uniform(
-            randomness.key(0, "packing probe"), np.arange(2), prompt + 2 * first
-        )  # (2, ...)
-        ids = np.floor(drawn * vocabulary).astype(np.int64)
-        candidate_mask = np.ones((2, 2, first), bool)
-        candidate_mask[:, 1, max(1, first - 1) :] = False  # of another length
-        return Pools(
-            ids[:, :prompt],
-            np.ones((2, prompt), bool),
-            ids[:, prompt:].reshape(2, 2, first),
-            candidate_mask,
-        )
 
     def _beyond_window(self, packed: Packed) -> bool:
         """Whether the trunk's sliding attention would cut what our own mask does not."""
