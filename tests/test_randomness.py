@@ -78,7 +78,7 @@ def test_draws_of_two_purposes_or_seeds_have_nothing_in_common():
 
 
 TWICE = {  # what several places have on purpose
-    "held-out candidates",  # inspector and judge are evaluated on the same ones
+    "selection candidates",  # inspector and judge are evaluated on the same ones
     "purpose + ' ratio",  # one or the other draws a batch's masks, each for the purpose of its caller
     "f'{label} weights",  # one or the other makes a model, each of its own label
     "f'{label} order",  # the same

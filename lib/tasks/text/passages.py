@@ -170,7 +170,7 @@ def _hashed(config: Config, group: str, drawn: float) -> str:
 
 
 def _selection_hash(config: Config, group: str) -> float:
-    return randomness.hash_fraction(config.seed, "selection", group)
+    return randomness.hash_fraction(config.seed, "selection of text", group)
 
 
 def _selection_below(config: Config, documents: Iterable[Document]) -> float:

@@ -61,7 +61,7 @@ class BestCandidate:
         self.label, self.sequences, self.train, self.held_out = label, sequences, train, held_out
         self.cls_id, self.runtime, self.seed = cls_id, runtime, seed
         self._order = Rows(seed, f"{label} order", len(train.rows))
-        spread = randomness.permutation(seed, "selection pools", 0, len(selection.rows))
+        spread = randomness.permutation(seed, "selection token pools", 0, len(selection.rows))
         size = train.rows.shape[1]
         self._evaluated = selection.some(np.sort(spread[: max(1, num_evaluated // size)]))
         self.tokens_per_row = (sequences.width + 1) * size
