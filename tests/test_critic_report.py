@@ -33,23 +33,28 @@ class Known(torch.nn.Module):
         )
 
 
-def objective(groups=None, windows: int = 24, first=None, **changes) -> TokenCritic:
-    """Text of which 0.6 is the common token, as the generator believes; windows end in padding.
+FIRST = {
+    "train": 6,
+    "selection": 7,
+    "held_out": 8,
+}  # the first token of every window says of which split it is
 
-    Args:
-        first: number of a window -> its first token, where that is to say something.
-    """
+
+def text_of(split: str, windows: int) -> Windows:
+    rng = np.random.default_rng(FIRST[split])
+    rows = [[FIRST[split], *rng.choice(V, 31, p=GENERATOR).tolist()] for _ in range(windows)]
+    column = pa.chunked_array([pa.array(rows, pa.list_(pa.int32()))])
+    return Windows(pa.table({"token_ids": column, "continues": [False] * windows}), 40, 0).tiled()
+
+
+def objective(groups=None, windows: int = 24, **changes) -> TokenCritic:
+    """Text of which 0.6 is the common token, as the generator believes; windows end in padding."""
     config = load_config(quick_test=True)
-    rng = np.random.default_rng(0)
-    rows = [rng.choice(V, 32, p=GENERATOR) for _ in range(windows)]
-    for number, row in enumerate(rows if first is not None else ()):
-        row[0] = first(number)  # pyright: ignore[reportOptionalCall]
-    column = pa.chunked_array([pa.array([list(map(int, r)) for r in rows], pa.list_(pa.int32()))])
-    data = Windows(pa.table({"token_ids": column, "continues": [False] * windows}), 40, 0)
-    diffusion = MaskedDiffusion(config.diffusion, MASK, label="critic", train=data, held_out=data, runtime=CPU, seed=3,
-                                batch_size=8, num_evaluated=windows)  # fmt: skip
     names = np.arange(windows).astype(str) if groups is None else groups
-    return TokenCritic(config.critic.model_copy(update=changes), diffusion, SPECIAL, names)
+    parts: dict[str, Any] = {split: text_of(split, windows) for split in FIRST}
+    diffusion = MaskedDiffusion(config.diffusion, MASK, label="critic", **parts, groups=names, runtime=CPU, seed=3,
+                                batch_size=8, num_evaluated=windows)  # fmt: skip
+    return TokenCritic(config.critic.model_copy(update=changes), diffusion, SPECIAL)
 
 
 def filled_by(target: TokenCritic, rows: int = 8, model: Any = None) -> tuple[Filled, np.ndarray]:
@@ -165,6 +170,7 @@ def test_an_evaluation_is_of_written_tokens_against_what_stood_there():
     wrong, origin = [], []
 
     def raw(model, filled, told):
+        assert (filled.clean[:, 0] == FIRST["selection"]).all()
         differs = filled.ids != filled.clean
         if told:
             wrong.append(differs[filled.written])
@@ -182,7 +188,9 @@ def test_an_evaluation_is_of_written_tokens_against_what_stood_there():
     assert set(found) == {"critic_loss", "auroc", "error_rate", "auroc_origin"}
     joint: Any = objective(coupling="joint")
     joint._raw = raw
-    assert "nelbo" in joint.evaluate(Known())
+    values = joint.evaluate(Known())
+    assert values["nelbo_and_auroc"] == values["nelbo"]  # nothing is added for an AUROC of 1
+    assert values["nelbo"] == joint.diffusion.evaluate(Known())["nelbo"]
 
 
 def test_confidence_counts_as_certainty_of_being_right():
@@ -201,23 +209,33 @@ def test_confidence_counts_as_certainty_of_being_right():
     assert found["critic_blend"] == pytest.approx(found["confidence"], abs=0.02)  # the blend finds who knows
 
 
-def test_calibration_is_fitted_on_other_text_than_it_is_judged_on():
-    """Every second window the critic says the reverse of what it knows: a curve learned on the others is all wrong there.
+def test_calibration_is_fitted_on_the_selection_text_and_judged_on_held_out_text():
+    """On one split the critic says the reverse of what it knows: what is learned on the other is all wrong there.
 
-    One learned on the same text would say how often each of its two numbers is wrong, or nothing but the mean.
+    A curve learned on the same text, or on both, would say how often each of its two numbers is wrong, or the mean.
     """
-    worst = []
-    for honest in (0, 1):
-        target: Any = objective(groups=np.array([f"g{i:02d}" for i in range(24)]), first=lambda i: 6 + i % 2)
+    found = {}
+    for turned in ("none", "selection", "held_out"):
+        target: Any = objective()
 
-        def raw(model, filled, told, honest=honest):
-            turned = (filled.clean[:, :1] - 6) % 2 != honest
-            error = np.where((filled.ids != filled.clean) ^ turned, 0.8, 0.2)
+        def raw(model, filled, told, turned=turned):
+            error = np.where(
+                (filled.ids != filled.clean) ^ (filled.clean[:, :1] == FIRST.get(turned)), 0.8, 0.2
+            )
             return error, error
 
         target._raw = raw
-        worst.append(target.report(Known())[0]["detection"]["critic_calibrated"]["ece"])
-    assert max(worst) > 0.8
+        found[turned] = target.report(Known())[0]["detection"]
+    ece = {turned: scores["critic_calibrated"]["ece"] for turned, scores in found.items()}
+    assert ece["none"] < 0.01 and ece["held_out"] > 0.95
+    assert (
+        0.4 < ece["selection"] < 0.6
+    )  # of a critic that is the wrong way round nothing but the mean is learned
+    assert [found[turned]["critic"]["auroc"]["value"] for turned in ("none", "selection", "held_out")] == [
+        1,
+        1,
+        0,
+    ]
 
 
 def test_intervals_are_over_groups_of_windows():
