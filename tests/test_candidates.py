@@ -15,9 +15,11 @@ from lib.tasks import cross_fit_fold
 
 
 def counted(*rows: tuple) -> dict[str, Any]:
-    """The summary over rows of (example, split, kind, ids, labels)."""
-    names = ("example_id", "split", "kind", "token_ids", "token_labels")
-    table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows])
+    """The summary over rows of (example, split, kind, ids, labels, number of changed tokens)."""
+    names = ("example_id", "split", "kind", "token_ids", "token_labels", "changed_fraction")
+    table = pa.Table.from_pylist(
+        [dict(zip(names, (*row[:5], row[5] / len(row[3])), strict=True)) for row in rows]
+    )
     fractions = [float(np.mean(np.array(row[4]) > 0)) for row in rows]
     tally = Tally()
     tally.add(table.append_column("synthetic_fraction", pa.array(fractions)))
@@ -25,18 +27,28 @@ def counted(*rows: tuple) -> dict[str, Any]:
 
 
 def test_a_generator_is_right_where_a_token_that_it_wrote_is_the_original_s():
-    """Given tokens are right by themselves, random ones are nobody's; a split's accuracy is over all its written tokens."""
+    """Given tokens are right by themselves, random ones are nobody's; a split's accuracy is over all its written tokens.
+
+    Which of them changed is known to whoever wrote, also where the original is not in the table or has other tokens.
+    """
     found = counted(
-        ("a", "train", "original", [1, 2, 3, 4], [0, 0, 0, 0]),
-        ("a", "train", "masked_lm", [1, 2, 9, 4], [0, 2, 2, 0]),  # one of two
-        ("a", "train", "masked_lm", [1, 2, 3, 4], [2, 2, 2, 0]),  # three of three: unchanged
-        ("b", "held_out", "masked_lm", [8, 6], [2, 0]),  # none of one
-        ("b", "held_out", "original", [5, 6], [0, 0]),
-        ("c", "held_out", "masked_lm", [7, 7, 7], [2, 2, 2]),  # no original to compare with
-        ("d", "test", "original", [5], [0]),
-        ("d", "test", "random_tokens", [5], [1]),  # random, and as it was
+        ("a", "train", "original", [1, 2, 3, 4], [0, 0, 0, 0], 0),
+        ("a", "train", "masked_lm", [1, 2, 9, 4], [0, 2, 2, 0], 1),  # one of two
+        ("a", "train", "masked_lm", [1, 2, 3, 4], [2, 2, 2, 0], 0),  # three of three: unchanged
+        ("b", "held_out", "masked_lm", [8, 6], [2, 0], 1),  # none of one
+        ("b", "held_out", "original", [5, 6], [0, 0], 0),
+        (
+            "c",
+            "held_out",
+            "masked_lm",
+            [7] * 49,
+            [2] * 49,
+            1,
+        ),  # 49 / 49 is a little less than 1 in floating point
+        ("d", "test", "original", [5], [0], 0),
+        ("d", "test", "random_tokens", [5], [1], 0),  # random, and as it was
     )
-    assert found["generator_accuracy"] == {"train": 4 / 5, "held_out": 0}
+    assert found["generator_accuracy"] == {"train": 4 / 5, "held_out": 48 / 50}
     assert found["unchanged"] == 2 and found["rewritten"] == 5 and found["candidates"] == 8
     assert found["kinds"] == {"original": 3, "masked_lm": 4, "random_tokens": 1}
 
@@ -44,10 +56,10 @@ def test_a_generator_is_right_where_a_token_that_it_wrote_is_the_original_s():
 def test_the_synthetic_share_is_that_of_rewritten_text():
     """Originals, of which nothing is synthetic, are not in it."""
     found = counted(
-        ("a", "train", "original", [1, 2, 3, 4], [0, 0, 0, 0]),
-        ("a", "train", "masked_lm", [1, 2, 9, 4], [0, 2, 2, 0]),
-        ("b", "train", "original", [1, 2], [0, 0]),
-        ("b", "train", "masked_lm", [1, 3], [2, 2]),
+        ("a", "train", "original", [1, 2, 3, 4], [0, 0, 0, 0], 0),
+        ("a", "train", "masked_lm", [1, 2, 9, 4], [0, 2, 2, 0], 1),
+        ("b", "train", "original", [1, 2], [0, 0], 0),
+        ("b", "train", "masked_lm", [1, 3], [2, 2], 1),
     )
     assert sum(found["synthetic_fraction_histogram"]) == 2
     assert found["mean_synthetic_fraction"] == pytest.approx(0.75, abs=0.026)  # the middles of bins of 0.05
@@ -70,17 +82,16 @@ def test_what_follows_a_gap_no_longer_continues_what_stood_before_it():
 @pytest.mark.parametrize("folds", [1, 3])
 def test_a_fold_s_generator_learns_from_all_groups_but_its_own(tmp_path, monkeypatch, folds):
     config = load_config(quick_test=True, overrides=[f"candidates.cross_fit_folds={folds}"])
-    groups = {"train": [f"g{i // 2}" for i in range(40)], "held_out": ["h"] * 5}
+    groups = {"train": [f"g{i // 2}" for i in range(40)], "selection": ["s"] * 4, "held_out": ["h"] * 5}
     tables = {
         split: pa.table({"group": names, "continues": [False] * len(names)})
         for split, names in groups.items()
     }
     monkeypatch.setattr(generators, "select_split", lambda batches, split: tables[split])
-    learned: dict[str, tuple[list, list]] = {}
+    learned: dict[str, list[list]] = {}
 
     def train_named(name, spec, materials, folder, start):
-        split = {s: materials.examples(s)["group"].to_pylist() for s in ("train", "held_out")}
-        learned[name] = split["train"], split["held_out"]
+        learned[name] = [materials.examples(split)["group"].to_pylist() for split in groups]
         assert start is None and spec.mode == "language_model"
         return {"parameters": 1, "best_step": 1, "held_out": {}}
 
@@ -91,8 +102,8 @@ def test_a_fold_s_generator_learns_from_all_groups_but_its_own(tmp_path, monkeyp
     folders = train_generators(stage, config, None, None)
     assert len(learned) == len(folders) == folds
     fold_of = {g: cross_fit_fold(config.seed, g, folds) for g in groups["train"]}
-    for fold, (name, (train, held_out)) in enumerate(learned.items()):
+    for fold, (name, (train, *others)) in enumerate(learned.items()):
         wanted = [g for g in groups["train"] if folds == 1 or fold_of[g] != fold]
-        assert train == wanted and held_out == groups["held_out"], name
+        assert train == wanted and others == [groups["selection"], groups["held_out"]], name
         assert folds == 1 or 0 < len(train) < 40
         assert folders[fold] == tmp_path / name / "best_model"
