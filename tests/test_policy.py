@@ -89,7 +89,7 @@ def test_plain_cross_entropy_is_trained_whatever_the_ranker_s_loss_and_the_best_
 
     def train(model, objective, settings, runtime, folder, **_) -> Result:
         caught.update(objective=objective, settings=settings, folder=folder)
-        return Result(3, 2, {}, 0.0, 0.0)
+        return Result(3, 2, {}, 0.0, 0.0, {})
 
     monkeypatch.setattr(policy, "train", train)
     monkeypatch.setattr(policy, "load_ranker", lambda path, learning=False: (Ranker(path), tokenizer))
@@ -110,12 +110,12 @@ def test_a_gain_is_the_way_s_accuracy_less_that_of_its_start():
         estimate = {"value": float(np.mean(hits)), "low": 0.0, "high": 1.0}
         return {"accuracy": np.array(hits, float), "held_out": {"accuracy": estimate}}
 
-    found = {START: figures([0, 0, 1, 0]), "ppo": figures([1, 1, 1, 0]), "exact": figures([0, 0, 0, 0])}
-    gains, rows = compare(found, np.arange(4), 0)
+    found = {START: figures([0, 0, 1, 0] * 10), "ppo": figures([1, 1, 1, 0] * 10), "exact": figures([0] * 40)}
+    gains, rows = compare(found, np.arange(40), 0)
     assert (
         gains["ppo"]["value"] == 0.5 and gains["exact"]["value"] == -0.25 and set(gains) == {"ppo", "exact"}
     )
-    assert gains["ppo"]["low"] >= 0
+    assert 0.3 < gains["ppo"]["low"] < 0.5 < gains["ppo"]["high"] < 0.7 and gains["exact"]["high"] < 0
     assert [(r.model, r.value, r.baseline_value, r.lower_is_better) for r in rows] == [
         ("ppo", 0.75, 0.25, False), ("exact", 0.0, 0.25, False)
     ]  # fmt: skip

@@ -89,6 +89,8 @@ def made_table(seed: int = 0, count: int = N, missing: bool = True, draw: int = 
 class Stub(nn.Module):
     """Scores (B, K) by `rule(prompt words of a pool, candidate's words, its position)`; keeps what it was shown."""
 
+    packs = False
+
     def __init__(self, rule):
         super().__init__()
         self.rule, self.shown = rule, []
@@ -439,4 +441,4 @@ def test_a_recipe_reads_blind_what_the_config_calls_blind(tokenizer, monkeypatch
         accuracy = recipe.objective.evaluate(recipe.model)["accuracy"]
         assert (accuracy == 1) != blind and len(recipe.objective.train) == 2
         assert recipe.objective._selection.prompts == made_table(2).prompts
-        assert recipe.facts["blind"] == blind
+        assert recipe.facts["blind"] == blind and recipe.facts["packs"] is False
