@@ -36,6 +36,7 @@ from tests.trainings import Killed, settings, train_tiny
 SETTINGS = ["candidates.source=random_tokens", "stream.enabled=true", "stream.shard_examples=5",
             "stream.max_backlog=3"]  # fmt: skip
 EXAMPLES = 18  # three shards of five and one of three in an epoch
+WIDTH = 64  # tokens of the longest example
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_a_damaged_or_foreign_shard_is_made_again(make_producer, tmp_path, capsy
 class Consumer:
     """An objective that learns from fresh rows, and notes what each step saw."""
 
-    selection, tokens_per_row = "loss", 16
+    selection, tokens_per_row = "loss", WIDTH
 
     def __init__(self, rows: FreshRows, seen: dict[int, list[str]]):
         self.fresh, self.seen = rows, seen
@@ -170,7 +171,7 @@ class Consumer:
     def loss(self, model, step, rows):
         table = self.fresh.rows(rows)
         self.seen[step] = names(table)
-        ids, valid = Sequences(table["token_ids"], 16, 0).batch(np.arange(table.num_rows))
+        ids, valid = Sequences(table["token_ids"], WIDTH, 0).batch(np.arange(table.num_rows))
         scores = model(torch.from_numpy(np.where(valid, ids, 0)).float())[:, 0]
         return {"loss": (scores - torch.tensor(table["reward"].to_pylist())).square().mean()}
 
@@ -195,7 +196,7 @@ def train_on_shards(
     monkeypatch.setattr(fresh.time, "sleep", turn)
     torch.manual_seed(0)
     chosen = settings(steps=60, checkpoint_every=7, evaluate_every=60, batch_size=7, optimizer="adamw")
-    train_tiny(torch.nn.Linear(16, 1), Consumer(reader(producer, folder), seen), chosen, folder,
+    train_tiny(torch.nn.Linear(WIDTH, 1), Consumer(reader(producer, folder), seen), chosen, folder,
                fault=lambda step: kill("trainer"))  # fmt: skip
 
 

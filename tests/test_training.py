@@ -262,15 +262,14 @@ def test_few_windows_are_short():
     assert (windows * WIDTH - sizes < 1.5 * WIDTH + 1).all() and (longest - shortest + 1 >= WIDTH // 2).all()
     sizes = np.arange(1, 31 * WIDTH)
     assert (first_lengths(sizes, WIDTH)[0] == -(-sizes // WIDTH)).all()  # elsewhere none more than needed
-    assert documents([4096], 128).mean_length / 128 > 0.95
+    assert 4096 / documents([4096], 128).count / 128 > 0.95
 
 
 def test_windows_are_a_function_of_the_row_alone():
     def objective(batch_size: int) -> MaskedDiffusion:
         config = load_config(quick_test=True).diffusion
         return MaskedDiffusion(
-            config, 1, label="m", train=documents(SIZES), held_out=documents(SIZES), runtime=CPU, seed=3,
-            batch_size=batch_size, num_evaluated=4,
+            config, 1, label="m", **splits(documents(SIZES)), runtime=CPU, seed=3, batch_size=batch_size, num_evaluated=4,
         )  # fmt: skip
 
     one, other = objective(8), objective(3)
@@ -292,7 +291,7 @@ def test_the_training_loss_counts_every_token_alike():
     for weight in ("exact_count", "inverse_t"):
         diffusion = load_config(overrides=[f"diffusion.weight={weight}"]).diffusion
         objective = MaskedDiffusion(
-            diffusion, 99, label="m", train=data, held_out=data, runtime=CPU, seed=3, batch_size=data.count, num_evaluated=4,
+            diffusion, 99, label="m", **splits(data), runtime=CPU, seed=3, batch_size=data.count, num_evaluated=4,
         )  # fmt: skip
 
         def logits(model, ids, valid, batch, inputs=None):

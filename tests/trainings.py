@@ -40,15 +40,11 @@ def _quick_training() -> dict[str, Any]:
     return load_config(quick_test=True).training.model_dump()
 
 
-def splits(width: int = 16) -> dict[str, Any]:
-    """The splits that a language objective asks for, all of that language."""
-    held_out = windows(width)
-    return {
-        "train": windows(width),
-        "selection": windows(width),
-        "held_out": held_out,
-        "groups": held_out.owner,
-    }
+def splits(data: Windows | None = None) -> dict[str, Any]:
+    """The splits that a language objective asks for, all of this text or of that language; each example is a group."""
+    data = windows() if data is None else data
+    tiles = data.tiled()
+    return {"train": data, "selection": tiles, "held_out": tiles, "groups": tiles.owner}
 
 
 def settings(**changes) -> TrainingConfig:

@@ -64,7 +64,6 @@ class Windows:
     Attributes:
         count: windows per epoch.
         document: (count,) the document of each window; `documents` is their number.
-        mean_length: tokens of a window, on average.
     """
 
     def __init__(self, table: pa.Table, width: int, pad_id: int):
@@ -83,12 +82,12 @@ class Windows:
         self.documents, self.count = len(sizes), int(windows.sum())
         self.document = np.repeat(np.arange(self.documents), windows)
         self._number = np.arange(self.count) - np.repeat(np.cumsum(windows) - windows, windows)
-        self.mean_length = len(ids) / self.count
 
     def tiled(self) -> "Windows":
         """The same text cut at multiples of `width` from the start of each document, always: for evaluation.
 
-        Its `owner` (count,) is the example that each window starts in.
+        Its `owner` (count,) is the example that each window starts in. Where the next example continues that one, the
+        window may go on into it, though the next one be of another group.
         """
         result = copy.copy(self)
         sizes = self._ends - self._starts
@@ -97,7 +96,6 @@ class Windows:
         result.count = int(windows.sum())
         result.document = np.repeat(np.arange(self.documents), windows)
         result._number = np.arange(result.count) - np.repeat(np.cumsum(windows) - windows, windows)
-        result.mean_length = len(self.ids) / result.count
         start, _ = result.spans(np.arange(result.count), np.zeros(result.count))
         result.owner = np.searchsorted(self._example_starts, start, side="right") - 1
         return result
