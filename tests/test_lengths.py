@@ -52,13 +52,14 @@ def materials(config: Config, tables: dict[str, pa.Table], fresh=None, prompt: s
 
 
 MODELS = ["inspector", "judge", "ranker"]
+SPLITS = ["train", "selection", "held_out"]
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_reads_less_than_a_candidate_is_refused(name, split):
     config = config_of()
-    tables = {s: candidates(LONGEST if s == split else 5, s) for s in ("train", "held_out")}
+    tables = {s: candidates(LONGEST if s == split else 5, s) for s in SPLITS}
     with pytest.raises(BadData) as caught:
         make_objective(name, config.models[name], materials(config, tables), LONGEST - 1)
     for said in (f"1 of 8 texts are longer than models.{name} reads", f"{split}:3 has 9 tokens", "the context is 8",
@@ -75,19 +76,20 @@ def test_so_is_one_that_learns_from_fresh_candidates(name):
         def rows(self, rows):
             return candidates(LONGEST)
 
-    fine = {s: candidates(5, s) for s in ("train", "held_out")}
+    fine = {s: candidates(5, s) for s in SPLITS}
     objective = make_objective(name, config.models[name], materials(config, fine, Fresh()), LONGEST - 1)
     with pytest.raises(BadData, match=rf"models\.{name} reads.*train:3 has 9 tokens"):
         objective.loss(None, 0, range(4))  # type: ignore[arg-type]
 
 
-def test_all_models_are_looked_at_before_the_first_is_trained():
+@pytest.mark.parametrize("split", SPLITS)
+def test_all_models_are_looked_at_before_the_first_is_trained(split):
     config = config_of("architecture.context=8", "architecture.heads=2", "models.judge.start=scratch",
                        "models.judge.architecture.context=12")  # fmt: skip
-    tables = {"train": candidates(5), "held_out": candidates(LONGEST, "held_out")}
+    tables = {s: candidates(LONGEST if s == split else 5, s) for s in SPLITS}
     given = materials(config, tables)
     for names in (["generator", "inspector"], ["ranker"]):
-        with pytest.raises(BadData, match=rf"models\.{names[-1]} reads.*held_out:3"):
+        with pytest.raises(BadData, match=rf"models\.{names[-1]} reads.*{split}:3"):
             refuse_longer_candidates(config, names, given)
     refuse_longer_candidates(config, ["generator", "reference_lm", "judge"], given)  # windows; 12 tokens
     # With prompts it reads texts, within its budgets

@@ -129,6 +129,6 @@ def refuse_longer_candidates(config: Config, names: Iterable[str], materials: "M
         if spec.mode not in WHOLE_READERS or with_prompts or contexts[name] is None:
             continue
         texts = WholeTexts(name, contexts[name] or 0, config)
-        for split in (spec.split, "held_out"):
+        for split in (spec.split, "selection", "held_out"):
             texts.add(materials.candidates(split))
         texts.refuse()
