@@ -290,7 +290,7 @@ def test_the_best_step_is_the_first_of_the_lowest_selection(values, best, tmp_pa
     assert (result.best_step, result.metrics) == (best, {"error": values[number], "number": number + 1})
     assert_same(read(tmp_path / "best_model"), expected[best - 1]["ema"])
     assert_same(read(tmp_path / "final_model"), expected[-1]["ema"])
-    assert [line["held_out"]["error"] for line in lines(tmp_path)] == list(values)
+    assert [line["selection"]["error"] for line in lines(tmp_path)] == list(values)
 
 
 def test_a_best_step_from_before_a_kill_is_still_the_best(tmp_path):
@@ -358,7 +358,7 @@ def test_what_is_not_finite_stops_before_the_update(what, tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_selection_that_is_no_number_chooses_no_model(value, tmp_path):
-    with pytest.raises(NonFiniteLoss, match="held-out error at step 8 is"):
+    with pytest.raises(NonFiniteLoss, match="error on the selection split at step 8 is"):
         run(tmp_path, Objective((1.0, value)))
     assert_same(read(tmp_path / "best_model"), reference()[3]["weights"])
 
@@ -379,4 +379,4 @@ def test_after_an_inexact_resume_the_best_model_is_still_the_one_of_the_record(t
     )
     assert (result.best_step, result.metrics["error"]) == (4, 1.0)
     assert_same(read(tmp_path / "best_model"), reference()[3]["weights"])
-    assert [line["held_out"]["error"] for line in lines(tmp_path)] == [2.0, 1.0, 5.0, 6.0, 7.0]
+    assert [line["selection"]["error"] for line in lines(tmp_path)] == [2.0, 1.0, 5.0, 6.0, 7.0]

@@ -200,8 +200,8 @@ class _Run:
             value = metrics[self.objective.selection]
             if not math.isfinite(value):
                 raise NonFiniteLoss(
-                    f"{self.label}: the held-out {self.objective.selection} at step {state.step} is {value}, so that no "
-                    "best model can be chosen by it. Try lower learning rates or precision=fp32"
+                    f"{self.label}: {self.objective.selection} on the selection split at step {state.step} is {value}, so "
+                    "that no best model can be chosen by it. Try lower learning rates or precision=fp32"
                 )
             if state.best_value is None or value < state.best_value:
                 state.best_value, state.best_step, state.best_metrics = value, state.step, metrics
