@@ -80,12 +80,14 @@ def commit_of(record: Record) -> str:
 # ------------------------------------------------------------------------------------------- helpers
 
 
-def shown(value: dict[str, float] | None, percent: bool = False, signed: bool = False) -> str:
-    """`0.71 [0.69, 0.73]`; a difference whose interval leaves out 0 is bold."""
+def shown(value: dict[str, Any] | None, percent: bool = False, signed: bool = False) -> str:
+    """`0.71 [0.69, 0.73]`; a difference whose interval leaves out 0 is bold; the value alone where it has no interval."""
     if value is None:
         return "–"
     scale, digits = (100, 1) if percent else (1, 3)
     sign = "+" if signed else ""
+    if value["low"] is None or value["high"] is None:  # too few samples for one, see metrics.Estimate
+        return f"{scale * value['value']:{sign}.{digits}f}"
     numbers = [f"{scale * value[k]:{sign}.{digits}f}" for k in ("value", "low", "high")]
     text = (
         numbers[0] if numbers[0] == numbers[1] == numbers[2] else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"

@@ -121,6 +121,12 @@ def test_intervals_over_seeds_are_students():
     assert over_seeds([0.5, None]) is None and over_seeds([0.5, float("nan")]) is None
     assert shown({"value": 0.1, "low": 0.05, "high": 0.2}, signed=True) == "**+0.100 [+0.050, +0.200]**"
     assert shown({"value": 0.1, "low": -0.05, "high": 0.2}, percent=True) == "10.0 [-5.0, 20.0]"
+    only = over_seeds(
+        [{"value": 0.1, "low": None, "high": None}]
+    )  # as a line says that there are too few samples
+    assert (
+        shown(only, signed=True) == "+0.100" and over_seeds([dict.fromkeys(("value", "low", "high"))]) is None
+    )
 
 
 def test_likelihood_is_read_off_between_temperatures_and_not_beyond():
