@@ -62,9 +62,9 @@ def objective_of(
     config: Config, vocabulary: int, width: int, runtime: Runtime, batch_size: int
 ) -> MaskedDiffusion:
     data = random_windows(vocabulary, width)
-    return MaskedDiffusion(config.diffusion, 1, label="speed", train=data, selection=data, held_out=data, groups=data.owner,
-                           runtime=runtime, seed=0,
-                           batch_size=batch_size, num_evaluated=32)  # fmt: skip
+    tiles = data.tiled()
+    return MaskedDiffusion(config.diffusion, 1, label="speed", train=data, selection=tiles, held_out=tiles,
+                           groups=tiles.owner, runtime=runtime, seed=0, batch_size=batch_size, num_evaluated=32)  # fmt: skip
 
 
 def tokenizer_of_size(vocabulary: int):
