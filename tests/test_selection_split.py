@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -73,14 +74,14 @@ def materials(tokenizer: Any, tampered: str | None = None, **changes: Any) -> Ma
     """Small tables of the three splits; the texts of one of them may be others."""
     config = load_config(quick_test=True, overrides=["candidates.per_example=2"])
     seeds = {split: number + 50 * (split == tampered) for number, split in enumerate(SPLITS)}
-    given = {
+    given: dict[str, Any] = {
         "read_examples": lambda split: examples(split, seeds[split]),
         "read_candidates": lambda split: candidates(split, seeds[split]),
     } | changes
     return Materials(config, tokenizer, CPU, **given)
 
 
-def spec_of(mode: str, **changes: Any) -> ModelSpec:
+def spec_of(mode: Any, **changes: Any) -> ModelSpec:
     config = load_config(quick_test=True)
     shape = {"layers": 1, "width": 32, "heads": 2, "context": 16}
     training = settings(steps=2, evaluate_every=1, batch_size=4, evaluation_examples=8)
@@ -135,7 +136,7 @@ def critic_of(tampered: str | None) -> TokenCritic:
     config = load_config(quick_test=True)
     parts = splits()
     if tampered is not None:
-        other = windows()
+        other = windows().tiled()
         other.ids = np.roll(other.ids, 7)[::-1].copy()
         parts[tampered] = other
     diffusion = MaskedDiffusion(config.diffusion, 1, label="critic", **parts, runtime=CPU, seed=3, batch_size=8,
@@ -224,7 +225,7 @@ def test_joint_critics_are_evaluated_by_the_formula_that_the_config_documents(we
 # ------------------------------------------------------------------------------------ pools
 
 
-def pools(rewards: dict[str, list[float]]) -> Materials:
+def pools(rewards: Mapping[str, Sequence[float]]) -> Materials:
     """A Materials whose splits hold one pool each of the given rewards."""
 
     def read(split: str) -> pa.Table:
@@ -305,7 +306,8 @@ def test_rankers_with_prompts_and_policies_are_chosen_on_the_selection_pools():
     assert chosen["accuracy"] == 1 and chosen["regret"] == 0
     config = load_config(quick_test=True)
     policy: Any = PolicyTraining(config, CPU, None, None, train_pools, selection, held_out)  # type: ignore[arg-type]
-    found = policy._regret(ActorCritic(torch.nn.Identity(), torch.nn.Identity()), reader)
+    nothing: Any = torch.nn.Identity()
+    found = policy._regret(ActorCritic(nothing, nothing), reader)
     assert found["accuracy"] == 1 and found["regret"] == pytest.approx(1 / (1 + np.exp(2)))
 
 
