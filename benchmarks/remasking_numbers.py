@@ -14,8 +14,8 @@ Record = dict[str, Any]
 Likelihoods = dict[tuple[str, int, float], dict[int, float]]
 
 
-def over_seeds(estimates: Sequence[dict[str, float] | float | None]) -> dict[str, float] | None:
-    """{"value", "low", "high"} of the mean; None where a seed has no number."""
+def over_seeds(estimates: Sequence[dict[str, Any] | float | None]) -> dict[str, Any] | None:
+    """{"value", "low", "high"} of the mean; None where a seed has no number. The ends of one seed's may be None."""
     if not estimates or any(e is None for e in estimates):
         return None
     values = np.array([e["value"] if isinstance(e, dict) else e for e in estimates], float)

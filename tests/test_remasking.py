@@ -125,7 +125,8 @@ def test_intervals_over_seeds_are_students():
         [{"value": 0.1, "low": None, "high": None}]
     )  # as a line says that there are too few samples
     assert (
-        shown(only, signed=True) == "+0.100" and over_seeds([dict.fromkeys(("value", "low", "high"))]) is None
+        shown(only, signed=True) == "+0.100"
+        and over_seeds([{"value": None, "low": None, "high": None}]) is None
     )
 
 
