@@ -89,7 +89,7 @@ def make_table(config: Config, args: RunArgs) -> None:
                     f"candidates.processes must be 1: task {config.task} makes candidates of all examples at once"
                 )
             task.plan_candidates(examples, context)
-        tally, whole = Tally(), WholeTexts.of(config)
+        tally, whole = Tally(config.candidates.label_rule == "origin"), WholeTexts.of(config)
         # Token ids mean nothing without their tokenizer
         metadata = {
             "tokenizer_sha256": stage.sha256_of("01_prepare_dataset", "tokenizer"),

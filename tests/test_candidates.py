@@ -14,14 +14,14 @@ from lib.config import load_config
 from lib.tasks import cross_fit_fold
 
 
-def counted(*rows: tuple) -> dict[str, Any]:
+def counted(*rows: tuple, labels_tell_origin: bool = True) -> dict[str, Any]:
     """The summary over rows of (example, split, kind, ids, labels, number of changed tokens)."""
     names = ("example_id", "split", "kind", "token_ids", "token_labels", "changed_fraction")
     table = pa.Table.from_pylist(
         [dict(zip(names, (*row[:5], row[5] / len(row[3])), strict=True)) for row in rows]
     )
     fractions = [float(np.mean(np.array(row[4]) > 0)) for row in rows]
-    tally = Tally()
+    tally = Tally(labels_tell_origin)
     tally.add(table.append_column("synthetic_fraction", pa.array(fractions)))
     return tally.summary()
 
@@ -51,6 +51,16 @@ def test_a_generator_is_right_where_a_token_that_it_wrote_is_the_original_s():
     assert found["generator_accuracy"] == {"train": 4 / 5, "held_out": 48 / 50}
     assert found["unchanged"] == 2 and found["rewritten"] == 5 and found["candidates"] == 8
     assert found["kinds"] == {"original": 3, "masked_lm": 4, "random_tokens": 1}
+
+
+def test_labels_that_tell_only_what_changed_give_no_accuracy():
+    """Class 2 is then wrong by definition: 0 % would be printed of any generator."""
+    row = ("a", "train", "masked_lm", [1, 2, 9, 4], [0, 0, 2, 0], 1)
+    assert counted(row, ("a", "train", "original", [1, 2, 3, 4], [0] * 4, 0))["generator_accuracy"] == {
+        "train": 0
+    }
+    found = counted(row, ("a", "train", "original", [1, 2, 3, 4], [0] * 4, 0), labels_tell_origin=False)
+    assert found["generator_accuracy"] == {} and found["rewritten"] == 1
 
 
 def test_the_synthetic_share_is_that_of_rewritten_text():

@@ -325,7 +325,9 @@ def evaluated(folder: Path, tokenizer, texts: list[str], classes: int | None = N
     splits = (rows, targets) * 3
     arguments = ("judge", *splits, np.arange(len(texts)), tokenizer.cls_token_id, CPU, 0, 9)
     if classes is not None:
-        return np.exp(SequenceClasses(*arguments, num_classes=classes).predict(model, rows, np.arange(len(texts))))
+        return np.exp(
+            SequenceClasses(*arguments, num_classes=classes).predict(model, rows, np.arange(len(texts)))
+        )
     return SequenceScore(*arguments).predict(model, rows, np.arange(len(texts)))
 
 

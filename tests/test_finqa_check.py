@@ -62,7 +62,9 @@ DROP = frozenset(load_config().finqa.drop)
 def configured(path: Path | str, seed: int = 1, drop: frozenset[str] = DROP) -> Config:
     """As much of a config as the check reads."""
     finqa = SimpleNamespace(drop=tuple(drop))
-    return cast(Config, SimpleNamespace(seed=seed, data=SimpleNamespace(path=str(path), drop=()), finqa=finqa))
+    return cast(
+        Config, SimpleNamespace(seed=seed, data=SimpleNamespace(path=str(path), drop=()), finqa=finqa)
+    )
 
 
 def checked(folder: Path, drop: frozenset[str] = DROP, **splits: list) -> tuple[list[str], list[Problem]]:

@@ -5,9 +5,15 @@ import pyarrow.compute as pc
 
 
 class Tally:
-    """Fed table by table."""
+    """Fed table by table.
 
-    def __init__(self) -> None:
+    Args:
+        labels_tell_origin: class 2 is every predicted token (`candidates.label_rule: origin`). Otherwise it is only those
+            that changed, and how many predicted ones equal the original's cannot be counted.
+    """
+
+    def __init__(self, labels_tell_origin: bool = True) -> None:
+        self.labels_tell_origin = labels_tell_origin
         self.candidates = self.rewritten = self.unchanged = 0
         self.fractions: list = []
         self.kinds: dict[str, int] = {}
@@ -41,7 +47,7 @@ class Tally:
         for i in np.flatnonzero(~original):
             self.unchanged += int(truth.get(examples[i]) == ids[i])
             predicted = int((np.asarray(labels[i]) == 2).sum())
-            if predicted:
+            if predicted and self.labels_tell_origin:
                 self.predicted[splits[i]] = self.predicted.get(splits[i], 0) + predicted
                 self.right[splits[i]] = self.right.get(splits[i], 0) + predicted - int(changed[i])
 
