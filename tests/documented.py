@@ -202,7 +202,7 @@ _KEY = re.compile(
     rf"(?<![\w./<>{{}}-])((?:{_SECTIONS})(?:\.(?:[a-z][a-z0-9_]*|<\w+>|\w+\[\w+\]))+)(?![\w/(]|\.\w)"
 )
 _FILE = re.compile(
-    r"^tokenizer\.model$|\.(py|yaml|json|jsonl|parquet|md|txt|csv|safetensors|html|bin|svg|png|gz)$"
+    r"^tokenizer\.(model|\w+_token(_id)?)$|\.(py|yaml|json|jsonl|parquet|md|txt|csv|safetensors|html|bin|svg|png|gz)$"
 )
 
 
