@@ -5,8 +5,11 @@ one whose files are not there is skipped.
 """
 
 import contextlib
+import fcntl
 import importlib
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,14 +104,29 @@ def quick_config() -> Config:
 
 
 @pytest.fixture(scope="session")
-def quick_reads() -> dict[str, set[str]]:
-    """The settings that each stage of `quick_run` read."""
-    return {}
+def quick_run(tmp_path_factory, quick_config) -> Path:
+    """The run folder of a finished quick run. Tests read it and change nothing.
+
+    It is made once for all processes of the tests, and each has a copy: stages lock the run that they read.
+    """
+    own = tmp_path_factory.mktemp("outputs")
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared) / "quick_run"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "reads.json").exists():
+            reads = run_stages_recorded(folder / "run_001", quick_config)
+            (folder / "reads.json").write_text(
+                json.dumps({name: sorted(keys) for name, keys in reads.items()})
+            )
+    shutil.copytree(folder, own, dirs_exist_ok=True)
+    return own / "run_001"
 
 
 @pytest.fixture(scope="session")
-def quick_run(tmp_path_factory, quick_config, quick_reads) -> Path:
-    """The run folder of a finished quick run. Tests read it and change nothing."""
-    run_dir = tmp_path_factory.mktemp("outputs") / "run_001"
-    quick_reads.update(run_stages_recorded(run_dir, quick_config))
-    return run_dir
+def quick_reads(quick_run) -> dict[str, set[str]]:
+    """The settings that each stage of `quick_run` read."""
+    return {
+        name: set(keys) for name, keys in json.loads((quick_run.parent / "reads.json").read_text()).items()
+    }

@@ -536,30 +536,39 @@ def test_transfer_from_the_masked_model_makes_a_new_head_and_says_so(family, tmp
     assert model.config.num_labels == 2  # the default of transformers
 
 
-@every_class
-def test_a_saved_folder_loads_where_this_repository_is_not(key, tmp_path):
-    model, ids = make(key), make_ids()
-    model.save_pretrained(tmp_path / "saved")
-    code = (
-        "import sys, torch, transformers\n"
-        "from safetensors.torch import save_file\n"
-        "auto = getattr(transformers, sys.argv[3])\n"
-        "model = auto.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
-        "assert not any(name.split('.')[0] == 'lib' for name in sys.modules)\n"
-        "ids = torch.randint(4, 31, (3, 20), generator=torch.Generator().manual_seed(1))\n"
-        "out = model(ids)\n"
-        "out = out.last_hidden_state if 'last_hidden_state' in out else out.logits\n"
-        "save_file({'out': out.detach().contiguous()}, sys.argv[2])\n"
-    )
-    out = tmp_path / "out.safetensors"
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+LOADS = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+assert not any(name.split('.')[0] == 'lib' for name in sys.modules)
+for folder in sys.argv[1:]:
+    auto = getattr(transformers, open(folder + "/auto").read())
+    model = auto.from_pretrained(folder + "/saved", trust_remote_code=True).eval()
+    ids = torch.randint(4, 31, (3, 20), generator=torch.Generator().manual_seed(1))
+    out = model(ids)
+    out = out.last_hidden_state if 'last_hidden_state' in out else out.logits
+    save_file({'out': out.detach().contiguous()}, folder + "/out.safetensors")
+assert not any(name.split('.')[0] == 'lib' for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_elsewhere(tmp_path_factory) -> dict[tuple[str, str], torch.Tensor]:
+    """What a small model of each class gives when a process that has only its folder loads it."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    folders = {key: root / "-".join(key) for key in CLASSES}
+    for key, folder in folders.items():
+        make(key).save_pretrained(folder / "saved")
+        (folder / "auto").write_text(AUTO[key[1]].__name__)
+    environment = {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "saved"), str(out), AUTO[key[1]].__name__],
-        check=True,
-        cwd=tmp_path,
-        env=environment,
+        [sys.executable, "-c", LOADS, *map(str, folders.values())], check=True, cwd=root, env=environment
     )
-    assert torch.equal(load_file(out)["out"], output_of(model, ids))
+    return {key: load_file(folder / "out.safetensors")["out"] for key, folder in folders.items()}
+
+
+@every_class
+def test_a_saved_folder_loads_where_this_repository_is_not(key, loaded_elsewhere):
+    assert torch.equal(loaded_elsewhere[key], output_of(make(key), make_ids()))
 
 
 @every_family
