@@ -35,7 +35,8 @@ OTHER = [
 ]
 NAMES = ("inspector", "judge")
 QUICK = [f"{owner}.training.steps=8" for owner in ("generator", "models.inspector", "models.judge")]
-QUICK += ["architecture.layers=1"]
+QUICK += ["architecture.layers=1", "architecture.width=32", "architecture.heads=2", "architecture.context=64"]
+QUICK += ["data.passage_characters=64", "data.block_characters=1024", "training.evaluation_examples=32"]
 
 
 def run(folder: Path, config: Config, stages: tuple[str, ...]) -> None:
@@ -73,7 +74,7 @@ def main() -> None:
     own, other = RESULTS / kind, RESULTS / f"{kind}_other_generator"
     config = load_config(["configs/judge.yaml"], overrides=given)
     run(own, config, STAGES[:5])
-    elsewhere = load_config(["configs/judge.yaml"], overrides=[*given, *OTHER])
+    elsewhere = load_config(["configs/judge.yaml"], overrides=[*OTHER, *given])
     run(other, elsewhere, STAGES[:4])
 
     records = {

@@ -63,9 +63,7 @@ def tree(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
-    (root / ".venv").mkdir()
-    (root / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
-    (root / ".venv" / "installed").touch()
+    (root / ".venv").symlink_to(sys.prefix)
     make_data(root)
     return root
 
@@ -88,7 +86,7 @@ def make_data(root: Path) -> None:
     for name in ("text.txt", "my_text.txt"):
         (root / name).write_text(text, encoding="utf-8")
     (root / "tinyshakespeare").mkdir()
-    (root / "tinyshakespeare" / "input.txt").write_text(text * 4, encoding="utf-8")
+    (root / "tinyshakespeare" / "input.txt").write_text(text, encoding="utf-8")
     (root / "labels.json").write_text('{"text:0": 0.5}', encoding="utf-8")
     (root / "finqa_data").mkdir()
     records = make_pages(0, 60)
@@ -137,6 +135,9 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         rest = [a for a in arguments if not a.startswith("RUN=")]
         if arguments[0] == "pipeline":
             return "seeds" if "seed_" in run else run, [["make", *rest, run, "QUICK=1"]]
+        if arguments[0] in ("inspect", "report"):
+            made = ["make", "pipeline", "RUN=outputs/default", "QUICK=1"]
+            return "RUN=outputs/default", [made, ["make", *arguments, "RUN=outputs/default"]]
         if arguments[0] == "benchmark-quick":
             return "remasking", [["python", "-m", "benchmarks.remasking", "outputs/quick", "--tiny"]]
         return ("quick_test" if arguments[0] == "quick_test" else run), [["make", *arguments]]
