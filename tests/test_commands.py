@@ -103,7 +103,7 @@ def make_data(root: Path) -> None:
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     torch.manual_seed(0)
     BertModel(
-        BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                    intermediate_size=32, max_position_embeddings=512)
     ).save_pretrained(root / "encoder")  # fmt: skip
     PreTrainedTokenizerFast(

@@ -323,7 +323,7 @@ def evaluated(folder: Path, tokenizer, texts: list[str], classes: int | None = N
     rows = Sequences(pa.chunked_array([pa.array(cut, pa.list_(pa.int32()))]), width, tokenizer.pad_token_id)
     targets = np.zeros(len(texts))
     splits = (rows, targets) * 3
-    arguments = ("judge", *splits, np.arange(len(texts)), tokenizer.cls_token_id, CPU, 0, 9)
+    arguments: Any = ("judge", *splits, np.arange(len(texts)), tokenizer.cls_token_id, CPU, 0, 9)
     if classes is not None:
         return np.exp(
             SequenceClasses(*arguments, num_classes=classes).predict(model, rows, np.arange(len(texts)))

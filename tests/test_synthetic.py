@@ -116,6 +116,7 @@ def test_tokens_are_drawn_as_configured(tokenizer):
         config = type("C", (), {"max_position_embeddings": 33})()
 
         def forward(self, input_ids, attention_mask=None, logits_at=None):
+            assert logits_at is not None
             logits = torch.zeros(len(logits_at), len(tokenizer))
             logits[:, 6], logits[:, 7], logits[:, 0] = 1.0, 0.9, 5.0  # and would rather write [PAD]
             return type("Output", (), {"logits": logits})

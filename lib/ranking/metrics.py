@@ -232,7 +232,8 @@ def _intervals(
     ratios: dict[str, tuple[np.ndarray, np.ndarray]], groups: np.ndarray, seed: int
 ) -> dict[str, Estimate]:
     """sum(numerators) / sum(denominators) by name, with intervals from the same resamples of groups for all."""
-    return {
-        name: ratio(*sum_by(groups, *pair), limits=_LIMITS.get(name, SHARE), seed=seed)
-        for name, pair in ratios.items()
-    }
+    found = {}
+    for name, pair in ratios.items():
+        numerators, denominators = sum_by(groups, *pair)
+        found[name] = ratio(numerators, denominators, limits=_LIMITS.get(name, SHARE), seed=seed)
+    return found

@@ -180,9 +180,10 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
         first_row += table.num_rows
     together = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
     tokenizer = materials.tokenizer
+    train, selection, held_out = pools
     return BestCandidate(
-        name, Sequences(together, context, tokenizer.pad_token_id), *pools, tokenizer.cls_token_id, materials.runtime,
-        materials.config.seed, spec.training.evaluation_examples,
+        name, Sequences(together, context, tokenizer.pad_token_id), train, selection, held_out, tokenizer.cls_token_id,
+        materials.runtime, materials.config.seed, spec.training.evaluation_examples,
     )  # fmt: skip
 
 

@@ -74,7 +74,8 @@ class _Language:
 
     def estimate(self, nats: np.ndarray, tokens: np.ndarray) -> Estimate:
         """Nats per token of all held-out windows from the (W,) nats and tokens of each; groups are resampled."""
-        return ratio(*sum_by(self.groups, nats, tokens))
+        nats, tokens = sum_by(self.groups, nats, tokens)  # (G,) each
+        return ratio(nats, tokens)
 
     def unigram_nll(self) -> float:
         """Nats per token of held-out text under the train split's token frequencies: the constant baseline."""
