@@ -106,7 +106,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         if longer:
             say(
                 f"{longer:,} of {len(texts):,} texts have more than {bench.narrowest} tokens: all models, the judge too, read "
-                "them in consecutive windows of so many, and figures of a whole text are means over its tokens"
+                "them in consecutive windows of that length, and figures of a whole text are means over its tokens"
             )
         rows = score(parts, bench)
         stage.write("scores", as_table(rows, schema.SCORES), schema.SCORES)

@@ -21,9 +21,7 @@ from lib import randomness
 
 RESAMPLES = 1000
 LEVEL = 0.95
-MOST_UNITS = (
-    1024  # groups of a ratio; more are joined to so many: fewer units, each still independent of the others
-)
+MOST_UNITS = 1024  # of a ratio; more groups are pooled into this many units
 MOST_GROUPS = 256  # of AUROC, whose time grows with their square
 FEWEST_GROUPS = 10  # below, too few resamples differ: Student's t in place of their quantiles
 SHARE = (0.0, 1.0)  # the limits of a share, an accuracy or an AUROC
@@ -126,7 +124,7 @@ def ratio(
 
 
 def _joined(values: np.ndarray, most: int) -> np.ndarray:
-    """Values of more than `most` groups summed to so many."""
+    """Values of more than `most` groups, summed into `most` units."""
     return values if len(values) <= most else np.bincount(np.arange(len(values)) % most, values)
 
 
@@ -167,7 +165,7 @@ def auroc_estimate(
 ) -> Estimate:
     """AUROC of (N,) scores, or by how much it exceeds that of `other` (N,) scores of the same values; groups resampled.
 
-    More than MOST_GROUPS groups are joined to so many: fewer units, each still independent of the others.
+    More than MOST_GROUPS groups are pooled into that many units, which stay independent of each other.
     """
     happened = np.asarray(happened, bool)
     _, unit = np.unique(groups, return_inverse=True)

@@ -25,7 +25,7 @@ from tests.trainings import CPU
 
 
 class Context:
-    """A model of so many positions, one of them for [CLS]."""
+    """A model with a given number of positions, one of them for [CLS]."""
 
     config = SimpleNamespace(max_position_embeddings=9)
 
