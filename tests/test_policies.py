@@ -49,7 +49,7 @@ HALF = np.arange(T) < T // 2
 
 @pytest.mark.parametrize(
     ("name", "seen", "sign"),
-    [("random", "noise", -1), ("confidence", "confidence", 1), ("confidence_fresh", "fresh", 1),
+    [("random_remask", "noise", -1), ("confidence_remask", "confidence", 1), ("fresh_confidence_remask", "fresh", 1),
      ("critic", "critic", -1), ("critic_blend", "blend", -1)],
 )  # fmt: skip
 def test_of_a_whole_draft_the_most_suspicious_are_masked(name, seen, sign):
@@ -58,7 +58,7 @@ def test_of_a_whole_draft_the_most_suspicious_are_masked(name, seen, sign):
 
 
 @pytest.mark.parametrize(
-    ("name", "seen"), [("none", "noise"), ("confidence_first", "confidence"), ("margin_first", "margin")]
+    ("name", "seen"), [("ancestral", "noise"), ("confidence_order", "confidence"), ("margin_order", "margin")]
 )
 def test_what_takes_nothing_back_leaves_the_least_sure_of_the_masked(name, seen):
     view, orders = view_of(HALF)
@@ -186,7 +186,7 @@ def test_the_sampler_draws_from_the_likeliest_that_it_is_told_to():
     for top_p in (1.0, 0.01):
         sampler = Sampler(Slight(TRUTH), MASK, SPECIAL, CPU, settings(top_p=top_p), seed=5)
         found: Any = sampler.sample(
-            np.full((4, 40), MASK), np.ones((4, 40), bool), np.arange(4), POLICIES["none"], 4
+            np.full((4, 40), MASK), np.ones((4, 40), bool), np.arange(4), POLICIES["ancestral"], 4
         )
         written[top_p] = set(found.ids.flatten().tolist())
     assert written[0.01] == {7} and len(written[1.0]) > 5
