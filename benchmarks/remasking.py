@@ -61,7 +61,7 @@ from lib.log import say
 from lib.runs import plain
 
 ALL = tuple(name for name in POLICIES if name != "oracle")
-PLAIN = {"hold_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
+PLAIN = {"corrector_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
 LEADING = (
     "ancestral",
     "random_remask",
@@ -118,7 +118,7 @@ class Plan:
     variants: tuple[str, ...] = tuple(VARIANTS)
     changes: tuple[tuple[tuple[str, Any], ...], ...] = (
         (("randomness_strength", 0.0),), (("randomness_strength", 0.6),), (("selection_temperature", 1.0),),
-        (("calibrated", False),), (("hold_share", 0.0),), (("hold_temperature", 1.0),), (("back_share", 1.0),),
+        (("calibrated", False),), (("corrector_share", 0.0),), (("corrector_temperature", 1.0),), (("remask_share", 1.0),),
     )  # fmt: skip
     cost_nfe: int = 32
     cost_texts: int = 64
@@ -187,7 +187,7 @@ def tasks(plan: Plan) -> Iterator[Task]:
     lines: list[tuple[str, str, dict[str, Any]]] = [(policy, policy, {}) for policy in plan.sample_policies]
     lines += [(f"{policy}, plain", policy, PLAIN) for policy in plan.plain_policies]
     # ReMDM's loop taking back what critic_origin does, as much and as often, but by chance: what is left is the critic's
-    lines.append((CHURNED, "remdm_rescale", {"remdm_share": load_config().sampler.back_share}))
+    lines.append((CHURNED, "remdm_rescale", {"remdm_share": load_config().sampler.remask_share}))
     for name, policy, changes in lines:
         yield Task("E3", {"policy": name}, lambda lab, seed, p=policy, c=changes: experiments.unconditional(
             lab.models(seed), p, plan.sample_nfe, plan.samples, plan.temperatures, **c))  # fmt: skip

@@ -29,7 +29,7 @@ def view_of(
     arguments: dict[str, Any] = {
         "masked": masked[None], "free": np.ones((1, T), bool), "left": np.array([left]), "held": held,
         "noise": orders["noise"], "chance": np.array([0.5]), "confidence": orders["confidence"],
-        "margin": lambda: orders["margin"], "back_share": 0.5, "remdm_share": 0.25,
+        "margin": lambda: orders["margin"], "remask_share": 0.5, "remdm_share": 0.25,
         "fresh_confidence": lambda: orders["fresh"], "critic_error": lambda: orders["critic"],
         "partial_error": lambda: orders["partial"], "partial_origin": lambda: orders["origin"],
         "blend_error": lambda: orders["blend"], "wrong": lambda: wrong,
@@ -111,7 +111,11 @@ def test_rounds_are_as_many_as_the_budget_pays():
 
 def test_a_schedule_of_one_s_own_has_no_held_rounds():
     own = settings(
-        schedule="custom", masking_ratios=(0.8, 0.2), hold_share=0.5, hold_temperature=0.2, temperature=0.9
+        schedule="custom",
+        masking_ratios=(0.8, 0.2),
+        corrector_share=0.5,
+        corrector_temperature=0.2,
+        temperature=0.9,
     )
     np.testing.assert_allclose(temperatures(own, 12), 0.9)
     assert masked_shares(own, 12)[-2] == 0.2 and held_rounds(own, 12, True) == 0
@@ -131,7 +135,7 @@ def test_takes_back_by_the_right_one_of_two_views():
 
     for name, low, high in (("critic_partial", 0, 20), ("critic_origin", 20, 40)):
         sampler = Sampler(
-            Two(TRUTH), MASK, SPECIAL, CPU, settings(randomness_strength=0.0, back_share=0.3), seed=5
+            Two(TRUTH), MASK, SPECIAL, CPU, settings(randomness_strength=0.0, remask_share=0.3), seed=5
         )
         rounds = sampler.sample(
             np.full((8, 40), MASK), np.ones((8, 40), bool), np.arange(8), POLICIES[name], 12, trace=True

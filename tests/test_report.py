@@ -592,7 +592,7 @@ def test_the_best_of_several_samples_are_written_and_shown(sampled):
         "sampler.policies=[ancestral]", "sampler.best_of=3", "sampler.best_of_policy=random_remask"
     )
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
-    chosen = [r for r in samples if r["policy"] == "random, best of 3 by judge"]
+    chosen = [r for r in samples if r["policy"] == "random_remask, best of 3 by judge"]
     assert [r["sample_id"] for r in chosen] == [0, 1, 2]
     rows = json.loads((folder / "metrics.json").read_text())["best_of"]
     judge = next(r for r in rows if r["scorer"] == "judge")

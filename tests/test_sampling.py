@@ -30,10 +30,10 @@ NONE = torch.empty(0, dtype=torch.long)
 def settings(**changes):
     base = load_config().sampler
     plain = {
-        "hold_share": 0.0,
-        "hold_temperature": 1.0,
+        "corrector_share": 0.0,
+        "corrector_temperature": 1.0,
         "end_ratio": 0.05,
-        "back_share": 0.3,
+        "remask_share": 0.3,
         "batch_size": 64,
     }
     return base.model_copy(update=plain | changes)
@@ -75,17 +75,17 @@ def test_top_k_top_p_and_temperature():
 def test_schedules():
     linear = masked_shares(settings(start_ratio=0.9, end_ratio=0.1), 5)
     np.testing.assert_allclose(linear, [0.9, 0.6333, 0.3667, 0.1, 0], atol=1e-3)
-    held = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 9)
+    held = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 9)
     np.testing.assert_allclose(held, [0.9, 0.6333, 0.3667, 0.1, 0.1, 0.1, 0.1, 0.1, 0], atol=1e-3)
     few = {"start_ratio": 0.9, "end_ratio": 0.1}
     assert (
-        masked_shares(settings(**few, hold_share=0.5), 7).tolist()
+        masked_shares(settings(**few, corrector_share=0.5), 7).tolist()
         == masked_shares(settings(**few), 7).tolist()
     )
-    assert temperatures(settings(**few, hold_share=0.5, hold_temperature=0.3), 7).std() == 0
-    many = masked_shares(settings(end_ratio=0.1, hold_share=0.5, hold_rewrites=1.5), 101)
+    assert temperatures(settings(**few, corrector_share=0.5, corrector_temperature=0.3), 7).std() == 0
+    many = masked_shares(settings(end_ratio=0.1, corrector_share=0.5, corrector_resampling=1.5), 101)
     np.testing.assert_allclose(many[50:100], 1.5 / 50)  # a token is written anew 1.5 times in the mean
-    once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 5, takes_back=False)
+    once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 5, takes_back=False)
     np.testing.assert_array_equal(once, linear)  # who takes nothing back has nothing to do in those rounds
     cosine = masked_shares(settings(schedule="cosine"), 4)
     np.testing.assert_allclose(cosine, [np.cos(np.pi / 8), np.cos(np.pi / 4), np.cos(3 * np.pi / 8), 0])
@@ -101,7 +101,7 @@ def test_schedules():
 
 
 def test_only_the_rounds_that_correct_are_colder():
-    cold = settings(temperature=0.8, hold_share=0.5, hold_temperature=0.25)
+    cold = settings(temperature=0.8, corrector_share=0.5, corrector_temperature=0.25)
     shares, heats = masked_shares(cold, 9), temperatures(cold, 9)
     np.testing.assert_allclose(heats, [0.8] * 5 + [0.2] * 4)
     assert shares[2] > shares[3] == shares[4] == cold.end_ratio  # round 4 still writes for the first time
@@ -175,7 +175,7 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
             output.logits[:, -1] = 0.5
             return output
 
-    changes = settings(hold_share=0.5, hold_temperature=0.01, end_ratio=0.2, back_share=1.0)
+    changes = settings(corrector_share=0.5, corrector_temperature=0.01, end_ratio=0.2, remask_share=1.0)
     rounds = run(Sampler(Level(TRUTH), MASK, SPECIAL, CPU, changes, seed=5), name, 20, 8, trace=True).rounds
 
     def words(part) -> int:
@@ -193,11 +193,11 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
 def test_held_rounds_write_each_token_as_often_as_asked(name, share):
     """Whatever a policy takes back while the text grows: in these rounds it is all that the schedule has masked."""
     sampler = oracle_sampler(
-        hold_share=0.5,
-        hold_rewrites=1.5,
+        corrector_share=0.5,
+        corrector_resampling=1.5,
         start_ratio=0.95,
         end_ratio=0.2,
-        back_share=share,
+        remask_share=share,
         remdm_share=share,
     )
     held = run(sampler, name, 21, 8, trace=True).rounds[11:]
@@ -218,7 +218,7 @@ def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
 
 def test_policies_that_see_errors_rank_as_they_should():
     """The more a policy knows of the truth, the more it gets right; critic_partial does it without extra passes."""
-    sampler = oracle_sampler(randomness_strength=0.0, back_share=1.0, remdm_share=1.0)
+    sampler = oracle_sampler(randomness_strength=0.0, remask_share=1.0, remdm_share=1.0)
     names = ("oracle", "critic", "critic_partial", "critic_origin", "remdm_rescale", "ancestral")
     right = {name: (run(sampler, name, 15, 64).ids == TRUTH).mean() for name in names}
     assert right["oracle"] >= right["critic"] - 0.02  # twice as many rounds
@@ -242,10 +242,10 @@ def test_gumbel_selection_draws_by_the_odds():
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
-@pytest.mark.parametrize("back_share", [0.0, 0.3, 1.0])
-def test_every_policy_keeps_to_the_schedule(name, back_share):
+@pytest.mark.parametrize("remask_share", [0.0, 0.3, 1.0])
+def test_every_policy_keeps_to_the_schedule(name, remask_share):
     """After each round exactly so many positions are masked as the schedule says, whatever is taken back."""
-    sampler = oracle_sampler(back_share=back_share, remdm_share=back_share)
+    sampler = oracle_sampler(remask_share=remask_share, remdm_share=remask_share)
     result = run(sampler, name, 9, 5, trace=True)
     rounds = rounds_for(POLICIES[name], 9)
     shares = masked_shares(sampler.settings, rounds, POLICIES[name].takes_back)

@@ -51,7 +51,7 @@ class View:
     confidence: np.ndarray  # probability of each token when it was written or drafted
     margin: Callable[[], np.ndarray]  # gap between the two likeliest tokens at masked positions
     # What the partial critics take back while the text grows, as a share of the most possible
-    back_share: float
+    remask_share: float
     remdm_share: float  # the same for ReMDM's policies, whose papers take back less
     fresh_confidence: Callable[[], np.ndarray]  # probability of each drafted token now; one pass
     critic_error: Callable[[], np.ndarray]  # calibrated chance that a drafted token is wrong; one pass
@@ -163,7 +163,7 @@ def _remdm(suspicion: Callable[[View], np.ndarray], capped: bool = False) -> Cal
 
 
 def _critics(suspicion: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
-    return _take_back_some(suspicion, lambda view: view.back_share)
+    return _take_back_some(suspicion, lambda view: view.remask_share)
 
 
 def _unsure(view: View) -> np.ndarray:

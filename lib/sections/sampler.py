@@ -30,16 +30,16 @@ class SamplerConfig(Section):
     schedule: Literal["linear", "cosine", "custom", "threshold"]
     start_ratio: Fraction
     end_ratio: Fraction
-    hold_share: Fraction
-    hold_rewrites: AboveZero
-    hold_temperature: AboveZero
+    corrector_share: Fraction
+    corrector_resampling: AboveZero
+    corrector_temperature: AboveZero
     masking_ratios: tuple[Fraction, ...]
     threshold: Probability
     temperature: AboveZero
     top_p: Share
     randomness_strength: Fraction
     selection_temperature: AboveZero | None
-    back_share: Fraction
+    remask_share: Fraction
     remdm_share: Fraction
     best_of: Positive
     best_of_policy: str
