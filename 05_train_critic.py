@@ -51,7 +51,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
         spec = config.models[config.critic.generator]
         model, transfer = start_model(
             "language_model", spec.architecture, "bidirectional", len(tokenizer), config.seed, "critic", source,
-            critic_layers=config.critic.layers,
+            critic_layers=config.critic.num_layers,
         )  # fmt: skip
         if config.critic.coupling == "decoupled":
             for name, parameter in model.named_parameters():

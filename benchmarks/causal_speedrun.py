@@ -33,7 +33,7 @@ def plain_model(config: Config, vocabulary: int) -> torch.nn.Module:
     torch.manual_seed(config.seed)
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=vocabulary, n_layer=a.layers, n_embd=a.width, n_head=a.heads, n_positions=a.context,
+            vocab_size=vocabulary, n_layer=a.num_hidden_layers, n_embd=a.hidden_size, n_head=a.num_attention_heads, n_positions=a.context,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
         )
     )  # fmt: skip

@@ -29,13 +29,18 @@ from lib.training.tables import materials_of
 
 OTHER = [
     "seed=7",
-    "generator.architecture.width=96",
-    "generator.architecture.heads=3",
+    "generator.architecture.hidden_size=96",
+    "generator.architecture.num_attention_heads=3",
     "generator.training.steps=700",
 ]
 NAMES = ("inspector", "judge")
 QUICK = [f"{owner}.training.steps=8" for owner in ("generator", "models.inspector", "models.judge")]
-QUICK += ["architecture.layers=1", "architecture.width=32", "architecture.heads=2", "architecture.context=64"]
+QUICK += [
+    "architecture.num_hidden_layers=1",
+    "architecture.hidden_size=32",
+    "architecture.num_attention_heads=2",
+    "architecture.context=64",
+]
 QUICK += ["data.passage_characters=64", "data.block_characters=1024", "training.evaluation_examples=32"]
 
 

@@ -45,7 +45,12 @@ ROUNDS = 5
 
 def settings(steps: int, **architecture) -> tuple[Config, ArchitectureConfig, TrainingConfig]:
     config = load_config()
-    shape = {"layers": 6, "width": 192, "heads": 6, "context": 128} | architecture
+    shape = {
+        "num_hidden_layers": 6,
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "context": 128,
+    } | architecture
     training = config.training.model_dump() | {
         "steps": steps, "batch_size": 32, "evaluate_every": steps, "checkpoint_every": steps, "evaluation_examples": 32,
     }  # fmt: skip
@@ -103,8 +108,8 @@ def hugging_face(steps: int, vocabulary: int) -> float:
     )
     data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     model = BertForMaskedLM(
-        BertConfig(vocab_size=vocabulary, hidden_size=architecture.width, num_hidden_layers=architecture.layers,
-                   num_attention_heads=architecture.heads, intermediate_size=4 * architecture.width,
+        BertConfig(vocab_size=vocabulary, hidden_size=architecture.hidden_size, num_hidden_layers=architecture.num_hidden_layers,
+                   num_attention_heads=architecture.num_attention_heads, intermediate_size=4 * architecture.hidden_size,
                    max_position_embeddings=architecture.context)
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -269,7 +269,7 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
             blank = torch.zeros(input_ids.shape)
             return SimpleNamespace(logits=blank, origin_logits=blank)
 
-    target = objective(told_fraction=0.5)
+    target = objective(conditioning_fraction=0.5)
     index, ids, valid = target.diffusion.windows(range(8))
     filled = target.fill(model(), ids, valid, index, "critic", 8)
     target._critic_losses(Spy(), filled, index, "critic")
@@ -282,7 +282,7 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
     partly = filled.partly_masked(filled.written, target.diffusion.mask_id)
     target._critic_losses(Spy(), partly, index, "critic")
     assert told.pop() is None
-    objective(told_fraction=0.0)._critic_losses(Spy(), filled, index, "critic")
+    objective(conditioning_fraction=0.0)._critic_losses(Spy(), filled, index, "critic")
     assert told.pop() is None
 
 

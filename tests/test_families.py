@@ -215,7 +215,14 @@ PAIRED = {"remask_causal": {}, "bert": {"attention": "full", "pooling": "cls"}}
 
 def planted_model(family: str, head: str, vocabulary: int):
     """A small model whose every weight is large and random, so that all it reads matters much, [CLS] above all."""
-    changes = {"family": family, "context": 40, "layers": 2, "width": 32, "heads": 2, "position_buckets": 8}
+    changes = {
+        "family": family,
+        "context": 40,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "position_buckets": 8,
+    }
     architecture = load_config(quick_test=True).architecture.model_copy(update=changes)
     spec = SPECS[head]
     heads = heads_of(

@@ -29,7 +29,7 @@ def settings(**changes) -> TrainingConfig:
 
 
 def model_of(mode: str = "sequence_scorer", family: str = "remask_gpt") -> Any:
-    small = {"width": 32, "context": 12, "family": family, "position_buckets": 8}
+    small = {"hidden_size": 32, "context": 12, "family": family, "position_buckets": 8}
     architecture = load_config(quick_test=True).architecture.model_copy(update=small)
     return start_model(mode, architecture, "bidirectional", 14, 3, "tiny", **heads_of(mode))[0]
 

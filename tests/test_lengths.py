@@ -84,7 +84,7 @@ def test_so_is_one_that_learns_from_fresh_candidates(name):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_all_models_are_looked_at_before_the_first_is_trained(split):
-    config = config_of("architecture.context=8", "architecture.heads=2", "models.judge.start=scratch",
+    config = config_of("architecture.context=8", "architecture.num_attention_heads=2", "models.judge.start=scratch",
                        "models.judge.architecture.context=12")  # fmt: skip
     tables = {s: candidates(LONGEST if s == split else 5, s) for s in SPLITS}
     given = materials(config, tables)

@@ -195,7 +195,7 @@ def test_the_best_of_n_is_measured_over_the_tokens_of_all_samples(monkeypatch):
     monkeypatch.setattr(module, "_written", lambda *_: next(pools))
     monkeypatch.setattr(module, "decode_batch", lambda tokenizer, rows: ["x"] * len(rows))
     starts: Any = [SimpleNamespace(ids=np.zeros((n, 4))) for n in (3, 2)]
-    rows, _ = best_of(SimpleNamespace(tokenizer=None), starts, "none", 4, 2)
+    rows, _ = best_of(SimpleNamespace(tokenizer=None), starts, "ancestral", 4, 2)
     found = {row["scorer"]: row for row in rows}
     assert found[CHANCE]["nll"]["value"] == pytest.approx((23 + 4) / 14)
     assert found["critic"]["nll"]["value"] == pytest.approx((15 + 3) / 14)

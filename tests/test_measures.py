@@ -74,13 +74,13 @@ def test_words_are_valid_but_for_the_first_and_last_which_may_be_cut():
 
 def test_a_row_of_the_table_is_per_character_over_all_texts():
     texts = ["abab", "ab"]
-    row = describe("none", 4, 3.5, 1.0, texts, {"ab"}, np.array([4.0, 5.0]))
+    row = describe("ancestral", 4, 3.5, 1.0, texts, {"ab"}, np.array([4.0, 5.0]))
     assert row["reference_nll"]["value"] == pytest.approx(9 / 6)
     assert (
         row["character_entropy"] == pytest.approx(np.log(2)) and row["samples"] == 2 and row["passes"] == 3.5
     )
     assert row["fourgram_entropy"] == pytest.approx(ngram_entropy(characters(texts), 4))
-    assert describe("none", 4, 3.5, 1.0, texts, {"ab"}, None)["reference_nll"] is None
+    assert describe("ancestral", 4, 3.5, 1.0, texts, {"ab"}, None)["reference_nll"] is None
 
 
 def test_a_document_s_means_are_over_its_tokens():

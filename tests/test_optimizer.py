@@ -89,7 +89,14 @@ def backbone(family: str) -> Any:
 
 
 def own(mode: str, family: str, **changes) -> Any:
-    small = {"width": 32, "context": 12, "layers": 2, "family": family, "position_buckets": 8, "bias": True}
+    small = {
+        "hidden_size": 32,
+        "context": 12,
+        "num_hidden_layers": 2,
+        "family": family,
+        "position_buckets": 8,
+        "bias": True,
+    }
     architecture = load_config(quick_test=True).architecture.model_copy(update=small)
     return start_model(mode, architecture, "bidirectional", 14, 3, "t", **heads_of(mode), **changes)[0]
 

@@ -83,7 +83,7 @@ def materials(tokenizer: Any, tampered: str | None = None, **changes: Any) -> Ma
 
 def spec_of(mode: Any, **changes: Any) -> ModelSpec:
     config = load_config(quick_test=True)
-    shape = {"layers": 1, "width": 32, "heads": 2, "context": 16}
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "context": 16}
     training = settings(steps=2, evaluate_every=1, batch_size=4, evaluation_examples=8)
     return ModelSpec(mode=mode, architecture=config.architecture.model_copy(update=shape), training=training,
                      **changes)  # fmt: skip

@@ -120,7 +120,7 @@ def test_an_epoch_has_every_example_and_rewrites_it_anew(make_producer, tmp_path
 def test_corruption_may_rise_from_epoch_to_epoch(make_producer, tmp_path, config):
     producer = make_producer(tmp_path, backlog=16)
     producer.config = load_config(
-        quick_test=True, overrides=[*SETTINGS, "stream.first_mask_ratio=[0.0, 0.1]", "stream.rise_epochs=2"]
+        quick_test=True, overrides=[*SETTINGS, "stream.initial_mask_ratio=[0.0, 0.1]", "stream.ramp_epochs=2"]
     )
     while producer.step() is not None:
         pass

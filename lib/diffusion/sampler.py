@@ -246,7 +246,7 @@ class Sampler:
             chance=self._noise("take back count", key_number, rows.number, 1)[:, 0],
             confidence=confidence + 1e-9 * noise,
             margin=margin,
-            back_share=self.settings.back_share,
+            remask_share=self.settings.remask_share,
             remdm_share=self.settings.remdm_share,
             fresh_confidence=lambda: self.fresh_confidence(draft.ids),
             critic_error=lambda: self.calibration(self.raw_error(draft.ids, rows.given), "filled", share),

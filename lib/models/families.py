@@ -51,10 +51,10 @@ def _remask_gpt(
 ) -> remask_gpt.RemaskGptConfig:
     return remask_gpt.RemaskGptConfig(
         vocab_size=vocab_size,
-        hidden_size=architecture.width,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        intermediate_size=architecture.inner_width,
+        hidden_size=architecture.hidden_size,
+        num_hidden_layers=architecture.num_hidden_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        intermediate_size=architecture.intermediate_size,
         max_position_embeddings=architecture.context + 1,  # [CLS] stands in front
         attention=attention,
         dropout=architecture.dropout,
@@ -68,11 +68,11 @@ def _ltg_bert(
 ) -> ltg_bert.LtgBertConfig:
     return ltg_bert.LtgBertConfig(
         vocab_size=vocab_size,
-        hidden_size=architecture.width,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        intermediate_size=architecture.inner_width
-        or architecture.width * 8 // 3,  # as in the published sizes
+        hidden_size=architecture.hidden_size,
+        num_hidden_layers=architecture.num_hidden_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        intermediate_size=architecture.intermediate_size
+        or architecture.hidden_size * 8 // 3,  # as in the published sizes
         max_position_embeddings=architecture.context + 1,
         position_bucket_size=architecture.position_buckets,
         hidden_dropout_prob=architecture.dropout,

@@ -125,8 +125,8 @@ def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, pol
         curves = {"generator (stage 02)": generator_alone} | curves
     architecture = config.models[config.critic.generator].architecture
     settings = (
-        f"data: {config.data.path}, {config.tokenizer.kind} tokens; backbone: {architecture.layers} layers x "
-        f"{architecture.width}, context {architecture.context}; seed {config.seed}"
+        f"data: {config.data.path}, {config.tokenizer.kind} tokens; backbone: {architecture.num_hidden_layers} layers x "
+        f"{architecture.hidden_size}, context {architecture.context}; seed {config.seed}"
     )
     return ReportData(
         stage.run_dir.name, settings, manifests, curves, bench.results, policies, best_of, samples, trace,

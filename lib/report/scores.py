@@ -66,7 +66,7 @@ def known_texts(bench: Any, count: int = BATCH) -> list[Window]:
     rows = np.arange(len(real))
     free = randomness.uniform(randomness.key(bench.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5
     masked = np.where(free, bench.tokenizer.mask_token_id, real)
-    rewritten = bench.sampler.sample(masked, free, rows, POLICIES["none"], 1).ids if len(real) else real
+    rewritten = bench.sampler.sample(masked, free, rows, POLICIES["ancestral"], 1).ids if len(real) else real
     named = ((HELD_OUT, real), (REWRITTEN, rewritten))
     return [Window(name, number, ids) for name, texts in named for number, ids in enumerate(texts)]
 

@@ -140,7 +140,9 @@ def streaming(stage: Stage, config: Config, materials: "Materials") -> Iterator[
     cut = cut_of(config, materials.examples("train").num_rows)
 
     def rows_of(name: str) -> FreshRows:
-        all_rows.append(FreshRows(store, cut, config.seed, name, stage.folder / name, config.stream.patience))
+        all_rows.append(
+            FreshRows(store, cut, config.seed, name, stage.folder / name, config.stream.timeout_seconds)
+        )
         return all_rows[-1]
 
     materials.fresh_rows = rows_of

@@ -128,11 +128,6 @@ class RemaskGptConfig(PreTrainedConfig):
         return self.attention == "causal"
 
     @property
-    def inner_width(self) -> int:
-        """Width of the MLP: `intermediate_size`, or its default."""
-        return self.intermediate_size or 4 * self.hidden_size
-
-    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads

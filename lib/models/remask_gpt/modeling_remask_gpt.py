@@ -366,8 +366,10 @@ class RemaskGptMLP(nn.Module):
 
     def __init__(self, config: RemaskGptConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.inner_width, bias=config.bias)
-        self.down_proj = make_linear(config.inner_width, config.hidden_size, config.bias, initial_std=0.0)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = make_linear(
+            config.intermediate_size, config.hidden_size, config.bias, initial_std=0.0
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(squared_relu(self.up_proj(hidden)))

@@ -178,7 +178,9 @@ class TokenCritic:
         labelled = filled.written | (visible & (chance < self.config.clean_fraction))
         chance = randomness.uniform(randomness.key(self.seed, f"{purpose} told"), rows, 1)
         # In the middle of a round nothing is told
-        told = visible.all(1, keepdims=True, where=filled.valid) & (chance < self.config.told_fraction)
+        told = visible.all(1, keepdims=True, where=filled.valid) & (
+            chance < self.config.conditioning_fraction
+        )
         error, origin = self._critic_logits(model, filled, told)
         wrong = filled.ids != filled.clean
         if self.config.labels == "expected":
