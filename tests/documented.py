@@ -1,7 +1,7 @@
 """What the documents and messages of the project promise: its commands, flags and config keys, found by reading the tree.
 
-Documents are README.md, docs/, the heads of the shipped configs and the docstrings of scripts and benchmarks. Messages
-are the string literals of the scripts, lib/ and benchmarks/.
+Documents are README.md and its siblings, docs/, the heads of the shipped configs, and the docstrings of scripts, lib/ and benchmarks/.
+Messages are the string literals of the scripts, lib/ and benchmarks/.
 """
 
 import ast
@@ -22,13 +22,16 @@ from pydantic import BaseModel
 from lib.config import ROOT, Config
 
 SCRIPTS = sorted(ROOT.glob("0[0-9]_*.py"))
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+HISTORY = {"LOG.md", "CHANGELOG.md"}  # what they name may be gone
+DOCUMENTS = sorted([*(p for p in ROOT.glob("*.md") if p.name not in HISTORY), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SOURCES = sorted([*SCRIPTS, *(ROOT / "lib").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
-LOG = ROOT / "LOG.md"  # history: what it names may be gone
+LOG = ROOT / "LOG.md"
+OWN_PACKAGES = ("lib", "tests", "benchmarks")
 
 _START = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|make) \S")
 _IN_PROSE = ("make a ", "make the ", "make it ", "make them ", "make sure ")
+_WORDS = re.compile(r"""[;&|]+|(?:"[^"]*"|'[^']*'|[^\s;&|"'])+""")  # with their quotes
 _SEPARATORS = {"&", "&&", ";", "|", "do", "done", "then"}
 
 
@@ -114,17 +117,17 @@ def _commands_of(line: str) -> Iterator[str]:
         return
     if not re.search(r"(^|[;&] |do )(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(python|make) ", line):
         return
-    lexer = shlex.shlex(line, posix=False, punctuation_chars=";&|")
-    lexer.whitespace_split = True
-    part: list[str] = []
     try:
-        words = list(lexer)
+        shlex.split(line)
     except ValueError:  # an apostrophe: prose
         return
-    for word in [*words, ";"]:
+    part: list[str] = []
+    for word in [*_WORDS.findall(line), ";"]:
         if word in _SEPARATORS:
             text = " ".join(part)
-            if _START.match(text) and not text.startswith(_IN_PROSE):
+            module = re.search(r"python -m (\w+)", text)
+            others = module is not None and module[1] not in OWN_PACKAGES  # pip, pytest
+            if _START.match(text) and not text.startswith(_IN_PROSE) and not others:
                 yield re.sub(r"\[(--[^]]*)\]", r"\1", text).removesuffix(
                     " ..."
                 )  # what may be left out is given
@@ -246,3 +249,25 @@ def flags(text: str) -> list[str]:
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+# ----------------------------------------------------------------------------------------- links
+
+
+def links() -> Iterator[tuple[str, Path, str]]:
+    """(where, file, heading or "") of every link of a document into the tree; fenced code is left out."""
+    for file in DOCUMENTS:
+        text = file.read_text(encoding="utf-8")
+        prose = re.sub(r"^```.*?^```", lambda m: "\n" * m[0].count("\n"), text, flags=re.S | re.M)
+        for match in re.finditer(r"\]\(([^)\s]+)\)", prose):
+            if not re.match(r"[a-z]+:", match[1]):  # https:, mailto:
+                name, _, heading = match[1].partition("#")
+                where = f"{file.relative_to(ROOT)}:{prose[: match.start()].count(chr(10)) + 1}"
+                yield where, (file.parent / name).resolve() if name else file, heading
+
+
+def anchors(file: Path) -> set[str]:
+    """The names by which links find the headings of a document, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}

@@ -1,7 +1,7 @@
 """Every command of README, docs, configs and docstrings runs, small: with --quick_test, on data made here, in a copy of the tree.
 
-`make test-commands` runs them; they take some minutes. What a command needs from earlier stages is made first, as its reader would.
-A new command that cannot be run as it stands wants an entry in `STAND_INS` (what its placeholders mean) or `SMALLER`.
+`make test-commands` runs them; they take some minutes. The outputs of earlier stages that a command needs are made first.
+A new command that cannot be run as it stands needs an entry in `STAND_INS` (what its placeholders mean) or `SMALLER`.
 """
 
 import json
@@ -27,6 +27,7 @@ STAND_INS = {
     "/path/to/FinQA/dataset": "finqa_data",
     "FinQA/dataset": "finqa_data",
     "/path/to/all-MiniLM-L6-v2": "encoder",
+    "/path/to/masked-lm": "masked_lm",
     "CHECKPOINT": "checkpoint/model.safetensors",
     "model.bin": "checkpoint/model.bin",
     "IN.bin": "checkpoint/model.bin",
@@ -49,6 +50,8 @@ SMALLER = {
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.over_seeds": "",
 }
+# Settings under which commands with the same configs need another run
+RUNS_OF_THEIR_OWN = {"labels.path": "labels", "data.drop": "drop", "generator.checkpoint": "masked_lm"}
 NOT_RUN = {"test", "test-commands", "lint", "types", "format", "setup"}  # of make: they are what CI runs
 
 
@@ -74,7 +77,7 @@ def make_data(root: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
     from lib.tasks.finqa.builtin import make_pages
     from lib.tokenization import train_tokenizer
@@ -85,7 +88,10 @@ def make_data(root: Path) -> None:
         (root / name).write_text(text, encoding="utf-8")
     (root / "tinyshakespeare").mkdir()
     (root / "tinyshakespeare" / "input.txt").write_text(text, encoding="utf-8")
-    (root / "labels.json").write_text('{"text:0": 0.5}', encoding="utf-8")
+    labels = {
+        f"text:{i}": {"score": i % 10 / 10, "spans": [[0, 1, 1]] if i % 2 else []} for i in range(20_000)
+    }
+    (root / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
     (root / "finqa_data").mkdir()
     records = make_pages(0, 60)
     pages = sorted({r["filename"] for r in records})
@@ -100,13 +106,14 @@ def make_data(root: Path) -> None:
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     torch.manual_seed(0)
-    BertModel(
-        BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                   intermediate_size=32, max_position_embeddings=512)
-    ).save_pretrained(root / "encoder")  # fmt: skip
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
-    ).save_pretrained(root / "encoder")  # fmt: skip
+    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                 max_position_embeddings=512)  # fmt: skip
+    BertModel(BertConfig(vocab_size=30522, **shape)).save_pretrained(root / "encoder")
+    BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(root / "masked_lm")
+    for folder in ("encoder", "masked_lm"):
+        PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+        ).save_pretrained(root / folder)  # fmt: skip
     model = small_model()
     (root / "checkpoint").mkdir()
     state = reference_dict(model)
@@ -185,10 +192,12 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
 
 
 def _slug(arguments: list[str]) -> str:
-    """A run's name by the configs that a command has."""
+    """A run's name by the configs that a command has, and by settings that change what the first stages make."""
     text = " ".join(arguments)
-    configs = re.findall(r"configs/(?:models/)?([a-z0-9_-]+)\.yaml", text)
-    return "_".join(configs) + ("_text" if "text.txt" in text and configs else "") if configs else "default"
+    parts = re.findall(r"configs/(?:models/)?([a-z0-9_-]+)\.yaml", text)
+    parts += ["text"] if "text.txt" in text and parts else []
+    parts += [name for key, name in RUNS_OF_THEIR_OWN.items() if f"{key}=" in text]
+    return "_".join(parts) or "default"
 
 
 def _without(words: list[str], *flags: str) -> list[str]:
