@@ -25,7 +25,7 @@ from lib.report.table import aligned
 from lib.runs import STAGES, RunArgs
 from lib.runtime import Runtime
 from lib.training.objectives.build import make_objective
-from lib.training.tables import materials_of
+from lib.training.stage_inputs import read_stage_inputs
 
 OTHER = [
     "seed=7",
@@ -55,11 +55,13 @@ def measured_elsewhere(own: Path, other: Path, config: Config) -> dict[str, dict
     with Stage(
         "04_train.py", config, RunArgs(run_dir=other), uses=("seed",), reads=reads, restarts=True
     ) as stage:
-        materials = materials_of(stage, config, Runtime.detect(config))
+        stage_inputs = read_stage_inputs(stage, config, Runtime.detect(config))
         found = {}
         for name in NAMES:
             model: Any = load_model(own / "04_train" / name / "best_model").eval()
-            objective: Any = make_objective(name, config.models[name], materials, config.architecture.context)
+            objective: Any = make_objective(
+                name, config.models[name], stage_inputs, config.architecture.context
+            )
             with torch.no_grad():
                 found[name] = objective.report(model)[0]
         stage.leave_incomplete("measured with the models of another run")

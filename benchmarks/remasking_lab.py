@@ -26,8 +26,8 @@ from lib.config import Config, load_config
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.policies import POLICIES
 from lib.diffusion.sampler import Sampler, Samples
+from lib.evaluation.quality import lexicon, reference_nll
 from lib.models.build import load_model
-from lib.report.quality import lexicon, reference_nll
 from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
 from lib.tokenization import decode_batch, load_tokenizer

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from benchmarks.provenance import say_provenance
 from lib import durable, randomness
 from lib.config import Config, load_config
-from lib.diffusion.lowest import lowest
 from lib.diffusion.masking import draw_mask, masked_counts
 from lib.diffusion.nelbo import mask_batch
+from lib.diffusion.top_k import lowest_k
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
@@ -239,7 +239,7 @@ def compare_precisions(run: Path, texts: int = 256) -> None:
     }  # fmt: skip
     width = engines["fp32"].width
     ids = np.array([row[:width] for row in held_out if len(row) >= width][:texts])
-    masked = lowest(randomness.uniform(7, np.arange(len(ids)), width), np.ones(ids.shape, bool),
+    masked = lowest_k(randomness.uniform(7, np.arange(len(ids)), width), np.ones(ids.shape, bool),
                     np.full(len(ids), width // 2))  # fmt: skip
     targets = torch.from_numpy(ids[masked])
     found: dict[str, tuple[list[float], float]] = {name: ([], 0.0) for name in engines}

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from lib.metrics import average_precision, classification, ngram_entropy, regression
-from lib.report.best_of import _scorers
-from lib.report.quality import (
+from lib.evaluation.best_of import _scorers
+from lib.evaluation.quality import (
     characters,
     describe,
     from_first_gap,
@@ -17,8 +16,9 @@ from lib.report.quality import (
     sequence_scores,
     valid_words,
 )
-from lib.report.rank_bench import RankBench
-from lib.report.scores import documents_of
+from lib.evaluation.ranking_evaluator import RankingEvaluator
+from lib.evaluation.text_scores import documents_of
+from lib.metrics import average_precision, classification, ngram_entropy, regression
 from tests.test_objectives import CLS, Bigrams, V
 from tests.test_pool_choice import made_table
 from tests.trainings import CPU
@@ -115,7 +115,7 @@ def test_an_answer_is_the_candidate_of_the_highest_score_and_its_probability_its
     table = made_table()
     rng = np.random.default_rng(0)
     scores = np.where(table.present, rng.normal(size=table.present.shape), -np.inf)
-    bench: Any = RankBench.__new__(RankBench)
+    bench: Any = RankingEvaluator.__new__(RankingEvaluator)
     bench.config = SimpleNamespace(seed=0)
     bench._explain = lambda seen: f"{seen['chosen_kind']} {seen['reward']}"
     bench.tables, bench.scores, bench.trained = {"held_out": table}, {("r", "held_out"): scores}, ["r"]

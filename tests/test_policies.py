@@ -9,10 +9,10 @@ import torch
 
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw, probability_of
-from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import POLICIES, View, _rounded, rounds_for, rule
 from lib.diffusion.sampler import Sampler
 from lib.diffusion.schedule import held_rounds, masked_shares, temperatures
+from lib.diffusion.top_k import lowest_k
 from tests.test_sampling import CPU, MASK, NONE, SPECIAL, TRUTH, Oracle, settings
 
 T, LEFT = 20, 4
@@ -33,14 +33,14 @@ def view_of(
         "fresh_confidence": lambda: orders["fresh"], "critic_error": lambda: orders["critic"],
         "partial_error": lambda: orders["partial"], "partial_origin": lambda: orders["origin"],
         "blend_error": lambda: orders["blend"], "wrong": lambda: wrong,
-        "most": lambda suspicion, where, count: lowest(-suspicion, where, count),
+        "most": lambda suspicion, where, count: lowest_k(-suspicion, where, count),
     }  # fmt: skip
     return View(**arguments | changes), orders
 
 
 def first(order: np.ndarray, among: np.ndarray, count: int) -> set[int]:
     """The `count` lowest of an order (1, T) among some positions."""
-    return set(np.flatnonzero(lowest(order, among[None], np.array([count]))[0]).tolist())
+    return set(np.flatnonzero(lowest_k(order, among[None], np.array([count]))[0]).tolist())
 
 
 ALL = np.ones(T, bool)

@@ -23,12 +23,12 @@ from lib import schema
 from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.evaluation.quality import describe, from_first_gap, lexicon, valid_words
+from lib.evaluation.sample_evaluator import roles
 from lib.metrics import ngram_entropy
 from lib.report import plots
-from lib.report.bench import roles
 from lib.report.data import ReportData
 from lib.report.html import build_report
-from lib.report.quality import describe, from_first_gap, lexicon, valid_words
 from lib.report.table import aligned, results_table, sampling_table
 from lib.runs import RunArgs, check_stage_name, inspect, load_manifest, score_stage
 

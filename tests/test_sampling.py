@@ -17,8 +17,8 @@ from lib.diffusion.policies import POLICIES, rounds_for
 from lib.diffusion.sampler import STILL_MASKED, TAKEN_BACK, WRITTEN, Sampler
 from lib.diffusion.schedule import masked_counts_left, masked_shares, temperatures
 from lib.errors import BadConfig
+from lib.evaluation.infilling import Start
 from lib.models.build import make_model, model_config
-from lib.report.infilling import Start
 from lib.runtime import Runtime
 from lib.sections.sampler import WITH_ERROR_VIEW
 
@@ -578,13 +578,13 @@ def test_a_single_gap_costs_a_single_pass(name):
 
 
 def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
-    from lib.report import best_of as module
+    from lib.evaluation import best_of as module
 
     sampler = oracle_sampler(randomness_strength=0.0)
     monkeypatch.setattr(
         module, "reference_nll", lambda model, runtime, ids, free, cls: (ids != TRUTH).sum(1) * 1.0
     )
-    bench = SimpleNamespace(
+    evaluator = SimpleNamespace(
         sampler=sampler,
         runtime=CPU,
         reference=object(),
@@ -598,7 +598,7 @@ def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
     )
     ids, free = np.full((40, 40), MASK), np.ones((40, 40), bool)
     whole = Start(ids, free, np.arange(40))
-    found, (texts,) = module.best_of(bench, [whole], "ancestral", 4, 6)
+    found, (texts,) = module.best_of(evaluator, [whole], "ancestral", 4, 6)
     rows = {r["scorer"]: r for r in found}
     assert rows["critic"]["gain"]["low"] > 0.05  # sees every error
     assert rows["critic"]["nll"]["value"] == pytest.approx(rows[module.CEILING]["nll"]["value"])
@@ -607,10 +607,10 @@ def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
     assert (texts["critic"] != TRUTH).sum(1).mean() == pytest.approx(rows["critic"]["nll"]["value"] * 40)
     # The same samples in two parts: each is written and chosen as before, the row is over both
     parts = [Start(ids[p], free[p], np.arange(40)[p]) for p in (slice(0, 15), slice(15, 40))]
-    found, (first, second) = module.best_of(bench, parts, "ancestral", 4, 6)
+    found, (first, second) = module.best_of(evaluator, parts, "ancestral", 4, 6)
     assert (np.concatenate([first["critic"], second["critic"]]) == texts["critic"]).all()
     assert {r["scorer"]: r for r in found} == rows
 
-    bench.reference = None  # chooses all the same
-    found, (again,) = module.best_of(bench, [whole], "ancestral", 4, 6)
+    evaluator.reference = None  # chooses all the same
+    found, (again,) = module.best_of(evaluator, [whole], "ancestral", 4, 6)
     assert (again["critic"] == texts["critic"]).all() and all(r["gain"] is None for r in found)

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.diffusion.lowest import lowest
+from lib.diffusion.top_k import lowest_k
 from lib.errors import BadConfig
 
 
@@ -115,7 +115,7 @@ def rule(policy: Policy, threshold: float | None) -> Callable[[View], np.ndarray
 
 def _keep_masked(order: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
     """Nothing is taken back: of the masked positions those with the lowest `order` stay masked."""
-    return lambda view: lowest(order(view), view.masked, view.left)
+    return lambda view: lowest_k(order(view), view.masked, view.left)
 
 
 def _suspicious(name: str, error: Callable[[View], np.ndarray], extra_pass: bool = False) -> Policy:
@@ -147,7 +147,7 @@ def _take_back_some(
         # Rows with nothing else masked must take back all that the schedule wants masked
         back_count = np.maximum(back_count, view.left - view.masked.sum(1))
         back = view.most(suspicion(view), written, back_count)
-        return back | lowest(view.noise, view.masked, view.left - back_count)
+        return back | lowest_k(view.noise, view.masked, view.left - back_count)
 
     return choose
 

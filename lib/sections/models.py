@@ -71,7 +71,7 @@ class TrainingConfig(Section):
             )
         if self.unfreeze_at_step is not None and not 0 < self.unfreeze_at_step < self.steps:
             raise ValueError(
-                "unfreeze_at_step must lie between 0 and steps; leave it out to keep the trunk frozen"
+                "unfreeze_at_step must lie between 0 and steps; leave it out to keep the backbone frozen"
             )
         return self
 

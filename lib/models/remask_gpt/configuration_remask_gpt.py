@@ -32,7 +32,7 @@ class RemaskGptConfig(PreTrainedConfig):
     Args:
         vocab_size: number of token ids.
         hidden_size: width D of the residual stream; divisible by `num_attention_heads`, with an even head width.
-        num_hidden_layers: transformer blocks of the trunk.
+        num_hidden_layers: transformer blocks of the backbone.
         num_attention_heads: attention heads per block.
         intermediate_size: width of the MLP; None means four times `hidden_size`.
         max_position_embeddings: largest number of positions. Positions are rotary, so no weight depends on it; longer
