@@ -1,4 +1,4 @@
-"""What the documents and messages of the project promise: its commands, flags and config keys, found by reading the tree.
+"""Commands, flags, config keys and links of the documents and messages, found by reading the tree.
 
 Documents are README.md and its siblings, docs/, the heads of the shipped configs, and the docstrings of scripts, lib/ and benchmarks/.
 Messages are the string literals of the scripts, lib/ and benchmarks/.
@@ -37,7 +37,7 @@ _SEPARATORS = {"&", "&&", ";", "|", "do", "done", "then"}
 
 @dataclass(frozen=True)
 class Command:
-    """A command as a document has it; `words` are those of the shell, in order."""
+    """A command of a document; `words` are the words of the shell, in order."""
 
     where: str  # file and line
     text: str
@@ -85,7 +85,7 @@ def commands() -> list[Command]:
 def expand_make(arguments: list[str], cwd: Path, folder: Path) -> list[list[str]]:
     """The commands that `make` with these arguments would run in the environment, each as program and arguments.
 
-    Its shell runs as ever, but the programs of .venv/bin are replaced, in `folder`, by one that writes down how it was called.
+    The shell runs as usual. The programs of .venv/bin are replaced by a script in `folder` that records its arguments.
     Raises CalledProcessError when make fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def _commands_of(line: str) -> Iterator[str]:
 
 
 def _lines() -> Iterator[tuple[str, str]]:
-    """(where, shell line) of all places that hold commands."""
+    """(where, shell line) of everything that may hold commands."""
     for file in DOCUMENTS:
         text, name = file.read_text(encoding="utf-8"), file.relative_to(ROOT)
         for block in re.finditer(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
@@ -255,7 +255,7 @@ def relative(path: Path) -> str:
 
 
 def links() -> Iterator[tuple[str, Path, str]]:
-    """(where, file, heading or "") of every link of a document into the tree; fenced code is left out."""
+    """(where, file, heading or "") of every link of a document into the tree; code blocks are left out."""
     for file in DOCUMENTS:
         text = file.read_text(encoding="utf-8")
         prose = re.sub(r"^```.*?^```", lambda m: "\n" * m[0].count("\n"), text, flags=re.S | re.M)

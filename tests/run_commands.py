@@ -1,8 +1,9 @@
-"""Runs documented commands, small, in a copy of the tree; tests/test_commands.py starts it there, once per worker.
+"""Run documented commands with small models in a copy of the tree. tests/test_commands.py starts this script there.
 
-Standard input is a JSON list of commands, each a list of words that begins with `make`, `python FILE` or `python -m MODULE`.
-Each is run in this process as the interpreter would run it, so that torch is imported once; of `make`, what its recipe calls. A command with `--stream` runs beside the one after it, in a process of its own. One JSON line
-per command goes to standard output: its exit status and the end of what it said.
+Standard input is a JSON list of commands. Each is a list of words that begins with `make`, `python FILE` or `python -m MODULE`.
+Commands run in this process, so that torch is imported once. For `make`, the commands of its recipe run. A command with
+`--stream` runs in a process of its own, beside the next command. For each command, one JSON line goes to standard output: its
+exit status and the end of its output.
 """
 
 import json

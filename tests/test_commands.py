@@ -20,7 +20,7 @@ from tests.documented import SCRIPTS, Command, commands
 pytestmark = pytest.mark.commands
 STAGES = [script.name for script in SCRIPTS]
 
-# Placeholders of the documents, and what stands for them in the copy
+# Placeholders of the documents, and what replaces them in the copy
 STAND_INS = {
     "/path/to/tinyshakespeare/input.txt": "text.txt",
     "/path/to/text.txt": "text.txt",
@@ -125,7 +125,7 @@ def make_data(root: Path) -> None:
 
 
 def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
-    """(which commands must run in one after the other, the command and what must have run before it) in small."""
+    """(group of commands that run one after the other, the small command with those that must run before it)."""
     text = command.text
     for name, stand_in in STAND_INS.items():
         text = re.sub(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])", stand_in, text)

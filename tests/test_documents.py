@@ -1,6 +1,6 @@
-"""Documents and messages keep their word: every command is accepted by the program it names, every flag and config key exists.
+"""Documents and messages are correct: each command is accepted by its program; each flag, config key and link exists.
 
-tests/test_commands.py runs the same commands, small; here they are parsed by the very parsers and checked against the tree.
+tests/test_commands.py runs the same commands with small models. Here they are only parsed, by the parsers of the programs.
 """
 
 import argparse
@@ -45,14 +45,14 @@ def named(command: Command) -> str:
 
 
 def test_the_documents_commands_are_found():
-    """The reader of documents is not blind: at least so many commands of each kind stand in them today."""
+    """At least this many commands of each kind are found."""
     counts = {kind: len(commands_of(kind)) for kind in ("script", "module", "make", "file")}
     assert counts["script"] >= 30 and counts["module"] >= 30 and counts["make"] >= 10 and counts["file"] >= 3
     assert {c.target for c in commands_of("script")} == {script.name for script in SCRIPTS}
 
 
 def parser_of(script: str, monkeypatch) -> argparse.ArgumentParser:
-    """The parser that a script gives itself when it is started."""
+    """The parser that a script makes when it starts."""
     made = {}
 
     def catch(main, description, **kinds):
@@ -72,7 +72,7 @@ def test_every_command_of_a_script_has_flags_and_settings_that_exist(command, mo
 
 @pytest.mark.parametrize("command", commands_of("module", "file"), ids=named)
 def test_every_command_of_a_module_is_accepted_by_its_parser(command, monkeypatch):
-    """The program is started with the documented arguments and stopped where it has understood them."""
+    """The program starts with the documented arguments, and is stopped after it has parsed them."""
 
     class Understood(Exception):
         pass
@@ -124,9 +124,9 @@ def test_every_target_of_make_has_a_rule_and_a_line_of_help():
     assert phony
     rules = set(re.findall(r"^([a-z_-]+):", text, re.M))
     assert set(phony[1].split()) == rules
-    shown = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT).stdout
+    printed = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT).stdout
     for target in rules - {"help"}:
-        assert re.search(rf"^make {target} ", shown, re.M), f"make help says nothing of {target}"
+        assert re.search(rf"^make {target} ", printed, re.M), f"make help does not list {target}"
 
 
 def test_every_config_key_that_a_message_or_a_document_names_exists():
@@ -144,7 +144,7 @@ def test_every_config_key_that_a_message_or_a_document_names_exists():
         ("`diffusion.masking.p1`", True), ("finqa.pools.leak_limit", True), ("critic.ppo.clipp", False),
     ],
 )  # fmt: skip
-def test_the_reader_of_config_keys_tells_right_from_wrong(text, exists):
+def test_key_exists_accepts_only_keys_of_the_config(text, exists):
     found = config_keys(text.replace("{name}", "<x>"))
     assert len(found) == 1 and key_exists(found[0]) == exists
 
@@ -166,7 +166,7 @@ def test_every_flag_that_a_message_or_a_document_names_exists():
 
 
 def test_every_import_is_declared_in_a_requirements_file():
-    """What the code imports is what `pip install -r` brings; benchmarks have a file of their own."""
+    """`pip install -r` installs what the code imports; benchmarks have a file of their own."""
     distributions = importlib.metadata.packages_distributions()
 
     def normal(name: str) -> str:
@@ -206,7 +206,7 @@ def test_every_link_of_a_document_leads_to_a_file_and_a_heading():
     assert wrong == []
 
 
-def test_the_log_is_history_and_no_document_sends_readers_to_a_heading_that_is_not_there():
+def test_every_heading_of_the_log_that_a_document_names_exists():
     log = LOG.read_text(encoding="utf-8")
     for where, line in documents():
         for title in re.findall(r'LOG\.md, "([^"]+)"', line):
