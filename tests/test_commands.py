@@ -142,7 +142,7 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
             return "seeds" if "seed_" in run else run, [["make", *rest, run, "QUICK=1"]]
         if arguments[0] in ("inspect", "report"):
             made = ["make", "pipeline", "RUN=outputs/default", "QUICK=1"]
-            return "RUN=outputs/default", [made, ["make", *arguments, "RUN=outputs/default"]]
+            return "RUN=outputs/default", [made, ["make", *arguments, "RUN=outputs/default", "QUICK=1"]]
         if arguments[0] == "benchmark-quick":
             return "remasking", [["python", "-m", "benchmarks.remasking", "outputs/quick", "--tiny"]]
         return ("quick_test" if arguments[0] == "quick_test" else run), [["make", *arguments]]
@@ -216,12 +216,14 @@ def _without(words: list[str], *flags: str) -> list[str]:
 
 
 def plan() -> dict[str, list[tuple[Command, list[list[str]]]]]:
-    """group -> its commands, with what must run before each."""
+    """group -> its commands, with what must run before each. Those that replace outputs of a shared run come last."""
     groups: dict[str, list] = {}
     for number, command in enumerate(commands()):
         group, steps = small(command, number)
         if steps:
             groups.setdefault(group, []).append((command, steps))
+    for members in groups.values():
+        members.sort(key=lambda member: "--overwrite" in member[1][-1])
     return groups
 
 
