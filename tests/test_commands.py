@@ -36,6 +36,8 @@ STAND_INS = {
     "outputs/run_001": "outputs/default",
     "outputs/demo": "outputs/default",
 }
+# Settings under which commands with the same configs need another run
+RUNS_OF_THEIR_OWN = {"labels.path": "labels", "data.drop": "drop", "generator.checkpoint": "masked_lm"}
 # Words of single programs that make them small; a program of benchmarks/ without an entry fails its test
 SMALLER = {
     "benchmarks.nelbo": "--set data.path=text.txt --set models.generator.training.steps=4 --set architecture.num_hidden_layers=1",
@@ -50,8 +52,6 @@ SMALLER = {
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.over_seeds": "",
 }
-# Settings under which commands with the same configs need another run
-RUNS_OF_THEIR_OWN = {"labels.path": "labels", "data.drop": "drop", "generator.checkpoint": "masked_lm"}
 NOT_RUN = {"test", "test-commands", "lint", "types", "format", "setup"}  # of make: they are what CI runs
 
 
