@@ -1,0 +1,474 @@
+"""Check the language and the shape of the source tree.
+
+`python -m tests.language` prints one line per offence and exits with 1 if there is any. `python -m tests.language PATH ...`
+checks these files and folders only. `--kind words` shows one kind of offence:
+
+- words: a word, name or module of the project's old vocabulary. docs/glossary.md gives the term that replaces it.
+- sentences: a sentence of more than 30 words in a document or a docstring.
+- readme: README.md is too long.
+- files: a file of lib/ or a script has more than 400 lines.
+- parameters: a constructor or a public function takes more than six parameters.
+
+The module imports the standard library only.
+"""
+
+import argparse
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "pyproject.toml").exists():  # a copy of this file outside the tree
+    ROOT = Path.cwd()
+
+MAX_WORDS = 30  # per sentence
+MAX_LINES = 400  # per file of lib/ and per script
+MAX_PARAMETERS = 6
+README_LINES, README_WORDS, README_WIDTH = 150, 1400, 110
+KINDS = ("words", "sentences", "readme", "files", "parameters")
+
+# Files that may use the old words: history, the glossary, and the check itself
+HISTORY = {"CHANGELOG.md", "LOG.md", "docs/glossary.md", "tests/language.py", "tests/test_language.py"}
+TEXT_FILES = {".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".txt", ".css", ".js", ".sh"}
+TEXT_NAMES = {"Makefile", "run"}
+
+
+@dataclass(frozen=True)
+class Offence:
+    path: str
+    line: int
+    kind: str
+    message: str
+    is_constructor: bool = False  # of kind `parameters`
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.kind}: {self.message}"
+
+
+# ------------------------------------------------------------------------------------------------ old words
+# Anywhere in a line. `_` separates words here, since `\b` does not stop at it.
+_START, _END = r"(?<![A-Za-z])", r"(?![A-Za-z])"
+
+
+def _word(pattern: str) -> str:
+    return rf"(?i:{_START}(?:{pattern}){_END})"
+
+
+ANYWHERE = {
+    # DESIGN: terms of the field
+    r"(?i:trunks?(?!c))": "backbone",
+    _word(r"fence[sd]?"): "fingerprint",
+    _word(r"running[ _-]means?"): "EMA",
+    _word(r"(?:tak(?:e|es|en|ing)|took)(?:[ _](?!step)[\w'`-]+){0,3}[ _]back"): "re-mask",
+    _word(r"back[ _]share"): "remask_share",
+    _word(r"held[ -]rounds?|rounds? (?:is|are|was|were) held|holds? (?:no )?rounds?"): "corrector steps",
+    _word(r"hold_(?:share|rewrites|temperature)"): "corrector_share, corrector_resampling, corrector_temperature",
+    _word(r"variety|varieties"): "diversity",
+    _word(r"dull(?:er|est|ness)?"): "low-diversity",
+    _word(r"heats?(?![ _-]?maps?)"): "temperature",
+    _word(r"told_fraction"): "conditioning_fraction",
+    _word(r"(?:is|are|was|were) (?:not |never )?told(?! apart)"): "conditioned on",
+    _word(r"one who knew|who knew"): "oracle",
+    _word(r"cannot be told from (?:nothing|zero|0|chance)"): "no measurable ...",
+    _word(r"nth_lowest"): "kth_lowest",
+    # The review's table of names
+    r"\b(?:Tally|Bench|RankBench|Across|Materials|Recipe|FreshRows)\b": "a name by role (see CHANGELOG.md)",
+    r"(?<![\w.])_?gather\(": "collect()",
+    r"\btrain_named\b": "train_model",
+    r"(?<![\w-])(?:lowest|trunks|across|tally|bench|rank_bench|gather|cells|tables|recipes|named|joins|fresh|stop)\.py\b":
+        "the module's new name (see CHANGELOG.md)",
+    r"\breport[./](?:bench|rank_bench|gather|quality|best_of|infilling|cells)\b": "lib/evaluation or lib/report/html_table",
+    r"\btraining[./](?:tables|recipes|named|joins|fresh|stop)\b": "the module's new name (see CHANGELOG.md)",
+    r"\b(?:diffusion[./]lowest|finqa[./]across|candidates[./]tally|models[./]trunks)\b": "the module's new name (see CHANGELOG.md)",
+    r"\bfrom lib\.report import .*\b(?:bench|rank_bench|gather|quality|best_of|infilling|cells)\b": "lib.evaluation or html_table",
+    r"\bfrom lib\.training import .*\b(?:tables|recipes|named|joins|fresh|stop)\b": "the module's new name (see CHANGELOG.md)",
+    # Config keys and policies
+    r"\binner_width\b": "intermediate_size",
+    r"\barchitecture\.(?:layers|width|heads)\b": "num_hidden_layers, hidden_size, num_attention_heads",
+    r"\bcritic\.layers\b": "critic.num_layers",
+    r"\bstream\.patience\b": "stream.timeout_seconds",
+    r"\brise_epochs\b": "ramp_epochs",
+    r"\bfirst_mask_ratio\b": "initial_mask_ratio",
+    r"\bleast_difference\b": "min_difference",
+    r"\bconfidence_first\b": "confidence_order",
+    r"\bmargin_first\b": "margin_order",
+    r"\bconfidence_fresh\b": "fresh_confidence_remask",
+    r"\bpolicies\s*[=:]\s*[\[(][^\])]*(?<![\w-])(?:none|random|confidence)\b": "ancestral, random_remask, confidence_remask",
+    # Plain words that stand for a term, or for nothing
+    _word(r"mend(?:s|ed|ing)?"): "fix",
+    _word(r"lends?|lent|lending"): "provide",
+    _word(r"by a hair|a hair"): "epsilon",
+    _word(r"of late"): "recently",
+    _word(r"so many(?! that)|so often(?! that)"): "n, this many, this often",
+    _word(r"in the mean"): "on average",
+    _word(r"(?:leaves?|left|leaving) out (?:0|zero)"): "exclude zero",
+    _word(r"strangers?"): "mismatched prompt",
+    _word(r"(?:from|text) elsewhere"): "external text, off-page",
+    _word(r"written tokens?"): "generated tokens",
+    _word(r"written anew|writes? \w+ anew|wrote anew"): "resampled",
+    r"(?i:\b(?:\d[\d,]*|many|fewer|equal|the same|of|in|at|per|beside|more) passes\b)": "forward passes, NFE, or epochs",
+}  # fmt: skip
+
+# Over several lines, in documents and docstrings
+REFRAIN = re.compile(
+    r"\b[Kk]nows?\s(?:no|nothing|neither)\b|\b[Kk]nows?\b[^.:;]{0,120}?(?:,|\band|\bbut)\s(?:no|not|nothing|neither)\b"
+)
+REFRAIN_HOME = "docs/architecture.md"  # may state the rule once
+
+# Whole identifiers of Python code, and parts of one between underscores
+NAMES = {
+    "lowest": "lowest_k",
+    "ways": "methods",
+    "elsewhere": "off_page",
+    "told": "conditioning",
+    "heat": "temperature",
+}
+NAME_PARTS = {
+    "shown": "display, label or diagnostics",
+    "told": "conditioning",
+    "heat": "temperature",
+    "ELSEWHERE": "OFF_PAGE",
+}
+# Identifiers with another meaning in other folders
+LOCAL_NAMES = {
+    "place": ("position", r"lib/(?:diffusion|training|candidates|ranking|evaluation|models)/"),
+    "places": ("positions", r"lib/(?:diffusion|training|candidates|ranking|evaluation|models)/"),
+    "given": ("conditioning_mask", r"lib/(?:diffusion|models/remask_gpt)/|lib/training/objectives/(?:token_critic|error_d)"),
+}  # fmt: skip
+
+_ANYWHERE = [(re.compile(pattern), term) for pattern, term in ANYWHERE.items()]
+
+
+def word_offences(path: str, text: str) -> Iterator[Offence]:
+    """Old words of a file. Purposes of random draws are seeds, and keep their words."""
+    if path in HISTORY or (path.startswith("docs/remasking/") and not path.endswith("README.md")):
+        return
+    lines = text.splitlines()
+    if path.endswith(".py"):
+        lines = _without_seeds(text, lines)
+    for number, line in enumerate(lines, 1):
+        for pattern, term in _ANYWHERE:
+            for match in pattern.finditer(line):
+                yield Offence(path, number, "words", f"{match[0].strip()!r}: say {term}")
+    if path.endswith(".py"):
+        yield from _name_offences(path, text)
+    yield from _refrain_offences(path, text)
+
+
+def _name_offences(path: str, text: str) -> Iterator[Offence]:
+    for number, name in _identifiers(text):
+        bare = name.strip("_")
+        if bare.startswith("test_") or re.search("heat_?map", bare, re.IGNORECASE):
+            continue
+        parts = [part for part in bare.split("_") if part in NAME_PARTS]
+        term = NAMES.get(bare) or (NAME_PARTS[parts[0]] if parts else None)
+        if term is None and bare in LOCAL_NAMES and re.match(LOCAL_NAMES[bare][1], path):
+            term = LOCAL_NAMES[bare][0]
+        if term:
+            yield Offence(path, number, "words", f"name {name!r}: say {term}")
+
+
+def _refrain_offences(path: str, text: str) -> Iterator[Offence]:
+    if path.endswith(".py"):
+        blocks = _docstrings(text)
+    elif path.endswith(".md"):
+        blocks = [(1, text)]
+    else:
+        return
+    for line, block in blocks:
+        for count, match in enumerate(REFRAIN.finditer(block)):
+            if path != REFRAIN_HOME or count:
+                at = line + block[: match.start()].count("\n")
+                said = " ".join(match[0].split())
+                yield Offence(path, at, "words", f"{said!r}: say what the module does")
+
+
+def _identifiers(text: str) -> Iterator[tuple[int, str]]:
+    """(line, identifier) of the code, those inside f-strings too."""
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except (tokenize.TokenError, SyntaxError):
+        return
+    for token in tokens:
+        if token.type == tokenize.NAME:
+            yield token.start[0], token.string
+        elif token.type == tokenize.STRING and "f" in token.string[:2].lower():
+            for inner in re.findall(r"(?<!\{)\{([^{}]+)\}", token.string):
+                for name in re.findall(r"[A-Za-z_]\w*", re.sub(r"'[^']*'|\"[^\"]*\"", "", inner)):
+                    yield token.start[0], name
+
+
+def _without_seeds(text: str, lines: list[str]) -> list[str]:
+    """The lines with the purposes of random draws blanked: changing one would change the draw."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return lines
+    lines = list(lines)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        function = ast.unparse(node.func)
+        arguments = [k.value for k in node.keywords if k.arg in ("purpose", "draw")]
+        if function.split(".")[0] == "randomness" or function.split(".")[-1] in ("stratified", "keyed"):
+            arguments += node.args
+        for argument in arguments:
+            for inner in ast.walk(argument):
+                if (isinstance(inner, ast.Constant) and isinstance(inner.value, str)) or isinstance(
+                    inner, ast.JoinedStr
+                ):
+                    _blank(lines, inner)
+    return lines
+
+
+def _blank(lines: list[str], node: ast.expr) -> None:
+    if node.end_lineno != node.lineno:
+        return
+    row = lines[node.lineno - 1].encode()
+    lines[node.lineno - 1] = (row[: node.col_offset] + b'""' + b" " * (node.end_col_offset - node.col_offset - 2)
+                              + row[node.end_col_offset :]).decode(errors="replace")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ sentences
+_ABBREVIATIONS = re.compile(
+    r"\b(e\.g|i\.e|vs|cf|etc|et al|Fig|Eq|Sec|No|approx|resp|incl|p|pp|Dr|St|ca|Inc|Ltd)\.(?=\s|,)",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"\s·\s|(?<=[.!?…])[\"')\]*_”]*\s+(?=[\"'(\[*_`“]*[A-Z0-9`±])")
+_SHAPE = re.compile(r"\((?:[A-Z0-9][A-Z0-9a-z_+*/ -]{0,11}(?:,\s*|(?=\))))+\)")
+_STOP, _BLANK = "\x01", "\x02"  # full stops that end no sentence, and blanks that separate no words
+_ITEM = re.compile(r"(?:[-*+•]|\d+[.)])\s+")
+# `name: text`, `E1  text`: an entry of a list without bullets
+_ENTRY = re.compile(
+    r"[*`\w][\w.`*/|<>=\[\]-]*(?:, [\w`*.]+)*(?: \([^)]*\))?:(?:\s|$)|\S+(?: \S+){0,2}\s{2,}\S"
+)
+
+
+def sentence_offences(path: str, text: str) -> Iterator[Offence]:
+    """Sentences that are too long, in a document or in the docstrings of a Python file."""
+    if path == "LOG.md":
+        return
+    if path.endswith(".md"):
+        blocks = [(1, text)]
+    elif path.endswith(".py"):
+        blocks = _docstrings(text)
+    else:
+        return
+    for first, block in blocks:
+        for line, paragraph in paragraphs(block, markdown=path.endswith(".md")):
+            for sentence in sentences(paragraph):
+                count = word_count(sentence)
+                if count > MAX_WORDS:
+                    opening = " ".join(sentence.split()[:12]).replace(_BLANK, " ")
+                    yield Offence(path, first + line, "sentences", f"{count} words: {opening} ...")
+
+
+def _docstrings(text: str) -> list[tuple[int, str]]:
+    """(line where it begins, docstring) of a module, its classes and its functions."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return []
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[0] if node.body else None
+            if (
+                isinstance(body, ast.Expr)
+                and isinstance(body.value, ast.Constant)
+                and isinstance(body.value.value, str)
+            ):
+                raw = body.value.value
+                found.append((body.lineno, raw))
+    return found
+
+
+def paragraphs(text: str, markdown: bool) -> Iterator[tuple[int, str]]:
+    """(line from 0, prose) of each paragraph, list item, heading or entry; without code blocks, tables and comments."""
+    text = re.sub(r"<!--.*?-->", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL)
+    start, indent, part = 0, 0, []  # of the paragraph that is being read
+    in_fence, continues = False, False  # a fenced block; a command that goes on in the next line
+    for number, line in enumerate([*text.expandtabs(4).splitlines(), ""]):
+        bare = line.strip()
+        depth = len(line) - len(line.lstrip())
+        if bare.startswith(("```", "~~~")):
+            in_fence = not in_fence
+            bare = ""
+        skipped = bool(bare) and (in_fence or continues or _looks_like_code(bare) or _looks_like_table(bare))
+        if markdown and not part and depth >= 4 and not _ITEM.match(bare):
+            skipped = bool(bare)  # an indented block
+        continues = skipped and bare.endswith("\\")
+        single = bool(re.fullmatch(r"[A-Z]\w+:", bare)) or (
+            markdown and bare.startswith("#")
+        )  # Args:, a heading
+        begins = (
+            single
+            or bool(_ITEM.match(bare))
+            or (not markdown and depth <= indent and bool(_ENTRY.match(bare)))
+        )
+        if part and (begins or skipped or not bare or (not markdown and depth < indent)):
+            yield start, " ".join(part)
+            part = []
+        if not bare or skipped:
+            continue
+        if not part:
+            start, indent = number, depth
+        part.append(_ITEM.sub("", bare.lstrip("#> "), count=1) if begins else bare)
+        if single:
+            yield start, " ".join(part)
+            part = []
+
+
+def _looks_like_table(line: str) -> bool:
+    return line.startswith("|") or bool(re.fullmatch(r"[-=|+ :]{3,}", line))
+
+
+def _looks_like_code(line: str) -> bool:
+    return bool(
+        re.match(r"(?:>>>|\.\.\. |\$ |(?:[A-Z_]+=\S+ )+\S|(?:\.venv/bin/)?python3? \S|make [a-z_-]+( [A-Z_]+=|$)|pip |git |torchrun )", line)
+        or re.match(r"[\w.]+\([^)]*\)(?: ->.*)?$", line)
+        or re.search(r"[─▶│└├┌]", line)
+    )  # fmt: skip
+
+
+def sentences(paragraph: str) -> list[str]:
+    """The sentences of a paragraph. Inline code, links and shapes are replaced first: they are one word or none."""
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", paragraph)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"``?([^`]+)``?", _code_word, text)
+    text = re.sub(r"<?https?://\S+>?", "URL", text)
+    text = _SHAPE.sub("", text)
+    text = _ABBREVIATIONS.sub(lambda m: m[1].replace(".", _STOP) + _STOP, text)
+    return [part.replace(_STOP, ".") for part in _SENTENCE_END.split(text) if part.strip()]
+
+
+def _code_word(match: re.Match[str]) -> str:
+    """Inline code is one word, and a full stop inside it ends no sentence."""
+    return "`" + re.sub(r"\s+", _BLANK, match[1].strip()).replace(".", _STOP) + "`"
+
+
+def word_count(sentence: str) -> int:
+    return sum(any(c.isalnum() for c in word) for word in sentence.split())
+
+
+# ------------------------------------------------------------------------------------------------ shape
+def readme_offences(text: str, path: str = "README.md") -> Iterator[Offence]:
+    lines = text.splitlines()
+    if len(lines) > README_LINES:
+        yield Offence(path, len(lines), "readme", f"{len(lines)} lines; at most {README_LINES}")
+    if (words := len(text.split())) > README_WORDS:
+        yield Offence(path, len(lines), "readme", f"{words:,} words; at most {README_WORDS:,}")
+    for number, line in enumerate(lines, 1):
+        if len(line) > README_WIDTH and not line.lstrip().startswith("|"):
+            yield Offence(path, number, "readme", f"{len(line)} characters; at most {README_WIDTH}")
+
+
+def file_offences(path: str, text: str) -> Iterator[Offence]:
+    """Long files of lib/ and long scripts; the model files for Hugging Face stand alone, and may be long."""
+    if not re.match(r"lib/.*\.py$|0\d_\w+\.py$", path) or re.search(r"/(?:modeling|modular)_\w+\.py$", path):
+        return
+    count = len(text.splitlines())
+    if count > MAX_LINES:
+        yield Offence(path, count, "files", f"{count} lines; at most {MAX_LINES}")
+
+
+def parameter_offences(path: str, text: str) -> Iterator[Offence]:
+    """Constructors and public functions with too many parameters, `self` and `cls` aside.
+
+    Hugging Face decides the parameters of a configuration and of `forward`; dataclasses and pydantic models have no constructor of
+    their own.
+    """
+    if not path.endswith(".py") or path.startswith("tests/") or re.search(r"/configuration_\w+\.py$", path):
+        return
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return
+    for scope, name, node in _functions(tree):
+        constructor = name == "__init__"
+        if name == "forward" or (name.startswith("_") and not constructor):
+            continue
+        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = sum(a.arg not in ("self", "cls") for a in every)
+        if count > MAX_PARAMETERS:
+            label = f"{scope}{name}: {count} parameters; at most {MAX_PARAMETERS}"
+            yield Offence(path, node.lineno, "parameters", label, is_constructor=constructor)
+
+
+def _functions(tree: ast.Module) -> Iterator[tuple[str, str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """(class and a dot or nothing, name, node) of the functions of a module and of its classes, not of those inside functions."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield "", node.name, node
+        elif isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield f"{node.name}.", inner.name, inner
+
+
+# ------------------------------------------------------------------------------------------------ all of it
+def tree_files(paths: Iterable[Path] = ()) -> list[Path]:
+    """The text files of the tree that git knows or would add, or those below `paths`."""
+    chosen = [path.resolve() for path in paths]
+    if not chosen or any(path.is_dir() for path in chosen):
+        listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", *map(str, chosen)], cwd=ROOT,
+                                capture_output=True, text=True)  # fmt: skip
+        files = [ROOT / name for name in listed.stdout.splitlines()]
+        if listed.returncode:  # no git repository
+            folders = [path for path in chosen if path.is_dir()] or [ROOT]
+            hidden = {".venv", ".git", "outputs", "__pycache__"}
+            files = [f for folder in folders for f in folder.rglob("*") if not hidden & set(f.parts)]
+        files += [path for path in chosen if path.is_file()]
+    else:
+        files = chosen
+    kept = {f for f in files if f.is_file() and (f.suffix in TEXT_FILES or f.name in TEXT_NAMES)}
+    return sorted(kept)
+
+
+def offences(paths: Iterable[Path] = (), kinds: Iterable[str] = KINDS) -> list[Offence]:
+    """All offences of these kinds in the tree, or in some files and folders."""
+    found: list[Offence] = []
+    for file in tree_files(paths):
+        path = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else str(file)
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if "words" in kinds:
+            found += word_offences(path, text)
+        if "sentences" in kinds:
+            found += sentence_offences(path, text)
+        if "readme" in kinds and path == "README.md":
+            found += readme_offences(text)
+        if "files" in kinds:
+            found += file_offences(path, text)
+        if "parameters" in kinds:
+            found += parameter_offences(path, text)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "paths", nargs="*", type=Path, metavar="PATH", help="files and folders (default: the whole tree)"
+    )
+    parser.add_argument(
+        "--kind", action="append", choices=KINDS, help="show these offences only; may be repeated"
+    )
+    options = parser.parse_args()
+    if missing := [str(path) for path in options.paths if not path.exists()]:
+        parser.error(f"not found: {', '.join(missing)}")
+    found = offences(options.paths, options.kind or KINDS)
+    for offence in found:
+        print(offence)
+    print(f"{len(found):,} offences", file=sys.stderr)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
