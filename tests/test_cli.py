@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lib.errors import Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
 SCRIPTS = sorted(p.name for p in ROOT.glob("0[0-9]_*.py"))
 
 
-COMMON = {"-h", "--help", "--config", "--run_dir", "--quick_test", "--set", "--overwrite", "--resume"}
+COMMON = {"-h", "--help", "--version", "--config", "--run_dir", "--quick_test", "--set", "--overwrite", "--resume"}
 OWN = {"02_generate_candidates.py": {"--stream"}, "04_train.py": {"--mode"}, "06_sample.py": {"--score"}}
 
 
@@ -59,6 +60,23 @@ def test_help_answers_at_once_without_torch_or_arrow(script):
         best = min(best, time.perf_counter() - begin)
     assert "--quick_test" in done.stdout and "HEAVY []" in done.stdout
     assert best < 2.0  # half a second on a machine that does nothing else; here other tests may run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_version_prints_the_version_and_the_commit_of_the_working_tree(script, monkeypatch, capsys):
+    state = {"commit": "1a2b3c4d5e6f" + "0" * 28, "dirty": False}
+    monkeypatch.setattr("lib.code_version.commit", lambda: state)
+    monkeypatch.setattr(sys, "argv", [script, "--version"])
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    for changes, expected in [
+        ({}, f"Remask {declared} (commit 1a2b3c4d5e6f)\n"),
+        ({"dirty": True}, f"Remask {declared} (commit 1a2b3c4d5e6f, with local changes)\n"),
+        ({"commit": None}, f"Remask {declared}\n"),
+    ]:
+        state.update(changes)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert not ended.value.code and capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize(
