@@ -14,13 +14,12 @@ The module imports the standard library only.
 
 import argparse
 import ast
-import io
 import re
 import subprocess
 import sys
-import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,68 +51,88 @@ class Offence:
 
 
 # ------------------------------------------------------------------------------------------------ old words
-# Anywhere in a line. `_` separates words here, since `\b` does not stop at it.
-_START, _END = r"(?<![A-Za-z])", r"(?![A-Za-z])"
-
-
 def _word(pattern: str) -> str:
-    return rf"(?i:{_START}(?:{pattern}){_END})"
+    """The pattern as a word, in any case. `_` separates words here, since `\\b` does not stop at it."""
+    return rf"(?i:(?<![A-Za-z])(?:{pattern})(?![A-Za-z]))"
 
 
-ANYWHERE = {
-    # DESIGN: terms of the field
-    r"(?i:trunks?(?!c))": "backbone",
-    _word(r"fence[sd]?"): "fingerprint",
-    _word(r"running[ _-]means?"): "EMA",
-    _word(r"(?:tak(?:e|es|en|ing)|took)(?:[ _](?!step)[\w'`-]+){0,3}[ _]back"): "re-mask",
-    _word(r"back[ _]share"): "remask_share",
-    _word(r"held[ -]rounds?|rounds? (?:is|are|was|were) held|holds? (?:no )?rounds?"): "corrector steps",
-    _word(r"hold_(?:share|rewrites|temperature)"): "corrector_share, corrector_resampling, corrector_temperature",
-    _word(r"variety|varieties"): "diversity",
-    _word(r"dull(?:er|est|ness)?"): "low-diversity",
-    _word(r"heats?(?![ _-]?maps?)"): "temperature",
-    _word(r"told_fraction"): "conditioning_fraction",
-    _word(r"(?:is|are|was|were) (?:not |never )?told(?! apart)"): "conditioned on",
-    _word(r"one who knew|who knew"): "oracle",
-    _word(r"cannot be told from (?:nothing|zero|0|chance)"): "no measurable ...",
-    _word(r"nth_lowest"): "kth_lowest",
-    # The review's table of names
-    r"\b(?:Tally|Bench|RankBench|Across|Materials|Recipe|FreshRows)\b": "a name by role (see CHANGELOG.md)",
-    r"(?<![\w.])_?gather\(": "collect()",
-    r"\btrain_named\b": "train_model",
-    r"(?<![\w-])(?:lowest|trunks|across|tally|bench|rank_bench|gather|cells|tables|recipes|named|joins|fresh|stop)\.py\b":
-        "the module's new name (see CHANGELOG.md)",
-    r"\breport[./](?:bench|rank_bench|gather|quality|best_of|infilling|cells)\b": "lib/evaluation or lib/report/html_table",
-    r"\btraining[./](?:tables|recipes|named|joins|fresh|stop)\b": "the module's new name (see CHANGELOG.md)",
-    r"\b(?:diffusion[./]lowest|finqa[./]across|candidates[./]tally|models[./]trunks)\b": "the module's new name (see CHANGELOG.md)",
-    r"\bfrom lib\.report import .*\b(?:bench|rank_bench|gather|quality|best_of|infilling|cells)\b": "lib.evaluation or html_table",
-    r"\bfrom lib\.training import .*\b(?:tables|recipes|named|joins|fresh|stop)\b": "the module's new name (see CHANGELOG.md)",
+@dataclass(frozen=True)
+class _Rule:
+    """An old word. Only texts that contain one of the `hints`, in lower case, are searched for the pattern: this is fast."""
+
+    term: str  # the word to use
+    hints: tuple[str, ...]
+    pattern: re.Pattern[str]
+
+
+def _rule(pattern: str, term: str, hints: str) -> _Rule:
+    return _Rule(term, tuple(hints.split("|")), re.compile(pattern))
+
+
+_NEW_MODULE = "the module's new name (see CHANGELOG.md)"
+_MODULES = "lowest|trunks|across|tally|bench|rank_bench|gather|cells|tables|recipes|named|joins|fresh|stop"
+_EVALUATION = "bench|rank_bench|gather|quality|best_of|infilling|cells"
+_TRAINING = "tables|recipes|named|joins|fresh|stop"
+
+RULES = [
+    # Words that stand for a term of the field
+    _rule(r"(?i:trunks?(?!c))", "backbone", "trunk"),
+    _rule(_word(r"fence[sd]?"), "fingerprint", "fence"),
+    _rule(_word(r"running[ _-]means?"), "EMA", "running"),
+    _rule(_word(r"(?:tak(?:e|es|en|ing)|took)(?:[ _](?!step)[\w'`-]+){0,3}[ _]back"), "re-mask", " back|_back"),
+    _rule(_word(r"back[ _]share"), "remask_share", "back"),
+    _rule(_word(r"held[ -]rounds?|rounds? (?:is|are|was|were) held|holds? (?:no )?rounds?"), "corrector steps", "round"),
+    _rule(_word(r"hold_share"), "corrector_share", "hold_share"),
+    _rule(_word(r"hold_rewrites"), "corrector_resampling", "hold_rewrites"),
+    _rule(_word(r"hold_temperature"), "corrector_temperature", "hold_temperature"),
+    _rule(_word(r"variety|varieties"), "diversity", "variet"),
+    _rule(_word(r"dull(?:er|est|ness)?"), "low-diversity", "dull"),
+    _rule(_word(r"heats?(?![ _-]?maps?)"), "temperature", "heat"),
+    _rule(_word(r"told_fraction"), "conditioning_fraction", "told_fraction"),
+    _rule(_word(r"(?:is|are|was|were) (?:not |never )?told(?! apart)"), "conditioned on", "told"),
+    _rule(_word(r"(?:one )?who knew"), "oracle", "who knew"),
+    _rule(_word(r"cannot be told from (?:nothing|zero|0|chance)"), "no measurable ...", "told from"),
+    _rule(_word(r"strangers?"), "mismatched prompt", "stranger"),
+    _rule(_word(r"(?:from|text) elsewhere"), "external text, off-page", "elsewhere"),
+    _rule(_word(r"written tokens?"), "generated tokens", "written token"),
+    _rule(_word(r"(?:written|wrote|writes? \w+) anew"), "resampled", "anew"),
+    _rule(r"(?i:\b(?:\d[\d,]*|many|fewer|equal|the same|of|in|at|per|beside|more) passes\b)",
+          "forward passes, NFE or epochs", " passes"),
+    # Classes, functions and modules that were named by a metaphor
+    _rule(r"\b(?:Tally|Bench|RankBench|Across|Materials|Recipe|FreshRows)\b", "a name by role (see CHANGELOG.md)",
+          "tally|bench|across|materials|recipe|freshrows"),
+    _rule(r"(?<![\w.])_?gather\(", "collect()", "gather("),
+    _rule(r"\btrain_named\b", "train_model", "train_named"),
+    _rule(r"\bnth_lowest\b", "kth_lowest", "nth_lowest"),
+    _rule(rf"(?<![\w-])(?:{_MODULES})\.py\b", _NEW_MODULE, ".py"),
+    _rule(rf"\breport[./](?:{_EVALUATION})\b|\bfrom lib\.report import .*\b(?:{_EVALUATION})\b", _NEW_MODULE, "report"),
+    _rule(rf"\btraining[./](?:{_TRAINING})\b|\bfrom lib\.training import .*\b(?:{_TRAINING})\b", _NEW_MODULE, "training"),
+    _rule(r"\b(?:diffusion[./]lowest|finqa[./]across|candidates[./]tally|models[./]trunks)\b", _NEW_MODULE,
+          "lowest|across|tally|trunks"),
     # Config keys and policies
-    r"\binner_width\b": "intermediate_size",
-    r"\barchitecture\.(?:layers|width|heads)\b": "num_hidden_layers, hidden_size, num_attention_heads",
-    r"\bcritic\.layers\b": "critic.num_layers",
-    r"\bstream\.patience\b": "stream.timeout_seconds",
-    r"\brise_epochs\b": "ramp_epochs",
-    r"\bfirst_mask_ratio\b": "initial_mask_ratio",
-    r"\bleast_difference\b": "min_difference",
-    r"\bconfidence_first\b": "confidence_order",
-    r"\bmargin_first\b": "margin_order",
-    r"\bconfidence_fresh\b": "fresh_confidence_remask",
-    r"\bpolicies\s*[=:]\s*[\[(][^\])]*(?<![\w-])(?:none|random|confidence)\b": "ancestral, random_remask, confidence_remask",
-    # Plain words that stand for a term, or for nothing
-    _word(r"mend(?:s|ed|ing)?"): "fix",
-    _word(r"lends?|lent|lending"): "provide",
-    _word(r"by a hair|a hair"): "epsilon",
-    _word(r"of late"): "recently",
-    _word(r"so many(?! that)|so often(?! that)"): "n, this many, this often",
-    _word(r"in the mean"): "on average",
-    _word(r"(?:leaves?|left|leaving) out (?:0|zero)"): "exclude zero",
-    _word(r"strangers?"): "mismatched prompt",
-    _word(r"(?:from|text) elsewhere"): "external text, off-page",
-    _word(r"written tokens?"): "generated tokens",
-    _word(r"written anew|writes? \w+ anew|wrote anew"): "resampled",
-    r"(?i:\b(?:\d[\d,]*|many|fewer|equal|the same|of|in|at|per|beside|more) passes\b)": "forward passes, NFE, or epochs",
-}  # fmt: skip
+    _rule(r"\binner_width\b", "intermediate_size", "inner_width"),
+    _rule(r"\barchitecture\.layers\b", "num_hidden_layers", "architecture"),
+    _rule(r"\barchitecture\.width\b", "hidden_size", "architecture"),
+    _rule(r"\barchitecture\.heads\b", "num_attention_heads", "architecture"),
+    _rule(r"\bcritic\.layers\b", "critic.num_layers", "critic.layers"),
+    _rule(r"\bstream\.patience\b", "stream.timeout_seconds", "stream.patience"),
+    _rule(r"\brise_epochs\b", "ramp_epochs", "rise_epochs"),
+    _rule(r"\bfirst_mask_ratio\b", "initial_mask_ratio", "first_mask_ratio"),
+    _rule(r"\bleast_difference\b", "min_difference", "least_difference"),
+    _rule(r"\bconfidence_first\b", "confidence_order", "confidence_first"),
+    _rule(r"\bmargin_first\b", "margin_order", "margin_first"),
+    _rule(r"\bconfidence_fresh\b", "fresh_confidence_remask", "confidence_fresh"),
+    _rule(r"\bpolicies\s*[=:]\s*[\[(][^\])]*(?<![\w-])(?:none|random|confidence)\b",
+          "ancestral, random_remask, confidence_remask", "policies"),
+    # Plain words that stand for a technical one, or for nothing
+    _rule(_word(r"mend(?:s|ed|ing)?"), "fix", "mend"),
+    _rule(_word(r"lends?|lent|lending"), "provide", "lend|lent"),
+    _rule(_word(r"a hair"), "epsilon", "a hair"),
+    _rule(_word(r"of late"), "recently", "of late"),
+    _rule(_word(r"so (?:many|often)(?! that)"), "n, this many, this often", "so many|so often"),
+    _rule(_word(r"in the mean"), "on average", "in the mean"),
+    _rule(_word(r"(?:leaves?|left|leaving) out (?:0|zero)"), "exclude zero", " out "),
+]  # fmt: skip
 
 # Over several lines, in documents and docstrings
 REFRAIN = re.compile(
@@ -142,20 +161,22 @@ LOCAL_NAMES = {
     "given": ("conditioning_mask", r"lib/(?:diffusion|models/remask_gpt)/|lib/training/objectives/(?:token_critic|error_d)"),
 }  # fmt: skip
 
-_ANYWHERE = [(re.compile(pattern), term) for pattern, term in ANYWHERE.items()]
-
 
 def word_offences(path: str, text: str) -> Iterator[Offence]:
     """Old words of a file. Purposes of random draws are seeds, and keep their words."""
     if path in HISTORY or (path.startswith("docs/remasking/") and not path.endswith("README.md")):
         return
-    lines = text.splitlines()
-    if path.endswith(".py"):
+    lowered = text.lower()
+    rules = [rule for rule in RULES if any(hint in lowered for hint in rule.hints)]
+    lines = text.splitlines() if rules else []
+    if path.endswith(".py") and rules:
         lines = _without_seeds(text, lines)
     for number, line in enumerate(lines, 1):
-        for pattern, term in _ANYWHERE:
-            for match in pattern.finditer(line):
-                yield Offence(path, number, "words", f"{match[0].strip()!r}: say {term}")
+        lowered = line.lower()
+        for rule in rules:
+            if any(hint in lowered for hint in rule.hints):
+                for match in rule.pattern.finditer(line):
+                    yield Offence(path, number, "words", f"{match[0].strip()!r}: say {rule.term}")
     if path.endswith(".py"):
         yield from _name_offences(path, text)
     yield from _refrain_offences(path, text)
@@ -191,25 +212,32 @@ def _refrain_offences(path: str, text: str) -> Iterator[Offence]:
 
 def _identifiers(text: str) -> Iterator[tuple[int, str]]:
     """(line, identifier) of the code, those inside f-strings too."""
+    for node in ast.walk(_parsed(text)):
+        line = getattr(node, "lineno", 1)
+        if isinstance(node, ast.Name):
+            yield line, node.id
+        elif isinstance(node, ast.Attribute):
+            yield line, node.attr
+        elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
+            yield line, node.arg
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield line, node.name
+        elif isinstance(node, ast.alias):
+            yield line, (node.asname or node.name).split(".")[-1]
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> ast.Module:
+    """The syntax tree of a Python file; an empty one where there are errors, which other tools report."""
     try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-    except (tokenize.TokenError, SyntaxError):
-        return
-    for token in tokens:
-        if token.type == tokenize.NAME:
-            yield token.start[0], token.string
-        elif token.type == tokenize.STRING and "f" in token.string[:2].lower():
-            for inner in re.findall(r"(?<!\{)\{([^{}]+)\}", token.string):
-                for name in re.findall(r"[A-Za-z_]\w*", re.sub(r"'[^']*'|\"[^\"]*\"", "", inner)):
-                    yield token.start[0], name
+        return ast.parse(text)
+    except SyntaxError:
+        return ast.Module([], [])
 
 
 def _without_seeds(text: str, lines: list[str]) -> list[str]:
     """The lines with the purposes of random draws blanked: changing one would change the draw."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return lines
+    tree = _parsed(text)
     lines = list(lines)
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -271,10 +299,7 @@ def sentence_offences(path: str, text: str) -> Iterator[Offence]:
 
 def _docstrings(text: str) -> list[tuple[int, str]]:
     """(line where it begins, docstring) of a module, its classes and its functions."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return []
+    tree = _parsed(text)
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -386,10 +411,7 @@ def parameter_offences(path: str, text: str) -> Iterator[Offence]:
     """
     if not path.endswith(".py") or path.startswith("tests/") or re.search(r"/configuration_\w+\.py$", path):
         return
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return
+    tree = _parsed(text)
     for scope, name, node in _functions(tree):
         constructor = name == "__init__"
         if name == "forward" or (name.startswith("_") and not constructor):

@@ -16,7 +16,17 @@ from lib.errors import Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
 SCRIPTS = sorted(p.name for p in ROOT.glob("0[0-9]_*.py"))
 
 
-COMMON = {"-h", "--help", "--version", "--config", "--run_dir", "--quick_test", "--set", "--overwrite", "--resume"}
+COMMON = {
+    "-h",
+    "--help",
+    "--version",
+    "--config",
+    "--run_dir",
+    "--quick_test",
+    "--set",
+    "--overwrite",
+    "--resume",
+}
 OWN = {"02_generate_candidates.py": {"--stream"}, "04_train.py": {"--mode"}, "06_sample.py": {"--score"}}
 
 
