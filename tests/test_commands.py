@@ -49,7 +49,16 @@ SMALLER = {
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.over_seeds": "",
 }
-NOT_RUN = {"test", "test-commands", "lint", "types", "format", "setup"}  # of make: they are what CI runs
+NOT_RUN = {
+    "test",
+    "test-fast",
+    "test-commands",
+    "lint",
+    "language",
+    "types",
+    "format",
+    "setup",
+}  # of make: they are what CI runs
 
 
 @pytest.fixture(scope="module")
