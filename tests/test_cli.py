@@ -111,6 +111,7 @@ def test_mistakes_end_with_one_line_and_their_code(tmp_path, arguments, code, wo
     assert words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_bad_data_ends_with_65_and_mended_data_goes_on(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"good words " * 3000 + b"\xff\xfe bad")
@@ -167,6 +168,7 @@ def act(tmp_path, what: str, run: str = "run") -> subprocess.CompletedProcess:
     return shell("-c", STAGE.replace("ACT", what), "--run_dir", str(tmp_path / run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "code", "words"),
     [

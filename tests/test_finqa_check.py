@@ -560,6 +560,7 @@ def test_finqa_has_these_problems(finqa):
     assert sum(n for (_, kind), n in counts.items() if kind.startswith("answer")) < 0.2 * len(documents)
 
 
+@pytest.mark.slow
 @published
 def test_evidence_survives_the_budget(finqa):
     records = [Record.from_json(item.content) for item in finqa if isinstance(item, Document)]

@@ -592,6 +592,7 @@ def test_lora_trains_saves_and_reloads(family, tmp_path):
         assert torch.equal(reloaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 @every_family
 def test_trainer_trains_evaluates_and_resumes(family, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in make_ids(32, 12).tolist()]
@@ -669,6 +670,7 @@ def test_export_gives_equal_outputs(key):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [("remask", "masked"), ("ltg", "masked"), ("ltg", "sequence")], ids="-".join)
 def test_onnx_gives_equal_outputs_at_other_lengths(key, tmp_path):
     pytest.importorskip(

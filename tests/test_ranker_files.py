@@ -273,6 +273,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_bits(tmp_path):
     """LoRA and whole trunks, one process for all."""
     expected = {}

@@ -309,6 +309,7 @@ def interval_of(hits, groups, seed):
     return summary(per_pool, groups, seed)["accuracy"]
 
 
+@pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say_when_pages_are_resampled_whole():
     rng = np.random.default_rng(0)
     covered = {"pages": 0, "pools": 0}

@@ -144,6 +144,7 @@ def critic_of(tampered: str | None) -> TokenCritic:
     return TokenCritic(config.critic, diffusion, [0, 1, 2, 3])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_critics_calibration_is_fitted_on_the_selection_split_alone(monkeypatch):
     monkeypatch.setattr(token_critic, "REPORT_DRAWS", 1)

@@ -338,6 +338,7 @@ def test_in_8_bits_a_row_is_still_filled_the_same_way_in_any_batch(tokenizer, be
         MaskedLMEngine.load(tmp_path, Runtime(torch.device("cuda"), "fp32"), int8=True)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_bytes(quick_run, tmp_path):
     generator = quick_run / "02_generate_candidates" / "generator" / "best_model"
     files = []

@@ -211,6 +211,7 @@ def prepared(text: str, **data) -> tuple[list[Example], list[Dropped]]:
     return [i for i in items if isinstance(i, Example)], [i for i in items if isinstance(i, Dropped)]
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(PARAGRAPHS, st.integers(5, 60), st.integers(60, 200), st.sampled_from(["hash", "contiguous"]))
 def test_fixed_passages_are_the_whole_text_in_order(text, size, block, split):
