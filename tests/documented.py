@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from lib.config import ROOT, Config
 
 SCRIPTS = sorted(ROOT.glob("0[0-9]_*.py"))
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SOURCES = sorted([*SCRIPTS, *(ROOT / "lib").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 LOG = ROOT / "LOG.md"  # history: what it names may be gone

@@ -63,13 +63,14 @@ def test_help_answers_at_once_without_torch_or_arrow(script):
         "except SystemExit: pass\n"
         "print('HEAVY', [m for m in ('torch', 'pyarrow', 'pandas', 'transformers') if m in sys.modules])"
     )
-    best = 9.0
-    for _ in range(2):  # the first one may have to read the files from the disk
+    for _ in range(4):  # half a second on a quiet machine; the disk or other processes may delay a start
         begin = time.perf_counter()
         done = shell("-c", code, script)
-        best = min(best, time.perf_counter() - begin)
-    assert "--quick_test" in done.stdout and "HEAVY []" in done.stdout
-    assert best < 2.0  # half a second on a machine that does nothing else; here other tests may run
+        seconds = time.perf_counter() - begin
+        assert "--quick_test" in done.stdout and "HEAVY []" in done.stdout
+        if seconds < 2.0:
+            return
+    pytest.fail(f"{script} --help took {seconds:.1f} s")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -186,6 +187,7 @@ def test_what_ends_a_stage_from_outside_leaves_no_manifest_and_a_rerun_goes_on(t
     assert act(tmp_path, "pass").returncode == 0 and (folder / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_the_same_stage_in_a_second_process_ends_with_75_and_disturbs_nothing(tmp_path):
     what = "print('inside', flush=True); sys.stdin.readline()"
     command = [sys.executable, "-c", STAGE.replace("ACT", what), "--run_dir", str(tmp_path / "run")]
@@ -198,6 +200,7 @@ def test_the_same_stage_in_a_second_process_ends_with_75_and_disturbs_nothing(tm
     assert first.returncode == 0 and (tmp_path / "run" / "00_check_data" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_outright_it_leaves_nothing_that_the_next_run_takes_for_whole(tmp_path):
     done = act(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode == -9 and not (tmp_path / "run" / "00_check_data" / "manifest.json").exists()

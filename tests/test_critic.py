@@ -220,6 +220,7 @@ def test_gradients_are_on_again_after_a_failure():
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_the_report_beats_chance_only_if_the_critic_knows_something():
     target = objective()
     values, rows, _ = target.report(model())

@@ -659,6 +659,7 @@ class Plain(nn.Module):
         return output_of(self.inner, input_ids, attention_mask=attention_mask)
 
 
+@pytest.mark.slow
 @every_class
 def test_export_gives_equal_outputs(key):
     model, ids = make(key), make_ids(2, 16)
@@ -701,6 +702,7 @@ def test_the_model_files_import_nothing_of_the_project(family):
         assert "from lib" not in source and "import lib" not in source
 
 
+@pytest.mark.slow
 @every_family
 def test_it_learns(family):
     """A pulse: the masked model memorises eight short rows."""

@@ -52,6 +52,16 @@ def test_every_file_that_the_guide_for_contributors_names_exists():
     assert missing == []
 
 
+def test_every_command_of_the_guide_is_a_target_of_make():
+    targets = set(re.findall(r"^([a-z_-]+):", read("Makefile"), re.M))
+    named = set(re.findall(r"(?:`|^)make ([a-z_-]+)(?:`|$)", read("CONTRIBUTING.md"), re.M))
+    assert (
+        {"setup", "test", "test-fast", "test-commands", "lint", "types", "format", "language"}
+        <= named
+        <= targets
+    )
+
+
 def test_the_names_that_the_guide_tells_to_extend_exist():
     for file, names in {
         "lib/sections/sampler.py": ("POLICIES", "WITH_ERROR_VIEW"),

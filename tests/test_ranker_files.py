@@ -349,6 +349,7 @@ EXPORTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTS)
 def test_stock_classifier_gives_the_same_scores(name, tmp_path):
     model, tokenizer = ranker_of(

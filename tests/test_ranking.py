@@ -322,6 +322,7 @@ def test_intervals_cover_as_often_as_they_say_when_pages_are_resampled_whole():
     assert covered["pools"] / 300 < 0.88  # taking pools as independent promises too much
 
 
+@pytest.mark.slow
 def test_a_paired_difference_is_sharper_than_two_intervals_and_covers():
     rng = np.random.default_rng(2)
     covered, widths = 0, []

@@ -99,6 +99,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
 def test_what_is_reported_chooses_nothing(tokenizer, tmp_path, name):
     """Other held-out text: the same metrics.jsonl and best model, another report. Other selection text: other metrics."""
