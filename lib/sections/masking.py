@@ -57,11 +57,11 @@ Masking = Annotated[RandomMasking | StickyMasking | SpanMasking | LineMasking, F
 
 
 class _Stage(Section):
-    """A way to mask and the shares to mask. Ends when its validation loss has not fallen by a share of itself, least_gain,
+    """A way to mask and the shares to mask. Ends when its validation loss has not fallen by a share of itself, min_improvement,
     so many times in a row."""
 
     val_loss_stale_count: Positive
-    least_gain: BelowOne = 0.0
+    min_improvement: BelowOne = 0.0
 
 
 class RandomStage(_Stage, RandomMasking):
