@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tests.vocabulary import LOCAL_NAMES, NAME_PARTS, NAMES, REFRAIN, REFRAIN_HOME, RULES
+from tests.vocabulary import ANOTHER_MEANING, LOCAL_NAMES, NAME_PARTS, NAMES, REFRAIN, REFRAIN_HOME, RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,7 +74,7 @@ def word_offences(path: str, text: str) -> Iterator[Offence]:
 def _name_offences(path: str, text: str) -> Iterator[Offence]:
     for number, name in _identifiers(text):
         bare = name.strip("_")
-        if bare.startswith("test_") or re.search("heat_?map", bare, re.IGNORECASE):
+        if ANOTHER_MEANING.search(bare):
             continue
         parts = [part for part in bare.split("_") if part in NAME_PARTS]
         term = NAMES.get(bare) or (NAME_PARTS[parts[0]] if parts else None)
@@ -207,14 +207,14 @@ def paragraphs(text: str, markdown: bool) -> Iterator[tuple[int, str]]:
     """(line from 0, prose) of each paragraph, list item, heading or entry; without code blocks, tables and comments."""
     text = re.sub(r"<!--.*?-->", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL)
     start, indent, part = 0, 0, []  # of the paragraph that is being read
-    in_fence, continues = False, False  # a fenced block; a command that goes on in the next line
+    in_block, continues = False, False  # between ```; a command that goes on in the next line
     for number, line in enumerate([*text.expandtabs(4).splitlines(), ""]):
         bare = line.strip()
         depth = len(line) - len(line.lstrip())
         if bare.startswith(("```", "~~~")):
-            in_fence = not in_fence
+            in_block = not in_block
             bare = ""
-        skipped = bool(bare) and (in_fence or continues or _looks_like_code(bare) or _looks_like_table(bare))
+        skipped = bool(bare) and (in_block or continues or _looks_like_code(bare) or _looks_like_table(bare))
         if markdown and not part and depth >= 4 and not _ITEM.match(bare):
             skipped = bool(bare)  # an indented block
         continues = skipped and bare.endswith("\\")

@@ -108,6 +108,7 @@ NAME_PARTS = {
     "heat": "temperature",
     "ELSEWHERE": "OFF_PAGE",
 }
+ANOTHER_MEANING = re.compile(r"^test_|heat_?map", re.IGNORECASE)  # identifiers that may hold these parts
 # Identifiers with another meaning in other folders
 LOCAL_NAMES = {
     "place": ("position", r"lib/(?:diffusion|training|candidates|ranking|evaluation|models)/"),
