@@ -60,7 +60,7 @@ class _Version(argparse.Action):
     def __init__(self, option_strings, dest, **options):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
 
-    def __call__(self, parser, *_) -> NoReturn:
+    def __call__(self, parser, *_) -> None:
         from lib.code_version import version_text
 
         print(version_text())

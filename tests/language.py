@@ -108,7 +108,7 @@ def _identifiers(text: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Attribute):
             yield line, node.attr
         elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
-            yield line, node.arg
+            yield line, node.arg or ""
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield line, node.name
         elif isinstance(node, ast.alias):
@@ -145,11 +145,12 @@ def _without_seeds(text: str, lines: list[str]) -> list[str]:
 
 
 def _blank(lines: list[str], node: ast.expr) -> None:
-    if node.end_lineno != node.lineno:
+    if node.end_lineno != node.lineno or node.end_col_offset is None:
         return
     row = lines[node.lineno - 1].encode()
-    lines[node.lineno - 1] = (row[: node.col_offset] + b'""' + b" " * (node.end_col_offset - node.col_offset - 2)
-                              + row[node.end_col_offset :]).decode(errors="replace")  # fmt: skip
+    blank = b'""' + b" " * (node.end_col_offset - node.col_offset - 2)
+    row = row[: node.col_offset] + blank + row[node.end_col_offset :]
+    lines[node.lineno - 1] = row.decode(errors="replace")
 
 
 # ------------------------------------------------------------------------------------------------ sentences
