@@ -18,52 +18,60 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: pipeline quick_test test test-commands benchmark-quick inspect report lint format types setup help
+.PHONY: pipeline quick_test test test-fast test-commands benchmark-quick inspect report lint language types format setup help
 
-## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., SET="key=value ...", RUN=..., QUICK=1)
+## Run all seven stages; finished ones are skipped (CONFIG=FILE, SET="key=value ...", RUN=FOLDER, QUICK=1)
 pipeline: $(STAMP)
 	@$(SETTINGS); for stage in $(STAGES); do REMASK_MAKE=1 $(BIN)/python $$stage $(FLAGS) "$$@"; done
 
-## Run all seven stages, small, from scratch, in under a minute
+## Run all seven stages from scratch with small models, in under a minute
 quick_test: $(STAMP)
 	@$(SETTINGS); for stage in $(STAGES); do \
 	  REMASK_MAKE=1 $(BIN)/python $$stage $(CONFIGS) "$$@" --quick_test --overwrite \
 	    --run_dir outputs/quick_test; done
 
-## Run the tests, in two processes of one thread each: faster than one process of two
-test: $(STAMP)
+## Run all tests except those of the documented commands
+test: $(STAMP)  # two processes of one thread each are faster than one of two
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not commands"
 
-## Run every command that README, docs, configs and docstrings name, small, in a copy of the tree
+## Run the tests that need no pipeline run, in under 90 seconds
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not commands and not slow"
+
+## Run every command of README, docs, configs and docstrings, small, in a copy of the tree
 test-commands: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m commands
 
-## Compare the re-masking policies and the critic, small, in under five minutes; tables in outputs/remasking_quick/summary.md
+## Compare the re-masking policies on small models, in under five minutes
 benchmark-quick: $(STAMP)
 	REMASK_MAKE=1 $(BIN)/python -m benchmarks.remasking outputs/remasking_quick --quick
 
-## One line per manifest of the newest run (or RUN=...)
+## Print one line per manifest of the newest run (or RUN=FOLDER)
 inspect: $(STAMP)
 	@$(BIN)/python -m lib.runs $(if $(RUN),'$(RUN)')
 
-## Say where the report of the newest run (or RUN=...) is, and make it again if its stage 06 was not run
+## Print the path of the report of the newest run (or RUN=FOLDER); run stage 06 if the report is missing
 report: $(STAMP)
 	@$(SETTINGS); REMASK_MAKE=1 $(BIN)/python 06_sample.py $(FLAGS) "$$@"
 	@ls $(if $(RUN),'$(RUN)',outputs/run_*)/06_sample/report.html | tail -n 1
 
-## Check style
+## Check style and format
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+## List old words, long sentences, long files and long parameter lists
+language: $(STAMP)
+	$(BIN)/python -m tests.language
 
 ## Check types
 types: $(STAMP)
 	$(BIN)/pyright
 
-## Put the code into the project's format
+## Format the code, and fix what ruff can fix
 format: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-## Make the environment (the other targets do it by themselves)
+## Install the environment into .venv (the other targets do this when needed)
 setup: $(STAMP)
 
 $(STAMP): requirements.txt

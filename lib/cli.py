@@ -54,11 +54,25 @@ class _Parser(argparse.ArgumentParser):
         return args
 
 
+class _Version(argparse.Action):
+    """Print the version and the commit, and end. Git is asked only when the flag is given."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser, *_) -> None:
+        from lib.code_version import version_text
+
+        print(version_text())
+        parser.exit()
+
+
 def make_parser(
     description: str, *, with_mode: bool = False, with_stream: bool = False, with_score: bool = False
 ) -> _Parser:
     parser = _Parser(description)
     add = parser.add_argument
+    add("--version", action=_Version, help="show the version and the git commit, and exit")
     add(
         "--config",
         action="append",

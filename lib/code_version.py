@@ -7,6 +7,7 @@ as they are written, also those inside functions; of the tasks only the configur
 import hashlib
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -101,6 +102,23 @@ def _files_of(module: str, root: Path) -> list[Path]:
     parts = module.split(".")
     packages = [root.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
     return [path for path in [*packages, root.joinpath(*parts).with_suffix(".py")] if path.exists()]
+
+
+@cache
+def version() -> str:
+    """The version of the project, as pyproject.toml states it; `unknown` without that file."""
+    try:
+        return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        return "unknown"
+
+
+def version_text() -> str:
+    """`Remask 0.1.0 (commit 1a2b3c4d5e6f, with local changes)`; without the bracket where git cannot say."""
+    state = commit()
+    if not state["commit"]:
+        return f"Remask {version()}"
+    return f"Remask {version()} (commit {state['commit'][:12]}{', with local changes' if state['dirty'] else ''})"
 
 
 def commit() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib import durable
+from lib import code_version, durable
 from lib.config import ROOT, Config
 from lib.errors import BadData, CannotCreate, MissingInput
 
@@ -205,7 +205,12 @@ def environment() -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         1024 if sys.platform != "darwin" else 1024**2
     )
-    return {"python": platform.python_version(), **versions(), "peak_memory_mb": round(peak, 1)}
+    return {
+        "remask": code_version.version(),
+        "python": platform.python_version(),
+        **versions(),
+        "peak_memory_mb": round(peak, 1),
+    }
 
 
 def inspect(run_dir: Path) -> str:

@@ -1,5 +1,7 @@
 """One small run of all seven stages serves many tests; and where real data lies, if it does.
 
+A test that uses a fixture of `SLOW_FIXTURES` is marked `slow`, and `make test-fast` leaves it out.
+
 A test that needs real data says which with `@pytest.mark.data("finqa/dev.json")`: `pytest -m data` runs those alone, and
 one whose files are not there is skipped.
 """
@@ -22,6 +24,17 @@ from lib.sections.data import DataConfig
 from lib.sections.finqa import FinqaConfig, RankerConfig
 
 SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
+
+
+# They run stages, train models, or start processes that load torch
+SLOW_FIXTURES = {"quick_run", "ltg_run", "finished", "labelled", "loaded_elsewhere"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -130,6 +130,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert path.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_disk_that_fills_up_at_any_write_of_a_stage_never_makes_it_complete(tmp_path, monkeypatch, call):
     """The n-th call fails, for every n: no manifest, or a whole one; the stage before is as it was."""

@@ -36,6 +36,7 @@ def without_docstrings(source: str) -> ast.Module:
     return tree
 
 
+@pytest.mark.slow
 def test_what_is_hashed_is_the_code_and_nothing_else():
     """Against Python's own parser, over every file of the project: no code is lost, no docstring stays."""
     for path in sources():

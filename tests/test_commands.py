@@ -48,11 +48,19 @@ SMALLER = {
     "benchmarks.ltg_attention": "--size xs --length 16 --batch 1 --steps 1 --rounds 1",
     "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
     "benchmarks/backbone_speed.py": "--seconds 0.01 --runs 1 --batch 2",
-    "benchmarks.remasking": "--tiny",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.over_seeds": "",
 }
-NOT_RUN = {"test", "test-commands", "lint", "types", "format", "setup"}  # of make: they are what CI runs
+NOT_RUN = {
+    "test",
+    "test-fast",
+    "test-commands",
+    "lint",
+    "language",
+    "types",
+    "format",
+    "setup",
+}  # of make: they are what CI runs
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +152,7 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
             made = ["make", "pipeline", "RUN=outputs/default", "QUICK=1"]
             return "RUN=outputs/default", [made, ["make", *arguments, "RUN=outputs/default", "QUICK=1"]]
         if arguments[0] == "benchmark-quick":
-            return "remasking", [["python", "-m", "benchmarks.remasking", "outputs/quick", "--tiny"]]
+            return "remasking", [small_remasking(["OUT", "--quick"])]
         return ("quick_test" if arguments[0] == "quick_test" else run), [["make", *arguments]]
     if command.kind == "script":
         run = (
@@ -163,6 +171,8 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
                 return f"RUN={run}", [*before, ["python", command.target, *given]]
             given = [*_without(given, "--stream"), "--stream"]
         return f"RUN={run}", [*before, ["python", command.target, *given]]
+    if command.target == "benchmarks.remasking":
+        return "remasking", [small_remasking(arguments)]
     if command.target.startswith("benchmarks"):
         arguments = [{"FOLDER": "encoder" if "ranker" in command.target else "finqa_data", "OUT": "outputs/out"}.get(a, a)
                      for a in arguments]  # fmt: skip
@@ -191,6 +201,30 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
     return ("RUN=outputs/default" if before else "modules"), [*before, ["python", *kind, *arguments]]
 
 
+def small_remasking(arguments: list[str]) -> list[str]:
+    """All commands of the re-masking benchmark share one folder, so that each runs only the settings that are missing.
+
+    They use the same text, since a folder holds results of one text, and the same seed. Only `--contested` gets a seed of its
+    own, so that something is left to run. `--tiny` takes the place of `--quick`.
+    """
+    if "--tables" in arguments:
+        return ["python", "-m", "benchmarks.remasking", *arguments, "--tiny"]
+    others = _without(arguments[1:], "--quick", "--data=")
+    if "--seeds" in others:
+        at = others.index("--seeds") + 1
+        others[at] = "1" if "--contested" in others else "0"
+    return [
+        "python",
+        "-m",
+        "benchmarks.remasking",
+        "outputs/remasking",
+        "--data",
+        "text.txt",
+        *others,
+        "--tiny",
+    ]
+
+
 def _slug(arguments: list[str]) -> str:
     """A run's name by the configs that a command has, and by settings that change what the first stages make."""
     text = " ".join(arguments)
@@ -205,7 +239,9 @@ def _without(words: list[str], *flags: str) -> list[str]:
     kept, at = [], 0
     while at < len(words):
         word, following = words[at], words[at + 1] if at + 1 < len(words) else ""
-        size = 2 if word in ("--mode", "--score", "--set", "--config", "--run_dir") else 1
+        size = (
+            2 if word in ("--mode", "--score", "--set", "--config", "--run_dir", "--data", "--seeds") else 1
+        )
         gone = word in flags or any(
             "=" in flag and word == flag.partition("=")[0] and following.startswith(flag.partition("=")[2])
             for flag in flags

@@ -22,6 +22,7 @@ def share_covered(estimate, truth: float, repetitions: int) -> float:
     return float(np.mean([e.low <= truth <= e.high for e in found]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [25, 60])
 def test_nelbo_and_nll_cover(count):
     """Nats of whole documents over their tokens: each document has a difficulty of its own, skewed to the right."""
@@ -35,6 +36,7 @@ def test_nelbo_and_nll_cover(count):
     assert 0.93 < share_covered(once, 2.0, REPETITIONS) < 0.97
 
 
+@pytest.mark.slow
 def test_accuracy_covers_near_its_end():
     rng = np.random.default_rng(1)
 
@@ -45,6 +47,7 @@ def test_accuracy_covers_near_its_end():
     assert 0.93 < share_covered(once, 0.9, REPETITIONS) < 0.97
 
 
+@pytest.mark.slow
 def test_r2_covers():
     rng = np.random.default_rng(2)
 
@@ -59,6 +62,7 @@ def test_r2_covers():
     assert 0.92 < share_covered(lambda: metrics.r2_estimate(*draw(30)), truth, 600) < 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most_groups", [256, 24])
 def test_auroc_covers_also_where_groups_are_joined(monkeypatch, most_groups):
     monkeypatch.setattr(metrics, "MOST_GROUPS", most_groups)

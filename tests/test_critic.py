@@ -147,6 +147,7 @@ def test_alpha_ramps_between_its_two_shares():
     assert target.alpha(steps // 2) == pytest.approx(0.25) and target.alpha(steps) == 0.5
 
 
+@pytest.mark.slow
 def test_killed_within_the_ramp_it_ends_with_the_same_bits(tmp_path):
     steps = 12
     chosen = settings(steps=steps)
@@ -219,6 +220,7 @@ def test_gradients_are_on_again_after_a_failure():
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_the_report_beats_chance_only_if_the_critic_knows_something():
     target = objective()
     values, rows, _ = target.report(model())

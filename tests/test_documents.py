@@ -112,6 +112,7 @@ def source_of(command: Command) -> str:
     return file.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands_of("make"), ids=named)
 def test_every_make_command_calls_programs_with_flags_and_settings_that_exist(command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -135,6 +135,8 @@ def test_a_published_folder_has_a_card_from_the_manifest(ltg_run, name, tmp_path
     rows = [row for row in stage["stats"]["table"] if name in ("critic", row["model"])]
     assert rows and all(row["metric"] in body and f"{row['value']:.4g}" in body for row in rows)
     assert "AutoModelForMaskedLM" in body and stage["environment"]["torch"] in body
+    assert "Python files in this folder are part of Remask, licensed under Apache-2.0" in body
+    assert "No licence is chosen for the weights" in body
 
 
 def test_a_stages_own_folders_call_a_model_as_it_was_trained(ltg_run):

@@ -144,6 +144,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([*raw(), *(f"qa_{key}" for key in raw()["qa"])]), json_values)
 def test_no_json_value_breaks_the_parser(key, value):
@@ -378,6 +379,7 @@ odd_texts = st.text(alphabet="1290.,-$%()# \n\x00aeé٣²∞", max_size=12) | st
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     table=st.lists(st.lists(odd_texts, max_size=4), max_size=4),
@@ -544,6 +546,7 @@ def finqa() -> list[Document | Problem]:
     return list(check(configured(FINQA)))
 
 
+@pytest.mark.slow
 @published
 def test_finqa_has_these_problems(finqa):
     problems = [item for item in finqa if isinstance(item, Problem)]
@@ -560,6 +563,7 @@ def test_finqa_has_these_problems(finqa):
     assert sum(n for (_, kind), n in counts.items() if kind.startswith("answer")) < 0.2 * len(documents)
 
 
+@pytest.mark.slow
 @published
 def test_evidence_survives_the_budget(finqa):
     records = [Record.from_json(item.content) for item in finqa if isinstance(item, Document)]

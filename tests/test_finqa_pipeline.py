@@ -20,6 +20,7 @@ from lib.tasks.finqa.program import execute, parse
 from lib.tasks.finqa.record import Record
 from tests.conftest import run_stages_recorded, undeclared
 
+pytestmark = pytest.mark.slow  # all tests read one run of all seven stages
 FINQA = ROOT / "configs" / "finqa.yaml"
 
 

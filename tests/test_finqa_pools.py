@@ -78,6 +78,7 @@ def numeric(record: Record) -> bool:
 # --- what a pool holds -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_candidate_runs_and_no_two_say_the_same(every_draw):
     for record, pool, _ in every_draw:
         assert len(pool) == SIZE
@@ -86,12 +87,14 @@ def test_every_candidate_runs_and_no_two_say_the_same(every_draw):
         assert not any(equivalent(a.program, b.program) for a in pool for b in pool if a is not b)
 
 
+@pytest.mark.slow
 def test_the_gold_program_is_there_once(every_draw):
     for record, pool, place in every_draw:
         assert Counter(c.kind for c in pool)["gold"] == 1
         assert pool[place].program == record.program
 
 
+@pytest.mark.slow
 def test_no_two_values_are_within_the_margin_of_each_other(every_draw):
     least = settings_of().min_difference
     for _, pool, _ in every_draw:
@@ -113,6 +116,7 @@ def test_near_agrees_with_its_definition():
             assert bool(packed[i] >> j & 1) == (close or round(v, 5) == round(w, 5)), (v, w)
 
 
+@pytest.mark.slow
 def test_golds_of_other_questions_are_taken_where_there_are_any(every_draw):
     least, several = settings_of().min_difference, 0
     for record, pool, place in every_draw:
@@ -135,11 +139,13 @@ def test_golds_of_other_questions_are_taken_where_there_are_any(every_draw):
     assert several > 20
 
 
+@pytest.mark.slow
 def test_the_gold_program_stands_anywhere(pools):
     places = [place for made in (pools, filled(fit(1, TRAIN[:60]))) for *_, place in made]
     assert chisquare(np.bincount(places, minlength=SIZE)).pvalue > 0.001
 
 
+@pytest.mark.slow
 def test_almost_every_numeric_question_has_a_pool_and_the_others_a_reason(maker, pools):
     filled_ids = {record.id for record, _, _ in pools}
     assert len(filled_ids) >= 0.97 * sum(numeric(r) for r in RECORDS)
@@ -149,6 +155,7 @@ def test_almost_every_numeric_question_has_a_pool_and_the_others_a_reason(maker,
                 assert isinstance(pool, Unfilled) and "yes/no" in pool.reason
 
 
+@pytest.mark.slow
 def test_reasons_for_no_pool(maker):
     page = next(iter(PAGES.values()))
     programs = ("add(7, const_1)", "divide(7, const_0)", None)
@@ -162,6 +169,7 @@ def test_reasons_for_no_pool(maker):
     assert all(isinstance(p, Unfilled) and "templates" in p.reason for p in nothing.pools(page, "x"))
 
 
+@pytest.mark.slow
 def test_training_questions_have_several_pools_and_others_one(maker):
     for name, page in PAGES.items():
         for record, pools in zip(page, maker.pools(page, name), strict=True):
@@ -181,6 +189,7 @@ def test_training_questions_have_several_pools_and_others_one(maker):
     assert np.mean(sets) > 3.5
 
 
+@pytest.mark.slow
 def test_fillers_have_the_operators_of_the_golds_in_the_pool():
     matched = {}
     for share in (0.0, 1.0):
@@ -195,6 +204,7 @@ def test_fillers_have_the_operators_of_the_golds_in_the_pool():
 # --- what a pool depends on ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pools_depend_on_the_seed_and_not_on_any_order(pools):
     shuffled = random.Random(3).sample(TRAIN, len(TRAIN))
     again = fit(train=shuffled)
@@ -202,6 +212,7 @@ def test_pools_depend_on_the_seed_and_not_on_any_order(pools):
     assert sorted(map(repr, filled(again, backwards))) == sorted(map(repr, pools))
 
 
+@pytest.mark.slow
 def test_the_pools_of_a_page_depend_on_no_other_page_that_is_asked_for(maker, pools):
     asked = [page for page in PAGES.values() if page[0].split == "dev"]
     alone = maker.pools(asked[0], asked[0][0].filename)
@@ -295,6 +306,7 @@ def execute_or_none(program, record):
         return None
 
 
+@pytest.mark.slow
 def test_pools_with_changed_golds():
     made = filled(fit(train=TRAIN[:100], corruption_rate=0.7, changes=settings_of().changes.model_copy(update={"masked_lm": 0.5}),
                       rewrite=lambda programs: [p.replace("3", "7") for p in programs]), by_page(RECORDS[-120:]))  # fmt: skip
@@ -320,6 +332,7 @@ def test_features_within_a_pool_follow_the_candidates():
     assert np.allclose(in_pool(rows[:, order], numbers[:, order]), in_pool(rows, numbers)[:, order])
 
 
+@pytest.mark.slow
 def test_naive_pools_give_the_gold_program_away_and_ours_do_not(pools):
     naive = naive_pools(RECORDS, SIZE, 0)
     found = {}
@@ -333,6 +346,7 @@ def test_naive_pools_give_the_gold_program_away_and_ours_do_not(pools):
     assert np.mean(list(found["ours"].values())) < 0.3 < np.mean(list(found["naive"].values()))
 
 
+@pytest.mark.slow
 def test_the_measurement_finds_a_planted_shortcut_and_none_where_there_is_none(pools):
     fair, planted = [], []
     for i, (record, pool, _) in enumerate(pools):
@@ -348,6 +362,7 @@ def test_the_measurement_finds_a_planted_shortcut_and_none_where_there_is_none(p
         assert low <= np.median(accuracies) <= high and max(accuracies) >= low
 
 
+@pytest.mark.slow
 def test_methods_that_see_the_question_find_more(pools):
     taught = [item for item in pools if item[0].split == "train"]
     others = [item for item in pools if item[0].split != "train"]

@@ -358,6 +358,7 @@ def run_and_compare(original: str, program: str) -> tuple[float, str, str]:
     return time.process_time() - begun, outcome, same
 
 
+@pytest.mark.slow
 def test_any_text_gives_a_value_or_a_program_error_and_soon():
     ended, slowest, program = fuzz(20_000)
     assert slowest < 0.010, program
@@ -372,6 +373,7 @@ def test_any_text_gives_a_value_or_a_program_error_and_soon():
     assert min(ended.values()) > 300, ended
 
 
+@pytest.mark.slow
 def test_equivalent_programs_have_the_same_value():
     """Over two numbers and few steps many random programs are equivalent without being the same."""
     draw = random.Random(21)

@@ -111,6 +111,7 @@ def test_an_empty_split_is_refused_and_another_setting_then_starts_again(folder)
         run("01_prepare_dataset", folder, *settings, "tokenizer.kind=bpe")
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_as_records_grow_in_number(tmp_path):
     peaks = []
     for count in (100, 1000):

@@ -596,6 +596,7 @@ def save(family: str, folder, **choices) -> Any:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_lms_of_every_family_rewrite_text(family, tmp_path):
     """Loaded from a folder, with spare rows, on white space, accents and texts longer than the model; in any batch."""

@@ -89,6 +89,7 @@ def test_from_the_given_step_everything_learns(tmp_path):
     assert rows[4:].all()
 
 
+@pytest.mark.slow
 def test_killed_around_the_unfreezing_it_ends_with_the_same_bits(tmp_path):
     given = {"freeze_backbone": True, "unfreeze_at_step": UNFREEZE, "head_learning_rate": 0.01}
     run(tmp_path / "whole", **given)

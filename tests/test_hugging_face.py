@@ -592,6 +592,7 @@ def test_lora_trains_saves_and_reloads(family, tmp_path):
         assert torch.equal(reloaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 @every_family
 def test_trainer_trains_evaluates_and_resumes(family, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in make_ids(32, 12).tolist()]
@@ -658,6 +659,7 @@ class Plain(nn.Module):
         return output_of(self.inner, input_ids, attention_mask=attention_mask)
 
 
+@pytest.mark.slow
 @every_class
 def test_export_gives_equal_outputs(key):
     model, ids = make(key), make_ids(2, 16)
@@ -669,6 +671,7 @@ def test_export_gives_equal_outputs(key):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [("remask", "masked"), ("ltg", "masked"), ("ltg", "sequence")], ids="-".join)
 def test_onnx_gives_equal_outputs_at_other_lengths(key, tmp_path):
     pytest.importorskip(
@@ -699,6 +702,7 @@ def test_the_model_files_import_nothing_of_the_project(family):
         assert "from lib" not in source and "import lib" not in source
 
 
+@pytest.mark.slow
 @every_family
 def test_it_learns(family):
     """A pulse: the masked model memorises eight short rows."""

@@ -101,6 +101,7 @@ WIRES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WIRES)
 def test_one_byte_of_any_outside_file_refuses_the_finished_stage(case, outside_files, tmp_path, monkeypatch):
     name, _, way = case.partition(" ")
@@ -428,6 +429,7 @@ def test_frozen_weights_are_recognised_and_learning_ones_do_not_count():
         checkpoint.check_frozen("0" * 64, digest, "ranker")
 
 
+@pytest.mark.slow
 def test_another_code_stops_a_real_training(quick_run, tmp_path, monkeypatch):
     """Stage 04, killed in its second model: the first, complete, stays; the second refuses, by the names of the files."""
     from lib.training.loop import _Run

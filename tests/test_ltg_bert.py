@@ -223,6 +223,7 @@ def checkpoint_folder(tmp_path):
     return tmp_path, model
 
 
+@pytest.mark.slow
 def test_the_command_converts_safetensors_and_legacy_files(checkpoint_folder):
     folder, model = checkpoint_folder
     state = reference_dict(model)
@@ -277,6 +278,7 @@ def test_the_command_refuses_what_it_cannot_convert(checkpoint_folder, convert_h
     assert code == 73 and "not empty" in said
 
 
+@pytest.mark.slow
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(checkpoint_folder, convert_here):
     folder, _ = checkpoint_folder
     marker = folder / "ran"

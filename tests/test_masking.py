@@ -114,6 +114,7 @@ def sticky_row(p1: float, p2: float, length: int, count: int, rng: random.Random
     return mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("p1", "p2", "ratio"),
     [

@@ -182,6 +182,7 @@ def run(folder: Path, fault: int | None = None) -> dict[str, str]:
     return fingerprint(folder)
 
 
+@pytest.mark.slow
 def test_killed_within_judge_weighting_it_ends_with_the_same_bits(tmp_path):
     whole = run(tmp_path / "whole")
     for step in (3, 5, 8):

@@ -144,6 +144,7 @@ def test_unfinished_work_stands_aside_too_and_the_first_attempt_is_made_in_place
     assert make(fresh, 3, overwrite=True).resuming and read(fresh) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "found"), [("replace", {3, 4}), ("unlink", {4})])
 def test_killed_at_any_step_of_the_change_of_places_one_of_the_two_stands_whole(
     tmp_path, monkeypatch, call, found

@@ -223,6 +223,7 @@ def test_inspect_prints_a_line_per_stage(quick_run):
 # ------------------------------------------------------------------------- other ways through the stages
 
 
+@pytest.mark.slow
 def test_byte_pairs_go_end_to_end(tmp_path):
     config = load_config(
         quick_test=True, overrides=["tokenizer.kind=bpe", "tokenizer.vocab_size=320", *FEW_STEPS]
@@ -248,6 +249,7 @@ FEW_STEPS = ["training.steps=4", "generator.training.steps=4", "critic.training.
              *(f"models.{m}.training.steps=4" for m in ("generator", "reference_lm", "ar_baseline", "inspector", "judge", "ranker"))]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_cross_fitting_trains_a_generator_per_fold_that_never_saw_the_fold(tmp_path, monkeypatch):
     from lib.candidates import generators
     from lib.tasks import cross_fit_fold

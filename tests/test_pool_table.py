@@ -147,6 +147,7 @@ def run_folder(path, seed: int, value: float):
     return path / f"run_{seed}"
 
 
+@pytest.mark.slow
 def test_figures_over_seeds(tmp_path, capsys, monkeypatch):
     runs = [run_folder(tmp_path, seed, value) for seed, value in ((1, 0.5), (2, 0.6), (3, 0.7))]
     text = over_seeds.table(runs)

@@ -267,6 +267,7 @@ def test_every_pass_of_a_rollout_goes_through_all_its_pools_in_its_own_order():
     assert (objective(seed=1).pools_of(0) != steps[0]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["sampled", "exact"])
 def test_a_policy_improves(estimator):
     model, optimiser = start()

@@ -146,6 +146,7 @@ def test_packed_equals_one_by_one(name):
             assert torch.equal(model(pools), scores) and scores.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", TRUNKS)
 def test_gradients_of_packed_rows_equal_those_of_separate_ones(name, lora):

@@ -273,6 +273,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_bits(tmp_path):
     """LoRA and whole backbones, one process for all."""
     expected = {}
@@ -348,6 +349,7 @@ EXPORTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTS)
 def test_stock_classifier_gives_the_same_scores(name, tmp_path):
     model, tokenizer = ranker_of(

@@ -309,6 +309,7 @@ def interval_of(hits, groups, seed):
     return summary(per_pool, groups, seed)["accuracy"]
 
 
+@pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say_when_pages_are_resampled_whole():
     rng = np.random.default_rng(0)
     covered = {"pages": 0, "pools": 0}
@@ -321,6 +322,7 @@ def test_intervals_cover_as_often_as_they_say_when_pages_are_resampled_whole():
     assert covered["pools"] / 300 < 0.88  # taking pools as independent promises too much
 
 
+@pytest.mark.slow
 def test_a_paired_difference_is_sharper_than_two_intervals_and_covers():
     rng = np.random.default_rng(2)
     covered, widths = 0, []

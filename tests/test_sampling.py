@@ -346,6 +346,7 @@ def test_ancestral_sampling_writes_each_token_once():
     assert (sum((r.events == WRITTEN).astype(int) for r in rounds) == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_a_sample_does_not_depend_on_its_batch(name, precision):
@@ -398,6 +399,7 @@ def test_with_a_threshold_a_sample_is_finished_when_nothing_is_doubted():
         ).all()  # a wrong one stays only where the schedule is full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASKED)
 def test_a_finished_sample_does_not_change_the_others(name):
     def sampled(numbers: np.ndarray):

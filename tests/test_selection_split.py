@@ -99,6 +99,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
 def test_what_is_reported_chooses_nothing(tokenizer, tmp_path, name):
     """Other held-out text: the same metrics.jsonl and best model, another report. Other selection text: other metrics."""
@@ -144,6 +145,7 @@ def critic_of(tampered: str | None) -> TokenCritic:
     return TokenCritic(config.critic, diffusion, [0, 1, 2, 3])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_critics_calibration_is_fitted_on_the_selection_split_alone(monkeypatch):
     monkeypatch.setattr(token_critic, "REPORT_DRAWS", 1)

@@ -160,6 +160,7 @@ def run(folder: Path, fault: int | None = None):
     return train_tiny(model_of(), objective_of(), chosen, folder, fault)
 
 
+@pytest.mark.slow
 def test_killed_around_a_change_of_stage_it_ends_with_the_same_bits(tmp_path):
     run(tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]

@@ -326,6 +326,7 @@ def test_a_foreign_masked_lm_changes_only_its_own_stretches(tokenizer, bert_fold
     assert changed > 20
 
 
+@pytest.mark.slow
 def test_in_8_bits_a_row_is_still_filled_the_same_way_in_any_batch(tokenizer, bert_folder, engine, tmp_path):
     save_model(engine.model, tmp_path, tokenizer)
     for folder in (tmp_path, bert_folder):
@@ -338,6 +339,7 @@ def test_in_8_bits_a_row_is_still_filled_the_same_way_in_any_batch(tokenizer, be
         MaskedLMEngine.load(tmp_path, Runtime(torch.device("cuda"), "fp32"), int8=True)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_bytes(quick_run, tmp_path):
     generator = quick_run / "02_generate_candidates" / "generator" / "best_model"
     files = []

@@ -124,6 +124,7 @@ def test_names_and_texts_that_utf8_cannot_hold_become_something_that_it_can(tmp_
     assert documents[0].content.endswith("words \ufffd end")
 
 
+@pytest.mark.slow
 def test_many_records_of_one_name_take_no_longer_than_others(tmp_path):
     lines = [json.dumps({"id": "same", "text": f"{i} a text that is long enough"}) for i in range(20_000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -211,6 +212,7 @@ def prepared(text: str, **data) -> tuple[list[Example], list[Dropped]]:
     return [i for i in items if isinstance(i, Example)], [i for i in items if isinstance(i, Dropped)]
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(PARAGRAPHS, st.integers(5, 60), st.integers(60, 200), st.sampled_from(["hash", "contiguous"]))
 def test_fixed_passages_are_the_whole_text_in_order(text, size, block, split):
@@ -231,6 +233,7 @@ def test_the_line_ends_behind_a_block_are_no_passage_of_their_own():
     assert all(e.target.strip() for e in examples) and not dropped
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(PARAGRAPHS, st.integers(10, 80), st.integers(80, 400))
 def test_paragraph_passages_start_at_paragraphs_and_nothing_but_blanks_vanishes(text, size, block):
@@ -256,6 +259,7 @@ def test_a_paragraph_longer_than_a_block_never_makes_a_passage_start_in_its_midd
     assert sum(len(d.text) for d in dropped) > 10_000
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=60),

@@ -43,6 +43,7 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
     return fingerprint(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_it_learns(tmp_path, attention):
     result = start(tmp_path, attention, dropout=0.0, steps=120, evaluate_every=40)
@@ -53,6 +54,7 @@ def test_it_learns(tmp_path, attention):
     assert isinstance(load_model(tmp_path / "best_model"), torch.nn.Module)
 
 
+@pytest.mark.slow
 def test_killed_before_every_step_in_turn_it_ends_with_the_same_bits(tmp_path, undisturbed):
     for kill_at in range(12):
         folder = tmp_path / str(kill_at)

@@ -25,6 +25,9 @@ RANKER_FILE = "ranker.json"  # marks the folder of a ranker with prompts
 POLICIES = ("ppo", "exact", "cross_entropy")  # what stage 05 makes of a ranker
 
 CALIBRATION = "calibration.json"
+CODE_LICENCE = """The Python files in this folder are part of Remask, licensed under Apache-2.0
+(https://www.apache.org/licenses/LICENSE-2.0), copyright of the Remask authors.
+"""
 
 
 def publish(run: Path, name: str, out: Path) -> Path:
@@ -141,6 +144,7 @@ def card(
         else ""
     )
     commit = manifest["code"].get("commit") or "unknown"
+    code = CODE_LICENCE if any(folder.glob("*.py")) else ""
     return f"""---
 library_name: transformers
 license: unknown
@@ -154,8 +158,8 @@ tags:
 
 `{architecture}`: {what}. Trained by Remask from {source}.
 
-Licence: none is chosen yet. Set `license` above before you share this folder; the licences of the training data and of the
-code have a say in it.
+{code}No licence is chosen for the weights. Set `license` above before you share this folder. The licences of the training
+data, and of a model that this one started from, may limit your choice.
 
 ## Use
 
