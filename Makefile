@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: pipeline quick_test test test-commands benchmark-quick inspect report lint format types setup help
+.PHONY: pipeline quick_test test test-commands benchmark-quick inspect report docs lint format types setup help
 
 ## Run all seven stages on data that needs no download; finished ones are skipped (CONFIG=..., SET="key=value ...", RUN=..., QUICK=1)
 pipeline: $(STAMP)
@@ -50,6 +50,10 @@ inspect: $(STAMP)
 report: $(STAMP)
 	@$(SETTINGS); REMASK_MAKE=1 $(BIN)/python 06_sample.py $(FLAGS) "$$@"
 	@ls $(if $(RUN),'$(RUN)',outputs/run_*)/06_sample/report.html | tail -n 1
+
+## Write docs/configuration.md from the settings, and docs/results.md and README's table from the stored results
+docs: $(STAMP)
+	$(BIN)/python -m lib.config_reference
 
 ## Check style
 lint: $(STAMP)
