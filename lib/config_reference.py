@@ -12,7 +12,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
@@ -136,21 +135,23 @@ def _plain_text(annotation: Any, metadata: tuple[Any, ...]) -> str:
         raise TypeError(
             f"no words for the type {annotation} of a setting: add them to lib/config_reference.py"
         )
-    low = next((m for m in metadata if isinstance(m, Ge | Gt)), None)
-    high = next((m for m in metadata if isinstance(m, Le | Lt)), None)
-    return names[annotation] + _range_text(annotation, low, high)
+    limits = {
+        name: getattr(m, name) for m in metadata for name in ("ge", "gt", "le", "lt") if hasattr(m, name)
+    }
+    return names[annotation] + _range_text(annotation is int, limits)
 
 
-def _range_text(kind: type, low: Ge | Gt | None, high: Le | Lt | None) -> str:
-    if low is None:
+def _range_text(whole: bool, limits: dict[str, Any]) -> str:
+    """` in (0, 1]` and the like; `limits` by pydantic's words: ge, gt, le, lt."""
+    if "ge" not in limits and "gt" not in limits:
         return ""
-    start = low.ge if isinstance(low, Ge) else low.gt
-    if high is None:
-        if kind is int and isinstance(low, Gt):
-            return f" ≥ {int(start) + 1}"  # type: ignore[call-overload]
-        return f" {'≥' if isinstance(low, Ge) else '>'} {start}"
-    end = high.le if isinstance(high, Le) else high.lt
-    return f" in {'[' if isinstance(low, Ge) else '('}{start}, {end}{']' if isinstance(high, Le) else ')'}"
+    start = limits.get("ge", limits.get("gt"))
+    if "le" in limits or "lt" in limits:
+        end = f"{limits['le']}]" if "le" in limits else f"{limits['lt']})"
+        return f" in {'[' if 'ge' in limits else '('}{start}, {end}"
+    if whole and "gt" in limits:
+        return f" ≥ {limits['gt'] + 1}"
+    return f" {'≥' if 'ge' in limits else '>'} {start}"
 
 
 def _length_text(metadata: tuple[Any, ...]) -> str:
