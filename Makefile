@@ -54,6 +54,7 @@ report: $(STAMP)
 ## Write docs/configuration.md from the settings, and docs/results.md and README's table from the stored results
 docs: $(STAMP)
 	$(BIN)/python -m lib.config_reference
+	$(BIN)/python -m benchmarks.results_page
 
 ## Check style
 lint: $(STAMP)
