@@ -42,7 +42,7 @@ def main(config: Config, args: RunArgs) -> None:
 
         # Read everything once: documents to one table, problems to the other
         documents = characters = 0
-        tally = Tally()
+        counters = LabelCounters()
         with (
             stage.writer("documents", schema.DOCUMENTS) as kept,
             stage.writer("problems", schema.PROBLEMS) as problems,
@@ -54,15 +54,15 @@ def main(config: Config, args: RunArgs) -> None:
                 if fit:
                     kept.write(as_table(fit, schema.DOCUMENTS))
                 if faults:
-                    tally.add(faults)
+                    counters.add(faults)
                     problems.write(as_table(faults, schema.PROBLEMS))
 
         # Say what was found; stop here if training on it would be wrong
-        stage.stats |= {"documents": documents, "characters": characters, "problems": tally.by_kind()}
+        stage.stats |= {"documents": documents, "characters": characters, "problems": counters.by_kind()}
         say(f"{documents:,} documents, {characters:,} characters")
-        for line in tally.lines():
+        for line in counters.lines():
             say(line)
-        errors = tally.count("error")
+        errors = counters.count("error")
         if errors:
             where = shown_path(stage.folder / "problems.parquet")
             what = "1 problem" if errors == 1 else f"{errors:,} problems"
@@ -100,7 +100,7 @@ def as_table(items: list, table_schema):
     return pa.Table.from_pylist([vars(item) for item in items], table_schema.arrow)
 
 
-class Tally:
+class LabelCounters:
     """How many problems of each kind there are, and the first few of them."""
 
     def __init__(self) -> None:

@@ -57,21 +57,21 @@ def main(config: Config, args: RunArgs) -> None:
         stage.add_folder("tokenizer", stage.folder / "tokenizer")
 
         # Second pass: the examples
-        tally = Tally(WholeTexts.of(config))
+        counters = ExampleCounters(WholeTexts.of(config))
         with (
             stage.writer("examples", schema.EXAMPLES) as kept,
             stage.writer("dropped", schema.DROPPED) as dropped,
         ):
             for examples, left_out in groups(task.prepare(config, Documents(stage)), ROWS_PER_GROUP):
                 if examples:
-                    kept.write(tally.add(encoded(examples, tokenizer, config.tokenizer.unknown)))
+                    kept.write(counters.add(encoded(examples, tokenizer, config.tokenizer.unknown)))
                 if left_out:
-                    dropped.write(tally.drop(left_out))
-        tally.check(config)
-        if tally.whole is not None:
-            tally.whole.refuse()
-        stage.stats |= tally.summary(len(tokenizer))
-        say(tally.line(len(tokenizer)))
+                    dropped.write(counters.drop(left_out))
+        counters.check(config)
+        if counters.whole is not None:
+            counters.whole.refuse()
+        stage.stats |= counters.summary(len(tokenizer))
+        say(counters.line(len(tokenizer)))
 
 
 class Documents:
@@ -122,7 +122,7 @@ def encoded(examples: list, tokenizer, unknown: str):
     return pa.Table.from_pylist(rows, schema.EXAMPLES.arrow)
 
 
-class Tally:
+class ExampleCounters:
     """Counts per split and per reason of being left out.
 
     `whole` looks whether the models of the config can read the examples that get candidates.

@@ -56,9 +56,9 @@ def make_table(config: Config, args: RunArgs) -> None:
     import pyarrow as pa
 
     from lib import outside, schema
+    from lib.candidates.counters import CandidateCounters
     from lib.candidates.generators import masked_language_models
     from lib.candidates.parallel import made_by_processes
-    from lib.candidates.tally import Tally
     from lib.runtime import Runtime
     from lib.synthetic import MaskedLMEngine
     from lib.tasks import CandidateContext, get_task
@@ -89,7 +89,7 @@ def make_table(config: Config, args: RunArgs) -> None:
                     f"candidates.processes must be 1: task {config.task} makes candidates of all examples at once"
                 )
             task.plan_candidates(examples, context)
-        tally, whole = Tally(config.candidates.label_rule == "origin"), WholeTexts.of(config)
+        counters, whole = CandidateCounters(config.candidates.label_rule == "origin"), WholeTexts.of(config)
         # Token ids mean nothing without their tokenizer
         metadata = {
             "tokenizer_sha256": stage.sha256_of("01_prepare_dataset", "tokenizer"),
@@ -110,17 +110,17 @@ def make_table(config: Config, args: RunArgs) -> None:
                 context.counts.update(counts)
                 if table.num_rows:
                     writer.write(table)
-                    tally.add(table)
+                    counters.add(table)
                     if whole is not None:
                         whole.add(table)
                 done += count
                 progress.update(done)
-        tally.drop(context.dropped)
+        counters.drop(context.dropped)
         dropped = [vars(d) for d in context.dropped]
         stage.write("dropped", pa.Table.from_pylist(dropped, schema.DROPPED.arrow), schema.DROPPED)
-        stage.stats |= tally.summary()
+        stage.stats |= counters.summary()
         stage.stats["source"] = config.candidates.source
-        say(tally.line())
+        say(counters.line())
         if whole is not None and (problem := whole.problem()):  # written by a tokenizer that is not the run's
             stage.stats["longer_than_context"] = whole.longer
             say(f"WARNING: stage 04 will refuse these candidates: {problem}")

@@ -28,11 +28,11 @@ def main(config: Config, args: RunArgs) -> None:
     from lib import outside
     from lib.report.table import results_table
     from lib.runtime import Runtime
-    from lib.training.fresh import RECORD as SHARDS_USED
-    from lib.training.fresh import streaming
     from lib.training.lengths import refuse_longer_candidates
-    from lib.training.named import train_named
-    from lib.training.tables import materials_of
+    from lib.training.stage_inputs import read_stage_inputs
+    from lib.training.streaming_dataset import RECORD as SHARDS_USED
+    from lib.training.streaming_dataset import streaming
+    from lib.training.train_model import train_model
 
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
     uses = ("seed", "device", "precision", "diffusion", "ranker", "models", "stream")
@@ -41,16 +41,16 @@ def main(config: Config, args: RunArgs) -> None:
             return
         runtime = Runtime.detect(config, stage.code)
         stage.environment |= runtime.fingerprint()
-        materials = materials_of(stage, config, runtime)
+        stage_inputs = read_stage_inputs(stage, config, runtime)
 
         # Train what is asked for; models of other modes keep what they have
         wanted = {n: s for n, s in config.models.items() if args.only_mode in (None, s.mode)}
         if not wanted:
             say(f"no model of the config has mode {args.only_mode}")
-        refuse_longer_candidates(config, wanted, materials)
-        with streaming(stage, config, materials):
+        refuse_longer_candidates(config, wanted, stage_inputs)
+        with streaming(stage, config, stage_inputs):
             for name, spec in wanted.items():
-                train_named(name, spec, materials, stage.folder / name, start_folder(stage, config, spec))
+                train_model(name, spec, stage_inputs, stage.folder / name, start_folder(stage, config, spec))
 
         # The stage is complete when every model of the config is
         records = {name: record_of(stage.folder / name) for name in config.models}
@@ -109,7 +109,7 @@ def record_of(folder: Path) -> dict | None:
     """The training manifest of a model's folder, None while it is not complete."""
     import json
 
-    from lib.training.named import RECORD
+    from lib.training.train_model import RECORD
 
     file = folder / RECORD
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

@@ -3,7 +3,7 @@
 
 The token critic says for every token how likely it is an error, that is, how likely it differs from the one that stood there.
 It learns from the generator's own fills of clean text. Decoupled, the generator stays as it is; joint, both learn on one
-trunk. On held-out text it is compared with the generator's own confidence and calibrated.
+backbone. On held-out text it is compared with the generator's own confidence and calibrated.
 
 ppo takes a ranker as policy over its candidates and trains it further by the rewards of what it chooses, with a value
 critic as baseline; beside it, from the same start, the exact gradient of the expected reward and cross-entropy.
@@ -46,12 +46,12 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
         stage.environment |= runtime.fingerprint()
         tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
 
-        # The critic sits on the generator's trunk; decoupled, nothing but the critic learns
+        # The critic sits on the generator's backbone; decoupled, nothing but the critic learns
         source = stage.folder_of("04_train", f"{config.critic.generator}/best_model")
         spec = config.models[config.critic.generator]
         model, transfer = start_model(
             "language_model", spec.architecture, "bidirectional", len(tokenizer), config.seed, "critic", source,
-            critic_layers=config.critic.layers,
+            critic_layers=config.critic.num_layers,
         )  # fmt: skip
         if config.critic.coupling == "decoupled":
             for name, parameter in model.named_parameters():
@@ -98,7 +98,7 @@ def train_policy(config: Config, args: RunArgs) -> None:
     from lib.report.table import results_table
     from lib.runtime import Runtime
     from lib.training.policy import START, WAYS, PolicyTraining, compare, remember
-    from lib.training.tables import materials_of
+    from lib.training.stage_inputs import read_stage_inputs
 
     name = config.critic.ppo.ranker
     rankers = [n for n, s in config.models.items() if s.mode == "ranker" and not s.blind]
@@ -108,7 +108,7 @@ def train_policy(config: Config, args: RunArgs) -> None:
         )
     if config.critic.training.freeze_backbone:
         raise BadConfig(
-            "critic.training.freeze_backbone: a policy's trunk must learn; leave it out for method ppo"
+            "critic.training.freeze_backbone: a policy's backbone must learn; leave it out for method ppo"
         )
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
     uses = ("seed", "device", "precision", "ranker", "critic")
@@ -118,14 +118,14 @@ def train_policy(config: Config, args: RunArgs) -> None:
             return
         runtime = Runtime.detect(config, stage.code)
         stage.environment |= runtime.fingerprint()
-        materials = materials_of(stage, config, runtime)
-        if not materials.have_prompts:
+        stage_inputs = read_stage_inputs(stage, config, runtime)
+        if not stage_inputs.have_prompts:
             raise BadConfig(f"critic.method ppo needs examples with prompts; task {config.task} has none")
         start = stage.folder_of("04_train", f"{name}/best_model")
-        held_out = materials.pools("held_out")
+        held_out = stage_inputs.pools("held_out")
         training = PolicyTraining(
             config, runtime, start, stage.folder,
-            materials.pools(config.models[name].split), materials.pools_for_selection(), held_out,
+            stage_inputs.pools(config.models[name].split), stage_inputs.pools_for_selection(), held_out,
         )  # fmt: skip
 
         # The same start, pools and steps for each way; a way that is complete is not trained again
@@ -170,7 +170,7 @@ def critic_objective(stage: Stage, config: Config, runtime, tokenizer, context: 
     from lib.training.data import Windows, select_split
     from lib.training.objectives.language_model import MaskedDiffusion
     from lib.training.objectives.token_critic import TokenCritic
-    from lib.training.tables import SELECTION
+    from lib.training.stage_inputs import SELECTION
 
     tables = [
         select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)

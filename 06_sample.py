@@ -2,7 +2,7 @@
 06: sample text under every re-masking policy at equal cost, or rank pools; measure it, and write the report.
 
 Unconditional samples by default; sampler.prompt continues a text, sampler.infill fills its [MASK]s, sampler.infill_file
-those of a table of texts. Every forward pass of the trunk is counted (NFE), also those of the critic. The quality is
+those of a table of texts. Every forward pass of the backbone is counted (NFE), also those of the critic. The quality is
 measured by a causal model that learned from a split of its own.
 
 With --score FILE it scores a text of yours instead: a number per token and for the whole from critic, inspector,
@@ -47,8 +47,8 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     """Every token of a user's text, scored by the models of a finished run."""
     from lib import durable, schema
     from lib.errors import BadConfig, BadData, MissingInput, RemaskError
-    from lib.report.bench import Bench, as_table
-    from lib.report.scores import HEAD, cells, documents_of, known_texts, score, scores_page, windows
+    from lib.evaluation.sample_evaluator import SampleEvaluator, as_table
+    from lib.evaluation.text_scores import HEAD, cells, documents_of, known_texts, score, scores_page, windows
     from lib.report.table import aligned
     from lib.runtime import Runtime
     from lib.tasks import Document, get_task
@@ -97,22 +97,22 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
             return
         runtime = Runtime.detect(config, stage.code)
         stage.environment |= runtime.fingerprint()
-        bench = Bench(stage, config, runtime)
-        parts = list(windows(texts, bench.tokenizer, bench.narrowest, config.tokenizer.unknown))
-        strange = sum(int((part.ids == bench.tokenizer.unk_token_id).sum()) for part in parts)
+        evaluator = SampleEvaluator(stage, config, runtime)
+        parts = list(windows(texts, evaluator.tokenizer, evaluator.narrowest, config.tokenizer.unknown))
+        strange = sum(int((part.ids == evaluator.tokenizer.unk_token_id).sum()) for part in parts)
         if strange:
             say(f"{strange:,} tokens of {file} are outside the run's vocabulary and stand as [UNK]")
         longer = sum(part.number == 1 for part in parts)
         if longer:
             say(
-                f"{longer:,} of {len(texts):,} texts have more than {bench.narrowest} tokens: all models, the judge too, read "
+                f"{longer:,} of {len(texts):,} texts have more than {evaluator.narrowest} tokens: all models, the judge too, read "
                 "them in consecutive windows of that length, and figures of a whole text are means over its tokens"
             )
-        rows = score(parts, bench)
+        rows = score(parts, evaluator)
         stage.write("scores", as_table(rows, schema.SCORES), schema.SCORES)
-        known = documents_of(score(known_texts(bench), bench))
+        known = documents_of(score(known_texts(evaluator), evaluator))
         lines = documents_of(rows)
-        page = scores_page(rows, lines, known, bench.token_text, printable(file.name))
+        page = scores_page(rows, lines, known, evaluator.token_text, printable(file.name))
         durable.write_text(stage.folder / "scores.html", page)
         stage.add_file("page", stage.folder / "scores.html")
         stage.stats |= {"scored": printable(file), "documents": lines[:1000], "known": known}
@@ -124,8 +124,8 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
 
 def sample(config: Config, args: RunArgs) -> None:
     from lib import durable, outside
-    from lib.report.bench import Bench, Collected, context_of, starts_of
-    from lib.report.gather import gather
+    from lib.evaluation.collect import collect
+    from lib.evaluation.sample_evaluator import Collected, SampleEvaluator, context_of, starts_of
     from lib.report.html import build_report
     from lib.runtime import Runtime
     from lib.tokenization import load_tokenizer
@@ -143,18 +143,18 @@ def sample(config: Config, args: RunArgs) -> None:
             return
         runtime = Runtime.detect(config, stage.code)
         stage.environment |= runtime.fingerprint()
-        bench = Bench(stage, config, runtime)
+        evaluator = SampleEvaluator(stage, config, runtime)
 
         # Every policy writes the same numbered samples from the same start, at every budget of passes
-        starts = starts_of(config.sampler, bench.tokenizer, bench.context)
+        starts = starts_of(config.sampler, evaluator.tokenizer, evaluator.context)
         table = Collected()
         plan = [(name, nfe) for nfe in config.sampler.nfe for name in config.sampler.policies]
         with Progress("samples", len(plan)) as progress:
             for done, (name, nfe) in enumerate(plan):
-                bench.write(starts, name, nfe, table)
+                evaluator.write(starts, name, nfe, table)
                 progress.update(done + 1)
-        table.policies += bench.baselines(starts)
-        chosen = bench.best_of(starts, table)
+        table.policies += evaluator.baselines(starts)
+        chosen = evaluator.best_of(starts, table)
 
         # Write
         from lib import schema
@@ -164,21 +164,21 @@ def sample(config: Config, args: RunArgs) -> None:
         stage.stats["policies"] = table.policies
         metrics = {
             "policies": table.policies,
-            "results": bench.results,
-            "winners": bench.winners,
+            "results": evaluator.results,
+            "winners": evaluator.winners,
             "best_of": chosen,
         }
         stage.write_json("metrics", metrics)
-        data = gather(stage, config, table.samples(), table.trace(), table.policies, chosen, bench)
+        data = collect(stage, config, table.samples(), table.trace(), table.policies, chosen, evaluator)
         durable.write_text(stage.folder / "report.html", build_report(data))
         stage.add_file("report", stage.folder / "report.html")
-        bench.say_results(table.policies, chosen)
+        evaluator.say_results(table.policies, chosen)
         say(f"report: {stage.shown(stage.folder / 'report.html')}")
 
 
 def rank(config: Config, args: RunArgs) -> None:
     from lib import durable, outside, schema
-    from lib.report.rank_bench import RankBench
+    from lib.evaluation.ranking_evaluator import RankingEvaluator
     from lib.report.ranking import ranking_table
     from lib.runtime import Runtime
 
@@ -188,26 +188,26 @@ def rank(config: Config, args: RunArgs) -> None:
             return
         runtime = Runtime.detect(config, stage.code)
         stage.environment |= runtime.fingerprint()
-        bench = RankBench(stage, config, runtime)
+        evaluator = RankingEvaluator(stage, config, runtime)
 
         # Everyone scores the same pools
-        rankers = list(bench.models())
+        rankers = list(evaluator.models())
         with Progress("rankers", len(rankers)) as progress:
             for done, (name, where, blind) in enumerate(rankers):
-                bench.score(name, where, blind)
+                evaluator.score(name, where, blind)
                 progress.update(done + 1)
-        bench.score_simply()
+        evaluator.score_simply()
 
         # Write
-        stage.write("ranked", bench.ranked(), schema.RANKED)
-        stage.write("answers", bench.answers(), schema.ANSWERS)
-        metrics = {split: bench.measured(split) for split in bench.tables}
+        stage.write("ranked", evaluator.ranked(), schema.RANKED)
+        stage.write("answers", evaluator.answers(), schema.ANSWERS)
+        metrics = {split: evaluator.measured(split) for split in evaluator.tables}
         stage.write_json("metrics", metrics)
-        stage.stats |= metrics | {"shortened": bench.shortened}
-        durable.write_text(stage.folder / "report.html", bench.page())
+        stage.stats |= metrics | {"shortened": evaluator.shortened}
+        durable.write_text(stage.folder / "report.html", evaluator.page())
         stage.add_file("report", stage.folder / "report.html")
-        for split in bench.tables:
-            say(f"\n{split}: {len(bench.tables[split]):,} pools\n{ranking_table(bench.table(split))}")
+        for split in evaluator.tables:
+            say(f"\n{split}: {len(evaluator.tables[split]):,} pools\n{ranking_table(evaluator.table(split))}")
         say(f"\nreport: {stage.shown(stage.folder / 'report.html')}")
 
 

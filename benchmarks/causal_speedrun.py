@@ -20,7 +20,7 @@ from lib.config import Config
 from lib.models.build import start_model
 from lib.training.loop import train
 from lib.training.objectives.build import make_objective
-from lib.training.tables import Materials
+from lib.training.stage_inputs import StageInputs
 
 GOAL = 1.88
 
@@ -33,17 +33,17 @@ def plain_model(config: Config, vocabulary: int) -> torch.nn.Module:
     torch.manual_seed(config.seed)
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=vocabulary, n_layer=a.layers, n_embd=a.width, n_head=a.heads, n_positions=a.context,
+            vocab_size=vocabulary, n_layer=a.num_hidden_layers, n_embd=a.hidden_size, n_head=a.num_attention_heads, n_positions=a.context,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
         )
     )  # fmt: skip
 
 
-def run(config: Config, materials: Materials, plain: bool) -> tuple[dict[str, float], float, float]:
+def run(config: Config, stage_inputs: StageInputs, plain: bool) -> tuple[dict[str, float], float, float]:
     """(figures of held-out text, training seconds, tokens per second)."""
     spec = config.models["generator"]
-    vocabulary = len(materials.tokenizer)
-    objective = make_objective("generator", spec, materials, spec.architecture.context)
+    vocabulary = len(stage_inputs.tokenizer)
+    objective = make_objective("generator", spec, stage_inputs, spec.architecture.context)
     if plain:
         model = plain_model(config, vocabulary)
     else:
@@ -58,7 +58,7 @@ def run(config: Config, materials: Materials, plain: bool) -> tuple[dict[str, fl
         (folder / "none").touch()
 
     with tempfile.TemporaryDirectory() as folder:
-        result = train(model, objective, spec.training, materials.runtime, Path(folder), seed=config.seed,
+        result = train(model, objective, spec.training, stage_inputs.runtime, Path(folder), seed=config.seed,
                        label="plain" if plain else "ours", save=keep)  # fmt: skip
     model.load_state_dict(kept)
     with torch.no_grad():
@@ -83,10 +83,10 @@ def main() -> None:
     found = {}
     for plain in (False,) if options.skip_plain else (False, True):
         configs = ["configs/speedrun.yaml"] + (["configs/speedrun_plain.yaml"] if plain else [])
-        config, materials, _ = prepare(
+        config, stage_inputs, _ = prepare(
             "speedrun", configs, overrides[:2] + ([] if plain else options.overrides) + overrides[2:]
         )
-        found[plain] = run(config, materials, plain)
+        found[plain] = run(config, stage_inputs, plain)
     print(f"{'recipe':<8}{'held-out, nats/char':>24}{'training, seconds':>20}{'tokens/s':>12}")
     for plain, (figures, seconds, speed) in found.items():
         nll = f"{figures['nll']:.4f} +- {figures['nll_half_width']:.4f}"

@@ -25,17 +25,22 @@ from lib.report.table import aligned
 from lib.runs import STAGES, RunArgs
 from lib.runtime import Runtime
 from lib.training.objectives.build import make_objective
-from lib.training.tables import materials_of
+from lib.training.stage_inputs import read_stage_inputs
 
 OTHER = [
     "seed=7",
-    "generator.architecture.width=96",
-    "generator.architecture.heads=3",
+    "generator.architecture.hidden_size=96",
+    "generator.architecture.num_attention_heads=3",
     "generator.training.steps=700",
 ]
 NAMES = ("inspector", "judge")
 QUICK = [f"{owner}.training.steps=8" for owner in ("generator", "models.inspector", "models.judge")]
-QUICK += ["architecture.layers=1", "architecture.width=32", "architecture.heads=2", "architecture.context=64"]
+QUICK += [
+    "architecture.num_hidden_layers=1",
+    "architecture.hidden_size=32",
+    "architecture.num_attention_heads=2",
+    "architecture.context=64",
+]
 QUICK += ["data.passage_characters=64", "data.block_characters=1024", "training.evaluation_examples=32"]
 
 
@@ -50,11 +55,13 @@ def measured_elsewhere(own: Path, other: Path, config: Config) -> dict[str, dict
     with Stage(
         "04_train.py", config, RunArgs(run_dir=other), uses=("seed",), reads=reads, restarts=True
     ) as stage:
-        materials = materials_of(stage, config, Runtime.detect(config))
+        stage_inputs = read_stage_inputs(stage, config, Runtime.detect(config))
         found = {}
         for name in NAMES:
             model: Any = load_model(own / "04_train" / name / "best_model").eval()
-            objective: Any = make_objective(name, config.models[name], materials, config.architecture.context)
+            objective: Any = make_objective(
+                name, config.models[name], stage_inputs, config.architecture.context
+            )
             with torch.no_grad():
                 found[name] = objective.report(model)[0]
         stage.leave_incomplete("measured with the models of another run")

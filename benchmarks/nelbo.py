@@ -21,8 +21,8 @@ def main() -> None:
     options = parser.parse_args()
     say_provenance()
     overrides = [f"data.path={shakespeare()}", *options.overrides]
-    config, materials, folder = prepare(options.name, ["configs/nelbo.yaml"], overrides)
-    record = train_one("generator", config.models["generator"], materials, folder)
+    config, stage_inputs, folder = prepare(options.name, ["configs/nelbo.yaml"], overrides)
+    record = train_one("generator", config.models["generator"], stage_inputs, folder)
     speed = [json.loads(line) for line in (folder / "generator" / "speed.jsonl").read_text().splitlines()][-1]
     held_out = record["held_out"]
     print(f"parameters           {record['parameters']:,}")

@@ -10,8 +10,8 @@ from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
 from lib.tokenization import load_tokenizer
-from lib.training.named import train_named
-from lib.training.tables import Materials
+from lib.training.stage_inputs import StageInputs
+from lib.training.train_model import train_model
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -29,8 +29,8 @@ def shakespeare() -> Path:
     )
 
 
-def prepare(name: str, configs: list[str], overrides: list[str]) -> tuple[Config, Materials, Path]:
-    """Stages 00 and 01 in benchmarks/results/<name>; returns the config, its materials and the folder."""
+def prepare(name: str, configs: list[str], overrides: list[str]) -> tuple[Config, StageInputs, Path]:
+    """Stages 00 and 01 in benchmarks/results/<name>; returns the config, its stage_inputs and the folder."""
     import pyarrow.parquet as pq
 
     config = load_config(configs, overrides=overrides)
@@ -47,7 +47,7 @@ def prepare(name: str, configs: list[str], overrides: list[str]) -> tuple[Config
 
         return table.filter(pc.equal(table["split"], split))
 
-    return config, Materials(config, tokenizer, Runtime.detect(config), examples, examples), folder
+    return config, StageInputs(config, tokenizer, Runtime.detect(config), examples, examples), folder
 
 
 def _matches(folder: Path, script: str, config: Config) -> bool:
@@ -55,9 +55,9 @@ def _matches(folder: Path, script: str, config: Config) -> bool:
     return manifest is not None and manifest["config"] == config.slice(manifest["config"])
 
 
-def train_one(name: str, spec: ModelSpec, materials: Materials, folder: Path) -> dict[str, Any]:
+def train_one(name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path) -> dict[str, Any]:
     """Train from scratch in an empty folder."""
     import shutil
 
     shutil.rmtree(folder / name, ignore_errors=True)
-    return train_named(name, spec, materials, folder / name, start=None)
+    return train_model(name, spec, stage_inputs, folder / name, start=None)

@@ -39,7 +39,7 @@ PEER_LENGTHS = (302, 24)
 LEARNING_RATE = 1e-5
 
 
-def trunks_of(encoder: str | None) -> tuple[Any, Any]:
+def backbones_of(encoder: str | None) -> tuple[Any, Any]:
     """(as the ranker opens it, as it was published); without a folder MiniLM's shape with random weights."""
     from transformers import AutoModel, BertConfig, BertModel
 
@@ -101,7 +101,7 @@ class Steps:
 
 
 def compare_ways(encoder: str | None, runtime: Runtime, pools_per_step: int, rounds: int) -> None:
-    ours, stock = (CandidateRanker(trunk, seed=0) for trunk in trunks_of(encoder))
+    ours, stock = (CandidateRanker(backbone, seed=0) for backbone in backbones_of(encoder))
     precisions = ["fp32", "bf16"] if Runtime.detect(load_config()).precision == "bf16" else ["fp32"]
     rows = []
     for prompt, candidate in LENGTHS:
@@ -135,10 +135,10 @@ def compare_peer(encoder: str, runtime: Runtime, pools_per_step: int, rounds: in
     if lacking:
         print(f"no comparison with CrossEncoderTrainer: {' and '.join(lacking)} not installed")
         return
-    trunk, tokenizer = open_encoder(encoder)
+    backbone, tokenizer = open_encoder(encoder)
     prompts, candidates = texts(tokenizer, pools_per_step)
     pools = collate(tokenizer, prompts, candidates, sum(PEER_LENGTHS), PEER_LENGTHS[1])
-    steps = Steps(CandidateRanker(trunk, seed=0), CandidateRanker.score_packed, runtime)
+    steps = Steps(CandidateRanker(backbone, seed=0), CandidateRanker.score_packed, runtime)
     pairs = []
     for number in range(rounds + 1):
         ours = statistics.median(steps.seconds(pools) for _ in range(3))

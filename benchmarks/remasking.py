@@ -61,18 +61,30 @@ from lib.log import say
 from lib.runs import plain
 
 ALL = tuple(name for name in POLICIES if name != "oracle")
-PLAIN = {"hold_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
-LEADING = ("none", "random", "confidence", "remdm_conf", "critic", "critic_partial", "critic_origin")
-ABLATED = ("none", "critic", "critic_partial", "critic_origin")  # policies of E5
+PLAIN = {"corrector_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
+LEADING = (
+    "ancestral",
+    "random_remask",
+    "confidence_remask",
+    "remdm_conf",
+    "critic",
+    "critic_partial",
+    "critic_origin",
+)
+ABLATED = ("ancestral", "critic", "critic_partial", "critic_origin")  # policies of E5
 # Held rounds write cold, which finds likelier tokens by itself: these do it without taking anything back
 COLD = {"temperature": 0.3}
 # These a second time in E2 and E5, where no temperatures are swept
-COLD_POLICIES = ("none", "confidence_first")
+COLD_POLICIES = ("ancestral", "confidence_order")
 # In E4 a second time without the noise that is blended into what they suspect
 SHARP = {"randomness_strength": 0.0}
-BY_CHANCE = ("random", "remdm_cap", "remdm_rescale")  # of those that take back: have nothing to sharpen
+BY_CHANCE = (
+    "random_remask",
+    "remdm_cap",
+    "remdm_rescale",
+)  # of those that take back: have nothing to sharpen
 CONTESTED = (REAL, "critic_origin", *BASELINES)  # lines of E3
-STOPPING = ("critic", "confidence_first")  # policies that also run with the schedule `threshold`
+STOPPING = ("critic", "confidence_order")  # policies that also run with the schedule `threshold`
 
 
 @dataclass(frozen=True)
@@ -102,11 +114,11 @@ class Plan:
     policies: tuple[str, ...] = ALL
     # Of E3; remdm_rescale is its line CHURNED
     sample_policies: tuple[str, ...] = tuple(name for name in ALL if name != "remdm_rescale")
-    plain_policies: tuple[str, ...] = ("random", "remdm_conf", "critic_origin")
+    plain_policies: tuple[str, ...] = ("random_remask", "remdm_conf", "critic_origin")
     variants: tuple[str, ...] = tuple(VARIANTS)
     changes: tuple[tuple[tuple[str, Any], ...], ...] = (
         (("randomness_strength", 0.0),), (("randomness_strength", 0.6),), (("selection_temperature", 1.0),),
-        (("calibrated", False),), (("hold_share", 0.0),), (("hold_temperature", 1.0),), (("back_share", 1.0),),
+        (("calibrated", False),), (("corrector_share", 0.0),), (("corrector_temperature", 1.0),), (("remask_share", 1.0),),
     )  # fmt: skip
     cost_nfe: int = 32
     cost_texts: int = 64
@@ -122,15 +134,15 @@ PLANS = {
     "quick": Plan(
         seeds=1, texts=24, samples=24, ratios=(0.3, 0.7), fill_passes=(1, 8), span_nfe=(4, 16),
         sample_nfe=(8, 32), sum_nfe=(4, 16), thresholds=(0.2,),
-        policies=LEADING, sample_policies=("none", "random", "critic", "critic_origin"), plain_policies=(),
+        policies=LEADING, sample_policies=("ancestral", "random_remask", "critic", "critic_origin"), plain_policies=(),
         variants=("joint", "no critic"), changes=((("calibrated", False),),), cost_nfe=16, cost_texts=24, span_texts=24,
         text=Size(2, 64, 64, (300, 120, 120, 50), 24, evaluated=32),
         sums=Size(2, 64, 32, (1000, 10, 100, 0), 32, sentences=8000, digits=1, evaluated=32),
     ),
     "tiny": Plan(  # for the tests: everything happens, nothing is learned
         seeds=1, texts=4, samples=4, ratios=(0.5,), fill_passes=(2,), span_nfe=(3,),
-        sample_nfe=(4,), temperatures=(0.7, 1.5), plain_policies=("random",), sum_nfe=(3,), thresholds=(0.2,), policies=("none", "critic"),
-        sample_policies=("none", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
+        sample_nfe=(4,), temperatures=(0.7, 1.5), plain_policies=("random_remask",), sum_nfe=(3,), thresholds=(0.2,), policies=("ancestral", "critic"),
+        sample_policies=("ancestral", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
         cost_nfe=3, cost_texts=4, span_texts=4, text=Size(1, 32, 32, (4, 4, 4, 4), 8, evaluated=8),
         sums=Size(1, 32, 32, (4, 4, 4, 0), 8, sentences=2500, digits=1, evaluated=8),
     ),
@@ -175,7 +187,7 @@ def tasks(plan: Plan) -> Iterator[Task]:
     lines: list[tuple[str, str, dict[str, Any]]] = [(policy, policy, {}) for policy in plan.sample_policies]
     lines += [(f"{policy}, plain", policy, PLAIN) for policy in plan.plain_policies]
     # ReMDM's loop taking back what critic_origin does, as much and as often, but by chance: what is left is the critic's
-    lines.append((CHURNED, "remdm_rescale", {"remdm_share": load_config().sampler.back_share}))
+    lines.append((CHURNED, "remdm_rescale", {"remdm_share": load_config().sampler.remask_share}))
     for name, policy, changes in lines:
         yield Task("E3", {"policy": name}, lambda lab, seed, p=policy, c=changes: experiments.unconditional(
             lab.models(seed), p, plan.sample_nfe, plan.samples, plan.temperatures, **c))  # fmt: skip

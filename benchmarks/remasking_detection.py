@@ -12,8 +12,8 @@ import torch
 from benchmarks.remasking_lab import Trained
 from lib import metrics, randomness
 from lib.diffusion.categorical import draw, probability_of
-from lib.diffusion.lowest import lowest
 from lib.diffusion.masking import draw_mask, masked_counts
+from lib.diffusion.top_k import lowest_k
 from lib.sections.masking import RandomMasking, StickyMasking
 from lib.training.objectives.base import chunks
 
@@ -53,7 +53,7 @@ def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) 
     confidence, entropy, left = np.ones(clean.shape), np.zeros(clean.shape), written.copy()
     share = np.zeros(len(clean))
     for number in range(passes):
-        now = lowest(place, left, -(-left.sum(1) // (passes - number)))
+        now = lowest_k(place, left, -(-left.sum(1) // (passes - number)))
         noise = randomness.uniform(
             randomness.key(trained.seed, "benchmark token", number), rows, clean.shape[1]
         )
@@ -103,7 +103,7 @@ def _views(trained: Trained, ids, written, confidence, share) -> tuple[dict[str,
     """((B, T) suspicion by each view but entropy, (B, T) what was hidden from the partial one: half)."""
     sampler, rows = trained.sampler(), np.arange(len(ids))
     noise = randomness.uniform(randomness.key(trained.seed, "benchmark hidden"), rows, ids.shape[1])
-    hidden = lowest(noise, written, written.sum(1) // 2)
+    hidden = lowest_k(noise, written, written.sum(1) // 2)
     half = np.where(hidden, trained.mask_id, ids)
 
     def read(texts: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:

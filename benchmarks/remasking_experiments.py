@@ -22,7 +22,7 @@ from lib import metrics, randomness
 from lib.diffusion.autoregressive import sample_autoregressively
 from lib.diffusion.masking import draw_mask, masked_counts
 from lib.diffusion.sampler import Samples
-from lib.report.quality import characters, valid_words
+from lib.evaluation.quality import characters, valid_words
 from lib.training.objectives.base import chunks
 
 REPEATED = 8  # characters of a repetition

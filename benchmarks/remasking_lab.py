@@ -26,8 +26,8 @@ from lib.config import Config, load_config
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.policies import POLICIES
 from lib.diffusion.sampler import Sampler, Samples
+from lib.evaluation.quality import lexicon, reference_nll
 from lib.models.build import load_model
-from lib.report.quality import lexicon, reference_nll
 from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
 from lib.tokenization import decode_batch, load_tokenizer
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no critic": {"alpha": 0.0, "selection_weight": 0.0},
     "alpha 0.25": {"alpha": 0.25},
     "stop_gradient": {"coupling": "stop_gradient"},
-    "decoupled": {"coupling": "decoupled", "layers": 1},
+    "decoupled": {"coupling": "decoupled", "num_layers": 1},
     "sampled labels": {"labels": "sampled"},
     "filled only": {"partial_fraction": 0.0},
     "partial only": {"partial_fraction": 1.0},
@@ -83,7 +83,7 @@ class Size:
         return {
             "data": {"path": data, "passage_characters": self.context, "block_characters": max(1024, self.context)}
             | ({} if data == "builtin" else {"whitespace": "keep", "deduplicate": "none"}),
-            "architecture": {"layers": self.layers, "width": self.width, "heads": 4, "context": self.context},
+            "architecture": {"num_hidden_layers": self.layers, "hidden_size": self.width, "num_attention_heads": 4, "context": self.context},
             "training": {"batch_size": self.batch_size, "evaluation_examples": self.evaluated},
             "candidates": {"source": "original_only", "per_example": 1},
             "models": models | others,

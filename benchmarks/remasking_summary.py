@@ -24,8 +24,13 @@ from benchmarks.remasking_numbers import (
 from benchmarks.remasking_pictures import budget_picture, pareto_picture
 from lib import durable
 
-CHURNED = "random, as critic_origin"
-BASELINES = ("none", "random", "random, plain", CHURNED)  # of E3: each other policy's difference to them
+CHURNED = "random_remask, as critic_origin"
+BASELINES = (
+    "ancestral",
+    "random_remask",
+    "random_remask, plain",
+    CHURNED,
+)  # of E3: each other policy's difference to them
 
 Table = list[list[str]]
 

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from benchmarks.provenance import say_provenance
 from lib import durable, randomness
 from lib.config import Config, load_config
-from lib.diffusion.lowest import lowest
 from lib.diffusion.masking import draw_mask, masked_counts
 from lib.diffusion.nelbo import mask_batch
+from lib.diffusion.top_k import lowest_k
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
@@ -45,7 +45,12 @@ ROUNDS = 5
 
 def settings(steps: int, **architecture) -> tuple[Config, ArchitectureConfig, TrainingConfig]:
     config = load_config()
-    shape = {"layers": 6, "width": 192, "heads": 6, "context": 128} | architecture
+    shape = {
+        "num_hidden_layers": 6,
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "context": 128,
+    } | architecture
     training = config.training.model_dump() | {
         "steps": steps, "batch_size": 32, "evaluate_every": steps, "checkpoint_every": steps, "evaluation_examples": 32,
     }  # fmt: skip
@@ -103,8 +108,8 @@ def hugging_face(steps: int, vocabulary: int) -> float:
     )
     data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     model = BertForMaskedLM(
-        BertConfig(vocab_size=vocabulary, hidden_size=architecture.width, num_hidden_layers=architecture.layers,
-                   num_attention_heads=architecture.heads, intermediate_size=4 * architecture.width,
+        BertConfig(vocab_size=vocabulary, hidden_size=architecture.hidden_size, num_hidden_layers=architecture.num_hidden_layers,
+                   num_attention_heads=architecture.num_attention_heads, intermediate_size=4 * architecture.hidden_size,
                    max_position_embeddings=architecture.context)
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +239,7 @@ def compare_precisions(run: Path, texts: int = 256) -> None:
     }  # fmt: skip
     width = engines["fp32"].width
     ids = np.array([row[:width] for row in held_out if len(row) >= width][:texts])
-    masked = lowest(randomness.uniform(7, np.arange(len(ids)), width), np.ones(ids.shape, bool),
+    masked = lowest_k(randomness.uniform(7, np.arange(len(ids)), width), np.ones(ids.shape, bool),
                     np.full(len(ids), width // 2))  # fmt: skip
     targets = torch.from_numpy(ids[masked])
     found: dict[str, tuple[list[float], float]] = {name: ([], 0.0) for name in engines}

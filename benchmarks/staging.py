@@ -21,7 +21,7 @@ from scipy import stats
 from benchmarks.prepared import prepare, shakespeare
 from benchmarks.provenance import say_provenance
 from lib.report.table import aligned
-from lib.training.named import RECORD, train_named
+from lib.training.train_model import RECORD, train_model
 
 CHECKS = 40  # evaluations of a run: so often a stage may end
 WAYS = {  # config files beside configs/nelbo.yaml, and settings
@@ -37,10 +37,10 @@ def run(way: str, seed: int, steps: int) -> dict:
     overrides = [
         *settings, f"data.path={shakespeare()}", f"seed={seed}", f"models.generator.training.steps={steps}", f"models.generator.training.evaluate_every={max(1, steps // CHECKS)}",
     ]  # fmt: skip
-    config, materials, folder = prepare(f"staging_{seed}", ["configs/nelbo.yaml", *files], overrides)
+    config, stage_inputs, folder = prepare(f"staging_{seed}", ["configs/nelbo.yaml", *files], overrides)
     own = folder / f"{way}_{steps}"
     if not (own / RECORD).exists():
-        train_named("generator", config.models["generator"], materials, own, start=None)
+        train_model("generator", config.models["generator"], stage_inputs, own, start=None)
     record = json.loads((own / RECORD).read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     stages = [(line["step"], int(line["selection"].get("stage", 0))) for line in lines]

@@ -62,7 +62,7 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"masked LM: {loss:.3f} nats per masked token (uniform: {torch.tensor(len(tokenizer)).log():.3f})")
     masked.save_pretrained(f"{folder}/masked")
 
-    # 2. Its trunk under a new head with three classes
+    # 2. Its backbone under a new head with three classes
     classifier = LtgBertForSequenceClassification.from_pretrained(f"{folder}/masked", num_labels=3)
 
     # 3. Trained as any classifier

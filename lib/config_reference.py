@@ -43,7 +43,7 @@ MASKING_TEXT = """The keys `diffusion.masking` and `candidates.masking` take one
 `{type: sticky, p1: 0.05, p2: 0.5}`. A masking of another type replaces the default as a whole."""
 
 STAGES_TEXT = """`diffusion.stages` takes a list of these. `configs/staged.yaml` is an example. A stage ends after
-`val_loss_stale_count` evaluations in a row in which the validation loss fell by less than the share `least_gain` of
+`val_loss_stale_count` evaluations in a row in which the validation loss fell by less than the share `min_improvement` of
 itself; then the next stage joins."""
 
 

@@ -35,7 +35,7 @@ from lib.table_writer import TableWriter
 
 FOLDER, SCRIPT = "02_stream", "02_generate_candidates.py --stream"
 MAKER = "lib/candidates/producer.py"
-SHAPED_BY = ("stream.shard_examples", "stream.first_mask_ratio", "stream.rise_epochs")
+SHAPED_BY = ("stream.shard_examples", "stream.initial_mask_ratio", "stream.ramp_epochs")
 PULSE, SILENCE = 1.0, 15.0  # seconds between signs of life, and without one until somebody counts as gone
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from lib import randomness
 from lib.diffusion.categorical import draw
-from lib.diffusion.lowest import lowest
+from lib.diffusion.top_k import lowest_k
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.int8 import to_int8
 from lib.runtime import Runtime
@@ -81,8 +81,8 @@ class MaskedLMEngine:
         cls, folder: Path, runtime: Runtime, width: int | None = None, int8: bool = False
     ) -> "MaskedLMEngine":
         """From a saved folder with its tokenizer. Raises MissingInput or BadData saying what does not fit."""
+        from lib.models.backbones import longest_input, require_model_files
         from lib.models.build import is_ours
-        from lib.models.trunks import longest_input, require_model_files
 
         if int8 and runtime.device.type != "cpu":
             raise BadConfig(
@@ -204,7 +204,7 @@ class MaskedLMEngine:
         for number in range(config.fill_passes):
             count = np.ceil(left.sum(1) / (config.fill_passes - number)).astype(np.int64)
             place = randomness.uniform(randomness.key(seed, "fill place", number), rows, ids.shape[1])
-            now = lowest(place, left, count)
+            now = lowest_k(place, left, count)
             at = np.flatnonzero(now)
             if not len(at):
                 continue

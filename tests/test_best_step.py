@@ -10,8 +10,8 @@ import torch
 
 from lib.config import load_config
 from lib.shards import Cut
-from lib.training.fresh import FreshRows
-from lib.training.tables import Materials
+from lib.training.stage_inputs import StageInputs
+from lib.training.streaming_dataset import StreamingDataset
 from tests.trainings import CPU, settings, train_tiny
 
 K = 4
@@ -37,19 +37,19 @@ def examples(split: str) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def materials() -> Materials:
+def stage_inputs() -> StageInputs:
     config = load_config(quick_test=True, overrides=[f"candidates.per_example={K}"])
-    return Materials(config, None, CPU, examples, candidates)
+    return StageInputs(config, None, CPU, examples, candidates)
 
 
 def test_all_draws_teach_and_the_first_is_a_split_s_pool():
-    draws = materials().draws("train")
+    draws = stage_inputs().draws("train")
     assert [table.texts[0, 0] for table in draws] == ["train 0 0", "train 0 4"]
-    assert materials().pools("train").texts.tolist() == draws[0].texts.tolist()
+    assert stage_inputs().pools("train").texts.tolist() == draws[0].texts.tolist()
 
 
 def test_the_best_step_is_chosen_on_the_split_that_is_there_for_it():
-    assert materials().pools_for_selection().example_ids == ["selection0", "selection1"]
+    assert stage_inputs().pools_for_selection().example_ids == ["selection0", "selection1"]
 
 
 class Store:
@@ -67,7 +67,7 @@ class Store:
 def test_rows_of_a_shard_come_in_an_order_of_the_training_s_own(tmp_path):
     def order(label: str, seed: int = 0) -> list[int]:
         store: Any = Store()
-        fresh = FreshRows(store, Cut(20, 10, 5), seed, label, tmp_path / label, 1.0)
+        fresh = StreamingDataset(store, Cut(20, 10, 5), seed, label, tmp_path / label, 1.0)
         return [
             r for start in range(0, 100, 10) for r in fresh.rows(range(start, start + 10))["row"].to_pylist()
         ]

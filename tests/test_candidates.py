@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from lib.candidates import generators
+from lib.candidates.counters import CandidateCounters
 from lib.candidates.generators import train_generators, without_fold
-from lib.candidates.tally import Tally
 from lib.config import load_config
 from lib.tasks import cross_fit_fold
 
@@ -21,9 +21,9 @@ def counted(*rows: tuple, labels_tell_origin: bool = True) -> dict[str, Any]:
         [dict(zip(names, (*row[:5], row[5] / len(row[3])), strict=True)) for row in rows]
     )
     fractions = [float(np.mean(np.array(row[4]) > 0)) for row in rows]
-    tally = Tally(labels_tell_origin)
-    tally.add(table.append_column("synthetic_fraction", pa.array(fractions)))
-    return tally.summary()
+    counters = CandidateCounters(labels_tell_origin)
+    counters.add(table.append_column("synthetic_fraction", pa.array(fractions)))
+    return counters.summary()
 
 
 def test_a_generator_is_right_where_a_token_that_it_wrote_is_the_original_s():
@@ -100,12 +100,12 @@ def test_a_fold_s_generator_learns_from_all_groups_but_its_own(tmp_path, monkeyp
     monkeypatch.setattr(generators, "select_split", lambda batches, split: tables[split])
     learned: dict[str, list[list]] = {}
 
-    def train_named(name, spec, materials, folder, start):
-        learned[name] = [materials.examples(split)["group"].to_pylist() for split in groups]
+    def train_model(name, spec, stage_inputs, folder, start):
+        learned[name] = [stage_inputs.examples(split)["group"].to_pylist() for split in groups]
         assert start is None and spec.mode == "language_model"
         return {"parameters": 1, "best_step": 1, "held_out": {}}
 
-    monkeypatch.setattr(generators, "train_named", train_named)
+    monkeypatch.setattr(generators, "train_model", train_model)
     stage: Any = SimpleNamespace(
         folder=tmp_path, stats={}, batches=lambda *_: [], add_folder=lambda *_: None, add_file=lambda *_: None
     )

@@ -87,12 +87,12 @@ def test_all_problems_at_once_each_with_its_line(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("architecture.width=101", "must be a multiple of 2 x heads"),
+        ("architecture.hidden_size=101", "must be a multiple of 2 x num_attention_heads"),
         ("data.fractions={train: 0.5, held_out: 0.2}", "must add up to 1"),
         ("candidates.mask_ratio=[0.9, 0.1]", "low <= high"),
         ("candidates.source=original_only", "set candidates.per_example to 1"),
         ("sampler.schedule=custom", "needs masking_ratios"),
-        ("sampler.policies=[none, random, none]", "none more than once"),
+        ("sampler.policies=[ancestral, random_remask, ancestral]", "ancestral more than once"),
         ("sampler.nfe=[8, 8]", "8 more than once"),
         ("sampler.best_of=2 sampler.best_of_policy=oracle sampler.infill_file=a", "cannot be oracle"),
         ("sampler.nfe=[]", "sampler.nfe"),

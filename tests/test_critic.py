@@ -1,4 +1,4 @@
-"""The token critic: labels come from the clean text, joint training ramps, frozen trunks stay frozen."""
+"""The token critic: labels come from the clean text, joint training ramps, frozen backbones stay frozen."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -188,8 +188,8 @@ def test_a_step_moves_what_it_should(coupling):
     assert any(n.startswith("model.") for n in moved) == (coupling != "decoupled")
 
 
-def test_with_stopped_gradient_the_trunk_learns_from_the_generator_alone():
-    """Joint without the critic's loss, and stop_gradient with it, leave the same gradient in the trunk."""
+def test_with_stopped_gradient_the_backbone_learns_from_the_generator_alone():
+    """Joint without the critic's loss, and stop_gradient with it, leave the same gradient in the backbone."""
 
     def gradients(coupling: str, alpha: float):
         target, net = objective(coupling, ramp=(0.0, 0.0), alpha=alpha), model()
@@ -201,11 +201,11 @@ def test_with_stopped_gradient_the_trunk_learns_from_the_generator_alone():
         return {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
 
     alone, stopped, joint = gradients("joint", 0.0), gradients("stop_gradient", 2.0), gradients("joint", 2.0)
-    trunk = [n for n in alone if not n.startswith("critic.") and alone[n].abs().sum() > 0]
-    assert len(trunk) > 5
-    for name in trunk:
+    backbone = [n for n in alone if not n.startswith("critic.") and alone[n].abs().sum() > 0]
+    assert len(backbone) > 5
+    for name in backbone:
         torch.testing.assert_close(stopped[name], alone[name])
-    assert any((joint[name] - alone[name]).abs().max() > 1e-4 for name in trunk)
+    assert any((joint[name] - alone[name]).abs().max() > 1e-4 for name in backbone)
     for name in joint:
         if name.startswith("critic."):
             torch.testing.assert_close(stopped[name], joint[name])
@@ -269,7 +269,7 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
             blank = torch.zeros(input_ids.shape)
             return SimpleNamespace(logits=blank, origin_logits=blank)
 
-    target = objective(told_fraction=0.5)
+    target = objective(conditioning_fraction=0.5)
     index, ids, valid = target.diffusion.windows(range(8))
     filled = target.fill(model(), ids, valid, index, "critic", 8)
     target._critic_losses(Spy(), filled, index, "critic")
@@ -282,7 +282,7 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
     partly = filled.partly_masked(filled.written, target.diffusion.mask_id)
     target._critic_losses(Spy(), partly, index, "critic")
     assert told.pop() is None
-    objective(told_fraction=0.0)._critic_losses(Spy(), filled, index, "critic")
+    objective(conditioning_fraction=0.0)._critic_losses(Spy(), filled, index, "critic")
     assert told.pop() is None
 
 
@@ -335,7 +335,7 @@ def test_curves_by_band_are_more_honest_than_one_for_all():
     assert abs(found["confidence"]["auroc"]["value"] - 0.5) < 0.03  # knows nothing here
 
 
-def test_transfer_says_what_it_took_and_refuses_a_trunk_that_does_not_fit(tmp_path):
+def test_transfer_says_what_it_took_and_refuses_a_backbone_that_does_not_fit(tmp_path):
     from lib.errors import BadData, MissingInput
 
     architecture = load_config(quick_test=True).architecture

@@ -18,17 +18,17 @@ from transformers import (
 )
 
 from lib.errors import BadConfig
+from lib.models.backbones import why_not_packed
 from lib.models.ranker import CandidateRanker
-from lib.models.trunks import why_not_packed
-from tests.test_ranker import BERT, HEADS, STILL, TRUNKS, make_pools, make_trunk
+from tests.test_ranker import BERT, HEADS, STILL, TRUNKS, make_backbone, make_pools
 
 
-def randomised(trunk):
+def randomised(backbone):
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in trunk.parameters():
+        for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return trunk
+    return backbone
 
 
 RELATIVE: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
@@ -44,12 +44,12 @@ UNFIT = {
 @pytest.mark.parametrize("name", UNFIT)
 def test_an_encoder_that_takes_no_packed_rows_is_refused_and_reads_with_full_attention(name):
     """Its forward takes positions and a mask, so it must be tried."""
-    trunk = randomised(UNFIT[name]()).train()
+    backbone = randomised(UNFIT[name]()).train()
     with pytest.raises(BadConfig, match=r"cannot be a prefix-LM: .*Set ranker\.attention to full"):
-        CandidateRanker(trunk, seed=0)
-    assert trunk.training
+        CandidateRanker(backbone, seed=0)
+    assert backbone.training
     model, pools = (
-        CandidateRanker(trunk, attention="full", head_dropout=0.0, seed=0).eval(),
+        CandidateRanker(backbone, attention="full", head_dropout=0.0, seed=0).eval(),
         make_pools((2, 3)),
     )
     torch.nn.init.normal_(model.head.out.weight)
@@ -91,8 +91,8 @@ def test_an_encoder_that_misreads_masks_or_positions_is_refused(kind, words):
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_trunks_that_take_packed_rows_are_let_through_in_any_precision(name):
-    trunk = make_trunk(name, torch.float32)
+def test_backbones_that_take_packed_rows_are_let_through_in_any_precision(name):
+    backbone = make_backbone(name, torch.float32)
     state = torch.get_rng_state()
-    assert why_not_packed(trunk) is None and torch.equal(torch.get_rng_state(), state)
-    assert why_not_packed(trunk.to(torch.bfloat16)) is None
+    assert why_not_packed(backbone) is None and torch.equal(torch.get_rng_state(), state)
+    assert why_not_packed(backbone.to(torch.bfloat16)) is None

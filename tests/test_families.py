@@ -22,6 +22,7 @@ from lib.config import load_config
 from lib.diffusion.calibration import Calibration, Curve, Curves
 from lib.diffusion.sampler import Sampler
 from lib.errors import BadConfig, BadData, CannotCreate, MissingInput
+from lib.evaluation.text_scores import score, windows
 from lib.models.build import heads_of, load_model, save_model, start_model
 from lib.models.cards import FLOOR
 from lib.models.collation import collate
@@ -29,7 +30,6 @@ from lib.models.families import FAMILIES
 from lib.models.ltg_bert import LtgBertForMaskedLM, LtgBertForSequenceClassification
 from lib.models.publish import card, manifests_of, publish, publish_model
 from lib.models.ranker_export import export_classifier
-from lib.report.scores import score, windows
 from lib.runs import load_manifest
 from lib.runtime import Runtime
 from lib.tokenization import decode_batch, encode_batch, encode_with_masks, load_tokenizer, train_tokenizer
@@ -78,7 +78,7 @@ def test_every_mode_runs_on_ltg_bert(ltg_run):
     assert "critic" in policies
 
 
-def test_transfer_between_modes_keeps_the_trunk_and_says_what_is_new(ltg_run):
+def test_transfer_between_modes_keeps_the_backbone_and_says_what_is_new(ltg_run):
     record = json.loads((ltg_run / "04_train" / "inspector" / "training_manifest.json").read_text())
     for part, head in (("created", "classifier."), ("dropped", "lm_head.")):
         names = record["transfer"][part]
@@ -91,9 +91,9 @@ def test_transfer_between_modes_keeps_the_trunk_and_says_what_is_new(ltg_run):
     )  # fmt: skip
     given = load_model(source).state_dict()
     for name, tensor in model.state_dict().items():
-        if name.startswith(FAMILIES["ltg_bert"].trunk):
+        if name.startswith(FAMILIES["ltg_bert"].backbone):
             assert torch.equal(tensor, given[name]), name
-    assert len(transfer.loaded) == sum(name.startswith(FAMILIES["ltg_bert"].trunk) for name in given)
+    assert len(transfer.loaded) == sum(name.startswith(FAMILIES["ltg_bert"].backbone) for name in given)
 
 
 def test_a_causal_ltg_bert_is_refused():
@@ -215,7 +215,14 @@ PAIRED = {"remask_causal": {}, "bert": {"attention": "full", "pooling": "cls"}}
 
 def planted_model(family: str, head: str, vocabulary: int):
     """A small model whose every weight is large and random, so that all it reads matters much, [CLS] above all."""
-    changes = {"family": family, "context": 40, "layers": 2, "width": 32, "heads": 2, "position_buckets": 8}
+    changes = {
+        "family": family,
+        "context": 40,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "position_buckets": 8,
+    }
     architecture = load_config(quick_test=True).architecture.model_copy(update=changes)
     spec = SPECS[head]
     heads = heads_of(

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from lib.config import Config, load_config
 from lib.errors import BadConfig, MissingInput
 from lib.tasks import Document, Problem
-from lib.tasks.finqa.across import page_text
 from lib.tasks.finqa.builtin import make_page, make_pages
 from lib.tasks.finqa.check import check, compare_answer, sources
+from lib.tasks.finqa.cross_record_checks import page_text
 from lib.tasks.finqa.numbers import numbers_in, operands
 from lib.tasks.finqa.pages import page_lines, plain_cell, score_lines, serialise
 from lib.tasks.finqa.program import OPERATIONS, execute, parse

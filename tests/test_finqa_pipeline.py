@@ -256,7 +256,7 @@ def test_every_way_decays_the_same_weights(run):
         record = json.loads((run / "05_train_critic" / way / "training_manifest.json").read_text())
         groups = {group["group"]: group["names"] for group in record["optimizer"]["groups"]}
         decayed[way] = {name.removeprefix("policy.") for name in groups["hidden matrices"]}
-        assert all(name.startswith("trunk.") for name in decayed[way])
+        assert all(name.startswith("backbone.") for name in decayed[way])
     assert decayed["ppo"] == decayed["exact"] == decayed["cross_entropy"] != set()
 
 
@@ -298,8 +298,8 @@ def test_a_missing_folder_says_where_the_data_is_published(tmp_path):
 def test_another_k_than_the_data_s_is_refused(run, tmp_path):
     from lib.artifacts import Stage
     from lib.runtime import Runtime
-    from lib.training.recipes import ranker_recipe
-    from lib.training.tables import materials_of
+    from lib.training.stage_inputs import read_stage_inputs
+    from lib.training.trainer_setup import set_up_ranker
 
     config = config_of()
     folder = tmp_path / "run_001"
@@ -307,9 +307,9 @@ def test_another_k_than_the_data_s_is_refused(run, tmp_path):
     args = RunArgs(run_dir=folder, quick_test=True, command=("x",))
     with Stage("05_train_critic.py", config, args, uses=("seed",), reads=STAGES[:5]) as stage:
         other = config_of("candidates.per_example=6")
-        materials = materials_of(stage, other, Runtime.detect(other))
+        stage_inputs = read_stage_inputs(stage, other, Runtime.detect(other))
         with pytest.raises(BadConfig, match="made pools of 8"):
-            ranker_recipe("ranker", other.models["ranker"], materials, tmp_path, None)
+            set_up_ranker("ranker", other.models["ranker"], stage_inputs, tmp_path, None)
         stage.leave_incomplete("only looked")
 
 

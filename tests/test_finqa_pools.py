@@ -93,7 +93,7 @@ def test_the_gold_program_is_there_once(every_draw):
 
 
 def test_no_two_values_are_within_the_margin_of_each_other(every_draw):
-    least = settings_of().least_difference
+    least = settings_of().min_difference
     for _, pool, _ in every_draw:
         for a in pool:
             for target in (a.value, -a.value, 100 * a.value, a.value / 100):  # type: ignore[operator]
@@ -114,7 +114,7 @@ def test_near_agrees_with_its_definition():
 
 
 def test_golds_of_other_questions_are_taken_where_there_are_any(every_draw):
-    least, several = settings_of().least_difference, 0
+    least, several = settings_of().min_difference, 0
     for record, pool, place in every_draw:
         taken = [c for c in pool if c.kind == "page_gold"]
         others = {r.program: execute(r.program or "", r.table) for r in PAGES[record.filename] if numeric(r)}

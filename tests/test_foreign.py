@@ -16,11 +16,11 @@ from sklearn.metrics import roc_auc_score
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lib import schema
-from lib.candidates.tally import Tally
+from lib.candidates.counters import CandidateCounters
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.models.backbones import longest_input, position_offset
 from lib.models.build import make_model, model_config, save_model
-from lib.models.trunks import longest_input, position_offset
 from lib.runtime import Runtime
 from lib.surfaces import Surfaces
 from lib.synthetic import MaskedLMEngine
@@ -718,7 +718,7 @@ def test_a_model_of_another_language_is_refused_when_all_is_done():
         candidates(table_of(["the fox"], own), context(engine_of("whole_words"), own, label_rule="changed"))
 
 
-def test_the_tally_counts_tokens_that_came_out_as_they_were():
+def test_the_counters_count_tokens_that_came_out_as_they_were():
     """Also where the places of the tokens have moved, and equal lengths mean nothing."""
     own = train_tokenizer("character", ["".join(TEXTS) + " ".join(WORDS)], 0)
     texts = ["the lazy fox jumps over the dog"] * 40
@@ -726,8 +726,8 @@ def test_the_tally_counts_tokens_that_came_out_as_they_were():
         "unigram_always", make("unigram_always").convert_tokens_to_ids(["\u2581fox", "\u2581jumps"])
     )
     table = candidates(table_of(texts, own), context(engine, own, mask_ratio=(0.4, 0.9)))
-    tally = Tally()
-    tally.add(table)
+    counters = CandidateCounters()
+    counters.add(table)
     predicted, right = 0, 0
     for row in table.to_pylist():
         if row["kind"] != "original" and row["split"] == "train":
@@ -739,7 +739,7 @@ def test_the_tally_counts_tokens_that_came_out_as_they_were():
                 right += int(
                     (label == 2).sum() - (0 if new == old else (label[new.startswith(" ") :] == 2).sum())
                 )
-    assert tally.summary()["generator_accuracy"]["train"] == pytest.approx(right / predicted)
+    assert counters.summary()["generator_accuracy"]["train"] == pytest.approx(right / predicted)
 
 
 def test_programs_are_rewritten_in_the_runs_tokens_or_not_at_all():

@@ -1,4 +1,4 @@
-"""A trunk that waits: what learns while it is frozen, what after, and that a resume in between changes no bit."""
+"""A backbone that waits: what learns while it is frozen, what after, and that a resume in between changes no bit."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def settings(**changes) -> TrainingConfig:
 
 
 def model_of(mode: str = "sequence_scorer", family: str = "remask_gpt") -> Any:
-    small = {"width": 32, "context": 12, "family": family, "position_buckets": 8}
+    small = {"hidden_size": 32, "context": 12, "family": family, "position_buckets": 8}
     architecture = load_config(quick_test=True).architecture.model_copy(update=small)
     return start_model(mode, architecture, "bidirectional", 14, 3, "tiny", **heads_of(mode))[0]
 
@@ -129,9 +129,9 @@ def test_what_is_frozen_by_others_stays_so(tmp_path):
 def test_every_mode_knows_its_head(mode, family):
     model = model_of(mode, family)
     heads = head_parameters(model)
-    trunk = {n for n, _ in model.named_parameters()} - heads
+    backbone = {n for n, _ in model.named_parameters()} - heads
     assert heads and all("classifier" in name or "score" in name for name in heads), heads
-    assert trunk and not any("classifier" in name or "score" in name for name in trunk), trunk
+    assert backbone and not any("classifier" in name or "score" in name for name in backbone), backbone
     assert len(head_parameters(SequenceRanker(model) if mode != "ranker" else model)) == len(heads)
 
 

@@ -89,7 +89,7 @@ def test_a_shard_s_key_holds_all_that_a_shard_depends_on_and_nothing_else(folder
         stream_key("candidates.temperature=0.5"),
         stream_key("rewards.curve=[[0, 1], [1, 0.5]]"),
         stream_key("stream.shard_examples=7"),
-        stream_key("stream.rise_epochs=9"),
+        stream_key("stream.ramp_epochs=9"),
         stream_key(generator="1"),
         stream_key(candidates="1"),
         stream_key(examples="1"),
@@ -97,7 +97,7 @@ def test_a_shard_s_key_holds_all_that_a_shard_depends_on_and_nothing_else(folder
     ]
     rewrite(folder)
     assert len({*keys, stream_key(checkpoint=folder)}) == len(keys) + 1
-    assert stream_key("stream.patience=9", "training.steps=3") == keys[0]
+    assert stream_key("stream.timeout_seconds=9", "training.steps=3") == keys[0]
     folds = [
         stream_key("candidates.cross_fit_folds=2", checkpoint=None, **{f"generator_fold_{n}": "1"})
         for n in (0, 1)

@@ -89,7 +89,7 @@ def output_of(model, *args, **kwargs) -> torch.Tensor:
     return out.last_hidden_state if "last_hidden_state" in out else out.logits
 
 
-def trunk_of(model, ids: torch.Tensor) -> torch.Tensor:
+def backbone_of(model, ids: torch.Tensor) -> torch.Tensor:
     return model(ids, output_hidden_states=True).hidden_states[-1]
 
 
@@ -530,7 +530,7 @@ def test_transfer_from_the_masked_model_makes_a_new_head_and_says_so(family, tmp
         assert all(entry.startswith("lm_head.") for entry in dropped)
         assert bool(dropped) == (family == "ltg")  # the other head is the embedding
         assert all(weight.abs().max() < 3 for weight in loaded.classifier.parameters())
-        assert torch.equal(trunk_of(loaded, ids), trunk_of(model, ids))
+        assert torch.equal(backbone_of(loaded, ids), backbone_of(model, ids))
         assert loaded.config.num_labels == 3
     assert (tmp_path / "config.json").read_bytes() == before
     assert model.config.num_labels == 2  # the default of transformers

@@ -20,6 +20,7 @@ FLOORS = [
     {"tasks"},
     {"candidates"},
     {"report"},
+    {"evaluation"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 NO_TORCH = {

@@ -13,7 +13,7 @@ from lib.tokenization import train_tokenizer
 from lib.training.data import Sequences
 from lib.training.lengths import WholeTexts, contexts_of, refuse_longer_candidates
 from lib.training.objectives.build import make_objective
-from lib.training.tables import Materials
+from lib.training.stage_inputs import StageInputs
 from tests.conftest import run_stages
 from tests.trainings import CPU
 
@@ -43,10 +43,10 @@ def candidates(longest: int = LONGEST, split: str = "train") -> pa.Table:
     )
 
 
-def materials(config: Config, tables: dict[str, pa.Table], fresh=None, prompt: str = "") -> Materials:
+def stage_inputs(config: Config, tables: dict[str, pa.Table], fresh=None, prompt: str = "") -> StageInputs:
     tokenizer = train_tokenizer("character", ["abcdefgh"], 0)
     prompts = pa.table({"prompt": ["", prompt]})
-    return Materials(
+    return StageInputs(
         config, tokenizer, CPU, lambda split: prompts, tables.__getitem__, fresh_rows=lambda name: fresh
     )
 
@@ -61,11 +61,11 @@ def test_a_model_that_reads_less_than_a_candidate_is_refused(name, split):
     config = config_of()
     tables = {s: candidates(LONGEST if s == split else 5, s) for s in SPLITS}
     with pytest.raises(BadData) as caught:
-        make_objective(name, config.models[name], materials(config, tables), LONGEST - 1)
+        make_objective(name, config.models[name], stage_inputs(config, tables), LONGEST - 1)
     for said in (f"1 of 8 texts are longer than models.{name} reads", f"{split}:3 has 9 tokens", "the context is 8",
                  "architecture.context=9", "data.passage_characters=56 or less"):  # fmt: skip
         assert said in str(caught.value)
-    assert make_objective(name, config.models[name], materials(config, tables), LONGEST) is not None
+    assert make_objective(name, config.models[name], stage_inputs(config, tables), LONGEST) is not None
 
 
 @pytest.mark.parametrize("name", ["inspector", "judge"])
@@ -77,23 +77,23 @@ def test_so_is_one_that_learns_from_fresh_candidates(name):
             return candidates(LONGEST)
 
     fine = {s: candidates(5, s) for s in SPLITS}
-    objective = make_objective(name, config.models[name], materials(config, fine, Fresh()), LONGEST - 1)
+    objective = make_objective(name, config.models[name], stage_inputs(config, fine, Fresh()), LONGEST - 1)
     with pytest.raises(BadData, match=rf"models\.{name} reads.*train:3 has 9 tokens"):
         objective.loss(None, 0, range(4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_all_models_are_looked_at_before_the_first_is_trained(split):
-    config = config_of("architecture.context=8", "architecture.heads=2", "models.judge.start=scratch",
+    config = config_of("architecture.context=8", "architecture.num_attention_heads=2", "models.judge.start=scratch",
                        "models.judge.architecture.context=12")  # fmt: skip
     tables = {s: candidates(LONGEST if s == split else 5, s) for s in SPLITS}
-    given = materials(config, tables)
+    given = stage_inputs(config, tables)
     for names in (["generator", "inspector"], ["ranker"]):
         with pytest.raises(BadData, match=rf"models\.{names[-1]} reads.*{split}:3"):
             refuse_longer_candidates(config, names, given)
     refuse_longer_candidates(config, ["generator", "reference_lm", "judge"], given)  # windows; 12 tokens
     # With prompts it reads texts, within its budgets
-    refuse_longer_candidates(config, ["ranker"], materials(config, tables, prompt="what?"))
+    refuse_longer_candidates(config, ["ranker"], stage_inputs(config, tables, prompt="what?"))
 
 
 def test_sequences_are_never_cut():
@@ -134,7 +134,9 @@ def test_stage_01_refuses_before_any_model_is_made(tmp_path):
 
 
 def test_stage_01_does_not_mind_long_texts_that_get_no_candidates():
-    tally = importlib.import_module("01_prepare_dataset").Tally(WholeTexts("judge", 8, config_of()))
+    counters = importlib.import_module("01_prepare_dataset").ExampleCounters(
+        WholeTexts("judge", 8, config_of())
+    )
     table = pa.table(
         {
             "example_id": ["a", "b"],
@@ -144,9 +146,9 @@ def test_stage_01_does_not_mind_long_texts_that_get_no_candidates():
             "token_ids": pa.array([[4] * 8, [4] * 9], pa.list_(pa.int32())),
         }
     )
-    tally.add(table)
-    assert tally.whole.problem() is None and tally.whole.total == 1
-    tally.add(table.set_column(1, "split", pa.array(["reference", "selection"])))
-    assert "1 of 2 texts" in (tally.whole.problem() or "") and "b has 9 tokens" in (
-        tally.whole.problem() or ""
+    counters.add(table)
+    assert counters.whole.problem() is None and counters.whole.total == 1
+    counters.add(table.set_column(1, "split", pa.array(["reference", "selection"])))
+    assert "1 of 2 texts" in (counters.whole.problem() or "") and "b has 9 tokens" in (
+        counters.whole.problem() or ""
     )

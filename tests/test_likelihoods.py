@@ -12,8 +12,8 @@ import torch
 
 from lib import metrics
 from lib.config import load_config
-from lib.report.best_of import CHANCE, _Pool, best_of
-from lib.report.scores import documents_of
+from lib.evaluation.best_of import CHANCE, _Pool, best_of
+from lib.evaluation.text_scores import documents_of
 from lib.sections.masking import DiffusionConfig
 from lib.training.data import Windows
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
@@ -181,7 +181,7 @@ def test_a_documents_scores_are_means_over_its_tokens():
 
 def test_the_best_of_n_is_measured_over_the_tokens_of_all_samples(monkeypatch):
     """Two starts, one with a single gap: its nats are few, and count by their tokens."""
-    from lib.report import best_of as module
+    from lib.evaluation import best_of as module
 
     long, short = np.ones((3, 4), bool), np.zeros((2, 4), bool)
     short[:, -1] = True
@@ -195,7 +195,7 @@ def test_the_best_of_n_is_measured_over_the_tokens_of_all_samples(monkeypatch):
     monkeypatch.setattr(module, "_written", lambda *_: next(pools))
     monkeypatch.setattr(module, "decode_batch", lambda tokenizer, rows: ["x"] * len(rows))
     starts: Any = [SimpleNamespace(ids=np.zeros((n, 4))) for n in (3, 2)]
-    rows, _ = best_of(SimpleNamespace(tokenizer=None), starts, "none", 4, 2)
+    rows, _ = best_of(SimpleNamespace(tokenizer=None), starts, "ancestral", 4, 2)
     found = {row["scorer"]: row for row in rows}
     assert found[CHANCE]["nll"]["value"] == pytest.approx((23 + 4) / 14)
     assert found["critic"]["nll"]["value"] == pytest.approx((15 + 3) / 14)

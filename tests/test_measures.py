@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from lib.metrics import average_precision, classification, ngram_entropy, regression
-from lib.report.best_of import _scorers
-from lib.report.quality import (
+from lib.evaluation.best_of import _scorers
+from lib.evaluation.quality import (
     characters,
     describe,
     from_first_gap,
@@ -17,8 +16,9 @@ from lib.report.quality import (
     sequence_scores,
     valid_words,
 )
-from lib.report.rank_bench import RankBench
-from lib.report.scores import documents_of
+from lib.evaluation.ranking_evaluator import RankingEvaluator
+from lib.evaluation.text_scores import documents_of
+from lib.metrics import average_precision, classification, ngram_entropy, regression
 from tests.test_objectives import CLS, Bigrams, V
 from tests.test_pool_choice import made_table
 from tests.trainings import CPU
@@ -74,13 +74,13 @@ def test_words_are_valid_but_for_the_first_and_last_which_may_be_cut():
 
 def test_a_row_of_the_table_is_per_character_over_all_texts():
     texts = ["abab", "ab"]
-    row = describe("none", 4, 3.5, 1.0, texts, {"ab"}, np.array([4.0, 5.0]))
+    row = describe("ancestral", 4, 3.5, 1.0, texts, {"ab"}, np.array([4.0, 5.0]))
     assert row["reference_nll"]["value"] == pytest.approx(9 / 6)
     assert (
         row["character_entropy"] == pytest.approx(np.log(2)) and row["samples"] == 2 and row["passes"] == 3.5
     )
     assert row["fourgram_entropy"] == pytest.approx(ngram_entropy(characters(texts), 4))
-    assert describe("none", 4, 3.5, 1.0, texts, {"ab"}, None)["reference_nll"] is None
+    assert describe("ancestral", 4, 3.5, 1.0, texts, {"ab"}, None)["reference_nll"] is None
 
 
 def test_a_document_s_means_are_over_its_tokens():
@@ -115,7 +115,7 @@ def test_an_answer_is_the_candidate_of_the_highest_score_and_its_probability_its
     table = made_table()
     rng = np.random.default_rng(0)
     scores = np.where(table.present, rng.normal(size=table.present.shape), -np.inf)
-    bench: Any = RankBench.__new__(RankBench)
+    bench: Any = RankingEvaluator.__new__(RankingEvaluator)
     bench.config = SimpleNamespace(seed=0)
     bench._explain = lambda seen: f"{seen['chosen_kind']} {seen['reward']}"
     bench.tables, bench.scores, bench.trained = {"held_out": table}, {("r", "held_out"): scores}, ["r"]

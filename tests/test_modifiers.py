@@ -39,7 +39,9 @@ def masked_of(seed: int = 0) -> Masked:
 
 
 def model_of(mode: str = "language_model"):
-    architecture = load_config(quick_test=True).architecture.model_copy(update={"width": 32, "context": 16})
+    architecture = load_config(quick_test=True).architecture.model_copy(
+        update={"hidden_size": 32, "context": 16}
+    )
     return start_model(mode, architecture, "bidirectional", V, 3, "tiny", **heads_of(mode))[0]
 
 
@@ -78,7 +80,7 @@ def test_entropy_weights_are_those_of_the_wrong_answers():
 
 def test_mask_ratio_weights():
     found = mask_ratio_weights(
-        torch.tensor([0.0, 0.01, 0.25, 1.0]), MaskRatioModifier(power=0.5, least=1.5, most=5)
+        torch.tensor([0.0, 0.01, 0.25, 1.0]), MaskRatioModifier(power=0.5, min_weight=1.5, max_weight=5)
     )
     assert found.tolist() == pytest.approx([5, 5, 2, 1.5])
 
@@ -112,7 +114,7 @@ class ConstantJudge(torch.nn.Module):
 def test_judge_weights_follow_its_opinion_of_a_sampled_completion():
     masked = masked_of()
     judge = ConstantJudge(masked.ids)
-    config = JudgeModifier(model="x", exponent=0.5, least=0.2, most=3, start_step=2, stop_step=4)
+    config = JudgeModifier(model="x", exponent=0.5, min_weight=0.2, max_weight=3, start_step=2, stop_step=4)
     modifiers = modifiers_of(judge, judge=config)
     ce = torch.ones(len(masked.at))
     assert torch.equal(modifiers.apply(ce, masked, 1)[1], torch.ones(B))
@@ -129,7 +131,7 @@ def test_judge_weights_follow_its_opinion_of_a_sampled_completion():
 
 def test_the_judge_reads_the_same_completion_of_a_row_in_any_batch():
     whole = masked_of()
-    config = JudgeModifier(model="x", least=0.2, most=3, stop_step=9)
+    config = JudgeModifier(model="x", min_weight=0.2, max_weight=3, stop_step=9)
     judge = ConstantJudge(whole.ids)
     modifiers_of(judge, judge=config).apply(torch.ones(len(whole.at)), whole, 0)
     read = judge.read.numpy()
@@ -208,7 +210,9 @@ def test_only_a_judge_that_can_read_this_text_judges(mode, vocabulary, context, 
     check_judge(model_of("sequence_scorer"), V, 16, "x")
 
 
-@pytest.mark.parametrize("given, named", [({"least": 3.0}, "least"), ({"start_step": 5}, "stop_step")])
+@pytest.mark.parametrize(
+    "given, named", [({"min_weight": 3.0}, "min_weight"), ({"start_step": 5}, "stop_step")]
+)
 def test_limits_without_effect_are_refused(given, named):
     with pytest.raises(ValidationError, match=named):
         JudgeModifier(model="x", stop_step=5, **given)

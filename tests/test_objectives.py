@@ -616,10 +616,10 @@ REWARDS = {
 
 
 @pytest.fixture(scope="module")
-def materials():
+def stage_inputs():
     """Three splits of candidates and examples whose every number is known."""
     from lib.tokenization import encode_batch, train_tokenizer
-    from lib.training.tables import Materials
+    from lib.training.stage_inputs import StageInputs
 
     tokenizer = train_tokenizer("character", ["abcdefghij é"], 0)
     config = load_config(quick_test=True)
@@ -642,16 +642,16 @@ def materials():
             "changed_fraction": [0.5, 0.1, 0.2, 0.3, 0.4, 0.6], "reward": REWARDS[split],
         })  # fmt: skip
 
-    return Materials(config, tokenizer, CPU, examples, candidates)
+    return StageInputs(config, tokenizer, CPU, examples, candidates)
 
 
-def objective_of(materials, name: str, **changes) -> Any:
-    spec = materials.config.models[name].model_copy(update=changes)
-    return make_objective(name, spec, materials, 16)
+def objective_of(stage_inputs, name: str, **changes) -> Any:
+    spec = stage_inputs.config.models[name].model_copy(update=changes)
+    return make_objective(name, spec, stage_inputs, 16)
 
 
-def test_a_ranker_s_pools_hold_the_candidates_of_their_own_split(materials):
-    target = objective_of(materials, "ranker")
+def test_a_ranker_s_pools_hold_the_candidates_of_their_own_split(stage_inputs):
+    target = objective_of(stage_inputs, "ranker")
     for split, pools in (
         ("train", target.train),
         ("selection", target._evaluated),
@@ -659,25 +659,25 @@ def test_a_ranker_s_pools_hold_the_candidates_of_their_own_split(materials):
     ):
         ids, valid = target.sequences.batch(pools.rows)
         read = [
-            materials.tokenizer.decode(row[ok])
+            stage_inputs.tokenizer.decode(row[ok])
             for row, ok in zip(ids.reshape(6, -1), valid.reshape(6, -1), strict=True)
         ]
         assert [text[0] for text in read] == list(LETTERS[split])
         assert pools.rewards.reshape(-1).tolist() == REWARDS[split]
 
 
-def test_rewards_become_equal_bands_of_classes(materials):
+def test_rewards_become_equal_bands_of_classes(stage_inputs):
     target = objective_of(
-        materials, "judge", mode="sequence_scorer", target_type="classification", num_classes=4
+        stage_inputs, "judge", mode="sequence_scorer", target_type="classification", num_classes=4
     )
     assert target.train_targets.tolist() == [0, 0, 1, 1, 2, 3]
     assert target._selection_targets.tolist() == [1, 3, 2, 0, 1, 2]
     assert target.held_out_targets.tolist() == [3, 2, 0, 0, 3, 1]
 
 
-def test_characters_are_counted_as_characters(materials):
+def test_characters_are_counted_as_characters(stage_inputs):
     """Two characters a token, some of two bytes."""
     values, rows = report(
-        objective_of(materials, "generator"), Says(lambda k: 1.0, size=len(materials.tokenizer))
+        objective_of(stage_inputs, "generator"), Says(lambda k: 1.0, size=len(stage_inputs.tokenizer))
     )
     assert values["bits_per_character"] == pytest.approx(values["nelbo"] / 2 / np.log(2)) and len(rows) == 2

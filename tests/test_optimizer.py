@@ -84,12 +84,19 @@ OWN = {
 OWN_LAYERS = {"remask_gpt": "model.layers.", "ltg_bert": "transformer.layers."}
 
 
-def backbone(family: str) -> Any:
+def make_backbone(family: str) -> Any:
     return AutoModel.from_config(FAMILIES[family][0])
 
 
 def own(mode: str, family: str, **changes) -> Any:
-    small = {"width": 32, "context": 12, "layers": 2, "family": family, "position_buckets": 8, "bias": True}
+    small = {
+        "hidden_size": 32,
+        "context": 12,
+        "num_hidden_layers": 2,
+        "family": family,
+        "position_buckets": 8,
+        "bias": True,
+    }
     architecture = load_config(quick_test=True).architecture.model_copy(update=small)
     return start_model(mode, architecture, "bidirectional", 14, 3, "t", **heads_of(mode), **changes)[0]
 
@@ -104,8 +111,8 @@ def groups(model: nn.Module, **changes) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_ranker_on_any_family_decays_the_matrices_of_its_linear_layers_and_nothing_else(family, optimizer):
     attention = "prefix" if family in ("gpt2", "llama") else "full"
-    model = CandidateRanker(backbone(family), pooling="last", attention=attention, seed=0)
-    expected = {f"trunk.{name}" for name in FAMILIES[family][1]}
+    model = CandidateRanker(make_backbone(family), pooling="last", attention=attention, seed=0)
+    expected = {f"backbone.{name}" for name in FAMILIES[family][1]}
     found = groups(model, optimizer=optimizer, weight_decay=0.3, head_learning_rate=0.5)
     assert set(found["hidden matrices"]["names"]) == expected
     assert {g: v["weight_decay"] for g, v in found.items()} == {
@@ -165,9 +172,9 @@ def test_a_linear_layer_that_shares_its_weight_with_an_embedding_is_none():
 
 
 def test_the_policy_of_ppo_has_two_heads_and_neither_is_decayed():
-    ranker = CandidateRanker(backbone("bert"), pooling="cls", attention="full", seed=0)
+    ranker = CandidateRanker(make_backbone("bert"), pooling="cls", attention="full", seed=0)
     found = hidden_matrices(ActorCritic(ranker, ValueHead(8)))
-    assert found == {f"policy.trunk.{name}" for name in FAMILIES["bert"][1]}
+    assert found == {f"policy.backbone.{name}" for name in FAMILIES["bert"][1]}
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -175,12 +182,12 @@ def test_the_policy_of_ppo_has_two_heads_and_neither_is_decayed():
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_under_lora_the_matrices_of_the_adapters_are_hidden_and_those_they_wrap_do_not_learn(family):
-    trunk = backbone(family)
-    trunk.config._name_or_path = "somewhere"
-    model = CandidateRanker(with_lora(trunk, 2, 4, 0.0), pooling="last", seed=0)
+    backbone = make_backbone(family)
+    backbone.config._name_or_path = "somewhere"
+    model = CandidateRanker(with_lora(backbone, 2, 4, 0.0), pooling="last", seed=0)
     found = groups(model, optimizer="muon", head_learning_rate=0.5)
     wrapped = [n for n in FAMILIES[family][1] if "pooler" not in n]
-    layers = {f"trunk.base_model.model.{name.removesuffix('.weight')}" for name in wrapped}
+    layers = {f"backbone.base_model.model.{name.removesuffix('.weight')}" for name in wrapped}
     assert set(found["hidden matrices"]["names"]) == {
         f"{layer}.lora_{which}.default.weight" for layer in layers for which in "AB"
     }
@@ -189,10 +196,12 @@ def test_under_lora_the_matrices_of_the_adapters_are_hidden_and_those_they_wrap_
 
 
 def test_modules_that_peft_saves_whole_are_counted_once():
-    trunk = get_peft_model(backbone("bert"), LoraConfig(target_modules=["query"], modules_to_save=["pooler"]))
-    found = groups(CandidateRanker(trunk, pooling="cls", attention="full", seed=0), optimizer="muon")
+    backbone = get_peft_model(
+        make_backbone("bert"), LoraConfig(target_modules=["query"], modules_to_save=["pooler"])
+    )
+    found = groups(CandidateRanker(backbone, pooling="cls", attention="full", seed=0), optimizer="muon")
     pooler = [n for n in found["hidden matrices"]["names"] if "pooler" in n]
-    assert pooler == ["trunk.base_model.model.pooler.modules_to_save.default.dense.weight"]
+    assert pooler == ["backbone.base_model.model.pooler.modules_to_save.default.dense.weight"]
 
 
 # --- Muon where it has nothing to do ---------------------------------------------------------------------------------

@@ -237,10 +237,10 @@ def test_a_checkpoint_without_config_costs_no_candidates(run, tmp_path):
 
 def test_models_made_again_are_those_that_a_first_run_makes(run, quick_run, tmp_path, monkeypatch):
     """Killed in the second model, continued by the same command; the same bits as without --overwrite."""
-    from lib.training import named
+    from lib.training import train_model
 
     config = load_config(quick_test=True, overrides=[*FEW, "models.inspector.start=generator"])
-    real, calls = named.train, []
+    real, calls = train_model.train, []
 
     def train(*args, **kwargs):
         calls.append(kwargs["label"])
@@ -248,7 +248,7 @@ def test_models_made_again_are_those_that_a_first_run_makes(run, quick_run, tmp_
             raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(named, "train", train)
+    monkeypatch.setattr(train_model, "train", train)
     args = RunArgs(run_dir=run, quick_test=True, overwrite=True)
     before = content(run / "04_train")
     with pytest.raises(Killed):

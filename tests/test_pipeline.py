@@ -129,9 +129,9 @@ def test_killed_between_models_stage_04_goes_on_and_ends_with_the_same_bits(
 ):
     run_dir = copied()
     shutil.rmtree(run_dir / "04_train")
-    from lib.training import named
+    from lib.training import train_model
 
-    real, calls = named.train, []
+    real, calls = train_model.train, []
 
     class Killed(BaseException):
         pass
@@ -142,7 +142,7 @@ def test_killed_between_models_stage_04_goes_on_and_ends_with_the_same_bits(
             raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(named, "train", train)
+    monkeypatch.setattr(train_model, "train", train)
     with pytest.raises(Killed):
         run_stages(run_dir, quick_config, ["04_train"])
     assert load_manifest(run_dir / "04_train") is None
@@ -253,15 +253,15 @@ def test_cross_fitting_trains_a_generator_per_fold_that_never_saw_the_fold(tmp_p
     from lib.tasks import cross_fit_fold
 
     learned: dict[str, set] = {}
-    real = generators.train_named
+    real = generators.train_model
 
-    def spy(name, spec, materials, folder, start):
-        learned[name] = set(materials.examples("train")["group"].to_pylist())
+    def spy(name, spec, stage_inputs, folder, start):
+        learned[name] = set(stage_inputs.examples("train")["group"].to_pylist())
         for split in ("train", "selection", "held_out"):
-            assert set(materials.examples(split)["split"].to_pylist()) == {split}
-        return real(name, spec, materials, folder, start)
+            assert set(stage_inputs.examples(split)["split"].to_pylist()) == {split}
+        return real(name, spec, stage_inputs, folder, start)
 
-    monkeypatch.setattr(generators, "train_named", spy)
+    monkeypatch.setattr(generators, "train_model", spy)
     config = load_config(quick_test=True, overrides=["candidates.cross_fit_folds=2", *FEW_STEPS])
     run_stages(tmp_path / "run_001", config, STAGES[:5])
     for fold in (0, 1):

@@ -9,10 +9,10 @@ import torch
 
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw, probability_of
-from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import POLICIES, View, _rounded, rounds_for, rule
 from lib.diffusion.sampler import Sampler
 from lib.diffusion.schedule import held_rounds, masked_shares, temperatures
+from lib.diffusion.top_k import lowest_k
 from tests.test_sampling import CPU, MASK, NONE, SPECIAL, TRUTH, Oracle, settings
 
 T, LEFT = 20, 4
@@ -29,18 +29,18 @@ def view_of(
     arguments: dict[str, Any] = {
         "masked": masked[None], "free": np.ones((1, T), bool), "left": np.array([left]), "held": held,
         "noise": orders["noise"], "chance": np.array([0.5]), "confidence": orders["confidence"],
-        "margin": lambda: orders["margin"], "back_share": 0.5, "remdm_share": 0.25,
+        "margin": lambda: orders["margin"], "remask_share": 0.5, "remdm_share": 0.25,
         "fresh_confidence": lambda: orders["fresh"], "critic_error": lambda: orders["critic"],
         "partial_error": lambda: orders["partial"], "partial_origin": lambda: orders["origin"],
         "blend_error": lambda: orders["blend"], "wrong": lambda: wrong,
-        "most": lambda suspicion, where, count: lowest(-suspicion, where, count),
+        "most": lambda suspicion, where, count: lowest_k(-suspicion, where, count),
     }  # fmt: skip
     return View(**arguments | changes), orders
 
 
 def first(order: np.ndarray, among: np.ndarray, count: int) -> set[int]:
     """The `count` lowest of an order (1, T) among some positions."""
-    return set(np.flatnonzero(lowest(order, among[None], np.array([count]))[0]).tolist())
+    return set(np.flatnonzero(lowest_k(order, among[None], np.array([count]))[0]).tolist())
 
 
 ALL = np.ones(T, bool)
@@ -49,7 +49,7 @@ HALF = np.arange(T) < T // 2
 
 @pytest.mark.parametrize(
     ("name", "seen", "sign"),
-    [("random", "noise", -1), ("confidence", "confidence", 1), ("confidence_fresh", "fresh", 1),
+    [("random_remask", "noise", -1), ("confidence_remask", "confidence", 1), ("fresh_confidence_remask", "fresh", 1),
      ("critic", "critic", -1), ("critic_blend", "blend", -1)],
 )  # fmt: skip
 def test_of_a_whole_draft_the_most_suspicious_are_masked(name, seen, sign):
@@ -58,7 +58,7 @@ def test_of_a_whole_draft_the_most_suspicious_are_masked(name, seen, sign):
 
 
 @pytest.mark.parametrize(
-    ("name", "seen"), [("none", "noise"), ("confidence_first", "confidence"), ("margin_first", "margin")]
+    ("name", "seen"), [("ancestral", "noise"), ("confidence_order", "confidence"), ("margin_order", "margin")]
 )
 def test_what_takes_nothing_back_leaves_the_least_sure_of_the_masked(name, seen):
     view, orders = view_of(HALF)
@@ -111,7 +111,11 @@ def test_rounds_are_as_many_as_the_budget_pays():
 
 def test_a_schedule_of_one_s_own_has_no_held_rounds():
     own = settings(
-        schedule="custom", masking_ratios=(0.8, 0.2), hold_share=0.5, hold_temperature=0.2, temperature=0.9
+        schedule="custom",
+        masking_ratios=(0.8, 0.2),
+        corrector_share=0.5,
+        corrector_temperature=0.2,
+        temperature=0.9,
     )
     np.testing.assert_allclose(temperatures(own, 12), 0.9)
     assert masked_shares(own, 12)[-2] == 0.2 and held_rounds(own, 12, True) == 0
@@ -131,7 +135,7 @@ def test_takes_back_by_the_right_one_of_two_views():
 
     for name, low, high in (("critic_partial", 0, 20), ("critic_origin", 20, 40)):
         sampler = Sampler(
-            Two(TRUTH), MASK, SPECIAL, CPU, settings(randomness_strength=0.0, back_share=0.3), seed=5
+            Two(TRUTH), MASK, SPECIAL, CPU, settings(randomness_strength=0.0, remask_share=0.3), seed=5
         )
         rounds = sampler.sample(
             np.full((8, 40), MASK), np.ones((8, 40), bool), np.arange(8), POLICIES[name], 12, trace=True
@@ -186,7 +190,7 @@ def test_the_sampler_draws_from_the_likeliest_that_it_is_told_to():
     for top_p in (1.0, 0.01):
         sampler = Sampler(Slight(TRUTH), MASK, SPECIAL, CPU, settings(top_p=top_p), seed=5)
         found: Any = sampler.sample(
-            np.full((4, 40), MASK), np.ones((4, 40), bool), np.arange(4), POLICIES["none"], 4
+            np.full((4, 40), MASK), np.ones((4, 40), bool), np.arange(4), POLICIES["ancestral"], 4
         )
         written[top_p] = set(found.ids.flatten().tolist())
     assert written[0.01] == {7} and len(written[1.0]) > 5

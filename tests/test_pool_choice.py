@@ -425,18 +425,22 @@ def test_errors_and_terms_are_those_of_the_winners():
 
 def test_a_recipe_reads_blind_what_the_config_calls_blind(tokenizer, monkeypatch):
     """From the config's `blind` to what the ranker is shown, and from its draws to what it trains on."""
-    from lib.training import recipes
+    from lib.training import trainer_setup
 
     table = made_table()
-    materials: Any = SimpleNamespace(
+    stage_inputs: Any = SimpleNamespace(
         config=load_config(quick_test=True), tokenizer=tokenizer, runtime=CPU,
         draws=lambda split: [table, made_table(1)], pools=lambda split: table, pools_for_selection=lambda: made_table(2),
     )  # fmt: skip
-    monkeypatch.setattr(recipes, "start_ranker", lambda *_: (Stub(reads_prompt), tokenizer, "nowhere"))
-    spec = materials.config.models["judge"]
+    monkeypatch.setattr(trainer_setup, "start_ranker", lambda *_: (Stub(reads_prompt), tokenizer, "nowhere"))
+    spec = stage_inputs.config.models["judge"]
     for blind in (False, True):
-        recipe: Any = recipes.ranker_recipe(
-            "r", spec.model_copy(update={"mode": "ranker", "blind": blind}), materials, Path("nowhere"), None
+        recipe: Any = trainer_setup.set_up_ranker(
+            "r",
+            spec.model_copy(update={"mode": "ranker", "blind": blind}),
+            stage_inputs,
+            Path("nowhere"),
+            None,
         )
         accuracy = recipe.objective.evaluate(recipe.model)["accuracy"]
         assert (accuracy == 1) != blind and len(recipe.objective.train) == 2

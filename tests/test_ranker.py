@@ -1,4 +1,4 @@
-"""The candidate ranker: packed rows against separate ones on every kind of trunk, pooling, padding, bad inputs."""
+"""The candidate ranker: packed rows against separate ones on every kind of backbone, pooling, padding, bad inputs."""
 
 from typing import Any
 
@@ -68,25 +68,25 @@ TRUNKS = {
 CAUSAL = ("llama", "qwen2", "mistral", "gpt2", "remask_causal")
 
 
-def make_trunk(name: str, dtype=torch.float64):
-    """A tiny trunk with weights that matter: biases, norms and output projections are not left at their start."""
+def make_backbone(name: str, dtype=torch.float64):
+    """A tiny backbone with weights that matter: biases, norms and output projections are not left at their start."""
     torch.manual_seed(0)
-    trunk = TRUNKS[name]().to(dtype).eval()
+    backbone = TRUNKS[name]().to(dtype).eval()
     with torch.no_grad():
-        for parameter in trunk.parameters():
+        for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return trunk
+    return backbone
 
 
 def make(name: str, dtype=torch.float64, lora: bool = False, **choices) -> CandidateRanker:
-    trunk = make_trunk(name, dtype)
+    backbone = make_backbone(name, dtype)
     if lora:
-        trunk.config._name_or_path = "tiny"
-        trunk = with_lora(trunk, rank=2, alpha=4, dropout=0.0, seed=0)
-        for key, parameter in trunk.named_parameters():
+        backbone.config._name_or_path = "tiny"
+        backbone = with_lora(backbone, rank=2, alpha=4, dropout=0.0, seed=0)
+        for key, parameter in backbone.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.1)
-    model = CandidateRanker(trunk, **{"head_dropout": 0.0, "seed": 0} | choices).to(dtype)
+    model = CandidateRanker(backbone, **{"head_dropout": 0.0, "seed": 0} | choices).to(dtype)
     torch.nn.init.normal_(model.head.out.weight)
     return model.eval()
 
@@ -163,8 +163,8 @@ def test_gradients_of_packed_rows_equal_those_of_separate_ones(name, lora):
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_scores_are_those_of_the_plain_trunk(name):
-    """Each candidate alone, by hand: its tokens behind the prompt's, without padding; two-way trunks with a mask."""
+def test_scores_are_those_of_the_plain_backbone(name):
+    """Each candidate alone, by hand: its tokens behind the prompt's, without padding; two-way backbones with a mask."""
     model, pools = make(name), make_pools((3, 2))
     scores = model(pools)
     for row, place in zip(*np.nonzero(pools.candidate_mask.any(-1)), strict=True):
@@ -187,7 +187,7 @@ def test_scores_are_those_of_the_plain_trunk(name):
 @pytest.mark.parametrize("name", ["bert", "roberta", "ltg_bert", "remask_bidirectional"])
 @pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
 def test_full_attention_reads_both_ways(name, pooling):
-    """The trunk sees one ordinary sequence; `cls` goes through BERT's own pooler."""
+    """The backbone sees one ordinary sequence; `cls` goes through BERT's own pooler."""
     model, pools = make(name, attention="full", pooling=pooling), make_pools((2,))
     prompt, candidate = (
         pools.prompt_ids[0][pools.prompt_mask[0]],
@@ -295,13 +295,13 @@ class Flat(BertModel):
         return super().forward(inputs_embeds=embedded * attention_mask.unsqueeze(-1).to(embedded.dtype))
 
 
-def test_a_causal_trunk_that_cannot_share_rows_is_found_out_at_once(capsys):
+def test_a_causal_backbone_that_cannot_share_rows_is_found_out_at_once(capsys):
     torch.manual_seed(0)
-    trunk = Unplaced(GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=3, n_positions=256)).train()
-    torch.nn.init.normal_(trunk.wpe.weight)
+    backbone = Unplaced(GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=3, n_positions=256)).train()
+    torch.nn.init.normal_(backbone.wpe.weight)
     state = torch.get_rng_state()
-    model, pools = CandidateRanker(trunk, seed=0).train(), make_pools()
-    assert torch.equal(torch.get_rng_state(), state) and model.training and trunk.training
+    model, pools = CandidateRanker(backbone, seed=0).train(), make_pools()
+    assert torch.equal(torch.get_rng_state(), state) and model.training and backbone.training
     assert model.packs is False
     assert "when candidates share a row" in capsys.readouterr().err
     torch.set_rng_state(state)
@@ -310,10 +310,12 @@ def test_a_causal_trunk_that_cannot_share_rows_is_found_out_at_once(capsys):
     assert torch.equal(scores, model.score_one_by_one(pools))
 
 
-@pytest.mark.parametrize("trunk, said", [(Leaking, "states differ by"), (Flat, "fails on a row of several")])
-def test_a_bidirectional_trunk_that_cannot_share_rows_is_refused(trunk, said):
+@pytest.mark.parametrize(
+    "backbone, said", [(Leaking, "states differ by"), (Flat, "fails on a row of several")]
+)
+def test_a_bidirectional_backbone_that_cannot_share_rows_is_refused(backbone, said):
     torch.manual_seed(0)
-    encoder = trunk(BertConfig(**BERT, initializer_range=0.3))
+    encoder = backbone(BertConfig(**BERT, initializer_range=0.3))
     with pytest.raises(BadConfig, match=rf"prefix-LM: .*{said}.*Set ranker\.attention to full"):
         CandidateRanker(encoder, seed=0)
     assert CandidateRanker(encoder, attention="full", seed=0).packs is False
@@ -325,18 +327,18 @@ def test_what_a_ranker_packs_does_not_depend_on_what_it_reads_first():
     assert model.packs is True
     model(make_pools((1,)))
     assert model.packs is True
-    trunk = make_trunk("gpt2", torch.float32)
-    assert CandidateRanker(trunk, seed=0, packs=False).packs is False
+    backbone = make_backbone("gpt2", torch.float32)
+    assert CandidateRanker(backbone, seed=0, packs=False).packs is False
     short = MistralModel(MistralConfig(**GROUPED, sliding_window=6))  # the probe stays inside the window
     assert CandidateRanker(short, seed=0).packs is True
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_half_precision_is_not_taken_for_a_wrong_trunk(name):
+def test_half_precision_is_not_taken_for_a_wrong_backbone(name):
     pools, autocast = make_pools(), make(name, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert autocast(pools).dtype == torch.float32
-    half = CandidateRanker(make_trunk(name, torch.float32).to(torch.bfloat16), seed=0).eval()
+    half = CandidateRanker(make_backbone(name, torch.float32).to(torch.bfloat16), seed=0).eval()
     assert half(pools).dtype == torch.float32
     assert autocast.packs and half.packs
 
@@ -358,25 +360,25 @@ def test_too_long_inputs_are_refused(name):
     model(Pools(fits * 5, fits, candidate * 5, candidate))
     long = np.ones((1, LONGEST - 7), bool)
     with pytest.raises(
-        BadData, match=f"{LONGEST + 1} tokens together, but this trunk has {LONGEST} positions"
+        BadData, match=f"{LONGEST + 1} tokens together, but this backbone has {LONGEST} positions"
     ):
         model(Pools(long * 5, long, candidate * 5, candidate))
 
 
 def test_bad_choices_are_refused():
     with pytest.raises(BadConfig, match="causal"):
-        CandidateRanker(make_trunk("llama"), attention="full", seed=0)
+        CandidateRanker(make_backbone("llama"), attention="full", seed=0)
     with pytest.raises(BadConfig, match=r"ranker\.pooling is 'max'"):
-        CandidateRanker(make_trunk("llama"), pooling="max", seed=0)
+        CandidateRanker(make_backbone("llama"), pooling="max", seed=0)
 
 
 def test_head_follows_its_seed_alone():
-    trunk, state = make_trunk("bert"), torch.get_rng_state()
-    heads: list[Any] = [CandidateRanker(trunk, seed=seed).head for seed in (1, 1, 2)]
+    backbone, state = make_backbone("bert"), torch.get_rng_state()
+    heads: list[Any] = [CandidateRanker(backbone, seed=seed).head for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(heads[0].dense.weight, heads[1].dense.weight)
     assert not torch.equal(heads[0].dense.weight, heads[2].dense.weight)
     assert heads[0].out.weight.std() < 0.03
-    assert [n for n, _ in CandidateRanker(trunk, head="linear", seed=0).head.named_parameters()] == [
+    assert [n for n, _ in CandidateRanker(backbone, head="linear", seed=0).head.named_parameters()] == [
         "out.weight"
     ]

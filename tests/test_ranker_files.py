@@ -23,7 +23,7 @@ from lib.models.ranker import CandidateRanker
 from lib.models.ranker_export import export_classifier
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.training.objectives.pool_choice import PoolReader, say_shortened
-from tests.test_ranker import make_trunk
+from tests.test_ranker import make_backbone
 from tests.trainings import CPU
 
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", *"abcdefgh", *(str(i) for i in range(10)), "add", "(", ")", ",")
@@ -53,19 +53,19 @@ def make_tokenizer(kind: str, **special) -> Any:
 
 def saved_encoder(folder: Path, name: str, **special) -> Path:
     """A folder of a tiny encoder with its tokenizer."""
-    make_trunk(name, torch.float32).save_pretrained(folder)
+    make_backbone(name, torch.float32).save_pretrained(folder)
     make_tokenizer(name, **special).save_pretrained(folder)
     return folder
 
 
 def ranker_of(folder: Path, lora: bool, **choices) -> tuple[CandidateRanker, Any]:
-    trunk, tokenizer = open_encoder(folder)
+    backbone, tokenizer = open_encoder(folder)
     if lora:
-        trunk = with_lora(trunk, 2, 4, 0.1, seed=3)
-        for key, parameter in trunk.named_parameters():
+        backbone = with_lora(backbone, 2, 4, 0.1, seed=3)
+        for key, parameter in backbone.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
-    model = CandidateRanker(trunk, seed=0, **choices)
+    model = CandidateRanker(backbone, seed=0, **choices)
     torch.nn.init.normal_(model.head.out.weight)
     return model.eval(), tokenizer
 
@@ -204,15 +204,15 @@ def test_only_adapters_and_head_learn_and_they_follow_the_seed(tmp_path):
     folder, state = saved_encoder(tmp_path, "bert"), torch.get_rng_state()
     found = [with_lora(open_encoder(folder)[0], 2, 4, 0.0, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
-    learning = [{n: p for n, p in trunk.named_parameters() if p.requires_grad} for trunk in found]
+    learning = [{n: p for n, p in backbone.named_parameters() if p.requires_grad} for backbone in found]
     assert all("lora_" in name and "pooler" not in name for name in learning[0])
     assert {n.split(".")[-4] for n in learning[0]} == {"query", "key", "value", "dense"}
     same, other = ([torch.equal(learning[0][n], x[n]) for n in x if "lora_A" in n] for x in learning[1:])
     assert all(same) and not any(other)
     with pytest.raises(BadConfig, match=r"ranker\.lora\.targets"):
         with_lora(open_encoder(folder)[0], 2, 4, 0.0, "nothing_like_it")
-    with pytest.raises(BadConfig, match="the trunk is fresh"):
-        with_lora(make_trunk("bert"), 2, 4, 0.0)
+    with pytest.raises(BadConfig, match="the backbone is fresh"):
+        with_lora(make_backbone("bert"), 2, 4, 0.0)
 
 
 def test_encoders_that_cannot_be_trusted_or_had_are_refused(tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_encoders_that_cannot_be_trusted_or_had_are_refused(tmp_path, monkeypatc
         open_encoder("nobody/such-an-encoder")
 
 
-def test_an_incomplete_trunk_is_refused_but_a_missing_pooler_is_left_out(tmp_path):
+def test_an_incomplete_backbone_is_refused_but_a_missing_pooler_is_left_out(tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = saved_encoder(tmp_path, "bert")
@@ -245,7 +245,7 @@ def test_an_incomplete_trunk_is_refused_but_a_missing_pooler_is_left_out(tmp_pat
     assert open_encoder(folder)[0].pooler is None
     kept.pop("encoder.layer.1.output.dense.weight")
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadData, match=r"lacks 1 of the trunk's tensors, such as encoder\.layer\.1"):
+    with pytest.raises(BadData, match=r"lacks 1 of the backbone's tensors, such as encoder\.layer\.1"):
         open_encoder(folder)
 
 
@@ -274,7 +274,7 @@ for folder in sys.argv[2:]:
 
 
 def test_a_fresh_process_gives_the_same_bits(tmp_path):
-    """LoRA and whole trunks, one process for all."""
+    """LoRA and whole backbones, one process for all."""
     expected = {}
     for name, lora, choices in (
         ("llama", True, {}), ("gpt2", False, {"head": "linear"}), ("bert", True, {"pooling": "mean"}),
@@ -298,7 +298,7 @@ def test_a_loaded_ranker_may_go_on_learning(tmp_path):
     model, tokenizer = ranker_of(saved_encoder(tmp_path / "base", "llama"), lora=True)
     save_ranker(model, tmp_path / "ranker", tokenizer)
     still, goes_on = (load_ranker(tmp_path / "ranker", learning)[0] for learning in (False, True))
-    trainable = lambda m: {n for n, p in m.trunk.named_parameters() if p.requires_grad}  # noqa: E731
+    trainable = lambda m: {n for n, p in m.backbone.named_parameters() if p.requires_grad}  # noqa: E731
     assert not trainable(still) and trainable(goes_on) == trainable(model)
     assert not goes_on.training and all(p.requires_grad for p in goes_on.head.parameters())
 
@@ -324,7 +324,7 @@ def test_a_changed_encoder_or_damaged_folder_is_refused(tmp_path):
     record = json.loads((tmp_path / "ranker" / "ranker.json").read_text())
     assert record["base"]["name"] == str(base) and len(record["base"]["weights_sha256"]) == 64
     with torch.no_grad():
-        changed = make_trunk("llama", torch.float32)
+        changed = make_backbone("llama", torch.float32)
         changed.norm.weight.add_(1e-3)
     changed.save_pretrained(base)
     with pytest.raises(BadData, match="are not those that"):
@@ -406,7 +406,7 @@ def test_rankers_without_a_stock_equal_are_refused(name, choices, words, tmp_pat
 def test_an_export_that_would_score_otherwise_is_refused(tmp_path):
     """The stock classifier looks for the last id that is not padding; an end token that pads is not found."""
     LAYOUTS["ending"] = ("$A </s>", "$A:0 $B:0 </s>:0")
-    make_trunk("gpt2", torch.float32).save_pretrained(tmp_path / "base")
+    make_backbone("gpt2", torch.float32).save_pretrained(tmp_path / "base")
     make_tokenizer("ending", pad_token=None).save_pretrained(tmp_path / "base")
     model, tokenizer = ranker_of(tmp_path / "base", lora=False, head="linear")
     with pytest.raises(BadConfig, match="give the tokenizer a padding token of its own"):

@@ -34,7 +34,7 @@ EMBEDDING = "backbone.embedding.weight"
 class Tiny(nn.Module):
     """Embedding, a block with a norm and two matrices, dropout, a linear head."""
 
-    trunk_names = ("backbone.",)
+    backbone_names = ("backbone.",)
 
     def __init__(self):
         super().__init__()

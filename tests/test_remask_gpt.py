@@ -49,7 +49,7 @@ def test_classes_refuse_a_config_of_another_kind():
         RemaskGptForCausalLM(make_config())
 
 
-# --- the trunk -------------------------------------------------------------------------------------------------------
+# --- the backbone -------------------------------------------------------------------------------------------------------
 
 
 def test_a_new_model_starts_as_its_embeddings():

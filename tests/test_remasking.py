@@ -155,16 +155,16 @@ def test_policies_are_compared_within_a_seed():
     for seed, level in enumerate((2.0, 2.5, 3.1)):
         records.append(record(seed, "real text", 0.5, 0.0))
         for heat in (0.0, 1.0):
-            records.append(record(seed, "none", heat, level + heat))
+            records.append(record(seed, "ancestral", heat, level + heat))
             records.append(record(seed, "critic", heat, level + heat - 0.1 - 0.001 * seed))
     rows = [
         line.split(" | ")
         for line in matched_table(records, "reference_nll", "x").splitlines()
         if "4 |" in line
     ]
-    none, critic = ({"own": row[3], "over none": row[5], "over random": row[6]} for row in rows)
-    assert none["own"].startswith("3.033 [") and none["over none"] == "–" == critic["over random"]
-    assert critic["over none"].startswith("**-0.101 [-0.103")
+    none, critic = ({"own": row[3], "over ancestral": row[5], "over random_remask": row[6]} for row in rows)
+    assert none["own"].startswith("3.033 [") and none["over ancestral"] == "–" == critic["over random_remask"]
+    assert critic["over ancestral"].startswith("**-0.101 [-0.103")
 
     larger = records + [r | {"setting": r["setting"] | {"nfe": 8}} for r in records if r["seed"] < 2]
     means = matched_table(larger, "reference_nll", "x").split("\n\n")[2].splitlines()
@@ -173,9 +173,13 @@ def test_policies_are_compared_within_a_seed():
     more = records + [
         r | {"seed": 3} for r in records if r["seed"] == 2 and r["setting"]["policy"] != "critic"
     ]
-    table = matched_table(more, "reference_nll", "x")  # one more seed of `none`, far above: the means stay
+    table = matched_table(
+        more, "reference_nll", "x"
+    )  # one more seed of `ancestral`, far above: the means stay
     assert (
-        "over seeds 0, 1, 2," in table and "| none | 3.033 |" in table and "| none | 4 | 4 | 3.175 [" in table
+        "over seeds 0, 1, 2," in table
+        and "| ancestral | 3.033 |" in table
+        and "| ancestral | 4 | 4 | 3.175 [" in table
     )
     assert shared_seeds(more) == {0, 1, 2}
 
@@ -195,19 +199,19 @@ def test_the_best_critic_is_set_beside_the_best_of_the_others():
 
     records = []
     for seed, wrong in enumerate((0.2, 0.4)):
-        records += [record(seed, "none", 0.1), record(seed, "none", 1 - wrong, temperature=0.5)]
-        records += [record(seed, "random", 0.3), record(seed, "critic", 1 - wrong / 2)]
-        records.append(record(seed, "confidence", 0.99, threshold=0.1))
+        records += [record(seed, "ancestral", 0.1), record(seed, "ancestral", 1 - wrong, temperature=0.5)]
+        records += [record(seed, "random_remask", 0.3), record(seed, "critic", 1 - wrong / 2)]
+        records.append(record(seed, "confidence_remask", 0.99, threshold=0.1))
     records.append(record(0, "critic_origin", 0.99))
     table = valid_strings(records).split("\n\n")[2].splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == [
-        "| none",
-        "| random",
+        "| ancestral",
+        "| random_remask",
         "| critic",
         "| **best with a critic / best without**",
     ]
-    assert table[2].startswith("| none | 30.0 [") and table[4].startswith("| critic | 15.0 [")
-    assert table[5].endswith("| 0.500: critic / none |")
+    assert table[2].startswith("| ancestral | 30.0 [") and table[4].startswith("| critic | 15.0 [")
+    assert table[5].endswith("| 0.500: critic / ancestral |")
 
 
 @pytest.mark.parametrize(
@@ -324,19 +328,19 @@ def test_a_plan_with_more_policies_goes_on_with_what_is_there(finished, monkeypa
     out, text = finished
     before = lines_of(out)
     plan = remasking.PLANS["tiny"]
-    more = dataclasses.replace(plan, sample_policies=(*plan.sample_policies, "random"))
+    more = dataclasses.replace(plan, sample_policies=(*plan.sample_policies, "random_remask"))
     monkeypatch.setitem(remasking.PLANS, "tiny", more)
     remasking.run(out, "tiny", str(text), only=("E3",))
     (new,) = lines_of(out)[len(before) :]
-    assert new["setting"] == {"policy": "random"}
+    assert new["setting"] == {"policy": "random_remask"}
 
 
 def test_the_oracle_is_the_ceiling_and_differences_are_to_the_first_policy(finished):
     result = next(r["result"] for r in lines_of(finished[0]) if r["experiment"] == "E2")
     found = {name: p["accuracy"]["value"] for name, p in result["policies"].items()}
-    assert found["oracle"] == max(found.values()) and result["against"] == "none"
+    assert found["oracle"] == max(found.values()) and result["against"] == "ancestral"
     for name, policy in result["policies"].items():
-        assert policy["over_none"]["value"] == pytest.approx(found[name] - found["none"])
+        assert policy["over_ancestral"]["value"] == pytest.approx(found[name] - found["ancestral"])
         assert policy["passes"] <= 3
 
 

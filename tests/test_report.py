@@ -23,12 +23,12 @@ from lib import schema
 from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.evaluation.quality import describe, from_first_gap, lexicon, valid_words
+from lib.evaluation.sample_evaluator import roles
 from lib.metrics import ngram_entropy
 from lib.report import plots
-from lib.report.bench import roles
 from lib.report.data import ReportData
 from lib.report.html import build_report
-from lib.report.quality import describe, from_first_gap, lexicon, valid_words
 from lib.report.table import aligned, results_table, sampling_table
 from lib.runs import RunArgs, check_stage_name, inspect, load_manifest, score_stage
 
@@ -465,10 +465,10 @@ def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_pat
         {"id": "c", "text": "[MASK]" * 8 + " of the file is.", "target": WHOLE["c"]},
     ]
     path = infill_file(tmp_path, rows)
-    folder = sampled(f"sampler.infill_file={path}", "sampler.policies=[none, critic, oracle]")
+    folder = sampled(f"sampler.infill_file={path}", "sampler.policies=[ancestral, critic, oracle]")
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
     assert sorted({(r["policy"], r["infill_id"]) for r in samples}) == [
-        (p, i) for p in ("critic", "none", "oracle") for i in "abc"
+        (p, i) for p in ("critic", "ancestral", "oracle") for i in "abc"
     ]
     hits: dict[str, list[bool]] = {}
     for row in samples:
@@ -479,10 +479,10 @@ def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_pat
             if not given:
                 hits.setdefault(row["policy"], []).append(ours == right)
     metrics = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
-    assert hits.keys() == {"critic", "none", "oracle"}
+    assert hits.keys() == {"critic", "ancestral", "oracle"}
     for policy, found in hits.items():
         assert metrics[policy]["infill_accuracy"]["value"] == pytest.approx(np.mean(found))
-    assert np.mean(hits["oracle"]) > np.mean(hits["none"])
+    assert np.mean(hits["oracle"]) > np.mean(hits["ancestral"])
     assert metrics["real text"]["infill_accuracy"]["value"] == 1
     parsed = Page((folder / "report.html").read_text())
     assert not parsed.problems and "Infilling" in parsed.text
@@ -522,17 +522,17 @@ def test_all_rows_that_cannot_be_filled_are_named_at_once(sampled, tmp_path):
             sampled(f"sampler.infill_file={path}")
     path = infill_file(tmp_path, rows[:1])
     with pytest.raises(BadData, match=r"1 rows of sampler\.infill_file have no target: fine"):
-        sampled(f"sampler.infill_file={path}", "sampler.policies=[none, oracle]")
+        sampled(f"sampler.infill_file={path}", "sampler.policies=[ancestral, oracle]")
 
 
 def test_texts_longer_than_the_context_are_written_in_blocks(sampled):
-    overrides = ("sampler.length=150", "sampler.block_tokens=40", "sampler.policies=[none, critic]")
+    overrides = ("sampler.length=150", "sampler.block_tokens=40", "sampler.policies=[ancestral, critic]")
     folder = sampled(*overrides, "sampler.prompt=The value of ")
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
     assert all(len(r["token_ids"]) == 150 and r["text"].startswith("The value of ") for r in samples)
     assert all(np.isfinite(r["reference_nll"]) for r in samples)
     rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
-    assert rows["none"]["passes"] == 4 * 4 and rows["critic"]["passes"] == 3 * 4
+    assert rows["ancestral"]["passes"] == 4 * 4 and rows["critic"]["passes"] == 3 * 4
     assert rows["autoregressive"]["passes"] == 150 - len("The value of ")
 
 
@@ -545,14 +545,14 @@ def test_the_best_of_several_fillings_of_every_row_of_a_file(sampled, tmp_path):
     path = infill_file(tmp_path, rows)
     folder = sampled(
         f"sampler.infill_file={path}",
-        "sampler.policies=[none]",
+        "sampler.policies=[ancestral]",
         "sampler.best_of=3",
-        "sampler.best_of_policy=none",
+        "sampler.best_of_policy=ancestral",
     )
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
     record = json.loads((folder / "metrics.json").read_text())
     for scorer in ("critic", "generator", "judge"):
-        chosen = [r for r in samples if r["policy"] == f"none, best of 3 by {scorer}"]
+        chosen = [r for r in samples if r["policy"] == f"ancestral, best of 3 by {scorer}"]
         assert sorted(r["infill_id"] for r in chosen) == ["a", "b", "c"]
         assert len(chosen[0]["text"]) < len(chosen[2]["text"])  # of different lengths
         (row,) = [r for r in record["best_of"] if r["scorer"] == scorer]
@@ -565,9 +565,9 @@ def test_the_best_of_several_fillings_of_every_row_of_a_file(sampled, tmp_path):
 
 
 def test_a_refused_prompt_leaves_the_samples_that_are_there(sampled):
-    folder = sampled("sampler.policies=[none]")
+    folder = sampled("sampler.policies=[ancestral]")
     before = (folder / "samples.parquet").read_bytes()
-    overrides = ["sampler.num_samples=3", "sampler.nfe=[4]", "sampler.policies=[none]"]
+    overrides = ["sampler.num_samples=3", "sampler.nfe=[4]", "sampler.policies=[ancestral]"]
     stage = importlib.import_module("06_sample")
     for prompt in ("A \u2603", "x" * 64):
         config = load_config(quick_test=True, overrides=[*overrides, f"sampler.prompt={prompt}"])
@@ -588,9 +588,11 @@ def test_the_judge_of_samples_is_causal():
 
 
 def test_the_best_of_several_samples_are_written_and_shown(sampled):
-    folder = sampled("sampler.policies=[none]", "sampler.best_of=3", "sampler.best_of_policy=random")
+    folder = sampled(
+        "sampler.policies=[ancestral]", "sampler.best_of=3", "sampler.best_of_policy=random_remask"
+    )
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
-    chosen = [r for r in samples if r["policy"] == "random, best of 3 by judge"]
+    chosen = [r for r in samples if r["policy"] == "random_remask, best of 3 by judge"]
     assert [r["sample_id"] for r in chosen] == [0, 1, 2]
     rows = json.loads((folder / "metrics.json").read_text())["best_of"]
     judge = next(r for r in rows if r["scorer"] == "judge")
@@ -609,11 +611,11 @@ def test_a_prompt_outside_the_vocabulary_is_refused_by_name(sampled):
 def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
     """Else what all samples share would make them look alike, and real text easier than it is."""
     prompt = "The value of the object is the value of the "
-    folder = sampled("sampler.policies=[none]", "sampler.num_samples=6", f"sampler.prompt={prompt}")
+    folder = sampled("sampler.policies=[ancestral]", "sampler.num_samples=6", f"sampler.prompt={prompt}")
     rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
     codes = [np.frombuffer(r["text"][len(prompt) :].encode("utf-32-le"), np.uint32) for r in samples]
-    assert rows["none"]["fourgram_entropy"] == pytest.approx(ngram_entropy(codes, 4))
+    assert rows["ancestral"]["fourgram_entropy"] == pytest.approx(ngram_entropy(codes, 4))
     assert rows["real text"]["fourgram_entropy"] <= np.log(6 * (64 - len(prompt) - 3))
 
 

@@ -13,7 +13,7 @@ from lib.candidates.rewards import reward_table
 from lib.config import load_config
 from lib.errors import BadConfig, BadData
 from lib.tasks.text.rewriting import rewards
-from lib.training.joins import with_rewards
+from lib.training.reward_join import with_rewards
 
 stage = importlib.import_module("03_build_rewards")
 

@@ -17,8 +17,8 @@ from lib.diffusion.policies import POLICIES, rounds_for
 from lib.diffusion.sampler import STILL_MASKED, TAKEN_BACK, WRITTEN, Sampler
 from lib.diffusion.schedule import masked_counts_left, masked_shares, temperatures
 from lib.errors import BadConfig
+from lib.evaluation.infilling import Start
 from lib.models.build import make_model, model_config
-from lib.report.infilling import Start
 from lib.runtime import Runtime
 from lib.sections.sampler import WITH_ERROR_VIEW
 
@@ -30,10 +30,10 @@ NONE = torch.empty(0, dtype=torch.long)
 def settings(**changes):
     base = load_config().sampler
     plain = {
-        "hold_share": 0.0,
-        "hold_temperature": 1.0,
+        "corrector_share": 0.0,
+        "corrector_temperature": 1.0,
         "end_ratio": 0.05,
-        "back_share": 0.3,
+        "remask_share": 0.3,
         "batch_size": 64,
     }
     return base.model_copy(update=plain | changes)
@@ -75,17 +75,17 @@ def test_top_k_top_p_and_temperature():
 def test_schedules():
     linear = masked_shares(settings(start_ratio=0.9, end_ratio=0.1), 5)
     np.testing.assert_allclose(linear, [0.9, 0.6333, 0.3667, 0.1, 0], atol=1e-3)
-    held = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 9)
+    held = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 9)
     np.testing.assert_allclose(held, [0.9, 0.6333, 0.3667, 0.1, 0.1, 0.1, 0.1, 0.1, 0], atol=1e-3)
     few = {"start_ratio": 0.9, "end_ratio": 0.1}
     assert (
-        masked_shares(settings(**few, hold_share=0.5), 7).tolist()
+        masked_shares(settings(**few, corrector_share=0.5), 7).tolist()
         == masked_shares(settings(**few), 7).tolist()
     )
-    assert temperatures(settings(**few, hold_share=0.5, hold_temperature=0.3), 7).std() == 0
-    many = masked_shares(settings(end_ratio=0.1, hold_share=0.5, hold_rewrites=1.5), 101)
+    assert temperatures(settings(**few, corrector_share=0.5, corrector_temperature=0.3), 7).std() == 0
+    many = masked_shares(settings(end_ratio=0.1, corrector_share=0.5, corrector_resampling=1.5), 101)
     np.testing.assert_allclose(many[50:100], 1.5 / 50)  # a token is written anew 1.5 times in the mean
-    once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, hold_share=0.5), 5, takes_back=False)
+    once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 5, takes_back=False)
     np.testing.assert_array_equal(once, linear)  # who takes nothing back has nothing to do in those rounds
     cosine = masked_shares(settings(schedule="cosine"), 4)
     np.testing.assert_allclose(cosine, [np.cos(np.pi / 8), np.cos(np.pi / 4), np.cos(3 * np.pi / 8), 0])
@@ -101,7 +101,7 @@ def test_schedules():
 
 
 def test_only_the_rounds_that_correct_are_colder():
-    cold = settings(temperature=0.8, hold_share=0.5, hold_temperature=0.25)
+    cold = settings(temperature=0.8, corrector_share=0.5, corrector_temperature=0.25)
     shares, heats = masked_shares(cold, 9), temperatures(cold, 9)
     np.testing.assert_allclose(heats, [0.8] * 5 + [0.2] * 4)
     assert shares[2] > shares[3] == shares[4] == cold.end_ratio  # round 4 still writes for the first time
@@ -110,7 +110,7 @@ def test_only_the_rounds_that_correct_are_colder():
 
 
 def test_rounds_pay_for_the_extra_pass():
-    assert rounds_for(POLICIES["random"], 32) == 32
+    assert rounds_for(POLICIES["random_remask"], 32) == 32
     assert rounds_for(POLICIES["critic"], 32) == 16  # 16 rounds and 15 judgements are 31 passes
 
 
@@ -164,7 +164,7 @@ def test_every_pass_is_counted_and_the_budget_is_kept(name):
         assert not np.isin(result.ids, SPECIAL).any()
 
 
-@pytest.mark.parametrize("name", ["random", "critic_origin", "none"])
+@pytest.mark.parametrize("name", ["random_remask", "critic_origin", "ancestral"])
 def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
     """A generator that slightly prefers one word: in the cold it writes no other."""
 
@@ -175,15 +175,15 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
             output.logits[:, -1] = 0.5
             return output
 
-    changes = settings(hold_share=0.5, hold_temperature=0.01, end_ratio=0.2, back_share=1.0)
+    changes = settings(corrector_share=0.5, corrector_temperature=0.01, end_ratio=0.2, remask_share=1.0)
     rounds = run(Sampler(Level(TRUTH), MASK, SPECIAL, CPU, changes, seed=5), name, 20, 8, trace=True).rounds
 
     def words(part) -> int:
         return len(set(np.concatenate([r.ids[r.events == WRITTEN] for r in part]).tolist()))
 
     assert words(rounds[:11]) > 5  # 9 of 20 are held, for a policy that takes back
-    assert words(rounds[11:]) == 1 or name == "none"
-    assert words(rounds[11:]) > 1 or name != "none"
+    assert words(rounds[11:]) == 1 or name == "ancestral"
+    assert words(rounds[11:]) > 1 or name != "ancestral"
 
 
 @pytest.mark.parametrize(
@@ -193,11 +193,11 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
 def test_held_rounds_write_each_token_as_often_as_asked(name, share):
     """Whatever a policy takes back while the text grows: in these rounds it is all that the schedule has masked."""
     sampler = oracle_sampler(
-        hold_share=0.5,
-        hold_rewrites=1.5,
+        corrector_share=0.5,
+        corrector_resampling=1.5,
         start_ratio=0.95,
         end_ratio=0.2,
-        back_share=share,
+        remask_share=share,
         remdm_share=share,
     )
     held = run(sampler, name, 21, 8, trace=True).rounds[11:]
@@ -207,22 +207,24 @@ def test_held_rounds_write_each_token_as_often_as_asked(name, share):
 
 def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
     sampler = oracle_sampler(randomness_strength=0.0)
-    names = ("critic", "random", "none")
+    names = ("critic", "random_remask", "ancestral")
     right = {name: (run(sampler, name, 15, 64).ids == TRUTH).mean() for name in names}
-    assert right["critic"] > right["random"] + 0.2
-    assert right["critic"] > right["none"] + 0.2
-    assert abs(right["none"] - 0.5) < 0.05  # this model cannot do better than its skill without going back
+    assert right["critic"] > right["random_remask"] + 0.2
+    assert right["critic"] > right["ancestral"] + 0.2
+    assert (
+        abs(right["ancestral"] - 0.5) < 0.05
+    )  # this model cannot do better than its skill without going back
 
 
 def test_policies_that_see_errors_rank_as_they_should():
     """The more a policy knows of the truth, the more it gets right; critic_partial does it without extra passes."""
-    sampler = oracle_sampler(randomness_strength=0.0, back_share=1.0, remdm_share=1.0)
-    names = ("oracle", "critic", "critic_partial", "critic_origin", "remdm_rescale", "none")
+    sampler = oracle_sampler(randomness_strength=0.0, remask_share=1.0, remdm_share=1.0)
+    names = ("oracle", "critic", "critic_partial", "critic_origin", "remdm_rescale", "ancestral")
     right = {name: (run(sampler, name, 15, 64).ids == TRUTH).mean() for name in names}
     assert right["oracle"] >= right["critic"] - 0.02  # twice as many rounds
     assert right["critic_partial"] > right["remdm_rescale"] + 0.1
     assert right["critic_origin"] == right["critic_partial"]  # here both see every error
-    assert abs(right["remdm_rescale"] - right["none"]) < 0.06  # taking back at random mends nothing here
+    assert abs(right["remdm_rescale"] - right["ancestral"]) < 0.06  # taking back at random mends nothing here
 
 
 def test_gumbel_selection_draws_by_the_odds():
@@ -240,10 +242,10 @@ def test_gumbel_selection_draws_by_the_odds():
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
-@pytest.mark.parametrize("back_share", [0.0, 0.3, 1.0])
-def test_every_policy_keeps_to_the_schedule(name, back_share):
+@pytest.mark.parametrize("remask_share", [0.0, 0.3, 1.0])
+def test_every_policy_keeps_to_the_schedule(name, remask_share):
     """After each round exactly so many positions are masked as the schedule says, whatever is taken back."""
-    sampler = oracle_sampler(back_share=back_share, remdm_share=back_share)
+    sampler = oracle_sampler(remask_share=remask_share, remdm_share=remask_share)
     result = run(sampler, name, 9, 5, trace=True)
     rounds = rounds_for(POLICIES[name], 9)
     shares = masked_shares(sampler.settings, rounds, POLICIES[name].takes_back)
@@ -264,7 +266,7 @@ def test_sure_drafts_come_first():
             logits = logits.flatten(0, 1)
             return SimpleNamespace(logits=logits if logits_at is None else logits[logits_at])
 
-    for name in ("confidence_first", "margin_first"):
+    for name in ("confidence_order", "margin_order"):
         sampler = Sampler(Graded(TRUTH), MASK, SPECIAL, CPU, settings(), seed=5)
         first = run(sampler, name, 4, 8, trace=True).rounds[0]
         written = np.nonzero(first.events == WRITTEN)[1]
@@ -328,7 +330,7 @@ def test_given_tokens_are_never_touched_and_never_counted():
 
 
 def test_the_trace_tells_what_happened():
-    rounds = run(oracle_sampler(), "confidence", 6, 4, trace=True).rounds
+    rounds = run(oracle_sampler(), "confidence_remask", 6, 4, trace=True).rounds
     assert (rounds[0].events != STILL_MASKED).all()
     for before, after in itertools.pairwise(rounds):
         masked_before = before.ids == MASK
@@ -340,7 +342,7 @@ def test_the_trace_tells_what_happened():
 
 
 def test_ancestral_sampling_writes_each_token_once():
-    rounds = run(oracle_sampler(), "none", 8, 4, trace=True).rounds
+    rounds = run(oracle_sampler(), "ancestral", 8, 4, trace=True).rounds
     assert (sum((r.events == WRITTEN).astype(int) for r in rounds) == 1).all()
 
 
@@ -411,7 +413,7 @@ def test_a_finished_sample_does_not_change_the_others(name):
         assert alone.passes[0] == together.passes[i] <= 14
 
 
-@pytest.mark.parametrize("name", ["critic", "critic_blend", "confidence", "confidence_fresh"])
+@pytest.mark.parametrize("name", ["critic", "critic_blend", "confidence_remask", "fresh_confidence_remask"])
 def test_a_threshold_that_doubts_everything_is_the_linear_schedule(name):
     linear = run(oracle_sampler(), name, 9)
     doubting = run(oracle_sampler(schedule="threshold", threshold=1e-12), name, 9)
@@ -424,8 +426,12 @@ def test_a_policy_without_a_view_of_error_cannot_have_a_threshold():
         with pytest.raises(BadConfig, match=f"policy {name} has no view of error"):
             run(oracle_sampler(schedule="threshold"), name, 4)
     assert set(ASKED) == set(WITH_ERROR_VIEW)
-    with pytest.raises(BadConfig, match=r"none, random cannot say; policies that can: confidence_first"):
-        load_config(overrides=["sampler.schedule=threshold", "sampler.policies=[none, critic, random]"])
+    with pytest.raises(
+        BadConfig, match=r"ancestral, random_remask cannot say; policies that can: confidence_order"
+    ):
+        load_config(
+            overrides=["sampler.schedule=threshold", "sampler.policies=[ancestral, critic, random_remask]"]
+        )
     load_config(overrides=["sampler.schedule=threshold", "sampler.policies=[critic]"])
     with pytest.raises(BadConfig, match="must know the right text"):
         load_config(overrides=["sampler.policies=[oracle]"])
@@ -463,7 +469,7 @@ class Reader(nn.Module):
         return SimpleNamespace(logits=logits, critic_logits=blank, origin_logits=blank)
 
 
-@pytest.mark.parametrize("name", ["none", "critic", "critic_partial", "confidence_fresh"])
+@pytest.mark.parametrize("name", ["ancestral", "critic", "critic_partial", "fresh_confidence_remask"])
 def test_a_long_text_is_written_block_by_block_behind_what_stands_before(name):
     model = Reader()
     sampler = Sampler(model, MASK, SPECIAL, CPU, settings(block_tokens=8), 5, context=20)
@@ -559,7 +565,7 @@ def test_the_blend_finds_what_each_of_two_views_knows():
 
 
 @pytest.mark.parametrize(
-    "name", ["none", "random", "remdm_cap", "critic_partial", "critic", "confidence_fresh"]
+    "name", ["ancestral", "random_remask", "remdm_cap", "critic_partial", "critic", "fresh_confidence_remask"]
 )
 def test_a_single_gap_costs_a_single_pass(name):
     ids, free = np.tile(TRUTH, (2, 1)), np.zeros((2, 40), bool)
@@ -572,13 +578,13 @@ def test_a_single_gap_costs_a_single_pass(name):
 
 
 def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
-    from lib.report import best_of as module
+    from lib.evaluation import best_of as module
 
     sampler = oracle_sampler(randomness_strength=0.0)
     monkeypatch.setattr(
         module, "reference_nll", lambda model, runtime, ids, free, cls: (ids != TRUTH).sum(1) * 1.0
     )
-    bench = SimpleNamespace(
+    evaluator = SimpleNamespace(
         sampler=sampler,
         runtime=CPU,
         reference=object(),
@@ -592,7 +598,7 @@ def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
     )
     ids, free = np.full((40, 40), MASK), np.ones((40, 40), bool)
     whole = Start(ids, free, np.arange(40))
-    found, (texts,) = module.best_of(bench, [whole], "none", 4, 6)
+    found, (texts,) = module.best_of(evaluator, [whole], "ancestral", 4, 6)
     rows = {r["scorer"]: r for r in found}
     assert rows["critic"]["gain"]["low"] > 0.05  # sees every error
     assert rows["critic"]["nll"]["value"] == pytest.approx(rows[module.CEILING]["nll"]["value"])
@@ -601,10 +607,10 @@ def test_best_of_n_gains_what_the_scorer_knows(monkeypatch):
     assert (texts["critic"] != TRUTH).sum(1).mean() == pytest.approx(rows["critic"]["nll"]["value"] * 40)
     # The same samples in two parts: each is written and chosen as before, the row is over both
     parts = [Start(ids[p], free[p], np.arange(40)[p]) for p in (slice(0, 15), slice(15, 40))]
-    found, (first, second) = module.best_of(bench, parts, "none", 4, 6)
+    found, (first, second) = module.best_of(evaluator, parts, "ancestral", 4, 6)
     assert (np.concatenate([first["critic"], second["critic"]]) == texts["critic"]).all()
     assert {r["scorer"]: r for r in found} == rows
 
-    bench.reference = None  # chooses all the same
-    found, (again,) = module.best_of(bench, [whole], "none", 4, 6)
+    evaluator.reference = None  # chooses all the same
+    found, (again,) = module.best_of(evaluator, [whole], "ancestral", 4, 6)
     assert (again["critic"] == texts["critic"]).all() and all(r["gain"] is None for r in found)

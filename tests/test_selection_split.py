@@ -19,14 +19,14 @@ from lib.sections.models import ModelSpec
 from lib.tasks import Document, Example
 from lib.tasks.text import prepare
 from lib.tokenization import train_tokenizer
-from lib.training import named
+from lib.training import train_model
 from lib.training.loop import train
 from lib.training.objectives import token_critic
 from lib.training.objectives.build import make_objective
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, nelbo_and_auroc
 from lib.training.pool_table import PoolTable
-from lib.training.tables import Materials
+from lib.training.stage_inputs import StageInputs
 from tests.trainings import CPU, fingerprint, settings, splits, windows
 
 LETTERS = "abcdefghij"
@@ -70,7 +70,7 @@ def candidates(split: str, seed: int) -> pa.Table:
     return pa.table({n: pa.array([r[n] for r in rows], fields.get(n)) for n in rows[0]})
 
 
-def materials(tokenizer: Any, tampered: str | None = None, **changes: Any) -> Materials:
+def stage_inputs(tokenizer: Any, tampered: str | None = None, **changes: Any) -> StageInputs:
     """Small tables of the three splits; the texts of one of them may be others."""
     config = load_config(quick_test=True, overrides=["candidates.per_example=2"])
     seeds = {split: number + 50 * (split == tampered) for number, split in enumerate(SPLITS)}
@@ -78,12 +78,12 @@ def materials(tokenizer: Any, tampered: str | None = None, **changes: Any) -> Ma
         "read_examples": lambda split: examples(split, seeds[split]),
         "read_candidates": lambda split: candidates(split, seeds[split]),
     } | changes
-    return Materials(config, tokenizer, CPU, **given)
+    return StageInputs(config, tokenizer, CPU, **given)
 
 
 def spec_of(mode: Any, **changes: Any) -> ModelSpec:
     config = load_config(quick_test=True)
-    shape = {"layers": 1, "width": 32, "heads": 2, "context": 16}
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "context": 16}
     training = settings(steps=2, evaluate_every=1, batch_size=4, evaluation_examples=8)
     return ModelSpec(mode=mode, architecture=config.architecture.model_copy(update=shape), training=training,
                      **changes)  # fmt: skip
@@ -105,7 +105,7 @@ def test_what_is_reported_chooses_nothing(tokenizer, tmp_path, name):
 
     def run(tampered: str | None) -> tuple[dict[str, str], dict]:
         folder = tmp_path / str(tampered)
-        record = named.train_named(name, MODES[name], materials(tokenizer, tampered), folder, None)
+        record = train_model.train_model(name, MODES[name], stage_inputs(tokenizer, tampered), folder, None)
         return fingerprint(folder), record["held_out"]
 
     (bits, report), (same, other), (chosen, _) = run(None), run("held_out"), run("selection")
@@ -119,7 +119,7 @@ def test_stages_of_unmasking_move_on_by_the_selection_split(tokenizer):
     staged = load_config(quick_test=True, overrides=[f"diffusion.stages=[{stage}, {stage}]"])
 
     def losses(tampered: str | None) -> list[float]:
-        given = replace(materials(tokenizer, tampered), config=staged)
+        given = replace(stage_inputs(tokenizer, tampered), config=staged)
         model, _ = start_model(
             "language_model", MODES["generator"].architecture, "bidirectional", len(tokenizer), 0, "g"
         )
@@ -225,8 +225,8 @@ def test_joint_critics_are_evaluated_by_the_formula_that_the_config_documents(we
 # ------------------------------------------------------------------------------------ pools
 
 
-def pools(rewards: Mapping[str, Sequence[float]]) -> Materials:
-    """A Materials whose splits hold one pool each of the given rewards."""
+def pools(rewards: Mapping[str, Sequence[float]]) -> StageInputs:
+    """A StageInputs whose splits hold one pool each of the given rewards."""
 
     def read(split: str) -> pa.Table:
         rows = [{"example_id": split, "candidate_id": i, "text": "t", "kind": "x", "value": "", "control": "c",
@@ -237,7 +237,7 @@ def pools(rewards: Mapping[str, Sequence[float]]) -> Materials:
         return pa.Table.from_pylist([{"example_id": split, "prompt": "p", "tags": [], "group": split}])
 
     config = load_config(quick_test=True, overrides=["candidates.per_example=2"])
-    return Materials(config, None, CPU, asked, read)
+    return StageInputs(config, None, CPU, asked, read)
 
 
 def test_pools_for_selection_come_from_the_selection_split_or_not_at_all():
@@ -269,7 +269,7 @@ def test_rankers_without_prompts_say_which_split_is_undecided(tokenizer):
         )
 
     with pytest.raises(BadData, match=r"split 'selection': no pool .*data\.selection_fraction"):
-        make_objective("ranker", MODES["ranker"], materials(tokenizer, read_candidates=read), 16)
+        make_objective("ranker", MODES["ranker"], stage_inputs(tokenizer, read_candidates=read), 16)
 
 
 def choosing(name: str) -> PoolTable:

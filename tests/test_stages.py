@@ -61,11 +61,11 @@ def test_a_row_does_not_depend_on_its_batch():
     assert np.array_equal(whole.masked[5:7], part.masked)
 
 
-def slow_progress(patience, least_gain, losses):
+def slow_progress(patience, min_improvement, losses):
     """The rule, told in one line per check."""
     current, best, stale, seen = 0, math.inf, 0, []
     for loss in losses:
-        if best == math.inf or loss < best - least_gain * best:
+        if best == math.inf or loss < best - min_improvement * best:
             best, stale = loss, 0
         else:
             stale += 1
@@ -80,14 +80,14 @@ def slow_progress(patience, least_gain, losses):
     st.sampled_from([0.0, 0.25, 0.5]),  # whole powers of two: equal to the bit
     st.lists(st.integers(0, 8), max_size=30),
 )
-def test_progress_follows_the_rule(patience, least_gain, losses):
-    progress, seen = Progress(tuple(patience), (least_gain,) * len(patience)), []
+def test_progress_follows_the_rule(patience, min_improvement, losses):
+    progress, seen = Progress(tuple(patience), (min_improvement,) * len(patience)), []
     for loss in losses:
         before = progress.current
         moved = progress.note(float(loss))
         assert moved == (progress.current == before + 1)
         seen.append(progress.current)
-    assert seen == slow_progress(patience, least_gain, losses)
+    assert seen == slow_progress(patience, min_improvement, losses)
 
 
 def objective_of(stages=STAGES, *changes: str) -> StagedUnmasking:
@@ -98,7 +98,9 @@ def objective_of(stages=STAGES, *changes: str) -> StagedUnmasking:
 
 
 def model_of():
-    architecture = load_config(quick_test=True).architecture.model_copy(update={"width": 32, "context": 16})
+    architecture = load_config(quick_test=True).architecture.model_copy(
+        update={"hidden_size": 32, "context": 16}
+    )
     return start_model("language_model", architecture, "bidirectional", 14, 3, "tiny")[0]
 
 

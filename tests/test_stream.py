@@ -26,10 +26,10 @@ from lib.errors import BadConfig, BadData, Interrupted, MissingInput, UsageError
 from lib.shards import Cut, ShardStore
 from lib.tasks import CandidateContext
 from lib.tokenization import load_tokenizer
-from lib.training import fresh
+from lib.training import streaming_dataset
 from lib.training.data import Sequences
-from lib.training.fresh import FreshRows
-from lib.training.stop import StopRequest
+from lib.training.preemption import StopRequest
+from lib.training.streaming_dataset import StreamingDataset
 from tests.conftest import run_stages
 from tests.trainings import Killed, settings, train_tiny
 
@@ -61,8 +61,8 @@ def make_producer(quick_run, config):
     return make
 
 
-def reader(producer: Producer, folder: Path, patience: float = 5.0, label: str = "judge") -> FreshRows:
-    return FreshRows(producer.store, producer.cut, 3, label, folder, patience)
+def reader(producer: Producer, folder: Path, patience: float = 5.0, label: str = "judge") -> StreamingDataset:
+    return StreamingDataset(producer.store, producer.cut, 3, label, folder, patience)
 
 
 def names(table: pa.Table) -> list[str]:
@@ -120,7 +120,7 @@ def test_an_epoch_has_every_example_and_rewrites_it_anew(make_producer, tmp_path
 def test_corruption_may_rise_from_epoch_to_epoch(make_producer, tmp_path, config):
     producer = make_producer(tmp_path, backlog=16)
     producer.config = load_config(
-        quick_test=True, overrides=[*SETTINGS, "stream.first_mask_ratio=[0.0, 0.1]", "stream.rise_epochs=2"]
+        quick_test=True, overrides=[*SETTINGS, "stream.initial_mask_ratio=[0.0, 0.1]", "stream.ramp_epochs=2"]
     )
     while producer.step() is not None:
         pass
@@ -165,7 +165,7 @@ class Consumer:
 
     selection, tokens_per_row = "loss", WIDTH
 
-    def __init__(self, rows: FreshRows, seen: dict[int, list[str]]):
+    def __init__(self, rows: StreamingDataset, seen: dict[int, list[str]]):
         self.fresh, self.seen = rows, seen
 
     def loss(self, model, step, rows):
@@ -193,7 +193,7 @@ def train_on_shards(
         kill("producer")
         producer.step()
 
-    monkeypatch.setattr(fresh.time, "sleep", turn)
+    monkeypatch.setattr(streaming_dataset.time, "sleep", turn)
     torch.manual_seed(0)
     chosen = settings(steps=60, checkpoint_every=7, evaluate_every=60, batch_size=7, optimizer="adamw")
     train_tiny(torch.nn.Linear(WIDTH, 1), Consumer(reader(producer, folder), seen), chosen, folder,
@@ -242,9 +242,9 @@ import hashlib, json, os, sys
 from pathlib import Path
 from lib import durable
 from lib.shards import Cut, ShardStore
-from lib.training.fresh import FreshRows
+from lib.training.streaming_dataset import StreamingDataset
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-rows = FreshRows(ShardStore(folder / "02_stream", "key", 3), Cut(*json.loads(sys.argv[3])), 3, "judge", folder, 60.0)
+rows = StreamingDataset(ShardStore(folder / "02_stream", "key", 3), Cut(*json.loads(sys.argv[3])), 3, "judge", folder, 60.0)
 log = folder / "seen.json"
 seen = json.loads(log.read_text()) if log.exists() else []
 print("ready", flush=True)

@@ -25,7 +25,9 @@ from tests.trainings import CPU, Killed, fingerprint, settings, splits, train_ti
 def start(folder: Path, attention: str = "bidirectional", dropout: float = 0.1, fault=None, **changes):
     """Train the tiny language from the folder's checkpoint or its start. `fault(step)` may raise before a step."""
     config = load_config(quick_test=True)
-    architecture = config.architecture.model_copy(update={"dropout": dropout, "width": 32, "context": 16})
+    architecture = config.architecture.model_copy(
+        update={"dropout": dropout, "hidden_size": 32, "context": 16}
+    )
     common = {"label": "tiny", **splits(), "runtime": CPU, "seed": 3, "batch_size": 8, "num_evaluated": 16}
     objective = (
         NextToken(2, **common) if attention == "causal" else MaskedDiffusion(config.diffusion, 1, **common)
@@ -337,7 +339,7 @@ def test_the_held_out_bound_is_the_same_whatever_masks_training_draws():
     """Sticky, span or line masks change the training loss, never what is reported as NELBO."""
     model, _ = start_model(
         "language_model",
-        load_config(quick_test=True).architecture.model_copy(update={"width": 32, "context": 16}),
+        load_config(quick_test=True).architecture.model_copy(update={"hidden_size": 32, "context": 16}),
         "bidirectional", 14, 3, "tiny",
     )  # fmt: skip
     found = []

@@ -13,8 +13,8 @@ from lib.sections.models import ModelSpec
 from lib.shards import generator_names
 from lib.tasks import cross_fit_fold
 from lib.training.data import select_split
-from lib.training.named import train_named
-from lib.training.tables import SELECTION, Materials
+from lib.training.stage_inputs import SELECTION, StageInputs
+from lib.training.train_model import train_model
 
 
 def masked_language_models(stage: Stage, config: Config, runtime, tokenizer) -> list[Path]:
@@ -55,10 +55,10 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
     for fold, name in enumerate(generator_names(config)):
         kept = without_fold(table["train"], [folds > 1 and f == fold for f in fold_of])
         examples = table | {"train": kept}
-        materials = Materials(
+        stage_inputs = StageInputs(
             config, tokenizer, runtime, examples.__getitem__, lambda split: table[split].slice(0, 0)
         )
-        record = train_named(name, spec, materials, stage.folder / name, start=None)
+        record = train_model(name, spec, stage_inputs, stage.folder / name, start=None)
         folder = stage.folder / name / "best_model"
         stage.add_folder(name, folder)
         stage.add_file(f"{name}_metrics", stage.folder / name / "metrics.jsonl")

@@ -13,11 +13,11 @@ from lib.training.data import Rows
 
 
 def at_epoch(config: Config, epoch: int) -> Config:
-    """The config with the mask ratios of an epoch: they rise from `stream.first_mask_ratio` to the candidates' own."""
-    first, last = config.stream.first_mask_ratio, config.candidates.mask_ratio
+    """The config with the mask ratios of an epoch: they rise from `stream.initial_mask_ratio` to the candidates' own."""
+    first, last = config.stream.initial_mask_ratio, config.candidates.mask_ratio
     if first is None:
         return config
-    share = min(1.0, epoch / config.stream.rise_epochs)
+    share = min(1.0, epoch / config.stream.ramp_epochs)
     ratios = tuple(a + (b - a) * share for a, b in zip(first, last, strict=True))
     return config.model_copy(
         update={"candidates": config.candidates.model_copy(update={"mask_ratio": ratios})}

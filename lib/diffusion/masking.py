@@ -11,8 +11,8 @@ L lines of the row that has most.
 import numpy as np
 
 from lib import randomness
-from lib.diffusion.lowest import lowest
 from lib.diffusion.sticky import sticky_mask
+from lib.diffusion.top_k import lowest_k
 from lib.errors import BadConfig
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 
@@ -45,7 +45,7 @@ def draw_mask(
         raise ValueError("a row is to have more masks than it has eligible tokens")
     match masking:
         case RandomMasking():
-            return lowest(randomness.uniform(draw_key, rows, eligible.shape[1]), eligible, counts)
+            return lowest_k(randomness.uniform(draw_key, rows, eligible.shape[1]), eligible, counts)
         case StickyMasking():
             return sticky_mask(masking.p1, masking.p2, eligible, counts, draw_key, rows)
         case SpanMasking():
@@ -68,13 +68,13 @@ def _spans(num_spans, eligible, counts, draw_key, rows) -> np.ndarray:
     spans = np.minimum(np.minimum(num_spans, counts), free + 1)  # (B,)
     lengths_key, places_key = (randomness.key(draw_key, f"span {what}") for what in ("lengths", "places"))
     # Of the masked tokens, counted along the row, which begin a span: the first, and others at random.
-    begins = lowest(
+    begins = lowest_k(
         randomness.uniform(lengths_key, rows, columns),
         (place > 0) & (place < counts[:, None]),
         np.maximum(spans - 1, 0),
     )
     # A span goes before the first unmasked token, behind the first, ...; no two to the same place.
-    slots = lowest(
+    slots = lowest_k(
         randomness.uniform(places_key, rows, columns + 1),
         np.arange(columns + 1) <= free[:, None],
         spans,

@@ -6,12 +6,12 @@ was written also have the schedule's held rounds, drawn colder (`schedule.temper
 
 | policy           | what it masks again                                                   | passes | paper |
 |------------------|------------------------------------------------------------------------|--------|-------|
-| none             | nothing: each token is written once, in a random order                 | 1 | MDLM, Sahoo et al. 2024 |
-| confidence_first | nothing: the surest drafts are written first                           | 1 | MaskGIT, Chang et al. 2022 |
-| margin_first     | nothing: largest gap between the two likeliest tokens first            | 1 | Kim et al. 2025 |
-| random           | any token                                                              | 1 | |
-| confidence       | tokens the generator was unsure of when it wrote them                  | 1 | stored as in ReMDM-conf |
-| confidence_fresh | tokens the generator finds unlikely now that it sees the whole         | 2 | |
+| ancestral        | nothing: each token is written once, in a random order                 | 1 | MDLM, Sahoo et al. 2024 |
+| confidence_order | nothing: the surest drafts are written first                           | 1 | MaskGIT, Chang et al. 2022 |
+| margin_order     | nothing: largest gap between the two likeliest tokens first            | 1 | Kim et al. 2025 |
+| random_remask    | any token                                                              | 1 | |
+| confidence_remask | tokens the generator was unsure of when it wrote them                  | 1 | stored as in ReMDM-conf |
+| fresh_confidence_remask | tokens the generator finds unlikely now that it sees the whole         | 2 | |
 | remdm_cap        | a constant share of the written tokens, at random                      | 1 | after ReMDM, Wang et al. 2025 |
 | remdm_rescale    | a share of the most that the schedule allows, at random                | 1 | after ReMDM |
 | remdm_conf       | as many, tokens written without confidence rather                      | 1 | after ReMDM |
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.diffusion.lowest import lowest
+from lib.diffusion.top_k import lowest_k
 from lib.errors import BadConfig
 
 
@@ -51,7 +51,7 @@ class View:
     confidence: np.ndarray  # probability of each token when it was written or drafted
     margin: Callable[[], np.ndarray]  # gap between the two likeliest tokens at masked positions
     # What the partial critics take back while the text grows, as a share of the most possible
-    back_share: float
+    remask_share: float
     remdm_share: float  # the same for ReMDM's policies, whose papers take back less
     fresh_confidence: Callable[[], np.ndarray]  # probability of each drafted token now; one pass
     critic_error: Callable[[], np.ndarray]  # calibrated chance that a drafted token is wrong; one pass
@@ -92,7 +92,7 @@ def rule(policy: Policy, threshold: float | None) -> Callable[[View], np.ndarray
     whose chance of error is not below it.
 
     Those are at most as many as the schedule wants masked (`view.left`), so that the budget of passes suffices; a row
-    of which none is doubted is finished. With confidence_first it is the threshold decoding of Fast-dLLM (Wu et al.,
+    of which none is doubted is finished. With confidence_order it is the threshold decoding of Fast-dLLM (Wu et al.,
     2025). Raises BadConfig for a policy without a view of error.
     """
     if threshold is None:
@@ -115,7 +115,7 @@ def rule(policy: Policy, threshold: float | None) -> Callable[[View], np.ndarray
 
 def _keep_masked(order: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
     """Nothing is taken back: of the masked positions those with the lowest `order` stay masked."""
-    return lambda view: lowest(order(view), view.masked, view.left)
+    return lambda view: lowest_k(order(view), view.masked, view.left)
 
 
 def _suspicious(name: str, error: Callable[[View], np.ndarray], extra_pass: bool = False) -> Policy:
@@ -147,7 +147,7 @@ def _take_back_some(
         # Rows with nothing else masked must take back all that the schedule wants masked
         back_count = np.maximum(back_count, view.left - view.masked.sum(1))
         back = view.most(suspicion(view), written, back_count)
-        return back | lowest(view.noise, view.masked, view.left - back_count)
+        return back | lowest_k(view.noise, view.masked, view.left - back_count)
 
     return choose
 
@@ -163,7 +163,7 @@ def _remdm(suspicion: Callable[[View], np.ndarray], capped: bool = False) -> Cal
 
 
 def _critics(suspicion: Callable[[View], np.ndarray]) -> Callable[[View], np.ndarray]:
-    return _take_back_some(suspicion, lambda view: view.back_share)
+    return _take_back_some(suspicion, lambda view: view.remask_share)
 
 
 def _unsure(view: View) -> np.ndarray:
@@ -177,14 +177,14 @@ def _wrong(view: View) -> np.ndarray:
 POLICIES = {
     policy.name: policy
     for policy in (
-        Policy("none", _keep_masked(lambda view: view.noise), blind=True, takes_back=False),
+        Policy("ancestral", _keep_masked(lambda view: view.noise), blind=True, takes_back=False),
         Policy(
-            "confidence_first", _keep_masked(lambda view: view.confidence), error=_unsure, takes_back=False
+            "confidence_order", _keep_masked(lambda view: view.confidence), error=_unsure, takes_back=False
         ),
-        Policy("margin_first", _keep_masked(lambda view: view.margin()), takes_back=False),
-        Policy("random", _suspect(lambda view: view.noise), drafts=True),
-        _suspicious("confidence", _unsure),
-        _suspicious("confidence_fresh", lambda view: 1 - view.fresh_confidence(), extra_pass=True),
+        Policy("margin_order", _keep_masked(lambda view: view.margin()), takes_back=False),
+        Policy("random_remask", _suspect(lambda view: view.noise), drafts=True),
+        _suspicious("confidence_remask", _unsure),
+        _suspicious("fresh_confidence_remask", lambda view: 1 - view.fresh_confidence(), extra_pass=True),
         Policy("remdm_cap", _remdm(lambda view: view.noise, capped=True)),
         Policy("remdm_rescale", _remdm(lambda view: view.noise)),
         Policy("remdm_conf", _remdm(_unsure)),

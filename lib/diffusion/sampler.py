@@ -2,7 +2,7 @@
 
 Knows token ids, a model and a policy; no tokenizer and no file. A sample is a function of the seed and its own
 number: any batch size gives the same tokens. Given (protected) tokens are never changed and never counted.
-Every forward pass of the trunk counts as one (NFE), for each sample on its own: with the schedule `threshold` a sample is
+Every forward pass of the backbone counts as one (NFE), for each sample on its own: with the schedule `threshold` a sample is
 finished when its policy doubts no token any more.
 
 Legend: B samples, T positions, N positions in question.
@@ -19,9 +19,9 @@ from lib import randomness
 from lib.diffusion.blocks import blocks_of
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw, probability_of
-from lib.diffusion.lowest import lowest
 from lib.diffusion.policies import Policy, View, rounds_for, rule
 from lib.diffusion.schedule import held_rounds, masked_counts_left, masked_shares, temperatures
+from lib.diffusion.top_k import lowest_k
 from lib.errors import BadConfig
 from lib.runtime import Runtime
 from lib.sections.sampler import SamplerConfig
@@ -246,7 +246,7 @@ class Sampler:
             chance=self._noise("take back count", key_number, rows.number, 1)[:, 0],
             confidence=confidence + 1e-9 * noise,
             margin=margin,
-            back_share=self.settings.back_share,
+            remask_share=self.settings.remask_share,
             remdm_share=self.settings.remdm_share,
             fresh_confidence=lambda: self.fresh_confidence(draft.ids),
             critic_error=lambda: self.calibration(self.raw_error(draft.ids, rows.given), "filled", share),
@@ -273,7 +273,7 @@ class Sampler:
             share = np.clip(suspicion, 1e-6, 1 - 1e-6)
             score = np.log(share / (1 - share)) / heat - np.log(-np.log(np.clip(noise, 1e-12, 1 - 1e-12)))
         # Equal suspicions must not be settled by position: a trace of noise settles them by chance.
-        return lowest(-(score + 1e-9 * noise), where, count)
+        return lowest_k(-(score + 1e-9 * noise), where, count)
 
     def _forward(self, ids: np.ndarray, at: Tensor | None = None, head: str = "lm", **more: Tensor):
         inputs = torch.from_numpy(ids).to(self.runtime.device)

@@ -19,8 +19,8 @@ def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -
     rounds; threshold: the shares
     of linear, as the most that a round leaves masked.
 
-    Of all but custom the last rounds, `hold_share` of them, stay at one share: the text stands but for what is taken back
-    and written anew (the loop of ReMDM, Wang et al. 2025), every token `hold_rewrites` times in the mean, so that many
+    Of all but custom the last rounds, `corrector_share` of them, stay at one share: the text stands but for what is taken back
+    and written anew (the loop of ReMDM, Wang et al. 2025), every token `corrector_resampling` times in the mean, so that many
     rounds change little at once. A policy that takes nothing back needs them for writing.
     """
     if config.schedule == "custom":
@@ -29,7 +29,7 @@ def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -
         return np.append(np.interp(places[1], places[0], given), 0.0)
     held = held_rounds(config, rounds, takes_back)
     falling = rounds - held
-    end = min(config.end_ratio, config.hold_rewrites / held) if held else config.end_ratio
+    end = min(config.end_ratio, config.corrector_resampling / held) if held else config.end_ratio
     if config.schedule == "cosine":
         shares = np.cos(np.pi / 2 * np.arange(1, falling) / falling)
     else:
@@ -41,13 +41,13 @@ def held_rounds(config: SamplerConfig, rounds: int, takes_back: bool) -> int:
     """How many of the last rounds only correct what stands; none where all are needed for writing."""
     if not takes_back or config.schedule == "custom" or rounds < LEAST_ROUNDS:
         return 0
-    return int(config.hold_share * (rounds - 1))
+    return int(config.corrector_share * (rounds - 1))
 
 
 def temperatures(config: SamplerConfig, rounds: int, takes_back: bool = True) -> np.ndarray:
     """(rounds,) temperature at which each round draws: what the held rounds write anew is drawn colder."""
     heats = np.full(rounds, config.temperature)
-    heats[rounds - held_rounds(config, rounds, takes_back) :] *= config.hold_temperature
+    heats[rounds - held_rounds(config, rounds, takes_back) :] *= config.corrector_temperature
     return heats
 
 

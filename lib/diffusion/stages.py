@@ -1,7 +1,7 @@
 """Staged unmasking: masks that get harder as training gets better, in place of the bound's uniform ratios.
 
 A stage is a way to mask and a share to mask. Training begins with the first; when its own validation loss has not
-improved `val_loss_stale_count` times in a row the next one joins (by `least_gain`: in a short run a loss falls to the end,
+improved `val_loss_stale_count` times in a row the next one joins (by `min_improvement`: in a short run a loss falls to the end,
 but ever more slowly). Batches are split evenly over the stages so far, so
 that nothing learned is left behind, or over all from the start.
 
@@ -26,20 +26,20 @@ class Progress:
 
     Attributes:
         patience: `val_loss_stale_count` of each stage.
-        least_gain: of each stage, by what share the loss must fall below the best one to count as better.
+        min_improvement: of each stage, by what share the loss must fall below the best one to count as better.
         current: its number; the last one stays.
         best, stale: the least validation loss of this stage so far, and how many checks ago that was.
     """
 
     patience: tuple[int, ...]
-    least_gain: tuple[float, ...]
+    min_improvement: tuple[float, ...]
     current: int = 0
     best: float = math.inf
     stale: int = 0
 
     def note(self, loss: float) -> bool:
         """Take in the current stage's validation loss. True if that ended the stage."""
-        if loss < self.best * (1 - self.least_gain[self.current]):
+        if loss < self.best * (1 - self.min_improvement[self.current]):
             self.best, self.stale = loss, 0
             return False
         self.stale += 1

@@ -12,7 +12,7 @@ Legend: B rows, T positions.
 import numpy as np
 
 from lib import randomness
-from lib.diffusion.lowest import nth_lowest
+from lib.diffusion.top_k import kth_lowest
 
 _NEVER = 2.0**28  # rounds: far more than growth ever takes; sums of it over a row stay exact in float64
 _WALL = 2.0**34  # rounds to cross a token that may not be masked
@@ -47,11 +47,11 @@ def _block(p1, p2, eligible, counts, draw_key, rows) -> np.ndarray:
         else:
             rounds = _spread(_finite(_waits(alone, p1), eligible), steps)
             rounds[~eligible] = np.inf
-    last = nth_lowest(rounds, counts)  # (B, 1) the round in which the count is reached
+    last = kth_lowest(rounds, counts)  # (B, 1) the round in which the count is reached
     if np.isinf(last).any():
         # p2 = 0 jams at about 45 % masked. What is left follows in random order, as it does for p2 just above 0.
         rounds = np.where(np.isinf(rounds) & eligible, _WALL + beside, rounds)
-        last = nth_lowest(rounds, counts)
+        last = kth_lowest(rounds, counts)
     mask = (rounds <= last) & eligible & (counts > 0)[:, None]
     excess = mask.sum(1) - counts
     if excess.any():
@@ -161,7 +161,7 @@ def _given_back(mask, new, excess, noise) -> np.ndarray:
     order = ((noise[new] * _ODD) >> np.uint64(11)) * 2.0**-53
     scores = np.full(mask.shape, np.inf)
     scores[new] = np.minimum(np.minimum(left, right), far) + order
-    return (scores <= nth_lowest(scores, excess)) & (excess > 0)[:, None]
+    return (scores <= kth_lowest(scores, excess)) & (excess > 0)[:, None]
 
 
 def _flat(array: np.ndarray, outside) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Make, start, save and load the models of every mode. Mode = which head class; the trunk is always the same.
+"""Make, start, save and load the models of every mode. Mode = which head class; the backbone is always the same.
 
-Transfer: any mode starts from any other mode's folder. The trunk must fit tensor by tensor; heads that do not fit
+Transfer: any mode starts from any other mode's folder. The backbone must fit tensor by tensor; heads that do not fit
 are dropped by name and said so, new ones are made; anything else that does not fit is an error.
 """
 
@@ -73,7 +73,7 @@ def make_model(mode: str, config: PreTrainedConfig, seed: int, label: str) -> nn
         return SequenceRanker(model) if mode == "ranker" else model
 
 
-def fresh_trunk(spec: ModelSpec, vocab_size: int, seed: int, label: str) -> nn.Module:
+def fresh_backbone(spec: ModelSpec, vocab_size: int, seed: int, label: str) -> nn.Module:
     """A backbone of ours without a head, whose weights are a function of seed and label."""
     config = model_config(spec.architecture, spec.effective_attention, vocab_size)
     with torch.random.fork_rng():
@@ -125,7 +125,7 @@ def start_model(
     start: Path | None = None,
     **heads,
 ) -> tuple[Any, Transfer]:
-    """A model of `mode`, fresh or with the trunk (and fitting heads) of the folder `start`.
+    """A model of `mode`, fresh or with the backbone (and fitting heads) of the folder `start`.
 
     The architecture of a started model is its start's; the attention is the one asked for.
     """
@@ -145,11 +145,11 @@ def start_model(
     config = family.restarted(source, architecture.dropout, **heads)
     model = make_model(mode, config, seed, label)
     inner = model.encoder if isinstance(model, SequenceRanker) else model
-    return model, _load_fitting(inner, tensors, family.trunk, start)
+    return model, _load_fitting(inner, tensors, family.backbone, start)
 
 
 def _load_fitting(
-    model: nn.Module, tensors: dict[str, torch.Tensor], trunk: tuple[str, ...], start: Path
+    model: nn.Module, tensors: dict[str, torch.Tensor], backbone: tuple[str, ...], start: Path
 ) -> Transfer:
     report = Transfer(start=str(start))
     own = model.state_dict()
@@ -160,19 +160,19 @@ def _load_fitting(
             if given is not None and given.shape == value.shape:
                 value.copy_(given)
                 report.loaded.append(name)
-            elif name.startswith(trunk):
+            elif name.startswith(backbone):
                 problem = (
                     "is missing"
                     if given is None
                     else f"has shape {tuple(given.shape)}, not {tuple(value.shape)}"
                 )
-                raise BadData(f"{start}: tensor {name} {problem}; the trunk must fit whole")
+                raise BadData(f"{start}: tensor {name} {problem}; the backbone must fit whole")
             elif name not in tied:
                 report.created.append(name)
     report.dropped = sorted(n for n in tensors if n not in report.loaded and n not in tied)
-    alien = [n for n in report.dropped if n.startswith(trunk)]
+    alien = [n for n in report.dropped if n.startswith(backbone)]
     if alien:
-        raise BadData(f"{start}: tensors {alien} have no place in the new model; the trunk must fit whole")
+        raise BadData(f"{start}: tensors {alien} have no place in the new model; the backbone must fit whole")
     return report
 
 

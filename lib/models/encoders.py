@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models import families as families  # makes our own backbones known to the Auto classes
-from lib.models.trunks import TRUNK_FILE, require_model_files
+from lib.models.backbones import TRUNK_FILE, require_model_files
 from lib.outside import encoder_source, not_had
 
 transformers_logging.disable_progress_bar()
@@ -30,7 +30,7 @@ _digests: dict[tuple, str] = {}
 def open_encoder(
     name_or_folder: str | Path, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> tuple[Any, Any]:
-    """(trunk, tokenizer) of a folder or of a name on the hub, where the hub may be asked (`HF_HUB_OFFLINE`).
+    """(backbone, tokenizer) of a folder or of a name on the hub, where the hub may be asked (`HF_HUB_OFFLINE`).
 
     A pooler that the weights do not hold is left out, since a random one is of no use. A tokenizer without a padding
     token takes its end token for it; masks, not ids, tell the two apart. Attention has no dropout: with it, torch's
@@ -48,7 +48,7 @@ def open_encoder(
         for key in ATTENTION_DROPOUTS:
             if getattr(config, key, 0):
                 setattr(config, key, 0.0)
-        trunk, report = AutoModel.from_pretrained(
+        backbone, report = AutoModel.from_pretrained(
             name_or_folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
             **_source(name_or_folder, revision),
         )  # fmt: skip
@@ -61,20 +61,20 @@ def open_encoder(
     absent = sorted(report["missing_keys"])
     missing = [key for key in absent if not key.startswith("pooler.")]
     if absent != missing:
-        trunk.pooler = None
+        backbone.pooler = None
     if missing:
         raise BadData(
-            f"{name_or_folder} lacks {len(missing)} of the trunk's tensors, such as {', '.join(missing[:3])}; "
+            f"{name_or_folder} lacks {len(missing)} of the backbone's tensors, such as {', '.join(missing[:3])}; "
             "give a complete model"
         )
-    if len(tokenizer) > trunk.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         raise BadData(
             f"{name_or_folder}: the tokenizer has {len(tokenizer)} ids, the model only "
-            f"{trunk.get_input_embeddings().num_embeddings}; give the tokenizer that the model was trained with"
+            f"{backbone.get_input_embeddings().num_embeddings}; give the tokenizer that the model was trained with"
         )
-    if getattr(trunk.config, "pad_token_id", None) is None:
-        trunk.config.pad_token_id = tokenizer.pad_token_id
-    return trunk, tokenizer
+    if getattr(backbone.config, "pad_token_id", None) is None:
+        backbone.config.pad_token_id = tokenizer.pad_token_id
+    return backbone, tokenizer
 
 
 def configured(encoder: str) -> tuple[str, str | None]:
@@ -121,25 +121,25 @@ def _not_had(name: str | Path, error: OSError) -> str:
 
 
 def with_lora(
-    trunk: Any,
+    backbone: Any,
     rank: int,
     alpha: float,
     dropout: float,
     targets: str | list[str] = EVERY_LINEAR,
     seed: int = 0,
 ) -> Any:
-    """The trunk with low-rank adapters (Hu et al. 2021) on its linear layers but for the pooler; only they learn.
+    """The backbone with low-rank adapters (Hu et al. 2021) on its linear layers but for the pooler; only they learn.
 
     Args:
         targets: "all-linear", or names of layers as peft takes them; several may be joined by commas.
         seed: the adapters' first weights are a function of it.
 
     Raises:
-        BadConfig: the trunk has no such layers, or was not read from anywhere, so that adapters alone say nothing.
+        BadConfig: the backbone has no such layers, or was not read from anywhere, so that adapters alone say nothing.
     """
-    if not trunk.config._name_or_path:
+    if not backbone.config._name_or_path:
         raise BadConfig(
-            "ranker.adapter is lora, but the trunk is fresh: adapters are saved without their encoder. "
+            "ranker.adapter is lora, but the backbone is fresh: adapters are saved without their encoder. "
             "Name a pretrained ranker.encoder, or set ranker.adapter to none"
         )
     if isinstance(targets, str) and targets != EVERY_LINEAR:
@@ -150,14 +150,14 @@ def with_lora(
         lora_dropout=dropout,
         target_modules=targets,
         fan_in_fan_out=any(
-            isinstance(module, Conv1D) for module in trunk.modules()
+            isinstance(module, Conv1D) for module in backbone.modules()
         ),  # GPT-2's transposed layers
-        exclude_modules=r"(.*\.)?pooler\..*" if getattr(trunk, "pooler", None) is not None else None,
+        exclude_modules=r"(.*\.)?pooler\..*" if getattr(backbone, "pooler", None) is not None else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.key(seed, "lora weights") % 2**63)
         try:
-            return get_peft_model(trunk, settings)
+            return get_peft_model(backbone, settings)
         except ValueError as error:
             raise BadConfig(f"ranker.lora.targets {targets!r}: {error}") from None
 

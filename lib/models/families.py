@@ -1,7 +1,7 @@
 """The families of backbones that a config can name, and what the rest must know of each: nothing else is asked.
 
 A family turns the project's own words (layers, width, heads, context) into a Hugging Face config, names the head class
-of every mode, and says which tensors are the trunk.
+of every mode, and says which tensors are the backbone.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Family:
         name: as in `architecture.family` and as the model type in a saved config.
         config_of: (architecture, attention, keys of the head) -> its Hugging Face config.
         heads: class per head: masked_lm, token, sequence, and causal_lm where the family has it.
-        trunk: how the names of the trunk's tensors begin.
+        backbone: how the names of the backbone's tensors begin.
         shape: config keys that the tensors' shapes and meaning follow from: a started model takes them over.
         dropouts: config keys that `architecture.dropout` sets.
     """
@@ -31,12 +31,12 @@ class Family:
     config_class: type[PreTrainedConfig]
     config_of: Callable[..., PreTrainedConfig]
     heads: dict[str, type[PreTrainedModel]]
-    trunk: tuple[str, ...]
+    backbone: tuple[str, ...]
     shape: tuple[str, ...]
     dropouts: tuple[str, ...]
 
     def restarted(self, source: PreTrainedConfig, dropout: float, **heads: Any) -> PreTrainedConfig:
-        """The config of a model of another mode that takes over the trunk of `source`."""
+        """The config of a model of another mode that takes over the backbone of `source`."""
         given = source.to_dict()
         kept = {key: given[key] for key in (*self.shape, *_SPECIALS)}
         return self.config_class(**kept, **dict.fromkeys(self.dropouts, dropout), **heads)
@@ -51,10 +51,10 @@ def _remask_gpt(
 ) -> remask_gpt.RemaskGptConfig:
     return remask_gpt.RemaskGptConfig(
         vocab_size=vocab_size,
-        hidden_size=architecture.width,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        intermediate_size=architecture.inner_width,
+        hidden_size=architecture.hidden_size,
+        num_hidden_layers=architecture.num_hidden_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        intermediate_size=architecture.intermediate_size,
         max_position_embeddings=architecture.context + 1,  # [CLS] stands in front
         attention=attention,
         dropout=architecture.dropout,
@@ -68,11 +68,11 @@ def _ltg_bert(
 ) -> ltg_bert.LtgBertConfig:
     return ltg_bert.LtgBertConfig(
         vocab_size=vocab_size,
-        hidden_size=architecture.width,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        intermediate_size=architecture.inner_width
-        or architecture.width * 8 // 3,  # as in the published sizes
+        hidden_size=architecture.hidden_size,
+        num_hidden_layers=architecture.num_hidden_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        intermediate_size=architecture.intermediate_size
+        or architecture.hidden_size * 8 // 3,  # as in the published sizes
         max_position_embeddings=architecture.context + 1,
         position_bucket_size=architecture.position_buckets,
         hidden_dropout_prob=architecture.dropout,
@@ -96,7 +96,7 @@ FAMILIES = {
                 "token": remask_gpt.RemaskGptForTokenClassification,
                 "sequence": remask_gpt.RemaskGptForSequenceClassification,
             },
-            trunk=("model.",),
+            backbone=("model.",),
             shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                    "max_position_embeddings", "bias", "rope_theta", "logit_softcap", "rms_norm_eps",
                    "tie_word_embeddings"),
@@ -111,7 +111,7 @@ FAMILIES = {
                 "token": ltg_bert.LtgBertForTokenClassification,
                 "sequence": ltg_bert.LtgBertForSequenceClassification,
             },
-            trunk=("embedding.", "transformer."),
+            backbone=("embedding.", "transformer."),
             shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                    "max_position_embeddings", "position_bucket_size", "layer_norm_eps", "tie_word_embeddings"),
             dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),

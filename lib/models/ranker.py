@@ -1,6 +1,6 @@
 """The candidate ranker: one unbounded score for each of the K candidates of a prompt, which is read once for all K.
 
-Knows token ids, a Hugging Face trunk (any `AutoModel` that takes positions and a 4-D mask, with or without LoRA) and
+Knows token ids, a Hugging Face backbone (any `AutoModel` that takes positions and a 4-D mask, with or without LoRA) and
 what it must be asked in its own way; knows no text, no labels and no loss.
 
 Shapes: N pools, K candidates, B rows, T tokens of a row, D width, M candidates that are present.
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from lib import randomness
 from lib.errors import BadConfig, BadData
 from lib.log import say
-from lib.models.packing import Packed, Pools, first_token_index, last_token_index, pack
-from lib.models.trunks import (
+from lib.models.backbones import (
     arguments_of,
     attention_of,
-    is_causal_trunk,
+    is_causal_backbone,
     position_offset,
     why_not_packed,
     width_of,
 )
+from lib.models.packing import Packed, Pools, first_token_index, last_token_index, pack
 
 POOLINGS = ("last", "cls", "mean")
 HEADS = ("mlp", "linear")
@@ -60,34 +60,34 @@ class ScoreHead(nn.Module):
 class CandidateRanker(nn.Module):
     """Scores (N, K) of the candidates of N prompts.
 
-    With attention "prefix" the prompt sees only itself and every candidate the prompt and itself: a causal trunk is
+    With attention "prefix" the prompt sees only itself and every candidate the prompt and itself: a causal backbone is
     used as it is, a bidirectional one as a prefix-LM, in training and afterwards. All candidates then stand in one
-    row behind their prompt, which gives the scores of one row each. "full" is for bidirectional trunks: every
+    row behind their prompt, which gives the scores of one row each. "full" is for bidirectional backbones: every
     candidate is read together with its own copy of the prompt, both ways.
 
     Args:
-        trunk: a model with `last_hidden_state`, or peft's wrapping of one.
+        backbone: a model with `last_hidden_state`, or peft's wrapping of one.
         pooling: "last" token of the candidate, "cls" its first token (with "full": the first of the sequence, through
-            the trunk's own pooler where it has one), or the "mean" of the candidate's tokens.
+            the backbone's own pooler where it has one), or the "mean" of the candidate's tokens.
         head: "mlp" (two layers) or "linear" (one; what `export_classifier` takes).
         seed: the head's first weights are a function of it.
         packs: whether `forward` packs, as a trained ranker says of itself; None to find out by `self_check`, on tokens
-            that depend on the trunk's vocabulary alone: a training that is taken up again packs as it did before.
+            that depend on the backbone's vocabulary alone: a training that is taken up again packs as it did before.
 
     Attributes:
-        is_causal: whether the trunk's tokens see only earlier ones.
-        segments: whether candidates are the second segment of the trunk's token types, as in BERT.
+        is_causal: whether the backbone's tokens see only earlier ones.
+        segments: whether candidates are the second segment of the backbone's token types, as in BERT.
 
     Raises:
-        BadConfig: an unknown choice, or one that the trunk cannot serve: attention "prefix" of a bidirectional trunk that
+        BadConfig: an unknown choice, or one that the backbone cannot serve: attention "prefix" of a bidirectional backbone that
             does not keep the candidates of a row apart.
     """
 
-    trunk_names = ("trunk.",)  # of parameters that are not the head's
+    backbone_names = ("backbone.",)  # of parameters that are not the head's
 
     def __init__(
         self,
-        trunk: Any,
+        backbone: Any,
         *,
         pooling: str = "last",
         head: str = "mlp",
@@ -102,14 +102,14 @@ class CandidateRanker(nn.Module):
         ):  # fmt: skip
             if value not in known:
                 raise BadConfig(f"ranker.{name} is {value!r}; it must be one of {', '.join(known)}")
-        self.trunk = trunk
+        self.backbone = backbone
         self.pooling, self.head_kind, self.attention = pooling, head, attention
         base = self.base
         self.config = base.config
-        self.is_causal = is_causal_trunk(base)
+        self.is_causal = is_causal_backbone(base)
         if self.is_causal and attention == "full":
             raise BadConfig(
-                "ranker.attention is full, but this trunk is causal: its tokens never see later ones; set it to prefix"
+                "ranker.attention is full, but this backbone is causal: its tokens never see later ones; set it to prefix"
             )
         self.segments = getattr(base.config, "type_vocab_size", 0) >= 2 and not self.is_causal
         self._accepted = arguments_of(base)
@@ -123,11 +123,11 @@ class CandidateRanker(nn.Module):
 
     @property
     def base(self) -> Any:
-        """The trunk without peft's wrapping."""
-        return self.trunk.get_base_model() if hasattr(self.trunk, "get_base_model") else self.trunk
+        """The backbone without peft's wrapping."""
+        return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
 
     def forward(self, pools: Pools) -> Tensor:
-        """(N, K) scores in float32 (float64 for a float64 trunk), -inf for absent candidates."""
+        """(N, K) scores in float32 (float64 for a float64 backbone), -inf for absent candidates."""
         return self._scores(self.features(pools), pools)
 
     def score_packed(self, pools: Pools) -> Tensor:
@@ -171,10 +171,10 @@ class CandidateRanker(nn.Module):
         size = separate.norm(dim=-1).clamp_min(1e-12)
         return float(apart), float(((packed - separate).norm(dim=-1) / size).max())
 
-    # --- the trunk ---------------------------------------------------------------------------------------------------
+    # --- the backbone ---------------------------------------------------------------------------------------------------
 
     def _may_pack(self) -> bool:
-        """Whether the trunk takes packed rows and keeps candidates apart in them.
+        """Whether the backbone takes packed rows and keeps candidates apart in them.
 
         A causal one that does not is asked one by one, and this is said. Raises BadConfig for a bidirectional one.
         """
@@ -191,25 +191,25 @@ class CandidateRanker(nn.Module):
         return problem is None
 
     def _beyond_window(self, packed: Packed) -> bool:
-        """Whether the trunk's sliding attention would cut what our own mask does not."""
+        """Whether the backbone's sliding attention would cut what our own mask does not."""
         window = getattr(self.config, "sliding_window", None)
         if window is None or packed.longest <= window:
             return False
         if not self.is_causal:
             raise BadConfig(
-                f"prompt and candidate have {packed.longest} tokens, the trunk's sliding window {window}: as a "
+                f"prompt and candidate have {packed.longest} tokens, the backbone's sliding window {window}: as a "
                 "prefix-LM it would see further than it was made for. Set ranker.attention to full, or shorten them"
             )
         if not self._window_said:
             say(
-                f"WARNING: prompt and candidate have {packed.longest} tokens, the trunk's sliding window {window}: "
+                f"WARNING: prompt and candidate have {packed.longest} tokens, the backbone's sliding window {window}: "
                 "such pools are scored one by one"
             )
         self._window_said = True
         return True
 
     def _states(self, packed: Packed, ordinary: bool) -> Any:
-        """The trunk's output for rows of tokens.
+        """The backbone's output for rows of tokens.
 
         `ordinary` rows hold one candidate and are read as anyone would read them: a mask of two dimensions, no
         positions. The others get both from us.
@@ -217,7 +217,7 @@ class CandidateRanker(nn.Module):
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and packed.longest > limit - self._position_offset:
             raise BadData(
-                f"prompt and candidate have {packed.longest} tokens together, but this trunk has "
+                f"prompt and candidate have {packed.longest} tokens together, but this backbone has "
                 f"{limit - self._position_offset} positions; lower the budgets for prompts and candidates"
             )
         arguments: dict[str, Any] = {"input_ids": packed.ids}
@@ -234,7 +234,7 @@ class CandidateRanker(nn.Module):
             )
             if "position_ids" in self._accepted:
                 arguments["position_ids"] = packed.positions + self._position_offset
-        return self.trunk(**arguments)
+        return self.backbone(**arguments)
 
     def _additive(self, visible: Tensor) -> Tensor:
         dtype = next(self.base.parameters()).dtype

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lib.errors import BadConfig
+from lib.models.backbones import position_offset
 from lib.models.collation import collate
 from lib.models.packing import Pools
 from lib.models.ranker import CandidateRanker
-from lib.models.trunks import position_offset
 
 OURS = "remask_gpt"
-POOLER_THEN_LINEAR = ("bert",)  # pooler of the trunk, then `classifier`
+POOLER_THEN_LINEAR = ("bert",)  # pooler of the backbone, then `classifier`
 DENSE_THEN_LINEAR = ("roberta", "xlm-roberta")  # the pooler's layer is part of the classifier
 PROBES = ["a", "a b c 1 2 3"], [["b", "c a 4"], ["a a 5", "b"]]
 TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 0.05  # relative to the scores
@@ -37,12 +37,12 @@ def export_classifier(model: CandidateRanker, folder: Path, tokenizer: Any) -> N
     Raises:
         BadConfig: no stock classifier reads what this ranker reads; the message says which setting to change.
     """
-    trunk = _merged(model)
-    _refuse(model, trunk)
-    classifier = _classifier(model, trunk)
+    backbone = _merged(model)
+    _refuse(model, backbone)
+    classifier = _classifier(model, backbone)
     config = classifier.config
     config.pad_token_id = tokenizer.pad_token_id
-    tokenizer = _for_pairs(tokenizer, trunk)
+    tokenizer = _for_pairs(tokenizer, backbone)
     _compare(model, classifier, tokenizer)
     activation = f"{nn.Identity.__module__}.{nn.Identity.__name__}"
     if config.model_type == OURS:  # its config takes no foreign key
@@ -54,28 +54,28 @@ def export_classifier(model: CandidateRanker, folder: Path, tokenizer: Any) -> N
     tokenizer.save_pretrained(folder)
 
 
-def _for_pairs(tokenizer: Any, trunk: Any) -> Any:
+def _for_pairs(tokenizer: Any, backbone: Any) -> Any:
     """A copy that reads names of special tokens as text, as `collate` does, and knows how long an input may be."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"
     tokenizer.split_special_tokens = True
-    positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - position_offset(trunk))
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - position_offset(backbone))
     kept = ("padding_side", "split_special_tokens", "model_max_length")
     tokenizer.init_kwargs |= {name: getattr(tokenizer, name) for name in kept}  # what is saved
     return tokenizer
 
 
 def _merged(model: CandidateRanker) -> Any:
-    """The trunk with its adapters added into its weights; the ranker keeps its own."""
-    if isinstance(model.trunk, PeftModel):
-        return copy.deepcopy(model.trunk).merge_and_unload()
+    """The backbone with its adapters added into its weights; the ranker keeps its own."""
+    if isinstance(model.backbone, PeftModel):
+        return copy.deepcopy(model.backbone).merge_and_unload()
     return model.base
 
 
-def _refuse(model: CandidateRanker, trunk: Any) -> None:
-    kind = trunk.config.model_type
+def _refuse(model: CandidateRanker, backbone: Any) -> None:
+    kind = backbone.config.model_type
     problems = []
     if model.head_kind != "linear":
         problems.append("ranker.head is mlp; set it to linear")
@@ -89,7 +89,7 @@ def _refuse(model: CandidateRanker, trunk: Any) -> None:
             f"the classifier of {kind} has layers that a ranker does not have; take an encoder of type "
             f"{', '.join((*POOLER_THEN_LINEAR, *DENSE_THEN_LINEAR))} or a causal model"
         )
-    elif not model.is_causal and kind != OURS and getattr(trunk, "pooler", None) is None:
+    elif not model.is_causal and kind != OURS and getattr(backbone, "pooler", None) is None:
         problems.append(
             "its weights have no pooler, which the stock classifier reads; take an encoder that has one"
         )
@@ -99,9 +99,9 @@ def _refuse(model: CandidateRanker, trunk: Any) -> None:
         )
 
 
-def _classifier(model: CandidateRanker, trunk: Any) -> Any:
+def _classifier(model: CandidateRanker, backbone: Any) -> Any:
     """The stock classifier with the ranker's weights, in evaluation mode."""
-    config = copy.deepcopy(trunk.config)
+    config = copy.deepcopy(backbone.config)
     config.num_labels, config.problem_type = 1, "regression"  # else pipelines put a sigmoid on the score
     config.id2label, config.label2id = {0: "score"}, {"score": 0}
     kind = config.model_type
@@ -112,19 +112,19 @@ def _classifier(model: CandidateRanker, trunk: Any) -> Any:
     own = getattr(classifier, classifier.base_model_prefix)
     tensors = {
         k: v
-        for k, v in trunk.state_dict().items()
+        for k, v in backbone.state_dict().items()
         if not k.startswith("pooler.") or kind in POOLER_THEN_LINEAR
     }
     own.load_state_dict(tensors)
     head = getattr(classifier, "score", None) or classifier.classifier
     with torch.no_grad():
         if kind in DENSE_THEN_LINEAR:
-            head.dense.load_state_dict(trunk.pooler.dense.state_dict())
+            head.dense.load_state_dict(backbone.pooler.dense.state_dict())
             head = head.out_proj
         head.weight.copy_(model.head.out.weight)
         if head.bias is not None:
             head.bias.zero_()
-    first = next(trunk.parameters())
+    first = next(backbone.parameters())
     return classifier.to(first.device, first.dtype).eval()
 
 

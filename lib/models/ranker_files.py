@@ -1,7 +1,7 @@
 """The folder of a trained ranker, written and read. Knows no training and no task.
 
 The folder of a ranker: `ranker.json`, `score_head.safetensors`, the tokenizer, and either `adapter_config.json` and
-`adapter_model.safetensors` (LoRA; the encoder stays where it is, and is recognised by its hash) or the whole trunk
+`adapter_model.safetensors` (LoRA; the encoder stays where it is, and is recognised by its hash) or the whole backbone
 in `config.json` and `model.safetensors`.
 """
 
@@ -40,21 +40,21 @@ def save_ranker(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     base = model.base
-    has_lora = isinstance(model.trunk, PeftModel)
+    has_lora = isinstance(model.backbone, PeftModel)
     record: dict[str, Any] = {
         "pooling": model.pooling,
         "head": model.head_kind,
         "head_dropout": model.head.dropout.p,
         "attention": model.attention,
         "packs": model.packs,
-        "trunk": base.config.model_type,
+        "backbone": base.config.model_type,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "lora": has_lora,
         "base": _origin(base, has_lora, folder),
     }
     if has_lora:
-        model.trunk.peft_config["default"].base_model_name_or_path = record["base"]["name"]
-        model.trunk.save_pretrained(folder, save_embedding_layers=False)
+        model.backbone.peft_config["default"].base_model_name_or_path = record["base"]["name"]
+        model.backbone.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     else:
         base.save_pretrained(folder)
@@ -79,11 +79,11 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
     dtype = getattr(torch, record["dtype"])
     if record["lora"]:
         tokenizer = load_tokenizer(folder)
-        trunk = _with_saved_lora(folder, record["base"], dtype, learning)
+        backbone = _with_saved_lora(folder, record["base"], dtype, learning)
     else:
-        trunk, tokenizer = open_encoder(folder, dtype)
+        backbone, tokenizer = open_encoder(folder, dtype)
     model = CandidateRanker(
-        trunk, pooling=record["pooling"], head=record["head"], head_dropout=record["head_dropout"],
+        backbone, pooling=record["pooling"], head=record["head"], head_dropout=record["head_dropout"],
         attention=record["attention"], seed=0, packs=record.get("packs"),
     )  # fmt: skip
     try:
@@ -96,7 +96,7 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
 def _with_saved_lora(folder: Path, origin: dict[str, Any], dtype: torch.dtype, learning: bool) -> Any:
     """The encoder that a ranker adapts, with the ranker's adapters."""
     name = str(folder / origin["name"]) if origin.get("relative") else origin["name"]
-    trunk, _ = open_encoder(name, dtype, origin["revision"])
+    backbone, _ = open_encoder(name, dtype, origin["revision"])
     found = weights_digest(name)
     if found != origin["weights_sha256"]:
         raise BadData(
@@ -105,15 +105,15 @@ def _with_saved_lora(folder: Path, origin: dict[str, Any], dtype: torch.dtype, l
         )
     try:
         tensors = load_file(folder / ADAPTER_FILE)
-        trunk = PeftModel.from_pretrained(trunk, str(folder), is_trainable=learning)
+        backbone = PeftModel.from_pretrained(backbone, str(folder), is_trainable=learning)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise BadData(f"the adapters in {folder} cannot be loaded: {error}") from None
-    apart = set(tensors) ^ set(get_peft_model_state_dict(trunk, save_embedding_layers=False))
+    apart = set(tensors) ^ set(get_peft_model_state_dict(backbone, save_embedding_layers=False))
     if apart:
         raise BadData(
             f"{folder / ADAPTER_FILE} does not fit {name}: {len(apart)} tensors, such as {min(apart)}"
         )
-    return trunk
+    return backbone
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _origin(base: Any, with_digest: bool, folder: Path) -> dict[str, Any]:
-    """Where the trunk was read from; the hash of its weights if the ranker is nothing without them.
+    """Where the backbone was read from; the hash of its weights if the ranker is nothing without them.
 
     A model of the same stage is named as seen from the ranker's `folder`: the two move together.
     """

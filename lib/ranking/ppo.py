@@ -163,7 +163,7 @@ class ValueHead(nn.Module):
 class ActorCritic(nn.Module):
     """A policy, which is any ranker, and its value head: one model for the optimiser and the checkpoint."""
 
-    trunk_names = (
+    backbone_names = (
         "policy.",
     )  # all but the value head, which starts from nothing and may want its own learning rate
 

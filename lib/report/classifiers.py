@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from lib.report import plots
-from lib.report.cells import table
+from lib.report.html_table import table
 
 ORIGINS = ("original", "random", "predicted")  # what classes 0, 1 and 2 are, where there are three
 CLASSES_HINT = "Held-out tokens: a row is what a token is, a column what the model takes it for."

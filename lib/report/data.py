@@ -18,7 +18,7 @@ class ReportData:
             "reference_nll": {"value", "low", "high"} or None (nats per character), "character_entropy",
             "fourgram_entropy", "valid_words": {"value", "low", "high"}, "judge_score" or None,
             "critic_error" or None, "infill_accuracy": an estimate where texts with a known answer were filled}; the row of policy "real text" is held-out text, "autoregressive" the causal model.
-        best_of: one entry per scorer, see `lib.report.best_of`; empty if only one sample was written each time.
+        best_of: one entry per scorer, see `lib.evaluation.best_of`; empty if only one sample was written each time.
         samples: schema.SAMPLES; trace: schema.TRACE (a few samples per policy).
         token_text: token id -> its characters, special ones by name.
         mask_id: the mask's id.

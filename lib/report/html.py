@@ -4,9 +4,9 @@ from html import escape
 from pathlib import Path
 
 from lib.report import plots
-from lib.report.cells import table
 from lib.report.classifiers import CLASSES_HINT, SCORES_HINT, classes_table, scores_table
 from lib.report.data import ReportData
+from lib.report.html_table import table
 from lib.report.table import (
     BANDS_HEAD,
     BEST_OF_HEAD,

@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 
 from lib.report import ranking_plots
-from lib.report.cells import table
 from lib.report.html import page, results_html
+from lib.report.html_table import table
 from lib.report.table import INTERVALS, aligned
 
 STYLE = Path(__file__).with_name("ranking.css")

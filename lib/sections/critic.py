@@ -25,7 +25,7 @@ class CriticConfig(Section):
     ppo: PpoConfig
     generator: str
     coupling: Literal["decoupled", "joint", "stop_gradient"]
-    layers: Count
+    num_layers: Count
     alpha: NonNegative
     ramp: tuple[Fraction, Fraction]
     labels: Literal["expected", "sampled"]
@@ -33,7 +33,7 @@ class CriticConfig(Section):
     rollout_passes: tuple[Positive, Positive]
     clean_fraction: Fraction
     partial_fraction: Fraction
-    told_fraction: Fraction
+    conditioning_fraction: Fraction
     origin_weight: NonNegative
     selection_weight: NonNegative
     training: TrainingConfig

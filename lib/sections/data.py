@@ -75,9 +75,9 @@ class StreamConfig(Section):
     enabled: bool
     shard_examples: Positive
     max_backlog: Positive
-    patience: AboveZero
-    first_mask_ratio: tuple[Fraction, Fraction] | None
-    rise_epochs: Positive
+    timeout_seconds: AboveZero
+    initial_mask_ratio: tuple[Fraction, Fraction] | None
+    ramp_epochs: Positive
 
 
 class LabelsConfig(Section):

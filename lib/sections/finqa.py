@@ -23,7 +23,7 @@ class PoolsConfig(Section):
     rounds: Positive
     train_draws: Positive
     folds: Annotated[int, Field(ge=2)]
-    least_difference: NonNegative
+    min_difference: NonNegative
     leak_limit: Fraction
 
 

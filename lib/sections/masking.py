@@ -63,11 +63,11 @@ class _Stage(Section):
     """A masking and its range of mask ratios.
 
     A stage ends after val_loss_stale_count evaluations in a row in which the validation loss fell by less than the share
-    least_gain of itself.
+    min_improvement of itself.
     """
 
     val_loss_stale_count: Positive
-    least_gain: BelowOne = 0.0
+    min_improvement: BelowOne = 0.0
 
 
 class RandomStage(_Stage, RandomMasking):

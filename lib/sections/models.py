@@ -17,10 +17,10 @@ MODE_ALIASES = {  # names of earlier versions
 
 class ArchitectureConfig(Section):
     family: Literal["remask_gpt", "ltg_bert"]
-    layers: Positive
-    width: Positive
-    heads: Positive
-    inner_width: Positive | None
+    num_hidden_layers: Positive
+    hidden_size: Positive
+    num_attention_heads: Positive
+    intermediate_size: Positive | None
     context: Annotated[int, Field(ge=2)]
     dropout: BelowOne
     bias: bool
@@ -28,9 +28,9 @@ class ArchitectureConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.width % (2 * self.heads):
+        if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
-                f"width ({self.width}) must be a multiple of 2 x heads ({2 * self.heads}): RoPE turns pairs"
+                f"hidden_size ({self.hidden_size}) must be a multiple of 2 x num_attention_heads ({2 * self.num_attention_heads}): RoPE turns pairs"
             )
         if self.family == "ltg_bert" and self.context <= self.position_buckets // 2:
             raise ValueError(
@@ -71,7 +71,7 @@ class TrainingConfig(Section):
             )
         if self.unfreeze_at_step is not None and not 0 < self.unfreeze_at_step < self.steps:
             raise ValueError(
-                "unfreeze_at_step must lie between 0 and steps; leave it out to keep the trunk frozen"
+                "unfreeze_at_step must lie between 0 and steps; leave it out to keep the backbone frozen"
             )
         return self
 
@@ -82,22 +82,22 @@ class EntropyModifier(Section):
 
 
 class _Limited(Section):
-    """Weights are kept between least and most."""
+    """Weights are clamped to [min_weight, max_weight]."""
 
-    least: AboveZero
-    most: AboveZero
+    min_weight: AboveZero
+    max_weight: AboveZero
 
     @model_validator(mode="after")
     def _check(self):
-        if self.least >= self.most:
-            raise ValueError(f"least ({self.least}) must be below most ({self.most})")
+        if self.min_weight >= self.max_weight:
+            raise ValueError(f"min_weight ({self.min_weight}) must be below max_weight ({self.max_weight})")
         return self
 
 
 class MaskRatioModifier(_Limited):
     power: AboveZero = 0.5
-    least: AboveZero = 0.1
-    most: AboveZero = 10.0
+    min_weight: AboveZero = 0.1
+    max_weight: AboveZero = 10.0
 
 
 class JudgeModifier(_Limited):
@@ -105,8 +105,8 @@ class JudgeModifier(_Limited):
 
     model: UserPath
     exponent: AboveZero = 1.0
-    least: AboveZero = 0.5
-    most: AboveZero = 2.0
+    min_weight: AboveZero = 0.5
+    max_weight: AboveZero = 2.0
     start_step: Count = 0
     stop_step: Positive
 

@@ -8,10 +8,17 @@ from lib.errors import did_you_mean
 from lib.sections.base import AboveZero, Fraction, Positive, Probability, Section, Share, UserPath
 
 POLICIES = (
-    "none", "confidence_first", "margin_first", "random", "confidence", "confidence_fresh", "remdm_cap",
+    "ancestral", "confidence_order", "margin_order", "random_remask", "confidence_remask", "fresh_confidence_remask", "remdm_cap",
     "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial", "critic_origin", "oracle",
 )  # fmt: skip
-WITH_ERROR_VIEW = ("confidence_first", "confidence", "confidence_fresh", "critic", "critic_blend", "oracle")
+WITH_ERROR_VIEW = (
+    "confidence_order",
+    "confidence_remask",
+    "fresh_confidence_remask",
+    "critic",
+    "critic_blend",
+    "oracle",
+)
 
 
 class SamplerConfig(Section):
@@ -23,16 +30,16 @@ class SamplerConfig(Section):
     schedule: Literal["linear", "cosine", "custom", "threshold"]
     start_ratio: Fraction
     end_ratio: Fraction
-    hold_share: Fraction
-    hold_rewrites: AboveZero
-    hold_temperature: AboveZero
+    corrector_share: Fraction
+    corrector_resampling: AboveZero
+    corrector_temperature: AboveZero
     masking_ratios: tuple[Fraction, ...]
     threshold: Probability
     temperature: AboveZero
     top_p: Share
     randomness_strength: Fraction
     selection_temperature: AboveZero | None
-    back_share: Fraction
+    remask_share: Fraction
     remdm_share: Fraction
     best_of: Positive
     best_of_policy: str

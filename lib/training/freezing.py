@@ -1,7 +1,7 @@
-"""Which weights learn, and when: a trunk that waits until its new head has settled.
+"""Which weights learn, and when: a backbone that waits until its new head has settled.
 
-Knows modules and the loop's settings. A head is what is not trunk; which that is, a family of ours says by the names of
-tensors, a wrapper by its `trunk_names`, any other model of transformers by its `base_model_prefix`.
+Knows modules and the loop's settings. A head is what is not backbone; which that is, a family of ours says by the names of
+tensors, a wrapper by its `backbone_names`, any other model of transformers by its `base_model_prefix`.
 """
 
 from typing import Any
@@ -16,34 +16,36 @@ from lib.models.ranker import SequenceRanker
 from lib.sections.models import TrainingConfig
 
 
-def trunk_of(model: nn.Module) -> tuple[str, ...]:
+def backbone_of(model: nn.Module) -> tuple[str, ...]:
     """How the names of the parameters begin that a model shares with other modes; ("",) where all are."""
-    own = getattr(model, "trunk_names", None)
+    own = getattr(model, "backbone_names", None)
     if own is not None:
         return own
     if isinstance(model, SequenceRanker):
-        return tuple(f"encoder.{name}" for name in trunk_of(model.encoder))
+        return tuple(f"encoder.{name}" for name in backbone_of(model.encoder))
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is not None:
-        trunk = family.trunk
+        backbone = family.backbone
     elif isinstance(model, PreTrainedModel) and model.base_model is not model:
-        trunk = (f"{model.base_model_prefix}.",)
+        backbone = (f"{model.base_model_prefix}.",)
     else:
         return ("",)
-    bare = not any(name.startswith(trunk) for name, _ in model.named_parameters())  # a trunk without a head
-    return ("",) if bare else trunk
+    bare = not any(
+        name.startswith(backbone) for name, _ in model.named_parameters()
+    )  # a backbone without a head
+    return ("",) if bare else backbone
 
 
 def head_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that no other mode has."""
-    trunk = trunk_of(model)
-    return {name for name, _ in model.named_parameters() if not name.startswith(trunk)}
+    backbone = backbone_of(model)
+    return {name for name, _ in model.named_parameters() if not name.startswith(backbone)}
 
 
 class Freezing:
-    """The trunk of a model, still until `unfreeze_at_step` or for good.
+    """The backbone of a model, still until `unfreeze_at_step` or for good.
 
-    [CLS] is a row of the trunk's embedding that masked language models never train: sequence models that start from one
+    [CLS] is a row of the backbone's embedding that masked language models never train: sequence models that start from one
     would be left with a random vector, so that this row learns with the head.
 
     Args:
@@ -89,7 +91,7 @@ class Freezing:
         }
 
     def at(self, step: int) -> None:
-        """Freeze or free the trunk as this step wants it; called before every step, also the first after a resume."""
+        """Freeze or free the backbone as this step wants it; called before every step, also the first after a resume."""
         frozen = step < self.until
         for parameter in self._parameters.values():
             parameter.requires_grad_(not frozen or parameter is self._embedding)

@@ -18,7 +18,7 @@ from lib.config import Config
 from lib.errors import BadData
 
 if TYPE_CHECKING:
-    from lib.training.tables import Materials
+    from lib.training.stage_inputs import StageInputs
 
 WHOLE_READERS = ("token_classifier", "sequence_scorer", "ranker")
 
@@ -120,15 +120,15 @@ def _context_of_folder(folder: Path) -> int | None:
     return positions - 1 if isinstance(positions, int) else None
 
 
-def refuse_longer_candidates(config: Config, names: Iterable[str], materials: "Materials") -> None:
+def refuse_longer_candidates(config: Config, names: Iterable[str], stage_inputs: "StageInputs") -> None:
     """Raises BadData, before the first of the models is trained, if one of them cannot read a candidate whole."""
     contexts = contexts_of(config)
     for name in names:
         spec = config.models[name]
-        with_prompts = spec.mode == "ranker" and materials.have_prompts
+        with_prompts = spec.mode == "ranker" and stage_inputs.have_prompts
         if spec.mode not in WHOLE_READERS or with_prompts or contexts[name] is None:
             continue
         texts = WholeTexts(name, contexts[name] or 0, config)
         for split in (spec.split, "selection", "held_out"):
-            texts.add(materials.candidates(split))
+            texts.add(stage_inputs.candidates(split))
         texts.refuse()

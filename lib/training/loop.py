@@ -27,7 +27,7 @@ from lib.sections.models import TrainingConfig
 from lib.training import checkpoint
 from lib.training.freezing import Freezing
 from lib.training.optimizer import Optimizer
-from lib.training.stop import StopRequest
+from lib.training.preemption import StopRequest
 
 BEST = "best_model"
 

@@ -144,7 +144,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
             in_blocks |= {id(p) for p in module.parameters()}
     heads: set[int] = set()
     for module in model.modules():  # a policy has a value head, and the ranker inside it a head of its own
-        if module is model or hasattr(module, "trunk_names"):
+        if module is model or hasattr(module, "backbone_names"):
             heads |= {id(module.get_parameter(name)) for name in head_parameters(module)}
     hidden = linear - embeddings - (heads - in_blocks)
     return {name for name, p in model.named_parameters() if p.ndim == 2 and id(p) in hidden}

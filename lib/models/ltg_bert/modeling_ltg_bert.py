@@ -270,12 +270,12 @@ class LtgBertHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The trunk
+# The backbone
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class LtgBertPreTrainedModel(PreTrainedModel):
-    """What all LTG-BERT classes share: the trunk's two modules, initialisation, what transformers asks to know.
+    """What all LTG-BERT classes share: the backbone's two modules, initialisation, what transformers asks to know.
 
     Every class holds `embedding` and `transformer` itself, so that a state dict of one class is, but for the head,
     one of any other.
@@ -290,7 +290,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
     # The losses here are means over labelled positions of the batch at hand; Trainer then averages them itself.
     accepts_loss_kwargs = False
 
-    def _make_trunk(self, config: LtgBertConfig) -> None:
+    def _make_backbone(self, config: LtgBertConfig) -> None:
         """The two modules that every class has; called after the constructor of transformers."""
         config.check()  # values may have been set after the config was made
         self.embedding = LtgBertEmbedding(config)
@@ -336,7 +336,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """Run the trunk; the classes below add their head to this.
+        """Run the backbone; the classes below add their head to this.
 
         Args:
             input_ids: (B, T) token ids; or `inputs_embeds` (B, T, D), what the word embedding would have given.
@@ -427,11 +427,11 @@ def _pick_mask(attention_mask: Tensor | None, batch: int, length: int, dtype: to
 
 
 class LtgBertModel(LtgBertPreTrainedModel):
-    """The trunk alone: token ids to hidden states."""
+    """The backbone alone: token ids to hidden states."""
 
     def __init__(self, config: LtgBertConfig):
         super().__init__(config)
-        self._make_trunk(config)
+        self._make_backbone(config)
         self.post_init()
 
     @can_return_tuple
@@ -550,7 +550,7 @@ class LtgBertCritic(nn.Module):
         self.given = nn.Embedding(1, config.hidden_size)
 
     def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states (B, T, D) of the trunk to those that `score` and `origin` read."""
+        """Hidden states (B, T, D) of the backbone to those that `score` and `origin` read."""
         for layer in self.layers:
             hidden, _ = layer(hidden, relative, index, mask)
         return hidden
@@ -576,7 +576,7 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
 
     def __init__(self, config: LtgBertConfig):
         super().__init__(config)
-        self._make_trunk(config)
+        self._make_backbone(config)
         self.lm_head = LtgBertHead(config, config.vocab_size)
         self.critic = LtgBertCritic(config) if config.critic_layers is not None else None
         self.post_init()
@@ -667,7 +667,7 @@ class LtgBertForTokenClassification(LtgBertPreTrainedModel):
 
     def __init__(self, config: LtgBertConfig):
         super().__init__(config)
-        self._make_trunk(config)
+        self._make_backbone(config)
         if (config.num_labels or 0) < 2:
             raise ValueError(f"token classification needs num_labels of at least 2, got {config.num_labels}")
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
@@ -709,7 +709,7 @@ class LtgBertForSequenceClassification(LtgBertPreTrainedModel):
             config = copy.copy(config)
             config.problem_type = "regression"
         super().__init__(config)
-        self._make_trunk(config)
+        self._make_backbone(config)
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
         self.classifier = LtgBertClassifierHead(config)
         self.post_init()

@@ -1,4 +1,4 @@
-"""The Remask GPT backbone: one transformer trunk, bidirectional or causal, with a head class per mode.
+"""The Remask GPT backbone: one transformer backbone, bidirectional or causal, with a head class per mode.
 
 Importing this package registers the classes with the Auto classes of transformers.
 """

@@ -32,7 +32,7 @@ class RemaskGptConfig(PreTrainedConfig):
     Args:
         vocab_size: number of token ids.
         hidden_size: width D of the residual stream; divisible by `num_attention_heads`, with an even head width.
-        num_hidden_layers: transformer blocks of the trunk.
+        num_hidden_layers: transformer blocks of the backbone.
         num_attention_heads: attention heads per block.
         intermediate_size: width of the MLP; None means four times `hidden_size`.
         max_position_embeddings: largest number of positions. Positions are rotary, so no weight depends on it; longer
@@ -126,11 +126,6 @@ class RemaskGptConfig(PreTrainedConfig):
     def is_causal(self) -> bool:
         """Whether a position sees only itself and earlier ones."""
         return self.attention == "causal"
-
-    @property
-    def inner_width(self) -> int:
-        """Width of the MLP: `intermediate_size`, or its default."""
-        return self.intermediate_size or 4 * self.hidden_size
 
     @property
     def head_dim(self) -> int:

@@ -1,6 +1,6 @@
 """The Remask GPT backbone and its heads, in the style of transformers.
 
-One trunk (`RemaskGptModel`) serves every mode: rotary positions, RMSNorm without parameters before each half block,
+One backbone (`RemaskGptModel`) serves every mode: rotary positions, RMSNorm without parameters before each half block,
 normalised queries and keys, squared ReLU, output projections that start at zero, tied embeddings. The mode is the
 head class on top of it. The model knows token ids and nothing else: which ids may be predicted, which positions are
 masked and what a label means is decided by its callers.
@@ -366,8 +366,10 @@ class RemaskGptMLP(nn.Module):
 
     def __init__(self, config: RemaskGptConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.inner_width, bias=config.bias)
-        self.down_proj = make_linear(config.inner_width, config.hidden_size, config.bias, initial_std=0.0)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = make_linear(
+            config.intermediate_size, config.hidden_size, config.bias, initial_std=0.0
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(squared_relu(self.up_proj(hidden)))
@@ -400,7 +402,7 @@ class RemaskGptLayer(GradientCheckpointingLayer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The trunk
+# The backbone
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -499,7 +501,7 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
 
 
 class RemaskGptModel(RemaskGptPreTrainedModel):
-    """The trunk: token ids to normalised hidden states."""
+    """The backbone: token ids to normalised hidden states."""
 
     def __init__(self, config: RemaskGptConfig):
         config.check()  # values may have been set after the config was made
@@ -719,7 +721,7 @@ class _LanguageModelHead(RemaskGptPreTrainedModel):
         self.lm_head = new_embeddings
 
     def lm_logits(self, hidden_rows: Tensor) -> Tensor:
-        """Logits (N, V) of hidden states (N, D) as the trunk returns them; bits do not depend on N."""
+        """Logits (N, V) of hidden states (N, D) as the backbone returns them; bits do not depend on N."""
         logits = linear_rows(hidden_rows, self.lm_head.weight, self.lm_head.bias)  # (N, V)
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
@@ -748,7 +750,7 @@ class RemaskGptCritic(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Hidden states (B, T, D) of the trunk to normalised states (B, T, D) that `score` and `origin` read."""
+        """Hidden states (B, T, D) of the backbone to normalised states (B, T, D) that `score` and `origin` read."""
         for layer in self.layers:
             hidden, _ = layer(hidden, rotary, mask)
         return rms_norm(hidden, self.eps) if len(self.layers) else hidden

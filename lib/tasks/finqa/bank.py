@@ -72,7 +72,7 @@ def make_bank(
     templates: Templates,
     size: int,
     same_operators: float,
-    least_difference: float,
+    min_difference: float,
     seed: int,
     changed: Sequence[Sequence[tuple[int, str, str]]] = (),
 ) -> Bank:
@@ -120,7 +120,7 @@ def make_bank(
     array = np.array(values)
     return Bank(
         records, group, programs, array, kinds, golds, np.array(owner), np.array(step),
-        np.array([operators_of(program) for program in programs], object), _near(array, least_difference), np.array([d.row for d in described], np.float32).reshape(-1, len(NAMES)),
+        np.array([operators_of(program) for program in programs], object), _near(array, min_difference), np.array([d.row for d in described], np.float32).reshape(-1, len(NAMES)),
         [d.words for d in described], number_table(described),
     )  # fmt: skip
 
@@ -155,12 +155,12 @@ def _rounded(value: float) -> float:
     return round(value, DECIMALS)
 
 
-def _near(values: np.ndarray, least_difference: float) -> list[int]:
+def _near(values: np.ndarray, min_difference: float) -> list[int]:
     """For each value the bit set of those that equal it, its negative, its hundredfold or its hundredth part."""
     ours, theirs = values[:, None], values[None]
     near = np.round(ours, DECIMALS) == np.round(theirs, DECIMALS)
     for factor in (1, -1, 100, -100, 0.01, -0.01):
-        near |= np.abs(ours - factor * theirs) <= least_difference * np.abs(factor * theirs)
+        near |= np.abs(ours - factor * theirs) <= min_difference * np.abs(factor * theirs)
     near |= near.T
     packed = np.packbits(near, axis=1, bitorder="little")
     return [int.from_bytes(row.tobytes(), "little") for row in packed]

@@ -43,8 +43,8 @@ from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.tasks import Document, Problem
 from lib.tasks.finqa import builtin
-from lib.tasks.finqa.across import Across, Found, page_text
 from lib.tasks.finqa.builtin import BUILTIN, PLACE, builtin_records
+from lib.tasks.finqa.cross_record_checks import CrossRecordChecks, Found, page_text
 from lib.tasks.finqa.numbers import NUMBER, numbers_in, operands
 from lib.tasks.finqa.program import ProgramError, execute, parse
 from lib.tasks.finqa.record import MALFORMED, NOT_JSON, UNREADABLE, Record, find_files, read_records
@@ -118,7 +118,7 @@ def check(config: Config) -> Iterator[Document | Problem]:
         raise BadConfig(f"finqa.drop: '{kind}' is no kind of problem{did_you_mean(kind, DROPPABLE)}")
     items = list(_read(config))
     records = [item for item in items if isinstance(item, Record)]
-    across = Across(records)
+    across = CrossRecordChecks(records)
     kept = errors = 0
     for item in items:
         if isinstance(item, Problem):

@@ -117,7 +117,7 @@ class PoolMaker:
             changed = walks(records, page, self.size - 1, settings.changes, _runs, self.rewrite, self.seed)
         return make_bank(
             records, page, group, self.templates, settings.bank, settings.same_operators,
-            settings.least_difference, self.seed, changed,
+            settings.min_difference, self.seed, changed,
         )  # fmt: skip
 
     def _pools(self, bank: Bank, drawn: dict[int, np.ndarray]) -> list[list[Pool] | Unfilled]:

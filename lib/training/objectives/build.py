@@ -14,7 +14,6 @@ from lib.models.build import load_model
 from lib.sections.models import ModelSpec
 from lib.tokenization import newline_ids
 from lib.training.data import Sequences, Windows
-from lib.training.fresh import FreshRows
 from lib.training.lengths import WholeTexts
 from lib.training.objectives.language_model import MaskedDiffusion, NextToken
 from lib.training.objectives.modifiers import Modifiers, check_judge
@@ -23,28 +22,29 @@ from lib.training.objectives.sequence_scorer import FreshTargets, SequenceClasse
 from lib.training.objectives.staged import StagedUnmasking
 from lib.training.objectives.token_classifier import FreshLabels, TokenClasses
 from lib.training.pool_table import decided_pools, terms_of
-from lib.training.tables import SELECTION, Materials, explained
+from lib.training.stage_inputs import SELECTION, StageInputs, explained
+from lib.training.streaming_dataset import StreamingDataset
 
 
-def make_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
-    """The objective of a mode over the materials' splits. `context`: longest input in tokens, [CLS] aside."""
+def make_objective(name: str, spec: ModelSpec, stage_inputs: StageInputs, context: int):
+    """The objective of a mode over the stage_inputs' splits. `context`: longest input in tokens, [CLS] aside."""
     if spec.mode == "language_model":
-        return _language_objective(name, spec, materials, context)
+        return _language_objective(name, spec, stage_inputs, context)
     if spec.mode == "ranker":
-        return _ranker_objective(name, spec, materials, context)
-    tables = [materials.candidates(split) for split in (spec.split, SELECTION, "held_out")]
+        return _ranker_objective(name, spec, stage_inputs, context)
+    tables = [stage_inputs.candidates(split) for split in (spec.split, SELECTION, "held_out")]
     train, held_out = tables[0], tables[2]
-    read = whole_sequences(name, context, materials)
+    read = whole_sequences(name, context, stage_inputs)
     sequences = [read(table) for table in tables]
     groups = np.asarray(held_out["group"].to_pylist())
     common = {
         "confidence": confidence_of(held_out["token_confidence"]),
         "groups": groups,
-        "runtime": materials.runtime,
-        "seed": materials.config.seed,
+        "runtime": stage_inputs.runtime,
+        "seed": stage_inputs.config.seed,
         "num_evaluated": spec.training.evaluation_examples,
     }
-    fresh = materials.fresh_rows(name) if spec.split == "train" else None
+    fresh = stage_inputs.fresh_rows(name) if spec.split == "train" else None
     if spec.mode == "token_classifier":
         labels = [Sequences(t["token_labels"], context, 0) for t in tables]
         highest = max(int(s.ids.max()) for s in labels if len(s.ids))
@@ -60,11 +60,11 @@ def make_objective(name: str, spec: ModelSpec, materials: Materials, context: in
         as_target = functools.partial(_classes, num_classes=spec.num_classes)
     common["fresh"] = fresh and _fresh_targets(fresh, read, as_target)
     arguments = (name, *_beside(sequences, [as_target(t["reward"].to_numpy()) for t in tables]))
-    cls_id = materials.tokenizer.cls_token_id
+    cls_id = stage_inputs.tokenizer.cls_token_id
     if spec.target_type == "classification":
         return SequenceClasses(*arguments, cls_id=cls_id, num_classes=spec.num_classes, **common)
     changed = [t["changed_fraction"] for t in (train, held_out)]
-    known = materials.config.labels.path is None and not any(column.null_count for column in changed)
+    known = stage_inputs.config.labels.path is None and not any(column.null_count for column in changed)
     pair = (changed[0].to_numpy(), changed[1].to_numpy()) if known else None
     return SequenceScore(*arguments, cls_id=cls_id, changed=pair, **common)
 
@@ -83,17 +83,17 @@ def _as_is(rewards: np.ndarray) -> np.ndarray:
     return rewards
 
 
-def whole_sequences(name: str, context: int, materials: Materials) -> Callable[[pa.Table], Sequences]:
+def whole_sequences(name: str, context: int, stage_inputs: StageInputs) -> Callable[[pa.Table], Sequences]:
     """Candidates of a table -> their sequences; raises BadData when model `name` would read only a part of one."""
 
     def sequences(table: pa.Table) -> Sequences:
-        WholeTexts(name, context, materials.config).add(table).refuse()
-        return Sequences(table["token_ids"], context, materials.tokenizer.pad_token_id)
+        WholeTexts(name, context, stage_inputs.config).add(table).refuse()
+        return Sequences(table["token_ids"], context, stage_inputs.tokenizer.pad_token_id)
 
     return sequences
 
 
-def _fresh_labels(fresh: FreshRows, read: Callable[[pa.Table], Sequences], width: int) -> FreshLabels:
+def _fresh_labels(fresh: StreamingDataset, read: Callable[[pa.Table], Sequences], width: int) -> FreshLabels:
     def batch(rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         table = fresh.rows(rows)
         every = np.arange(table.num_rows)
@@ -104,7 +104,9 @@ def _fresh_labels(fresh: FreshRows, read: Callable[[pa.Table], Sequences], width
 
 
 def _fresh_targets(
-    fresh: FreshRows, read: Callable[[pa.Table], Sequences], as_target: Callable[[np.ndarray], np.ndarray]
+    fresh: StreamingDataset,
+    read: Callable[[pa.Table], Sequences],
+    as_target: Callable[[np.ndarray], np.ndarray],
 ) -> FreshTargets:
     def batch(rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         table = fresh.rows(rows)
@@ -114,9 +116,9 @@ def _fresh_targets(
     return batch
 
 
-def _language_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
-    tokenizer, config = materials.tokenizer, materials.config
-    tables = [materials.examples(split) for split in (spec.split, SELECTION, "held_out")]
+def _language_objective(name: str, spec: ModelSpec, stage_inputs: StageInputs, context: int):
+    tokenizer, config = stage_inputs.tokenizer, stage_inputs.config
+    tables = [stage_inputs.examples(split) for split in (spec.split, SELECTION, "held_out")]
     train, selection, held_out = (Windows(table, context, tokenizer.pad_token_id) for table in tables)
     characters = pc.sum(pc.utf8_length(tables[2]["target"])).as_py()
     tiles = held_out.tiled()
@@ -126,7 +128,7 @@ def _language_objective(name: str, spec: ModelSpec, materials: Materials, contex
         "selection": selection.tiled(),
         "held_out": tiles,
         "groups": np.asarray(tables[2]["group"].to_pylist())[tiles.owner],
-        "runtime": materials.runtime,
+        "runtime": stage_inputs.runtime,
         "seed": config.seed,
         "batch_size": spec.training.batch_size,
         "num_evaluated": spec.training.evaluation_examples,
@@ -138,16 +140,16 @@ def _language_objective(name: str, spec: ModelSpec, materials: Materials, contex
     text_ids = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     return objective(
         config.diffusion, tokenizer.mask_token_id, newline_ids=newline_ids(tokenizer), text_ids=text_ids,
-        modifiers=_modifiers(name, spec, materials, context, text_ids), **common,
+        modifiers=_modifiers(name, spec, stage_inputs, context, text_ids), **common,
     )  # fmt: skip
 
 
 def _modifiers(
-    name: str, spec: ModelSpec, materials: Materials, context: int, text_ids: np.ndarray
+    name: str, spec: ModelSpec, stage_inputs: StageInputs, context: int, text_ids: np.ndarray
 ) -> Modifiers | None:
     if not spec.modifiers.any:
         return None
-    tokenizer, judge = materials.tokenizer, None
+    tokenizer, judge = stage_inputs.tokenizer, None
     if spec.modifiers.judge is not None:
         folder = Path(spec.modifiers.judge.model)
         judge = load_model(folder)
@@ -155,20 +157,20 @@ def _modifiers(
     return Modifiers(
         spec.modifiers,
         text_ids,
-        materials.runtime,
-        materials.config.seed,
+        stage_inputs.runtime,
+        stage_inputs.config.seed,
         name,
         judge,
         tokenizer.cls_token_id,
     )
 
 
-def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context: int):
+def _ranker_objective(name: str, spec: ModelSpec, stage_inputs: StageInputs, context: int):
     """Pools of the three splits over one list of sequences."""
     pools, columns, first_row = [], [], 0
     for split in (spec.split, SELECTION, "held_out"):
-        table = materials.candidates(split)
-        WholeTexts(name, context, materials.config).add(table).refuse()
+        table = stage_inputs.candidates(split)
+        WholeTexts(name, context, stage_inputs.config).add(table).refuse()
         with explained(split):
             rows, skipped = decided_pools(table)  # (N, K)
         say_skipped(name, split, skipped)
@@ -179,11 +181,11 @@ def _ranker_objective(name: str, spec: ModelSpec, materials: Materials, context:
         columns.append(table["token_ids"])
         first_row += table.num_rows
     together = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
-    tokenizer = materials.tokenizer
+    tokenizer = stage_inputs.tokenizer
     train, selection, held_out = pools
     return BestCandidate(
         name, Sequences(together, context, tokenizer.pad_token_id), train, selection, held_out, tokenizer.cls_token_id,
-        materials.runtime, materials.config.seed, spec.training.evaluation_examples,
+        stage_inputs.runtime, stage_inputs.config.seed, spec.training.evaluation_examples,
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ class Modifiers:
             forward(self.judge, self.runtime, ids, valid).logits.float().squeeze(-1)
         )  # (B,) 1: all original
         ratios = tensor(masked.ratios.astype(np.float32), self.runtime).clamp(min=1e-3)
-        return ((1 - score) / ratios).pow(config.exponent).clamp(config.least, config.most)
+        return ((1 - score) / ratios).pow(config.exponent).clamp(config.min_weight, config.max_weight)
 
 
 def uniform_cross_entropies(logits: Tensor, text_ids: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def entropy_weights(masked: Masked, config: EntropyModifier, size: int) -> Tenso
 
 def mask_ratio_weights(ratios: Tensor, config: MaskRatioModifier) -> Tensor:
     """(B,) ratio ** -power within limits: rows with few masks count more, as their tokens can be known better."""
-    return ratios.clamp(min=1e-6).pow(-config.power).clamp(config.least, config.most)
+    return ratios.clamp(min=1e-6).pow(-config.power).clamp(config.min_weight, config.max_weight)
 
 
 def check_judge(judge: Any, vocab_size: int, context: int, name: str) -> None:

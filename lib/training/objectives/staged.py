@@ -29,10 +29,10 @@ class StagedUnmasking(MaskedDiffusion):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.stages = self.config.stages
-        patience, least_gain = zip(
-            *((s.val_loss_stale_count, s.least_gain) for s in self.stages), strict=True
+        patience, min_improvement = zip(
+            *((s.val_loss_stale_count, s.min_improvement) for s in self.stages), strict=True
         )
-        self.progress = Progress(patience, least_gain)
+        self.progress = Progress(patience, min_improvement)
 
     @property
     def active(self) -> int:

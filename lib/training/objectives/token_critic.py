@@ -4,9 +4,9 @@ The generator fills masks of clean text, as it will when sampling; a token is an
 clean token that stood there. Labels come from the clean text, never from ignore-indices; padding and given tokens
 that were not chosen count nothing (Lezama et al., Token-Critic, 2022).
 
-    decoupled      trunk and language-model head are frozen; the critic's own blocks learn
-    joint          generator loss + alpha x critic loss through the shared trunk; alpha rises over a ramp
-    stop_gradient  the same, but the critic's loss does not reach the trunk, which learns from the generator's alone
+    decoupled      backbone and language-model head are frozen; the critic's own blocks learn
+    joint          generator loss + alpha x critic loss through the shared backbone; alpha rises over a ramp
+    stop_gradient  the same, but the critic's loss does not reach the backbone, which learns from the generator's alone
 
 A second output guesses which tokens the generator wrote, right or wrong (`origin`). A rare word is likely an error and
 likely not the generator's: taking back what looks written does not make text duller, taking back likely errors does.
@@ -178,7 +178,9 @@ class TokenCritic:
         labelled = filled.written | (visible & (chance < self.config.clean_fraction))
         chance = randomness.uniform(randomness.key(self.seed, f"{purpose} told"), rows, 1)
         # In the middle of a round nothing is told
-        told = visible.all(1, keepdims=True, where=filled.valid) & (chance < self.config.told_fraction)
+        told = visible.all(1, keepdims=True, where=filled.valid) & (
+            chance < self.config.conditioning_fraction
+        )
         error, origin = self._critic_logits(model, filled, told)
         wrong = filled.ids != filled.clean
         if self.config.labels == "expected":

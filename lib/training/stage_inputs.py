@@ -15,15 +15,15 @@ from lib.errors import BadConfig, BadData
 from lib.runtime import Runtime
 from lib.tokenization import load_tokenizer
 from lib.training.data import select_split
-from lib.training.fresh import FreshRows
-from lib.training.joins import with_rewards
 from lib.training.pool_table import PoolTable
+from lib.training.reward_join import with_rewards
+from lib.training.streaming_dataset import StreamingDataset
 
 SELECTION = "selection"  # the split that chooses the best step of every model, and nothing else
 
 
 @dataclass
-class Materials:
+class StageInputs:
     """What models learn from, read when first asked for.
 
     Attributes:
@@ -41,7 +41,7 @@ class Materials:
     read_candidates: Callable[[str], pa.Table]
     read_baselines: Callable[[], pa.Table | None] = lambda: None
     pool_size: int | None = None
-    fresh_rows: Callable[[str], FreshRows | None] = lambda name: None
+    fresh_rows: Callable[[str], StreamingDataset | None] = lambda name: None
     _kept: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     def examples(self, split: str) -> pa.Table:
@@ -111,7 +111,7 @@ def explained(split: str) -> Iterator[None]:
         raise BadData(f"split '{split}': {error}" + (f"; {advice}" if advice else "")) from None
 
 
-def materials_of(stage: Stage, config: Config, runtime: Runtime) -> Materials:
+def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageInputs:
     """Readers of the stages before, for models to learn from and to be measured on."""
 
     def examples(split: str) -> pa.Table:
@@ -138,6 +138,6 @@ def materials_of(stage: Stage, config: Config, runtime: Runtime) -> Materials:
 
     tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
     size = metadata.get("per_example")
-    return Materials(
+    return StageInputs(
         config, tokenizer, runtime, examples, candidates, baselines, None if size is None else int(size)
     )

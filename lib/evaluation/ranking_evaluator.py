@@ -20,14 +20,14 @@ from lib.tasks import get_task
 from lib.training.objectives.pool_choice import PoolReader, measure, say_shortened, simple_scores
 from lib.training.policy import WAYS
 from lib.training.pool_table import PoolTable
-from lib.training.tables import materials_of
+from lib.training.stage_inputs import read_stage_inputs
 
 SPLITS = ("held_out", "test")
 FINAL = WAYS[0]  # whose pools are shown in detail
 SHOWN_OF_A_KIND = 3
 
 
-class RankBench:
+class RankingEvaluator:
     """All that scores the pools of a run.
 
     Attributes:
@@ -39,11 +39,11 @@ class RankBench:
 
     def __init__(self, stage: Stage, config: Config, runtime: Runtime):
         self.stage, self.config, self.runtime = stage, config, runtime
-        materials = materials_of(stage, config, runtime)
+        stage_inputs = read_stage_inputs(stage, config, runtime)
         there = set(
             stage.read("01_prepare_dataset", "examples", schema.EXAMPLES, ["split"])["split"].to_pylist()
         )
-        self.tables = {split: materials.pools(split) for split in SPLITS if split in there}
+        self.tables = {split: stage_inputs.pools(split) for split in SPLITS if split in there}
         self.scores: dict[tuple[str, str], np.ndarray] = {}
         self.trained: list[str] = []
         self.shortened: dict[str, dict[str, int]] = {}

@@ -1,4 +1,4 @@
-"""What a ranker must know of a Hugging Face trunk before it asks it anything. Knows no ranker."""
+"""What a ranker must know of a Hugging Face backbone before it asks it anything. Knows no ranker."""
 
 import inspect
 from pathlib import Path
@@ -19,55 +19,55 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
 TOLERANCE_OF_HALF = 0.1
 
 
-def is_causal_trunk(trunk: Any) -> bool:
-    """Whether the trunk's tokens see only earlier ones, by its config or its attention layers.
+def is_causal_backbone(backbone: Any) -> bool:
+    """Whether the backbone's tokens see only earlier ones, by its config or its attention layers.
 
     Raises:
-        BadConfig: the trunk is an encoder with a decoder.
+        BadConfig: the backbone is an encoder with a decoder.
     """
-    config = trunk.config
+    config = backbone.config
     if getattr(config, "is_encoder_decoder", False):
         raise BadConfig(
-            f"{type(trunk).__name__} has an encoder and a decoder; a ranker needs one of both: "
+            f"{type(backbone).__name__} has an encoder and a decoder; a ranker needs one of both: "
             "take a BERT- or GPT-like model"
         )
     said = getattr(config, "is_causal", None)
     if said is not None:
         return bool(said)
-    layers = [m.is_causal for m in trunk.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    layers = [m.is_causal for m in backbone.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     return any(layers) if layers else bool(getattr(config, "is_decoder", False))
 
 
-def width_of(trunk: Any) -> int:
-    """D, the width of the trunk's hidden states."""
-    return trunk.config.get_text_config().hidden_size
+def width_of(backbone: Any) -> int:
+    """D, the width of the backbone's hidden states."""
+    return backbone.config.get_text_config().hidden_size
 
 
-def arguments_of(trunk: Any) -> frozenset[str]:
-    """Names that the trunk's forward takes."""
-    return frozenset(inspect.signature(trunk.forward).parameters)
+def arguments_of(backbone: Any) -> frozenset[str]:
+    """Names that the backbone's forward takes."""
+    return frozenset(inspect.signature(backbone.forward).parameters)
 
 
-def attention_of(trunk: Any) -> str:
+def attention_of(backbone: Any) -> str:
     """The attention implementation in use."""
-    return getattr(trunk.config, "_attn_implementation", None) or "eager"
+    return getattr(backbone.config, "_attn_implementation", None) or "eager"
 
 
-def why_not_packed(trunk: Any) -> str | None:
-    """Why the trunk takes no packed rows, None if it does: what its forward takes does not say, so it is tried.
+def why_not_packed(backbone: Any) -> str | None:
+    """Why the backbone takes no packed rows, None if it does: what its forward takes does not say, so it is tried.
 
     A pool of two candidates is read in one row and one by one, and a single row with a mask and positions of ours and
     as anyone would read it. The states must be the same.
     """
-    if attention_of(trunk) not in TAKES_OWN_MASKS:
-        return f"attention implementation {attention_of(trunk)!r} takes no mask of its own; {' or '.join(TAKES_OWN_MASKS)} do"
-    if "position_ids" not in arguments_of(trunk):
+    if attention_of(backbone) not in TAKES_OWN_MASKS:
+        return f"attention implementation {attention_of(backbone)!r} takes no mask of its own; {' or '.join(TAKES_OWN_MASKS)} do"
+    if "position_ids" not in arguments_of(backbone):
         return "its forward takes no position_ids"
-    modes = {module: module.training for module in trunk.modules()}
-    trunk.eval()
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
     try:
-        with torch.no_grad(), torch.autocast(next(trunk.parameters()).device.type, enabled=False):
-            return _compare(trunk)
+        with torch.no_grad(), torch.autocast(next(backbone.parameters()).device.type, enabled=False):
+            return _compare(backbone)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         return f"it fails on a row of several candidates ({type(error).__name__}: {reason})"
@@ -76,10 +76,10 @@ def why_not_packed(trunk: Any) -> str | None:
             module.training = mode
 
 
-def _compare(trunk: Any) -> str | None:
-    device, table = next(trunk.parameters()).device, trunk.get_input_embeddings()
-    causal = is_causal_trunk(trunk)
-    padding = (getattr(trunk.config, "pad_token_id", None), getattr(table, "padding_idx", None))
+def _compare(backbone: Any) -> str | None:
+    device, table = next(backbone.parameters()).device, backbone.get_input_embeddings()
+    causal = is_causal_backbone(backbone)
+    padding = (getattr(backbone.config, "pad_token_id", None), getattr(table, "padding_idx", None))
     size = table.weight.shape[0]
     ids = [i for i in range(max(0, size - 11), size) if i not in padding]  # RoBERTa's kin count no padding
     words = torch.tensor((ids * 9)[-9:])
@@ -93,16 +93,16 @@ def _compare(trunk: Any) -> str | None:
         arguments = (
             {"attention_mask": (packed.owner >= 0).long()}
             if ordinary
-            else _packed_arguments(trunk, packed, causal)
+            else _packed_arguments(backbone, packed, causal)
         )
-        states = trunk(input_ids=packed.ids, **arguments).last_hidden_state
+        states = backbone(input_ids=packed.ids, **arguments).last_hidden_state
         return states.double()
 
     packed, alone = pack(pools), pack(pools.separate())
     shared, single = read(packed, ordinary=False)[0], read(alone, ordinary=causal)
     together = [shared[packed.owner[0] == number] for number in (1, 2)]
     apart = [states[owner == 1] for states, owner in zip(single, alone.owner, strict=True)]
-    tolerance = TOLERANCE.get(next(trunk.parameters()).dtype, TOLERANCE_OF_HALF)
+    tolerance = TOLERANCE.get(next(backbone.parameters()).dtype, TOLERANCE_OF_HALF)
     off = _relative(torch.cat(together), torch.cat(apart))
     if not off <= tolerance:
         return (
@@ -130,27 +130,27 @@ def _relative(one: Tensor, other: Tensor) -> float:
     return float(((one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-12)).max())
 
 
-def _packed_arguments(trunk: Any, packed: Packed, is_causal: bool) -> dict[str, Tensor]:
-    """The mask and positions with which a trunk reads packed rows."""
+def _packed_arguments(backbone: Any, packed: Packed, is_causal: bool) -> dict[str, Tensor]:
+    """The mask and positions with which a backbone reads packed rows."""
     visible = packed.visible(is_causal)
-    if attention_of(trunk) != "sdpa":
-        dtype = next(trunk.parameters()).dtype
+    if attention_of(backbone) != "sdpa":
+        dtype = next(backbone.parameters()).dtype
         none = torch.zeros((), dtype=dtype, device=visible.device)
         visible = torch.where(visible, none, torch.finfo(dtype).min)
     arguments = {"attention_mask": visible}
-    if "position_ids" in arguments_of(trunk):
-        arguments["position_ids"] = packed.positions + position_offset(trunk)
+    if "position_ids" in arguments_of(backbone):
+        arguments["position_ids"] = packed.positions + position_offset(backbone)
     return arguments
 
 
-def position_offset(trunk: Any) -> int:
+def position_offset(backbone: Any) -> int:
     """The position of a first token: RoBERTa and its kin (XLM-R, CamemBERT, MPNet, Longformer, ESM) count on from the
     padding's id, which their table of positions knows."""
-    table = _position_table(trunk)
+    table = _position_table(backbone)
     padding = getattr(table, "padding_idx", None)
     if padding is not None:
         return int(padding) + 1
-    for module in trunk.modules():  # Nystromformer, MRA and YOSO begin at 2
+    for module in backbone.modules():  # Nystromformer, MRA and YOSO begin at 2
         if getattr(module, "position_embeddings", None) is table and table is not None:
             positions = getattr(module, "position_ids", None)
             return int(positions.flatten()[0]) if isinstance(positions, Tensor) and positions.numel() else 0
@@ -169,10 +169,10 @@ def longest_input(model: Any) -> int | None:
     return rows if said is None else min(rows, said)
 
 
-def _position_table(trunk: Any) -> Any:
+def _position_table(backbone: Any) -> Any:
     """The embedding of absolute positions, None if there is none."""
     return next(
-        (module for name, module in trunk.named_modules()
+        (module for name, module in backbone.named_modules()
          if name.rpartition(".")[2] == "position_embeddings" and isinstance(getattr(module, "weight", None), Tensor)),
         None,
     )  # fmt: skip

@@ -11,18 +11,18 @@ from torch import nn
 from lib import durable
 from lib.config import Config
 from lib.log import say
-from lib.models.build import fresh_trunk, heads_of, load_model, save_model, start_model
+from lib.models.build import fresh_backbone, heads_of, load_model, save_model, start_model
 from lib.models.encoders import configured
 from lib.models.ranker import CandidateRanker, SequenceRanker
 from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, save_ranker, with_lora
 from lib.sections.models import ModelSpec
 from lib.training.objectives.build import make_objective, say_skipped
 from lib.training.objectives.pool_choice import PoolChoice, PoolReader, say_shortened
-from lib.training.tables import Materials
+from lib.training.stage_inputs import StageInputs
 
 
 @dataclass
-class Recipe:
+class TrainerSetup:
     """A model on its way to being trained.
 
     Attributes:
@@ -40,11 +40,11 @@ class Recipe:
     facts: dict[str, Any]
 
 
-def model_recipe(
-    name: str, spec: ModelSpec, materials: Materials, folder: Path, start: Path | None
-) -> Recipe:
+def set_up_model(
+    name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
+) -> TrainerSetup:
     """Any mode over the run's own tokens."""
-    config, tokenizer = materials.config, materials.tokenizer
+    config, tokenizer = stage_inputs.config, stage_inputs.tokenizer
     if spec.attention != spec.effective_attention:
         say(f"{name}: {spec.mode} reads both ways; attention is bidirectional, not {spec.attention}")
     model, transfer = start_model(
@@ -61,7 +61,7 @@ def model_recipe(
         say(f"{name}: {len(transfer.loaded)} tensors from {os.path.relpath(start)}; "
             f"left out: {transfer.dropped or 'none'}; new: {transfer.created or 'none'}")  # fmt: skip
 
-    objective = make_objective(name, spec, materials, context=_context_of(model))
+    objective = make_objective(name, spec, stage_inputs, context=_context_of(model))
     facts: dict[str, Any] = {"attention": spec.effective_attention}
     if spec.mode == "ranker":
         facts["skipped_pools"] = {spec.split: objective.train.skipped, "held_out": objective.held_out.skipped}
@@ -69,7 +69,7 @@ def model_recipe(
     def load(path: Path) -> nn.Module:
         return SequenceRanker(load_model(path)) if spec.mode == "ranker" else load_model(path)
 
-    return Recipe(
+    return TrainerSetup(
         model,
         objective,
         save=lambda m, path: save_model(m, path, tokenizer),
@@ -79,15 +79,15 @@ def model_recipe(
     )
 
 
-def ranker_recipe(
-    name: str, spec: ModelSpec, materials: Materials, folder: Path, start: Path | None
-) -> Recipe:
+def set_up_ranker(
+    name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
+) -> TrainerSetup:
     """A ranker that reads a prompt and its candidates, as the section `ranker` says."""
-    config, settings = materials.config, materials.config.ranker
-    model, tokenizer, origin = start_ranker(name, spec, config, materials.tokenizer, start, folder)
-    train_pools, selection = materials.draws(spec.split), materials.pools_for_selection()
-    held_out = materials.pools("held_out")
-    reader = PoolReader(tokenizer, settings, materials.runtime, config.seed, spec.blind)
+    config, settings = stage_inputs.config, stage_inputs.config.ranker
+    model, tokenizer, origin = start_ranker(name, spec, config, stage_inputs.tokenizer, start, folder)
+    train_pools, selection = stage_inputs.draws(spec.split), stage_inputs.pools_for_selection()
+    held_out = stage_inputs.pools("held_out")
+    reader = PoolReader(tokenizer, settings, stage_inputs.runtime, config.seed, spec.blind)
     tables = {spec.split: train_pools, "selection": [selection], "held_out": [held_out]}
     for split, of_split in tables.items():
         say_skipped(name, split, of_split[0].skipped)
@@ -97,7 +97,7 @@ def ranker_recipe(
     )
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{name}: {learning:,} of {sum(p.numel() for p in model.parameters()):,} weights learn; {origin}")
-    return Recipe(
+    return TrainerSetup(
         model,
         objective,
         save=lambda m, path: save_ranker(m, path, tokenizer),
@@ -119,7 +119,7 @@ def start_ranker(
 ):
     """(ranker, its tokenizer, where it comes from).
 
-    From `start`: a trained ranker goes on as it is; another model of ours lends its trunk. Otherwise from the
+    From `start`: a trained ranker goes on as it is; another model of ours lends its backbone. Otherwise from the
     configured encoder, or a fresh backbone of ours.
     """
     settings = config.ranker
@@ -127,23 +127,23 @@ def start_ranker(
         model, tokenizer = load_ranker(start, learning=True)
         return model, tokenizer, f"ranker in {_relative(start, folder)}"
     if start is not None:
-        trunk, tokenizer = open_encoder(str(start))
-        origin = f"trunk of {_relative(start, folder)}"
+        backbone, tokenizer = open_encoder(str(start))
+        origin = f"backbone of {_relative(start, folder)}"
     elif settings.encoder is not None:
         source, revision = configured(settings.encoder)
-        trunk, tokenizer = open_encoder(source, revision=revision)
+        backbone, tokenizer = open_encoder(source, revision=revision)
         origin = source if revision is None else f"{source}@{revision}"
     else:
-        trunk, tokenizer = fresh_trunk(spec, len(run_tokenizer), config.seed, name), run_tokenizer
+        backbone, tokenizer = fresh_backbone(spec, len(run_tokenizer), config.seed, name), run_tokenizer
         origin = "scratch"
     if settings.adapter == "lora":
         lora = settings.lora
-        trunk = with_lora(trunk, lora.rank, lora.alpha, lora.dropout, lora.targets, seed=config.seed)
+        backbone = with_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets, seed=config.seed)
     elif settings.embeddings == "frozen":
-        any_trunk: Any = trunk
-        any_trunk.get_input_embeddings().requires_grad_(False)
+        any_backbone: Any = backbone
+        any_backbone.get_input_embeddings().requires_grad_(False)
     model = CandidateRanker(
-        trunk, pooling=settings.pooling, head=settings.head, head_dropout=settings.head_dropout,
+        backbone, pooling=settings.pooling, head=settings.head, head_dropout=settings.head_dropout,
         attention=settings.attention, seed=config.seed,
     )  # fmt: skip
     return model, tokenizer, origin

@@ -14,9 +14,9 @@ import torch
 
 from lib import randomness
 from lib.diffusion.policies import POLICIES
-from lib.report.cells import table
+from lib.evaluation.quality import sequence_scores
 from lib.report.html import page
-from lib.report.quality import sequence_scores
+from lib.report.html_table import table
 from lib.tokenization import decode_batch, encode_batch
 from lib.training.objectives.base import chunks, forward
 from lib.training.objectives.language_model import causal_nll
@@ -43,7 +43,7 @@ def windows(
             yield Window(document_id, number, ids[start : start + context])
 
 
-def score(parts: list[Window], bench: Any) -> list[dict]:
+def score(parts: list[Window], evaluator: Any) -> list[dict]:
     """A row of schema.SCORES for every window, in their order."""
     rows: list[dict | None] = [None] * len(parts)
     lengths = np.array([len(w.ids) for w in parts])
@@ -51,48 +51,52 @@ def score(parts: list[Window], bench: Any) -> list[dict]:
         same = np.flatnonzero(lengths == length)
         for chosen in chunks(len(same), BATCH):
             index = same[chosen]
-            found = _score_equal(np.stack([parts[i].ids for i in index]), bench)
+            found = _score_equal(np.stack([parts[i].ids for i in index]), evaluator)
             for place, i in enumerate(index):
-                rows[i] = _row(parts[i], bench, {name: v[place] for name, v in found.items()})
+                rows[i] = _row(parts[i], evaluator, {name: v[place] for name, v in found.items()})
     return [row for row in rows if row is not None]
 
 
-def known_texts(bench: Any, count: int = BATCH) -> list[Window]:
+def known_texts(evaluator: Any, count: int = BATCH) -> list[Window]:
     """What the scores of a text may be held against: the run's own held-out text, and the same with a half rewritten.
 
     Up to `count` windows of each; every second token on average is masked and drawn anew by the generator.
     """
-    real = bench.real_text(count)[:, : bench.narrowest]
+    real = evaluator.real_text(count)[:, : evaluator.narrowest]
     rows = np.arange(len(real))
-    free = randomness.uniform(randomness.key(bench.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5
-    masked = np.where(free, bench.tokenizer.mask_token_id, real)
-    rewritten = bench.sampler.sample(masked, free, rows, POLICIES["none"], 1).ids if len(real) else real
+    free = (
+        randomness.uniform(randomness.key(evaluator.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5
+    )
+    masked = np.where(free, evaluator.tokenizer.mask_token_id, real)
+    rewritten = (
+        evaluator.sampler.sample(masked, free, rows, POLICIES["ancestral"], 1).ids if len(real) else real
+    )
     named = ((HELD_OUT, real), (REWRITTEN, rewritten))
     return [Window(name, number, ids) for name, texts in named for number, ids in enumerate(texts)]
 
 
 @torch.no_grad()
-def _score_equal(ids: np.ndarray, bench: Any) -> dict[str, np.ndarray]:
+def _score_equal(ids: np.ndarray, evaluator: Any) -> dict[str, np.ndarray]:
     """Scores of (B, T) ids: (B, T) per token, (B,) for the judge. Models that the run has not are left out."""
-    runtime, cls_id = bench.runtime, bench.tokenizer.cls_token_id
+    runtime, cls_id = evaluator.runtime, evaluator.tokenizer.cls_token_id
     valid = np.ones_like(ids, bool)
-    found = {"critic_error": bench.sampler.critic_error(ids)}
-    if bench.inspector is not None:
-        shares = torch.softmax(forward(bench.inspector, runtime, ids, valid).logits.float(), -1)
+    found = {"critic_error": evaluator.sampler.critic_error(ids)}
+    if evaluator.inspector is not None:
+        shares = torch.softmax(forward(evaluator.inspector, runtime, ids, valid).logits.float(), -1)
         found["inspector_changed"] = (1 - shares[..., 0]).cpu().numpy()
-    if bench.reference is not None:
-        found["reference_nll"] = causal_nll(bench.reference, runtime, ids, valid, cls_id)[0].cpu().numpy()
-    if bench.judge is not None:
-        found["judge_score"] = sequence_scores(bench.judge, runtime, ids, cls_id)
+    if evaluator.reference is not None:
+        found["reference_nll"] = causal_nll(evaluator.reference, runtime, ids, valid, cls_id)[0].cpu().numpy()
+    if evaluator.judge is not None:
+        found["judge_score"] = sequence_scores(evaluator.judge, runtime, ids, cls_id)
     return found
 
 
-def _row(window: Window, bench: Any, found: dict[str, np.ndarray]) -> dict:
+def _row(window: Window, evaluator: Any, found: dict[str, np.ndarray]) -> dict:
     per_token = ("critic_error", "inspector_changed", "reference_nll")
     row: dict = {
         "document_id": window.document_id,
         "window": window.number,
-        "text": decode_batch(bench.tokenizer, [window.ids])[0],
+        "text": decode_batch(evaluator.tokenizer, [window.ids])[0],
         "token_ids": window.ids.tolist(),
         "judge_score": float(found["judge_score"]) if "judge_score" in found else None,
     }

@@ -18,13 +18,13 @@ from lib.diffusion.calibration import Calibration
 from lib.diffusion.policies import POLICIES
 from lib.diffusion.sampler import Sampler, Samples
 from lib.errors import BadData
+from lib.evaluation.best_of import best_of
+from lib.evaluation.collect import Measured, starting_ids
+from lib.evaluation.infilling import UNKNOWN, Start, read_infill_file
+from lib.evaluation.quality import describe, from_first_gap, lexicon
 from lib.log import say
 from lib.models.build import load_model
 from lib.randomness import permutation
-from lib.report.best_of import best_of
-from lib.report.gather import Measured, starting_ids
-from lib.report.infilling import UNKNOWN, Start, read_infill_file
-from lib.report.quality import describe, from_first_gap, lexicon
 from lib.report.table import best_of_table, infilling_table, results_table, sampling_table, winners_table
 from lib.sections.models import ModelSpec
 from lib.sections.sampler import SamplerConfig
@@ -35,7 +35,7 @@ from lib.training.data import Windows, select_split
 TRACED_SAMPLES = 2
 
 
-class Bench:
+class SampleEvaluator:
     """The models that write and judge samples, loaded once."""
 
     def __init__(self, stage: Stage, config: Config, runtime):

@@ -13,9 +13,9 @@ from lib.artifacts import Stage
 from lib.config import Config
 from lib.diffusion.blocks import blocks_of
 from lib.errors import BadConfig
+from lib.evaluation.infilling import UNKNOWN
+from lib.evaluation.quality import from_first_gap, reference_nll, sequence_scores
 from lib.report.data import ReportData
-from lib.report.infilling import UNKNOWN
-from lib.report.quality import from_first_gap, reference_nll, sequence_scores
 from lib.runs import STAGES, load_manifest
 from lib.sections.sampler import SamplerConfig
 from lib.tasks import get_task
@@ -74,16 +74,18 @@ class Measured:
     known: np.ndarray | None  # (B,) written tokens that have a target
 
     @classmethod
-    def of(cls, ids: np.ndarray, free: np.ndarray, bench: Any, truth: np.ndarray | None = None) -> "Measured":
-        tokenizer, runtime = bench.tokenizer, bench.runtime
+    def of(
+        cls, ids: np.ndarray, free: np.ndarray, evaluator: Any, truth: np.ndarray | None = None
+    ) -> "Measured":
+        tokenizer, runtime = evaluator.tokenizer, evaluator.runtime
         texts, cls_id = decode_batch(tokenizer, ids), tokenizer.cls_token_id
         counted = from_first_gap(free)
         written = decode_batch(tokenizer, [row[c] for row, c in zip(ids, counted, strict=True)])
         nll = None
-        if bench.reference is not None:
-            nll = reference_nll(bench.reference, runtime, ids, counted, cls_id)
-        errors = [row for p in chunks(len(ids), 64) for row in bench.sampler.critic_error(ids[p])]
-        judged = None if bench.judge is None else sequence_scores(bench.judge, runtime, ids, cls_id)
+        if evaluator.reference is not None:
+            nll = reference_nll(evaluator.reference, runtime, ids, counted, cls_id)
+        errors = [row for p in chunks(len(ids), 64) for row in evaluator.sampler.critic_error(ids[p])]
+        judged = None if evaluator.judge is None else sequence_scores(evaluator.judge, runtime, ids, cls_id)
         hits = known = None
         if truth is not None:
             hits, known = (free & (ids == truth)).sum(1), (free & (truth != UNKNOWN)).sum(1)
@@ -113,8 +115,8 @@ class Measured:
         }
 
 
-def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, policies: list[dict],
-           best_of: list[dict], bench: Any) -> ReportData:  # fmt: skip
+def collect(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, policies: list[dict],
+           best_of: list[dict], evaluator: Any) -> ReportData:  # fmt: skip
     """Everything that the report shows, from this stage and the manifests before it."""
     before = [name for name in STAGES if name != stage.name]  # this one's is of what --overwrite replaces
     manifests = {name: m for name in before if (m := load_manifest(stage.run_dir / name)) is not None}
@@ -125,12 +127,12 @@ def gather(stage: Stage, config: Config, samples: pa.Table, trace: pa.Table, pol
         curves = {"generator (stage 02)": generator_alone} | curves
     architecture = config.models[config.critic.generator].architecture
     settings = (
-        f"data: {config.data.path}, {config.tokenizer.kind} tokens; backbone: {architecture.layers} layers x "
-        f"{architecture.width}, context {architecture.context}; seed {config.seed}"
+        f"data: {config.data.path}, {config.tokenizer.kind} tokens; backbone: {architecture.num_hidden_layers} layers x "
+        f"{architecture.hidden_size}, context {architecture.context}; seed {config.seed}"
     )
     return ReportData(
-        stage.run_dir.name, settings, manifests, curves, bench.results, policies, best_of, samples, trace,
-        bench.token_text, bench.tokenizer.mask_token_id, getattr(get_task(config.task), "explain", None),
+        stage.run_dir.name, settings, manifests, curves, evaluator.results, policies, best_of, samples, trace,
+        evaluator.token_text, evaluator.tokenizer.mask_token_id, getattr(get_task(config.task), "explain", None),
     )  # fmt: skip
 
 

@@ -22,16 +22,16 @@ from lib.config import Config
 from lib.errors import BadData, Interrupted, MissingInput
 from lib.log import say
 from lib.shards import SCRIPT, Cut, ShardStore, cut_of, open_store
-from lib.training.stop import StopRequest
+from lib.training.preemption import StopRequest
 
 if TYPE_CHECKING:
-    from lib.training.tables import Materials
+    from lib.training.stage_inputs import StageInputs
 
 LOOK_EVERY = 0.05  # seconds between looks for a shard
 RECORD = "shards.json"
 
 
-class FreshRows:
+class StreamingDataset:
     """Rows of candidates with rewards, by their number in the training.
 
     Args:
@@ -131,19 +131,23 @@ class FreshRows:
 
 
 @contextlib.contextmanager
-def streaming(stage: Stage, config: Config, materials: "Materials") -> Iterator[None]:
+def streaming(stage: Stage, config: Config, stage_inputs: "StageInputs") -> Iterator[None]:
     """While the block runs, models learn from shards if the config says so; the stage's statistics tell how that went."""
     if not config.stream.enabled:
         yield
         return
     store, all_rows = open_store(stage, config), []
-    cut = cut_of(config, materials.examples("train").num_rows)
+    cut = cut_of(config, stage_inputs.examples("train").num_rows)
 
-    def rows_of(name: str) -> FreshRows:
-        all_rows.append(FreshRows(store, cut, config.seed, name, stage.folder / name, config.stream.patience))
+    def rows_of(name: str) -> StreamingDataset:
+        all_rows.append(
+            StreamingDataset(
+                store, cut, config.seed, name, stage.folder / name, config.stream.timeout_seconds
+            )
+        )
         return all_rows[-1]
 
-    materials.fresh_rows = rows_of
+    stage_inputs.fresh_rows = rows_of
     with store.alive("trainer"):
         yield
     stage.stats["stream"] = {

@@ -1,7 +1,7 @@
 """Best of N: write every sample N times, keep the one that a scorer likes best, and ask an independent model what it gained.
 
 The scorers choose; the reference model, which learned from a split of its own, only measures. A choice by chance and
-the reference model's own choice (the ceiling) stand beside them. Knows the bench of stage 06 and no file.
+the reference model's own choice (the ceiling) stand beside them. Knows the evaluator of stage 06 and no file.
 
 Legend: N texts of each sample, B samples, T positions.
 """
@@ -14,8 +14,8 @@ import torch
 
 from lib import metrics
 from lib.diffusion.policies import POLICIES
-from lib.report.infilling import Start
-from lib.report.quality import characters, from_first_gap, reference_nll, sequence_scores
+from lib.evaluation.infilling import Start
+from lib.evaluation.quality import characters, from_first_gap, reference_nll, sequence_scores
 from lib.tokenization import decode_batch
 
 CHANCE, CEILING = "chance", "reference model itself"
@@ -38,7 +38,7 @@ class _Pool:
 
 @torch.no_grad()
 def best_of(
-    bench: Any, starts: list[Start], policy: str, nfe: int, n: int
+    evaluator: Any, starts: list[Start], policy: str, nfe: int, n: int
 ) -> tuple[list[dict], list[dict[str, np.ndarray]]]:
     """(a row per scorer over all starts, for each start scorer -> (B, T) the texts that it chose).
 
@@ -48,7 +48,7 @@ def best_of(
     entropy is worth less.
     """
     total = sum(len(start.ids) for start in starts)  # how far apart the numbers of a sample's N texts are
-    pools = [_written(bench, start, policy, nfe, n, total) for start in starts]
+    pools = [_written(evaluator, start, policy, nfe, n, total) for start in starts]
     rows, texts = [], [{} for _ in pools]
     for scorer in pools[0].likings:
         gains, own, counts, written = [], [], [], []
@@ -65,34 +65,34 @@ def best_of(
             "policy": policy, "nfe": nfe, "n": n, "scorer": scorer,
             "nll": metrics.ratio(np.concatenate(own), np.concatenate(counts))._asdict() if own else None,
             "gain": metrics.ratio(np.concatenate(gains), np.concatenate(counts))._asdict() if gains else None,
-            "fourgram_entropy": metrics.ngram_entropy(characters(decode_batch(bench.tokenizer, written)), 4),
+            "fourgram_entropy": metrics.ngram_entropy(characters(decode_batch(evaluator.tokenizer, written)), 4),
         })  # fmt: skip
     return rows, texts
 
 
-def _written(bench: Any, start: Start, policy: str, nfe: int, n: int, apart: int) -> _Pool:
+def _written(evaluator: Any, start: Start, policy: str, nfe: int, n: int, apart: int) -> _Pool:
     pool = np.stack([
-        bench.sampler.sample(start.ids, start.free, start.number + k * apart, POLICIES[policy], nfe).ids for k in range(n)
+        evaluator.sampler.sample(start.ids, start.free, start.number + k * apart, POLICIES[policy], nfe).ids for k in range(n)
     ])  # fmt: skip
     counted = from_first_gap(start.free)
-    likings, nats = {CHANCE: np.zeros(pool.shape[:2])} | _scorers(bench, pool, start), None
-    if bench.reference is not None:
-        cls_id = bench.tokenizer.cls_token_id
-        sums = [reference_nll(bench.reference, bench.runtime, t, counted, cls_id) for t in pool]
+    likings, nats = {CHANCE: np.zeros(pool.shape[:2])} | _scorers(evaluator, pool, start), None
+    if evaluator.reference is not None:
+        cls_id = evaluator.tokenizer.cls_token_id
+        sums = [reference_nll(evaluator.reference, evaluator.runtime, t, counted, cls_id) for t in pool]
         nats = np.stack(sums)  # of one sample's texts the same tokens count
         likings[CEILING] = -nats
     return _Pool(pool, counted, nats, likings)
 
 
-def _scorers(bench: Any, pool: np.ndarray, start: Start) -> dict[str, np.ndarray]:
+def _scorers(evaluator: Any, pool: np.ndarray, start: Start) -> dict[str, np.ndarray]:
     """Scorer -> (N, B) how much it likes each text."""
-    cls_id, rows = bench.tokenizer.cls_token_id, start.number
+    cls_id, rows = evaluator.tokenizer.cls_token_id, start.number
     share = start.free / np.maximum(start.free.sum(1, keepdims=True), 1)
     found = {
-        "critic": np.stack([-(bench.sampler.critic_error(texts) * share).sum(1) for texts in pool]),
-        "generator": np.stack([(bench.pseudo_likelihood(texts, rows) * share).sum(1) for texts in pool]),
+        "critic": np.stack([-(evaluator.sampler.critic_error(texts) * share).sum(1) for texts in pool]),
+        "generator": np.stack([(evaluator.pseudo_likelihood(texts, rows) * share).sum(1) for texts in pool]),
     }
-    for name, model in (("judge", bench.judge), ("ranker", bench.ranker)):
+    for name, model in (("judge", evaluator.judge), ("ranker", evaluator.ranker)):
         if model is not None:
-            found[name] = np.stack([sequence_scores(model, bench.runtime, t, cls_id) for t in pool])
+            found[name] = np.stack([sequence_scores(model, evaluator.runtime, t, cls_id) for t in pool])
     return found

@@ -10,7 +10,7 @@ from lib.tasks.finqa.record import Record
 Found = tuple[str, str, str, str]  # kind, found, expected, what it means
 
 
-class Across:
+class CrossRecordChecks:
     """What only shows beside the other records. Of two that are the same, the later one has the problem."""
 
     _TRAINS_LAST = ("test", "dev", "train")

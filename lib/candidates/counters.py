@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 
-class Tally:
+class CandidateCounters:
     """Fed table by table.
 
     Args:

@@ -15,14 +15,14 @@ from lib.log import say
 from lib.runs import plain
 from lib.sections.models import ModelSpec
 from lib.training.loop import train
-from lib.training.recipes import model_recipe, ranker_recipe
-from lib.training.tables import Materials
+from lib.training.stage_inputs import StageInputs
+from lib.training.trainer_setup import set_up_model, set_up_ranker
 
 RECORD = "training_manifest.json"
 
 
-def train_named(
-    name: str, spec: ModelSpec, materials: Materials, folder: Path, start: Path | None
+def train_model(
+    name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
 ) -> dict[str, Any]:
     """Train a model, or return the record of one already trained.
 
@@ -33,19 +33,19 @@ def train_named(
     if record_file.exists():
         say(f"{name}: already trained")
         return json.loads(record_file.read_text(encoding="utf-8"))
-    with_prompts = spec.mode == "ranker" and materials.have_prompts
-    recipe = (ranker_recipe if with_prompts else model_recipe)(name, spec, materials, folder, start)
+    with_prompts = spec.mode == "ranker" and stage_inputs.have_prompts
+    recipe = (set_up_ranker if with_prompts else set_up_model)(name, spec, stage_inputs, folder, start)
     result = train(
         recipe.model,
         recipe.objective,
         spec.training,
-        materials.runtime,
+        stage_inputs.runtime,
         folder,
-        seed=materials.config.seed,
+        seed=stage_inputs.config.seed,
         label=name,
         save=recipe.save,
     )
-    best: Any = recipe.load(folder / "best_model").to(materials.runtime.device).eval()
+    best: Any = recipe.load(folder / "best_model").to(stage_inputs.runtime.device).eval()
     with torch.no_grad():
         values, rows = recipe.objective.report(best)
     record = {
