@@ -214,7 +214,7 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
 
     lines = {(policy, heat): (policy, PLAIN) for policy in plan.policies for heat in plan.sum_temperatures}
     back = [policy for policy in plan.policies if POLICIES[policy].takes_back]
-    lines |= {(f"{policy}, held", 1.0): (policy, {}) for policy in back}
+    lines |= {(f"{policy}, corrector steps", 1.0): (policy, {}) for policy in back}
     unsure = [policy for policy in back if policy not in BY_CHANCE]
     lines |= {(f"{p}, sharp", heat): (p, PLAIN | SHARP) for p in unsure for heat in plan.sum_temperatures}
     for nfe in plan.sum_nfe:

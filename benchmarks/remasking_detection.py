@@ -116,7 +116,7 @@ def _views(trained: Trained, ids, written, confidence, share) -> tuple[dict[str,
     views = {
         "random": randomness.uniform(randomness.key(trained.seed, "benchmark chance"), rows, ids.shape[1]),
         "confidence": 1 - confidence,
-        "confidence_fresh": 1 - fresh,
+        "fresh_confidence": 1 - fresh,
         "critic_raw": raw,
         "critic": trained.calibration(raw, "filled", share),
         "critic_unknown": unknown,

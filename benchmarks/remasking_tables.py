@@ -24,7 +24,7 @@ from lib.sections.sampler import POLICIES
 
 JUDGE = "reference_nll"
 LEADER = "critic_origin"  # the policy that the others are compared with
-DETECTORS = ("confidence", "confidence_fresh", "critic", "critic_blend", "confidence_given")
+DETECTORS = ("confidence", "fresh_confidence", "critic", "critic_blend", "confidence_given")
 
 
 def of_experiment(records: Sequence[Record], name: str) -> list[Record]:
