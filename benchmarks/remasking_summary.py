@@ -32,13 +32,17 @@ BASELINES = (
     CHURNED,
 )  # of E3: each other policy's difference to them
 
+NOTE = "note.md"  # in OUT: what a reader must know before the tables
+
 Table = list[list[str]]
 
 
 def write_summary(out: Path, records: list[Record]) -> None:
     """OUT/summary.md, and the pictures OUT/pareto.svg and OUT/passes.svg if there are whole samples."""
+    note = out / NOTE
     parts = [
         "# Re-masking policies\n",
+        *([note.read_text(encoding="utf-8").strip()] if note.exists() else []),
         __doc__.split("\n\n", 1)[1].strip() if __doc__ else "",
         origins(records),
     ]
