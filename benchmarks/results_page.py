@@ -1,12 +1,12 @@
 """
 docs/results.md and the results table of README, written from stored result files. No figure is typed by hand.
 
-The files are docs/results/*.json and docs/remasking/results.jsonl. A benchmark writes its file with --out; figures of a
-run are stored with --store. tests/test_results_page.py fails when a page is not what its files give.
+The files are docs/results/*.json and docs/remasking/results.jsonl. A benchmark writes its file with --out, and --store
+extracts the figures of a run: --as default_run for `make pipeline`, --as finqa_adamw or finqa_muon for runs of FinQA.
+tests/test_results_page.py fails when a page is not what its files give.
 
 python -m benchmarks.results_page
 python -m benchmarks.results_page --store outputs/run_001 --as default_run
-python -m benchmarks.results_page --store outputs/run_002 --as finqa_adamw
 """
 
 import argparse
@@ -193,14 +193,14 @@ def stored_lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in REMASKING.read_text(encoding="utf-8").splitlines()]
 
 
-def store(run: Path, name: str) -> int:
+def store(run: Path, name: str, quick: bool = False) -> int:
     """Write docs/results/<name>.json from a run's manifests. Returns the exit code."""
     kind = "finqa" if name.startswith("finqa") else name
     if kind not in KINDS:
         print(f"--as {name}: expected default_run, or a name that begins with finqa", file=sys.stderr)
         return 2
     trained = load_manifest(run / "04_train")
-    if trained is not None and trained["quick_test"]:
+    if trained is not None and trained["quick_test"] and not quick:
         print(f"{run} is a quick test, which measures nothing; give a full run", file=sys.stderr)
         return 2
     try:
@@ -220,10 +220,11 @@ def main() -> int:
     parser.add_argument(
         "--as", dest="name", metavar="NAME", help="default_run, or finqa_...: name of its file"
     )
+    parser.add_argument("--quick", action="store_true", help="accept a quick test, for trying out")
     options = parser.parse_args()
     if bool(options.store) != bool(options.name):
         parser.error("--store RUN_DIR and --as NAME belong together")
-    if options.store and (code := store(options.store, options.name)):
+    if options.store and (code := store(options.store, options.name, options.quick)):
         return code
     files = read_all()
     durable.write_text(PAGE, page(files, stored_lines()))
