@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--skip-plain", action="store_true", help="train this project's recipe only")
     parser.add_argument("--steps", type=int, help="number of steps of both recipes, for trying out")
-    add_out(parser, "causal_speedrun")
+    add_out(parser)
     options = parser.parse_args()
     say_provenance()
     overrides = [f"data.path={shakespeare()}", "training.evaluation_examples=100000"]

@@ -103,7 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--quick", action="store_true", help="a few steps of small models, for trying out")
-    add_out(parser, "judge")
+    add_out(parser)
     options = parser.parse_args()
     say_provenance()
     given = [f"data.path={shakespeare()}", *(QUICK if options.quick else ()), *options.overrides]

@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--name", default="nelbo", help="folder in benchmarks/results/")
-    add_out(parser, "nelbo")
+    add_out(parser)
     options = parser.parse_args()
     say_provenance()
     found = measure(options.name, [f"data.path={shakespeare()}", *options.overrides])

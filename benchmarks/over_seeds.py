@@ -84,7 +84,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="two or more run folders, of different seeds")
-    add_out(parser, "over_seeds")
+    add_out(parser)
     options = parser.parse_args()
     runs = options.runs
     say_provenance()
@@ -102,7 +102,7 @@ def main() -> int:
     print(f"seeds {', '.join(map(str, seeds))}")
     entries = compare(runs)
     print(table(entries))
-    write(options.out, options.out.stem, {"seeds": seeds, "rows": entries})
+    write(options.out, options.out.stem if options.out else "over_seeds", {"seeds": seeds, "rows": entries})
     return 0
 
 

@@ -52,8 +52,12 @@ class ResultFile:
 
     @property
     def command(self) -> str:
-        """The command to paste, without what only this machine has."""
-        return " ".join(self.provenance["command"])
+        """The command to paste, without `--out FILE`."""
+        words = list(self.provenance["command"])
+        if "--out" in words:
+            at = words.index("--out")
+            del words[at : at + 2]
+        return " ".join(words)
 
     @property
     def source(self) -> str:
@@ -66,19 +70,27 @@ class ResultFile:
         return f"transcribed ({how} {str(source.get('commit') or source['published_commit'])[:7]}, {day})"
 
 
-def add_out(parser: argparse.ArgumentParser, name: str) -> None:
-    """The flag `--out FILE` of a benchmark, by default outputs/benchmarks/<name>.json."""
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The flag `--out FILE` of a benchmark."""
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "outputs" / "benchmarks" / f"{name}.json",
         metavar="FILE",
-        help="result file to write; docs/results/ holds those of the results page",
+        help="result file; by default in outputs/benchmarks/. The results page is made from those in docs/results/",
     )
 
 
-def write(path: Path, name: str, figures: dict[str, Any], source: dict[str, Any] | None = None) -> None:
-    """Write a result file. `source`: its provenance; None takes that of this process."""
+def write(
+    path: Path | None, name: str, figures: dict[str, Any], source: dict[str, Any] | None = None
+) -> None:
+    """Write a result file.
+
+    Args:
+        path: of the file; None: outputs/benchmarks/<name>.json.
+        figures: plain numbers, as the head of this module says.
+        source: their provenance; None: that of this process.
+    """
+    path = path or ROOT / "outputs" / "benchmarks" / f"{name}.json"
     origin: dict[str, Any] = dict(source or provenance())
     origin["command"] = [without_machine(word) for word in origin["command"]]
     content = plain({"version": VERSION, "name": name, "provenance": origin, "figures": figures})

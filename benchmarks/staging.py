@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    add_out(parser, "staging")
+    add_out(parser)
     options = parser.parse_args()
     say_provenance()
     runs = {m: [run(m, seed, options.steps) for seed in range(options.seeds)] for m in METHODS}
