@@ -60,9 +60,9 @@ those of real text.
 REMASKING_TEXT = """**These tables were measured before the corrections of training windows, optimizer and intervals. They will be
 measured again.** [docs/remasking](remasking/README.md) says where each line comes from and has all tables.
 
-Setting: characters of tinyshakespeare, one checkpoint for all policies (4 layers x 128, 0.8 M parameters, 2,000 steps of the
-generator, 2,000 joint steps of the critic), 128 samples of 128 characters per temperature and seed. Command:
-`python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare/input.txt`.
+Setting: characters of tinyshakespeare and one checkpoint for all policies, with 4 layers x 128 and 0.8 M parameters. The
+generator trained for 2,000 steps, then jointly with the critic for 2,000 more. 128 samples of 128 characters per temperature
+and seed. Command: `python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare/input.txt`.
 
 ### Likelihood at equal diversity
 
