@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: pipeline quick_test test test-fast test-commands benchmark-quick inspect report lint language types format setup help
+.PHONY: pipeline quick_test test test-fast test-commands benchmark-quick inspect report docs lint language types format setup help
 
 ## Run all seven stages; finished ones are skipped (CONFIG=FILE, SET="key=value ...", RUN=FOLDER, QUICK=1)
 pipeline: $(STAMP)
@@ -54,6 +54,11 @@ inspect: $(STAMP)
 report: $(STAMP)
 	@$(SETTINGS); REMASK_MAKE=1 $(BIN)/python 06_sample.py $(FLAGS) "$$@"
 	@ls $(if $(RUN),'$(RUN)',outputs/run_*)/06_sample/report.html | tail -n 1
+
+## Write docs/configuration.md from the settings, and docs/results.md and README's table from the stored results
+docs: $(STAMP)
+	$(BIN)/python -m lib.config_reference
+	$(BIN)/python -m benchmarks.results_page
 
 ## Check style and format
 lint: $(STAMP)

@@ -1,12 +1,12 @@
-"""Training speed of the backbone: tokens per second of forward, backward and the weight copies, without optimiser.
+"""Training speed of the backbone: tokens per second of forward, backward and weight copies, without the optimizer.
 
     python benchmarks/backbone_speed.py                     # masked LM, 6 layers x 192, context 128, batch 32
     python benchmarks/backbone_speed.py --causal            # causal LM, 4 layers x 128, context 64, batch 32
     python benchmarks/backbone_speed.py --precision bf16 --profile
 
-Precisions: `fp32`; `autocast` (bfloat16 products under torch.autocast, float32 weights); `bf16` (the working copy of
-the model is bfloat16, float32 master weights are copied into it each step and get its gradients as float32).
-The best of several short runs counts: other work on the machine only makes a run slower.
+Precisions: `fp32`; `autocast` (bfloat16 products under torch.autocast, float32 weights); `bf16` (a bfloat16 working copy of
+the model; each step copies float32 master weights into it, and its gradients back as float32).
+The best of several short runs counts, because other work on the machine can only make a run slower.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def copy_all(sources, targets) -> None:
 
 
 def make_step(causal: bool, precision: str, batch: int, vocab: int):
-    """A function that runs one forward and backward pass, and the number of tokens it reads."""
+    """(function that runs one forward and backward pass, number of tokens that it reads)."""
     torch.manual_seed(0)
     if causal:
         config = RemaskGptConfig(vocab, 128, 4, 4, max_position_embeddings=64, attention="causal")
@@ -41,7 +41,7 @@ def make_step(causal: bool, precision: str, batch: int, vocab: int):
     else:
         model = RemaskGptForMaskedLM(RemaskGptConfig(vocab_size=vocab))
     length = model.config.max_position_embeddings
-    for weight in model.parameters():  # projections that start at zero would hide the cost of real numbers
+    for weight in model.parameters():  # zero-initialised projections would hide the cost of real numbers
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.02)
     masters = [weight.detach().clone() for weight in model.parameters()]
@@ -68,7 +68,7 @@ def make_step(causal: bool, precision: str, batch: int, vocab: int):
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: else each step asks the kernel for tens of thousands of fresh pages."""
+    """Tell glibc to keep freed memory. Otherwise each step requests tens of thousands of new pages from the kernel."""
     trim_threshold, mmap_threshold, largest_mmap_threshold = -1, -3, 32 << 20
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_threshold, largest_mmap_threshold)
@@ -76,7 +76,7 @@ def keep_freed_memory() -> None:
 
 
 def best_seconds(step, seconds: float, runs: int) -> float:
-    """Shortest mean time of a step over `runs` runs of about `seconds` each."""
+    """Shortest mean time per step, over `runs` runs of about `seconds` each."""
     for _ in range(3):
         step()
     best = float("inf")
@@ -99,9 +99,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=70)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument(
-        "--keep_memory", action="store_true", help="never hand freed memory back to the system"
-    )
+    parser.add_argument("--keep_memory", action="store_true", help="never return freed memory to the system")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     say_provenance()

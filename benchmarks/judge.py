@@ -1,8 +1,9 @@
 """
-How well judge and inspector do on tinyshakespeare: on the generator they learned from, and on one they never saw.
+Judge and inspector on tinyshakespeare: on text by the generator they learned from, and by a generator they never saw.
 
-Stages 00 to 04 with configs/judge.yaml; then stages 00 to 03 with another seed and a narrower generator, whose held-out
-candidates the same two models are measured on. Beside them the confidence of the generator that wrote. Resumable.
+Runs stages 00 to 04 with configs/judge.yaml. Then it runs stages 00 to 03 with another seed and a narrower generator, and
+evaluates the same two models on its held-out candidates. The baseline is the confidence of the generator that made the
+candidates. An interrupted benchmark continues where it stopped.
 
 python -m benchmarks.judge
 python -m benchmarks.judge --quick      # a few steps, for trying out
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks.prepared import RESULTS, shakespeare
 from benchmarks.provenance import say_provenance
+from benchmarks.result_files import add_out, full, write
 from lib.artifacts import Stage
 from lib.config import Config, load_config
 from lib.models.build import load_model
@@ -44,13 +46,17 @@ QUICK += [
 QUICK += ["data.passage_characters=64", "data.block_characters=1024", "training.evaluation_examples=32"]
 
 
+OWN, ANOTHER = "own generator", "another generator"
+
+
 def run(folder: Path, config: Config, stages: tuple[str, ...]) -> None:
+    """Run the named stages in a folder; finished ones are skipped."""
     for name in stages:
         importlib.import_module(name).main(config, RunArgs(run_dir=folder))
 
 
-def measured_elsewhere(own: Path, other: Path, config: Config) -> dict[str, dict[str, Any]]:
-    """Held-out figures of the models of run `own` on the candidates of run `other`."""
+def on_other_run(own: Path, other: Path, config: Config) -> dict[str, dict[str, Any]]:
+    """Figures of the models of run `own` on the held-out candidates of run `other`: held-out figures and table rows."""
     reads = STAGES[1:4]
     with Stage(
         "04_train.py", config, RunArgs(run_dir=other), uses=("seed",), reads=reads, restarts=True
@@ -63,9 +69,32 @@ def measured_elsewhere(own: Path, other: Path, config: Config) -> dict[str, dict
                 name, config.models[name], stage_inputs, config.architecture.context
             )
             with torch.no_grad():
-                found[name] = objective.report(model)[0]
+                held_out, rows = objective.report(model)
+            found[name] = {"held_out": held_out, "table": [row.as_dict() for row in rows]}
         stage.leave_incomplete("measured with the models of another run")
     return found
+
+
+def figures_of(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the results page: R² and AUROC with intervals, beside the confidence of the generator."""
+    judge, inspector = (records[name]["held_out"] for name in ("judge", "inspector"))
+    return {
+        "r2": _estimate(records["judge"], "R2"),
+        "rewritten_r2": judge["rewritten"]["r2"],
+        "confidence_r2": judge["confidence"]["r2"],
+        "best_r2": judge["best_r2"],
+        "spearman": judge["spearman"],
+        "confidence_spearman": judge["confidence"]["spearman"],
+        "auroc_untouched": judge["auroc_untouched"],
+        "auroc_changed": _estimate(records["inspector"], "AUROC"),
+        "auroc_changed_of_confidence": inspector["auroc_changed_of_confidence"],
+    }
+
+
+def _estimate(record: dict[str, Any], metric: str) -> dict[str, Any]:
+    """A row of the results table by the beginning of its metric."""
+    row = next(row for row in record["table"] if row["metric"].startswith(metric))
+    return {key: row[key] for key in ("value", "low", "high")}
 
 
 def main() -> None:
@@ -74,6 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--quick", action="store_true", help="a few steps of small models, for trying out")
+    add_out(parser)
     options = parser.parse_args()
     say_provenance()
     given = [f"data.path={shakespeare()}", *(QUICK if options.quick else ()), *options.overrides]
@@ -85,26 +115,22 @@ def main() -> None:
     run(other, elsewhere, STAGES[:4])
 
     records = {
-        name: json.loads((own / "04_train" / name / "training_manifest.json").read_text(encoding="utf-8"))[
-            "held_out"
-        ]
+        name: json.loads((own / "04_train" / name / "training_manifest.json").read_text(encoding="utf-8"))
         for name in NAMES
     }
-    head = ("held-out candidates of", "judge R2", "of the rewritten", "mean confidence", "best possible", "Spearman",
+    rows = {OWN: figures_of(records), ANOTHER: figures_of(on_other_run(own, other, elsewhere))}
+    say(rows)
+    write(options.out, "judge", {"rows": rows})
+
+
+def say(rows: dict[str, dict[str, Any]]) -> None:
+    """Print the table."""
+    head = ("held-out candidates of", "judge R2", "rewritten alone", "mean confidence", "oracle", "Spearman",
             "of confidence", "AUROC untouched", "inspector AUROC", "confidence")  # fmt: skip
-    rows: list[tuple[str, ...]] = [head]
-    for what, found in (
-        ("its own generator", records),
-        ("another", measured_elsewhere(own, other, elsewhere)),
-    ):
-        judge, inspector = found["judge"], found["inspector"]
-        figures = (
-            judge["r2"], judge["rewritten"]["r2"], judge["confidence"]["r2"], judge["best_r2"], judge["spearman"],
-            judge["confidence"]["spearman"], judge["auroc_untouched"],
-            inspector["auroc_changed"], inspector["auroc_changed_of_confidence"],
-        )  # fmt: skip
-        rows.append((what, *(f"{value:.3f}" for value in figures)))
-    print(aligned(rows))
+    lines: list[tuple[str, ...]] = [head]
+    for name, found in rows.items():
+        lines.append((name, *(full(v) if isinstance(v, dict) else f"{v:.3f}" for v in found.values())))
+    print(aligned(lines))
 
 
 if __name__ == "__main__":

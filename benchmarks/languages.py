@@ -1,8 +1,8 @@
 """
-Languages of the benchmarks: one whose right and wrong sentences are told apart exactly, and a character n-gram judge.
+A language in which correct and wrong sentences can be decided exactly, and a character n-gram judge.
 
-`Sums`: sentences such as `[(47+85=132)];`. The sum must be right and the brackets must close in the order in which they
-opened: couplings between far tokens that are each likely alone. Nothing else is in the text.
+`Sums`: sentences such as `[(47+85=132)];`. The sum must be correct and every bracket must be closed in the right order. These
+are dependencies between distant tokens that are each likely alone.
 
 Legend: B texts, T positions, V vocabulary, n order.
 """
@@ -21,12 +21,12 @@ _SENTENCE = re.compile(r"([(\[{]*)(\d+)\+(\d+)=(\d+)([)\]}]*)")
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of two numbers of `digits` digits, the result with one more, all with leading zeros, in brackets."""
+    """Sums of two numbers with `digits` digits, in brackets. All numbers have leading zeros; the result has one more digit."""
 
     digits: int = 2
 
     def text(self, sentences: int, seed: int) -> str:
-        """So many right sentences in a row."""
+        """A text of that many correct sentences."""
         noise = randomness.uniform(randomness.key(seed, "sums"), np.arange(sentences), 3 + MOST_BRACKETS)
         numbers = np.floor(noise[:, :2] * 10**self.digits).astype(int)
         depth = np.floor(noise[:, 2] * (MOST_BRACKETS + 1)).astype(int)
@@ -40,7 +40,7 @@ class Sums:
         return f"{opened}{a:0{self.digits}}+{b:0{self.digits}}={a + b:0{self.digits + 1}}{closed};"
 
     def right(self, sentence: str) -> bool:
-        """Whether a sentence, without its semicolon, belongs to the language."""
+        """Whether a sentence without its semicolon belongs to the language."""
         match = _SENTENCE.fullmatch(sentence)
         if match is None:
             return False
@@ -51,11 +51,11 @@ class Sums:
         return len(opened) <= MOST_BRACKETS and mirrored == closed and int(a) + int(b) == int(c)
 
     def sentences(self, text: str) -> list[str]:
-        """Those of a text; its first and last piece, which are cut, do not count."""
+        """The sentences of a text. The first and the last piece do not count, since they may be cut."""
         return text.split(";")[1:-1]
 
     def judge(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """((B,) right sentences, (B,) sentences) of each text."""
+        """((B,) correct sentences, (B,) sentences) of each text."""
         pieces = [self.sentences(text) for text in texts]
         right = np.array([sum(map(self.right, row)) for row in pieces], float)
         return right, np.array([len(row) for row in pieces], float)
@@ -64,19 +64,19 @@ class Sums:
 class NgramJudge:
     """Interpolated Kneser-Ney over token ids (Kneser and Ney, 1995; Chen and Goodman, 1999), one discount per order.
 
-    Independent of every network, and cheap. n-grams are whole numbers to the base V in sorted arrays, looked up by
-    bisection, so that no loop goes over tokens.
+    It is cheap and independent of every network. n-grams are numbers to the base V in sorted arrays; look-ups bisect, so that
+    there is no loop over tokens.
     """
 
     def __init__(self, ids: np.ndarray, vocab_size: int, order: int = 6):
-        """`ids`: (M,) running text that it learns from. V^order must fit into 63 bits."""
+        """`ids`: (M,) text to learn from. V^order must fit into 63 bits."""
         if vocab_size**order >= 2**63:
             raise ValueError(f"{vocab_size} tokens to the power of {order} do not fit into 63 bits")
         self.vocab_size, self.order = vocab_size, order
         self._levels = [_Level.of(ids, n, n == order, vocab_size) for n in range(1, order + 1)]
 
     def nll(self, ids: np.ndarray) -> np.ndarray:
-        """(B, T) nats of each token, given up to n - 1 tokens before it in its text."""
+        """(B, T) nats of each token, given up to order - 1 tokens before it."""
         share = np.full(ids.shape, 1 / self.vocab_size)
         for n, level in enumerate(self._levels, start=1):
             if ids.shape[1] < n:
@@ -88,13 +88,13 @@ class NgramJudge:
 
 @dataclass(frozen=True)
 class _Level:
-    """n-grams of one order: how often each comes, or, below the highest order, behind how many different tokens."""
+    """n-grams of one order with their counts; below the highest order, the number of different tokens before them."""
 
     grams: np.ndarray  # (G,) sorted codes
     counts: np.ndarray  # (G,)
     contexts: np.ndarray  # (C,) sorted codes of their first n - 1 tokens
-    totals: np.ndarray  # (C,) counts over all that follows
-    kinds: np.ndarray  # (C,) different tokens that follow
+    totals: np.ndarray  # (C,) sum of the counts of all continuations
+    kinds: np.ndarray  # (C,) number of different continuations
     discount: float
 
     @classmethod
@@ -112,7 +112,7 @@ class _Level:
         return cls(grams, counts, contexts, totals, kinds, float(discount))
 
     def interpolate(self, codes: np.ndarray, lower: np.ndarray, base: int) -> np.ndarray:
-        """Probability of each n-gram's last token; an unknown context leaves it to the order below."""
+        """Probability of each n-gram's last token. An unknown context uses the lower order."""
         count = _look_up(self.grams, self.counts, codes)
         total, kinds = (_look_up(self.contexts, v, codes // base) for v in (self.totals, self.kinds))
         seen = np.maximum(total, 1)
@@ -130,5 +130,5 @@ def _codes(ids: np.ndarray, n: int, base: int) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], 0)
+    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[index] == wanted, values[index], 0)

@@ -1,7 +1,7 @@
 """
-LTG-BERT forward and backward: our attention beside the plain way, in one run, each in processes of its own.
+LTG-BERT forward and backward: this project's attention against the plain method, in turns, each in processes of its own.
 
-The plain way writes the formula down: one table of projected positions per pair of tokens, [T, T, 2 D], and three score
+The plain method follows the formula: one table of projected positions per pair of tokens, (T, T, 2 D), and three score
 terms. Both compute the same function; the benchmark checks that first.
 
 python -m benchmarks.ltg_attention                        # small, T = 512, batch 8
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.provenance import say_provenance
+from benchmarks.result_files import add_out, write
 from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM
 from lib.models.ltg_bert.modeling_ltg_bert import LtgBertAttention
 
@@ -28,7 +29,7 @@ LABELLED = 0.15
 
 
 def plain_forward(self: LtgBertAttention, hidden, relative, index, mask):
-    """`LtgBertAttention.forward` as the formula stands."""
+    """`LtgBertAttention.forward`, written exactly as the formula."""
     batch, length, width = hidden.shape
     hidden = self.pre_layer_norm(hidden)
     shape = (batch, length, self.num_heads, self.head_dim)
@@ -48,16 +49,18 @@ def plain_forward(self: LtgBertAttention, hidden, relative, index, mask):
 
 
 @contextlib.contextmanager
-def attention(way: str):
+def attention(method: str):
+    """Use the attention of one method inside the block."""
     ours = LtgBertAttention.forward
     try:
-        LtgBertAttention.forward = plain_forward if way == "plain" else ours  # pyright: ignore
+        LtgBertAttention.forward = plain_forward if method == "plain" else ours  # pyright: ignore
         yield
     finally:
         LtgBertAttention.forward = ours
 
 
 def make(options) -> tuple[LtgBertForMaskedLM, torch.Tensor, torch.Tensor]:
+    """A model with random weights, input ids and labels, both (B, T)."""
     torch.manual_seed(0)
     model = LtgBertForMaskedLM(LtgBertConfig.published(options.size))
     ids = torch.randint(5, model.config.vocab_size, (options.batch, options.length))
@@ -65,6 +68,7 @@ def make(options) -> tuple[LtgBertForMaskedLM, torch.Tensor, torch.Tensor]:
 
 
 def step(model, ids, labels, precision: str) -> torch.Tensor:
+    """Forward and backward; returns the loss."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         loss = model(ids, labels=labels, logits_at="labels").loss
     loss.backward()
@@ -72,14 +76,14 @@ def step(model, ids, labels, precision: str) -> torch.Tensor:
 
 
 def check(options) -> float:
-    """Largest difference of any gradient between the two ways, in float64 and without dropout, on a short input."""
+    """Largest difference of any gradient between the two methods, in float64, without dropout, on a short input."""
     torch.manual_seed(0)
     config = LtgBertConfig.published(options.size, num_hidden_layers=2, vocab_size=64)
     model = LtgBertForMaskedLM(config).double().eval()
     ids, found = torch.randint(5, 64, (2, 48)), []
-    for way in ("ours", "plain"):
+    for method in ("ours", "plain"):
         model.zero_grad()
-        with attention(way):
+        with attention(method):
             step(model, ids, ids, "fp32")
         found.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))  # pyright: ignore
     return float((found[0] - found[1]).abs().max())
@@ -90,7 +94,7 @@ def measure(options) -> dict:
     model, ids, labels = make(options)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     seconds = []
-    with attention(options.way):
+    with attention(options.method):
         for _ in range(options.steps + 1):
             model.zero_grad()
             begin = time.perf_counter()
@@ -110,34 +114,57 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--way", choices=["ours", "plain"], help="measure this one and print JSON")
+    parser.add_argument("--method", choices=["ours", "plain"], help="measure this method only and print JSON")
+    add_out(parser)
     options = parser.parse_args()
-    if options.way:
+    if options.method:
         print(json.dumps(measure(options)))
         return
     say_provenance()
-    print(f"largest difference of a gradient between the two ways, float64: {check(options):.1e}")
+    difference = check(options)
+    print(f"largest difference of a gradient between the two methods, float64: {difference:.1e}")
+    found = in_turns(options)
+    seconds = {
+        method: statistics.median(s for r in rounds for s in r["seconds"]) for method, rounds in found.items()
+    }
+    peak = {method: max(r["peak"] for r in rounds) for method, rounds in found.items()}
+    figures = {
+        "size": options.size,
+        "length": options.length,
+        "batch": options.batch,
+        "precision": options.precision,
+        "seconds": seconds,
+        "peak_megabytes": peak,
+        "speed_ratio": seconds["plain"] / seconds["ours"],
+        "memory_ratio": peak["ours"] / peak["plain"],
+        "gradient_difference": difference,
+    }
+    say(figures)
+    write(options.out, "ltg_attention", figures)
+
+
+def in_turns(options) -> dict[str, list[dict]]:
+    """Measure each method in processes of its own, in turns."""
     found: dict[str, list[dict]] = {"ours": [], "plain": []}
     for _ in range(options.rounds):
-        for way, results in found.items():
-            command = [sys.executable, "-m", "benchmarks.ltg_attention", "--way", way]
+        for method, rounds in found.items():
+            command = [sys.executable, "-m", "benchmarks.ltg_attention", "--method", method]
             for name in ("size", "length", "batch", "steps", "precision"):
                 command += [f"--{name}", str(getattr(options, name))]
-            results.append(
-                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            )
-    seconds = {
-        way: statistics.median(s for r in results for s in r["seconds"]) for way, results in found.items()
-    }
-    peak = {way: max(r["peak"] for r in results) for way, results in found.items()}
-    print(f"{options.size}, T = {options.length}, batch {options.batch}, {options.precision}")
-    for way in found:
-        tokens = options.batch * options.length / seconds[way]
-        print(
-            f"{way:<6} {seconds[way]:7.2f} s a step, {tokens:7,.0f} tokens/s, peak memory {peak[way]:7,.0f} MB"
-        )
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            rounds.append(json.loads(out))
+    return found
+
+
+def say(figures: dict) -> None:
+    """Print a line per method, and the ratios."""
+    batch, length = figures["batch"], figures["length"]
+    print(f"{figures['size']}, T = {length}, batch size {batch}, {figures['precision']}")
+    for method, seconds in figures["seconds"].items():
+        tokens, peak = batch * length / seconds, figures["peak_megabytes"][method]
+        print(f"{method:<6} {seconds:7.2f} s per step, {tokens:7,.0f} tokens/s, peak memory {peak:7,.0f} MB")
     print(
-        f"ours is {seconds['plain'] / seconds['ours']:.2f} times as fast with {peak['ours'] / peak['plain']:.2f} of the memory"
+        f"ours is {figures['speed_ratio']:.2f} times as fast with {figures['memory_ratio']:.2f} of the memory"
     )
 
 

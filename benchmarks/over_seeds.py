@@ -1,8 +1,8 @@
 """
-The same config run with several seeds: every model's figure as mean and spread, beside its baseline in the same runs.
+Runs of one config with several seeds: mean and 95 % interval of every model's figure, beside its baseline.
 
-The interval (95 %, Student's t) is over seeds: training, sampling and whatever else the seed decides. The one that a
-single run prints is over held-out text, with the model as it is.
+The intervals (Student's t) are over seeds: they include training, sampling and every other random draw. The interval that a
+single run prints is over held-out text, for one trained model.
 
 for seed in 1 2 3; do make pipeline SET="seed=$seed" RUN=outputs/seed_$seed; done
 python -m benchmarks.over_seeds outputs/seed_1 outputs/seed_2 outputs/seed_3
@@ -12,18 +12,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from benchmarks.provenance import say_provenance
+from benchmarks.result_files import add_out, write
 from lib.errors import MissingInput, RemaskError
 from lib.report.table import aligned
 from lib.runs import load_manifest
 
 
 def rows_of(run: Path) -> dict[tuple[str, str], dict]:
-    """(model, metric) -> its row of the results table, of a run's stage 04."""
+    """(model, metric) -> row of the results table, from stage 04 of a run. Raises MissingInput without a model."""
     found = {}
     for file in sorted(run.glob("04_train/*/training_manifest.json")):
         for row in json.loads(file.read_text(encoding="utf-8"))["table"]:
@@ -34,29 +36,46 @@ def rows_of(run: Path) -> dict[tuple[str, str], dict]:
 
 
 def seed_of(run: Path) -> int:
+    """The seed of a run. Raises MissingInput when stage 04 is not complete."""
     manifest = load_manifest(run / "04_train")
     if manifest is None:
         raise MissingInput(f"stage 04 of {run} is not complete; run it to its end first")
     return int(manifest["config"]["seed"])
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean and half width of the 95 % interval."""
+def interval(values: np.ndarray) -> dict[str, float]:
+    """Mean and half-width of the 95 % interval."""
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.3f} +- {half:.3f}"
+    return {"value": float(values.mean()), "half_width": float(half)}
 
 
-def table(runs: list[Path]) -> str:
-    """A line per model and metric that all runs have."""
+def compare(runs: list[Path]) -> list[dict[str, Any]]:
+    """An entry per model and metric that all runs have."""
     per_run = [rows_of(run) for run in runs]
-    shared = [key for key in per_run[0] if all(key in rows for rows in per_run)]
-    lines = [("model", "metric", "each seed", "mean", "baseline", "mean of it", "difference")]
-    for key in shared:
-        rows = [found[key] for found in per_run]
+    found = []
+    for key in [key for key in per_run[0] if all(key in rows for rows in per_run)]:
+        rows = [rows[key] for rows in per_run]
         values, baselines = (np.array([row[name] for row in rows]) for name in ("value", "baseline_value"))
-        names = ", ".join(dict.fromkeys(row["baseline"] for row in rows))  # the best rival may differ
-        each = " ".join(f"{v:.3f}" for v in values)
-        lines.append((*key, each, interval(values), names, interval(baselines), interval(values - baselines)))
+        found.append({
+            "model": key[0], "metric": key[1], "each": values.tolist(), "mean": interval(values),
+            "baseline": ", ".join(dict.fromkeys(row["baseline"] for row in rows)),  # the best one may differ
+            "baseline_each": baselines.tolist(), "baseline_mean": interval(baselines),
+            "difference": interval(values - baselines), "percent": key[1] == "accuracy",
+        })  # fmt: skip
+    return found
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """A line per entry, for the screen."""
+    lines = [("model", "metric", "each seed", "mean", "baseline", "mean of it", "difference")]
+    for entry in entries:
+        means = (
+            f"{entry[k]['value']:.3f} +- {entry[k]['half_width']:.3f}"
+            for k in ("mean", "baseline_mean", "difference")
+        )
+        mean, baseline, difference = means
+        each = " ".join(f"{value:.3f}" for value in entry["each"])
+        lines.append((entry["model"], entry["metric"], each, mean, entry["baseline"], baseline, difference))
     return aligned(lines)
 
 
@@ -65,10 +84,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="two or more run folders, of different seeds")
-    runs = parser.parse_args().runs
+    add_out(parser)
+    options = parser.parse_args()
+    runs = options.runs
     say_provenance()
     if len(runs) < 2:
-        print("a spread needs two runs or more", file=sys.stderr)
+        print("an interval over seeds needs two runs or more", file=sys.stderr)
         return 2
     try:
         seeds = [seed_of(run) for run in runs]
@@ -76,12 +97,12 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if len(set(seeds)) < len(seeds):
-        print(
-            f"these runs have seeds {seeds}: the same seed twice says nothing about spread", file=sys.stderr
-        )
+        print(f"these runs have the seeds {seeds}; give runs with different seeds", file=sys.stderr)
         return 2
     print(f"seeds {', '.join(map(str, seeds))}")
-    print(table(runs))
+    entries = compare(runs)
+    print(table(entries))
+    write(options.out, options.out.stem if options.out else "over_seeds", {"seeds": seeds, "rows": entries})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: data through the project's own stages 00 and 01, and one training run by name."""
+"""Shared by the benchmarks: data from stages 00 and 01, and the training of one model by name."""
 
 import importlib
 from pathlib import Path
@@ -25,12 +25,12 @@ def shakespeare() -> Path:
         if (root / "tinyshakespeare" / "input.txt").exists():
             return root / "tinyshakespeare" / "input.txt"
     raise SystemExit(
-        "tinyshakespeare/input.txt is not there; set REMASK_DATA to the folder that holds tinyshakespeare/"
+        "tinyshakespeare/input.txt was not found; set REMASK_DATA to the folder that holds tinyshakespeare/"
     )
 
 
 def prepare(name: str, configs: list[str], overrides: list[str]) -> tuple[Config, StageInputs, Path]:
-    """Stages 00 and 01 in benchmarks/results/<name>; returns the config, its stage_inputs and the folder."""
+    """Run stages 00 and 01 in benchmarks/results/<name>. Returns the config, the inputs of training and the folder."""
     import pyarrow.parquet as pq
 
     config = load_config(configs, overrides=overrides)
@@ -51,12 +51,13 @@ def prepare(name: str, configs: list[str], overrides: list[str]) -> tuple[Config
 
 
 def _matches(folder: Path, script: str, config: Config) -> bool:
+    """Whether a stage in the folder was made with the same settings."""
     manifest = load_manifest(folder / script)
     return manifest is not None and manifest["config"] == config.slice(manifest["config"])
 
 
 def train_one(name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path) -> dict[str, Any]:
-    """Train from scratch in an empty folder."""
+    """Train a model from scratch in an empty folder; returns its training manifest."""
     import shutil
 
     shutil.rmtree(folder / name, ignore_errors=True)

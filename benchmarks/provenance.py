@@ -1,4 +1,4 @@
-"""Where a benchmark's figures come from: code, date, command, library versions, machine. It goes beside every one of them."""
+"""The provenance of a benchmark's figures: code, date, command, library versions and machine."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from lib.runs import STAGES, versions
 
 
 def provenance() -> dict[str, Any]:
-    """What stands beside a figure that this process measures now.
+    """The provenance of a figure that this process measures now.
 
-    `code` is one hash over the scripts, this benchmark and all of lib/ that they can import, without comments and
-    docstrings: equal code is equal, whatever the commit.
+    `code` is one hash of the scripts, this benchmark and all modules of lib/ that they can import, without comments and
+    docstrings. It is the same for equal code, whatever the commit.
     """
     return code_version.commit() | {
         "code": code_version.digest(files()),
@@ -29,7 +29,7 @@ def provenance() -> dict[str, Any]:
 
 
 def files() -> dict[str, str]:
-    """Hashes of the code that this process may run; see lib.code_version."""
+    """Hashes of the code that this process can run; see lib.code_version."""
     found: dict[str, str] = {}
     script = Path(sys.argv[0]).resolve()
     for entry in (*(f"{name}.py" for name in STAGES), str(script)):
@@ -39,7 +39,7 @@ def files() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and threads, and the accelerator if there is one."""
+    """Processor, cores, threads, and the GPU if there is one."""
     import torch
 
     device = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 
 def say_provenance() -> None:
-    """One line on the screen, above a benchmark's tables."""
+    """Print the provenance on one line, above a benchmark's tables."""
     print("provenance: " + json.dumps(provenance()), flush=True)
 
 

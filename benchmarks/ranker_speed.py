@@ -1,10 +1,9 @@
 """
-A training step of the ranker: all candidates packed behind their prompt, against one padded row for each.
+Training step of a ranker: all candidates packed behind their prompt, against one padded row per candidate.
 
-Same weights, same pools of K = 8, forward, backward and AdamW, in rounds that take turns; the ratios are what counts.
-One by one is measured twice: with the encoder as its authors published it, whose dropout on attention turns torch's
-fused attention off, and with that dropout taken out, as it is for the packed rows. The second part is
-sentence-transformers' CrossEncoderTrainer with ListNet on the same model and texts.
+Same weights, same pools of K = 8, forward, backward and AdamW, in turns. The ratios count. One row per candidate is measured
+twice: with the published encoder, whose attention dropout disables torch's fused attention, and without that dropout, as in
+the packed rows. The second part is CrossEncoderTrainer of sentence-transformers with ListNet, on the same model and texts.
 
 python -m benchmarks.ranker_speed                                      # a model of MiniLM's shape with random weights
 python -m benchmarks.ranker_speed --encoder /path/to/all-MiniLM-L6-v2  # also the comparison with CrossEncoderTrainer
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import say_provenance
+from benchmarks.result_files import add_out, write
 from lib.config import load_config
 from lib.models.collation import collate
 from lib.models.packing import Pools
@@ -40,7 +40,7 @@ LEARNING_RATE = 1e-5
 
 
 def backbones_of(encoder: str | None) -> tuple[Any, Any]:
-    """(as the ranker opens it, as it was published); without a folder MiniLM's shape with random weights."""
+    """(as the ranker opens it, as it was published). Without a folder: the shape of MiniLM with random weights."""
     from transformers import AutoModel, BertConfig, BertModel
 
     if encoder:
@@ -61,7 +61,7 @@ def backbones_of(encoder: str | None) -> tuple[Any, Any]:
 
 
 def random_pools(count: int, prompt: int, candidate: int) -> Pools:
-    """Pools in which prompts are full and candidates have between half and all of their tokens."""
+    """Pools with full prompts, and candidates that have between half and all of their tokens."""
     draw = np.random.default_rng(0)
     shape = (count, NUM_CANDIDATES, candidate)
     lengths = draw.integers(candidate // 2, candidate + 1, shape[:2])
@@ -87,6 +87,7 @@ class Steps:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, fused=True)
 
     def seconds(self, pools: Pools) -> float:
+        """Seconds of one step."""
         begin = time.perf_counter()
         with self.runtime.autocast():
             scores = self.scores(self.model, pools).float()
@@ -100,7 +101,10 @@ class Steps:
         return time.perf_counter() - begin
 
 
-def compare_ways(encoder: str | None, runtime: Runtime, pools_per_step: int, rounds: int) -> None:
+def compare_methods(
+    encoder: str | None, runtime: Runtime, pools_per_step: int, rounds: int
+) -> list[dict[str, Any]]:
+    """A row per length and precision: seconds per step, packed and one by one."""
     ours, stock = (CandidateRanker(backbone, seed=0) for backbone in backbones_of(encoder))
     precisions = ["fp32", "bf16"] if Runtime.detect(load_config()).precision == "bf16" else ["fp32"]
     rows = []
@@ -108,33 +112,45 @@ def compare_ways(encoder: str | None, runtime: Runtime, pools_per_step: int, rou
         pools = random_pools(pools_per_step, prompt, candidate)
         for precision in precisions:
             there = Runtime(runtime.device, precision)
-            ways = (
+            methods = (
                 Steps(ours, CandidateRanker.score_packed, there),
                 Steps(ours, CandidateRanker.score_one_by_one, there),
                 Steps(stock, CandidateRanker.score_one_by_one, there),
             )
-            times = np.array([[way.seconds(pools) for way in ways] for _ in range(rounds + 1)])[1:]
+            times = np.array([[method.seconds(pools) for method in methods] for _ in range(rounds + 1)])[1:]
             packed, alone, published = np.median(times, axis=0)
             ratio, to_published = np.median(times[:, 1:] / times[:, :1], axis=0)
-            rows.append(
-                (f"{prompt}", f"{candidate}", precision, f"{packed:.2f}", f"{published:.2f}", f"{to_published:.1f}",
-                 f"{alone:.2f}", f"{ratio:.1f}")
-            )  # fmt: skip
+            rows.append({
+                "prompt": prompt, "candidate": candidate, "precision": precision, "packed": packed, "published": published,
+                "published_ratio": to_published, "no_dropout": alone, "no_dropout_ratio": ratio,
+            })  # fmt: skip
+    say(rows)
+    return rows
+
+
+def say(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
     head = ("prompt", "candidate", "precision", "packed s", "one by one s", "ratio", "no dropout s", "ratio")
-    print("tokens, and seconds of a training step; one by one as published, and without dropout on attention")
-    print(aligned([head, *rows]))
+    lines = [
+        (f"{r['prompt']}", f"{r['candidate']}", r["precision"], f"{r['packed']:.2f}", f"{r['published']:.2f}",
+         f"{r['published_ratio']:.1f}", f"{r['no_dropout']:.2f}", f"{r['no_dropout_ratio']:.1f}")
+        for r in rows
+    ]  # fmt: skip
+    print("tokens, and seconds per training step; one by one as published, and without attention dropout")
+    print(aligned([head, *lines]))
 
 
 # --- sentence-transformers -------------------------------------------------------------------------------------------
 
 
-def compare_peer(encoder: str, runtime: Runtime, pools_per_step: int, rounds: int) -> None:
+def compare_peer(encoder: str, runtime: Runtime, pools_per_step: int, rounds: int) -> dict[str, Any] | None:
+    """Seconds per step beside CrossEncoderTrainer; None when its packages are not installed."""
     lacking = [
         name for name in ("sentence_transformers", "datasets") if importlib.util.find_spec(name) is None
     ]
     if lacking:
         print(f"no comparison with CrossEncoderTrainer: {' and '.join(lacking)} not installed")
-        return
+        return None
     backbone, tokenizer = open_encoder(encoder)
     prompts, candidates = texts(tokenizer, pools_per_step)
     pools = collate(tokenizer, prompts, candidates, sum(PEER_LENGTHS), PEER_LENGTHS[1])
@@ -147,12 +163,14 @@ def compare_peer(encoder: str, runtime: Runtime, pools_per_step: int, rounds: in
             pairs.append((ours, theirs))
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
-    print(f"\nprompt {int(pools.prompt_mask.sum(1).max())} tokens, {runtime.precision}: ours {ours:.2f} s a step, "
+    prompt = int(pools.prompt_mask.sum(1).max())
+    print(f"\nprompt {prompt} tokens, {runtime.precision}: ours {ours:.2f} s per step, "
           f"CrossEncoderTrainer with ListNet {theirs:.2f} s, ratio {ratio:.1f}")  # fmt: skip
+    return {"prompt": prompt, "precision": runtime.precision, "ours": ours, "theirs": theirs, "ratio": ratio}
 
 
 def texts(tokenizer: Any, count: int) -> tuple[list[str], list[list[str]]]:
-    """Prompts and candidates of common words: one token each, the special ones included in the lengths."""
+    """Prompts and candidates of common words, one token each. The lengths include special tokens."""
     words = [w for w in tokenizer.get_vocab() if w.isascii() and w.isalpha() and len(w) > 3]
     words, draw = sorted(words), np.random.default_rng(0)
     prompt, candidate = (length - special for length, special in zip(PEER_LENGTHS, (2, 1), strict=True))
@@ -163,7 +181,7 @@ def texts(tokenizer: Any, count: int) -> tuple[list[str], list[list[str]]]:
 
 
 def peer_seconds(encoder: str, runtime: Runtime, prompts: list[str], candidates: list[list[str]]) -> float:
-    """Seconds a step of CrossEncoderTrainer, over five after the first, the same pools each time."""
+    """Seconds per step of CrossEncoderTrainer: median of five steps after the first, the same pools each time."""
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from sentence_transformers.cross_encoder import (  # pyright: ignore[reportMissingImports]
         CrossEncoder,
@@ -188,7 +206,7 @@ def peer_seconds(encoder: str, runtime: Runtime, prompts: list[str], candidates:
     model = CrossEncoder(encoder, num_labels=1, device=str(runtime.device), local_files_only=True)
     loss = ListNetLoss(
         model, mini_batch_size=-1
-    )  # all candidates of the step in one forward pass, its fastest way
+    )  # all candidates of the step in one forward pass, which is fastest
     with tempfile.TemporaryDirectory() as folder:
         arguments = CrossEncoderTrainingArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=len(prompts), learning_rate=LEARNING_RATE,
@@ -208,14 +226,17 @@ def main() -> None:
     parser.add_argument("--encoder", help="folder of a BERT-like encoder with its tokenizer")
     parser.add_argument("--pools", type=int, default=4, help="pools per step")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip", choices=["ways", "peer"], help="leave out one of both comparisons")
+    parser.add_argument("--skip", choices=["methods", "peer"], help="leave out one of the two comparisons")
+    add_out(parser)
     options = parser.parse_args()
     say_provenance()
     runtime = Runtime.detect(load_config())
-    if options.skip != "ways":
-        compare_ways(options.encoder, runtime, options.pools, options.rounds)
+    figures: dict[str, Any] = {"pools": options.pools, "rows": [], "peer": None}
+    if options.skip != "methods":
+        figures["rows"] = compare_methods(options.encoder, runtime, options.pools, options.rounds)
     if options.skip != "peer" and options.encoder:
-        compare_peer(options.encoder, runtime, options.pools, options.rounds)
+        figures["peer"] = compare_peer(options.encoder, runtime, options.pools, options.rounds)
+    write(options.out, "ranker_speed", figures)
 
 
 if __name__ == "__main__":

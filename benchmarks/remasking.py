@@ -1,38 +1,38 @@
 """
-Does re-masking pay, and does a learned critic? Every policy at equal NFE, on text and on a language that is right or wrong.
+Does re-masking pay, and does a learned critic? All policies at equal NFE, on text and on a language with exact answers.
 
-E1 wrong tokens found in held-out fills: critic, stored and fresh confidence, entropy, chance, and the ceiling
-E2 sticky spans of held-out text filled: right tokens, likelihood, and the oracle as the ceiling
-E3 whole samples: likelihood under two judges against variety, at matched 4-gram entropy, beside an autoregressive model's;
-   words, repetition, copying
-E4 sums in brackets, decided exactly: share of right sentences, and how many of them differ
+E1 detection of wrong tokens in held-out fills: critic, stored and fresh confidence, entropy, chance, and the upper bound
+E2 infilling of sticky spans of held-out text: correct tokens, likelihood, and the oracle as the upper bound
+E3 whole samples: likelihood under two judges at equal 4-gram entropy, beside an autoregressive model; words, repetition,
+   copying
+E4 sums in brackets, which are decided exactly: share of correct sentences, and how many of them differ
 E5 ablations: how the critic is trained and used, and what it costs the generator
-E6 seconds beside passes, and the same samples at any batch size
+E6 seconds per sample, and equality of samples at any batch size
 
-Policies that take back write the second half of their rounds cold. E3 sweeps the temperature; in E2 and E5 lines named "cold"
-do the same without taking anything back; in E4 no rounds are held but in the lines that say so, and "sharp" ones take back
-exactly what is suspected most.
+Policies that re-mask use the second half of their steps as corrector steps at a low temperature. E3 sweeps the temperature.
+In E2 and E5, lines named "cold" use that low temperature without re-masking. E4 has no corrector steps, except in lines that
+say so; its lines named "sharp" re-mask exactly the tokens with the highest error score.
 
-Per seed: generator, reference model and critics by the project's own stages, an n-gram judge. Each (seed, experiment,
-setting) is a line of OUT/results.jsonl, with the code, date, command, library versions and machine that it comes from;
-started again it goes on where it was. Tables are in OUT/summary.md, the pictures in OUT/passes.svg and OUT/pareto.svg.
+Per seed: generator, reference model and critics, trained by the project's own stages, and an n-gram judge. Each (seed,
+experiment, setting) is a line of OUT/results.jsonl with its provenance: code, date, command, library versions, machine. An
+interrupted benchmark continues where it stopped. It writes tables to OUT/summary.md, and OUT/passes.svg and OUT/pareto.svg.
 
-Full: 3 seeds, 4 x 128 with context 128, 2,000 steps for the generator, 800 for the reference model, 2,000 for the critic,
-240 for each critic of the ablations; the sums 4 x 128 with context 64, 6,000 and 1,000 steps; 256 texts per setting (128
-in E2, E3 and E5, 64 in E6). About seven and a half hours on two cores. --quick: 1 seed, 2 x 64 with context 64,
-some hundred steps, 24 texts, the main policies; under 5 minutes.
+Full: 3 seeds, 4 layers x 128 with context 128; 2,000 steps for the generator, 800 for the reference model, 2,000 for the
+critic, 240 for each critic of the ablations. Sums: 4 x 128 with context 64, 6,000 and 1,000 steps. 256 texts per setting (128
+in E2, E3 and E5, 64 in E6). About seven and a half hours on two cores. --quick: 1 seed, 2 x 64 with context 64, a few
+hundred steps, 24 texts, the main policies; under 5 minutes.
 
 python -m benchmarks.remasking outputs/remasking
 python -m benchmarks.remasking outputs/remasking --data /path/to/tinyshakespeare/input.txt --only E1,E2
 python -m benchmarks.remasking outputs/remasking_quick --quick
 
-One thread each, processes beside each other use the cores better than one with all threads; they may share OUT if each
-has seeds of its own:
+Several processes with one thread each use the cores better than one process with all threads. They can share OUT when each
+has its own seeds:
 
 OMP_NUM_THREADS=1 python -m benchmarks.remasking OUT --seeds 0 & OMP_NUM_THREADS=1 python -m benchmarks.remasking OUT --seeds 1,2
 
-More seeds narrow the intervals of whole samples; --contested measures in them only the lines whose differences are told:
-some 80 minutes of one core per seed.
+More seeds narrow the intervals of whole samples. --contested measures only the lines whose differences are reported: about
+80 minutes of one core per seed.
 
 python -m benchmarks.remasking OUT --seeds 3,4 --contested
 """
@@ -61,7 +61,7 @@ from lib.log import say
 from lib.runs import plain
 
 ALL = tuple(name for name in POLICIES if name != "oracle")
-PLAIN = {"corrector_share": 0.0, "end_ratio": 0.05}  # no rounds at the end that only correct
+PLAIN = {"corrector_share": 0.0, "end_ratio": 0.05}  # no corrector steps
 LEADING = (
     "ancestral",
     "random_remask",
@@ -72,29 +72,29 @@ LEADING = (
     "critic_origin",
 )
 ABLATED = ("ancestral", "critic", "critic_partial", "critic_origin")  # policies of E5
-# Held rounds write cold, which finds likelier tokens by itself: these do it without taking anything back
+# A low temperature alone finds likelier tokens: these lines use it without re-masking
 COLD = {"temperature": 0.3}
-# These a second time in E2 and E5, where no temperatures are swept
+# Policies that run a second time so in E2 and E5, where no temperatures are swept
 COLD_POLICIES = ("ancestral", "confidence_order")
-# In E4 a second time without the noise that is blended into what they suspect
+# Policies run a second time so in E4: without the noise that is blended into the error score
 SHARP = {"randomness_strength": 0.0}
 BY_CHANCE = (
     "random_remask",
     "remdm_cap",
     "remdm_rescale",
-)  # of those that take back: have nothing to sharpen
+)  # re-mask at random: no error score to sharpen
 CONTESTED = (REAL, "critic_origin", *BASELINES)  # lines of E3
 STOPPING = ("critic", "confidence_order")  # policies that also run with the schedule `threshold`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything.
+    """The amounts of everything that is measured.
 
     Attributes:
-        temperatures: of E3, from which each policy takes those around the variety of real text, three at least.
-        plain_policies: run in E3 a second time, without held rounds.
-        changes: of the sampler, which E5 tries with the joint critic.
+        temperatures: of E3. Each policy uses those around the diversity of real text, at least three.
+        plain_policies: run a second time in E3, without corrector steps.
+        changes: settings of the sampler that E5 tries with the joint critic.
     """
 
     seeds: int
@@ -139,7 +139,7 @@ PLANS = {
         text=Size(2, 64, 64, (300, 120, 120, 50), 24, evaluated=32),
         sums=Size(2, 64, 32, (1000, 10, 100, 0), 32, sentences=8000, digits=1, evaluated=32),
     ),
-    "tiny": Plan(  # for the tests: everything happens, nothing is learned
+    "tiny": Plan(  # for the tests: everything runs, nothing is learned
         seeds=1, texts=4, samples=4, ratios=(0.5,), fill_passes=(2,), span_nfe=(3,),
         sample_nfe=(4,), temperatures=(0.7, 1.5), plain_policies=("random_remask",), sum_nfe=(3,), thresholds=(0.2,), policies=("ancestral", "critic"),
         sample_policies=("ancestral", "critic"), variants=("joint", "no critic"), changes=((("calibrated", False),),),
@@ -171,7 +171,7 @@ def name_of(experiment: str, setting: dict[str, Any]) -> str:
 
 
 def tasks(plan: Plan) -> Iterator[Task]:
-    """All settings, experiment by experiment."""
+    """All settings, in the order of the experiments."""
     for ratio in plan.ratios:
         for masks, passes in product(detection.MASKS, plan.fill_passes):
             setting = {"masks": masks, "ratio": ratio, "passes": passes}
@@ -186,7 +186,7 @@ def tasks(plan: Plan) -> Iterator[Task]:
     )
     lines: list[tuple[str, str, dict[str, Any]]] = [(policy, policy, {}) for policy in plan.sample_policies]
     lines += [(f"{policy}, plain", policy, PLAIN) for policy in plan.plain_policies]
-    # ReMDM's loop taking back what critic_origin does, as much and as often, but by chance: what is left is the critic's
+    # ReMDM's loop that re-masks at random as many tokens as critic_origin: the rest of the difference is the critic's
     lines.append((CHURNED, "remdm_rescale", {"remdm_share": load_config().sampler.remask_share}))
     for name, policy, changes in lines:
         yield Task("E3", {"policy": name}, lambda lab, seed, p=policy, c=changes: experiments.unconditional(
@@ -202,7 +202,7 @@ def tasks(plan: Plan) -> Iterator[Task]:
 
 
 def _lines(policies: tuple[str, ...]) -> experiments.Lines:
-    """The policies, and those of them that are tried cold too."""
+    """The policies, and those that are also tried at a low temperature."""
     cold = {f"{policy}, cold": (policy, COLD) for policy in COLD_POLICIES if policy in policies}
     return {policy: (policy, {}) for policy in policies} | cold
 
@@ -212,15 +212,23 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
         return Task("E4", setting, lambda lab, seed: experiments.sums(
             lab.models(seed, SUMS), policy, nfe, plan.texts, plan.sums.digits, **changes))  # fmt: skip
 
-    lines = {(policy, heat): (policy, PLAIN) for policy in plan.policies for heat in plan.sum_temperatures}
+    lines = {
+        (policy, temperature): (policy, PLAIN)
+        for policy in plan.policies
+        for temperature in plan.sum_temperatures
+    }
     back = [policy for policy in plan.policies if POLICIES[policy].takes_back]
-    lines |= {(f"{policy}, held", 1.0): (policy, {}) for policy in back}
+    lines |= {(f"{policy}, corrector steps", 1.0): (policy, {}) for policy in back}
     unsure = [policy for policy in back if policy not in BY_CHANCE]
-    lines |= {(f"{p}, sharp", heat): (p, PLAIN | SHARP) for p in unsure for heat in plan.sum_temperatures}
+    lines |= {
+        (f"{p}, sharp", temperature): (p, PLAIN | SHARP)
+        for p in unsure
+        for temperature in plan.sum_temperatures
+    }
     for nfe in plan.sum_nfe:
-        for (name, heat), (policy, changes) in lines.items():
-            setting = {"policy": name, "nfe": nfe, "temperature": heat}
-            yield task(setting, policy, nfe, temperature=heat, **changes)
+        for (name, temperature), (policy, changes) in lines.items():
+            setting = {"policy": name, "nfe": nfe, "temperature": temperature}
+            yield task(setting, policy, nfe, temperature=temperature, **changes)
     for policy in STOPPING:
         for threshold in plan.thresholds:
             nfe = max(plan.sum_nfe)
@@ -240,12 +248,12 @@ def _ablation_tasks(plan: Plan) -> Iterator[Task]:
 
 
 class Results:
-    """The lines of OUT/results.jsonl; one that was cut off by a kill is passed over."""
+    """The lines of OUT/results.jsonl. A line that a kill cut off is skipped."""
 
     def __init__(self, path: Path):
         self.path, self.records = path, []
         content = path.read_bytes() if path.exists() else b""
-        self._begin = b"" if content.endswith(b"\n") or not content else b"\n"  # ends what was cut off
+        self._begin = b"" if content.endswith(b"\n") or not content else b"\n"  # ends a line that was cut off
         for line in content.splitlines():
             try:
                 self.records.append(json.loads(line))
@@ -264,14 +272,14 @@ class Results:
         record = plain(head | {"result": result})
         line = self._begin + json.dumps(record, allow_nan=False).encode() + b"\n"
         with open(self.path, "ab", buffering=0) as file:
-            file.write(line)  # in one piece: another process may write beside this one
+            file.write(line)  # in one call: another process may append to the same file
             os.fsync(file.fileno())
         self._begin = b""
         self.records.append(record)
         self.done.add((seed, task.name))
 
     def say_other_code(self) -> None:
-        """Lines of other code stay, each with its own provenance; that there are some is said."""
+        """Log how many lines come from other code. They stay, each with its own provenance."""
         now = code_version.digest(files())
         other = [r for r in self.records if r.get("provenance", {}).get("code") != now]
         if other:
@@ -286,8 +294,10 @@ def run(
     out: Path, plan_name: str, data: str = "builtin", seeds: tuple[int, ...] = (), only: tuple[str, ...] = (),
     contested: bool = False,
 ) -> Results:  # fmt: skip
-    """Every setting that has no line yet, or just the contested ones, seed by seed; then the tables of all that is there.
-    Returns all results."""
+    """Measure every setting that has no line yet, seed by seed, then write the tables of all lines. Returns all results.
+
+    contested: only the lines whose differences are reported.
+    """
     plan = PLANS[plan_name]
     out.mkdir(parents=True, exist_ok=True)
     _refuse_other_settings(out / "settings.json", settings_of(plan, data))
@@ -316,14 +326,14 @@ def run(
 def write_tables(out: Path, plan: Plan) -> None:
     """Tables and pictures of all lines that OUT/results.jsonl holds, in the plan's order."""
     planned = {task.name: number for number, task in enumerate(tasks(plan))}
-    records = Results(out / "results.jsonl").records  # also those of processes beside this one
+    records = Results(out / "results.jsonl").records  # also those of other processes
     records.sort(key=lambda r: planned.get(name_of(r["experiment"], r["setting"]), len(planned)))
     write_summary(out, records)
     say(f"{out / 'summary.md'}")
 
 
 def settings_of(plan: Plan, data: str) -> dict[str, Any]:
-    """All that the lines of one results.jsonl must have in common; which lines of E3 there are is not part of it."""
+    """What all lines of a results.jsonl have in common. The lines of E3 are not part of it."""
     config = load_config()
     shipped = {"sampler": config.sampler.model_dump(), "critic": config.critic.model_dump(), "plain": PLAIN}
     settings = asdict(plan) | shipped | {"seeds": None, "data": data, "critics": VARIANTS}
@@ -351,7 +361,7 @@ def main() -> None:
         "--contested", action="store_true", help=f"only whole samples of {'; '.join(CONTESTED)}"
     )
     parser.add_argument(
-        "--tables", action="store_true", help="train nothing: tables and pictures of what is there"
+        "--tables", action="store_true", help="train nothing: write tables and pictures of the stored lines"
     )
     options = parser.parse_args()
     only = tuple(name for name in options.only.split(",") if name)

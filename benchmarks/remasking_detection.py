@@ -1,6 +1,6 @@
-"""E1 of the re-masking benchmark: held-out text with masks filled by the generator, and who finds what is wrong in it.
+"""E1 of the re-masking benchmark: the generator fills masks of held-out text; which score finds the wrong tokens?
 
-Legend: B texts, T positions, N written tokens.
+Legend: B texts, T positions, N generated tokens.
 """
 
 from dataclasses import dataclass
@@ -17,30 +17,33 @@ from lib.diffusion.top_k import lowest_k
 from lib.sections.masking import RandomMasking, StickyMasking
 from lib.training.objectives.base import chunks
 
-BUDGET = 0.3  # of the written tokens: how many a round takes back when precision is measured
+BUDGET = 0.3  # share of the generated tokens that a step re-masks, for the precision
 STICKY = StickyMasking(type="sticky", p1=0.02, p2=0.9)
 MASKS = {"random": RandomMasking(type="random"), "sticky": STICKY}
 
 
 @dataclass(frozen=True)
 class Fill:
-    """Held-out text with masks filled in one pass, and how suspicious each view finds every token."""
+    """Held-out text with filled masks, and the error score of every token by each view."""
 
     wrong: np.ndarray  # (B, T)
     written: np.ndarray  # (B, T)
-    seen: np.ndarray  # (B, T) written, and not hidden from the partial view
+    seen: np.ndarray  # (B, T) generated, and visible to the partial view
     views: dict[str, np.ndarray]  # (B, T) each
 
 
-PARTIAL = ("critic_partial", "confidence_of_those")  # views that exist for the tokens in `seen` alone
-NOT_CHANCES = ("random", "entropy", "critic_unknown")  # no probabilities, or not of the written tokens
+PARTIAL = ("critic_partial", "confidence_of_those")  # views that exist only for the tokens in `seen`
+NOT_CHANCES = ("random", "entropy", "critic_unknown")  # not probabilities, or not of the generated tokens
 
 
 @torch.no_grad()
 def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) -> Fill:
-    """`ratio` of the tokens of `count` texts that no model saw, masked (`MASKS`) and drawn at temperature 1 in `passes`.
+    """Mask a share of the tokens of held-out texts and fill them at temperature 1 in a number of forward passes.
 
-    Each pass draws an equal share of them, with all that the passes before it drew in view, as in sampling.
+    Each pass fills an equal share and sees what earlier passes filled, as in sampling.
+
+    Args:
+        masks: a key of MASKS; ratio: share of masked tokens; count: number of texts.
     """
     clean = trained.held_out[:count]
     rows = np.arange(len(clean))
@@ -69,17 +72,17 @@ def filled(trained: Trained, masks: str, ratio: float, passes: int, count: int) 
                 block.reshape(-1)[at] = values.cpu().numpy()
                 array[part] = block
         left &= ~now
-        share = now.mean(1)  # masked before the pass that completes the text
+        share = now.mean(1)  # share that is masked before the last pass
     views, hidden = _views(trained, ids, written, confidence, share)
     views |= {"entropy": entropy, "confidence_given": 1 - _given_confidence(trained, ids, written)}
     return Fill(ids != clean, written, written & ~hidden, views)
 
 
 def _given_confidence(trained: Trained, ids: np.ndarray, written: np.ndarray) -> np.ndarray:
-    """(B, T) probability of each written token with the given text alone in view; 1 for the given ones.
+    """(B, T) probability of each generated token given the unmasked text alone; 1 for given tokens.
 
-    As far as the generator's probabilities are the true ones, no view of its fills can be better: given that text, what was
-    written tells nothing of the truth.
+    If the generator's probabilities are correct, this is the upper bound for every view of its fills: given that text, the
+    other fills carry no information about the original.
     """
     result, masked = np.ones(ids.shape), np.where(written, trained.mask_id, ids)
     for part in chunks(len(ids), 64):
@@ -94,13 +97,14 @@ def _given_confidence(trained: Trained, ids: np.ndarray, written: np.ndarray) ->
 
 
 def logits_of(trained: Trained, inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """(N, V) logits at the flat positions `at` of (B, T) inputs."""
     device = trained.runtime.device
     with trained.runtime.autocast():
         return trained.model(input_ids=inputs.to(device), logits_at=at.to(device)).logits.float()
 
 
 def _views(trained: Trained, ids, written, confidence, share) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """((B, T) suspicion by each view but entropy, (B, T) what was hidden from the partial one: half)."""
+    """((B, T) error scores of each view except entropy, (B, T) the half that is hidden from the partial view)."""
     sampler, rows = trained.sampler(), np.arange(len(ids))
     noise = randomness.uniform(randomness.key(trained.seed, "benchmark hidden"), rows, ids.shape[1])
     hidden = lowest_k(noise, written, written.sum(1) // 2)
@@ -116,7 +120,7 @@ def _views(trained: Trained, ids, written, confidence, share) -> tuple[dict[str,
     views = {
         "random": randomness.uniform(randomness.key(trained.seed, "benchmark chance"), rows, ids.shape[1]),
         "confidence": 1 - confidence,
-        "confidence_fresh": 1 - fresh,
+        "fresh_confidence": 1 - fresh,
         "critic_raw": raw,
         "critic": trained.calibration(raw, "filled", share),
         "critic_unknown": unknown,
@@ -128,7 +132,7 @@ def _views(trained: Trained, ids, written, confidence, share) -> tuple[dict[str,
 
 
 def error_detection(trained: Trained, masks: str, ratio: float, passes: int, count: int) -> dict[str, Any]:
-    """View -> AUROC, average precision, precision among the BUDGET most suspected, ECE; differences to confidence."""
+    """View -> AUROC, average precision, precision among the BUDGET highest scores, ECE; differences to confidence."""
     fill = filled(trained, masks, ratio, passes, count)
     result: dict[str, Any] = {"error_rate": float(fill.wrong[fill.written].mean()), "views": {}}
     for name, suspicion in fill.views.items():
@@ -147,7 +151,7 @@ def error_detection(trained: Trained, masks: str, ratio: float, passes: int, cou
 
 
 def _precision(suspicion: np.ndarray, where: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """(B,) share of errors among the most suspected BUDGET of each text."""
+    """(B,) share of errors among the BUDGET highest scores of each text."""
     count = np.maximum(np.rint(BUDGET * where.sum(1)).astype(np.int64), 1)
     order = np.argsort(np.argsort(np.where(where, -suspicion, np.inf), 1, kind="stable"), 1)
     return ((order < count[:, None]) & wrong & where).sum(1) / count

@@ -1,7 +1,7 @@
-"""E2 to E6 of the re-masking benchmark: what is measured in one setting for one seed. No file, no table.
+"""E2 to E6 of the re-masking benchmark: the measurements in one setting for one seed.
 
-Every function takes trained models and one setting and returns plain numbers; an estimate is {"value", "low", "high"},
-a 95 % interval over samples. Policies in one setting are compared on the same texts, so their differences are paired.
+Every function takes trained models and one setting and returns plain numbers. An estimate is {"value", "low", "high"} with
+a 95 % interval over samples. Policies in one setting are compared on the same texts, so differences are paired.
 
 Legend: B texts, T positions.
 """
@@ -25,10 +25,10 @@ from lib.diffusion.sampler import Samples
 from lib.evaluation.quality import characters, valid_words
 from lib.training.objectives.base import chunks
 
-REPEATED = 8  # characters of a repetition
-LEAST = 3  # temperatures of a curve
+REPEATED = 8  # length of a repetition in characters
+MIN_TEMPERATURES = 3  # of a curve
 
-# Name in the table -> policy, settings of the sampler of its own
+# Name in the table -> policy, its own settings of the sampler
 Lines = dict[str, tuple[str, dict[str, Any]]]
 
 
@@ -42,8 +42,10 @@ def estimate(numerators: np.ndarray, denominators: np.ndarray | None = None) -> 
 def infilling(
     trained: Trained, ratio: float, nfe: int, lines: Lines, count: int, **changes: Any
 ) -> dict[str, Any]:
-    """Line -> share of right tokens in sticky spans of held-out text, and by how much the whole text is less likely
-    than the true one under both judges, in nats per written token: a span must also fit what stands behind it."""
+    """Line -> share of correct tokens in sticky spans of held-out text, and NLL minus that of the true text.
+
+    The NLL is that of the whole text under both judges, in nats per generated token: a span must also fit the text after it.
+    """
     clean = trained.held_out[:count]
     eligible = np.ones(clean.shape, bool)
     counts = masked_counts(np.full(len(clean), ratio), eligible.sum(1))
@@ -78,15 +80,17 @@ def unconditional(
     trained: Trained, policy: str, budgets: Sequence[int], count: int, temperatures: Sequence[float],
     **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs at each budget of passes; none at larger budgets once all temperatures leave a policy's samples less varied
-    than real text: with more passes it takes back more of what is rare."""
+    """Runs at each NFE. Stops where a policy's samples are less diverse than real text at all temperatures.
+
+    With more forward passes such a policy re-masks even more rare tokens.
+    """
     ids, free = trained.blank(count)
     runs: list[dict[str, Any]] = []
     start = 1.0
     for nfe in sorted(budgets):
 
-        def make(heat: float, nfe: int = nfe) -> Samples:
-            return trained.sample(policy, nfe, ids, free, temperature=heat, **changes)
+        def make(temperature: float, nfe: int = nfe) -> Samples:
+            return trained.sample(policy, nfe, ids, free, temperature=temperature, **changes)
 
         goal, found = around_real_text(trained, count, temperatures, start, make)
         runs += [{"nfe": nfe} | run for run in found]
@@ -100,12 +104,12 @@ def unconditional(
 def autoregressive(
     trained: Trained, model: nn.Module, count: int, temperatures: Sequence[float]
 ) -> dict[str, Any]:
-    """The same of a causal model, whose budget is a pass for every token."""
+    """The same for a causal model, which needs one forward pass per token."""
     ids, free = trained.blank(count)
     model = model.to(trained.runtime.device)
-    _, found = around_real_text(trained, count, temperatures, 1.0, lambda heat: sample_autoregressively(
+    _, found = around_real_text(trained, count, temperatures, 1.0, lambda temperature: sample_autoregressively(
         model, ids, free, np.arange(count), trained.tokenizer.cls_token_id, trained.forbidden,
-        trained.config.sampler.model_copy(update={"temperature": heat}), trained.runtime, trained.seed, trained.context,
+        trained.config.sampler.model_copy(update={"temperature": temperature}), trained.runtime, trained.seed, trained.context,
     ))  # fmt: skip
     return {"runs": [{"nfe": ids.shape[1]} | run for run in found]}
 
@@ -113,44 +117,46 @@ def autoregressive(
 def around_real_text(
     trained: Trained, count: int, temperatures: Sequence[float], start: float, make: Callable[[float], Samples]
 ) -> tuple[float, list[dict[str, Any]]]:  # fmt: skip
-    """(4-gram entropy of as many real texts, what samples are like at the temperatures around which they have it).
+    """(4-gram entropy of as many real texts, quality of the samples at the temperatures around that entropy).
 
-    From the one nearest to `start` colder as long as they are more varied, hotter as long as they are less; then colder
-    still, until there are `LEAST` points of the curve.
+    Starts at the temperature closest to `start`: lower while samples are more diverse than real text, higher while they are
+    less diverse; then lower still, until the curve has MIN_TEMPERATURES points.
     """
     ladder = sorted(temperatures)
     goal = metrics.ngram_entropy(characters(trained.texts(trained.held_out[:count])), 4)
     found: dict[int, dict[str, Any]] = {}
-    at: int | None = min(range(len(ladder)), key=lambda place: abs(ladder[place] - start))
+    at: int | None = min(range(len(ladder)), key=lambda position: abs(ladder[position] - start))
     while at is not None:
         begin = time.perf_counter()
         made = make(ladder[at])
         seconds = time.perf_counter() - begin
         head = {"temperature": ladder[at], "passes": made.nfe, "seconds": seconds}
         found[at] = head | quality(trained, made.ids)
-        at = next_place({place: run["fourgram_entropy"] for place, run in found.items()}, goal, len(ladder))
-    return goal, [found[place] for place in sorted(found)]
+        at = next_temperature(
+            {position: run["fourgram_entropy"] for position, run in found.items()}, goal, len(ladder)
+        )
+    return goal, [found[position] for position in sorted(found)]
 
 
-def next_place(found: Mapping[int, float], goal: float, size: int) -> int | None:
-    """Which of `size` temperatures is to be tried next: `found` holds a neighbouring few of them with what they gave."""
+def next_temperature(found: Mapping[int, float], goal: float, size: int) -> int | None:
+    """Index of the temperature to try next, or None. `found`: entropy of the adjacent temperatures tried so far."""
     below, above = min(found) - 1, max(found) + 1
     if min(found.values()) > goal and below >= 0:
         return below
     if max(found.values()) < goal and above < size:
         return above
-    if len(found) >= min(LEAST, size):
+    if len(found) >= min(MIN_TEMPERATURES, size):
         return None
     return below if below >= 0 else above
 
 
 def real_text(trained: Trained, count: int) -> dict[str, Any]:
-    """The same of as many held-out texts."""
+    """The same for as many held-out texts."""
     return quality(trained, trained.held_out[:count]) | {"passes": 0}
 
 
 def quality(trained: Trained, ids: np.ndarray) -> dict[str, Any]:
-    """Likelihood beside variety, words, repetition, distance from real text, and copying."""
+    """Likelihood, diversity, valid words, repetition, distance from real text, and copying."""
     texts, all_of = trained.texts(ids), np.ones(ids.shape, bool)
     codes, length = characters(texts), np.array([len(t) for t in texts], float)
     words = valid_words(texts, trained.words)
@@ -171,7 +177,7 @@ def quality(trained: Trained, ids: np.ndarray) -> dict[str, Any]:
 
 
 def sums(trained: Trained, policy: str, nfe: int, count: int, digits: int, **changes: Any) -> dict[str, Any]:
-    """Share of right sentences among those that samples of the language of sums hold, and how many of them differ."""
+    """Share of correct sentences in samples of the language of sums, and how many of them differ."""
     ids, free = trained.blank(count)
     made = trained.sample(policy, nfe, ids, free, **changes)
     texts, language = trained.texts(made.ids), Sums(digits)
@@ -189,9 +195,9 @@ def sums(trained: Trained, policy: str, nfe: int, count: int, digits: int, **cha
 
 
 def ablation(trained: Trained, ratio: float, nfe: int, lines: Lines, count: int) -> dict[str, Any]:
-    """What a variant of the critic costs the generator, how well it finds errors, and what its policies gain.
+    """A variant of the critic: the generator's NELBO, detection of errors, and the accuracy of its policies.
 
-    Errors are those of sticky spans filled in `nfe` passes.
+    Errors are those of sticky spans filled in `nfe` forward passes.
     """
     after = trained.stats(CRITIC)
     detection = error_detection(trained, "sticky", ratio, nfe, count)["views"]
@@ -208,9 +214,9 @@ def ablation(trained: Trained, ratio: float, nfe: int, lines: Lines, count: int)
 
 
 def cost(trained: Trained, policy: str, nfe: int, count: int, repeats: int = 3) -> dict[str, Any]:
-    """Seconds per sample, share of the bare forward passes in them, and whether the batch size matters.
+    """Seconds per sample, the share of bare forward passes in them, and whether the batch size changes samples.
 
-    Samples and bare passes take turns, so that a machine that slows down slows both; of each the fastest counts.
+    Samples and bare passes take turns, so that other load affects both. The fastest of each counts.
     """
     ids, free = trained.blank(count)
     sampling, bare = [], []
@@ -233,7 +239,7 @@ def cost(trained: Trained, policy: str, nfe: int, count: int, repeats: int = 3) 
 
 @torch.no_grad()
 def _bare_passes(trained: Trained, ids: np.ndarray, passes: int) -> None:
-    """So many passes of the generator over texts of which half is masked, with logits there."""
+    """Forward passes of the generator over texts, with logits at half of the positions."""
     for part in chunks(len(ids), 64):
         at = torch.arange(0, ids[part].size, 2)
         for _ in range(passes):

@@ -1,7 +1,7 @@
-"""The models of the re-masking benchmark: trained by the project's own stages, loaded when first asked for.
+"""The models of the re-masking benchmark: trained by the project's own stages, loaded on first use.
 
-For each seed and each language (the text, and the sums) stages 00 to 04 run once; each variant of the critic has a stage
-05 of its own beside links to them. All of it lies under OUT/models and is continued where it was left.
+For each seed and each language (text and sums) stages 00 to 04 run once. Each variant of the critic has its own stage 05 and
+links to the other stages. Everything is in OUT/models; an interrupted benchmark continues there.
 """
 
 import importlib
@@ -36,8 +36,8 @@ from lib.training.data import Windows
 BEFORE = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
 CRITIC = "05_train_critic"
 TEXT, SUMS = "text", "sums"
-MAIN = "main"  # the critic of all experiments but the ablations
-# What each variant of the critic changes in the config. All but `main` learn for the same smaller number of steps.
+MAIN = "main"  # the critic of all experiments except the ablations
+# Changes of each variant of the critic to the config. All except `main` train for the same smaller number of steps.
 VARIANTS: dict[str, dict[str, Any]] = {
     "joint": {},
     "no critic": {"alpha": 0.0, "selection_weight": 0.0},
@@ -52,12 +52,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How large a language's models are and how long they learn.
+    """Size and training length of the models of one language.
 
     Attributes:
         steps: of the generator, the reference model, the critic, and the critics of the ablations.
         rates: learning rates of the generator, which starts from scratch.
-        sentences: of the language of sums; `digits` of its numbers.
+        sentences: number of sentences of the language of sums; digits: of its numbers.
     """
 
     layers: int
@@ -73,7 +73,7 @@ class Size:
     evaluated: int = 256
 
     def config(self, data: str) -> dict[str, Any]:
-        """A config file: the shipped defaults with these sizes, and no models but generator and reference model."""
+        """A config file: the defaults with these sizes, and only the generator and the reference model."""
         generator, reference, critic, _ = (_training(steps) for steps in self.steps)
         others = {name: None for name in load_config().models if name not in ("generator", "reference_lm")}
         models: dict[str, Any] = {
@@ -98,7 +98,7 @@ def _training(steps: int) -> dict[str, Any]:
 
 @dataclass
 class Trained:
-    """The models of one seed and variant, and the text they are judged by."""
+    """The models of one seed and variant, and the text they are evaluated on."""
 
     config: Config
     folder: Path  # holds the finished stages
@@ -135,11 +135,13 @@ class Trained:
         return sorted(set(self.tokenizer.all_special_ids))
 
     def stats(self, stage: str) -> dict:
+        """The statistics in a stage's manifest."""
         manifest = load_manifest(self.folder / stage)
         assert manifest is not None
         return manifest["stats"]
 
     def windows(self, split: str) -> Windows:
+        """Windows of a split, as long as the context."""
         table = self._table
         chosen = table.filter(pc.equal(table["split"], split))
         return Windows(chosen, self.context, self.tokenizer.pad_token_id)
@@ -151,7 +153,7 @@ class Trained:
 
     @cached_property
     def held_out(self) -> np.ndarray:
-        """(N, T) whole held-out windows in a keyed order. No model and no calibration has seen them."""
+        """(N, T) full held-out windows in a keyed order. No model and no calibration has seen them."""
         tiles = self.windows("held_out").tiled()
         order = randomness.permutation(self.seed, "benchmark windows", 0, tiles.count)
         ids, valid = tiles.batch(order, np.zeros(len(order)))
@@ -163,18 +165,19 @@ class Trained:
 
     @cached_property
     def ngram(self) -> NgramJudge:
-        """Learned from the split that no network but the reference model sees."""
+        """An n-gram model of the split reference, which no network except the reference model sees."""
         size = len(self.tokenizer)
         order = 6 if size**6 < 2**63 else 4
         return NgramJudge(self.windows("reference").ids.astype(np.int64), size, order)
 
     @cached_property
     def words(self) -> set[str]:
+        """Words of all text that is not held out."""
         rows = self._table.filter(pc.not_equal(self._table["split"], "held_out"))
         return lexicon(rows["target"].to_pylist())
 
     def sampler(self, **changes: Any) -> Sampler:
-        """The sampler with some of its settings changed; `calibrated=False` takes the critic's word as it is."""
+        """The sampler with changed settings; `calibrated=False` uses the critic's raw output."""
         calibration = self.calibration if changes.pop("calibrated", True) else Calibration()
         settings = self.config.sampler.model_copy(update=changes)
         return Sampler(
@@ -185,7 +188,7 @@ class Trained:
         self, policy: str, nfe: int, ids: np.ndarray, free: np.ndarray, truth: np.ndarray | None = None,
         **changes: Any,
     ) -> Samples:  # fmt: skip
-        """(B, T) ids with the free positions written under a policy."""
+        """Samples whose free positions are generated under a policy. ids, free, truth: (B, T)."""
         return self.sampler(**changes).sample(
             ids, free, np.arange(len(ids)), POLICIES[policy], nfe, truth=truth
         )
@@ -206,7 +209,7 @@ class Trained:
 
 @dataclass
 class Lab:
-    """Trains what an experiment asks for.
+    """Trains the models that an experiment needs.
 
     Attributes:
         out: the benchmark's folder; data: `builtin` or a text file.
@@ -220,7 +223,7 @@ class Lab:
     _autoregressive: dict[int, nn.Module] = field(default_factory=dict)
 
     def models(self, seed: int, language: str = TEXT, variant: str = MAIN) -> Trained:
-        """The finished models; trained now if they are not there yet."""
+        """The trained models. Models that do not exist yet are trained."""
         name = (seed, language, variant)
         if name not in self._trained:
             folder = self._beside_base(seed, language, variant.replace(" ", "_"), BEFORE)
@@ -231,8 +234,10 @@ class Lab:
         return self._trained[name]
 
     def autoregressive(self, seed: int) -> nn.Module:
-        """An ordinary language model of the same size that learned from the same text: for as many steps as the generator
-        before its critic, half of what that has learned in the end."""
+        """An autoregressive model of the same size, trained on the same text.
+
+        It trains for as many steps as the generator before its critic: half of the generator's steps in the end.
+        """
         if seed not in self._autoregressive:
             self._beside_base(seed, TEXT, AUTOREGRESSIVE, BEFORE[:-1])
             spec = load_config().models["ar_baseline"].model_dump(exclude={"architecture", "training"})
@@ -243,7 +248,7 @@ class Lab:
         return self._autoregressive[seed]
 
     def _beside_base(self, seed: int, language: str, name: str, stages: tuple[str, ...]) -> Path:
-        """A run of its own that shares `stages` with the base, which is trained first."""
+        """A run that shares `stages` with the base run, which is trained first."""
         folder = self._run(seed, language, "base", BEFORE, {}).parent / name
         folder.mkdir(exist_ok=True)
         for stage in stages:
@@ -270,7 +275,7 @@ class Lab:
         files = [self.sizes[language].config(data) | {"seed": seed}, changes]
         paths = [
             folder / f"{part}.yaml" for part in ("config", name)
-        ]  # a process may be at work on another variant
+        ]  # another process may train another variant
         for path, content in zip(paths, files, strict=True):
             path.write_text(yaml.safe_dump(json.loads(json.dumps(content))), encoding="utf-8")
         return load_config(paths)

@@ -1,4 +1,4 @@
-"""What the benchmark's lines say, in numbers: means over seeds, and likelihoods read off at equal variety."""
+"""Numbers from the benchmark's lines: means over seeds, and likelihoods at equal diversity."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Likelihoods = dict[tuple[str, int, float], dict[int, float]]
 
 
 def over_seeds(estimates: Sequence[dict[str, Any] | float | None]) -> dict[str, Any] | None:
-    """{"value", "low", "high"} of the mean; None where a seed has no number. The ends of one seed's may be None."""
+    """{"value", "low", "high"} of the mean; None where a seed has no number. For one seed, low and high may be None."""
     if not estimates or any(e is None for e in estimates):
         return None
     values = np.array([e["value"] if isinstance(e, dict) else e for e in estimates], float)
@@ -32,8 +32,10 @@ def over_seeds(estimates: Sequence[dict[str, Any] | float | None]) -> dict[str, 
 
 
 def at_entropy(rows: list[tuple[float, float]], entropy: float) -> float:
-    """Likelihood read off at a 4-gram entropy from (entropy, NLL) points of several temperatures, on the monotone cubic
-    curve through them (Fritsch and Carlson, 1980); NaN outside of what they reach."""
+    """NLL at a 4-gram entropy, from (entropy, NLL) points of several temperatures; NaN outside their range.
+
+    Interpolates with the monotone cubic curve through the points (Fritsch and Carlson, 1980).
+    """
     from scipy.interpolate import PchipInterpolator
 
     x, y = np.array(sorted(dict(rows).items())).reshape(-1, 2).T
@@ -52,7 +54,7 @@ def by_setting(records: list[Record]) -> dict[str, tuple[dict, list[dict]]]:
 
 
 def mean_of(results: list[dict], *path: str) -> dict[str, float] | None:
-    """Over the seeds' numbers at a path of keys."""
+    """Mean over seeds of the numbers at a path of keys."""
 
     def at(result: Any) -> Any:
         for key in path:
@@ -63,7 +65,7 @@ def mean_of(results: list[dict], *path: str) -> dict[str, float] | None:
 
 
 def apart(records: list[Record]) -> list[Record]:
-    """Lines of whole samples with one run each, its budget and its temperature in the setting."""
+    """Lines of whole samples, split into one line per run, with NFE and temperature in its setting."""
     return [
         record | {"setting": record["setting"] | {k: run[k] for k in ("nfe", "temperature")}, "result": run}
         for record in records
@@ -72,7 +74,7 @@ def apart(records: list[Record]) -> list[Record]:
 
 
 def shared_seeds(records: list[Record]) -> set[int]:
-    """Those that every policy of whole samples has run, over which means of policies are compared."""
+    """The seeds that every policy of whole samples has run. Means of policies are compared over them."""
     ran: dict[str, set[int]] = {}
     for record in records:
         ran.setdefault(record["setting"]["policy"], set()).add(record["seed"])
@@ -80,8 +82,10 @@ def shared_seeds(records: list[Record]) -> set[int]:
 
 
 def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:
-    """(policy, NFE, step below real text's 4-gram entropy) -> seed -> NLL there; NaN beyond its temperatures and
-    where a seed's samples were not varied enough to be tried."""
+    """(policy, NFE, step below the 4-gram entropy of real text) -> seed -> NLL there.
+
+    NaN outside the range of the temperatures, and where a seed's samples were not diverse enough to be tried.
+    """
     real = {r["seed"]: r["result"]["fourgram_entropy"] for r in records if r["setting"]["policy"] == REAL}
     curves: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
     for record in records:

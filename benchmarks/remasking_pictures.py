@@ -1,4 +1,4 @@
-"""The pictures of the re-masking benchmark: likelihood over variety, and over the passes spent."""
+"""Pictures of the re-masking benchmark: likelihood against diversity, and against the number of forward passes."""
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from lib.report import plots
 
 
 def pareto_picture(records: list[Record]) -> str:
-    """NLL under the reference model over 4-gram entropy, a panel per budget: the least, a middle one, the most; means
-    over the seeds that all policies ran."""
+    """NLL under the reference model against 4-gram entropy: a panel for the lowest, a middle and the highest NFE.
+
+    Means over the seeds that all policies ran.
+    """
     shared = shared_seeds(records)
     records = [r for r in records if r["seed"] in shared]
     lines = [r for r in records if r["setting"]["policy"] not in (REAL, AUTOREGRESSIVE)]
@@ -30,7 +32,7 @@ def pareto_picture(records: list[Record]) -> str:
         panel: dict[str, list[tuple[float, float]]] = {}
         for setting, results in by_setting([r for r in lines if r["setting"]["nfe"] == nfe]).values():
             panel.setdefault(setting["policy"], []).append(_mean_point(results))
-        if causal:  # has but one budget, a pass for every token
+        if causal:  # has one NFE: a forward pass per token
             passes = next(iter(causal))[0]["nfe"]
             panel[f"{AUTOREGRESSIVE}, {passes} passes"] = [_mean_point(results) for _, results in causal]
         panels[f"{nfe} passes"] = panel | ({REAL: [_mean_point(real)]} if real else {})
@@ -40,9 +42,12 @@ def pareto_picture(records: list[Record]) -> str:
 
 
 def budget_picture(records: list[Record], base: str) -> str:
-    """NLL under the reference model over the passes spent, at the entropy of real text, over the seeds that all
-    policies ran, and the difference to that of `base` within a seed, over all seeds of both."""
-    records = [r for r in records if r["setting"]["policy"] != AUTOREGRESSIVE]  # far below, and at one budget
+    """NLL under the reference model against NFE, at the entropy of real text, and the difference to `base`.
+
+    Likelihoods are means over the seeds that all policies ran; differences pair the policies of a seed, over all seeds of
+    both.
+    """
+    records = [r for r in records if r["setting"]["policy"] != AUTOREGRESSIVE]  # far lower, and at one NFE
     shared = shared_seeds(records)
     read = likelihoods_at_entropy(records, JUDGES[0][0])
     panels: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
@@ -53,7 +58,7 @@ def budget_picture(records: list[Record], base: str) -> str:
         differences = [value - other[seed] for seed, value in values.items() if seed in other]
         for title, numbers in (
             ("at the 4-gram entropy of real text", [v for seed, v in values.items() if seed in shared]),
-            (f"less that of {base}, within a seed", differences),
+            (f"minus {base}, within a seed", differences),
         ):
             line = panels.setdefault(title, {}).setdefault(policy, {})
             if (found := over_seeds(numbers)) is not None:

@@ -1,7 +1,8 @@
-"""From the benchmark's lines of results to tables with intervals over seeds. Knows no model.
+"""Tables of the re-masking benchmark, with intervals over seeds, from its lines of results.
 
-With two seeds or more a number stands with the 95 % interval of its mean over seeds (Student's t); with one, with its
-interval over samples, if it has one: likelihoods at equal entropy have none. Differences are between policies on the same samples of a seed, then averaged likewise.
+With two seeds or more, a number has the 95 % interval of its mean over seeds (Student's t). With one seed it has its interval
+over samples, where there is one: likelihoods at equal entropy have none. Differences compare policies on the same samples of
+a seed; they are then averaged over seeds.
 """
 
 import json
@@ -30,15 +31,19 @@ BASELINES = (
     "random_remask",
     "random_remask, plain",
     CHURNED,
-)  # of E3: each other policy's difference to them
+)  # of E3: the policies that all others are compared with
+
+NOTE = "note.md"  # in OUT: what a reader must know before the tables
 
 Table = list[list[str]]
 
 
 def write_summary(out: Path, records: list[Record]) -> None:
-    """OUT/summary.md, and the pictures OUT/pareto.svg and OUT/passes.svg if there are whole samples."""
+    """Write OUT/summary.md, and the pictures OUT/pareto.svg and OUT/passes.svg where there are whole samples."""
+    note = out / NOTE
     parts = [
         "# Re-masking policies\n",
+        *([note.read_text(encoding="utf-8").strip()] if note.exists() else []),
         __doc__.split("\n\n", 1)[1].strip() if __doc__ else "",
         origins(records),
     ]
@@ -54,13 +59,13 @@ def write_summary(out: Path, records: list[Record]) -> None:
         ):
             on_white = picture.replace(
                 "<svg ", '<svg style="background: white" ', 1
-            )  # readable on a dark page too
+            )  # readable on a dark page, too
             durable.write_text(out / f"{name}.svg", on_white)
     durable.write_text(out / "summary.md", "\n\n".join(parts) + "\n")
 
 
 def origins(records: list[Record]) -> str:
-    """Which code the lines come from, and when they were measured or, where that is not known, published."""
+    """The commit of the lines, and when they were measured or, where that is unknown, published."""
     found: dict[str, list[str]] = {}
     for record in records:
         source = record.get("provenance", {})
@@ -74,7 +79,7 @@ def origins(records: list[Record]) -> str:
 
 
 def commit_of(record: Record) -> str:
-    """The commit that a line was measured at, or published at if that is all that is known."""
+    """The commit that measured a line, or the one that published it."""
     source = record.get("provenance", {})
     if commit := source.get("commit"):
         return commit[:8] + (" with changes" if source.get("dirty") else "")
@@ -86,12 +91,12 @@ def commit_of(record: Record) -> str:
 
 
 def shown(value: dict[str, Any] | None, percent: bool = False, signed: bool = False) -> str:
-    """`0.71 [0.69, 0.73]`; a difference whose interval leaves out 0 is bold; the value alone where it has no interval."""
+    """`0.71 [0.69, 0.73]`. A difference whose interval excludes zero is bold. The value alone where there is no interval."""
     if value is None:
         return "–"
     scale, digits = (100, 1) if percent else (1, 3)
     sign = "+" if signed else ""
-    if value["low"] is None or value["high"] is None:  # too few samples for one, see metrics.Estimate
+    if value["low"] is None or value["high"] is None:  # too few samples for an interval, see metrics.Estimate
         return f"{scale * value['value']:{sign}.{digits}f}"
     numbers = [f"{scale * value[k]:{sign}.{digits}f}" for k in ("value", "low", "high")]
     text = (
@@ -111,7 +116,7 @@ def passes_of(results: list[dict]) -> str:
 
 
 def seconds_of(results: list[dict]) -> str:
-    """Of all samples together, the fastest seed's: other work on the machine can only slow one down."""
+    """Seconds of all samples together, of the fastest seed: other work on the machine can only slow a run down."""
     times = [r["seconds"] for r in results if "seconds" in r]
     return f"{min(times):.1f}" if times else "–"
 
@@ -133,7 +138,7 @@ def detection(records: list[Record]) -> str:
         "masks", "masked", "filled in", "view", "seeds", "AUROC", "over confidence",
         "average precision", "precision at budget, %", "ECE",
     ]  # fmt: skip
-    return "## E1: finding wrong tokens in held-out fills\n\n" + markdown(head, rows)
+    return "## E1: detection of wrong tokens in held-out fills\n\n" + markdown(head, rows)
 
 
 def infilling(records: list[Record]) -> str:
@@ -148,10 +153,10 @@ def infilling(records: list[Record]) -> str:
                 shown(mean_of(found, "reference_over_truth"), signed=True), shown(mean_of(found, "ngram_over_truth"), signed=True),
             ])  # fmt: skip
     head = [
-        "masked", "NFE", "policy", "seeds", "passes", "seconds", "right tokens, %", f"over {against}, %",
+        "masked", "NFE", "policy", "seeds", "passes", "seconds", "correct tokens, %", f"over {against}, %",
         "NLL over the truth's, reference", "NLL over the truth's, n-grams",
     ]  # fmt: skip
-    return "## E2: sticky spans of held-out text filled\n\n" + markdown(head, rows)
+    return "## E2: infilling of sticky spans of held-out text\n\n" + markdown(head, rows)
 
 
 def samples(records: list[Record]) -> str:
@@ -177,9 +182,9 @@ def samples(records: list[Record]) -> str:
 
 
 def matched_table(records: list[Record], judge: str, name: str) -> str:
-    """NLL at equal variety: between a policy's temperatures, at the 4-gram entropy of real text and below.
+    """NLL at equal diversity: interpolated between a policy's temperatures, at the 4-gram entropy of real text and below.
 
-    The columns of differences, at real text's entropy, pair the policies of a seed: they share its models and its noise.
+    The columns of differences, at the entropy of real text, pair the policies of a seed: they share models and noise.
     """
     read = likelihoods_at_entropy(records, judge)
     rows: Table = []
@@ -203,7 +208,7 @@ def matched_table(records: list[Record], judge: str, name: str) -> str:
         if not key[2]
     }
     return (
-        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text, over {_listed(shared)}; the lowest is bold; `–`: not as varied at any temperature, for a seed at least.\n\n"
+        f"### NLL under {name} at equal 4-gram entropy\n\nMeans at the entropy of real text, over {_listed(shared)}; the lowest is bold; `–`: less diverse at every temperature, in one seed at least.\n\n"
         f"{_means_by_budget(means)}\n\nWith intervals, at lower entropies, and as differences:\n\n{markdown(head, rows)}\n\n"
     )
 
@@ -239,17 +244,19 @@ def valid_strings(records: list[Record]) -> str:
          shown(mean_of(results, "different"), percent=True)]
         for setting, results in by_setting(records).values()
     ]  # fmt: skip
-    head = ["policy", "NFE", "temperature", "threshold", "seeds", "passes", "right sentences, %", "sentences per sample",
+    head = ["policy", "NFE", "temperature", "threshold", "seeds", "passes", "correct sentences, %", "sentences per sample",
             "different sentences, %"]  # fmt: skip
     return (
-        "## E4: sums in brackets, right or wrong\n\n" + _wrong_by_budget(records)
+        "## E4: sums in brackets, correct or wrong\n\n" + _wrong_by_budget(records)
         + "\n\n### Everything measured\n\n" + markdown(head, rows)
     )  # fmt: skip
 
 
 def _wrong_by_budget(records: list[Record]) -> str:
-    """A row per line, a column per budget: its share of wrong sentences at the better temperature; then what the best
-    line with a critic leaves wrong, as a part of what the best one without leaves."""
+    """A row per line, a column per number of forward passes: share of wrong sentences at the better temperature.
+
+    The last row: errors of the best line with a critic, relative to the best one without.
+    """
     seeds = {r["seed"] for r in records}
     wrong: dict[str, dict[int, list[float]]] = {}
     for setting, results in by_setting(records).values():
@@ -283,7 +290,7 @@ def _wrong_by_budget(records: list[Record]) -> str:
         ratio = over_seeds([a / b if b else float("nan") for a, b in pairs])
         last.append(f"{shown(ratio)}: {critic} / {other}")
     table = markdown(["policy", *(f"{n} passes" for n in budgets)], [*rows, last])
-    return f"Wrong sentences, %, at the temperature at which a line has fewer:\n\n{table}"
+    return f"Wrong sentences in %, at the temperature with fewer of them:\n\n{table}"
 
 
 def ablations(records: list[Record]) -> str:
@@ -304,10 +311,10 @@ def ablations(records: list[Record]) -> str:
         for setting, results in trained.values()
     ]  # fmt: skip
     head = ["variant", "seeds", "NELBO", "over no critic", "AUROC", "AUROC, partial", "ECE", "ECE, raw"]
-    head += [f"right tokens, {p}, %" for p in policies]
+    head += [f"correct tokens, {p}, %" for p in policies]
     text = (
-        "## E5: ablations\n\n`no critic` is the generator trained on for as many steps: what a critic costs it is the "
-        "distance to that.\n\n" + markdown(head, rows)
+        "## E5: ablations\n\n`no critic` is the generator, trained further for as many steps. The cost of a critic is the "
+        "difference to it.\n\n" + markdown(head, rows)
     )
     rows = []
     for setting, results in changed.values():
@@ -320,7 +327,11 @@ def ablations(records: list[Record]) -> str:
             name, str(len(results)),
             *(text for own, more in cells for text in (shown(own, True), shown(more, True, signed=True))),
         ])  # fmt: skip
-    head = ["sampler", "seeds", *(text for p in policies for text in (f"right tokens, {p}, %", "over joint"))]
+    head = [
+        "sampler",
+        "seeds",
+        *(text for p in policies for text in (f"correct tokens, {p}, %", "over joint")),
+    ]
     return text + "\n\nThe joint critic with other settings of the sampler:\n\n" + markdown(head, rows)
 
 
@@ -345,7 +356,7 @@ def costs(records: list[Record]) -> str:
         for setting, results in by_setting(records).values()
     ]  # fmt: skip
     head = [
-        "policy", "NFE", "seeds", "passes", "seconds per sample", "bare passes in them, %",
+        "policy", "NFE", "seeds", "passes", "seconds per sample", "bare forward passes in them, %",
         "same at batch 1 and 64",
     ]  # fmt: skip
     return "## E6: cost\n\n" + markdown(head, rows)

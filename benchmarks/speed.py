@@ -1,8 +1,8 @@
 """
-Speed beside a peer, both in one run: the ratios are what counts, the absolute figures are this machine's.
+Speed against a baseline, both measured in one run. The ratios count; absolute figures depend on the machine.
 
-python -m benchmarks.speed trainer      # our training step against Hugging Face Trainer + BertForMaskedLM, same size
-python -m benchmarks.speed logits       # logits at masked positions only against logits everywhere, vocabulary 8k
+python -m benchmarks.speed trainer      # training step against Trainer + BertForMaskedLM of transformers, same size
+python -m benchmarks.speed logits       # logits at masked positions only, against logits everywhere, vocabulary 8k
 python -m benchmarks.speed generation   # synthetic generation against the bare forward pass
 python -m benchmarks.speed overhead     # hashing, fsync and keyed noise as a share of a training stage
 python -m benchmarks.speed masking      # every type of masking on 64 x 1,024 tokens
@@ -10,75 +10,41 @@ python -m benchmarks.speed int8 --run outputs/shakespeare   # its generator in f
 """
 
 import argparse
+import hashlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
 from benchmarks.provenance import say_provenance
+from benchmarks.result_files import add_out, write
+from benchmarks.speed_precisions import compare_precisions
+from benchmarks.speed_setup import ROUNDS, median_seconds, objective_of, settings, tokenizer_of_size
 from lib import durable, randomness
 from lib.config import Config, load_config
 from lib.diffusion.masking import draw_mask, masked_counts
 from lib.diffusion.nelbo import mask_batch
-from lib.diffusion.top_k import lowest_k
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
-from lib.sections.models import ArchitectureConfig, TrainingConfig
+from lib.sections.models import TrainingConfig
 from lib.synthetic import MaskedLMEngine
-from lib.tokenization import train_tokenizer
 from lib.training.cross_entropy import cross_entropies
-from lib.training.data import Windows
 from lib.training.loop import train
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.optimizer import Optimizer
 
-ROUNDS = 5
-
-
-def settings(steps: int, **architecture) -> tuple[Config, ArchitectureConfig, TrainingConfig]:
-    config = load_config()
-    shape = {
-        "num_hidden_layers": 6,
-        "hidden_size": 192,
-        "num_attention_heads": 6,
-        "context": 128,
-    } | architecture
-    training = config.training.model_dump() | {
-        "steps": steps, "batch_size": 32, "evaluate_every": steps, "checkpoint_every": steps, "evaluation_examples": 32,
-    }  # fmt: skip
-    return config, config.architecture.model_copy(update=shape), TrainingConfig.model_validate(training)
-
-
-def random_windows(vocabulary: int, width: int) -> Windows:
-    ids = np.random.default_rng(0).integers(4, vocabulary, 200_000).astype(np.int32)
-    lists = pa.chunked_array([pa.array(ids.reshape(-1, 500).tolist(), pa.list_(pa.int32()))])
-    return Windows(pa.table({"token_ids": lists, "continues": [i > 0 for i in range(400)]}), width, 0)
-
-
-def objective_of(
-    config: Config, vocabulary: int, width: int, runtime: Runtime, batch_size: int
-) -> MaskedDiffusion:
-    data = random_windows(vocabulary, width)
-    tiles = data.tiled()
-    return MaskedDiffusion(config.diffusion, 1, label="speed", train=data, selection=tiles, held_out=tiles,
-                           groups=tiles.owner, runtime=runtime, seed=0, batch_size=batch_size, num_evaluated=32)  # fmt: skip
-
-
-def tokenizer_of_size(vocabulary: int):
-    """A character tokenizer of so many ids."""
-    return train_tokenizer("character", ["".join(chr(0x4E00 + i) for i in range(vocabulary - 4))], 0)
+Figures = dict[str, Any]
 
 
 def ours(steps: int, vocabulary: int) -> float:
-    """Tokens per second of our loop, everything in it: data, noise, forward, backward, Muon, running mean."""
+    """Tokens per second of the training loop, with data, noise, forward, backward, Muon and EMA."""
     config, architecture, training = settings(steps)
     runtime = Runtime.detect(config)
     objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
@@ -91,7 +57,7 @@ def ours(steps: int, vocabulary: int) -> float:
 
 
 def hugging_face(steps: int, vocabulary: int) -> float:
-    """Tokens per second of Trainer with BertForMaskedLM of the same size, bf16 where the processor has it."""
+    """Tokens per second of Trainer with a BertForMaskedLM of the same size; bf16 where the processor has it."""
     from transformers import (
         BertConfig,
         BertForMaskedLM,
@@ -126,19 +92,20 @@ def hugging_face(steps: int, vocabulary: int) -> float:
     return steps * training.batch_size * architecture.context / seconds
 
 
-def compare_trainer(steps: int) -> None:
+def compare_trainer(steps: int) -> Figures:
+    """Three rounds of both, after one short round that does not count."""
     warm_up = (ours(3, 70), hugging_face(3, 70))
     assert all(warm_up)
     pairs = [(ours(steps, 70), hugging_face(steps, 70)) for _ in range(3)]
     for a, b in pairs:
         print(f"ours {a:8,.0f} tokens/s   Trainer + BertForMaskedLM {b:8,.0f} tokens/s   ratio {a / b:.2f}")
-    print(
-        f"median ratio {statistics.median(a / b for a, b in pairs):.2f} (6 layers x 192, context 128, batch 32, vocabulary 70)"
-    )
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(f"median ratio {ratio:.2f} (6 layers x 192, context 128, batch size 32, vocabulary 70)")
+    return {"tokens_per_second": pairs, "rounds": len(pairs), "median_ratio": ratio}
 
 
-def compare_logits() -> None:
-    """One optimiser step with logits where the loss needs them, and with logits everywhere."""
+def compare_logits() -> Figures:
+    """One optimizer step with logits where the loss needs them, and with logits everywhere."""
     vocabulary = 8192
     config, architecture, training = settings(1)
     runtime = Runtime.detect(config)
@@ -149,40 +116,47 @@ def compare_logits() -> None:
     weights = torch.from_numpy(batch.weights).flatten()
     inputs = torch.from_numpy(np.where(batch.masked, 1, ids))
 
-    def loss_of(model, way: str):
+    def loss_of(model, method: str):
         with runtime.autocast():
-            logits = model(input_ids=inputs, logits_at=at if way == "masked" else None).logits
-        if way == "masked":
+            logits = model(input_ids=inputs, logits_at=at if method == "masked" else None).logits
+        if method == "masked":
             return (cross_entropies(logits, targets[at]) * weights[at]).sum()
         logits = logits.flatten(0, 1)
-        if way == "everywhere":
+        if method == "everywhere":
             return (cross_entropies(logits, targets) * weights).sum()
         return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
-    ways = ("masked", "everywhere", "plain")
+    methods = ("masked", "everywhere", "plain")
     model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
     optimizer = Optimizer(model, training)
     with torch.no_grad():
         runtime, kept = Runtime(runtime.device, "fp32"), runtime
-        losses = {way: loss_of(model, way).item() for way in ways}
+        losses = {method: loss_of(model, method).item() for method in methods}
         runtime = kept
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[float]] = {method: [] for method in methods}
     for number in range(ROUNDS + 1):
-        for way in ways:
+        for method in methods:
             begin = time.perf_counter()
-            loss_of(model, way).backward()
+            loss_of(model, method).backward()
             optimizer.step(0)
             if number:
-                times[way].append(time.perf_counter() - begin)
-    masked, everywhere, plain = (statistics.median(times[way]) for way in ways)
+                times[method].append(time.perf_counter() - begin)
+    masked, everywhere, plain = (statistics.median(times[method]) for method in methods)
+    difference = abs(losses["masked"] / losses["plain"] - 1)
     print(f"logits at the {len(at)} masked of {targets.numel()} positions: {masked * 1e3:.0f} ms a step\n"
           f"everywhere, F.cross_entropy: {plain * 1e3:.0f} ms, ratio {plain / masked:.2f}\n"
-          f"everywhere, our cross-entropy: {everywhere * 1e3:.0f} ms, ratio {everywhere / masked:.2f}\n"
-          f"relative difference of the losses in fp32 {abs(losses['masked'] / losses['plain'] - 1):.1e}")  # fmt: skip
+          f"everywhere, sliced cross-entropy: {everywhere * 1e3:.0f} ms, ratio {everywhere / masked:.2f}\n"
+          f"relative difference of the losses in fp32 {difference:.1e}")  # fmt: skip
+    return {
+        "masked": masked,
+        "everywhere_plain": plain,
+        "everywhere_sliced": everywhere,
+        "relative_difference": difference,
+    }
 
 
-def compare_generation() -> None:
-    """Tokens per second of candidate rewriting against the bare forward pass at the same batch."""
+def compare_generation() -> Figures:
+    """Tokens per second of candidate generation, against the bare forward pass at the same batch size."""
     config, architecture, _ = settings(1)
     runtime = Runtime.detect(config)
     tokenizer = tokenizer_of_size(70)
@@ -211,11 +185,12 @@ def compare_generation() -> None:
             work()
             speeds[name].append(ids.size / (time.perf_counter() - begin))
     fill, forward = (statistics.median(speeds[n][1:]) for n in ("fill", "bare"))
-    print(f"filling {fill:,.0f} tokens/s, bare forward {forward:,.0f} tokens/s: {fill / forward:.0%}")
+    print(f"filling {fill:,.0f} tokens/s, bare forward pass {forward:,.0f} tokens/s: {fill / forward:.0%}")
+    return {"fill": fill, "forward": forward, "share": fill / forward}
 
 
-def measure_masking() -> None:
-    """Milliseconds to draw the masks of a batch, for settings of every type, beside two that are hard."""
+def measure_masking() -> Figures:
+    """Milliseconds to draw the masks of a batch, for every type and two difficult settings."""
     eligible, rows = np.ones((64, 1024), bool), np.arange(64)
     counts = masked_counts(np.full(64, 0.4), eligible.sum(1))
     lines = np.tile(np.arange(1024) // 40, (64, 1))
@@ -223,49 +198,16 @@ def measure_masking() -> None:
         RandomMasking(type="random"), SpanMasking(type="span", num_spans=20), LineMasking(type="line", min_ratio=0, max_ratio=1),
         *(StickyMasking(type="sticky", p1=p1, p2=p2) for p1, p2 in ((0.05, 0.5), (0.02, 0.9), (0.5, 0.1), (0.01, 0))),
     ]  # fmt: skip
+    milliseconds = {}
     for masking in kinds:
-        seconds = _seconds(lambda m=masking: draw_mask(m, eligible, counts, 1, rows, lines))
+        seconds = median_seconds(lambda m=masking: draw_mask(m, eligible, counts, 1, rows, lines))
         print(f"{masking!r}: {seconds * 1e3:.1f} ms for 64 x 1,024 tokens, 40 % masked")
+        milliseconds[repr(masking)] = seconds * 1e3
+    return {"milliseconds": milliseconds}
 
 
-def compare_precisions(run: Path, texts: int = 256) -> None:
-    """A run's generator on its held-out text with half of it masked: tokens/s and nats per masked token."""
-    table = pq.read_table(run / "01_prepare_dataset" / "examples.parquet", columns=["token_ids", "split"])
-    held_out = table.filter(pc.equal(table["split"], "held_out"))["token_ids"].to_pylist()
-    folder = run / "02_generate_candidates" / "generator" / "best_model"
-    engines = {
-        name: MaskedLMEngine.load(folder, Runtime(torch.device("cpu"), precision), int8=name.startswith("int8"))
-        for name, precision in (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "fp32"), ("int8, rest bf16", "bf16"))
-    }  # fmt: skip
-    width = engines["fp32"].width
-    ids = np.array([row[:width] for row in held_out if len(row) >= width][:texts])
-    masked = lowest_k(randomness.uniform(7, np.arange(len(ids)), width), np.ones(ids.shape, bool),
-                    np.full(len(ids), width // 2))  # fmt: skip
-    targets = torch.from_numpy(ids[masked])
-    found: dict[str, tuple[list[float], float]] = {name: ([], 0.0) for name in engines}
-    for number in range(ROUNDS + 1):
-        for name, engine in engines.items():
-            begin = time.perf_counter()
-            with torch.no_grad():
-                logits = torch.cat([_read(engine, ids[i : i + 64], masked[i : i + 64]) for i in range(0, len(ids), 64)])  # fmt: skip
-            times = found[name][0]
-            if number:
-                times.append(time.perf_counter() - begin)
-            found[name] = (times, float(F.cross_entropy(logits.float(), targets)))
-    print(f"{folder}: {len(ids)} x {width} held-out tokens, half of them masked")
-    for name, (times, nats) in found.items():
-        print(
-            f"{name:16}{ids.size / statistics.median(times):9,.0f} tokens/s   {nats:.4f} nats per masked token"
-        )
-
-
-def _read(engine: MaskedLMEngine, ids: np.ndarray, masked: np.ndarray) -> torch.Tensor:
-    inputs = np.where(masked, engine.tokenizer.mask_token_id, ids)
-    return engine._logits(inputs, np.ones(ids.shape, bool), np.flatnonzero(masked))
-
-
-def measure_overhead() -> None:
-    """What bookkeeping costs beside training: keyed noise per step, hashing and fsync per checkpoint."""
+def measure_overhead() -> Figures:
+    """Cost of bookkeeping during training: keyed noise per step, hashing and fsync per checkpoint."""
     config, architecture, training = settings(60)
     runtime = Runtime.detect(config)
     objective = objective_of(config, 70, architecture.context, runtime, training.batch_size)
@@ -275,29 +217,21 @@ def measure_overhead() -> None:
         train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
               save=lambda m, p: save_model(m, p, tokenizer))  # fmt: skip
         step = _step_seconds(model, objective, training)
-        noise = _seconds(lambda: _noise(config, objective, training))
+        noise = median_seconds(lambda: _noise(config, objective, training))
         file = Path(folder) / "final_model" / "model.safetensors"
-        payload = file.read_bytes() * 4  # weights, running mean and two moments
-        hashing = _seconds(lambda: _hash(Path(folder), payload))
-        plain, synced = (_seconds(lambda s=s: _write(Path(folder), payload, s)) for s in (False, True))
+        payload = file.read_bytes() * 4  # weights, EMA and two moments
+        hashing = median_seconds(lambda: hashlib.sha256(payload).hexdigest())
+        plain, synced = (median_seconds(lambda s=s: _write(Path(folder), payload, s)) for s in (False, True))
     every = config.training.checkpoint_every
     share = (noise + (hashing + synced - plain) / every) / step
     print(f"step {step * 1e3:.1f} ms; keyed noise {noise * 1e3:.2f} ms a step; hashing {hashing * 1e3:.0f} ms and "
           f"fsync {(synced - plain) * 1e3:.0f} ms a checkpoint of {len(payload) / 1e6:.0f} MB every {every} steps")  # fmt: skip
     print(f"overhead {share:.2%} of a training stage")
+    return {"step": step, "noise": noise, "hashing": hashing, "fsync": synced - plain, "share": share}
 
 
-def _seconds(work) -> float:
-    work()
-    times = []
-    for _ in range(9):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def _step_seconds(model, objective, training) -> float:
+def _step_seconds(model, objective: MaskedDiffusion, training: TrainingConfig) -> float:
+    """Seconds of an optimizer step."""
     optimizer = Optimizer(model, training)
 
     def step() -> None:
@@ -305,23 +239,19 @@ def _step_seconds(model, objective, training) -> float:
         optimizer.gradient_norm()
         optimizer.step(0)
 
-    return _seconds(step)
+    return median_seconds(step)
 
 
 def _noise(config: Config, objective: MaskedDiffusion, training: TrainingConfig) -> None:
+    """The keyed draws of one step."""
     index = np.arange(training.batch_size)
     objective._order.samples(index)
     randomness.uniform(1, index, 1)
     mask_batch(config.diffusion, np.ones((len(index), 128), bool), 0, "x", index, training.batch_size)
 
 
-def _hash(folder: Path, payload: bytes) -> None:
-    import hashlib
-
-    hashlib.sha256(payload).hexdigest()
-
-
 def _write(folder: Path, payload: bytes, synced: bool) -> None:
+    """Write a file, durably or plainly."""
     path = folder / "payload"
     if synced:
         with durable.replacing(path) as temporary:
@@ -330,27 +260,31 @@ def _write(folder: Path, payload: bytes, synced: bool) -> None:
         path.write_bytes(payload)
 
 
+KINDS: dict[str, Callable[[], Figures]] = {
+    "logits": compare_logits,
+    "generation": compare_generation,
+    "overhead": measure_overhead,
+    "masking": measure_masking,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["trainer", "logits", "generation", "overhead", "masking", "int8"])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("what", choices=["trainer", *KINDS, "int8"])
+    parser.add_argument("--steps", type=int, default=40, help="for trainer: steps per round")
     parser.add_argument("--run", type=Path, help="for int8: a run with a generator", metavar="RUN_DIR")
+    add_out(parser)
     options = parser.parse_args()
     say_provenance()
-    if options.what == "trainer":
-        compare_trainer(options.steps)
-    elif options.what == "logits":
-        compare_logits()
-    elif options.what == "generation":
-        compare_generation()
-    elif options.what == "masking":
-        measure_masking()
-    elif options.what == "int8":
-        compare_precisions(options.run or parser.error("int8 needs --run RUN_DIR"))
+    if options.what == "int8":
+        figures = compare_precisions(options.run or parser.error("int8 needs --run RUN_DIR"))
+    elif options.what == "trainer":
+        figures = compare_trainer(options.steps)
     else:
-        measure_overhead()
+        figures = KINDS[options.what]()
+    write(options.out, f"speed_{options.what}", figures)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""What likelihood does not show of samples: repetition, distance from real text, copying. Arrays of token ids only.
+"""Properties of samples that likelihood does not show: repetition, distance from real text, copying.
+
+All functions take arrays of token ids.
 
 Legend: B texts, T positions, n length of the n-grams.
 """
 
 import numpy as np
 
-LONGEST_NGRAM = 4  # of the divergence
+LONGEST_NGRAM = 4  # longest n-gram of the divergence
 
 
 def repeated(code: np.ndarray, n: int) -> float:
-    """Share of a text's n-grams that stood in it before."""
+    """Share of a text's n-grams that occurred earlier in it."""
     if len(code) < n:
         return 0.0
     grams = np.lib.stride_tricks.sliding_window_view(code, n)
@@ -17,7 +19,7 @@ def repeated(code: np.ndarray, n: int) -> float:
 
 
 def divergence(ids: np.ndarray, real: np.ndarray) -> float:
-    """Jensen-Shannon divergence in nats of the pooled n-grams, mean over n = 1..LONGEST_NGRAM."""
+    """Jensen-Shannon divergence of the pooled n-grams in nats; mean over n = 1..LONGEST_NGRAM."""
     values = []
     for n in range(1, LONGEST_NGRAM + 1):
         grams = [np.lib.stride_tricks.sliding_window_view(a, n, axis=1).reshape(-1, n) for a in (ids, real)]
@@ -32,14 +34,14 @@ def divergence(ids: np.ndarray, real: np.ndarray) -> float:
 
 
 def longest_copy(ids: np.ndarray, train: np.ndarray) -> int:
-    """Tokens of the longest stretch of any sample that stands in the training text, by bisection over its length."""
+    """Length in tokens of the longest part of any sample that occurs in the training text; bisects over the length."""
     low, high = 0, min(ids.shape[1], len(train))
     texts, known = ids.astype(np.uint64), train[None].astype(np.uint64)
     while low < high:
         length = (low + high + 1) // 2
         stretches, there = _hashes(texts, length), np.sort(_hashes(known, length))
-        place = np.minimum(np.searchsorted(there, stretches), len(there) - 1)
-        if (there[place] == stretches).any():
+        index = np.minimum(np.searchsorted(there, stretches), len(there) - 1)
+        if (there[index] == stretches).any():
             low = length
         else:
             high = length - 1
@@ -47,7 +49,7 @@ def longest_copy(ids: np.ndarray, train: np.ndarray) -> int:
 
 
 def _hashes(rows: np.ndarray, length: int) -> np.ndarray:
-    """Hash of every stretch of `length` tokens: the hash of 2^k tokens from those of its halves."""
+    """Hash of every run of `length` tokens. The hash of 2^k tokens combines those of its halves."""
     result, covered = np.zeros(rows.shape, np.uint64), 0
     power, block = np.uint64(0x9E3779B97F4A7C15), (rows + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
     size, last = 1, rows.shape[1] - length + 1

@@ -50,6 +50,7 @@ SMALLER = {
     "benchmarks/backbone_speed.py": "--seconds 0.01 --runs 1 --batch 2",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.over_seeds": "",
+    "benchmarks.results_page": "--quick",
 }
 NOT_RUN = {
     "test",
@@ -187,6 +188,10 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         elif "--run" in arguments:
             arguments[arguments.index("--run") + 1] = "outputs/default"
             before = [["make", "pipeline", "RUN=outputs/default", "QUICK=1"]]
+        elif "--store" in arguments:
+            given = [*arguments, *SMALLER[command.target].split()]
+            before = [["make", "pipeline", "RUN=outputs/default", "QUICK=1"]]
+            return "RUN=outputs/default", [*before, ["python", "-m", command.target, *given]]
         given = [*arguments, *SMALLER[command.target].split()]
         group = "RUN=" + arguments[-1] if before else command.target.split(".")[-1]
         group = "seeds" if command.target.endswith("over_seeds") else group

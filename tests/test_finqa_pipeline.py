@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from benchmarks.run_figures import figures_of
 from lib import schema
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, Interrupted, MissingInput
@@ -322,3 +323,18 @@ def test_a_text_task_has_no_policy(quick_run, tmp_path):
         importlib.import_module("05_train_critic").main(
             config, RunArgs(run_dir=folder, quick_test=True, command=("05",))
         )
+
+
+def test_figures_of_a_run_are_stored_as_they_were_measured(run):
+    figures, _ = figures_of(run, "finqa")
+    answers = {
+        row["name"]: row for row in json.loads((run / "06_sample/metrics.json").read_text())["held_out"]
+    }
+    for name in ("ranker", "ranker_blind", "trees", "overlap"):
+        assert figures["rows"][name]["accuracy"] == answers[name]["accuracy"]
+        assert figures["rows"][name]["reward"] == answers[name]["normalised_reward_ratio"]
+    assert figures["pools"] == answers["ranker"]["pools"]
+    scorers = stats_of(run, "02_generate_candidates")["leak"]["rows"]
+    assert figures["without_question"]["value"] == max(row["accuracy"] for row in scorers)
+    for name in ("ppo", "exact", "cross_entropy"):
+        assert figures["further_training"][name]["accuracy"] == answers[name]["accuracy"]

@@ -150,10 +150,10 @@ def run_folder(path, seed: int, value: float):
 @pytest.mark.slow
 def test_figures_over_seeds(tmp_path, capsys, monkeypatch):
     runs = [run_folder(tmp_path, seed, value) for seed, value in ((1, 0.5), (2, 0.6), (3, 0.7))]
-    text = over_seeds.table(runs)
+    text = over_seeds.table(over_seeds.compare(runs))
     assert "0.500 0.600 0.700" in text and "0.600 +- 0.248" in text and "0.500 +- 0.248" in text
     with pytest.raises(MissingInput, match="no model of stage 04"):
         over_seeds.rows_of(tmp_path)
-    for given, said in (([runs[0]], "two runs"), ([runs[0], runs[0]], "same seed twice")):
+    for given, said in (([runs[0]], "two runs"), ([runs[0], runs[0]], "different seeds")):
         monkeypatch.setattr("sys.argv", ["over_seeds", *map(str, given)])
         assert over_seeds.main() == 2 and said in capsys.readouterr().err

@@ -12,7 +12,7 @@ from scipy import stats
 
 from benchmarks import remasking
 from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
-from benchmarks.remasking_experiments import next_place
+from benchmarks.remasking_experiments import next_temperature
 from benchmarks.remasking_numbers import at_entropy, over_seeds, shared_seeds
 from benchmarks.remasking_summary import matched_table, shown, valid_strings
 from benchmarks.text_quality import divergence, longest_copy, repeated
@@ -220,7 +220,7 @@ def test_the_best_critic_is_set_beside_the_best_of_the_others():
 )
 def test_temperatures_are_tried_until_real_text_lies_between_them(hottest_below, tried):
     found: dict[int, float] = {3: 3.0}
-    while (place := next_place(found, goal=hottest_below + 0.5, size=7)) is not None:
+    while (place := next_temperature(found, goal=hottest_below + 0.5, size=7)) is not None:
         found[place] = float(place)
     assert list(found) == tried
 

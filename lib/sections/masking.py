@@ -1,4 +1,4 @@
-"""Which tokens are masked together, and in what order training meets the ways to."""
+"""How masked tokens are chosen, and the stages of staged unmasking."""
 
 from typing import Annotated, Literal
 
@@ -8,14 +8,16 @@ from lib.sections.base import BelowOne, Fraction, Positive, Section, Share
 
 
 class RandomMasking(Section):
+    """Every token is as likely to be masked as any other."""
+
     type: Literal["random"]
 
 
 class StickyMasking(Section):
-    """p1: chance that a token far from any mask is masked in a round; p2: next to a mask.
+    """Masks grow in rounds: a token beside a masked one is masked with probability p2, any other with probability p1.
 
-    Runs are long where p1 is small and p2 large. A p1 above the wanted ratio masks it all in the first round,
-    almost independently.
+    A small p1 and a large p2 give long runs. A p1 above the mask ratio masks almost all tokens independently in the first
+    round.
     """
 
     type: Literal["sticky"]
@@ -32,14 +34,15 @@ class StickyMasking(Section):
 
 
 class SpanMasking(Section):
-    """num_spans: runs per row, of random lengths at random places, that do not touch where there is room."""
+    """num_spans runs of masked tokens per row, of random lengths at random positions. Runs do not touch where there is
+    room."""
 
     type: Literal["span"]
     num_spans: Positive
 
 
 class LineMasking(Section):
-    """Whole lines; min_ratio, max_ratio: the shares of masked tokens between which a row must end up."""
+    """Whole lines of text. The share of masked tokens in a row is between min_ratio and max_ratio."""
 
     type: Literal["line"]
     min_ratio: Fraction
@@ -57,15 +60,18 @@ Masking = Annotated[RandomMasking | StickyMasking | SpanMasking | LineMasking, F
 
 
 class _Stage(Section):
-    """A way to mask and the shares to mask. Ends when its validation loss has not fallen by a share of itself, min_improvement,
-    so many times in a row."""
+    """A masking and its range of mask ratios.
+
+    A stage ends after val_loss_stale_count evaluations in a row in which the validation loss fell by less than the share
+    min_improvement of itself.
+    """
 
     val_loss_stale_count: Positive
     min_improvement: BelowOne = 0.0
 
 
 class RandomStage(_Stage, RandomMasking):
-    """Every row masks a share of its own, uniform up to max_masked_ratio."""
+    """The mask ratio of each row is drawn uniformly up to max_masked_ratio."""
 
     max_masked_ratio: Share
 
@@ -75,7 +81,7 @@ class RandomStage(_Stage, RandomMasking):
 
 
 class StickyStage(_Stage, StickyMasking):
-    """Every row masks the same share, in runs."""
+    """Every row has the mask ratio target_masked_ratio, in runs."""
 
     target_masked_ratio: Share
 
@@ -85,7 +91,7 @@ class StickyStage(_Stage, StickyMasking):
 
 
 class SpanStage(_Stage, SpanMasking):
-    """Every row masks a share of its own, uniform up to max_masked_ratio, in num_spans runs."""
+    """The mask ratio of each row is drawn uniformly up to max_masked_ratio. Its masks form num_spans runs."""
 
     max_masked_ratio: Share = 1.0
 
@@ -95,7 +101,7 @@ class SpanStage(_Stage, SpanMasking):
 
 
 class LineStage(_Stage, LineMasking):
-    """Every row masks whole lines, together a share of its own between the two."""
+    """Each row masks whole lines. Its mask ratio is between min_ratio and max_ratio."""
 
     @property
     def ratios(self) -> tuple[float, float]:

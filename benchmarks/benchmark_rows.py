@@ -1,0 +1,202 @@
+"""The rows and tables of single benchmarks on the results page, from the files in docs/results/."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.result_files import ResultFile, full, markdown, number, percent_cells
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table of benchmarks.
+
+    Attributes:
+        name: of the result file.
+        what: what is measured.
+        figure: the figures in words.
+        detail: a table of its own below, or nothing.
+    """
+
+    name: str
+    what: str
+    figure: Callable[[Figures], str]
+    detail: Callable[[Figures], str] | None = None
+
+
+def benchmark_table(files: dict[str, ResultFile]) -> str:
+    rows = [
+        [
+            row.what,
+            row.figure(files[row.name].figures),
+            f"`{files[row.name].command}`",
+            files[row.name].source,
+        ]
+        for row in BENCHMARKS
+        if row.name in files
+    ]
+    return markdown(["what", "figure", "command", "measured"], rows)
+
+
+def details(files: dict[str, ResultFile]) -> list[str]:
+    """A heading and a table for each benchmark with more figures than fit into a row."""
+    return [
+        f"### {row.what[0].upper()}{row.what[1:]}\n\n{row.detail(files[row.name].figures)}"
+        for row in BENCHMARKS
+        if row.detail is not None and row.name in files
+    ]
+
+
+def _nelbo(f: Figures) -> str:
+    text = f"held-out NELBO **{full(f['nelbo'])}** nats/character after {f['minutes']:.1f} minutes"
+    return f"{text}; unigram {number(f['unigram_nll'])}" if "unigram_nll" in f else text
+
+
+def _speedrun(f: Figures) -> str:
+    ours, plain = f["recipes"]["ours"], f["recipes"].get("plain")
+    text = f"{full(ours['nll'])} nats/character in {ours['seconds']:.1f} s"
+    if plain is None:
+        return text
+    return f"**{ours['seconds'] / plain['seconds']:.2f}** of the time: {text}, plain recipe {full(plain['nll'])} in {plain['seconds']:.1f} s"  # fmt: skip
+
+
+def _trainer(f: Figures) -> str:
+    return f"**{f['median_ratio']:.2f} ×** as fast (median of {f['rounds']} rounds)"
+
+
+def _logits(f: Figures) -> str:
+    plain = (
+        f"**{f['everywhere_plain'] / f['masked']:.1f} ×** as fast as logits everywhere with `F.cross_entropy`"
+    )
+    own = f"{f['everywhere_sliced'] / f['masked']:.1f} × as fast as logits everywhere with the sliced cross-entropy"
+    return f"{plain}, {own}; relative difference of the losses {f['relative_difference']:.0e}"
+
+
+def _attention(f: Figures) -> str:
+    return (
+        f"**{f['speed_ratio']:.1f} ×** as fast, {f['memory_ratio']:.2f} of the memory; largest difference of a gradient "
+        f"{f['gradient_difference']:.0e}"
+    )
+
+
+def _judge(f: Figures) -> str:
+    own, other = f["rows"]["own generator"], f["rows"]["another generator"]
+    return (
+        f"judge R² **{full(own['r2'])}**, {number(other['r2']['value'])} on text by a generator that it never saw "
+        f"(mean confidence {number(own['confidence_r2'])}); inspector AUROC **{full(own['auroc_changed'])}** "
+        f"(confidence {number(own['auroc_changed_of_confidence'])})"
+    )
+
+
+JUDGE_COLUMNS = {
+    "rewritten_r2": "rewritten alone", "confidence_r2": "mean confidence R²", "best_r2": "oracle R²",
+    "spearman": "judge Spearman",
+}  # fmt: skip
+
+
+def _judge_detail(f: Figures) -> str:
+    rows = [
+        [name, full(row["r2"]), *(number(row[key]) for key in JUDGE_COLUMNS), full(row["auroc_changed"]),
+         number(row["auroc_changed_of_confidence"])]
+        for name, row in f["rows"].items()
+    ]  # fmt: skip
+    head = [
+        "held-out candidates of",
+        "judge R²",
+        *JUDGE_COLUMNS.values(),
+        "inspector AUROC",
+        "confidence AUROC",
+    ]
+    return markdown(head, rows)
+
+
+def _staging(f: Figures) -> str:
+    staged, bound = f["masks"]["staged"], f["masks"]["continuous"]
+    gain = staged["gain"]
+    verdict = "yes" if gain["value"] - gain["half_width"] > 0 else "no"
+    return (
+        f"{verdict}: NELBO {number(staged['mean'])} against {number(bound['mean'])} for the bound itself, difference "
+        f"{-gain['value']:+.3f} ± {gain['half_width']:.3f}"
+    )
+
+
+def _staging_detail(f: Figures) -> str:
+    rows = []
+    for name, row in f["masks"].items():
+        gain = row.get("gain")
+        difference = f"{-gain['value']:+.3f} ± {gain['half_width']:.3f}".replace("-", "−") if gain else ""
+        joined = "; ".join(" ".join(map(str, steps)) for steps in row["joined"] if steps)
+        each = ", ".join(number(value) for value in row["nelbo"])
+        rows.append([name, each, number(row["mean"]), difference, joined])
+    return markdown(
+        ["masks", "NELBO of each seed", "mean", "minus continuous", "stages joined at steps"], rows
+    )
+
+
+def _masking(f: Figures) -> str:
+    times = list(f["milliseconds"].values())
+    return f"{min(times):.1f} to {max(times):.1f} ms"
+
+
+def _int8(f: Figures) -> str:
+    p = f["precisions"]
+    speeds = [p["int8"]["tokens_per_second"] / p[name]["tokens_per_second"] for name in ("bf16", "fp32")]
+    loss = max(abs(p["int8"]["nats"] - p[name]["nats"]) for name in ("bf16", "fp32"))
+    return f"{speeds[0]:.2f} × and {speeds[1]:.2f} × as fast, same loss to {loss:.4f} nats: off by default"
+
+
+def _ranker(f: Figures) -> str:
+    row = max(f["rows"], key=lambda found: (found["prompt"], found["precision"] == "bf16"))
+    text = (
+        f"{row['packed']:.2f} s for {f['pools']} pools in {row['precision']} ({row['prompt']} prompt and {row['candidate']} "
+        f"candidate tokens), against {row['published']:.2f} s with one padded row per candidate and the published encoder, "
+        f"{row['no_dropout']:.2f} s without its attention dropout"
+    )
+    if peer := f.get("peer"):
+        text += f"; CrossEncoderTrainer with ListNet {peer['theirs']:.2f} s, ours {peer['ours']:.2f} s"
+    return text
+
+
+def _ranker_detail(f: Figures) -> str:
+    rows = [
+        [str(r["prompt"]), str(r["candidate"]), r["precision"], f"{r['packed']:.2f}", f"{r['published']:.2f}",
+         f"{r['published_ratio']:.1f}", f"{r['no_dropout']:.2f}", f"{r['no_dropout_ratio']:.1f}"]
+        for r in f["rows"]
+    ]  # fmt: skip
+    head = [
+        "prompt",
+        "candidate",
+        "precision",
+        "packed, s",
+        "one by one, s",
+        "ratio",
+        "without dropout, s",
+        "ratio",
+    ]
+    return markdown(head, rows)
+
+
+def _leak(f: Figures) -> str:
+    naive, own = (max(f[name].values(), key=lambda found: found["value"]) for name in ("naive", "ours"))
+    texts = [f"{' ('.join(percent_cells(found))})" for found in (own, naive)]
+    return f"best scorer that does not see the question: {texts[0]}; on naive pools {texts[1]}"
+
+
+BENCHMARKS = (
+    Row("nelbo", "masked diffusion, tinyshakespeare characters, 2.67 M parameters, context 128", _nelbo),
+    Row("causal_speedrun", "training time of a causal model on tinyshakespeare, against the plain recipe (GPT-2 of "
+        "transformers, AdamW, fp32, 2,000 steps)", _speedrun),
+    Row("judge", "judge and inspector, tinyshakespeare, passages of 256 characters", _judge, _judge_detail),
+    Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail),
+    Row("speed_trainer", "training speed, 6 layers x 192, against `Trainer` + `BertForMaskedLM` of transformers", _trainer),
+    Row("speed_logits", "training step with logits at masked positions only, vocabulary 8k", _logits),
+    Row("speed_generation", "synthetic generation against the bare forward pass", lambda f: f"{f['share']:.0%}".replace("%", " %")),
+    Row("speed_overhead", "keyed noise, hashing and fsync, as a share of a training stage", lambda f: number(f["share"], 1, percent=True)),
+    Row("speed_masking", "masks of 64 x 1,024 tokens, any type", _masking),
+    Row("speed_int8", "generator in 8 bits on the CPU, against bf16 and fp32", _int8),
+    Row("ltg_attention", "LTG-BERT small, forward and backward, 512 tokens, batch size 8, against the formula written down", _attention),
+    Row("ranker_speed", "training step of a ranker, all candidates behind one copy of the prompt", _ranker, _ranker_detail),
+    Row("finqa_leak", "FinQA: gold programs found without the question", _leak),
+)  # fmt: skip

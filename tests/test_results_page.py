@@ -1,0 +1,132 @@
+"""docs/results.md and README's results table are what the stored result files give; figures of runs are stored as measured."""
+
+import json
+
+import pytest
+
+from benchmarks import results_page, results_tables, run_figures
+from benchmarks.benchmark_rows import BENCHMARKS
+from benchmarks.result_files import FOLDER, full, interval, number, read, read_all, without_machine, write
+from lib.config import ROOT
+
+
+@pytest.fixture(scope="module")
+def files():
+    return read_all()
+
+
+def test_the_page_is_current(files):
+    """It fails when a figure is typed into the page, and when a stored file changes without `make docs`."""
+    stored = results_page.PAGE.read_text(encoding="utf-8")
+    assert stored == results_page.page(files, results_page.stored_lines()), (
+        "run: python -m benchmarks.results_page"
+    )
+
+
+def test_the_table_of_readme_is_current(files):
+    readme = results_page.README.read_text(encoding="utf-8")
+    table = results_tables.models_table(files["default_run"])
+    assert readme == results_page.with_table(readme, table), "run: python -m benchmarks.results_page"
+
+
+def test_a_figure_that_was_typed_into_readme_is_seen(files):
+    table = results_tables.models_table(files["default_run"])
+    readme = f"# A\n\n{results_page.MARKS[0]}\n\n{table}\n\n{results_page.MARKS[1]}\n\nmore\n"
+    assert results_page.with_table(readme, table) == readme
+    assert results_page.with_table(readme.replace("0.", "9.", 1), table) == readme
+    with pytest.raises(ValueError, match="must have one pair of lines"):
+        results_page.with_table("# A", table)
+
+
+def test_every_file_is_on_the_page(files):
+    text = results_page.PAGE.read_text(encoding="utf-8")
+    for name, file in files.items():
+        assert f"[{name}.json](results/{name}.json)" in text
+        assert file.source in text and (file.command in text or name == "default_run")
+    assert {row.name for row in BENCHMARKS} <= set(files), "a benchmark of the page has no stored file"
+
+
+def test_figures_without_a_result_file_are_marked(files):
+    for file in files.values():
+        assert file.transcribed == file.source.startswith("transcribed")
+        assert file.transcribed or file.provenance["machine"]
+    assert '"Transcribed" marks figures' in results_page.OPENING
+
+
+def test_stored_files_name_no_folder_of_a_machine():
+    for path in FOLDER.glob("*.json"):
+        for word in json.loads(path.read_text())["provenance"]["command"]:
+            assert without_machine(word) == word, path
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("--set", "--set"), ("outputs/run_001", "outputs/run_001"), ("data.path=/home/me/finqa", "data.path=/path/to/finqa"),
+        ("/srv/a b/c", "/path/to/a b/c"), ("/path/to/x", "/path/to/x"), ("https://a.b/c/d", "https://a.b/c/d"),
+        ("ranker.encoder=owner/name", "ranker.encoder=owner/name"),
+    ],
+)  # fmt: skip
+def test_commands_are_shown_without_the_folders_of_a_machine(word, shown):
+    assert without_machine(word) == shown
+
+
+def test_figures_in_words():
+    both = {"value": 0.5, "low": 0.25, "high": 0.75}
+    assert (number(0.5), number(0.5, 1, percent=True)) == ("0.500", "50.0 %")
+    assert (interval(both), interval(both, 0, percent=True)) == ("0.250 – 0.750", "25 – 75")
+    assert full({"value": 0.5, "half_width": 0.125}) == "0.500 ± 0.125"
+    assert full({"value": 0.5, "low": None, "high": None}) == "0.500"
+
+
+def test_a_file_with_an_incomplete_provenance_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="lacks dirty, machine"):
+        write(tmp_path / "x.json", "x", {}, {"commit": "a", "date": "b", "command": [], "versions": {}})
+    with pytest.raises(ValueError, match="version 1"):
+        (tmp_path / "y.json").write_text("{}")
+        read(tmp_path / "y.json")
+
+
+def test_a_benchmark_writes_a_file_with_the_provenance_of_its_process(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    write(path, "x", {"nelbo": {"value": 1.5}})
+    file = read(path)
+    assert file.figures == {"nelbo": {"value": 1.5}} and not file.transcribed
+    assert file.provenance["versions"]["torch"] and file.provenance["machine"]["cores"]
+
+
+def test_a_run_on_text_is_stored_as_it_was_measured(quick_run):
+    """Each figure of the table is the one that the stage stored, found here by another way: metrics.json."""
+    figures, source = run_figures.figures_of(quick_run, "default_run")
+    metrics = json.loads((quick_run / "06_sample" / "metrics.json").read_text())
+    measured = {(row["model"], row["value"]) for row in metrics["results"]}
+    assert len(figures["models"]) == len(run_figures.MODEL_ROWS)
+    for row in figures["models"]:
+        assert (row["model"], row["value"]) in measured
+    aurocs = {row["value"] for row in metrics["results"] if row["model"] == "critic"}
+    critic = figures["critic"]
+    assert {critic["fills"]["critic"]["value"], critic["whole_text"]["critic"]["value"]} <= aurocs
+    baselines = {row["baseline_value"] for row in metrics["results"] if row["model"] == "critic"}
+    assert {
+        critic["fills"]["confidence"]["value"],
+        critic["whole_text"]["fresh_confidence"]["value"],
+    } <= baselines
+    assert [row["policy"] for row in figures["policies"]] == [row["policy"] for row in metrics["policies"]]
+    assert [stage["stage"] for stage in source["stages"]][-1] == "06_sample"
+    assert source["machine"]["threads"] and source["versions"]["torch"]
+
+
+def test_a_quick_test_is_not_stored(quick_run, capsys):
+    assert results_page.store(quick_run, "default_run") == 2
+    assert "quick test" in capsys.readouterr().err
+    assert results_page.store(quick_run, "judge") == 2
+
+
+def test_an_unfinished_run_is_not_stored(tmp_path, capsys):
+    (tmp_path / "04_train").mkdir()
+    assert results_page.store(tmp_path, "default_run") == 66
+    assert "is not complete" in capsys.readouterr().err
+
+
+def test_every_result_is_stored_below_docs():
+    assert FOLDER == ROOT / "docs" / "results" and read_all()
