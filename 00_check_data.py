@@ -21,8 +21,7 @@ from lib.config import Config
 from lib.errors import BadData
 from lib.labels import files_of, read_labels
 from lib.log import say
-from lib.runs import RunArgs
-from lib.stage_tables import shown_path
+from lib.runs import RunArgs, display_path
 
 SHOWN_PER_KIND = 5
 ROWS_PER_GROUP = 256
@@ -64,7 +63,7 @@ def main(config: Config, args: RunArgs) -> None:
             say(line)
         errors = counters.count("error")
         if errors:
-            where = shown_path(stage.folder / "problems.parquet")
+            where = display_path(stage.folder / "problems.parquet")
             what = "1 problem" if errors == 1 else f"{errors:,} problems"
             raise BadData(f"{what} in the data must be mended first; see {where} for all that was found")
 

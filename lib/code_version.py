@@ -14,7 +14,7 @@ from typing import Any
 
 from lib.config import ROOT
 
-SHOWN = 3  # files that a message names
+MAX_NAMED = 3  # files that a message names
 
 _STRING = r'"""(?:[^"\\]|\\.|"(?!""))*"""|\'\'\'(?:[^\'\\]|\\.|\'(?!\'\'))*\'\'\'|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\''
 _STRING_OR_END_OF_LINE = re.compile(rf"({_STRING})|(?:[ \t]*(?:#[^\n]*)?\n)+", re.DOTALL)
@@ -53,11 +53,11 @@ def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
 
 
-def shown(files: Iterable[str]) -> str:
+def name_files(files: Iterable[str]) -> str:
     """`lib/a.py, lib/b.py and 3 more`."""
     files = list(files)
-    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-    return ", ".join(files[:SHOWN]) + more
+    more = f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else ""
+    return ", ".join(files[:MAX_NAMED]) + more
 
 
 def digest(files: Mapping[str, str]) -> str:

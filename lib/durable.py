@@ -116,6 +116,11 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def sha256(path: Path) -> str:
+    """The hash of a file or of a folder."""
+    return sha256_folder(path) if path.is_dir() else sha256_file(path)
+
+
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

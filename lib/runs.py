@@ -96,6 +96,16 @@ def _new_run(config: Config, outputs: Path, number: int) -> Path:
     return run
 
 
+def make_run_dir(run: Path) -> None:
+    """Create the folder of a run if it is missing. Raises CannotCreate."""
+    if run.exists() and not run.is_dir():
+        raise CannotCreate(f"--run_dir {run} is a file; give a folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotCreate(f"cannot create the run folder {run}: {error.strerror}") from None
+
+
 def store_config(run: Path, config: Config) -> None:
     """Write what stage 00 finds its run by."""
     durable.write_json(run / "config.json", config.model_dump(mode="json"))
@@ -145,6 +155,11 @@ def score_stage(file: Path) -> str:
 def printable(text: str | Path) -> str:
     """A name as JSON and UTF-8 can hold it: what is not UTF-8 becomes an escape."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def display_path(path: Path) -> str:
+    """The path as a user would type it: relative to the current folder if it lies below."""
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
 
 
 def check_stage_name(name: str) -> None:

@@ -13,7 +13,7 @@ FLOORS = [
     {"sections"},
     {"config"},
     {"schema", "runs", "table_writer", "code_version", "outside"},
-    {"stage_tables", "artifacts", "cli", "metrics", "runtime", "tokenization", "surfaces"},
+    {"stage", "artifacts", "cli", "metrics", "runtime", "tokenization", "surfaces"},
     {"models"},
     {"diffusion", "synthetic", "ranking", "shards"},
     {"training"},
@@ -38,7 +38,7 @@ NO_TORCH = {
     "table_writer",
     "code_version",
     "outside",
-    "stage_tables",
+    "stage",
     "artifacts",
     "cli",
 }
