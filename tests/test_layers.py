@@ -9,7 +9,7 @@ from lib.config import ROOT
 FLOORS = [
     {"errors"},
     {"strict_yaml", "randomness", "durable", "log", "user_files"},
-    {"labels"},
+    {"labels", "label_files"},
     {"sections"},
     {"config"},
     {"schema", "runs", "table_writer", "code_version", "outside"},
@@ -31,6 +31,7 @@ NO_TORCH = {
     "log",
     "user_files",
     "labels",
+    "label_files",
     "sections",
     "config",
     "schema",
