@@ -204,7 +204,7 @@ def test_a_model_of_the_hub_is_pinned_and_another_commit_is_refused(hub, tmp_pat
     with pytest.raises(BadConfig, match=r"input someone/encoder: aaaa.* -> bbbb"):
         enter("someone/encoder", "one")
     enter("someone/encoder@v2", "two")
-    with pytest.raises(MissingInput, match=r"encoder someone/encoder@v3 is no folder here"):
+    with pytest.raises(MissingInput, match=r"encoder someone/encoder@v3 is not a folder"):
         enter("someone/encoder@v3", "four")
 
 
