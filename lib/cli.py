@@ -33,14 +33,14 @@ def user_path(text: str) -> Path:
 
 
 EPILOG = """\
-A run is one folder, outputs/run_NNN, that all scripts 00 to 06 share. Run them in order with the same flags:
+The scripts 00 to 06 run in order. They share one folder, the run, and need the same --config, --quick_test and --set:
 
   python 00_check_data.py --quick_test --run_dir outputs/demo
   python 01_prepare_dataset.py --quick_test --run_dir outputs/demo
   ...
 
-A script that has finished does nothing when it is run again; one that was interrupted continues. To change a setting,
-give a file with --config or a single setting with --set. configs/default.yaml lists all settings.
+`make pipeline` runs all of them. A script that has finished does nothing when it is run again; a script that was
+interrupted continues. configs/default.yaml lists all settings.
 """
 
 
@@ -116,7 +116,8 @@ def make_parser(
         add(
             "--mode",
             choices=[*MODES, *MODE_ALIASES],
-            help="train only the models of this mode; default: all models",
+            metavar="MODE",
+            help=f"train only the models of this mode ({', '.join(MODES)}). Default: all models",
         )
     if with_stream:
         add(
