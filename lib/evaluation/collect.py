@@ -19,7 +19,7 @@ from lib.report.data import ReportData
 from lib.runs import STAGES, load_manifest
 from lib.sections.sampler import SamplerConfig
 from lib.tasks import get_task
-from lib.tokenization import UNK, decode_batch, encode_with_masks, outside
+from lib.tokenization import UNK, decode_batch, describe_unknown, encode_with_masks
 from lib.training.objectives.base import chunks
 from lib.user_files.decoding import clean_text
 
@@ -55,7 +55,7 @@ def _given(tokenizer: Any, name: str, text: str) -> np.ndarray:
     text, _ = clean_text(text)
     (ids,) = encode_with_masks(tokenizer, [text], "unk")
     if (ids == UNK).any():
-        strange = outside(tokenizer, text.split("[MASK]"))
+        strange = describe_unknown(tokenizer, text.split("[MASK]"))
         raise BadConfig(f"sampler.{name}: {strange}; the generator never saw them: write it without")
     return ids.astype(np.int64)
 
