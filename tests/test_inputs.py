@@ -493,7 +493,7 @@ def test_shards_of_other_code_count_as_absent(tmp_path, monkeypatch):
     monkeypatch.undo()
     from lib.code_version import code_files
 
-    made_by = code_files(shards.MAKER, "text")
+    made_by = code_files(shards.PRODUCER, "text")
     assert {"lib/candidates/producer.py", "lib/synthetic.py", "lib/tasks/text/rewriting.py"} <= made_by.keys()
 
 

@@ -12,7 +12,7 @@ from lib import randomness
 from lib.config import Config
 from lib.errors import BadConfig
 from lib.tasks import CandidateContext
-from lib.tasks.text.foreign import Rewritten, review, rewrite_with_other_tokenizer
+from lib.tasks.text.other_tokenizer import Rewritten, review, rewrite_with_other_tokenizer
 from lib.tokenization import decode_batch
 
 ORIGINAL, RANDOM_REPLACEMENT, PREDICTED = 0, 1, 2
