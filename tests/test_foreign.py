@@ -480,7 +480,7 @@ def test_long_texts_are_read_in_windows_that_hold_every_token_once():
     half, _ = rewrite(engine, [text], ratio=0.5)
     kept = sum(a == b for a, b in zip(half[0].text.split(), text.split(), strict=True))
     assert 33 - 17 <= kept < 33  # the words that were not masked stand where they stood
-    with pytest.raises(BadData, match="reads 2 tokens"):
+    with pytest.raises(BadData, match="has a context of 2 tokens"):
         rewrite(engine_of("unigram_always", width=2), ["fox"])
 
 
