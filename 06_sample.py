@@ -118,7 +118,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         stage.stats |= {"scored": printable(file), "documents": lines[:1000], "known": known}
         say("\n" + aligned([HEAD, *(cells(line) for line in lines[:20] + known)]))
         say(
-            f"\nper token: {stage.shown(stage.folder / 'scores.parquet')}, as a picture: scores.html beside it"
+            f"\nper token: {stage.display_path(stage.folder / 'scores.parquet')}, as a picture: scores.html beside it"
         )
 
 
@@ -173,7 +173,7 @@ def sample(config: Config, args: RunArgs) -> None:
         durable.write_text(stage.folder / "report.html", build_report(data))
         stage.add_file("report", stage.folder / "report.html")
         evaluator.say_results(table.policies, chosen)
-        say(f"report: {stage.shown(stage.folder / 'report.html')}")
+        say(f"report: {stage.display_path(stage.folder / 'report.html')}")
 
 
 def rank(config: Config, args: RunArgs) -> None:
@@ -208,7 +208,7 @@ def rank(config: Config, args: RunArgs) -> None:
         stage.add_file("report", stage.folder / "report.html")
         for split in evaluator.tables:
             say(f"\n{split}: {len(evaluator.tables[split]):,} pools\n{ranking_table(evaluator.table(split))}")
-        say(f"\nreport: {stage.shown(stage.folder / 'report.html')}")
+        say(f"\nreport: {stage.display_path(stage.folder / 'report.html')}")
 
 
 if __name__ == "__main__":

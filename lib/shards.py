@@ -1,14 +1,14 @@
-"""Shards of fresh candidates: made by stage 02 for as long as stage 04 learns from them.
+"""Shards of new candidates: stage 02 makes them while stage 04 trains on them.
 
-The training examples are cut into shards, in another order in every epoch, and in every epoch each example is rewritten
-anew. So a shard is a function of the seed, its number and what stages 01 and 02 made, and one that is lost comes back the
-same: nothing needs to be kept that the trainer has left behind.
+Each epoch puts the training examples in another order, divides them into shards, and gives each example new candidates. A
+shard is a function of the seed, its number and the outputs of stages 01 and 02. A shard that is lost can be made again,
+the same to the bit. So shards that the trainer has used are deleted.
 
-    02_stream/shard_000012/     candidates.parquet, rewards.parquet, manifest.json; appears whole
-    02_stream/cursor.json       the shard that the trainer is at
-    02_stream/producer.alive    touched while somebody makes shards, holds their key; trainer.alive likewise
+    02_stream/shard_000012/     candidates.parquet, rewards.parquet, manifest.json; the folder appears when it is complete
+    02_stream/cursor.json       the shard that the trainer reads
+    02_stream/producer.alive    contains the key of the shards, and is touched while a producer runs; trainer.alive likewise
 
-Knows tables and files; who fills them is `lib.candidates.producer`.
+lib/candidates/producer.py makes the shards.
 """
 
 import contextlib
@@ -34,19 +34,20 @@ from lib.log import say
 from lib.table_writer import TableWriter
 
 FOLDER, SCRIPT = "02_stream", "02_generate_candidates.py --stream"
-MAKER = "lib/candidates/producer.py"
-SHAPED_BY = ("stream.shard_examples", "stream.initial_mask_ratio", "stream.ramp_epochs")
-PULSE, SILENCE = 1.0, 15.0  # seconds between signs of life, and without one until somebody counts as gone
+PRODUCER = "lib/candidates/producer.py"
+STREAM_SETTINGS = ("stream.shard_examples", "stream.initial_mask_ratio", "stream.ramp_epochs")
+HEARTBEAT_SECONDS = 1.0
+MAX_SILENCE_SECONDS = 15.0  # after this time without a heartbeat, a process counts as ended
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How an endless row of epochs is cut into shards. No shard has examples of two epochs.
+    """How an endless sequence of epochs is divided into shards. No shard has examples of two epochs.
 
     Attributes:
-        examples: training examples, all of which an epoch has.
-        per_shard: examples of a shard; the last one of an epoch may have fewer.
-        per_example: candidates of an example.
+        examples: number of training examples; an epoch has all of them.
+        per_shard: examples per shard; the last shard of an epoch may have fewer.
+        per_example: candidates per example.
     """
 
     examples: int
@@ -55,16 +56,16 @@ class Cut:
 
     @property
     def per_epoch(self) -> int:
-        """Shards of an epoch."""
+        """Number of shards in an epoch."""
         return -(-self.examples // self.per_shard)
 
     def of_shard(self, number: int) -> tuple[int, np.ndarray]:
-        """(epoch, places within it) of a shard's examples."""
+        """(epoch, positions in the epoch) of the examples of a shard."""
         epoch, within = divmod(number, self.per_epoch)
         return epoch, np.arange(within * self.per_shard, min((within + 1) * self.per_shard, self.examples))
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row within it) of rows of the endless row of candidates."""
+        """(shard, row in the shard) of rows in the endless sequence of candidates."""
         epoch, within = np.divmod(rows, self.examples * self.per_example)
         shard, row = np.divmod(within, self.per_shard * self.per_example)
         return epoch * self.per_epoch + shard, row
@@ -72,11 +73,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class ShardStore:
-    """The folder of shards, for either side.
+    """The folder of shards, for the producer and the trainer.
 
     Attributes:
-        key: digest of all that a shard depends on but its number; shards of another key are as good as absent.
-        backlog: shards that are kept ready from the cursor on.
+        key: digest of everything that a shard depends on except its number. Shards with another key count as missing.
+        backlog: number of shards that are kept ready, from the cursor on.
     """
 
     folder: Path
@@ -87,12 +88,12 @@ class ShardStore:
         return self.folder / f"shard_{number:06d}"
 
     def numbers(self) -> list[int]:
-        """The shards that are there, of any key."""
+        """The numbers of all shards in the folder, with any key."""
         found = (re.fullmatch(r"shard_(\d{6,})", path.name) for path in self.folder.glob("shard_*"))
         return sorted(int(match[1]) for match in found if match)
 
     def manifest(self, number: int) -> dict[str, Any] | None:
-        """What a shard says of itself; None if it is not there, or not ours."""
+        """The manifest of a shard; None if the shard is missing or has another key."""
         try:
             found = json.loads((self.path(number) / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -100,7 +101,7 @@ class ShardStore:
         return found if found.get("key") == self.key else None
 
     def read(self, number: int) -> tuple[pa.Table, dict[str, Any]] | None:
-        """(candidates with `reward`, manifest) of a shard; None if it is not there. A damaged one is cleared away."""
+        """(candidates with a column `reward`, manifest) of a shard; None if it is missing. A damaged shard is removed."""
         manifest = self.manifest(number)
         if manifest is None:
             return None
@@ -116,14 +117,14 @@ class ShardStore:
             candidates, rewards = (
                 pq.read_table(self.path(number) / name) for name in ("candidates.parquet", "rewards.parquet")
             )
-        except OSError:  # being cleared away at this moment
+        except OSError:  # the producer removes it at this moment
             return None
         for column in ("example_id", "candidate_id"):
             assert candidates[column].equals(rewards[column]), f"{self.path(number)}: keys in another order"
         return candidates.append_column("reward", rewards["reward"]), manifest
 
     def write(self, number: int, candidates: pa.Table, rewards: pa.Table, facts: dict[str, Any]) -> None:
-        """Put a shard there, whole."""
+        """Write a shard. It appears only when it is complete."""
         with durable.replacing_folder(self.path(number)) as folder:
             files = {}
             for name, table, kind in (
@@ -137,7 +138,7 @@ class ShardStore:
             durable.write_json(folder / "manifest.json", manifest)
 
     def remove(self, number: int) -> None:
-        """Clear a shard away: the manifest first, so that no half of it looks like a whole."""
+        """Remove a shard. The manifest is removed first, so that a partly removed shard never looks complete."""
         with contextlib.suppress(OSError):
             (self.path(number) / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(self.path(number), ignore_errors=True)
@@ -153,59 +154,59 @@ class ShardStore:
         self.folder.mkdir(exist_ok=True)
         durable.write_json(self.folder / "cursor.json", {"shard": number})
 
-    # --- signs of life -----------------------------------------------------------------------------------------------
+    # --- heartbeats --------------------------------------------------------------------------------------------------
 
-    def is_alive(self, who: str) -> bool:
-        """Whether a `producer` or a `trainer` of such shards gave a sign of life of late."""
-        file = self.folder / f"{who}.alive"
+    def is_alive(self, role: str) -> bool:
+        """Whether a `producer` or a `trainer` of these shards had a heartbeat recently."""
+        file = self.folder / f"{role}.alive"
         try:
-            return file.read_text() == self.key and time.time() - file.stat().st_mtime < SILENCE
+            return file.read_text() == self.key and time.time() - file.stat().st_mtime < MAX_SILENCE_SECONDS
         except OSError:
             return False
 
     @contextlib.contextmanager
-    def alive(self, who: str) -> Iterator[None]:
-        """Give signs of life while the block runs, whatever else it is busy with."""
+    def alive(self, role: str) -> Iterator[None]:
+        """Send heartbeats from a thread while the block runs."""
         self.folder.mkdir(exist_ok=True)
-        file, over = self.folder / f"{who}.alive", threading.Event()
+        file, stop = self.folder / f"{role}.alive", threading.Event()
 
         file.write_text(self.key)
 
         def beat() -> None:
-            while not over.is_set():
+            while not stop.is_set():
                 file.touch()
-                over.wait(PULSE)
+                stop.wait(HEARTBEAT_SECONDS)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            stop.set()
             thread.join()
 
 
 def open_store(stage: Stage, config: Config) -> ShardStore:
     """The shards of a stage's run. The stage must read stages 01 and 02."""
-    made_of = {
-        "code": code_version.digest(code_version.code_files(MAKER, config.task)),
+    dependencies = {
+        "code": code_version.digest(code_version.code_files(PRODUCER, config.task)),
         "generators": _generators(stage, config),
         "candidates": stage.sha256_of("02_generate_candidates", "candidates"),
         "examples": stage.sha256_of("01_prepare_dataset", "examples"),
-        "config": config.slice(("seed", "task", "candidates", "rewards", *SHAPED_BY)),
+        "config": config.slice(("seed", "task", "candidates", "rewards", *STREAM_SETTINGS)),
     }
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()
     return ShardStore(stage.run_dir / FOLDER, digest, config.stream.max_backlog)
 
 
 def generator_names(config: Config) -> list[str]:
-    """The masked LMs that stage 02 trains, as its outputs are called."""
+    """The names of the masked LMs that stage 02 trains; its outputs have the same names."""
     folds = config.candidates.cross_fit_folds
     return ["generator"] if folds == 1 else [f"generator_fold_{fold}" for fold in range(folds)]
 
 
 def _generators(stage: Stage, config: Config) -> list[str]:
-    """Hashes of the masked LMs that write the shards."""
+    """Hashes of the masked LMs that generate the candidates of the shards."""
     if config.candidates.source != "masked_lm":
         return []
     if config.generator.checkpoint:

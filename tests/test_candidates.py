@@ -1,4 +1,4 @@
-"""Stage 02's own reckoning, task by task the same: which generator learns from what, and what is counted of its text."""
+"""Stage 02: the training data of each generator, and the statistics of the candidates."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +26,10 @@ def counted(*rows: tuple, labels_tell_origin: bool = True) -> dict[str, Any]:
     return counters.summary()
 
 
-def test_a_generator_is_right_where_a_token_that_it_wrote_is_the_original_s():
-    """Given tokens are right by themselves, random ones are nobody's; a split's accuracy is over all its written tokens.
+def test_generator_accuracy_counts_generated_tokens_that_equal_the_original():
+    """The accuracy of a split is over all its generated tokens, without tokens that were not masked and random ones.
 
-    Which of them changed is known to whoever wrote, also where the original is not in the table or has other tokens.
+    The changed ones are counted when they are generated: the original may not be in the table, or may have other tokens.
     """
     found = counted(
         ("a", "train", "original", [1, 2, 3, 4], [0, 0, 0, 0], 0),

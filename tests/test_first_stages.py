@@ -1,4 +1,4 @@
-"""Stages 00 and 01 from raw files to examples: what is refused, mended, counted and kept flat in memory."""
+"""Stages 00 and 01 from raw files to examples: what is refused, corrected and counted, and that memory stays flat."""
 
 import importlib
 import json
@@ -37,13 +37,13 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_errors_leave_their_list_and_no_manifest_and_mended_data_starts_again(folder, capsys):
+def test_errors_leave_their_list_and_no_manifest_and_fixed_data_starts_again(folder, capsys):
     (folder / "raw" / "bad.txt").write_bytes(b"caf\xe9 " * 20)
     (folder / "raw" / "worse.jsonl").write_text("{oops\n" * 7)
-    with pytest.raises(BadData, match="8 problems"):
+    with pytest.raises(BadData, match="8 errors"):
         run("00_check_data", folder)
-    shown = capsys.readouterr().err
-    assert "error: encoding (1)" in shown and "error: not JSON (7)" in shown and "... and 2 more" in shown
+    output = capsys.readouterr().err
+    assert "error: encoding (1)" in output and "error: not JSON (7)" in output and "... and 2 more" in output
     stage = folder / "run" / "00_check_data"
     problems = pq.read_table(stage / "problems.parquet").to_pylist()
     assert len(problems) == 8 and load_manifest(stage) is None
@@ -104,10 +104,12 @@ def test_an_empty_split_is_refused_and_another_setting_then_starts_again(folder)
     (folder / "raw" / "novel.txt").write_text(text)
     settings = ["data.passages=paragraph", "data.deduplicate=none"]
     run("00_check_data", folder, *settings)
-    with pytest.raises(BadData, match=r"nothing fell into split train, held_out .*1 x tail of a paragraph"):
+    with pytest.raises(BadData, match=r"no examples in split train, held_out .*1 x tail of a paragraph"):
         run("01_prepare_dataset", folder, *settings)
     assert load_manifest(folder / "run" / "01_prepare_dataset") is None
-    with pytest.raises(BadData, match="nothing fell"):  # not: this stage was begun with another config
+    with pytest.raises(
+        BadData, match="no examples in split"
+    ):  # not: this stage was begun with another config
         run("01_prepare_dataset", folder, *settings, "tokenizer.kind=bpe")
 
 

@@ -26,7 +26,7 @@ from lib.surfaces import Surfaces
 from lib.synthetic import MaskedLMEngine
 from lib.tasks import CandidateContext, get_task
 from lib.tasks.finqa.rewriting import rewrite_arguments
-from lib.tasks.text.foreign import _Writing, rewrite_with_other_tokenizer
+from lib.tasks.text.other_tokenizer import _Composer, rewrite_with_other_tokenizer
 from lib.tasks.text.rewriting import candidates
 from lib.tasks.text.units import Reader
 from lib.tokenization import encode_batch, train_tokenizer
@@ -190,15 +190,15 @@ def write(
 ) -> str:
     """The text with units masked and some of them given other tokens. `force`: tokens written as they were count as new."""
     read = reader.read([text])
-    masked = np.ones(len(read.home), bool) if masked is None else masked
+    masked = np.ones(len(read.text_of_unit), bool) if masked is None else masked
     filled = read.ids.copy()
     for unit, ids in (words or {}).items():
-        filled[read.unit_of == unit] = ids
+        filled[read.unit_of_token == unit] = ids
     if force:
-        hidden = np.append(masked, False)[read.unit_of]
+        hidden = np.append(masked, False)[read.unit_of_token]
         read = dataclasses.replace(read, ids=np.where(hidden, len(reader.surfaces.cores) - 1, read.ids))
-        read.apart.flags.writeable = False
-    return _Writing(read, [text], masked, filled, reader, None).text(0)[0]
+        read.space_before.flags.writeable = False
+    return _Composer(read, [text], masked, filled, reader, None).text(0)[0]
 
 
 # --- identity --------------------------------------------------------------------------------------------------------
@@ -217,8 +217,8 @@ def test_a_token_in_place_of_itself_leaves_the_text_unchanged(name):
             between[start:end] = False
             assert not re.search(r"^\s|\s$", text[start:end])
         assert "".join(c for c, out in zip(text, between, strict=True) if out).strip() == "", name
-        for unit in range(len(read.home)):
-            assert write(reader, text, np.arange(len(read.home)) == unit) == text
+        for unit in range(len(read.text_of_unit)):
+            assert write(reader, text, np.arange(len(read.text_of_unit)) == unit) == text
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -227,7 +227,7 @@ def test_what_tokens_write_is_what_they_read(name):
     reader = Reader.of(make(name))
     for text in TEXTS:
         read = reader.read([text])
-        for masked in (read.known, *np.eye(len(read.home), dtype=bool)[read.known]):
+        for masked in (read.known, *np.eye(len(read.text_of_unit), dtype=bool)[read.known]):
             assert write(reader, text, masked, force=True) == text, (name, text)
 
 
@@ -239,7 +239,7 @@ def test_a_normaliser_changes_no_character_that_is_not_rewritten(name):
     for text in TEXTS:
         read = reader.read([text])
         for unit in np.flatnonzero(read.known):
-            new = write(reader, text, np.arange(len(read.home)) == unit, force=True)
+            new = write(reader, text, np.arange(len(read.text_of_unit)) == unit, force=True)
             before, after = text[: read.start[unit]].rstrip(" "), text[read.end[unit] :].lstrip(" ")
             assert new.startswith(before) and new.endswith(after), (name, text, unit)
 
@@ -252,9 +252,9 @@ def test_tokens_that_share_characters_are_one_unit():
         assert {"\u00e9", "\U0001f98a"} <= {
             u for u in units
         } or name == "unigram_bytes"  # it spells runs of unknown ones
-        assert not read.lone[[u for u, word in enumerate(units) if word == "\U0001f98a"]].any()
+        assert not read.is_single_token[[u for u, word in enumerate(units) if word == "\U0001f98a"]].any()
     fine = Reader.of(make("albert")).read(["\u00bd"])
-    assert len(fine.ids) > 1 and len(fine.home) == 1  # 1, a stroke and 2 stand for one character
+    assert len(fine.ids) > 1 and len(fine.text_of_unit) == 1  # 1, a stroke and 2 stand for one character
 
 
 # --- spaces ----------------------------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ def test_long_texts_are_read_in_windows_that_hold_every_token_once():
     half, _ = rewrite(engine, [text], ratio=0.5)
     kept = sum(a == b for a, b in zip(half[0].text.split(), text.split(), strict=True))
     assert 33 - 17 <= kept < 33  # the words that were not masked stand where they stood
-    with pytest.raises(BadData, match="reads 2 tokens"):
+    with pytest.raises(BadData, match="has a context of 2 tokens"):
         rewrite(engine_of("unigram_always", width=2), ["fox"])
 
 

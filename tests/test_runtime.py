@@ -16,14 +16,16 @@ from lib.runtime import FIXED_WORKSPACES, Runtime
 
 @pytest.fixture
 def cuda(monkeypatch) -> list[tuple[Any, ...]]:
-    """A machine with a GPU, as far as `Runtime.detect` looks; what torch is told about determinism."""
-    told: list[tuple[Any, ...]] = []
+    """A machine with a GPU, as far as `Runtime.detect` checks. Returns the calls that set determinism."""
+    calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(
-        torch, "use_deterministic_algorithms", lambda mode, *, warn_only=False: told.append((mode, warn_only))
+        torch,
+        "use_deterministic_algorithms",
+        lambda mode, *, warn_only=False: calls.append((mode, warn_only)),
     )
-    return told
+    return calls
 
 
 def test_a_gpu_uses_deterministic_kernels_and_refuses_others(cuda, monkeypatch):

@@ -1,1 +1,1 @@
-"""How stages 02 and 03 make candidates and rewards, whatever the task."""
+"""Candidates and rewards of stages 02 and 03, independent of the task."""

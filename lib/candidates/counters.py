@@ -1,15 +1,15 @@
-"""Counts over all candidates that stage 02 makes: what a person asks of synthetic text."""
+"""Statistics of the candidates of stage 02, for the manifest and the screen."""
 
 import numpy as np
 import pyarrow.compute as pc
 
 
 class CandidateCounters:
-    """Fed table by table.
+    """Counts candidates, table by table.
 
     Args:
-        labels_tell_origin: class 2 is every predicted token (`candidates.label_rule: origin`). Otherwise it is only those
-            that changed, and how many predicted ones equal the original's cannot be counted.
+        labels_tell_origin: class 2 is every predicted token (`candidates.label_rule: origin`). Otherwise class 2 is only
+            changed tokens, and predicted tokens that equal the original cannot be counted.
     """
 
     def __init__(self, labels_tell_origin: bool = True) -> None:
@@ -19,7 +19,7 @@ class CandidateCounters:
         self.kinds: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self.predicted: dict[str, int] = {}
-        self.right: dict[str, int] = {}
+        self.correct: dict[str, int] = {}
 
     def add(self, table) -> None:
         self.candidates += table.num_rows
@@ -39,29 +39,29 @@ class CandidateCounters:
             self.dropped[item.reason] = self.dropped.get(item.reason, 0) + 1
 
     def _compare(self, table, original) -> None:
-        """How many predicted tokens equal the original's, per split."""
+        """Count the predicted tokens that equal the original's, per split."""
         ids, labels = table["token_ids"].to_pylist(), table["token_labels"].to_pylist()
         examples, splits = table["example_id"].to_pylist(), table["split"].to_pylist()
         changed = np.rint(table["changed_fraction"].to_numpy() * np.array([len(i) for i in ids]))
-        truth = {examples[i]: ids[i] for i in range(len(ids)) if original[i]}
+        original_ids = {examples[i]: ids[i] for i in range(len(ids)) if original[i]}
         for i in np.flatnonzero(~original):
-            self.unchanged += int(truth.get(examples[i]) == ids[i])
+            self.unchanged += int(original_ids.get(examples[i]) == ids[i])
             predicted = int((np.asarray(labels[i]) == 2).sum())
             if predicted and self.labels_tell_origin:
                 self.predicted[splits[i]] = self.predicted.get(splits[i], 0) + predicted
-                self.right[splits[i]] = self.right.get(splits[i], 0) + predicted - int(changed[i])
+                self.correct[splits[i]] = self.correct.get(splits[i], 0) + predicted - int(changed[i])
 
     def summary(self) -> dict:
         counts = {"candidates": self.candidates, "kinds": self.kinds, "dropped": self.dropped}
         if not self.fractions:
             return counts
         histogram = np.sum(self.fractions, axis=0)
-        middle = (np.arange(20) + 0.5) / 20
-        accuracy = {s: self.right[s] / n for s, n in self.predicted.items() if n}
+        bin_centre = (np.arange(20) + 0.5) / 20
+        accuracy = {s: self.correct[s] / n for s, n in self.predicted.items() if n}
         return counts | {
             "rewritten": self.rewritten,
             "unchanged": self.unchanged,
-            "mean_synthetic_fraction": float((histogram * middle).sum() / max(histogram.sum(), 1)),
+            "mean_synthetic_fraction": float((histogram * bin_centre).sum() / max(histogram.sum(), 1)),
             "synthetic_fraction_histogram": histogram,
             "generator_accuracy": accuracy,
         }
@@ -70,10 +70,10 @@ class CandidateCounters:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.kinds.items()))
         line = f"{self.candidates:,} candidates ({kinds})"
         if self.fractions:
-            accuracy = {s: f"{self.right[s] / n:.1%}" for s, n in self.predicted.items() if n}
+            accuracy = {s: f"{self.correct[s] / n:.1%}" for s, n in self.predicted.items() if n}
             line += (
-                f", {self.unchanged:,} of the rewritten ones came out as the original; predicted tokens that equal the "
+                f", {self.unchanged:,} of the rewritten ones equal the original; predicted tokens that equal the "
                 f"original's: {accuracy or 'not compared'}"
             )
-        left = ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items())
-        return line + (f"; without candidates: {left}" if left else "")
+        dropped = ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items())
+        return line + (f"; examples without candidates: {dropped}" if dropped else "")

@@ -1,4 +1,4 @@
-"""The masked LMs that write synthetic text in stage 02: given, or trained there on the run's own train split."""
+"""The masked LMs that generate synthetic text in stage 02: given by the user, or trained on the run's train split."""
 
 from pathlib import Path
 
@@ -18,21 +18,21 @@ from lib.training.train_model import train_model
 
 
 def masked_language_models(stage: Stage, config: Config, runtime, tokenizer) -> list[Path]:
-    """Folders of the masked LMs that write synthetic text: given, or trained here; none for other sources."""
+    """Folders of the masked LMs that generate synthetic text. They are trained here if generator.checkpoint is null."""
     rewrites = config.finqa.pools.corruption_rate * config.finqa.pools.changes.masked_lm > 0
     if config.candidates.source != "masked_lm" and not (config.candidates.source == "programs" and rewrites):
         return []
     if config.generator.checkpoint:
         if config.candidates.cross_fit_folds > 1:
             raise BadConfig(
-                "candidates.cross_fit_folds > 1 trains its generators itself; set generator.checkpoint to null"
+                "candidates.cross_fit_folds > 1 trains one generator per fold; set generator.checkpoint to null"
             )
         return [Path(config.generator.checkpoint)]
     return train_generators(stage, config, runtime, tokenizer)
 
 
 def generator_folders(stage: Stage, config: Config) -> list[Path]:
-    """The masked LMs that wrote the candidates of the table."""
+    """Folders of the masked LMs that generated the candidates of stage 02."""
     if config.candidates.source != "masked_lm":
         return []
     if config.generator.checkpoint:
@@ -41,7 +41,7 @@ def generator_folders(stage: Stage, config: Config) -> list[Path]:
 
 
 def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[Path]:
-    """One generator on the whole train split; when cross-fitting, one per fold that leaves that fold out."""
+    """Train one generator on the train split or, when cross-fitting, one per fold on all other folds."""
     spec = ModelSpec(
         mode="language_model", architecture=config.generator.architecture, training=config.generator.training
     )
@@ -72,7 +72,7 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
 
 
 def without_fold(table, left_out: list[bool]):
-    """The other rows; one whose predecessor is gone no longer continues it."""
+    """The rows that are not left out. A row whose predecessor is removed no longer continues it."""
     keep = ~np.asarray(left_out)
     continues = table["continues"].to_numpy(zero_copy_only=False) & np.append(False, keep[:-1])
     index = table.column_names.index("continues")

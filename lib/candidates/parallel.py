@@ -1,7 +1,7 @@
-"""Candidates made by several processes, in the order and with the bits of one.
+"""Make candidates in several processes, in the same order and with the same bits as in one process.
 
-A group of examples is made whole by one process, from the same noise, so it does not matter which. Worth it where one
-process cannot keep the cores busy: small models on many cores.
+One process makes all candidates of a group of examples, from random draws that do not depend on the process. This is
+useful where one process does not use all cores: small models on many cores.
 """
 
 from collections import Counter, deque
@@ -17,22 +17,22 @@ from lib.config import Config
 from lib.runtime import Runtime
 from lib.tasks import CandidateContext, Dropped, get_task
 
-AHEAD = 2  # groups in work or waiting to be written, per process: memory stays flat
+MAX_PENDING = 2  # groups per process that are being made or wait to be written; it limits memory
 
-_context: CandidateContext | None = None  # of a worker process
+_context: CandidateContext | None = None  # in a worker process
 
 
 def made_by_processes(
     config: Config, tokenizer: Path, engines: list[Path], groups: Iterable[pa.Table], processes: int
 ) -> Iterator[tuple[int, pa.Table, list[Dropped], Counter[str]]]:
-    """(examples of the group, its candidates, examples left out, counts) of every group, in order."""
+    """(number of examples, candidates, examples left out, counts) of every group, in order."""
     threads = max(1, torch.get_num_threads() // processes)
     arguments = (config, tokenizer, engines, threads)
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin, arguments) as pool:
         waiting: deque = deque()
         for group in groups:
             waiting.append((group.num_rows, pool.submit(_make, group)))
-            if len(waiting) >= AHEAD * processes:
+            if len(waiting) >= MAX_PENDING * processes:
                 count, future = waiting.popleft()
                 yield count, *future.result()
         for count, future in waiting:

@@ -1,4 +1,4 @@
-"""Who makes the shards that stage 04 learns from: the next one wanted, and no more than that."""
+"""The producer of the stream: it makes the next shard that stage 04 needs."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from lib.training.data import Rows
 
 
 def at_epoch(config: Config, epoch: int) -> Config:
-    """The config with the mask ratios of an epoch: they rise from `stream.initial_mask_ratio` to the candidates' own."""
+    """The config with the mask ratios of an epoch: from `stream.initial_mask_ratio` they rise to candidates.mask_ratio."""
     first, last = config.stream.initial_mask_ratio, config.candidates.mask_ratio
     if first is None:
         return config
@@ -29,7 +29,7 @@ class Producer:
 
     Args:
         examples: the training examples, a table of schema.EXAMPLES.
-        context_of: config of an epoch, draw -> the context in which a task makes candidates.
+        context_of: (config of an epoch, draw) -> the context in which the task makes candidates.
     """
 
     def __init__(
@@ -41,10 +41,9 @@ class Producer:
         self._order = Rows(config.seed, "stream order", examples.num_rows)
 
     def step(self) -> int | None:
-        """Make the next shard that is wanted and return its number; None if all are there.
+        """Make the next wanted shard and return its number; None if all wanted shards exist.
 
-        What the trainer has left behind, or is too far ahead, goes away first; but the first shards stay, since the
-        next model begins with them.
+        Shards outside the wanted window are deleted first. The first shards stay, since the next model starts with them.
         """
         cursor = self.store.cursor
         wanted = range(cursor, cursor + self.store.backlog)
@@ -58,11 +57,12 @@ class Producer:
 
     def make(self, number: int) -> None:
         """Write shard `number`."""
-        epoch, places = self.cut.of_shard(number)
-        some = self.examples.take(pa.array(self._order.samples(epoch * self.cut.examples + places)))
-        draw = epoch + 1  # 0 is that of the table
-        candidates = self.task.candidates(some, self.context_of(at_epoch(self.config, epoch), draw))
+        epoch, positions = self.cut.of_shard(number)
+        order = self._order.samples(epoch * self.cut.examples + positions)
+        examples = self.examples.take(pa.array(order))
+        draw = epoch + 1  # draw 0 is the table of stage 02
+        candidates = self.task.candidates(examples, self.context_of(at_epoch(self.config, epoch), draw))
         reward, terms = self.task.rewards(self.config, candidates)
         reward = np.asarray(reward, np.float64)
-        facts = {"epoch": epoch, "examples": len(places), "mean_reward": float(reward.mean())}
+        facts = {"epoch": epoch, "examples": len(positions), "mean_reward": float(reward.mean())}
         self.store.write(number, candidates, reward_table(candidates, reward, terms), facts)

@@ -1,4 +1,4 @@
-"""From a task's rewards to the table of them: ranks, ties, terms."""
+"""The table of rewards: ranks, ties and terms from the rewards of a task."""
 
 import numpy as np
 import pandas as pd
@@ -8,11 +8,12 @@ import pyarrow as pa
 def reward_table(candidates: pa.Table, reward: np.ndarray, terms: dict[str, np.ndarray]) -> pa.Table:
     """A table of schema.REWARDS, with ranks and ties within each example.
 
-    Equal means equal to nine decimals: rewards are sums of floats.
+    Rewards count as equal if nine decimals are equal, since they are sums of floats.
 
     Args:
-        candidates: whole pools; only its keys are read.
-        reward: (rows,) in [0, 1]; terms: name -> (rows,).
+        candidates: all candidates of each example; only the keys are read.
+        reward: (rows,) in [0, 1].
+        terms: name -> (rows,).
     """
     frame = pd.DataFrame({"example": candidates["example_id"].to_pylist(), "reward": np.round(reward, 9)})
     pools = frame.groupby("example", sort=False)["reward"]

@@ -19,9 +19,9 @@ from lib.report.data import ReportData
 from lib.runs import STAGES, load_manifest
 from lib.sections.sampler import SamplerConfig
 from lib.tasks import get_task
-from lib.tokenization import UNK, decode_batch, encode_with_masks, outside
+from lib.tokenization import UNK, decode_batch, describe_unknown, encode_with_masks
 from lib.training.objectives.base import chunks
-from lib.user_files import mended
+from lib.user_files.decoding import clean_text
 
 
 def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.ndarray:
@@ -51,11 +51,11 @@ def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.nd
 
 
 def _given(tokenizer: Any, name: str, text: str) -> np.ndarray:
-    """(T,) ids of what a user gave as sampler.<name>, masks where it has [MASK]; line ends are mended as in the data."""
-    text, _ = mended(text)
+    """(T,) ids of what a user gave as sampler.<name>, masks where it has [MASK]; line ends are converted as in the data."""
+    text, _ = clean_text(text)
     (ids,) = encode_with_masks(tokenizer, [text], "unk")
     if (ids == UNK).any():
-        strange = outside(tokenizer, text.split("[MASK]"))
+        strange = describe_unknown(tokenizer, text.split("[MASK]"))
         raise BadConfig(f"sampler.{name}: {strange}; the generator never saw them: write it without")
     return ids.astype(np.int64)
 

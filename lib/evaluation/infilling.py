@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from lib.errors import BadData
 from lib.tokenization import UNK, encode_batch, encode_with_masks
-from lib.user_files import mended
+from lib.user_files.decoding import clean_text
 
 SHOWN = 20
 UNKNOWN = -1  # in place of the right token where no target is given
@@ -93,7 +93,7 @@ def _columns(path: Path) -> tuple[list[str], list[str], list[str | None]]:
                 f"sampler.infill_file: {path}, column {name} is {table[name].type}, not text"
             ) from None
         if name != "id":  # as in the data: line ends are line feeds, other white space is white space
-            columns[name] = [None if value is None else mended(value)[0] for value in columns[name]]
+            columns[name] = [None if value is None else clean_text(value)[0] for value in columns[name]]
         if name != "target" and None in columns[name]:
             raise BadData(
                 f"sampler.infill_file: {path}, column {name}: row {columns[name].index(None)} is empty"

@@ -1,9 +1,9 @@
-"""Rewriting text with a masked LM whose tokenizer is not the run's own.
+"""Rewrite text with a masked LM whose tokenizer differs from the run's tokenizer.
 
-The other tokenizer cuts the text into units (lib/tasks/text/units.py), some are masked and filled, and only their
-characters are replaced. White space is never masked and never written; a written token only decides whether a single
-space stands in front of it. The run's tokenizer then reads the new text, and each of its tokens that touches a written
-character is labelled predicted. Texts longer than the model are read in consecutive windows.
+The tokenizer of the masked LM divides the text into units (lib/tasks/text/units.py). Some units are masked and filled, and
+only their characters are replaced. White space is never masked or generated; a generated token only decides whether a
+single space precedes it. Then the run's tokenizer encodes the new text. Each token with a generated character has the
+label "predicted". Texts that are longer than the model's context are filled in consecutive windows.
 """
 
 from collections import Counter
@@ -18,19 +18,19 @@ from lib.tasks import CandidateContext
 from lib.tasks.text.units import Reader, Reading
 from lib.tokenization import characters_of, encode_batch
 
-NARROWEST = 16  # tokens of the narrowest window; wider ones are powers of two
+MIN_WIDTH = 16  # tokens of the narrowest window; the other widths are powers of two
 UNKNOWN, UNREADABLE = "unknown units", "unreadable units"
-_NEXT_WINDOW = 0x1E3779B97F4A7C15  # between the keys of windows of one text
+_NEXT_WINDOW = 0x1E3779B97F4A7C15  # difference between the keys of consecutive windows of a text
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """One candidate.
+    """One rewritten candidate.
 
     Attributes:
-        token_ids: (T,) in the run's own tokens.
-        labels: (T,) 2 for tokens that touch what the model wrote, also where that is what had been there.
-        differs: (T,) bool, tokens that touch what is not as it had been.
+        token_ids: (T,) ids in the run's tokenizer.
+        labels: (T,) 2 for tokens with a generated character, even if it equals the original; otherwise 0.
+        differs: (T,) bool, tokens with a character that differs from the original.
     """
 
     token_ids: np.ndarray
@@ -42,51 +42,51 @@ class Rewritten:
 def rewrite_with_other_tokenizer(
     texts: list[str], ratio: np.ndarray, rows: np.ndarray, context: CandidateContext
 ) -> list[Rewritten]:
-    """Each text with the share `ratio` of its units rewritten; `context.counts` says what became of them."""
+    """Each text with a fraction `ratio` of its units rewritten. `context.counts` is updated."""
     engine = context.engines[0]
     reader = Reader.of(engine.tokenizer)
     read = reader.read(texts)
     masked = _draw_mask(read, ratio, rows, context)  # (U,)
     filled = _fill(read, masked, rows, reader, context)  # (M,)
-    written = _Writing(read, texts, masked, filled, reader, characters_of(context.tokenizer))
-    results = [written.text(row) for row in range(len(texts))]
-    context.counts.update(written.counts)
+    composer = _Composer(read, texts, masked, filled, reader, characters_of(context.tokenizer))
+    results = [composer.text(row) for row in range(len(texts))]
+    context.counts.update(composer.counts)
     context.counts.update(
         {
             "rewritten": len(texts),
-            "without a unit to mask": len(texts) - len(np.unique(read.home[masked])),
-            "units": len(read.home),
+            "without a unit to mask": len(texts) - len(np.unique(read.text_of_unit[masked])),
+            "units": len(read.text_of_unit),
             UNKNOWN: int((~read.known).sum()),
             "masked units": int(masked.sum()),
             "read in windows": int(
-                (np.bincount(read.owner, minlength=len(texts)) > capacity(engine, reader)).sum()
+                (np.bincount(read.text_of_token, minlength=len(texts)) > capacity(engine, reader)).sum()
             ),
         }
     )
-    return _in_own_tokens(results, context)
+    return _encode_results(results, context)
 
 
 def review(counts: Counter[str]) -> dict[str, int]:
-    """The counts of a whole run for its manifest, said in a line. Raises BadData if nothing could be rewritten."""
+    """The counts of a whole run, for its manifest; also printed. Raises BadData if nothing could be rewritten."""
     if not counts["masked units"]:
         raise BadData(
             f"the masked LM's tokenizer knows none of the {counts['units']:,} words and signs of "
-            f"{counts['rewritten']:,} passages, so nothing can be rewritten; give generator.checkpoint a model of the "
-            "texts' language, or null to train one"
+            f"{counts['rewritten']:,} passages, so nothing can be rewritten; set generator.checkpoint to a model of the "
+            "texts' language, or to null to train one"
         )
     say(
-        f"rewritten with the masked LM's own tokenizer: {counts['masked units']:,} of {counts['units']:,} units masked; "
-        f"{counts[UNKNOWN]:,} stayed because it does not know them, {counts[UNREADABLE]:,} because what was written is no "
-        f"whole character or none that the run's tokenizer reads; {counts['without a unit to mask']:,} of "
-        f"{counts['rewritten']:,} passages had nothing to mask, such as white space alone; "
-        f"{counts['read in windows']:,} are longer than the model and were read in windows"
+        f"rewritten with the masked LM's tokenizer: {counts['masked units']:,} of {counts['units']:,} units masked. "
+        f"Unchanged: {counts[UNKNOWN]:,} units that this tokenizer does not know, and {counts[UNREADABLE]:,} for which the "
+        f"generated tokens are incomplete characters or unknown to the run's tokenizer. "
+        f"{counts['without a unit to mask']:,} of {counts['rewritten']:,} passages had no unit to mask; "
+        f"{counts['read in windows']:,} are longer than the model's context and were filled in windows"
     )
     return dict(counts)
 
 
 def _draw_mask(read: Reading, ratio: np.ndarray, rows: np.ndarray, context: CandidateContext) -> np.ndarray:
-    """(U,) bool. A text with nothing that may be masked, such as white space alone, stays as it is."""
-    masked = np.zeros(len(read.home), bool)
+    """(U,) bool, the units to mask. A text without a known unit, such as only white space, is unchanged."""
+    masked = np.zeros(len(read.text_of_unit), bool)
     eligible = read.by_text(read.known)
     some = np.flatnonzero(eligible.any(1))
     if len(some):
@@ -94,49 +94,50 @@ def _draw_mask(read: Reading, ratio: np.ndarray, rows: np.ndarray, context: Cand
         drawn[some] = context.draw_mask(
             eligible[some], ratio[some], rows[some], lambda: read.by_text(read.line_ends)[some]
         )
-        masked = drawn[read.home, read.number]
+        masked = drawn[read.text_of_unit, read.index_in_text]
     return masked
 
 
 def capacity(engine: MaskedLMEngine, reader: Reader) -> int:
-    """Tokens of a text that the model reads at once. Raises BadData if there is room for none."""
+    """The number of tokens of a text that fit into the model's context. Raises BadData if it is 0."""
     room = engine.width - len(reader.prefix) - len(reader.suffix)
     if room < 1:
         raise BadData(
-            f"the masked LM reads {engine.width} tokens, and its tokenizer puts {len(reader.prefix) + len(reader.suffix)} "
-            "special ones around a text; give generator.checkpoint a longer model"
+            f"the masked LM has a context of {engine.width} tokens, and its tokenizer adds "
+            f"{len(reader.prefix) + len(reader.suffix)} special tokens to a text; set generator.checkpoint to a model with a "
+            "longer context"
         )
     return room
 
 
 def _fill(read: Reading, masked: np.ndarray, rows: np.ndarray, reader: Reader, context: CandidateContext):
-    """(M,) ids with those of masked units written."""
+    """(M,) token ids, generated for masked units and unchanged for the others."""
     engine, filled = context.engines[0], read.ids.copy()
-    hidden = np.append(masked, False)[read.unit_of]  # (M,)
+    hidden = np.append(masked, False)[read.unit_of_token]  # (M,)
     if not hidden.any():
         return filled
-    alone = np.append(read.lone, False)[read.unit_of]
+    alone = np.append(read.is_single_token, False)[read.unit_of_token]
 
-    # 1. Texts of n tokens go in windows of equal length, as few as there can be
-    lengths = np.bincount(read.owner, minlength=len(read.bounds) - 1)
+    # 1. Divide each text into as few windows as possible, of equal length
+    lengths = np.bincount(read.text_of_token, minlength=len(read.bounds) - 1)
     windows = -(-lengths // capacity(engine, reader))
     size = -(-lengths // np.maximum(windows, 1))
-    place = np.arange(len(read.ids)) - (np.cumsum(lengths) - lengths)[read.owner]
-    number, column = np.divmod(place, np.maximum(size, 1)[read.owner])
-    window = (np.cumsum(windows) - windows)[read.owner] + number  # (M,)
+    position = np.arange(len(read.ids)) - (np.cumsum(lengths) - lengths)[read.text_of_token]
+    number, column = np.divmod(position, np.maximum(size, 1)[read.text_of_token])
+    window = (np.cumsum(windows) - windows)[read.text_of_token] + number  # (M,)
     text_of = np.repeat(np.arange(len(lengths)), windows)  # (W,)
     keys = rows[text_of] + (np.arange(len(text_of)) - (np.cumsum(windows) - windows)[text_of]) * _NEXT_WINDOW
 
-    # 2. A window is padded to a width of its own, so that it is filled the same way in any company
+    # 2. Pad each window to a width that depends on this window alone, so that it is filled the same way in any batch
     count = np.bincount(window, minlength=len(text_of))
     needed = count + len(reader.prefix) + len(reader.suffix)
-    widths = np.minimum(np.maximum(NARROWEST, 2 ** np.ceil(np.log2(needed)).astype(np.int64)), engine.width)
+    widths = np.minimum(np.maximum(MIN_WIDTH, 2 ** np.ceil(np.log2(needed)).astype(np.int64)), engine.width)
     used = np.bincount(window, hidden, minlength=len(text_of)) > 0
     never = ~reader.surfaces.readable_by(characters_of(context.tokenizer))
     if never.all():
         raise BadData(
-            "the masked LM's tokenizer has no token that the run's tokenizer can read; give another generator.checkpoint, or "
-            "set tokenizer.kind=bpe, which reads all characters"
+            "the masked LM's tokenizer has no token that the run's tokenizer can read; set another generator.checkpoint, or "
+            "tokenizer.kind=bpe, which reads all characters"
         )
     for width in np.unique(widths[used]):
         chosen = np.flatnonzero(used & (widths == width))
@@ -160,11 +161,12 @@ def _fill(read: Reading, masked: np.ndarray, rows: np.ndarray, reader: Reader, c
     return filled
 
 
-class _Writing:
-    """Puts written units into the texts.
+class _Composer:
+    """Puts generated units into the texts.
 
     Attributes:
-        counts: units that stayed because what was written is no whole character, or none that the run knows.
+        counts: units that stay because the generated bytes are not whole characters, or characters that the run's tokenizer
+            does not know.
     """
 
     def __init__(
@@ -174,22 +176,22 @@ class _Writing:
         self.read, self.texts, self.reader, self.filled = read, texts, reader, filled
         self.masked, self.characters = masked.copy(), characters
         self.counts: Counter[str] = Counter({UNREADABLE: 0})
-        shown = read.unit_of >= 0
-        changed = np.zeros(len(read.home), bool)
-        changed[read.unit_of[shown & (filled != read.ids)]] = True
+        visible = read.unit_of_token >= 0
+        changed = np.zeros(len(read.text_of_unit), bool)
+        changed[read.unit_of_token[visible & (filled != read.ids)]] = True
         self.words = {
             int(u): word for u in np.flatnonzero(changed) if (word := self._word(int(u))) is not None
         }
-        # Units that differ, and those behind one: the space in front of these may change
-        behind = np.append(False, changed)[:-1]
-        self.active = np.flatnonzero(masked | behind)
-        self.texts_of_active = np.searchsorted(read.home[self.active], np.arange(len(texts) + 1))
-        self.first_units = np.searchsorted(read.home, np.arange(len(texts)))
+        # Masked units, and units after a changed one: the space before these may change
+        after_changed = np.append(False, changed)[:-1]
+        self.active = np.flatnonzero(masked | after_changed)
+        self.texts_of_active = np.searchsorted(read.text_of_unit[self.active], np.arange(len(texts) + 1))
+        self.first_units = np.searchsorted(read.text_of_unit, np.arange(len(texts)))
 
     def _word(self, unit: int) -> str | None:
-        """What was written in place of a unit; None, and no longer masked, if that cannot stand in the text."""
+        """The generated text of a unit. If it is not valid text, the unit counts as not masked, and the result is None."""
         inside = slice(self.read.first[unit], self.read.last[unit] + 1)
-        ids = self.filled[inside][self.read.unit_of[inside] == unit]
+        ids = self.filled[inside][self.read.unit_of_token[inside] == unit]
         word = self.reader.surfaces.write([int(i) for i in ids])
         if word is None or (self.characters is not None and not self.characters.issuperset(word)):
             self.masked[unit] = False
@@ -198,79 +200,79 @@ class _Writing:
         return word
 
     def text(self, row: int) -> tuple[str, np.ndarray, np.ndarray]:
-        """(new text, (C,) bool characters that the model wrote, (C,) bool characters that are new)."""
+        """(new text, (C,) bool generated characters, (C,) bool characters that differ from the original)."""
         read, text, base = self.read, self.texts[row], int(self.read.bounds[row])
         pieces: list[str] = []
-        touched: list[tuple[int, bool, bool]] = []  # (characters, written, new)
+        flags: list[tuple[int, bool, bool]] = []  # (characters, generated, new)
 
-        def put(piece: str, written: bool, new: bool) -> None:
+        def put(piece: str, generated: bool, new: bool) -> None:
             pieces.append(piece)
-            touched.append((len(piece), written, new))
+            flags.append((len(piece), generated, new))
 
         done, first = 0, int(self.first_units[row])
         writes_spaces = self.reader.surfaces.writes_spaces
         for unit in self.active[slice(*self.texts_of_active[row : row + 2])].tolist():
-            mine = bool(self.masked[unit])
+            is_masked = bool(self.masked[unit])
             start, end = int(read.start[unit]) - base, int(read.end[unit]) - base
             before = int(read.end[unit - 1]) - base if unit > first else 0
             put(text[done:before], False, False)
             gap = text[before:start]
             if unit > first:
                 space = self._gap(unit, gap, text)
-                owned = mine and writes_spaces and space == " " and not read.held[unit]
+                owned = is_masked and writes_spaces and space == " " and not read.space_token_before[unit]
                 put(space, space != gap or owned, space != gap)
             else:
                 put(gap, False, False)
             word = self.words.get(unit, text[start:end])
-            put(word, mine, word != text[start:end])
+            put(word, is_masked, word != text[start:end])
             done = end
         put(text[done:], False, False)
-        lengths = [n for n, _, _ in touched]
-        written = np.repeat([w for _, w, _ in touched], lengths)
-        new = np.repeat([n for _, _, n in touched], lengths)
-        return "".join(pieces), written, new
+        lengths = [length for length, _, _ in flags]
+        generated = np.repeat([g for _, g, _ in flags], lengths)
+        new = np.repeat([n for _, _, n in flags], lengths)
+        return "".join(pieces), generated, new
 
     def _gap(self, unit: int, gap: str, text: str) -> str:
-        """What stands between a unit and the one before it, of which one was written."""
+        """The text between a unit and the previous one, of which at least one is active."""
         read, surfaces = self.read, self.reader.surfaces
         if unit not in self.words and unit - 1 not in self.words:
             return gap
-        if not surfaces.says_spaces or read.held[unit]:
-            apart = bool(read.apart[unit])
+        if not surfaces.says_spaces or read.space_token_before[unit]:
+            space = bool(read.space_before[unit])
         else:
             left, right = read.last[unit - 1], read.first[unit]
             ids = [
                 int((self.filled if u in self.words else read.ids)[i])
                 for u, i in ((unit - 1, left), (unit, right))
             ]
-            apart = bool(self.reader.apart(*ids))
-        if gap == " " and read.apart[unit] and not apart:
+            space = bool(self.reader.space_between(*ids))
+        if gap == " " and read.space_before[unit] and not space:
             return ""
-        if gap == "" and apart:
-            base = int(read.bounds[read.home[unit]])
+        if gap == "" and space:
+            base = int(read.bounds[read.text_of_unit[unit]])
             ends = self.words.get(unit - 1) or text[: int(read.end[unit - 1]) - base]
             begins = self.words.get(unit) or text[int(read.start[unit]) - base :]
-            if not read.apart[unit] or self.reader.fuses(ends[-1], begins[0]):
+            if not read.space_before[unit] or self.reader.is_one_word(ends[-1], begins[0]):
                 return " "
         return gap
 
 
-def _in_own_tokens(results: list, context: CandidateContext) -> list[Rewritten]:
-    """Texts and their characters as the run's own tokenizer reads them."""
+def _encode_results(results: list, context: CandidateContext) -> list[Rewritten]:
+    """The results of `_Composer.text`, encoded by the run's tokenizer."""
     texts = [text for text, _, _ in results]
     ids = encode_batch(context.tokenizer, texts, context.config.tokenizer.unknown)
     offsets = context.tokenizer(
         texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )["offset_mapping"]
     found = []
-    for (text, written, new), own, spans in zip(results, ids, offsets, strict=True):
+    for (text, generated, new), token_ids, spans in zip(results, ids, offsets, strict=True):
         bounds = np.asarray(spans, np.int64).reshape(-1, 2)
-        labels = np.where(_touches(written, bounds), 2, 0).astype(np.int8)
-        found.append(Rewritten(own, labels, _touches(new, bounds), text))
+        labels = np.where(_any_in(generated, bounds), 2, 0).astype(np.int8)
+        found.append(Rewritten(token_ids, labels, _any_in(new, bounds), text))
     return found
 
 
-def _touches(characters: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """(T,) bool, spans (T, 2) that hold a marked character."""
+def _any_in(characters: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """(T,) bool, which of the (T, 2) spans contain a character that is True."""
     before = np.append(0, np.cumsum(characters))
     return before[spans[:, 1]] > before[spans[:, 0]]
