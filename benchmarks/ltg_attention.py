@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.provenance import say_provenance
-from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM
-from lib.models.ltg_bert.modeling_ltg_bert import LtgBertAttention
+from lib.models.hugging_face import LtgBertConfig, LtgBertForMaskedLM
+from lib.models.hugging_face.modeling_ltg_bert import LtgBertAttention
 
 LABELLED = 0.15
 

@@ -264,8 +264,8 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
     told: list[torch.Tensor | None] = []
 
     class Spy(torch.nn.Module):
-        def forward(self, input_ids, attention_mask=None, head="lm", given=None):
-            told.append(given)
+        def forward(self, input_ids, attention_mask=None, head="lm", conditioning_mask=None):
+            told.append(conditioning_mask)
             blank = torch.zeros(input_ids.shape)
             return SimpleNamespace(logits=blank, origin_logits=blank)
 

@@ -27,7 +27,7 @@ from lib.models.build import heads_of, load_model, save_model, start_model
 from lib.models.cards import FLOOR
 from lib.models.collation import collate
 from lib.models.families import FAMILIES
-from lib.models.ltg_bert import LtgBertForMaskedLM, LtgBertForSequenceClassification
+from lib.models.hugging_face import LtgBertForMaskedLM, LtgBertForSequenceClassification
 from lib.models.publish import card, manifests_of, publish, publish_model
 from lib.models.ranker_export import export_classifier
 from lib.runs import load_manifest

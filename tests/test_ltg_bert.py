@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib.errors import BadData
-from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM, LtgBertModel, load_reference
+from lib.models.hugging_face import LtgBertConfig, LtgBertForMaskedLM, LtgBertModel
+from lib.models.hugging_face.modeling_ltg_bert import LtgBertLayer, bucket_index, bucket_of_distance
+from lib.models.ltg_bert import load_reference
 from lib.models.ltg_bert.__main__ import main
 from lib.models.ltg_bert.conversion import _reference_name
-from lib.models.ltg_bert.modeling_ltg_bert import LtgBertLayer, bucket_index, bucket_of_distance
 from tests.conftest import SHARED
 from tests.test_hugging_face import LTG, SMALL, make, make_ids, make_tokenizer
 

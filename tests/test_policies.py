@@ -125,8 +125,8 @@ def test_takes_back_by_the_right_one_of_two_views():
     """A model whose critic doubts what its origin view does not: each policy follows its own."""
 
     class Two(Oracle):
-        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
-            output = super().forward(input_ids, attention_mask, logits_at, head, given)
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
+            output = super().forward(input_ids, attention_mask, logits_at, head, conditioning_mask)
             if head == "both":
                 left = torch.arange(input_ids.shape[1]) < 20
                 output.critic_logits = torch.where(left, 9.0, -9.0).expand(input_ids.shape)
@@ -148,8 +148,8 @@ def test_the_blend_doubts_what_was_written_without_confidence():
     """A blend that looks at confidence alone, and a generator that is sure of the first half."""
 
     class Half(Oracle):
-        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
-            output = super().forward(input_ids, attention_mask, logits_at, head, given)
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
+            output = super().forward(input_ids, attention_mask, logits_at, head, conditioning_mask)
             if head == "lm":
                 sharp = torch.where(torch.arange(input_ids.shape[1]) < 20, 8.0, 0.0).repeat(len(input_ids))
                 output.logits = torch.zeros_like(output.logits)

@@ -22,10 +22,9 @@ from transformers import (
 
 from lib.errors import BadConfig, BadData
 from lib.models.encoders import with_lora
-from lib.models.ltg_bert import LtgBertConfig, LtgBertModel
+from lib.models.hugging_face import LtgBertConfig, LtgBertModel, RemaskGptConfig, RemaskGptModel
 from lib.models.packing import Pools, last_token_index, pack
 from lib.models.ranker import CandidateRanker
-from lib.models.remask_gpt import RemaskGptConfig, RemaskGptModel
 
 VOCAB, LONGEST = 60, 48
 SHAPE: dict[str, Any] = {

@@ -125,10 +125,10 @@ class Oracle(nn.Module):
         self.truth, self.skill, self.passes = torch.from_numpy(truth), skill, 0
         self.told: list[np.ndarray] = []  # which tokens the critic was told to be right
 
-    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
         self.passes += 1
-        if given is not None:
-            self.told.append(given.numpy())
+        if conditioning_mask is not None:
+            self.told.append(conditioning_mask.numpy())
         truth = self.truth[: input_ids.shape[1]].expand(input_ids.shape)
         error = torch.where(input_ids == truth, -9.0, 9.0)
         if head == "critic":
@@ -169,7 +169,7 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
     """A generator that slightly prefers one word: in the cold it writes no other."""
 
     class Level(Oracle):
-        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
             output = super().forward(input_ids, attention_mask, logits_at, head)
             output.logits = torch.zeros_like(output.logits)
             output.logits[:, -1] = 0.5
@@ -459,7 +459,7 @@ class Reader(nn.Module):
         super().__init__()
         self.read: list[np.ndarray] = []
 
-    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
         self.read.append(input_ids.numpy().copy())
         logits = torch.zeros(*input_ids.shape, WORDS).flatten(0, 1)
         blank = torch.zeros(input_ids.shape)

@@ -297,8 +297,10 @@ class Sampler:
 
         `given` (B, T): tokens that are known to be right; None if nothing is known.
         """
-        told = {} if given is None else {"given": torch.from_numpy(given).to(self.runtime.device)}
-        return torch.sigmoid(self._forward(ids, head="critic", **told).logits.float()).double().cpu().numpy()
+        known = {}
+        if given is not None:
+            known["conditioning_mask"] = torch.from_numpy(given).to(self.runtime.device)
+        return torch.sigmoid(self._forward(ids, head="critic", **known).logits.float()).double().cpu().numpy()
 
     @torch.no_grad()
     def critic_error(self, ids: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lib.models import ltg_bert, remask_gpt
+from lib.models import hugging_face
 from lib.sections.models import ArchitectureConfig
 
 
@@ -48,8 +48,8 @@ _OUR_IDS = dict(zip(_SPECIALS, range(4), strict=True))  # of tokenizers that the
 
 def _remask_gpt(
     architecture: ArchitectureConfig, vocab_size: int, attention: str, **heads
-) -> remask_gpt.RemaskGptConfig:
-    return remask_gpt.RemaskGptConfig(
+) -> hugging_face.RemaskGptConfig:
+    return hugging_face.RemaskGptConfig(
         vocab_size=vocab_size,
         hidden_size=architecture.hidden_size,
         num_hidden_layers=architecture.num_hidden_layers,
@@ -65,8 +65,8 @@ def _remask_gpt(
 
 def _ltg_bert(
     architecture: ArchitectureConfig, vocab_size: int, attention: str, **heads
-) -> ltg_bert.LtgBertConfig:
-    return ltg_bert.LtgBertConfig(
+) -> hugging_face.LtgBertConfig:
+    return hugging_face.LtgBertConfig(
         vocab_size=vocab_size,
         hidden_size=architecture.hidden_size,
         num_hidden_layers=architecture.num_hidden_layers,
@@ -88,13 +88,13 @@ FAMILIES = {
     for family in (
         Family(
             name="remask_gpt",
-            config_class=remask_gpt.RemaskGptConfig,
+            config_class=hugging_face.RemaskGptConfig,
             config_of=_remask_gpt,
             heads={
-                "masked_lm": remask_gpt.RemaskGptForMaskedLM,
-                "causal_lm": remask_gpt.RemaskGptForCausalLM,
-                "token": remask_gpt.RemaskGptForTokenClassification,
-                "sequence": remask_gpt.RemaskGptForSequenceClassification,
+                "masked_lm": hugging_face.RemaskGptForMaskedLM,
+                "causal_lm": hugging_face.RemaskGptForCausalLM,
+                "token": hugging_face.RemaskGptForTokenClassification,
+                "sequence": hugging_face.RemaskGptForSequenceClassification,
             },
             backbone=("model.",),
             shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -104,12 +104,12 @@ FAMILIES = {
         ),
         Family(
             name="ltg_bert",
-            config_class=ltg_bert.LtgBertConfig,
+            config_class=hugging_face.LtgBertConfig,
             config_of=_ltg_bert,
             heads={
-                "masked_lm": ltg_bert.LtgBertForMaskedLM,
-                "token": ltg_bert.LtgBertForTokenClassification,
-                "sequence": ltg_bert.LtgBertForSequenceClassification,
+                "masked_lm": hugging_face.LtgBertForMaskedLM,
+                "token": hugging_face.LtgBertForTokenClassification,
+                "sequence": hugging_face.LtgBertForSequenceClassification,
             },
             backbone=("embedding.", "transformer."),
             shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",

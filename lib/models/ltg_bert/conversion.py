@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from lib.errors import BadData, MissingInput
-
-from .configuration_ltg_bert import LtgBertConfig
-from .modeling_ltg_bert import LtgBertForMaskedLM, bucket_index
+from lib.models.hugging_face import LtgBertConfig, LtgBertForMaskedLM
+from lib.models.hugging_face.modeling_ltg_bert import bucket_index
 
 # (part of a reference name, part of ours), for what is not called the same
 _NAMES = (

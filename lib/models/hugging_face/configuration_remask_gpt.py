@@ -1,28 +1,14 @@
 """Configuration of the Remask GPT backbone.
 
-This file and `modeling_remask_gpt.py` import nothing of this project, so that a saved folder carries its own code.
+See `shared_configuration.py` for how a saved folder comes to carry this file.
 """
-
-import difflib
-import functools
-import math
 
 from transformers import PreTrainedConfig
 
+from .shared_configuration import SCORE_ACTIVATIONS, ConfigProblems, is_number, refuse_unknown_keys
+
 ATTENTION_TYPES = ("bidirectional", "causal")
-SCORE_ACTIVATIONS = ("none", "sigmoid")
 POOLINGS = ("first", "last", "mean")
-
-
-@functools.cache
-def _inherited_keys() -> frozenset[str]:
-    """Keys that transformers itself writes to a config.json or passes while loading one."""
-    passed_while_loading = {
-        "attn_implementation", "experts_implementation", "auto_map", "distributed_config", "model_type", "name_or_path",
-        "num_labels", "output_attentions", "quantization_config", "torch_dtype", "_attn_implementation", "_commit_hash",
-        "_name_or_path",
-    }  # fmt: skip
-    return frozenset(PreTrainedConfig().to_dict()) | passed_while_loading
 
 
 # trf-ignore: TRF010  (check() refuses more than types, all problems at once)
@@ -92,7 +78,7 @@ class RemaskGptConfig(PreTrainedConfig):
         pooling: str | None = None,
         **kwargs,
     ):
-        self._refuse_unknown(kwargs)
+        refuse_unknown_keys(RemaskGptConfig, kwargs)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -134,81 +120,35 @@ class RemaskGptConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise one ValueError that lists every value no model can be built from."""
-        problems = []
-
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                problems.append(message)
-
-        for key, least in (
-            ("vocab_size", 1), ("hidden_size", 2), ("num_hidden_layers", 0), ("num_attention_heads", 1),
-            ("intermediate_size", 1), ("max_position_embeddings", 1),
-        ):  # fmt: skip
-            value = getattr(self, key)
-            need(
-                _is_int(value) and value >= least,
-                f"{key} must be an integer of at least {least}, got {value!r}",
-            )
-        if not problems:
-            width, heads = self.hidden_size, self.num_attention_heads
-            divides = width % heads == 0
-            need(divides, f"hidden_size {width} is not divisible by num_attention_heads {heads}")
-            even = not divides or (width // heads) % 2 == 0
-            need(
-                even,
-                f"hidden_size {width} / num_attention_heads {heads} = {width // heads}: rotary needs it even",
-            )
-            for key in ("pad", "mask", "cls", "unk"):
-                value = getattr(self, f"{key}_token_id")
-                inside = value is None or (_is_int(value) and _is_number(value, 0, self.vocab_size))
-                need(
-                    inside,
-                    f"{key}_token_id must be None or an id below vocab_size {self.vocab_size}, got {value!r}",
-                )
-        for key, choices in (
-            ("attention", ATTENTION_TYPES), ("score_activation", SCORE_ACTIVATIONS), ("pooling", (None, *POOLINGS)),
-        ):  # fmt: skip
-            value = getattr(self, key)
-            need(value in choices, f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}")
-        for key in ("dropout", "classifier_dropout"):
-            value = getattr(self, key)
-            none_is_right = key == "classifier_dropout" and value is None
-            need(none_is_right or _is_number(value, 0, 1), f"{key} must lie in [0, 1), got {value!r}")
-        for key, open_bound in (("rope_theta", True), ("rms_norm_eps", True), ("logit_softcap", False)):
-            value = getattr(self, key)
-            right = _is_number(value) and (value > 0 or (not open_bound and value == 0))
-            need(
-                right, f"{key} must be a {'positive' if open_bound else 'non-negative'} number, got {value!r}"
-            )
-        std, blocks = self.initializer_range, self.critic_layers
-        need(
-            std is None or (_is_number(std) and std > 0),
-            f"initializer_range must be None or positive, got {std!r}",
+        problems = ConfigProblems(self)
+        problems.integers(
+            vocab_size=1,
+            hidden_size=2,
+            num_hidden_layers=0,
+            num_attention_heads=1,
+            intermediate_size=1,
+            max_position_embeddings=1,
         )
-        need(
-            blocks is None or (_is_int(blocks) and blocks >= 0),
-            f"critic_layers must be None or an integer of at least 0, got {blocks!r}",
+        if not problems.messages:
+            size, heads = self.hidden_size, self.num_attention_heads
+            problems.need(
+                not problems.heads_divide() or self.head_dim % 2 == 0,
+                f"hidden_size {size} / num_attention_heads {heads} = {size // heads}: rotary needs it even",
+            )
+            problems.token_ids("pad", "mask", "cls", "unk")
+        problems.choice("attention", ATTENTION_TYPES)
+        problems.choice("score_activation", SCORE_ACTIVATIONS)
+        problems.choice("pooling", (None, *POOLINGS))
+        problems.probabilities("dropout", "classifier_dropout")
+        problems.positive("rope_theta")
+        problems.positive("rms_norm_eps")
+        cap = self.logit_softcap
+        problems.need(
+            is_number(cap) and cap >= 0, f"logit_softcap must be a non-negative number, got {cap!r}"
         )
-        if problems:
-            raise ValueError("RemaskGptConfig: " + "; ".join(problems))
-
-    @classmethod
-    def _refuse_unknown(cls, kwargs: dict) -> None:
-        known = _inherited_keys()
-        own = [name for name in cls.__init__.__annotations__ if name != "return"]
-        for key in kwargs:
-            if key not in known:
-                near = difflib.get_close_matches(key, [*own, *known], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(own)}"
-                raise ValueError(f"RemaskGptConfig: unknown key {key!r}{hint}")
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value, least: float = -math.inf, below: float = math.inf) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < below
+        problems.initializer_range()
+        problems.critic_layers()
+        problems.raise_if_any()
 
 
 RemaskGptConfig.register_for_auto_class()
