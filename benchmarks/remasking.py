@@ -213,7 +213,7 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
             lab.models(seed, SUMS), policy, nfe, plan.texts, plan.sums.digits, **changes))  # fmt: skip
 
     lines = {(policy, heat): (policy, PLAIN) for policy in plan.policies for heat in plan.sum_temperatures}
-    back = [policy for policy in plan.policies if POLICIES[policy].takes_back]
+    back = [policy for policy in plan.policies if POLICIES[policy].remasks]
     lines |= {(f"{policy}, held", 1.0): (policy, {}) for policy in back}
     unsure = [policy for policy in back if policy not in BY_CHANCE]
     lines |= {(f"{p}, sharp", heat): (p, PLAIN | SHARP) for p in unsure for heat in plan.sum_temperatures}

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from benchmarks.provenance import say_provenance
 from lib import durable, randomness
 from lib.config import Config, load_config
-from lib.diffusion.masking import draw_mask, masked_counts
+from lib.diffusion.masking import BatchDraw, draw_mask, masked_counts
 from lib.diffusion.nelbo import mask_batch
 from lib.diffusion.top_k import lowest_k
 from lib.models.build import make_model, model_config, save_model
@@ -144,7 +144,7 @@ def compare_logits() -> None:
     runtime = Runtime.detect(config)
     objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
     index, ids, valid = objective.windows(range(training.batch_size))
-    batch = mask_batch(config.diffusion, valid, 0, "speed", index, training.batch_size)
+    batch = mask_batch(config.diffusion, valid, BatchDraw(0, "speed", index, training.batch_size))
     targets, at = torch.from_numpy(ids).flatten(), torch.from_numpy(np.flatnonzero(batch.masked))
     weights = torch.from_numpy(batch.weights).flatten()
     inputs = torch.from_numpy(np.where(batch.masked, 1, ids))
@@ -193,7 +193,7 @@ def compare_generation() -> None:
     size = config.candidates.batch_size
     ids = np.random.default_rng(0).integers(4, len(tokenizer), (8 * size, architecture.context))
     valid, rows = np.ones(ids.shape, bool), np.arange(len(ids))
-    masked = mask_batch(config.diffusion, valid, 0, "speed", rows, size).masked
+    masked = mask_batch(config.diffusion, valid, BatchDraw(0, "speed", rows, size)).masked
 
     @torch.no_grad()
     def bare() -> None:
@@ -312,7 +312,9 @@ def _noise(config: Config, objective: MaskedDiffusion, training: TrainingConfig)
     index = np.arange(training.batch_size)
     objective._order.samples(index)
     randomness.uniform(1, index, 1)
-    mask_batch(config.diffusion, np.ones((len(index), 128), bool), 0, "x", index, training.batch_size)
+    mask_batch(
+        config.diffusion, np.ones((len(index), 128), bool), BatchDraw(0, "x", index, training.batch_size)
+    )
 
 
 def _hash(folder: Path, payload: bytes) -> None:
