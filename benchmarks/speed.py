@@ -32,7 +32,7 @@ from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 from lib.sections.models import ArchitectureConfig, TrainingConfig
-from lib.synthetic import MaskedLMEngine
+from lib.synthetic import MaskedLMEngine, MaskedRows
 from lib.tokenization import train_tokenizer
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Windows
@@ -205,7 +205,7 @@ def compare_generation() -> None:
     for _ in range(ROUNDS + 1):
         for name, work in (
             ("bare", bare),
-            ("fill", lambda: engine.fill(ids, valid, masked, config.candidates, 0, rows)),
+            ("fill", lambda: engine.fill(MaskedRows(ids, valid, masked, rows), config.candidates, 0)),
         ):
             begin = time.perf_counter()
             work()

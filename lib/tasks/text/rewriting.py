@@ -11,6 +11,7 @@ import pyarrow as pa
 from lib import randomness
 from lib.config import Config
 from lib.errors import BadConfig
+from lib.synthetic import MaskedRows
 from lib.tasks import CandidateContext
 from lib.tasks.text.foreign import Rewritten, review, rewrite_with_other_tokenizer
 from lib.tokenization import decode_batch
@@ -105,7 +106,8 @@ def _rewrite(examples, owner, token_ids, chosen, ratio, rows, context: Candidate
         for fold in np.unique(folds):
             here = folds == fold
             engine = context.engines[fold]
-            filled[here] = engine.fill(ids[here], valid[here], masked[here], config, context.seed, rows[here])
+            masked_rows = MaskedRows(ids[here], valid[here], masked[here], rows[here])
+            filled[here] = engine.fill(masked_rows, config, context.seed)
         label = PREDICTED
     lengths = valid.sum(1)
     kept = [filled[r, :n].astype(np.int32) for r, n in enumerate(lengths)]
