@@ -20,7 +20,7 @@ from transformers import (
 from lib.errors import BadConfig
 from lib.models.backbones import why_not_packed
 from lib.models.ranker import CandidateRanker
-from tests.test_ranker import BERT, HEADS, STILL, TRUNKS, make_backbone, make_pools
+from tests.test_ranker import BERT, HEADS, STILL, BACKBONES, make_backbone, make_pools
 
 
 def randomised(backbone):
@@ -90,7 +90,7 @@ def test_an_encoder_that_misreads_masks_or_positions_is_refused(kind, words):
         CandidateRanker(randomised(kind(BertConfig(**BERT))), seed=0)
 
 
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_backbones_that_take_packed_rows_are_let_through_in_any_precision(name):
     backbone = make_backbone(name, torch.float32)
     state = torch.get_rng_state()

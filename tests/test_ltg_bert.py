@@ -262,7 +262,7 @@ def test_the_command_refuses_what_it_cannot_convert(checkpoint_folder, convert_h
     assert code == 66 and "there is no checkpoint" in said
     (folder / "torn.safetensors").write_bytes(b"\0" * 40)
     code, said = convert_here(folder / "torn.safetensors", out)
-    assert code == 65 and "no safetensors file" in said
+    assert code == 65 and "not a safetensors file" in said
     state = {name: tensor.contiguous() for name, tensor in reference_dict(model).items()}
     del state["embedding.relative_embedding"]
     save_file(state, folder / "short.safetensors")

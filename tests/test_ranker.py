@@ -52,7 +52,7 @@ def remask(attention: str) -> RemaskGptModel:
     return RemaskGptModel(RemaskGptConfig(**HEADS, attention=attention))
 
 
-TRUNKS = {
+BACKBONES = {
     "llama": lambda: LlamaModel(LlamaConfig(**GROUPED)),
     "qwen2": lambda: Qwen2Model(Qwen2Config(**GROUPED)),
     "mistral": lambda: MistralModel(MistralConfig(**GROUPED, sliding_window=LONGEST)),
@@ -70,7 +70,7 @@ CAUSAL = ("llama", "qwen2", "mistral", "gpt2", "remask_causal")
 def make_backbone(name: str, dtype=torch.float64):
     """A tiny backbone with weights that matter: biases, norms and output projections are not left at their start."""
     torch.manual_seed(0)
-    backbone = TRUNKS[name]().to(dtype).eval()
+    backbone = BACKBONES[name]().to(dtype).eval()
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -131,7 +131,7 @@ def mirrored(pools: Pools) -> Pools:
 # --- packed rows ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_packed_equals_one_by_one(name):
     pools = make_pools()
     for pooling in ("last", "cls", "mean"):
@@ -146,7 +146,7 @@ def test_packed_equals_one_by_one(name):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_gradients_of_packed_rows_equal_those_of_separate_ones(name, lora):
     """Of every parameter, in training mode with gradient checkpointing."""
     model, pools = make(name, lora=lora, pooling="mean"), make_pools((16, 2))
@@ -161,7 +161,7 @@ def test_gradients_of_packed_rows_equal_those_of_separate_ones(name, lora):
         assert (value - separate[key]).norm() <= 1e-6 * max(float(separate[key].norm()), 1e-6), key
 
 
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_scores_are_those_of_the_plain_backbone(name):
     """Each candidate alone, by hand: its tokens behind the prompt's, without padding; two-way backbones with a mask."""
     model, pools = make(name), make_pools((3, 2))
@@ -310,7 +310,7 @@ def test_a_causal_backbone_that_cannot_share_rows_is_found_out_at_once(capsys):
 
 
 @pytest.mark.parametrize(
-    "backbone, said", [(Leaking, "states differ by"), (Flat, "fails on a row of several")]
+    "backbone, said", [(Leaking, "they differ by"), (Flat, "fails on a row of several")]
 )
 def test_a_bidirectional_backbone_that_cannot_share_rows_is_refused(backbone, said):
     torch.manual_seed(0)
@@ -332,7 +332,7 @@ def test_what_a_ranker_packs_does_not_depend_on_what_it_reads_first():
     assert CandidateRanker(short, seed=0).packs is True
 
 
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_half_precision_is_not_taken_for_a_wrong_backbone(name):
     pools, autocast = make_pools(), make(name, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

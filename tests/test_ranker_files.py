@@ -211,7 +211,7 @@ def test_only_adapters_and_head_learn_and_they_follow_the_seed(tmp_path):
     assert all(same) and not any(other)
     with pytest.raises(BadConfig, match=r"ranker\.lora\.targets"):
         with_lora(open_encoder(folder)[0], 2, 4, 0.0, "nothing_like_it")
-    with pytest.raises(BadConfig, match="the backbone is fresh"):
+    with pytest.raises(BadConfig, match="the backbone is new"):
         with_lora(make_backbone("bert"), 2, 4, 0.0)
 
 
@@ -327,7 +327,7 @@ def test_a_changed_encoder_or_damaged_folder_is_refused(tmp_path):
         changed = make_backbone("llama", torch.float32)
         changed.norm.weight.add_(1e-3)
     changed.save_pretrained(base)
-    with pytest.raises(BadData, match="are not those that"):
+    with pytest.raises(BadData, match="has adapters for other weights"):
         load_ranker(tmp_path / "ranker")
     (base / "model.safetensors").unlink()
     with pytest.raises(MissingInput, match=r"no model\.safetensors"):
@@ -409,5 +409,5 @@ def test_an_export_that_would_score_otherwise_is_refused(tmp_path):
     make_backbone("gpt2", torch.float32).save_pretrained(tmp_path / "base")
     make_tokenizer("ending", pad_token=None).save_pretrained(tmp_path / "base")
     model, tokenizer = ranker_of(tmp_path / "base", lora=False, head="linear")
-    with pytest.raises(BadConfig, match="give the tokenizer a padding token of its own"):
+    with pytest.raises(BadConfig, match="give the tokenizer a separate padding token"):
         export_classifier(model, tmp_path / "stock", tokenizer)

@@ -1,7 +1,7 @@
-"""The families of backbones that a config can name, and what the rest must know of each: nothing else is asked.
+"""The families of backbones, and everything that other modules use of them.
 
-A family turns the project's own words (layers, width, heads, context) into a Hugging Face config, names the head class
-of every mode, and says which tensors are the backbone.
+A family translates `architecture` into a Hugging Face config, has the head class of every mode, and names the tensors of the
+backbone. A new family of backbones is added here.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ class Family:
     """One kind of backbone.
 
     Attributes:
-        name: as in `architecture.family` and as the model type in a saved config.
-        config_of: (architecture, attention, keys of the head) -> its Hugging Face config.
-        heads: class per head: masked_lm, token, sequence, and causal_lm where the family has it.
-        backbone: how the names of the backbone's tensors begin.
-        shape: config keys that the tensors' shapes and meaning follow from: a started model takes them over.
+        name: value of `architecture.family`, and the model type in a saved config.
+        config_of: (architecture, vocab_size, attention, keys of the head) -> its Hugging Face config.
+        heads: class per head: masked_lm, token, sequence, and causal_lm if the family has it.
+        backbone: prefixes of the names of the backbone's tensors.
+        shape: config keys that decide the tensors' shapes and meaning. A model that starts from a checkpoint keeps them.
         dropouts: config keys that `architecture.dropout` sets.
     """
 
@@ -36,14 +36,14 @@ class Family:
     dropouts: tuple[str, ...]
 
     def restarted(self, source: PreTrainedConfig, dropout: float, **heads: Any) -> PreTrainedConfig:
-        """The config of a model of another mode that takes over the backbone of `source`."""
-        given = source.to_dict()
-        kept = {key: given[key] for key in (*self.shape, *_SPECIALS)}
+        """The config of a model of another mode with the backbone of `source`."""
+        values = source.to_dict()
+        kept = {key: values[key] for key in (*self.shape, *_SPECIALS)}
         return self.config_class(**kept, **dict.fromkeys(self.dropouts, dropout), **heads)
 
 
 _SPECIALS = ("pad_token_id", "mask_token_id", "cls_token_id", "unk_token_id")
-_OUR_IDS = dict(zip(_SPECIALS, range(4), strict=True))  # of tokenizers that the project trains
+_OWN_IDS = dict(zip(_SPECIALS, range(4), strict=True))  # of tokenizers that stage 01 trains
 
 
 def _remask_gpt(
@@ -55,7 +55,7 @@ def _remask_gpt(
         num_hidden_layers=architecture.num_hidden_layers,
         num_attention_heads=architecture.num_attention_heads,
         intermediate_size=architecture.intermediate_size,
-        max_position_embeddings=architecture.context + 1,  # [CLS] stands in front
+        max_position_embeddings=architecture.context + 1,  # one for [CLS]
         attention=attention,
         dropout=architecture.dropout,
         bias=architecture.bias,
@@ -78,7 +78,7 @@ def _ltg_bert(
         hidden_dropout_prob=architecture.dropout,
         attention_probs_dropout_prob=architecture.dropout,
         sep_token_id=None,
-        **_OUR_IDS,
+        **_OWN_IDS,
         **heads,
     )
 

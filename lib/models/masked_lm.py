@@ -49,9 +49,7 @@ def load_fast_tokenizer(folder: Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise MissingInput(
-            f"{folder} has no tokenizer that can be loaded: {_first_line(error)}"
-        ) from None
+        raise MissingInput(f"{folder} has no tokenizer that can be loaded: {_first_line(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise BadData(f"{folder} has no fast tokenizer; save it with a tokenizer.json")
     for name in ("mask", "pad"):

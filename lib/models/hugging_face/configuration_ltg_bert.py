@@ -20,12 +20,12 @@ class LtgBertConfig(PreTrainedConfig):
 
     Args:
         vocab_size: number of token ids.
-        hidden_size: width D of the residual stream, divisible by `num_attention_heads`.
+        hidden_size: size D of the residual stream, divisible by `num_attention_heads`.
         num_hidden_layers: transformer blocks.
         num_attention_heads: attention heads per block.
         intermediate_size: inner width of the gated feed-forward layer.
-        max_position_embeddings: distance at which the logarithmic buckets end. Longer inputs are read: all greater
-            distances share the last bucket, and the model has seen none of them in training.
+        max_position_embeddings: distance at which the logarithmic buckets end. Longer inputs are allowed: all greater
+            distances share the last bucket. They do not occur in training.
         position_bucket_size: relative positions have 2 * position_bucket_size - 1 buckets, exact up to half of it.
         layer_norm_eps: added to the variance in every layer norm.
         hidden_dropout_prob: dropout of embeddings, relative positions and of each block's two outputs.
@@ -34,15 +34,15 @@ class LtgBertConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial matrices; None means sqrt(2 / (5 D)) (Nguyen & Salazar
             2019). The values are cut at two standard deviations.
         tie_word_embeddings: the last layer of the language-model head is the embedding matrix.
-        critic_layers: None for no critic head; n >= 0 for n transformer blocks and a head of width 1. Not part of the
-            published model.
+        critic_layers: None for no critic head; n >= 0 for n transformer blocks and two heads with one output. Not
+            part of the published model.
         score_activation: "none", or "sigmoid" for a sequence head with one label whose score lies in [0, 1].
         unk_token_id, cls_token_id, sep_token_id, pad_token_id, mask_token_id: special ids, each inside the vocabulary
             or None. The defaults are those of the published tokenizer script.
         bos_token_id, eos_token_id: not used by the model; kept for tokenizers.
 
     Raises:
-        ValueError: on an unknown key (the message names the nearest right one) or a value that makes no model.
+        ValueError: an unknown key (the message names the nearest right one), or values that no model can be built from.
     """
 
     model_type = "ltg_bert"
@@ -110,11 +110,11 @@ class LtgBertConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     def check(self) -> None:
-        """Raise one ValueError that lists every value no model can be built from."""
+        """Raise one ValueError that lists all values that no model can be built from."""
         problems = ConfigProblems(self)
         problems.integers(
             vocab_size=1,

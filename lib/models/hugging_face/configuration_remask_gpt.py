@@ -17,32 +17,32 @@ class RemaskGptConfig(PreTrainedConfig):
 
     Args:
         vocab_size: number of token ids.
-        hidden_size: width D of the residual stream; divisible by `num_attention_heads`, with an even head width.
+        hidden_size: size D of the residual stream; divisible by `num_attention_heads`, with an even quotient.
         num_hidden_layers: transformer blocks of the backbone.
         num_attention_heads: attention heads per block.
         intermediate_size: width of the MLP; None means four times `hidden_size`.
-        max_position_embeddings: largest number of positions. Positions are rotary, so no weight depends on it; longer
-            inputs are refused because the model never saw such distances.
+        max_position_embeddings: largest number of positions. Positions are rotary, so no weight depends on it. Longer
+            inputs are refused, because such distances do not occur in training.
         attention: "bidirectional" (masked LM, classifiers) or "causal" (ordinary language model).
         dropout: probability of dropping an element of the embeddings and of each block's two outputs.
         bias: whether the linear layers of the blocks and the language-model head have biases.
         rope_theta: base of the rotary frequencies.
         initializer_range: standard deviation of the initial matrices; None means 1/sqrt(fan-in), and 0.02 for the
             embeddings. Output projections of the blocks start at zero in any case.
-        logit_softcap: logits become cap * tanh(logits / cap); 0 switches it off.
+        logit_softcap: logits become cap * tanh(logits / cap); 0: off.
         rms_norm_eps: added to the mean square before the root.
         tie_word_embeddings: the language-model head is the embedding matrix.
         use_cache: causal models return the key/value cache in evaluation mode.
         pad_token_id, mask_token_id, cls_token_id, unk_token_id: special ids, each inside the vocabulary or None.
         bos_token_id, eos_token_id, sep_token_id: not used by the model; kept for `generate` and tokenizers.
-        critic_layers: None for no critic head; n >= 0 for n transformer blocks and a linear layer of width 1.
+        critic_layers: None for no critic head; n >= 0 for n transformer blocks and two linear layers with one output.
         score_activation: "none", or "sigmoid" for a sequence head with one label whose score lies in [0, 1].
         classifier_dropout: dropout before the head of the two classifiers; None means `dropout`.
-        pooling: which token the sequence head reads: "first", "last" (both among the real ones) or "mean"; None means
-            first for bidirectional models, last for causal ones.
+        pooling: the state that the sequence head reads: that of the "first" or "last" real token, or the "mean". None
+            means first for bidirectional models and last for causal ones.
 
     Raises:
-        ValueError: on an unknown key (the message names the nearest right one) or a value that makes no model.
+        ValueError: an unknown key (the message names the nearest right one), or values that no model can be built from.
     """
 
     model_type = "remask_gpt"
@@ -110,16 +110,16 @@ class RemaskGptConfig(PreTrainedConfig):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a position sees only itself and earlier ones."""
+        """Whether a token attends only to itself and to earlier ones."""
         return self.attention == "causal"
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     def check(self) -> None:
-        """Raise one ValueError that lists every value no model can be built from."""
+        """Raise one ValueError that lists all values that no model can be built from."""
         problems = ConfigProblems(self)
         problems.integers(
             vocab_size=1,
