@@ -105,7 +105,7 @@ def test_texts_are_cut_at_their_ends_and_keep_the_special_tokens():
     assert pools.prompt_ids.shape == (3, 5) and pools.candidate_ids.shape == (3, 3, 3)
     assert tokens(pools, 0, 0) == tokenizer("a b c", "add (")["input_ids"]
     assert tokens(pools, 1, 0) == tokenizer("h 4", "4")["input_ids"]
-    with pytest.raises(BadConfig, match="prompt_tokens is 2, but 2 special tokens"):
+    with pytest.raises(BadConfig, match="prompt_tokens is 2, and special tokens alone take 2"):
         collate(tokenizer, PROMPTS, CANDIDATES, 2, 3)
 
 
