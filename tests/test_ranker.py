@@ -24,7 +24,7 @@ from lib.errors import BadConfig, BadData
 from lib.models.encoders import with_lora
 from lib.models.hugging_face import LtgBertConfig, LtgBertModel, RemaskGptConfig, RemaskGptModel
 from lib.models.packing import Pools, last_token_index, pack
-from lib.models.ranker import CandidateRanker
+from lib.models.ranker import CandidateRanker, HeadOptions
 
 VOCAB, LONGEST = 60, 48
 SHAPE: dict[str, Any] = {
@@ -85,7 +85,7 @@ def make(name: str, dtype=torch.float64, lora: bool = False, **choices) -> Candi
         for key, parameter in backbone.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.1)
-    model = CandidateRanker(backbone, **{"head_dropout": 0.0, "seed": 0} | choices).to(dtype)
+    model = CandidateRanker(backbone, **{"head": HeadOptions(dropout=0.0), "seed": 0} | choices).to(dtype)
     torch.nn.init.normal_(model.head.out.weight)
     return model.eval()
 
@@ -309,9 +309,7 @@ def test_a_causal_backbone_that_cannot_share_rows_is_found_out_at_once(capsys):
     assert torch.equal(scores, model.score_one_by_one(pools))
 
 
-@pytest.mark.parametrize(
-    "backbone, said", [(Leaking, "they differ by"), (Flat, "fails on a row of several")]
-)
+@pytest.mark.parametrize("backbone, said", [(Leaking, "they differ by"), (Flat, "fails on a row of several")])
 def test_a_bidirectional_backbone_that_cannot_share_rows_is_refused(backbone, said):
     torch.manual_seed(0)
     encoder = backbone(BertConfig(**BERT, initializer_range=0.3))
@@ -378,6 +376,6 @@ def test_head_follows_its_seed_alone():
     assert torch.equal(heads[0].dense.weight, heads[1].dense.weight)
     assert not torch.equal(heads[0].dense.weight, heads[2].dense.weight)
     assert heads[0].out.weight.std() < 0.03
-    assert [n for n, _ in CandidateRanker(backbone, head="linear", seed=0).head.named_parameters()] == [
-        "out.weight"
-    ]
+    assert [
+        n for n, _ in CandidateRanker(backbone, head=HeadOptions("linear"), seed=0).head.named_parameters()
+    ] == ["out.weight"]

@@ -19,7 +19,7 @@ from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.collation import collate, hide_words, too_long
 from lib.models.encoders import open_encoder, with_lora
 from lib.models.packing import Pools
-from lib.models.ranker import CandidateRanker
+from lib.models.ranker import CandidateRanker, HeadOptions
 from lib.models.ranker_export import export_classifier
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.training.objectives.pool_choice import PoolReader, say_shortened
@@ -58,14 +58,14 @@ def saved_encoder(folder: Path, name: str, **special) -> Path:
     return folder
 
 
-def ranker_of(folder: Path, lora: bool, **choices) -> tuple[CandidateRanker, Any]:
+def ranker_of(folder: Path, lora: bool, head: str = "mlp", **choices) -> tuple[CandidateRanker, Any]:
     backbone, tokenizer = open_encoder(folder)
     if lora:
         backbone = with_lora(backbone, 2, 4, 0.1, seed=3)
         for key, parameter in backbone.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
-    model = CandidateRanker(backbone, seed=0, **choices)
+    model = CandidateRanker(backbone, seed=0, head=HeadOptions(head), **choices)
     torch.nn.init.normal_(model.head.out.weight)
     return model.eval(), tokenizer
 

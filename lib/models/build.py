@@ -25,6 +25,14 @@ from lib.tokenization import model_tokenizer
 transformers_logging.disable_progress_bar()
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved model whose backbone a new model starts from, and the dropout of the new model."""
+
+    folder: Path
+    dropout: float
+
+
 @dataclass
 class Transfer:
     """Which tensors were loaded from a checkpoint, which of its tensors were dropped, and which are new."""
@@ -117,24 +125,29 @@ def _bands(count: int) -> list[str]:
 
 def start_model(
     mode: str,
-    architecture: ArchitectureConfig,
+    backbone: ArchitectureConfig | Checkpoint,
     attention: str,
     vocab_size: int,
     seed: int,
     label: str,
-    start: Path | None = None,
     **heads,
 ) -> tuple[Any, Transfer]:
-    """A model of `mode`, new or with the backbone and the matching heads of the checkpoint folder `start`.
+    """A model of `mode`, and the record of which tensors a checkpoint initialised.
 
-    With `start`, the architecture is that of the checkpoint, and `attention` is as given.
+    Args:
+        backbone: an architecture for new weights, or a checkpoint. A checkpoint gives the architecture, the weights of the
+            backbone and those of matching heads.
+        seed, label: new weights are a function of them.
+        heads: config keys of the head; see `heads_of`.
 
     Raises:
         BadData: the checkpoint has another vocabulary, or its backbone does not match.
+        BadConfig: the family of the backbone does not have this attention.
     """
-    if start is None:
-        config = model_config(architecture, attention, vocab_size, **heads)
+    if isinstance(backbone, ArchitectureConfig):
+        config = model_config(backbone, attention, vocab_size, **heads)
         return make_model(mode, config, seed, label), Transfer(created=["everything"])
+    start = backbone.folder
     source, tensors = read_folder(start)
     if source.vocab_size != vocab_size:
         raise BadData(
@@ -145,7 +158,7 @@ def start_model(
     _require_attention(family, attention)
     if "causal_lm" in family.heads:
         heads["attention"] = attention
-    config = family.restarted(source, architecture.dropout, **heads)
+    config = family.restarted(source, backbone.dropout, **heads)
     model = make_model(mode, config, seed, label)
     inner = model.encoder if isinstance(model, SequenceRanker) else model
     return model, _load_fitting(inner, tensors, family.backbone, start)

@@ -1,8 +1,8 @@
 """Linear layers in 8 bits on the CPU, for inference: a quarter of the memory.
 
 Weights have one scale per output, inputs one scale per row (LLM.int8(), Dettmers et al. 2022, without its outliers).
-The sums are of integers. So a row's result does not depend on other rows or on the number of threads. torch's
-dynamic quantisation has one scale per batch, so there rows depend on each other.
+The sums are of integers. So a row's result does not depend on other rows or on the number of threads. With
+torch's dynamic quantisation, which has one scale per batch, it would.
 
 It saves memory. `python -m benchmarks.speed int8` measures whether it saves time; with native bf16 it does not.
 """

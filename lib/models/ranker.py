@@ -5,6 +5,7 @@ The backbone is any Hugging Face `AutoModel` that takes positions and a 4-D mask
 Shapes: N pools, K candidates, B rows, T tokens of a row, D hidden size, M candidates that are present.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,19 +31,33 @@ ATTENTIONS = ("prefix", "full")
 HEAD_STD = 0.02  # of the initial weights: a new head starts with scores near 0
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """The score head.
+
+    Attributes:
+        kind: "mlp" (two layers) or "linear" (one; the kind that `export_classifier` takes).
+        dropout: before the last layer.
+    """
+
+    kind: str = "mlp"
+    dropout: float = 0.1
+
+
 class ScoreHead(nn.Module):
     """One number per vector: Linear - GELU - Dropout - Linear, or one Linear.
 
     The single layer has no bias: it could not change a ranking, and stock classifiers can hold the layer as it is.
     """
 
-    def __init__(self, width: int, kind: str, dropout: float, seed: int):
+    def __init__(self, width: int, options: HeadOptions, seed: int):
         super().__init__()
+        has_dense = options.kind == "mlp"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.key(seed, "score head") % 2**63)
-            self.dense = nn.Linear(width, width) if kind == "mlp" else None
-            self.dropout = nn.Dropout(dropout)
-            self.out = nn.Linear(width, 1, bias=kind == "mlp")
+            self.dense = nn.Linear(width, width) if has_dense else None
+            self.dropout = nn.Dropout(options.dropout)
+            self.out = nn.Linear(width, 1, bias=has_dense)
             nn.init.normal_(self.out.weight, std=HEAD_STD)
             if self.out.bias is not None:
                 nn.init.zeros_(self.out.bias)
@@ -68,7 +83,7 @@ class CandidateRanker(nn.Module):
         backbone: a model with `last_hidden_state`, or peft's wrapping of one.
         pooling: the "last" token of the candidate, its first one ("cls"), or the "mean" of its tokens. With attention
             "full", "cls" is the first token of the sequence, and the backbone's pooler is applied if there is one.
-        head: "mlp" (two layers) or "linear" (one; what `export_classifier` takes).
+        head: the score head.
         seed: the head's initial weights are a function of it.
         packs: whether `forward` packs candidates into one row, as a saved ranker records. None: determined by a test on
             tokens that depend on the vocabulary alone, so a resumed training packs as before.
@@ -89,20 +104,19 @@ class CandidateRanker(nn.Module):
         backbone: Any,
         *,
         pooling: str = "last",
-        head: str = "mlp",
-        head_dropout: float = 0.1,
+        head: HeadOptions = HeadOptions(),
         attention: str = "prefix",
         seed: int,
         packs: bool | None = None,
     ):
         super().__init__()
         for name, value, known in (
-            ("pooling", pooling, POOLINGS), ("head", head, HEADS), ("attention", attention, ATTENTIONS),
+            ("pooling", pooling, POOLINGS), ("head", head.kind, HEADS), ("attention", attention, ATTENTIONS),
         ):  # fmt: skip
             if value not in known:
                 raise BadConfig(f"ranker.{name} is {value!r}; it must be one of {', '.join(known)}")
         self.backbone = backbone
-        self.pooling, self.head_kind, self.attention = pooling, head, attention
+        self.pooling, self.head_kind, self.attention = pooling, head.kind, attention
         base = self.base
         self.config = base.config
         self.is_causal = is_causal_backbone(base)
@@ -117,7 +131,7 @@ class CandidateRanker(nn.Module):
         self._window_warned = False
         first = next(base.parameters())
         exact = torch.promote_types(first.dtype, torch.float32)
-        self.head = ScoreHead(width_of(base), head, head_dropout, seed).to(first.device, exact)
+        self.head = ScoreHead(width_of(base), head, seed).to(first.device, exact)
         self.packs = attention == "prefix" and (self._may_pack() if packs is None else packs)
 
     @property

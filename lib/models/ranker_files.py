@@ -21,7 +21,7 @@ from lib import durable
 from lib.errors import BadData, MissingInput
 from lib.models.collation import collate
 from lib.models.encoders import open_encoder, open_tokenizer, weights_digest, with_lora
-from lib.models.ranker import CandidateRanker
+from lib.models.ranker import CandidateRanker, HeadOptions
 from lib.tokenization import load_tokenizer
 
 __all__ = [
@@ -85,7 +85,7 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
     else:
         backbone, tokenizer = open_encoder(folder, dtype)
     model = CandidateRanker(
-        backbone, pooling=record["pooling"], head=record["head"], head_dropout=record["head_dropout"],
+        backbone, pooling=record["pooling"], head=HeadOptions(record["head"], record["head_dropout"]),
         attention=record["attention"], seed=0, packs=record.get("packs"),
     )  # fmt: skip
     try:
