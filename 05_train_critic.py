@@ -30,7 +30,7 @@ def main(config: Config, args: RunArgs) -> None:
 def train_token_critic(config: Config, args: RunArgs) -> None:
     import torch
 
-    from lib.models.build import load_model, save_model, start_model
+    from lib.models.build import Checkpoint, load_model, save_model, start_model
     from lib.report.table import bands_table, detection_table, results_table
     from lib.runtime import Runtime
     from lib.tokenization import load_tokenizer
@@ -50,8 +50,8 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
         source = stage.folder_of("04_train", f"{config.critic.generator}/best_model")
         spec = config.models[config.critic.generator]
         model, transfer = start_model(
-            "language_model", spec.architecture, "bidirectional", len(tokenizer), config.seed, "critic", source,
-            critic_layers=config.critic.num_layers,
+            "language_model", Checkpoint(source, spec.architecture.dropout), "bidirectional", len(tokenizer), config.seed,
+            "critic", critic_layers=config.critic.num_layers,
         )  # fmt: skip
         if config.critic.coupling == "decoupled":
             for name, parameter in model.named_parameters():

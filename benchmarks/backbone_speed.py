@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.provenance import say_provenance
-from lib.models.remask_gpt import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
+from lib.models.hugging_face import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
 
 PRECISIONS = ("fp32", "autocast", "bf16")
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
-from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM
-from lib.models.ltg_bert.modeling_ltg_bert import LtgBertAttention
+from lib.models.hugging_face import LtgBertConfig, LtgBertForMaskedLM
+from lib.models.hugging_face.modeling_ltg_bert import LtgBertAttention
 
 LABELLED = 0.15
 

@@ -217,7 +217,7 @@ def _sum_tasks(plan: Plan) -> Iterator[Task]:
         for policy in plan.policies
         for temperature in plan.sum_temperatures
     }
-    back = [policy for policy in plan.policies if POLICIES[policy].takes_back]
+    back = [policy for policy in plan.policies if POLICIES[policy].remasks]
     lines |= {(f"{policy}, corrector steps", 1.0): (policy, {}) for policy in back}
     unsure = [policy for policy in back if policy not in BY_CHANCE]
     lines |= {

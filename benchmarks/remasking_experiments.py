@@ -19,9 +19,9 @@ from benchmarks.remasking_detection import STICKY, error_detection, logits_of
 from benchmarks.remasking_lab import CRITIC, Trained
 from benchmarks.text_quality import divergence, longest_copy, repeated
 from lib import metrics, randomness
-from lib.diffusion.autoregressive import sample_autoregressively
+from lib.diffusion.autoregressive import AutoregressiveSampler
 from lib.diffusion.masking import draw_mask, masked_counts
-from lib.diffusion.sampler import Samples
+from lib.diffusion.samples import MaskedTexts, Samples
 from lib.evaluation.quality import characters, valid_words
 from lib.training.objectives.base import chunks
 
@@ -107,10 +107,15 @@ def autoregressive(
     """The same for a causal model, which needs one forward pass per token."""
     ids, free = trained.blank(count)
     model = model.to(trained.runtime.device)
-    _, found = around_real_text(trained, count, temperatures, 1.0, lambda temperature: sample_autoregressively(
-        model, ids, free, np.arange(count), trained.tokenizer.cls_token_id, trained.forbidden,
-        trained.config.sampler.model_copy(update={"temperature": temperature}), trained.runtime, trained.seed, trained.context,
-    ))  # fmt: skip
+    texts = MaskedTexts(ids, free, np.arange(count))
+
+    def sample(temperature: float) -> Samples:
+        settings = trained.config.sampler.model_copy(update={"temperature": temperature})
+        return AutoregressiveSampler(
+            model, trained.tokenizer.cls_token_id, trained.forbidden, trained.runtime, settings, trained.seed, trained.context
+        ).sample(texts)  # fmt: skip
+
+    _, found = around_real_text(trained, count, temperatures, 1.0, sample)
     return {"runs": [{"nfe": ids.shape[1]} | run for run in found]}
 
 

@@ -25,7 +25,8 @@ from lib import randomness, schema
 from lib.config import Config, load_config
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.policies import POLICIES
-from lib.diffusion.sampler import Sampler, Samples
+from lib.diffusion.sampler import Sampler
+from lib.diffusion.samples import MaskedTexts, Samples
 from lib.evaluation.quality import lexicon, reference_nll
 from lib.models.build import load_model
 from lib.runs import RunArgs, load_manifest
@@ -190,7 +191,7 @@ class Trained:
     ) -> Samples:  # fmt: skip
         """Samples whose free positions are generated under a policy. ids, free, truth: (B, T)."""
         return self.sampler(**changes).sample(
-            ids, free, np.arange(len(ids)), POLICIES[policy], nfe, truth=truth
+            MaskedTexts(ids, free, np.arange(len(ids)), truth), POLICIES[policy], nfe
         )
 
     def blank(self, count: int) -> tuple[np.ndarray, np.ndarray]:

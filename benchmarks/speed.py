@@ -28,13 +28,13 @@ from benchmarks.speed_precisions import compare_precisions
 from benchmarks.speed_setup import ROUNDS, median_seconds, objective_of, settings, tokenizer_of_size
 from lib import durable, randomness
 from lib.config import Config, load_config
-from lib.diffusion.masking import draw_mask, masked_counts
+from lib.diffusion.masking import BatchDraw, draw_mask, masked_counts
 from lib.diffusion.nelbo import mask_batch
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 from lib.sections.models import TrainingConfig
-from lib.synthetic import MaskedLMEngine
+from lib.synthetic import MaskedLMEngine, MaskedRows
 from lib.training.cross_entropy import cross_entropies
 from lib.training.loop import train
 from lib.training.objectives.language_model import MaskedDiffusion
@@ -111,7 +111,7 @@ def compare_logits() -> Figures:
     runtime = Runtime.detect(config)
     objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
     index, ids, valid = objective.windows(range(training.batch_size))
-    batch = mask_batch(config.diffusion, valid, 0, "speed", index, training.batch_size)
+    batch = mask_batch(config.diffusion, valid, BatchDraw(0, "speed", index, training.batch_size))
     targets, at = torch.from_numpy(ids).flatten(), torch.from_numpy(np.flatnonzero(batch.masked))
     weights = torch.from_numpy(batch.weights).flatten()
     inputs = torch.from_numpy(np.where(batch.masked, 1, ids))
@@ -167,7 +167,7 @@ def compare_generation() -> Figures:
     size = config.candidates.batch_size
     ids = np.random.default_rng(0).integers(4, len(tokenizer), (8 * size, architecture.context))
     valid, rows = np.ones(ids.shape, bool), np.arange(len(ids))
-    masked = mask_batch(config.diffusion, valid, 0, "speed", rows, size).masked
+    masked = mask_batch(config.diffusion, valid, BatchDraw(0, "speed", rows, size)).masked
 
     @torch.no_grad()
     def bare() -> None:
@@ -179,7 +179,7 @@ def compare_generation() -> Figures:
     for _ in range(ROUNDS + 1):
         for name, work in (
             ("bare", bare),
-            ("fill", lambda: engine.fill(ids, valid, masked, config.candidates, 0, rows)),
+            ("fill", lambda: engine.fill(MaskedRows(ids, valid, masked, rows), config.candidates, 0)),
         ):
             begin = time.perf_counter()
             work()
@@ -247,7 +247,9 @@ def _noise(config: Config, objective: MaskedDiffusion, training: TrainingConfig)
     index = np.arange(training.batch_size)
     objective._order.samples(index)
     randomness.uniform(1, index, 1)
-    mask_batch(config.diffusion, np.ones((len(index), 128), bool), 0, "x", index, training.batch_size)
+    mask_batch(
+        config.diffusion, np.ones((len(index), 128), bool), BatchDraw(0, "x", index, training.batch_size)
+    )
 
 
 def _write(folder: Path, payload: bytes, synced: bool) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import torch
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM, LtgBertForSequenceClassification
+from lib.models.hugging_face import LtgBertConfig, LtgBertForMaskedLM, LtgBertForSequenceClassification
 from lib.tokenization import train_tokenizer
 
 # Lines of Python's language reference, and a label for each: is it prose, code, or a heading?

@@ -1,8 +1,7 @@
-"""The masked-LM engine that writes synthetic text: our checkpoints, or any Hugging Face masked LM in a folder.
+"""The engine that makes synthetic text: a masked language model, of this project or any of transformers.
 
-It fills given masks in given ids and never emits a special token. Which positions are masked is its caller's
-business. The result of a row depends on the row alone, not on the batch it is in: rows are padded to one width,
-and rows without padding go separately from rows with it.
+It fills the masked positions of its callers' rows and never generates a special token. The result of a row depends on the row
+alone, not on its batch. Rows are padded to one width, and rows without padding are read separately from rows with it.
 
 Legend: B rows, T positions, N masked positions, V vocabulary.
 """
@@ -13,56 +12,77 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import nn
 
 from lib import randomness
 from lib.diffusion.categorical import draw
 from lib.diffusion.top_k import lowest_k
-from lib.errors import BadConfig, BadData, MissingInput
+from lib.errors import BadConfig
 from lib.models.int8 import to_int8
+from lib.models.masked_lm import argument_names, load_masked_lm
 from lib.runtime import Runtime
 from lib.sections.data import CandidatesConfig
 from lib.surfaces import closed_ids
 
-CONFIDENCE_PASSES = 4  # passes in which every token is hidden once
-LONGEST = 512  # tokens, for a model that knows no limit
+CONFIDENCE_PASSES = 4  # forward passes in which every token is masked once
+_NEXT_PIECE = 0x1E3779B97F4A7C15  # added to the key of a row for each further piece
 
 
 @dataclass(frozen=True)
-class Barred:
-    """Ids that are not drawn, besides those that never are.
+class MaskedRows:
+    """Rows to fill.
 
     Attributes:
-        never: (V,) bool, at any place.
-        there: (V,) bool, at some places only.
-        places: (B, T) bool, which.
+        ids: (B, T); what stands at masked positions is not read.
+        valid: (B, T) bool, real tokens.
+        masked: (B, T) bool, to be generated.
+        keys: (B,) keys of the rows; a row with the same key is filled the same way in any batch.
     """
 
-    never: np.ndarray
-    there: np.ndarray
-    places: np.ndarray
+    ids: np.ndarray
+    valid: np.ndarray
+    masked: np.ndarray
+    keys: np.ndarray
 
-    def rows(self, which: np.ndarray) -> "Barred":
-        return Barred(self.never, self.there, self.places[which])
+    def select(self, index: np.ndarray) -> "MaskedRows":
+        """The rows of an index."""
+        return MaskedRows(self.ids[index], self.valid[index], self.masked[index], self.keys[index])
 
-    def take_out(self, logits: torch.Tensor, at: np.ndarray) -> torch.Tensor:
-        """The (N, V) logits of the flat places `at`, -inf for what is barred there."""
+
+@dataclass(frozen=True)
+class ForbiddenIds:
+    """Ids that are not sampled, besides special ones.
+
+    Attributes:
+        everywhere: (V,) bool, at all positions.
+        at_some: (V,) bool, at some positions only.
+        positions: (B, T) bool, these positions.
+    """
+
+    everywhere: np.ndarray
+    at_some: np.ndarray
+    positions: np.ndarray
+
+    def select(self, index: np.ndarray) -> "ForbiddenIds":
+        """Those of the rows of an index."""
+        return ForbiddenIds(self.everywhere, self.at_some, self.positions[index])
+
+    def apply(self, logits: torch.Tensor, flat_idx: np.ndarray) -> torch.Tensor:
+        """The (N, V) logits of flat positions, -inf for ids that are forbidden there."""
         size = logits.shape[1]
-        never, there = (
-            torch.from_numpy(_resized(ids, size)).to(logits.device) for ids in (self.never, self.there)
+        everywhere, at_some = (
+            torch.from_numpy(_resized(ids, size)).to(logits.device) for ids in (self.everywhere, self.at_some)
         )
-        here = torch.from_numpy(self.places.reshape(-1)[at]).to(logits.device)
-        return logits.masked_fill(never | (there & here[:, None]), -torch.inf)
+        restricted = torch.from_numpy(self.positions.reshape(-1)[flat_idx]).to(logits.device)  # (N,)
+        return logits.masked_fill(everywhere | (at_some & restricted[:, None]), -torch.inf)
 
 
 @dataclass
 class MaskedLMEngine:
-    """A masked LM ready to fill masks.
+    """A masked language model that fills masks.
 
     Attributes:
-        model: forward(input_ids, attention_mask) -> .logits; ours also takes `logits_at`.
-        tokenizer: its own tokenizer.
+        model: forward(input_ids, attention_mask) -> .logits; models of this project also take `logits_at`.
+        tokenizer: the model's own.
         width: rows are padded to this many tokens.
     """
 
@@ -73,114 +93,149 @@ class MaskedLMEngine:
 
     def __post_init__(self) -> None:
         self.model.to(self.runtime.device).eval()
-        self._forbidden: dict[int, torch.Tensor] = {}
-        self._sparse = "logits_at" in _argument_names(self.model)
+        self._special_ids: dict[int, torch.Tensor] = {}
+        self._takes_logits_at = "logits_at" in argument_names(self.model)
 
     @classmethod
     def load(
         cls, folder: Path, runtime: Runtime, width: int | None = None, int8: bool = False
     ) -> "MaskedLMEngine":
-        """From a saved folder with its tokenizer. Raises MissingInput or BadData saying what does not fit."""
-        from lib.models.backbones import longest_input, require_model_files
-        from lib.models.build import is_ours
+        """The engine of a saved folder with its tokenizer.
 
+        Raises:
+            MissingInput, BadData: see `load_masked_lm`.
+            BadConfig: int8 on an accelerator.
+        """
         if int8 and runtime.device.type != "cpu":
             raise BadConfig(
-                f"candidates.int8 is for the CPU, and this runs on {runtime.device}: set it to false"
+                f"candidates.int8 is for the CPU, and this runs on {runtime.device}; set it to false"
             )
-        require_model_files(folder)
-        tokenizer = _load_tokenizer(folder)
-        ours = is_ours(folder)
-        model: Any = _load_ours(folder) if ours else _load_foreign(folder)
-        size = model.get_input_embeddings().weight.shape[0]
-        largest = max(tokenizer.get_vocab().values())
-        if largest >= size:
-            raise BadData(
-                f"{folder}: the tokenizer has ids up to {largest} but the model embeds {size}, from 0 on; "
-                "they do not belong together"
-            )
-        limit = (
-            longest_input(model) or LONGEST
-        ) - ours  # ours have a position for [CLS], which is not used here
+        model, tokenizer, limit = load_masked_lm(folder)
         if int8:
             to_int8(model)
         return cls(model, tokenizer, runtime, min(width or limit, limit))
 
+    # ------------------------------------------------------------------------------------------ filling masks
+
     @torch.no_grad()
     def fill(
         self,
-        ids: np.ndarray,
-        valid: np.ndarray,
-        masked: np.ndarray,
+        rows: MaskedRows,
         config: CandidatesConfig,
         seed: int,
-        rows: np.ndarray,
-        barred: Barred | None = None,
+        forbidden: ForbiddenIds | None = None,
         width: int | None = None,
     ) -> np.ndarray:
-        """(B, T) ids with every masked position written.
+        """(B, T) ids with a token at every masked position.
 
-        In `fill_passes` passes; each writes an equal share of what is left, at keyed random places.
+        There are `fill_passes` forward passes. Each unmasks an equal share of the rest, at random positions.
 
         Args:
-            ids: (B, T); what stands at masked positions is not read. Longer rows than `width` go in pieces.
-            rows: (B,) keys of the rows; the same row is filled the same way in any batch.
-            barred: ids that are not drawn, for rows of at most `width` tokens.
-            width: pad rows to so many tokens, in place of the engine's; must be a function of each row alone.
+            rows: rows longer than the engine's width are filled in pieces.
+            forbidden: ids that are not sampled, for rows of at most the engine's width.
+            width: pad rows to this many tokens instead of the engine's width. It must be a function of each row alone.
         """
-        if ids.shape[1] > self.width:
-            assert barred is None and width is None, "rows in pieces take neither"
-            return self._fill_in_pieces(ids, valid, masked, config, seed, rows)
-        filled = ids.copy()
-        full = valid.all(1)
-        for part in (np.flatnonzero(full), np.flatnonzero(~full)):
+        if rows.ids.shape[1] > self.width:
+            assert forbidden is None and width is None, "rows in pieces take neither"
+            return self._fill_in_pieces(rows, config, seed)
+        filled = rows.ids.copy()
+        is_full = rows.valid.all(1)
+        for part in (np.flatnonzero(is_full), np.flatnonzero(~is_full)):
             for start in range(0, len(part), config.batch_size):
-                b = part[start : start + config.batch_size]
-                filled[b] = self._fill_batch(
-                    filled[b], valid[b], masked[b], config, seed, rows[b], barred and barred.rows(b), width
-                )
+                index = part[start : start + config.batch_size]
+                some = forbidden and forbidden.select(index)
+                filled[index] = self._fill_batch(rows.select(index), config, seed, some, width)
         return filled
+
+    def _fill_in_pieces(self, rows: MaskedRows, config: CandidatesConfig, seed: int) -> np.ndarray:
+        """Rows longer than the model reads."""
+        ids, valid, keys, join = self._in_pieces(rows.ids, rows.valid, rows.keys)
+        masked = self._in_pieces(rows.masked, rows.valid, rows.keys)[0].astype(bool) & valid
+        filled = ids.copy()
+        used = np.flatnonzero(masked.any(1))
+        filled[used] = self.fill(MaskedRows(ids, valid, masked, keys).select(used), config, seed)
+        return join(filled)
+
+    def _fill_batch(
+        self,
+        rows: MaskedRows,
+        config: CandidatesConfig,
+        seed: int,
+        forbidden: ForbiddenIds | None,
+        width: int | None,
+    ) -> np.ndarray:
+        ids, still_masked, length = rows.ids.copy(), rows.masked.copy(), rows.ids.shape[1]
+        for number in range(config.fill_passes):
+            # 1. An equal share of the masked positions, at random
+            count = np.ceil(still_masked.sum(1) / (config.fill_passes - number)).astype(np.int64)
+            order = randomness.uniform(randomness.key(seed, "fill place", number), rows.keys, length)
+            unmasked = lowest_k(order, still_masked, count)  # (B, T)
+            flat_idx = np.flatnonzero(unmasked)  # (N,)
+            if not len(flat_idx):
+                continue
+            # 2. Their logits, given what is not masked
+            inputs = np.where(still_masked, self.tokenizer.mask_token_id, ids)
+            logits = self._logits(inputs, rows.valid, flat_idx, width)  # (N, V)
+            if forbidden is not None:
+                logits = forbidden.apply(logits, flat_idx)
+            # 3. A token at each
+            noise = randomness.uniform(randomness.key(seed, "fill token", number), rows.keys, length)
+            tokens, _ = draw(
+                logits,
+                torch.from_numpy(noise.reshape(-1)[flat_idx]).to(logits.device),
+                self._forbidden_always(logits.shape[1]),
+                config.temperature,
+                config.top_k,
+                config.top_p,
+            )
+            ids.reshape(-1)[flat_idx] = tokens.cpu().numpy()
+            still_masked &= ~unmasked
+        return ids
+
+    # ------------------------------------------------------------------------------------------ pseudo-likelihood
 
     @torch.no_grad()
     def confidence(
         self, ids: np.ndarray, valid: np.ndarray, seed: int, rows: np.ndarray, batch_size: int
     ) -> np.ndarray:
-        """(B, T) log-probability of every token, each hidden once: a keyed quarter of the row at a time. 0 for padding.
+        """(B, T) log-probability of every token while it is masked, 0 for padding.
 
-        What a masked LM says of a token that it can see means nothing: it was never trained on those.
+        A random quarter of the row is masked at a time. A masked LM is not trained to score tokens that it reads.
         """
         if ids.shape[1] > self.width:
             ids, valid, keys, join = self._in_pieces(ids, valid, rows)
             return join(self.confidence(ids, valid, seed, keys, batch_size))
         found = np.zeros(ids.shape, np.float32)
         noise = randomness.uniform(randomness.key(seed, "confidence part"), rows, ids.shape[1])
-        part_of = np.floor(noise * CONFIDENCE_PASSES)
-        full = valid.all(1)
-        for some in (np.flatnonzero(full), np.flatnonzero(~full)):
-            for start in range(0, len(some), batch_size):
-                b = some[start : start + batch_size]
+        quarter = np.floor(noise * CONFIDENCE_PASSES)  # (B, T)
+        is_full = valid.all(1)
+        for part in (np.flatnonzero(is_full), np.flatnonzero(~is_full)):
+            for start in range(0, len(part), batch_size):
+                index = part[start : start + batch_size]
                 for number in range(CONFIDENCE_PASSES):
-                    hidden = valid[b] & (part_of[b] == number)
-                    at = np.flatnonzero(hidden)
-                    if len(at):
-                        inputs = np.where(hidden, self.tokenizer.mask_token_id, ids[b])
-                        logs = torch.log_softmax(self._logits(inputs, valid[b], at).float(), -1)
-                        own = torch.from_numpy(ids[b].reshape(-1)[at]).to(logs.device)
-                        found[b] += _spread_out(
-                            logs.gather(1, own[:, None])[:, 0].cpu().numpy(), at, hidden.shape
-                        )
+                    masked = valid[index] & (quarter[index] == number)
+                    flat_idx = np.flatnonzero(masked)
+                    if len(flat_idx):
+                        inputs = np.where(masked, self.tokenizer.mask_token_id, ids[index])
+                        logits = self._logits(inputs, valid[index], flat_idx)
+                        log_probabilities = torch.log_softmax(logits.float(), -1)  # (N, V)
+                        tokens = torch.from_numpy(ids[index].reshape(-1)[flat_idx]).to(logits.device)
+                        values = log_probabilities.gather(1, tokens[:, None])[:, 0].cpu().numpy()
+                        found[index] += _scattered(values, flat_idx, masked.shape)
         return found
 
-    def _in_pieces(self, ids: np.ndarray, valid: np.ndarray, rows: np.ndarray):
-        """(ids, valid, keys, join) of rows cut into consecutive pieces of `width`, each a row of its own.
+    # ------------------------------------------------------------------------------------------ reading rows
 
-        `join` puts arrays of the pieces' shape together again.
+    def _in_pieces(self, ids: np.ndarray, valid: np.ndarray, rows: np.ndarray):
+        """(ids, valid, keys, join) of rows in consecutive pieces of `width`, each a row with its own key.
+
+        `join` turns an array of the pieces' shape back into rows.
         """
         count, longest = ids.shape
         pieces = -(-longest // self.width)
         extra = ((0, 0), (0, pieces * self.width - longest))
         shape = (count * pieces, self.width)
-        keys = (rows[:, None] + np.arange(pieces) * 0x1E3779B97F4A7C15).reshape(-1)
+        keys = (rows[:, None] + np.arange(pieces) * _NEXT_PIECE).reshape(-1)
 
         def cut(array: np.ndarray, fill: int) -> np.ndarray:
             return np.pad(array, extra, constant_values=fill).reshape(shape)
@@ -190,64 +245,30 @@ class MaskedLMEngine:
 
         return cut(ids, self.tokenizer.pad_token_id), cut(valid, False), keys, join
 
-    def _fill_in_pieces(self, ids, valid, masked, config, seed, rows) -> np.ndarray:
-        """Rows longer than the model reads."""
-        cut, fits, keys, join = self._in_pieces(ids, valid, rows)
-        hidden = self._in_pieces(masked, valid, rows)[0].astype(bool) & fits
-        filled = cut.copy()
-        used = np.flatnonzero(hidden.any(1))
-        filled[used] = self.fill(cut[used], fits[used], hidden[used], config, seed, keys[used])
-        return join(filled)
-
-    def _fill_batch(self, ids, valid, masked, config, seed, rows, barred=None, width=None) -> np.ndarray:
-        left = masked.copy()
-        for number in range(config.fill_passes):
-            count = np.ceil(left.sum(1) / (config.fill_passes - number)).astype(np.int64)
-            place = randomness.uniform(randomness.key(seed, "fill place", number), rows, ids.shape[1])
-            now = lowest_k(place, left, count)
-            at = np.flatnonzero(now)
-            if not len(at):
-                continue
-            inputs = np.where(left, self.tokenizer.mask_token_id, ids)
-            noise = randomness.uniform(randomness.key(seed, "fill token", number), rows, ids.shape[1])
-            logits = self._logits(inputs, valid, at, width)  # (N, V)
-            if barred is not None:
-                logits = barred.take_out(logits, at)
-            tokens, _ = draw(
-                logits,
-                torch.from_numpy(noise.reshape(-1)[at]).to(logits.device),
-                self._never(logits.shape[1]),
-                config.temperature,
-                config.top_k,
-                config.top_p,
-            )
-            ids.reshape(-1)[at] = tokens.cpu().numpy()
-            left &= ~now
-        return ids
-
-    def _never(self, size: int) -> torch.Tensor:
-        """(F,) ids below `size` that are never drawn: special and added tokens, and ids without a token."""
-        if size not in self._forbidden:
+    def _forbidden_always(self, size: int) -> torch.Tensor:
+        """(F,) ids below `size` that are never sampled: special and added tokens, and ids without a token."""
+        if size not in self._special_ids:
             known = np.zeros(size, bool)
             known[[i for i in self.tokenizer.get_vocab().values() if i < size]] = True
             known[[i for i in closed_ids(self.tokenizer) if i < size]] = False
-            self._forbidden[size] = torch.from_numpy(np.flatnonzero(~known)).to(self.runtime.device)
-        return self._forbidden[size]
+            self._special_ids[size] = torch.from_numpy(np.flatnonzero(~known)).to(self.runtime.device)
+        return self._special_ids[size]
 
     def _logits(
-        self, inputs: np.ndarray, valid: np.ndarray, at: np.ndarray, width: int | None = None
+        self, inputs: np.ndarray, valid: np.ndarray, flat_idx: np.ndarray, width: int | None = None
     ) -> torch.Tensor:
+        """(N, V) logits of (B, T) inputs at flat positions (N,)."""
         device = self.runtime.device
         width = width or self.width
         pad = width - inputs.shape[1]
         if pad > 0:
             inputs = np.pad(inputs, ((0, 0), (0, pad)), constant_values=self.tokenizer.pad_token_id)
             valid = np.pad(valid, ((0, 0), (0, pad)))
-            at = at // (width - pad) * width + at % (width - pad)
+            flat_idx = flat_idx // (width - pad) * width + flat_idx % (width - pad)
         mask = None if valid.all() else torch.from_numpy(valid).to(device)
-        where = torch.from_numpy(at).to(device)
+        where = torch.from_numpy(flat_idx).to(device)
         with self.runtime.autocast():
-            if self._sparse:
+            if self._takes_logits_at:
                 return self.model(
                     torch.from_numpy(inputs).to(device), attention_mask=mask, logits_at=where
                 ).logits
@@ -257,89 +278,12 @@ class MaskedLMEngine:
 
 
 def _resized(values: np.ndarray, size: int) -> np.ndarray:
-    """The first `size` values, False where there are fewer."""
+    """The first `size` values, with False for missing ones."""
     return np.pad(values[:size], (0, max(0, size - len(values))))
 
 
-def _spread_out(values: np.ndarray, at: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The values at their flat places, 0 elsewhere."""
+def _scattered(values: np.ndarray, flat_idx: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The values at their flat positions, 0 elsewhere."""
     result = np.zeros(shape, np.float32)
-    result.reshape(-1)[at] = values
+    result.reshape(-1)[flat_idx] = values
     return result
-
-
-def _argument_names(model: nn.Module) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(model.forward).parameters)
-
-
-def _load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise MissingInput(f"{folder} holds no tokenizer that can be loaded: {_line(error)}") from None
-    if not getattr(tokenizer, "is_fast", False):
-        raise BadData(f"{folder} has no fast tokenizer; save it with a tokenizer.json")
-    for name in ("mask", "pad"):
-        if getattr(tokenizer, f"{name}_token_id") is None:
-            raise BadData(
-                f"{folder}: its tokenizer has no {name} token, so it belongs to no masked LM; give generator.checkpoint "
-                "the folder of one"
-            )
-    return tokenizer
-
-
-def _load_ours(folder: Path) -> nn.Module:
-    from lib.models.build import load_model
-    from lib.models.families import FAMILIES
-
-    model = load_model(folder)
-    if type(model) is not FAMILIES[model.config.model_type].heads["masked_lm"]:
-        raise BadData(
-            f"{folder} holds a {type(model).__name__}, which is no masked LM; give a model of mode language_model with "
-            "attention bidirectional"
-        )
-    return model
-
-
-def _load_foreign(folder: Path) -> nn.Module:
-    from transformers import AutoModelForMaskedLM
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of missing tensors advises to train them
-    try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise BadData(f"{folder} is no masked LM that transformers can load: {_line(error)}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise BadData(
-            f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, such as {', '.join(missing[:3])}; "
-            "give the folder of a masked LM with its head, not of an encoder, a classifier or a discriminator"
-        )
-    if getattr(model.config, "is_decoder", False):
-        raise BadData(
-            f"{folder}/config.json says is_decoder: its tokens see only earlier ones; give a masked LM that reads both ways"
-        )
-    if "attention_mask" not in _argument_names(model):
-        raise BadData(
-            f"{folder}: {type(model).__name__} takes no attention_mask and would read padding as text; give another masked LM"
-        )
-    return model
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]

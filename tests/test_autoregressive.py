@@ -5,14 +5,15 @@ import torch
 
 from lib import randomness
 from lib.config import load_config
-from lib.diffusion.autoregressive import sample_autoregressively
+from lib.diffusion.autoregressive import AutoregressiveSampler
 from lib.diffusion.categorical import draw
+from lib.diffusion.samples import MaskedTexts
 from lib.runtime import Runtime
 from tests.test_hugging_face import make, make_ids
 
 
 def test_the_baseline_reads_given_text_at_no_cost_and_writes_what_a_whole_pass_would():
-    """Against a full pass, without a cache, for every written token; given tokens first, between, and last."""
+    """Equal to a full forward pass without a cache for every generated token. Other tokens come first, between and last."""
     model, settings = (
         make(("remask", "causal"), 0),
         load_config().sampler.model_copy(update={"temperature": 0.7, "top_p": 1.0}),
@@ -22,9 +23,8 @@ def test_the_baseline_reads_given_text_at_no_cost_and_writes_what_a_whole_pass_w
     free[:, [3, 4, 7]], free[1, 6] = True, True
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
-    made = sample_autoregressively(
-        model, ids, free, np.arange(2), 0, [0, 1], settings, Runtime(torch.device("cpu"), "fp32"), seed=3
-    )
+    sampler = AutoregressiveSampler(model, 0, [0, 1], Runtime(torch.device("cpu"), "fp32"), settings, seed=3)
+    made = sampler.sample(MaskedTexts(ids, free, np.arange(2)))
     handle.remove()
     assert made.passes.tolist() == [3, 4] and len(passes) == 4
     assert (made.ids[~free] == ids[~free]).all() and not np.isin(made.ids[free], [0, 1]).any()
@@ -47,9 +47,10 @@ def test_a_sample_is_keyed_by_its_number_whatever_stands_beside_it():
     def made(rows: list[int], **changes) -> np.ndarray:
         chosen = settings.model_copy(update={"temperature": 3.0, "top_p": 1.0} | changes)
         some = slice(len(rows))
-        return sample_autoregressively(
-            model, ids[some], free[some], np.array(rows), 0, [0, 1], chosen, Runtime(torch.device("cpu"), "fp32"), seed=3
-        ).ids  # fmt: skip
+        sampler = AutoregressiveSampler(
+            model, 0, [0, 1], Runtime(torch.device("cpu"), "fp32"), chosen, seed=3
+        )
+        return sampler.sample(MaskedTexts(ids[some], free[some], np.array(rows))).ids
 
     whole = made([0, 1, 2, 7, 8, 9])
     assert len({tuple(row) for row in whole}) == 6

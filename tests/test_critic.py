@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.config import load_config
-from lib.models.build import heads_of, read_folder, save_model, start_model
+from lib.models.build import Checkpoint, heads_of, read_folder, save_model, start_model
 from lib.training.data import Windows
 from lib.training.objectives.error_detection import (
     Seen,
@@ -266,8 +266,8 @@ def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_
     told: list[torch.Tensor | None] = []
 
     class Spy(torch.nn.Module):
-        def forward(self, input_ids, attention_mask=None, head="lm", given=None):
-            told.append(given)
+        def forward(self, input_ids, attention_mask=None, head="lm", conditioning_mask=None):
+            told.append(conditioning_mask)
             blank = torch.zeros(input_ids.shape)
             return SimpleNamespace(logits=blank, origin_logits=blank)
 
@@ -345,14 +345,22 @@ def test_transfer_says_what_it_took_and_refuses_a_backbone_that_does_not_fit(tmp
     save_model(source, tmp_path / "a", TOKENIZER)
     for mode in ("token_classifier", "sequence_scorer", "ranker", "language_model"):
         new, report = start_model(
-            mode, architecture, "bidirectional", 14, 0, "n", tmp_path / "a", **heads_of(mode)
+            mode,
+            Checkpoint(tmp_path / "a", architecture.dropout),
+            "bidirectional",
+            14,
+            0,
+            "n",
+            **heads_of(mode),
         )
         inner = getattr(new, "encoder", new)
         torch.testing.assert_close(inner.model.embed_tokens.weight, source.model.embed_tokens.weight)
         assert report.dropped and all(n.startswith("critic.") for n in report.dropped)
         assert (len(report.created) > 0) == (mode != "language_model")
     with pytest.raises(BadData, match="vocabulary of 14 ids"):
-        start_model("ranker", architecture, "bidirectional", 15, 0, "n", tmp_path / "a", **heads_of("ranker"))
+        start_model(
+            "ranker", Checkpoint(tmp_path / "a", 0.0), "bidirectional", 15, 0, "n", **heads_of("ranker")
+        )
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(tmp_path / "a" / "model.safetensors")
@@ -363,7 +371,9 @@ def test_transfer_says_what_it_took_and_refuses_a_backbone_that_does_not_fit(tmp
         {"format": "pt"},
     )
     with pytest.raises(BadData, match=f"{name} is missing"):
-        start_model("ranker", architecture, "bidirectional", 14, 0, "n", tmp_path / "a", **heads_of("ranker"))
+        start_model(
+            "ranker", Checkpoint(tmp_path / "a", 0.0), "bidirectional", 14, 0, "n", **heads_of("ranker")
+        )
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(MissingInput, match="pickled weights are not read"):

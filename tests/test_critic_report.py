@@ -23,7 +23,7 @@ GENERATOR = np.array([0.0] * 4 + [0.05, 0.6] + [0.35 / 8] * 8)  # mostly the com
 class Known(torch.nn.Module):
     """A generator that says the same of every masked token, and a critic that says nothing."""
 
-    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
         blank = torch.zeros(input_ids.shape)
         if head == "critic":
             return SimpleNamespace(logits=blank, origin_logits=blank)
@@ -101,7 +101,7 @@ class Wild(torch.nn.Module):
         super().__init__()
         self.wild, self.read = torch.from_numpy(wild), []
 
-    def forward(self, input_ids, attention_mask=None, head="lm", given=None):
+    def forward(self, input_ids, attention_mask=None, head="lm", conditioning_mask=None):
         self.read.append(input_ids.numpy())
         logits = torch.where(self.wild, 1e4, 0.0)
         return SimpleNamespace(logits=logits, origin_logits=logits)
@@ -129,10 +129,10 @@ def test_a_share_of_the_rows_is_read_with_masks():
     reads: list[np.ndarray] = []
 
     class Reader(Known):
-        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
             if head == "critic":
                 reads.append(input_ids.numpy())
-            return super().forward(input_ids, attention_mask, logits_at, head, given)
+            return super().forward(input_ids, attention_mask, logits_at, head, conditioning_mask)
 
     whole.loss(Reader(), 0, range(8))
     assert not (reads.pop() == MASK).any()
@@ -280,9 +280,9 @@ def test_given_tokens_are_in_no_reading_but_that_of_a_text_of_which_nothing_is_k
 class ToldOnly(Known):
     """A critic that knows something only when it is told which tokens were given."""
 
-    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
-        output = super().forward(input_ids, attention_mask, logits_at, head, given)
-        if head == "critic" and given is not None:
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
+        output = super().forward(input_ids, attention_mask, logits_at, head, conditioning_mask)
+        if head == "critic" and conditioning_mask is not None:
             output.logits = torch.where(input_ids == COMMON, -2.0, 2.0)
             output.origin_logits = output.logits
         return output

@@ -19,8 +19,8 @@ from transformers import (
 
 from lib.errors import BadConfig
 from lib.models.backbones import why_not_packed
-from lib.models.ranker import CandidateRanker
-from tests.test_ranker import BERT, HEADS, STILL, TRUNKS, make_backbone, make_pools
+from lib.models.ranker import CandidateRanker, HeadOptions
+from tests.test_ranker import BACKBONES, BERT, HEADS, STILL, make_backbone, make_pools
 
 
 def randomised(backbone):
@@ -49,7 +49,7 @@ def test_an_encoder_that_takes_no_packed_rows_is_refused_and_reads_with_full_att
         CandidateRanker(backbone, seed=0)
     assert backbone.training
     model, pools = (
-        CandidateRanker(backbone, attention="full", head_dropout=0.0, seed=0).eval(),
+        CandidateRanker(backbone, attention="full", head=HeadOptions(dropout=0.0), seed=0).eval(),
         make_pools((2, 3)),
     )
     torch.nn.init.normal_(model.head.out.weight)
@@ -90,7 +90,7 @@ def test_an_encoder_that_misreads_masks_or_positions_is_refused(kind, words):
         CandidateRanker(randomised(kind(BertConfig(**BERT))), seed=0)
 
 
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_backbones_that_take_packed_rows_are_let_through_in_any_precision(name):
     backbone = make_backbone(name, torch.float32)
     state = torch.get_rng_state()

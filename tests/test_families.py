@@ -23,11 +23,11 @@ from lib.diffusion.calibration import Calibration, Curve, Curves
 from lib.diffusion.sampler import Sampler
 from lib.errors import BadConfig, BadData, CannotCreate, MissingInput
 from lib.evaluation.text_scores import score, windows
-from lib.models.build import heads_of, load_model, save_model, start_model
+from lib.models.build import Checkpoint, heads_of, load_model, save_model, start_model
 from lib.models.cards import FLOOR
 from lib.models.collation import collate
 from lib.models.families import FAMILIES
-from lib.models.ltg_bert import LtgBertForMaskedLM, LtgBertForSequenceClassification
+from lib.models.hugging_face import LtgBertForMaskedLM, LtgBertForSequenceClassification
 from lib.models.publish import card, manifests_of, publish, publish_model
 from lib.models.ranker_export import export_classifier
 from lib.runs import load_manifest
@@ -86,8 +86,8 @@ def test_transfer_between_modes_keeps_the_backbone_and_says_what_is_new(ltg_run)
     config = load_config(["configs/models/ltg-bert-xs.yaml"], quick_test=True)
     source = ltg_run / "04_train" / "generator" / "best_model"
     model, transfer = start_model(
-        "token_classifier", config.architecture, "bidirectional", load_model(source).config.vocab_size, 0, "x", source,
-        num_labels=3,
+        "token_classifier", Checkpoint(source, config.architecture.dropout), "bidirectional",
+        load_model(source).config.vocab_size, 0, "x", num_labels=3,
     )  # fmt: skip
     given = load_model(source).state_dict()
     for name, tensor in model.state_dict().items():

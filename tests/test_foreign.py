@@ -23,7 +23,7 @@ from lib.models.backbones import longest_input, position_offset
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.surfaces import Surfaces
-from lib.synthetic import MaskedLMEngine
+from lib.synthetic import MaskedLMEngine, MaskedRows
 from lib.tasks import CandidateContext, get_task
 from lib.tasks.finqa.rewriting import rewrite_arguments
 from lib.tasks.text.other_tokenizer import _Composer, rewrite_with_other_tokenizer
@@ -647,7 +647,7 @@ def test_no_spare_row_and_no_reserved_token_is_ever_drawn():
     stub = MaskedLMEngine(Stub(len(own) + 3, [own.convert_tokens_to_ids("\n"), len(own) + 1, 1]), own, CPU, 8)
     ids = np.full((4, 8), 4)
     config = context(stub, own).config.candidates
-    filled = stub.fill(ids, ids > 0, ids > 0, config, 0, np.arange(4))
+    filled = stub.fill(MaskedRows(ids, ids > 0, ids > 0, np.arange(4)), config, 0)
     assert (filled == own.convert_tokens_to_ids("\n")).all()
 
 

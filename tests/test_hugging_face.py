@@ -1,6 +1,6 @@
 """What both model families promise as Hugging Face models: masks, padding, labels, saving, and the tools around them.
 
-Known here: the public behaviour of `lib.models.remask_gpt` and `lib.models.ltg_bert` alike. What only one of them has
+Known here: the public behaviour of `lib.models.hugging_face`. What only one of them has
 is tested in its own file.
 """
 
@@ -32,7 +32,7 @@ from transformers import (
     pipeline,
 )
 
-from lib.models import ltg_bert, remask_gpt
+from lib.models import hugging_face as models
 
 VOCAB = 31
 SMALL = {
@@ -42,15 +42,15 @@ SMALL = {
 LTG = {"intermediate_size": 40, "position_bucket_size": 8, "pad_token_id": 0, "mask_token_id": 1, "cls_token_id": 2,
        "unk_token_id": 3, "sep_token_id": None, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
 CLASSES = {
-    ("remask", "model"): remask_gpt.RemaskGptModel,
-    ("remask", "masked"): remask_gpt.RemaskGptForMaskedLM,
-    ("remask", "causal"): remask_gpt.RemaskGptForCausalLM,
-    ("remask", "token"): remask_gpt.RemaskGptForTokenClassification,
-    ("remask", "sequence"): remask_gpt.RemaskGptForSequenceClassification,
-    ("ltg", "model"): ltg_bert.LtgBertModel,
-    ("ltg", "masked"): ltg_bert.LtgBertForMaskedLM,
-    ("ltg", "token"): ltg_bert.LtgBertForTokenClassification,
-    ("ltg", "sequence"): ltg_bert.LtgBertForSequenceClassification,
+    ("remask", "model"): models.RemaskGptModel,
+    ("remask", "masked"): models.RemaskGptForMaskedLM,
+    ("remask", "causal"): models.RemaskGptForCausalLM,
+    ("remask", "token"): models.RemaskGptForTokenClassification,
+    ("remask", "sequence"): models.RemaskGptForSequenceClassification,
+    ("ltg", "model"): models.LtgBertModel,
+    ("ltg", "masked"): models.LtgBertForMaskedLM,
+    ("ltg", "token"): models.LtgBertForTokenClassification,
+    ("ltg", "sequence"): models.LtgBertForSequenceClassification,
 }
 AUTO = {
     "model": AutoModel,
@@ -65,8 +65,8 @@ FAMILIES = ["remask", "ltg"]
 
 def make_config(family: str, **changes):
     if family == "ltg":
-        return ltg_bert.LtgBertConfig(**{**SMALL, **LTG, **changes})
-    return remask_gpt.RemaskGptConfig(**{**SMALL, **changes})
+        return models.LtgBertConfig(**{**SMALL, **LTG, **changes})
+    return models.RemaskGptConfig(**{**SMALL, **changes})
 
 
 def make(key: tuple[str, str], seed: int = 0, **changes: Any):
@@ -376,21 +376,23 @@ def test_critic_head(family):
 
 
 @every_family
-def test_the_critic_can_be_told_what_was_given(family, tmp_path):
+def test_the_critic_can_be_conditioned_on_known_tokens(family, tmp_path):
     model, ids = make((family, "masked"), critic_layers=1), make_ids()
-    given = torch.zeros(ids.shape, dtype=torch.bool)
+    known = torch.zeros(ids.shape, dtype=torch.bool)
     plain = model(ids, head="critic").logits
-    assert torch.equal(model(ids, head="critic", given=given).logits, plain)  # nothing is known
-    given[1, 3:9] = True
-    told = model(ids, head="critic", given=given).logits
-    assert not torch.allclose(told[1], plain[1])
-    torch.testing.assert_close(told[[0, 2]], plain[[0, 2]])
+    assert torch.equal(model(ids, head="critic", conditioning_mask=known).logits, plain)  # nothing is known
+    known[1, 3:9] = True
+    conditioned = model(ids, head="critic", conditioning_mask=known).logits
+    assert not torch.allclose(conditioned[1], plain[1])
+    torch.testing.assert_close(conditioned[[0, 2]], plain[[0, 2]])
     embeddings = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(model(inputs_embeds=embeddings, head="critic", given=given).logits, told)
-    with pytest.raises(ValueError, match="given is for"):
-        model(ids, given=given)
+    torch.testing.assert_close(
+        model(inputs_embeds=embeddings, head="critic", conditioning_mask=known).logits, conditioned
+    )
+    with pytest.raises(ValueError, match="conditioning_mask is for"):
+        model(ids, conditioning_mask=known)
     with pytest.raises(ValueError, match="exactly one"):
-        model(ids, inputs_embeds=embeddings, head="critic", given=given)
+        model(ids, inputs_embeds=embeddings, head="critic", conditioning_mask=known)
 
 
 @every_family
@@ -569,6 +571,19 @@ def loaded_elsewhere(tmp_path_factory) -> dict[tuple[str, str], torch.Tensor]:
 @every_class
 def test_a_saved_folder_loads_where_this_repository_is_not(key, loaded_elsewhere):
     assert torch.equal(loaded_elsewhere[key], output_of(make(key), make_ids()))
+
+
+@every_class
+def test_a_saved_folder_has_the_code_that_its_model_imports(key, tmp_path):
+    make(key).save_pretrained(tmp_path)
+    family = {"remask": "remask_gpt", "ltg": "ltg_bert"}[key[0]]
+    names = [f"configuration_{family}", f"modeling_{family}", "shared_configuration", "shared_modeling"]
+    assert sorted(path.stem for path in tmp_path.glob("*.py")) == sorted(names)
+    for path in tmp_path.glob("*.py"):
+        assert path.read_bytes() == (Path(models.__file__).parent / path.name).read_bytes()
+    # Of a local folder, transformers 5.5 copies to its cache only what the loaded file itself imports.
+    text = (tmp_path / f"modeling_{family}.py").read_text()
+    assert all(f"from .{name} import" in text for name in names if not name.startswith("modeling"))
 
 
 @every_family

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib.errors import BadData
-from lib.models.ltg_bert import LtgBertConfig, LtgBertForMaskedLM, LtgBertModel, load_reference
+from lib.models.hugging_face import LtgBertConfig, LtgBertForMaskedLM, LtgBertModel
+from lib.models.hugging_face.modeling_ltg_bert import LtgBertLayer, bucket_index, bucket_of_distance
+from lib.models.ltg_bert import load_reference
 from lib.models.ltg_bert.__main__ import main
 from lib.models.ltg_bert.conversion import _reference_name
-from lib.models.ltg_bert.modeling_ltg_bert import LtgBertLayer, bucket_index, bucket_of_distance
 from tests.conftest import SHARED
 from tests.test_hugging_face import LTG, SMALL, make, make_ids, make_tokenizer
 
@@ -262,7 +263,7 @@ def test_the_command_refuses_what_it_cannot_convert(checkpoint_folder, convert_h
     assert code == 66 and "there is no checkpoint" in said
     (folder / "torn.safetensors").write_bytes(b"\0" * 40)
     code, said = convert_here(folder / "torn.safetensors", out)
-    assert code == 65 and "no safetensors file" in said
+    assert code == 65 and "not a safetensors file" in said
     state = {name: tensor.contiguous() for name, tensor in reference_dict(model).items()}
     del state["embedding.relative_embedding"]
     save_file(state, folder / "short.safetensors")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lib.config import load_config
 from lib.diffusion.masking import (
+    BatchDraw,
     corrupt_80_10_10,
     draw_mask,
     expected_run_length,
@@ -179,12 +180,12 @@ def test_spans_are_as_many_as_asked_and_apart_where_there_is_room(num_spans):
 def test_spans_are_uniform_in_length_and_place():
     rows = 6000
     mask = draw_mask(span(2), np.ones((rows, 12), bool), np.full(rows, 5), 1, np.arange(rows))
-    ways = np.unique(mask, axis=0, return_counts=True)[1]
-    assert len(ways) == 4 * (
+    counts_of = np.unique(mask, axis=0, return_counts=True)[1]
+    assert len(counts_of) == 4 * (
         8 * 7 // 2
     )  # cuts of 5 into two lengths, times two of the 8 places around 7 tokens
-    chi_square = ((ways - rows / len(ways)) ** 2 / (rows / len(ways))).sum()
-    assert abs(chi_square - (len(ways) - 1)) < 5 * np.sqrt(2 * len(ways))
+    chi_square = ((counts_of - rows / len(counts_of)) ** 2 / (rows / len(counts_of))).sum()
+    assert abs(chi_square - (len(counts_of) - 1)) < 5 * np.sqrt(2 * len(counts_of))
 
 
 def test_spans_run_over_tokens_that_may_not_be_masked():
@@ -251,7 +252,7 @@ def test_every_line_is_masked_equally_often():
 
 def test_line_masking_needs_to_know_the_lines():
     every = np.ones((1, 4), bool)
-    with pytest.raises(BadConfig, match="where lines end"):
+    with pytest.raises(BadConfig, match="needs line numbers"):
         draw_mask(line(), every, np.array([2]), 0, np.array([0]))
     with pytest.raises(ValueError, match="number the lines"):
         draw_mask(line(), every, np.array([2]), 0, np.array([0]), np.array([[0, 1, 2, 9]]))
@@ -264,7 +265,7 @@ def test_random_masking_is_uniform_over_positions():
 
 
 def test_more_masks_than_tokens_is_refused():
-    with pytest.raises(ValueError, match="more masks than"):
+    with pytest.raises(ValueError, match="exceeds its number of eligible tokens"):
         draw_mask(RANDOM, np.ones((1, 3), bool), np.array([4]), 0, np.array([0]))
 
 
@@ -293,7 +294,7 @@ def test_80_10_10_shares_and_independent_replacements():
     ids = rng.integers(0, 100, (400, 200))
     masked = rng.random(ids.shape) < 0.3
     allowed = np.arange(100, 200)  # none of the clean ids, so that the three fates can be told apart
-    inputs = corrupt_80_10_10(ids, masked, 999, allowed, 1, "test", np.arange(400))
+    inputs = corrupt_80_10_10(ids, masked, 999, allowed, BatchDraw(1, "test", np.arange(400)))
     assert inputs.dtype == ids.dtype
     np.testing.assert_array_equal(inputs[~masked], ids[~masked])
     total = masked.sum()
@@ -312,19 +313,19 @@ def test_80_10_10_follows_its_key_row_and_shares():
     ids = np.random.default_rng(0).integers(0, 50, (6, 80))
     masked = np.random.default_rng(1).random(ids.shape) < 0.5
 
-    def corrupt(rows, **keywords):
-        options = {"seed": 1, "purpose": "test"} | keywords
-        return corrupt_80_10_10(ids[rows], masked[rows], 60, np.arange(50), rows=np.asarray(rows), **options)
+    def corrupt(rows, shares=(0.8, 0.1), seed=1, purpose="test"):
+        draw = BatchDraw(seed, purpose, np.asarray(rows))
+        return corrupt_80_10_10(ids[rows], masked[rows], 60, np.arange(50), draw, shares)
 
     whole = corrupt(range(6))
     np.testing.assert_array_equal(whole[[4, 2]], corrupt([4, 2]))
     assert (whole != corrupt(range(6), seed=2)).any() and (whole != corrupt(range(6), purpose="other")).any()
-    assert (corrupt(range(6), mask_share=1, random_share=0) == np.where(masked, 60, ids)).all()
-    assert (corrupt(range(6), mask_share=0, random_share=0) == ids).all()
-    with pytest.raises(ValueError, match="shares of one whole"):
-        corrupt(range(6), mask_share=0.8, random_share=0.3)
+    assert (corrupt(range(6), shares=(1, 0)) == np.where(masked, 60, ids)).all()
+    assert (corrupt(range(6), shares=(0, 0)) == ids).all()
+    with pytest.raises(ValueError, match="add up to at most 1"):
+        corrupt(range(6), shares=(0.8, 0.3))
     with pytest.raises(ValueError, match="at least one allowed id"):
-        corrupt_80_10_10(ids, masked, 60, np.array([]), 1, "test", np.arange(6))
+        corrupt_80_10_10(ids, masked, 60, np.array([]), BatchDraw(1, "test", np.arange(6)))
 
 
 def test_every_stage_masks_a_large_batch_quickly():

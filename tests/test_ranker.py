@@ -22,10 +22,9 @@ from transformers import (
 
 from lib.errors import BadConfig, BadData
 from lib.models.encoders import with_lora
-from lib.models.ltg_bert import LtgBertConfig, LtgBertModel
+from lib.models.hugging_face import LtgBertConfig, LtgBertModel, RemaskGptConfig, RemaskGptModel
 from lib.models.packing import Pools, last_token_index, pack
-from lib.models.ranker import CandidateRanker
-from lib.models.remask_gpt import RemaskGptConfig, RemaskGptModel
+from lib.models.ranker import CandidateRanker, HeadOptions
 
 VOCAB, LONGEST = 60, 48
 SHAPE: dict[str, Any] = {
@@ -53,7 +52,7 @@ def remask(attention: str) -> RemaskGptModel:
     return RemaskGptModel(RemaskGptConfig(**HEADS, attention=attention))
 
 
-TRUNKS = {
+BACKBONES = {
     "llama": lambda: LlamaModel(LlamaConfig(**GROUPED)),
     "qwen2": lambda: Qwen2Model(Qwen2Config(**GROUPED)),
     "mistral": lambda: MistralModel(MistralConfig(**GROUPED, sliding_window=LONGEST)),
@@ -71,7 +70,7 @@ CAUSAL = ("llama", "qwen2", "mistral", "gpt2", "remask_causal")
 def make_backbone(name: str, dtype=torch.float64):
     """A tiny backbone with weights that matter: biases, norms and output projections are not left at their start."""
     torch.manual_seed(0)
-    backbone = TRUNKS[name]().to(dtype).eval()
+    backbone = BACKBONES[name]().to(dtype).eval()
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -86,7 +85,7 @@ def make(name: str, dtype=torch.float64, lora: bool = False, **choices) -> Candi
         for key, parameter in backbone.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.1)
-    model = CandidateRanker(backbone, **{"head_dropout": 0.0, "seed": 0} | choices).to(dtype)
+    model = CandidateRanker(backbone, **{"head": HeadOptions(dropout=0.0), "seed": 0} | choices).to(dtype)
     torch.nn.init.normal_(model.head.out.weight)
     return model.eval()
 
@@ -132,7 +131,7 @@ def mirrored(pools: Pools) -> Pools:
 # --- packed rows ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_packed_equals_one_by_one(name):
     pools = make_pools()
     for pooling in ("last", "cls", "mean"):
@@ -148,7 +147,7 @@ def test_packed_equals_one_by_one(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_gradients_of_packed_rows_equal_those_of_separate_ones(name, lora):
     """Of every parameter, in training mode with gradient checkpointing."""
     model, pools = make(name, lora=lora, pooling="mean"), make_pools((16, 2))
@@ -163,7 +162,7 @@ def test_gradients_of_packed_rows_equal_those_of_separate_ones(name, lora):
         assert (value - separate[key]).norm() <= 1e-6 * max(float(separate[key].norm()), 1e-6), key
 
 
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_scores_are_those_of_the_plain_backbone(name):
     """Each candidate alone, by hand: its tokens behind the prompt's, without padding; two-way backbones with a mask."""
     model, pools = make(name), make_pools((3, 2))
@@ -311,9 +310,7 @@ def test_a_causal_backbone_that_cannot_share_rows_is_found_out_at_once(capsys):
     assert torch.equal(scores, model.score_one_by_one(pools))
 
 
-@pytest.mark.parametrize(
-    "backbone, said", [(Leaking, "states differ by"), (Flat, "fails on a row of several")]
-)
+@pytest.mark.parametrize("backbone, said", [(Leaking, "they differ by"), (Flat, "fails on a row of several")])
 def test_a_bidirectional_backbone_that_cannot_share_rows_is_refused(backbone, said):
     torch.manual_seed(0)
     encoder = backbone(BertConfig(**BERT, initializer_range=0.3))
@@ -334,7 +331,7 @@ def test_what_a_ranker_packs_does_not_depend_on_what_it_reads_first():
     assert CandidateRanker(short, seed=0).packs is True
 
 
-@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_half_precision_is_not_taken_for_a_wrong_backbone(name):
     pools, autocast = make_pools(), make(name, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -380,6 +377,6 @@ def test_head_follows_its_seed_alone():
     assert torch.equal(heads[0].dense.weight, heads[1].dense.weight)
     assert not torch.equal(heads[0].dense.weight, heads[2].dense.weight)
     assert heads[0].out.weight.std() < 0.03
-    assert [n for n, _ in CandidateRanker(backbone, head="linear", seed=0).head.named_parameters()] == [
-        "out.weight"
-    ]
+    assert [
+        n for n, _ in CandidateRanker(backbone, head=HeadOptions("linear"), seed=0).head.named_parameters()
+    ] == ["out.weight"]

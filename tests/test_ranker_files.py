@@ -19,7 +19,7 @@ from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.collation import collate, hide_words, too_long
 from lib.models.encoders import open_encoder, with_lora
 from lib.models.packing import Pools
-from lib.models.ranker import CandidateRanker
+from lib.models.ranker import CandidateRanker, HeadOptions
 from lib.models.ranker_export import export_classifier
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.training.objectives.pool_choice import PoolReader, say_shortened
@@ -58,14 +58,14 @@ def saved_encoder(folder: Path, name: str, **special) -> Path:
     return folder
 
 
-def ranker_of(folder: Path, lora: bool, **choices) -> tuple[CandidateRanker, Any]:
+def ranker_of(folder: Path, lora: bool, head: str = "mlp", **choices) -> tuple[CandidateRanker, Any]:
     backbone, tokenizer = open_encoder(folder)
     if lora:
         backbone = with_lora(backbone, 2, 4, 0.1, seed=3)
         for key, parameter in backbone.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
-    model = CandidateRanker(backbone, seed=0, **choices)
+    model = CandidateRanker(backbone, seed=0, head=HeadOptions(head), **choices)
     torch.nn.init.normal_(model.head.out.weight)
     return model.eval(), tokenizer
 
@@ -105,7 +105,7 @@ def test_texts_are_cut_at_their_ends_and_keep_the_special_tokens():
     assert pools.prompt_ids.shape == (3, 5) and pools.candidate_ids.shape == (3, 3, 3)
     assert tokens(pools, 0, 0) == tokenizer("a b c", "add (")["input_ids"]
     assert tokens(pools, 1, 0) == tokenizer("h 4", "4")["input_ids"]
-    with pytest.raises(BadConfig, match="prompt_tokens is 2, but 2 special tokens"):
+    with pytest.raises(BadConfig, match="prompt_tokens is 2, and special tokens alone take 2"):
         collate(tokenizer, PROMPTS, CANDIDATES, 2, 3)
 
 
@@ -211,7 +211,7 @@ def test_only_adapters_and_head_learn_and_they_follow_the_seed(tmp_path):
     assert all(same) and not any(other)
     with pytest.raises(BadConfig, match=r"ranker\.lora\.targets"):
         with_lora(open_encoder(folder)[0], 2, 4, 0.0, "nothing_like_it")
-    with pytest.raises(BadConfig, match="the backbone is fresh"):
+    with pytest.raises(BadConfig, match="the backbone is new"):
         with_lora(make_backbone("bert"), 2, 4, 0.0)
 
 
@@ -328,7 +328,7 @@ def test_a_changed_encoder_or_damaged_folder_is_refused(tmp_path):
         changed = make_backbone("llama", torch.float32)
         changed.norm.weight.add_(1e-3)
     changed.save_pretrained(base)
-    with pytest.raises(BadData, match="are not those that"):
+    with pytest.raises(BadData, match="has adapters for other weights"):
         load_ranker(tmp_path / "ranker")
     (base / "model.safetensors").unlink()
     with pytest.raises(MissingInput, match=r"no model\.safetensors"):
@@ -411,5 +411,5 @@ def test_an_export_that_would_score_otherwise_is_refused(tmp_path):
     make_backbone("gpt2", torch.float32).save_pretrained(tmp_path / "base")
     make_tokenizer("ending", pad_token=None).save_pretrained(tmp_path / "base")
     model, tokenizer = ranker_of(tmp_path / "base", lora=False, head="linear")
-    with pytest.raises(BadConfig, match="give the tokenizer a padding token of its own"):
+    with pytest.raises(BadConfig, match="give the tokenizer a separate padding token"):
         export_classifier(model, tmp_path / "stock", tokenizer)

@@ -1,14 +1,14 @@
 """The backbone as a transformers model: shapes, losses, masks, batches, saving, and the tools around it.
 
-Known here: the public behaviour of `lib.models.remask_gpt`. Not known: how training or sampling uses it.
+Known here: the public behaviour of `lib.models.hugging_face.modeling_remask_gpt`.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.models.remask_gpt import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
-from lib.models.remask_gpt import modeling_remask_gpt as modeling
+from lib.models.hugging_face import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
+from lib.models.hugging_face import modeling_remask_gpt as modeling
 from tests import test_hugging_face as common
 from tests.test_hugging_face import VOCAB, make_ids, output_of
 
@@ -75,7 +75,7 @@ def test_derivatives_written_out_equal_the_composed_ones(name, monkeypatch):
     ours = run()
     monkeypatch.setattr(modeling, "ELEMENTS_IN_CACHE", 1)  # a slice per sequence and per row
     sliced = run()
-    monkeypatch.setattr(modeling, "_is_tracing", lambda: True)
+    monkeypatch.setattr(modeling, "is_tracing", lambda: True)
     composed = run()
     torch.testing.assert_close(ours, composed, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(sliced, composed, rtol=1e-9, atol=1e-12)

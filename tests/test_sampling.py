@@ -14,8 +14,9 @@ from lib.diffusion.blocks import blocks_of
 from lib.diffusion.calibration import Calibration, Observed
 from lib.diffusion.categorical import draw
 from lib.diffusion.policies import POLICIES, rounds_for
-from lib.diffusion.sampler import STILL_MASKED, TAKEN_BACK, WRITTEN, Sampler
-from lib.diffusion.schedule import masked_counts_left, masked_shares, temperatures
+from lib.diffusion.sampler import Sampler
+from lib.diffusion.samples import REMASKED, STILL_MASKED, UNMASKED, MaskedTexts
+from lib.diffusion.schedule import masked_counts_by_round, masked_shares, temperatures
 from lib.errors import BadConfig
 from lib.evaluation.infilling import Start
 from lib.models.build import make_model, model_config
@@ -75,8 +76,8 @@ def test_top_k_top_p_and_temperature():
 def test_schedules():
     linear = masked_shares(settings(start_ratio=0.9, end_ratio=0.1), 5)
     np.testing.assert_allclose(linear, [0.9, 0.6333, 0.3667, 0.1, 0], atol=1e-3)
-    held = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 9)
-    np.testing.assert_allclose(held, [0.9, 0.6333, 0.3667, 0.1, 0.1, 0.1, 0.1, 0.1, 0], atol=1e-3)
+    corrected = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 9)
+    np.testing.assert_allclose(corrected, [0.9, 0.6333, 0.3667, 0.1, 0.1, 0.1, 0.1, 0.1, 0], atol=1e-3)
     few = {"start_ratio": 0.9, "end_ratio": 0.1}
     assert (
         masked_shares(settings(**few, corrector_share=0.5), 7).tolist()
@@ -84,51 +85,49 @@ def test_schedules():
     )
     assert temperatures(settings(**few, corrector_share=0.5, corrector_temperature=0.3), 7).std() == 0
     many = masked_shares(settings(end_ratio=0.1, corrector_share=0.5, corrector_resampling=1.5), 101)
-    np.testing.assert_allclose(many[50:100], 1.5 / 50)  # a token is written anew 1.5 times in the mean
-    once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 5, takes_back=False)
-    np.testing.assert_array_equal(once, linear)  # who takes nothing back has nothing to do in those rounds
+    np.testing.assert_allclose(many[50:100], 1.5 / 50)  # a token is resampled 1.5 times on average
+    once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 5, remasks=False)
+    np.testing.assert_array_equal(once, linear)  # a policy that never re-masks has no corrector steps
     cosine = masked_shares(settings(schedule="cosine"), 4)
     np.testing.assert_allclose(cosine, [np.cos(np.pi / 8), np.cos(np.pi / 4), np.cos(3 * np.pi / 8), 0])
     assert masked_shares(settings(schedule="custom", masking_ratios=(0.5, 0.2)), 3).tolist() == [0.5, 0.2, 0]
-    own = settings(
-        schedule="custom", masking_ratios=(0.6, 0.2)
-    )  # read off in between, for any number of rounds
+    own = settings(schedule="custom", masking_ratios=(0.6, 0.2))  # interpolated for any number of rounds
     np.testing.assert_allclose(masked_shares(own, 4), [0.6, 0.4, 0.2, 0])
     np.testing.assert_allclose(masked_shares(own, 2), [0.6, 0])
     assert masked_shares(own, 1).tolist() == [0]
-    left = masked_counts_left(linear, np.array([100, 3, 0]))
+    left = masked_counts_by_round(linear, np.array([100, 3, 0]))
     assert left[-1].tolist() == [0, 0, 0] and left[0].tolist() == [90, 2, 0] and (left[:-1, 0] >= 1).all()
 
 
-def test_only_the_rounds_that_correct_are_colder():
+def test_only_corrector_steps_are_colder():
     cold = settings(temperature=0.8, corrector_share=0.5, corrector_temperature=0.25)
-    shares, heats = masked_shares(cold, 9), temperatures(cold, 9)
-    np.testing.assert_allclose(heats, [0.8] * 5 + [0.2] * 4)
-    assert shares[2] > shares[3] == shares[4] == cold.end_ratio  # round 4 still writes for the first time
-    for other in (temperatures(cold, 9, takes_back=False), temperatures(settings(temperature=0.8), 9)):
+    shares, by_round = masked_shares(cold, 9), temperatures(cold, 9)
+    np.testing.assert_allclose(by_round, [0.8] * 5 + [0.2] * 4)
+    assert shares[2] > shares[3] == shares[4] == cold.end_ratio  # round 4 still unmasks new tokens
+    for other in (temperatures(cold, 9, remasks=False), temperatures(settings(temperature=0.8), 9)):
         np.testing.assert_allclose(other, 0.8)
 
 
 def test_rounds_pay_for_the_extra_pass():
     assert rounds_for(POLICIES["random_remask"], 32) == 32
-    assert rounds_for(POLICIES["critic"], 32) == 16  # 16 rounds and 15 judgements are 31 passes
+    assert rounds_for(POLICIES["critic"], 32) == 16  # 16 drafts and 15 judgements are 31 forward passes
 
 
 # ------------------------------------------------------------------------------------------- sampler
 
 
 class Oracle(nn.Module):
-    """Knows the text; writes each masked token right with probability `skill`; its critic sees every error."""
+    """A model that predicts each masked token right with probability `skill`; its critic finds every error."""
 
     def __init__(self, truth: np.ndarray, skill: float = 0.5):
         super().__init__()
         self.truth, self.skill, self.passes = torch.from_numpy(truth), skill, 0
-        self.told: list[np.ndarray] = []  # which tokens the critic was told to be right
+        self.conditioning: list[np.ndarray] = []  # the critic's conditioning masks
 
-    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
         self.passes += 1
-        if given is not None:
-            self.told.append(given.numpy())
+        if conditioning_mask is not None:
+            self.conditioning.append(conditioning_mask.numpy())
         truth = self.truth[: input_ids.shape[1]].expand(input_ids.shape)
         error = torch.where(input_ids == truth, -9.0, 9.0)
         if head == "critic":
@@ -151,7 +150,8 @@ def oracle_sampler(**changes) -> Any:
 def run(sampler: Sampler, name: str, nfe: int, count: int = 16, trace: bool = False, free=None):
     ids = np.full((count, 40), MASK)
     free = np.ones(ids.shape, bool) if free is None else free
-    return sampler.sample(ids, free, np.arange(count), POLICIES[name], nfe, trace, np.tile(TRUTH, (count, 1)))
+    texts = MaskedTexts(ids, free, np.arange(count), np.tile(TRUTH, (count, 1)))
+    return sampler.sample(texts, POLICIES[name], nfe, trace)
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -165,11 +165,11 @@ def test_every_pass_is_counted_and_the_budget_is_kept(name):
 
 
 @pytest.mark.parametrize("name", ["random_remask", "critic_origin", "ancestral"])
-def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
-    """A generator that slightly prefers one word: in the cold it writes no other."""
+def test_corrector_steps_sample_at_their_temperature(name):
+    """A generator that slightly prefers one word: at a low temperature it samples no other."""
 
     class Level(Oracle):
-        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+        def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
             output = super().forward(input_ids, attention_mask, logits_at, head)
             output.logits = torch.zeros_like(output.logits)
             output.logits[:, -1] = 0.5
@@ -179,9 +179,9 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
     rounds = run(Sampler(Level(TRUTH), MASK, SPECIAL, CPU, changes, seed=5), name, 20, 8, trace=True).rounds
 
     def words(part) -> int:
-        return len(set(np.concatenate([r.ids[r.events == WRITTEN] for r in part]).tolist()))
+        return len(set(np.concatenate([r.ids[r.events == UNMASKED] for r in part]).tolist()))
 
-    assert words(rounds[:11]) > 5  # 9 of 20 are held, for a policy that takes back
+    assert words(rounds[:11]) > 5  # 9 of 20 are corrector steps, for a policy that re-masks
     assert words(rounds[11:]) == 1 or name == "ancestral"
     assert words(rounds[11:]) > 1 or name != "ancestral"
 
@@ -190,8 +190,8 @@ def test_what_the_held_rounds_write_is_drawn_at_their_temperature(name):
     "name", ["remdm_cap", "remdm_rescale", "remdm_conf", "critic_partial", "critic_origin"]
 )
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_held_rounds_write_each_token_as_often_as_asked(name, share):
-    """Whatever a policy takes back while the text grows: in these rounds it is all that the schedule has masked."""
+def test_corrector_steps_resample_each_token_as_often_as_asked(name, share):
+    """Whatever share a policy re-masks before: a corrector step re-masks all that the schedule has masked."""
     sampler = oracle_sampler(
         corrector_share=0.5,
         corrector_resampling=1.5,
@@ -200,56 +200,53 @@ def test_held_rounds_write_each_token_as_often_as_asked(name, share):
         remask_share=share,
         remdm_share=share,
     )
-    held = run(sampler, name, 21, 8, trace=True).rounds[11:]
-    written = np.mean([(r.events == WRITTEN).sum(1) for r in held]) * len(held) / 40
-    assert written == pytest.approx(1.5, abs=0.01)
+    steps = run(sampler, name, 21, 8, trace=True).rounds[11:]
+    resampled = np.mean([(r.events == UNMASKED).sum(1) for r in steps]) * len(steps) / 40
+    assert resampled == pytest.approx(1.5, abs=0.01)
 
 
-def test_a_critic_that_sees_every_error_beats_taking_back_at_random():
+def test_a_critic_that_finds_every_error_beats_random_remasking():
     sampler = oracle_sampler(randomness_strength=0.0)
     names = ("critic", "random_remask", "ancestral")
     right = {name: (run(sampler, name, 15, 64).ids == TRUTH).mean() for name in names}
     assert right["critic"] > right["random_remask"] + 0.2
     assert right["critic"] > right["ancestral"] + 0.2
-    assert (
-        abs(right["ancestral"] - 0.5) < 0.05
-    )  # this model cannot do better than its skill without going back
+    assert abs(right["ancestral"] - 0.5) < 0.05  # without re-masking, the accuracy is the model's skill
 
 
-def test_policies_that_see_errors_rank_as_they_should():
-    """The more a policy knows of the truth, the more it gets right; critic_partial does it without extra passes."""
+def test_policies_rank_by_what_they_know_of_errors():
+    """The more a policy knows of the truth, the more tokens are right; critic_partial needs no extra forward passes."""
     sampler = oracle_sampler(randomness_strength=0.0, remask_share=1.0, remdm_share=1.0)
     names = ("oracle", "critic", "critic_partial", "critic_origin", "remdm_rescale", "ancestral")
     right = {name: (run(sampler, name, 15, 64).ids == TRUTH).mean() for name in names}
     assert right["oracle"] >= right["critic"] - 0.02  # twice as many rounds
     assert right["critic_partial"] > right["remdm_rescale"] + 0.1
     assert right["critic_origin"] == right["critic_partial"]  # here both see every error
-    assert abs(right["remdm_rescale"] - right["ancestral"]) < 0.06  # taking back at random mends nothing here
+    assert abs(right["remdm_rescale"] - right["ancestral"]) < 0.06  # random re-masking corrects nothing here
 
 
 def test_gumbel_selection_draws_by_the_odds():
     sampler = oracle_sampler(selection_temperature=1.0)
     noise = np.random.default_rng(0).random((20_000, 2))
-    suspicion = np.tile([0.8, 0.5], (20_000, 1))  # odds 4 and 1
-    chosen = sampler._most(suspicion, np.ones((20_000, 2), bool), np.ones(20_000, np.int64), noise)
+    scores = np.tile([0.8, 0.5], (20_000, 1))  # odds 4 and 1
+    chosen = sampler._select(scores, np.ones((20_000, 2), bool), np.ones(20_000, np.int64), noise)
     assert chosen.sum(1).tolist() == [1] * 20_000
     assert chosen[:, 0].mean() == pytest.approx(0.8, abs=0.01)
     cold = oracle_sampler(selection_temperature=0.05)
     assert (
-        cold._most(suspicion, np.ones((20_000, 2), bool), np.ones(20_000, np.int64), noise)[:, 0].mean()
-        > 0.99
+        cold._select(scores, np.ones((20_000, 2), bool), np.ones(20_000, np.int64), noise)[:, 0].mean() > 0.99
     )
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
 @pytest.mark.parametrize("remask_share", [0.0, 0.3, 1.0])
 def test_every_policy_keeps_to_the_schedule(name, remask_share):
-    """After each round exactly so many positions are masked as the schedule says, whatever is taken back."""
+    """After each round, exactly the schedule's number of positions is masked, whatever is re-masked."""
     sampler = oracle_sampler(remask_share=remask_share, remdm_share=remask_share)
     result = run(sampler, name, 9, 5, trace=True)
     rounds = rounds_for(POLICIES[name], 9)
-    shares = masked_shares(sampler.settings, rounds, POLICIES[name].takes_back)
-    expected = masked_counts_left(shares, np.full(5, 40))
+    shares = masked_shares(sampler.settings, rounds, POLICIES[name].remasks)
+    expected = masked_counts_by_round(shares, np.full(5, 40))
     for number, round_ in enumerate(result.rounds):
         assert ((round_.ids == MASK).sum(1) == expected[number]).all()
 
@@ -269,11 +266,11 @@ def test_sure_drafts_come_first():
     for name in ("confidence_order", "margin_order"):
         sampler = Sampler(Graded(TRUTH), MASK, SPECIAL, CPU, settings(), seed=5)
         first = run(sampler, name, 4, 8, trace=True).rounds[0]
-        written = np.nonzero(first.events == WRITTEN)[1]
+        written = np.nonzero(first.events == UNMASKED)[1]
         assert written.mean() < 12 and len(written)
 
 
-def test_the_oracle_takes_back_exactly_the_wrong_tokens_and_stops_when_there_are_none():
+def test_the_oracle_remasks_exactly_the_wrong_tokens_and_stops_when_there_are_none():
     result = run(oracle_sampler(), "oracle", 9, 16, trace=True)
     for number, round_ in enumerate(result.rounds[:-1]):
         written = round_.ids != MASK
@@ -286,42 +283,46 @@ def test_the_oracle_takes_back_exactly_the_wrong_tokens_and_stops_when_there_are
 
 
 def test_the_oracle_needs_the_truth():
-    with pytest.raises(BadConfig, match="truth"):
+    with pytest.raises(BadConfig, match="original text"):
         oracle_sampler().sample(
-            np.full((1, 40), MASK), np.ones((1, 40), bool), np.arange(1), POLICIES["oracle"], 4
+            MaskedTexts(np.full((1, 40), MASK), np.ones((1, 40), bool), np.arange(1)), POLICIES["oracle"], 4
         )
 
 
 @pytest.mark.parametrize("name", ["critic", "critic_blend"])
-def test_the_critic_is_told_what_was_given(name):
+def test_the_critic_is_conditioned_on_tokens_that_are_not_free(name):
     sampler = oracle_sampler()
     free = np.arange(40) >= 10
     ids = np.tile(TRUTH, (2, 1))
-    sampler.sample(ids, np.tile(free, (2, 1)), np.arange(2), POLICIES[name], 9)
-    told = sampler.model.told
-    assert len(told) >= 3 and all((t == ~free).all() for t in told)
-    sampler.critic_error(ids)  # of a text from elsewhere nothing is known
-    assert len(sampler.model.told) == len(told)
-    several = oracle_sampler(block_tokens=20)  # what an earlier block wrote was not given
-    several.sample(ids, np.tile(free, (2, 1)), np.arange(2), POLICIES[name], 9)
-    assert {t.shape[1] for t in several.model.told} == {20, 40}
-    assert all((t == ~free[: t.shape[1]]).all() for t in several.model.told)
+    texts = MaskedTexts(ids, np.tile(free, (2, 1)), np.arange(2))
+    sampler.sample(texts, POLICIES[name], 9)
+    masks = sampler.model.conditioning
+    assert len(masks) >= 3 and all((mask == ~free).all() for mask in masks)
+    sampler.critic_error(ids)  # nothing is known of an external text
+    assert len(sampler.model.conditioning) == len(masks)
+    several = oracle_sampler(block_tokens=20)  # tokens of an earlier block are not known to be right
+    several.sample(texts, POLICIES[name], 9)
+    masks = several.model.conditioning
+    assert {mask.shape[1] for mask in masks} == {20, 40}
+    assert all((mask == ~free[: mask.shape[1]]).all() for mask in masks)
 
 
-def test_randomness_strength_one_makes_the_critic_blind():
+def test_randomness_strength_one_ignores_the_critic():
     blind = (run(oracle_sampler(randomness_strength=1.0), "critic", 15, 64).ids == TRUTH).mean()
     seeing = (run(oracle_sampler(randomness_strength=0.0), "critic", 15, 64).ids == TRUTH).mean()
     assert seeing > blind + 0.2
 
 
-def test_given_tokens_are_never_touched_and_never_counted():
+def test_tokens_that_are_not_free_are_never_changed_and_never_counted():
     ids = np.full((4, 40), MASK)
     ids[:, :30] = TRUTH[:30]
-    ids[0, 0] = 4 if TRUTH[0] != 4 else 5  # a given "error" that the critic sees: it must stay all the same
+    ids[0, 0] = (
+        4 if TRUTH[0] != 4 else 5
+    )  # an "error" that the critic finds, but that is not free: it must stay
     free = ids == MASK
     for name in POLICIES:
         result = oracle_sampler(start_ratio=0.9, end_ratio=0.5).sample(
-            ids, free, np.arange(4), POLICIES[name], 9, trace=True, truth=np.tile(TRUTH, (4, 1))
+            MaskedTexts(ids, free, np.arange(4), np.tile(TRUTH, (4, 1))), POLICIES[name], 9, trace=True
         )
         np.testing.assert_array_equal(result.ids[~free], ids[~free])
         for round_ in result.rounds[:-1]:
@@ -329,21 +330,21 @@ def test_given_tokens_are_never_touched_and_never_counted():
             assert ((round_.ids == MASK).sum(1) <= 9).all()  # at most 0.9 of the ten free ones
 
 
-def test_the_trace_tells_what_happened():
+def test_the_trace_has_the_events_of_each_round():
     rounds = run(oracle_sampler(), "confidence_remask", 6, 4, trace=True).rounds
     assert (rounds[0].events != STILL_MASKED).all()
     for before, after in itertools.pairwise(rounds):
         masked_before = before.ids == MASK
-        np.testing.assert_array_equal(before.events == TAKEN_BACK, masked_before)
+        np.testing.assert_array_equal(before.events == REMASKED, masked_before)
         kept = ~masked_before & (after.ids != MASK)
         np.testing.assert_array_equal(after.ids[kept], before.ids[kept])
-        assert (after.events[masked_before & (after.ids != MASK)] == WRITTEN).all()
+        assert (after.events[masked_before & (after.ids != MASK)] == UNMASKED).all()
     assert (rounds[-1].ids != MASK).all()
 
 
-def test_ancestral_sampling_writes_each_token_once():
+def test_ancestral_sampling_unmasks_each_token_once():
     rounds = run(oracle_sampler(), "ancestral", 8, 4, trace=True).rounds
-    assert (sum((r.events == WRITTEN).astype(int) for r in rounds) == 1).all()
+    assert (sum((r.events == UNMASKED).astype(int) for r in rounds) == 1).all()
 
 
 @pytest.mark.slow
@@ -368,7 +369,7 @@ def test_a_sample_does_not_depend_on_its_batch(name, precision):
             )
             truth = np.full_like(ids, 9)[chosen]
             return sampler.sample(
-                ids[chosen], free[chosen], rows[chosen], POLICIES[name], nfe, truth=truth
+                MaskedTexts(ids[chosen], free[chosen], rows[chosen], truth), POLICIES[name], nfe
             ).ids
 
         some = np.array([0, 7, 32])
@@ -381,7 +382,7 @@ def test_a_sample_does_not_depend_on_its_batch(name, precision):
 ASKED = [name for name, policy in POLICIES.items() if policy.error is not None]
 
 
-def test_with_a_threshold_a_sample_is_finished_when_nothing_is_doubted():
+def test_with_a_threshold_a_sample_is_finished_when_no_token_is_doubtful():
     sampler = oracle_sampler(schedule="threshold", threshold=0.5, randomness_strength=0.0)
     result = run(sampler, "critic", 99, 32, trace=True)
     assert (result.ids == TRUTH).all()  # its critic sees every error, and the budget suffices
@@ -389,14 +390,14 @@ def test_with_a_threshold_a_sample_is_finished_when_nothing_is_doubted():
     assert (
         result.nfe == result.passes.mean() and (result.passes % 2 == 0).all()
     )  # a draft and a judgement each
-    full = masked_counts_left(masked_shares(sampler.settings, 50), np.full(32, 40))
+    full = masked_counts_by_round(masked_shares(sampler.settings, 50), np.full(32, 40))
     for number, round_ in enumerate(result.rounds):
         masked = round_.ids == MASK
         np.testing.assert_array_equal(masked.any(1), result.passes > 2 * (number + 1))
         wrong = (~masked & (round_.ids != TRUTH)).any(1)
         assert (
             masked.sum(1)[wrong] == full[number][wrong]
-        ).all()  # a wrong one stays only where the schedule is full
+        ).all()  # an error stays only if the schedule is met
 
 
 @pytest.mark.slow
@@ -406,7 +407,7 @@ def test_a_finished_sample_does_not_change_the_others(name):
         sampler = oracle_sampler(schedule="threshold", threshold=0.6, batch_size=5)
         ids = np.full((len(numbers), 40), MASK)
         free, truth = np.ones(ids.shape, bool), np.tile(TRUTH, (len(numbers), 1))
-        return sampler.sample(ids, free, numbers, POLICIES[name], 14, truth=truth)
+        return sampler.sample(MaskedTexts(ids, free, numbers, truth), POLICIES[name], 14)
 
     together = sampled(np.arange(12))
     for i in range(12):
@@ -416,16 +417,16 @@ def test_a_finished_sample_does_not_change_the_others(name):
 
 
 @pytest.mark.parametrize("name", ["critic", "critic_blend", "confidence_remask", "fresh_confidence_remask"])
-def test_a_threshold_that_doubts_everything_is_the_linear_schedule(name):
+def test_a_threshold_near_zero_is_the_linear_schedule(name):
     linear = run(oracle_sampler(), name, 9)
     doubting = run(oracle_sampler(schedule="threshold", threshold=1e-12), name, 9)
     np.testing.assert_array_equal(linear.ids, doubting.ids)
     np.testing.assert_array_equal(linear.passes, doubting.passes)
 
 
-def test_a_policy_without_a_view_of_error_cannot_have_a_threshold():
+def test_a_policy_without_an_error_estimate_cannot_have_a_threshold():
     for name in set(POLICIES) - set(ASKED):
-        with pytest.raises(BadConfig, match=f"policy {name} has no view of error"):
+        with pytest.raises(BadConfig, match=f"estimates errors, and {name} does not"):
             run(oracle_sampler(schedule="threshold"), name, 4)
     assert set(ASKED) == set(WITH_ERROR_VIEW)
     with pytest.raises(
@@ -455,13 +456,13 @@ def test_blocks_cover_the_text_and_see_as_much_as_the_context_holds(length, size
 
 
 class Reader(nn.Module):
-    """Writes any token with equal chance and keeps what it was given to read."""
+    """A model with equal probabilities that keeps its inputs."""
 
     def __init__(self):
         super().__init__()
         self.read: list[np.ndarray] = []
 
-    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
         self.read.append(input_ids.numpy().copy())
         logits = torch.zeros(*input_ids.shape, WORDS).flatten(0, 1)
         blank = torch.zeros(input_ids.shape)
@@ -472,25 +473,27 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["ancestral", "critic", "critic_partial", "fresh_confidence_remask"])
-def test_a_long_text_is_written_block_by_block_behind_what_stands_before(name):
+def test_a_long_text_is_generated_block_by_block_after_the_text_before_it(name):
     model = Reader()
     sampler = Sampler(model, MASK, SPECIAL, CPU, settings(block_tokens=8), 5, context=20)
     ids = np.full((3, 50), MASK)
     ids[:, :11], ids[:, 45] = 7, 9
-    result = sampler.sample(ids, ids == MASK, np.arange(3), POLICIES[name], 5, trace=True)
+    result = sampler.sample(MaskedTexts(ids, ids == MASK, np.arange(3)), POLICIES[name], 5, trace=True)
     assert (result.ids[:, :11] == 7).all() and (result.ids[:, 45] == 9).all()
     assert not np.isin(result.ids, SPECIAL).any()
-    writing = [b for b in blocks_of(50, 8, 20) if b.end > 11]  # the first one is given
-    gaps = [int((ids[0, b.start : b.end] == MASK).sum()) for b in writing]
-    again = POLICIES[name].takes_back  # who takes nothing back needs no more passes than there are gaps
+    generated = [b for b in blocks_of(50, 8, 20) if b.end > 11]  # nothing of the first one is free
+    gaps = [int((ids[0, b.start : b.end] == MASK).sum()) for b in generated]
+    again = POLICIES[
+        name
+    ].remasks  # without re-masking, a block needs no more forward passes than free tokens
     passes = [5 if again else min(5, count) for count in gaps]
-    assert len(model.read) == sum(passes) == result.nfe  # every block costs its passes
+    assert len(model.read) == sum(passes) == result.nfe  # each block costs its own
     assert again or passes[-1] == 2
-    for seen, block in zip(model.read, np.repeat(np.array(writing, object), passes), strict=True):
+    for read, block in zip(model.read, np.repeat(np.array(generated, object), passes), strict=True):
         before = block.start - block.window
-        np.testing.assert_array_equal(seen[:, :before], result.ids[:, block.window : block.start])
-        assert seen.shape[1] == block.end - block.window <= 20
-    assert len(result.rounds) == (len(writing) * rounds_for(POLICIES[name], 5) if again else sum(passes))
+        np.testing.assert_array_equal(read[:, :before], result.ids[:, block.window : block.start])
+        assert read.shape[1] == block.end - block.window <= 20
+    assert len(result.rounds) == (len(generated) * rounds_for(POLICIES[name], 5) if again else sum(passes))
     np.testing.assert_array_equal(result.rounds[-1].ids, result.ids)
     assert (result.rounds[0].events[:, 24:45] == STILL_MASKED).all()
 
@@ -504,7 +507,7 @@ def test_one_block_is_the_whole_text_at_once():
 # ---------------------------------------------------------------------------------------- calibration
 
 
-def test_calibration_mends_overconfidence_and_keeps_the_order(tmp_path):
+def test_calibration_corrects_overconfidence_and_keeps_the_order(tmp_path):
     rng = np.random.default_rng(1)
     said = rng.random(20_000)
     happened = rng.random(20_000) < said**2
@@ -569,13 +572,13 @@ def test_the_blend_finds_what_each_of_two_views_knows():
 @pytest.mark.parametrize(
     "name", ["ancestral", "random_remask", "remdm_cap", "critic_partial", "critic", "fresh_confidence_remask"]
 )
-def test_a_single_gap_costs_a_single_pass(name):
+def test_a_single_free_token_costs_a_single_forward_pass(name):
     ids, free = np.tile(TRUTH, (2, 1)), np.zeros((2, 40), bool)
     ids[0, 3], free[0, 3] = MASK, True
     ids[1, 5:9], free[1, 5:9] = MASK, True
-    passes = oracle_sampler().sample(ids, free, np.arange(2), POLICIES[name], 8).passes
+    passes = oracle_sampler().sample(MaskedTexts(ids, free, np.arange(2)), POLICIES[name], 8).passes
     assert passes[0] == 1 < passes[1]
-    alone = oracle_sampler().sample(ids[1:], free[1:], np.arange(1, 2), POLICIES[name], 8).passes
+    alone = oracle_sampler().sample(MaskedTexts(ids[1:], free[1:], np.arange(1, 2)), POLICIES[name], 8).passes
     assert alone == passes[1:]
 
 

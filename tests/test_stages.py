@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.config import load_config
+from lib.diffusion.masking import BatchDraw
 from lib.diffusion.stages import Progress, mask_in_stages
 from lib.errors import BadConfig
 from lib.models.build import start_model
@@ -37,7 +38,7 @@ def test_rows_get_the_masks_of_their_stage():
     rows = np.arange(400)
     of_row = rows % 4
     lines = np.tile(np.arange(200) // 10, (400, 1))
-    batch = mask_in_stages(stages, of_row, valid, 0, "x", rows, 400, lines)
+    batch = mask_in_stages(stages, of_row, valid, BatchDraw(0, "x", rows, 400), lines)
     assert not (batch.masked & ~valid).any()
     ratios = batch.masked.sum(1) / valid.sum(1)
     assert ratios[of_row == 0].max() <= 0.3 + 1 / 150 and ratios[of_row == 0].mean() == pytest.approx(
@@ -56,8 +57,8 @@ def test_a_row_does_not_depend_on_its_batch():
     stages = diffusion_of(stages=STAGES[:3]).stages
     valid = np.ones((12, 50), bool)
     rows = np.arange(12)
-    whole = mask_in_stages(stages, rows % 3, valid, 0, "x", rows, 12)
-    part = mask_in_stages(stages, rows[5:7] % 3, valid[5:7], 0, "x", rows[5:7], 12)
+    whole = mask_in_stages(stages, rows % 3, valid, BatchDraw(0, "x", rows, 12))
+    part = mask_in_stages(stages, rows[5:7] % 3, valid[5:7], BatchDraw(0, "x", rows[5:7], 12))
     assert np.array_equal(whole.masked[5:7], part.masked)
 
 
@@ -113,7 +114,7 @@ def test_batches_are_split_evenly_over_the_stages_so_far():
         objective.progress.current = current
         masks = objective.mask(ids, valid, "x", rows, 8).masked
         expected = mask_in_stages(
-            objective.stages, rows % (current + 1), valid, 3, "x", rows, 8, objective.lines_of(ids)
+            objective.stages, rows % (current + 1), valid, BatchDraw(3, "x", rows, 8), objective.lines_of(ids)
         )
         assert np.array_equal(masks, expected.masked)
         seen.append(objective.active)

@@ -1,4 +1,4 @@
-"""Synthetic text: only masks change, no special token is written, a row does not depend on its batch."""
+"""Synthetic text: only masked positions change, no special token is generated, a row does not depend on its batch."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
-from lib.synthetic import MaskedLMEngine
+from lib.synthetic import MaskedLMEngine, MaskedRows
 from lib.tasks import CandidateContext
 from lib.tasks.text.rewriting import candidates
 from lib.tokenization import encode_batch, train_tokenizer
@@ -58,15 +58,15 @@ def examples(tokenizer, count: int = 40) -> pa.Table:
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-def test_only_masks_change_and_no_special_token_is_written(tokenizer, engine, passes):
+def test_only_masked_positions_change_and_no_special_token_is_generated(tokenizer, engine, passes):
     rng = np.random.default_rng(0)
     ids = rng.integers(4, len(tokenizer), (30, 64))
     masked = rng.random(ids.shape) < 0.5
     config = context(tokenizer, [engine], fill_passes=passes).config.candidates
-    filled = engine.fill(ids, np.ones_like(masked), masked, config, 1, np.arange(30))
+    filled = engine.fill(MaskedRows(ids, np.ones_like(masked), masked, np.arange(30)), config, 1)
     np.testing.assert_array_equal(filled[~masked], ids[~masked])
     assert (filled[masked] > 3).all()
-    assert (filled[masked] != ids[masked]).mean() > 0.5  # an untrained model does not write the original
+    assert (filled[masked] != ids[masked]).mean() > 0.5  # an untrained model does not predict the original
 
 
 def test_a_row_is_filled_the_same_way_in_any_batch_also_when_padded_or_long(tokenizer, engine):
@@ -76,16 +76,15 @@ def test_a_row_is_filled_the_same_way_in_any_batch_also_when_padded_or_long(toke
     masked = (rng.random(ids.shape) < 0.5) & valid
     rows = np.arange(20) * 7
     config = context(tokenizer, [engine]).config.candidates
-    together = engine.fill(ids, valid, masked, config, 1, rows)
+    whole = MaskedRows(ids, valid, masked, rows)
+    together = engine.fill(whole, config, 1)
     for i in (0, 7, 19):
-        one = slice(i, i + 1)
-        np.testing.assert_array_equal(
-            engine.fill(ids[one], valid[one], masked[one], config, 1, rows[one])[0], together[i]
-        )
+        alone = engine.fill(whole.select(np.array([i])), config, 1)
+        np.testing.assert_array_equal(alone[0], together[i])
 
 
 def test_more_passes_see_more_context(tokenizer):
-    """A model that only copies its left neighbour writes one run of equal letters when it goes token by token."""
+    """A model that copies its left neighbour generates runs of equal letters when it goes token by token."""
 
     class CopyLeft(torch.nn.Module):
         def forward(self, input_ids, attention_mask=None, logits_at=None):
@@ -104,13 +103,13 @@ def test_more_passes_see_more_context(tokenizer):
     same = {}
     for passes in (1, 31):
         config = context(tokenizer, [engine], fill_passes=passes).config.candidates
-        filled = engine.fill(ids, np.ones_like(masked), masked, config, 1, np.arange(200))
+        filled = engine.fill(MaskedRows(ids, np.ones_like(masked), masked, np.arange(200)), config, 1)
         same[passes] = (filled[:, 1:] == filled[:, :-1]).mean()
     assert same[31] > same[1] + 0.3
 
 
-def test_tokens_are_drawn_as_configured(tokenizer):
-    """A model that prefers one letter a little: cold, or with the likeliest alone, it writes no other."""
+def test_tokens_are_sampled_as_configured(tokenizer):
+    """A model that slightly prefers one letter: at a low temperature, with top_k 1 or a low top_p it samples no other."""
 
     class Prefers(torch.nn.Module):
         config = type("C", (), {"max_position_embeddings": 33})()
@@ -118,23 +117,23 @@ def test_tokens_are_drawn_as_configured(tokenizer):
         def forward(self, input_ids, attention_mask=None, logits_at=None):
             assert logits_at is not None
             logits = torch.zeros(len(logits_at), len(tokenizer))
-            logits[:, 6], logits[:, 7], logits[:, 0] = 1.0, 0.9, 5.0  # and would rather write [PAD]
+            logits[:, 6], logits[:, 7], logits[:, 0] = 1.0, 0.9, 5.0  # and prefers [PAD] to both
             return type("Output", (), {"logits": logits})
 
     engine = MaskedLMEngine(Prefers(), tokenizer, CPU, 32)
     ids, valid = np.full((40, 32), 5), np.ones((40, 32), bool)
 
-    def written(**changes) -> set[int]:
+    def sampled(**changes) -> set[int]:
         plain: dict = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "fill_passes": 1}
         config = context(tokenizer, [engine], **plain | changes).config.candidates
-        return set(engine.fill(ids, valid, valid, config, 1, np.arange(40)).flatten().tolist())
+        return set(engine.fill(MaskedRows(ids, valid, valid, np.arange(40)), config, 1).flatten().tolist())
 
-    assert len(written()) > 15 and min(written()) > 3
-    assert written(temperature=0.005) == written(top_k=1) == written(top_p=0.01) == {6}
-    assert written(top_k=2) == {6, 7} and written(temperature=0.005, fill_passes=3) == {6}
+    assert len(sampled()) > 15 and min(sampled()) > 3
+    assert sampled(temperature=0.005) == sampled(top_k=1) == sampled(top_p=0.01) == {6}
+    assert sampled(top_k=2) == {6, 7} and sampled(temperature=0.005, fill_passes=3) == {6}
 
 
-def test_loading_checks_what_it_is_given(tmp_path, tokenizer):
+def test_loading_checks_the_folder(tmp_path, tokenizer):
     with pytest.raises(MissingInput, match=r"no config\.json"):
         MaskedLMEngine.load(tmp_path, CPU)
     config = model_config(load_config(quick_test=True).architecture, "bidirectional", 10)
@@ -256,8 +255,8 @@ def test_cross_fitting_gives_a_passage_to_the_generator_that_did_not_see_it(toke
     assert set(c.fold_of(groups, ["held_out"] * 300)) == {0}
 
 
-def test_each_fold_s_engine_writes_the_passages_of_its_fold_and_no_others(tokenizer, engine, monkeypatch):
-    """Engines that write one letter each: the letter says who wrote."""
+def test_each_fold_s_engine_fills_the_passages_of_its_fold_only(tokenizer, engine, monkeypatch):
+    """Each engine generates one letter, which identifies it."""
     from lib.tasks import cross_fit_fold
 
     letters = [5, 6, 7]
@@ -266,8 +265,8 @@ def test_each_fold_s_engine_writes_the_passages_of_its_fold_and_no_others(tokeni
         def __init__(self, letter: int):
             self.letter, self.tokenizer = letter, tokenizer
 
-        def fill(self, ids, valid, masked, config, seed, rows):
-            return np.where(masked, self.letter, ids)
+        def fill(self, rows, config, seed):
+            return np.where(rows.masked, self.letter, rows.ids)
 
         def confidence(self, ids, valid, *_):
             return np.zeros(ids.shape, np.float32)

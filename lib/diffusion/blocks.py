@@ -1,7 +1,7 @@
-"""Where the blocks of a text lie that is written from left to right, piece by piece (semi-autoregressive diffusion).
+"""The blocks of a text that is generated from left to right, block by block (semi-autoregressive diffusion).
 
-Knows lengths only. A text longer than the context is written in blocks; each is read together with as much of the text
-before it as the context holds, and with nothing behind it (Arriola et al., Block Diffusion, 2025, without its cache).
+A text longer than the context is generated in blocks. The model reads each block with as much of the text before it as the
+context holds. It reads nothing after the block (Arriola et al., Block Diffusion, 2025, without its cache).
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lib.errors import BadConfig
 
 @dataclass(frozen=True)
 class Block:
-    """Positions `start` to `end` are written, `window` to `start` are read as they stand."""
+    """Positions `start` to `end` are generated. Those from `window` to `start` are read and not changed."""
 
     window: int
     start: int
@@ -22,8 +22,8 @@ def blocks_of(length: int, block_tokens: int | None, context: int | None) -> lis
     """The blocks of a text of `length` tokens, from left to right.
 
     Args:
-        block_tokens: tokens per block; None: all at once, or half the context where the text is longer.
-        context: longest text that the model reads, None if it reads any.
+        block_tokens: tokens per block. None: the whole text, or half the context if the text is longer than the context.
+        context: longest text that the model reads; None: no limit.
 
     Raises:
         BadConfig: a block does not fit into the context.

@@ -1,12 +1,13 @@
-"""From a critic's raw probability of error to how often such a token is one (isotonic regression).
+"""Calibration of a critic: from its raw probability of error to the frequency of errors (isotonic regression).
 
-How far a critic is off depends on what it is told and on how much was masked. Three ways of reading:
+The miscalibration depends on what the critic is conditioned on and on the share of masked tokens. There are three kinds of
+text, called readings:
 
-    filled   a whole draft, with the knowledge of which tokens were given; masked: the share before the pass that completed it
-    partial  a text with masks in it; masked: what is now
-    unknown  a whole text of which nothing is known: any share of its tokens may have been written
+    filled   a whole draft, with a conditioning mask. Its masked share is that before the pass that completed it.
+    partial  a text with masks in it. Its masked share is the present one.
+    unknown  a whole text of which nothing is known: any share of its tokens may be generated.
 
-Each has a curve of its own, and the first two one for each quarter of the masked share where there is enough to learn from.
+Each has a curve. The first two also have one for each quarter of the masked share that has enough tokens.
 """
 
 import json
@@ -22,14 +23,14 @@ from lib.errors import BadData
 
 POINTS = 101
 BANDS = 4
-LEAST = 1000  # tokens of a band, for a curve of its own
-LEAST_OF_EACH = 50  # of them right, and wrong
+MIN_TOKENS = 1000  # of a band that has its own curve
+MIN_PER_OUTCOME = 50  # of them right, and wrong
 Reading = Literal["filled", "partial", "unknown"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A rising curve through points; between them straight lines. Without points, the identity."""
+    """A rising piecewise linear curve through points. Without points, the identity."""
 
     raw: tuple[float, ...] = (0.0, 1.0)
     calibrated: tuple[float, ...] = (0.0, 1.0)
@@ -39,10 +40,10 @@ class Curve:
 
     @classmethod
     def fit(cls, probability: np.ndarray, happened: np.ndarray) -> "Curve":
-        """Isotonic regression of what happened on what was said, kept at evenly filled points.
+        """Isotonic regression of outcomes on probabilities, stored at quantiles of the probabilities.
 
-        Isotonic steps are flat, and ties between tokens would be settled by chance; the points, joined by lines
-        and lifted by a hair, keep the critic's own order.
+        Isotonic regression has flat steps, which would make ties. Straight lines between the points and a small slope keep
+        the critic's order of tokens.
         """
         from sklearn.isotonic import IsotonicRegression
 
@@ -51,14 +52,20 @@ class Curve:
         model = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(probability, happened)
         raw = np.unique(np.concatenate([[0.0], np.quantile(probability, np.linspace(0, 1, POINTS)), [1.0]]))
         curve = np.clip(model.predict(raw), 1e-4, 1 - 1e-4)
-        # The curve's ends are where there was data; beyond it the identity's ends 0 and 1 are no better a guess.
+        # Outside the data the curve is constant.
         lifted = 0.999 * curve + 0.001 * raw
         return cls(tuple(raw.tolist()), tuple(np.maximum.accumulate(lifted).tolist()))
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Tokens whose fate is known, all (N,): what the critic said, whether they were wrong, the masked share."""
+    """Tokens with known outcome, all (N,).
+
+    Attributes:
+        probability: the critic's raw probability of error.
+        wrong: bool, whether the token is an error.
+        share: masked share of its text.
+    """
 
     probability: np.ndarray
     wrong: np.ndarray
@@ -67,22 +74,23 @@ class Observed:
 
 @dataclass(frozen=True)
 class Curves:
-    """Of one way of reading: `whole` for all shares, and one, or None, for each band of the masked share."""
+    """Curves of one reading: `whole` for all masked shares, and one or None for each band of the share."""
 
     whole: Curve = field(default_factory=Curve)
     bands: tuple[Curve | None, ...] = ()
 
     @classmethod
-    def fit(cls, seen: Observed, by_band: bool) -> "Curves":
-        return cls(Curve.fit(seen.probability, seen.wrong), _bands(seen) if by_band else ())
+    def fit(cls, observed: Observed, by_band: bool) -> "Curves":
+        return cls(Curve.fit(observed.probability, observed.wrong), _bands(observed) if by_band else ())
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """
+    """A calibrated critic.
+
     Attributes:
-        readings: way of reading -> its curves; without them a raw probability stays as it is.
-        blend: weights of the critic's log-odds, the confidence's, and a constant.
+        readings: reading -> its curves. Without curves a raw probability stays as it is.
+        blend: weights of the critic's log-odds, of the confidence's, and a constant.
     """
 
     readings: Mapping[str, Curves] = field(default_factory=dict)
@@ -91,11 +99,11 @@ class Calibration:
     def __call__(
         self, probability: np.ndarray, reading: Reading = "unknown", share: np.ndarray | None = None
     ) -> np.ndarray:
-        """The share of such tokens that are errors.
+        """Frequency of errors among tokens of these raw probabilities.
 
         Args:
             probability: (B, T) or (N,) raw.
-            share: (B,) or (N,) share of the text that was masked, if known; see the module.
+            share: (B,) or (N,) masked share of the text, if known; see the module.
         """
         curves = self.readings.get(reading, Curves())
         result = curves.whole(probability)
@@ -108,18 +116,20 @@ class Calibration:
         return result
 
     def blended(self, probability: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-        """Chance of error from the critic's raw probability and the generator's confidence when it wrote the token.
+        """Probability of error, from the critic's raw probability and the stored confidence.
 
-        The two know different things: confidence came before the other drafts, the critic sees them all. Their
-        log-odds are weighed by a logistic regression (stacking, Wolpert 1992).
+        The two have different inputs: confidence is from before the other tokens were drafted, the critic reads them all.
+        A logistic regression weights their log-odds (stacking, Wolpert 1992).
         """
         a, b, c = self.blend
         return 1 / (1 + np.exp(-(a * _log_odds(probability) + b * _log_odds(1 - confidence) + c)))
 
     @classmethod
     def fit(cls, readings: Mapping[Reading, Observed], confidence: np.ndarray | None = None) -> "Calibration":
-        """Curves of each way of reading, and the blend if the stored confidence (N,) of the `filled` tokens is given."""
-        curves = {name: Curves.fit(seen, by_band=name != "unknown") for name, seen in readings.items()}
+        """Curves of each reading. With the stored confidence (N,) of the `filled` tokens, the blend, too."""
+        curves = {
+            name: Curves.fit(observed, by_band=name != "unknown") for name, observed in readings.items()
+        }
         if confidence is None or len(np.unique(readings["filled"].wrong)) < 2:
             return cls(curves)
         filled = readings["filled"]
@@ -149,12 +159,12 @@ class Calibration:
             return cls(readings, (first, second, constant))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadData(
-                f"{path} is no calibration: {error}; run 05_train_critic with --overwrite"
+                f"{path} is not a valid calibration: {error}; run 05_train_critic with --overwrite"
             ) from None
 
 
 def band_of(share: np.ndarray) -> np.ndarray:
-    """Which of the BANDS equal bands of [0, 1] a masked share lies in; 1 is in the last."""
+    """Index of the band of [0, 1] that a masked share lies in, of BANDS equal ones; 1 is in the last."""
     return np.minimum((share * BANDS).astype(np.int64), BANDS - 1)
 
 
@@ -162,13 +172,13 @@ def band_edges(number: int) -> tuple[float, float]:
     return number / BANDS, (number + 1) / BANDS
 
 
-def _bands(seen: Observed) -> tuple[Curve | None, ...]:
+def _bands(observed: Observed) -> tuple[Curve | None, ...]:
     curves: list[Curve | None] = []
     for number in range(BANDS):
-        here = band_of(seen.share) == number
-        wrong = seen.wrong[here]
-        enough = len(wrong) >= LEAST and min(wrong.sum(), (~wrong).sum()) >= LEAST_OF_EACH
-        curves.append(Curve.fit(seen.probability[here], wrong) if enough else None)
+        here = band_of(observed.share) == number
+        wrong = observed.wrong[here]
+        enough = len(wrong) >= MIN_TOKENS and min(wrong.sum(), (~wrong).sum()) >= MIN_PER_OUTCOME
+        curves.append(Curve.fit(observed.probability[here], wrong) if enough else None)
     return tuple(curves)
 
 

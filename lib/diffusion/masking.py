@@ -1,12 +1,15 @@
-"""Which tokens are masked: keyed rows and exact counts, without a loop over rows or tokens.
+"""Masks with keyed rows and exact counts, without a loop over rows or tokens.
 
-`random` masks uniformly. `span` masks a given number of runs. `sticky` grows runs, see lib/diffusion/sticky.py. `line`
-masks whole lines, and so meets the count only as nearly as whole lines allow.
+- `random` masks tokens uniformly.
+- `span` masks a given number of runs.
+- `sticky` grows runs; see lib/diffusion/sticky.py.
+- `line` masks whole lines, so it meets the count only as closely as whole lines allow.
 
-Row b of a mask is a function of the key and `rows[b]`: neither the other rows nor the width of the padding
-matters. Works on numpy arrays; knows no tokens, so the caller says where lines end. Legend: B rows, T positions,
-L lines of the row that has most.
+Row b of a mask is a function of the key and `rows[b]`. It does not depend on the other rows or on the padding. Works on numpy
+arrays; the caller says where lines end. Legend: B rows, T positions, L lines of the row that has most.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,12 +19,31 @@ from lib.diffusion.top_k import lowest_k
 from lib.errors import BadConfig
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 
-_LINE_ORDERS = 8  # orders of a row's lines that are tried until one comes near enough
-_NEAR_ENOUGH = 0.01  # of the row's tokens
+_LINE_ORDERS = 8  # random orders of a row's lines that are tried at most
+_TOLERANCE = 0.01  # of the count, as a share of the row's tokens
+
+
+@dataclass(frozen=True)
+class BatchDraw:
+    """Keys of a batch's random draws: row b's draws depend on `seed`, `purpose` and `rows[b]` alone.
+
+    Attributes:
+        rows: (B,) keys of the rows.
+        period: rows per step, over which ratios are spread evenly; see `nelbo.stratified`.
+    """
+
+    seed: int
+    purpose: str
+    rows: np.ndarray
+    period: int = 1
+
+    def key(self, what: str) -> int:
+        """The key of one draw."""
+        return randomness.key(self.seed, f"{self.purpose} {what}")
 
 
 def masked_counts(ratios: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(B,) numbers of tokens to mask: the nearest to ratio x length, at least 1 where there is a token."""
+    """(B,) numbers of tokens to mask: ratio x length, rounded, and at least 1 in a row with tokens."""
     return np.clip(np.rint(ratios * lengths), np.minimum(1, lengths), lengths).astype(np.int64)
 
 
@@ -33,16 +55,20 @@ def draw_mask(
     rows: np.ndarray,
     lines: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(B, T) bool with exactly `counts[b]` true per row (`line`: nearly), all of them where `eligible` is.
+    """(B, T) bool with exactly `counts[b]` eligible tokens of row b masked; with `line`, approximately.
 
     Args:
-        eligible: (B, T) bool, tokens that may be masked (not padding, not given).
+        eligible: (B, T) bool, tokens that may be masked: neither padding nor conditioned on.
         counts: (B,) at most the eligible tokens of the row.
         draw_key, rows: row b's mask is a function of `draw_key` and `rows[b]` only.
-        lines: (B, T) the number of each token's line, see `line_numbers`; for `line` masking only.
+        lines: (B, T) line number of each token, see `line_numbers`; for `line` masking only.
+
+    Raises:
+        ValueError: a count exceeds the row's eligible tokens.
+        BadConfig: `line` masking without `lines`.
     """
     if (counts > eligible.sum(1)).any():
-        raise ValueError("a row is to have more masks than it has eligible tokens")
+        raise ValueError("the mask count of a row exceeds its number of eligible tokens")
     match masking:
         case RandomMasking():
             return lowest_k(randomness.uniform(draw_key, rows, eligible.shape[1]), eligible, counts)
@@ -52,60 +78,62 @@ def draw_mask(
             return _spans(masking.num_spans, eligible, counts, draw_key, rows)
         case LineMasking():
             if lines is None:
-                raise BadConfig("masking of type line needs to know where lines end, which is not known here")
+                raise BadConfig("masking of type line needs line numbers, and there are none here")
             return _whole_lines(masking, eligible, counts, draw_key, rows, lines)
 
 
 def _spans(num_spans, eligible, counts, draw_key, rows) -> np.ndarray:
-    """Spans of random lengths at random places, with unmasked tokens between them.
+    """Spans of random lengths at random positions, with unmasked tokens between them.
 
-    All ways to cut the count into so many lengths are equally likely, and so are all ways to place them. There
-    are fewer spans where fewer tokens are masked, or where too few stay unmasked to hold them apart.
+    All partitions of the count into lengths are equally likely, and so are all positions of the spans. There are fewer
+    spans where few tokens are masked, or where too few stay unmasked to separate them.
     """
     columns = eligible.shape[1]
-    place = np.arange(columns)
-    free = eligible.sum(1) - counts
-    spans = np.minimum(np.minimum(num_spans, counts), free + 1)  # (B,)
-    lengths_key, places_key = (randomness.key(draw_key, f"span {what}") for what in ("lengths", "places"))
-    # Of the masked tokens, counted along the row, which begin a span: the first, and others at random.
+    index = np.arange(columns)
+    num_unmasked = eligible.sum(1) - counts
+    spans = np.minimum(np.minimum(num_spans, counts), num_unmasked + 1)  # (B,)
+    lengths_key, slots_key = (randomness.key(draw_key, f"span {what}") for what in ("lengths", "places"))
+    # 1. Lengths: which of the masked tokens, counted along the row, begin a span: the first, and others at random
+    is_masked = index < counts[:, None]  # (B, T) the first `counts` columns stand for the masked tokens
     begins = lowest_k(
-        randomness.uniform(lengths_key, rows, columns),
-        (place > 0) & (place < counts[:, None]),
-        np.maximum(spans - 1, 0),
+        randomness.uniform(lengths_key, rows, columns), (index > 0) & is_masked, np.maximum(spans - 1, 0)
     )
-    # A span goes before the first unmasked token, behind the first, ...; no two to the same place.
-    slots = lowest_k(
-        randomness.uniform(places_key, rows, columns + 1),
-        np.arange(columns + 1) <= free[:, None],
+    # 2. Slots: a span lies before the first unmasked token, after the first, ...; no two in the same slot
+    in_slot = lowest_k(
+        randomness.uniform(slots_key, rows, columns + 1),
+        np.arange(columns + 1) <= num_unmasked[:, None],
         spans,
     )
-    slot = np.nonzero(slots)[1]  # every row's slots in order, row after row
-    inside = place < counts[:, None]
+    slot = np.nonzero(in_slot)[1]  # every row's slots in order, row after row
+    # 3. A masked token's position is its number among the masked ones, plus the unmasked tokens before its slot
     span = np.cumsum(begins, axis=1) + (np.cumsum(spans) - spans)[:, None]  # index into slot
-    row, number = np.nonzero(inside)
+    row, number = np.nonzero(is_masked)
     mask = np.zeros_like(eligible)
-    mask[row, number + slot[span[inside]]] = True  # places among the eligible tokens
-    if (eligible[:, 1:] <= eligible[:, :-1]).all():  # they come first in every row: nothing to move
+    mask[row, number + slot[span[is_masked]]] = True  # positions among the eligible tokens
+    if (
+        eligible[:, 1:] <= eligible[:, :-1]
+    ).all():  # eligible tokens come first in every row: nothing to move
         return mask
     return np.take_along_axis(mask, np.maximum(np.cumsum(eligible, axis=1) - 1, 0), axis=1) & eligible
 
 
 def line_numbers(ends: np.ndarray) -> np.ndarray:
-    """(B, T) number of each token's line, from 0, where `ends` marks the last token of each line (the newline)."""
+    """(B, T) line number of each token, from 0. `ends` is true at the last token of each line (the newline)."""
     return np.cumsum(ends, axis=1) - ends
 
 
 def _whole_lines(masking: LineMasking, eligible, counts, draw_key, rows, lines) -> np.ndarray:
-    """Lines in random order until the count is met as nearly as they allow within the two ratios.
+    """Mask lines in random order until the count is met as closely as they allow, within the two ratios.
 
-    A line counts with its eligible tokens. Where one order misses the count by more than 1 % of the row, or the
-    ratios, others are tried and the nearest is kept. A row all of whose lines are too long has one masked anyway.
+    A line counts with its eligible tokens. If an order misses the count by more than 1 % of the row, or leaves the ratios,
+    others are tried and the closest is kept. If all lines of a row are too long, one is masked anyway.
     """
     if lines.shape != eligible.shape or lines.min(initial=0) < 0 or lines.max(initial=0) >= lines.shape[1]:
         raise ValueError(f"lines must number the lines of {eligible.shape} tokens from 0 in each row")
-    most = int(lines.max(initial=0)) + 1
-    batch = np.arange(len(lines))[:, None]
-    sizes = np.bincount((batch * most + lines)[eligible], minlength=len(lines) * most).reshape(-1, most)
+    num_lines = int(lines.max(initial=0)) + 1
+    batch_idx = np.arange(len(lines))[:, None]
+    sizes = np.bincount((batch_idx * num_lines + lines)[eligible], minlength=len(lines) * num_lines)
+    sizes = sizes.reshape(-1, num_lines)  # (B, L)
     total = eligible.sum(1)
     low = np.ceil(masking.min_ratio * total - 1e-9).astype(np.int64)
     high = np.maximum(np.floor(masking.max_ratio * total + 1e-9).astype(np.int64), low)
@@ -115,28 +143,32 @@ def _whole_lines(masking: LineMasking, eligible, counts, draw_key, rows, lines) 
     todo = np.arange(len(lines))
     for number in range(_LINE_ORDERS):
         noise = randomness.uniform(
-            randomness.key(draw_key, "line order", number), np.asarray(rows)[todo], most
+            randomness.key(draw_key, "line order", number), np.asarray(rows)[todo], num_lines
         )
         order = np.argsort(noise, axis=1)
         taken = _fill(np.take_along_axis(sizes[todo], order, axis=1), wanted[todo], low[todo], high[todo])
-        back = np.zeros_like(taken)
-        np.put_along_axis(back, order, taken, axis=1)
-        got = (sizes[todo] * back).sum(1)
+        candidate = np.zeros_like(taken)  # (R, L) in the lines' own order
+        np.put_along_axis(candidate, order, taken, axis=1)
+        got = (sizes[todo] * candidate).sum(1)
         outside = (got < low[todo]) | (got > high[todo])
         off = np.abs(got - wanted[todo]) + total[todo] * outside
         better = off < miss[todo]
-        chosen[todo[better]], miss[todo[better]] = back[better], off[better]
-        todo = todo[off > _NEAR_ENOUGH * total[todo]]
+        chosen[todo[better]], miss[todo[better]] = candidate[better], off[better]
+        todo = todo[off > _TOLERANCE * total[todo]]
         if not len(todo):
             break
-    return chosen[batch, lines] & eligible
+    return chosen[batch_idx, lines] & eligible
 
 
 def _fill(sizes: np.ndarray, wanted: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(R, L) bool: sizes taken in their order, without those that would pass what is wanted; then one more if
-    that comes nearer, or reaches `low`, and stays within `high`."""
+    """(R, L) bool: take sizes in their order, without those that would exceed what is wanted.
+
+    Then one more is taken if the sum comes closer or reaches `low`, and does not exceed `high`.
+    """
     taken, room = np.zeros(sizes.shape, bool), wanted.copy()
-    while True:  # each pass goes up to the first size that no longer fits, and the next one on behind it
+    while (
+        True
+    ):  # each iteration stops at the first size that no longer fits, and the next one starts after it
         fits = ~taken & (sizes > 0) & (sizes <= room[:, None])
         fits &= np.cumsum(sizes * fits, axis=1) <= room[:, None]
         if not fits.any():
@@ -159,42 +191,40 @@ def corrupt_80_10_10(
     masked: np.ndarray,
     mask_id: int,
     allowed_ids: np.ndarray,
-    seed: int,
-    purpose: str,
-    rows: np.ndarray,
-    mask_share: float = 0.8,
-    random_share: float = 0.1,
+    draw: BatchDraw,
+    shares: tuple[float, float] = (0.8, 0.1),
 ) -> np.ndarray:
-    """(B, T) inputs: of the masked positions 80 % hold [MASK], 10 % a random id, 10 % stay (BERT, Devlin et al.,
-    2019).
+    """(B, T) inputs as in BERT (Devlin et al. 2019): 80 % of the masked positions are [MASK], 10 % a random id, 10 % stay.
 
-    Every position draws its fate and its replacement on its own. A replacement may happen to be the token that
-    was there. The targets are `ids` at all of `masked`, those that stay included.
+    Every position is drawn independently. A random id can equal the token that was there. The targets are `ids` at all
+    masked positions, also at those that stay.
 
     Args:
         ids: (B, T) clean tokens.
-        allowed_ids: (N,) ids that a replacement may be: no special tokens.
-        seed, purpose, rows: the draw's key; row b depends on `rows[b]` alone.
+        allowed_ids: (N,) the ids to draw from: no special tokens.
+        draw: keys of the rows.
+        shares: of [MASK] and of random ids.
     """
+    mask_share, random_share = shares
     if min(mask_share, random_share) < 0 or mask_share + random_share > 1 + 1e-9:
         raise ValueError(
-            f"mask_share {mask_share} and random_share {random_share} must be shares of one whole"
+            f"the shares of [MASK] {mask_share} and of random ids {random_share} must be positive and add up to at most 1"
         )
     allowed_ids = np.asarray(allowed_ids)
     if random_share > 0 and not len(allowed_ids):
         raise ValueError("random replacements need at least one allowed id")
-    fate = randomness.uniform(randomness.key(seed, purpose + " fate"), rows, ids.shape[1])
+    fate = randomness.uniform(draw.key("fate"), draw.rows, ids.shape[1])
     inputs = np.where(masked & (fate < mask_share), mask_id, ids).astype(ids.dtype)
     swapped = masked & (fate >= mask_share) & (fate < mask_share + random_share)
-    noise = randomness.uniform(randomness.key(seed, purpose + " id"), rows, ids.shape[1])[swapped]
+    noise = randomness.uniform(draw.key("id"), draw.rows, ids.shape[1])[swapped]
     inputs[swapped] = allowed_ids[np.floor(noise * len(allowed_ids)).astype(np.int64)]
     return inputs
 
 
 def mean_run_length(masked: np.ndarray, valid: np.ndarray) -> float:
-    """Masked tokens per run of neighbouring masks, over all rows; tokens that are not valid end a run.
+    """Mean number of masked tokens per run of adjacent masks, over all rows. Tokens that are not valid end a run.
 
-    1 / (1 - ratio) for long rows of independent masks, more for sticky ones; 0 without masks.
+    1 / (1 - ratio) for long rows of independent masks, more for sticky masks; 0 without masks.
     """
     masked = masked & valid
     starts = masked.copy()
@@ -203,9 +233,9 @@ def mean_run_length(masked: np.ndarray, valid: np.ndarray) -> float:
 
 
 def expected_run_length(masking: Masking, ratio: float, length: int = 1024, num_rows: int = 64) -> float:
-    """How sticky a setting is: the mean run length of `num_rows` drawn rows with that share masked.
+    """Mean run length of `num_rows` masks with this ratio: how sticky a setting is.
 
-    To be compared with `expected_run_length(RandomMasking(type="random"), ratio, length)`, about 1 / (1 - ratio).
+    Compare it with `expected_run_length(RandomMasking(type="random"), ratio, length)`, about 1 / (1 - ratio).
     """
     valid = np.ones((num_rows, length), bool)
     counts = masked_counts(np.full(num_rows, ratio), valid.sum(1))

@@ -5,11 +5,13 @@ With the linear schedule alpha(t) = 1 - t (Sahoo et al., MDLM, 2024; Shi et al.,
 
     -log p(x)  <=  E_t  (1 / t)  sum over masked positions of  -log p(x_i | rest).
 
-`inverse_t` draws just that. `exact_count` draws the number of masks k ~ U{1..n} instead, with weight n / k
-(Ou et al., RADD, 2024): the same bound with less variance, since k is not left to chance. Either way
-`MaskedBatch.weights` times the cross-entropies, summed over a row, is the row's NELBO in nats per token; of a batch, see
-`weights_per_token`. That holds for masks of the type `random`; sticky ones, spans and lines make other training losses,
-each the mean over masked tokens.
+- `inverse_t` draws exactly this.
+- `exact_count` draws the number of masks k ~ U{1..n} instead, with weight n / k (Ou et al., RADD, 2024). It is the same bound
+  with less variance.
+
+In both, `MaskedBatch.weights` times the cross-entropies, summed over a row, is the row's NELBO in nats per token. For a batch,
+see `weights_per_token`. This holds for masks of the type `random`. With sticky, span and line masks the loss is the mean over
+masked tokens, and no bound.
 
 Works on numpy arrays. Legend: B rows, T positions.
 """
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib import randomness
-from lib.diffusion.masking import draw_mask
+from lib.diffusion.masking import BatchDraw, draw_mask
 from lib.sections.masking import DiffusionConfig
 
 
@@ -33,8 +35,8 @@ class MaskedBatch:
 def stratified(draw_key: int, rows: np.ndarray, period: int) -> np.ndarray:
     """(B,) numbers in [0, 1), each uniform, spread evenly over every `period` consecutive rows.
 
-    Row r of a period sits in its own stratum of width 1/period; the strata's order turns with the key, so
-    which row gets which ratio says nothing about the row. The antithetic trick of MDLM in keyed form.
+    Each row of a period has its own stratum of width 1 / period. A keyed offset rotates the strata, so a row's ratio does
+    not depend on what the row holds. This is MDLM's low-variance sampling of t, with keys.
     """
     rows = np.asarray(rows, dtype=np.int64)
     offset = randomness.uniform(draw_key, rows // period, 1)[:, 0]
@@ -42,32 +44,27 @@ def stratified(draw_key: int, rows: np.ndarray, period: int) -> np.ndarray:
 
 
 def mask_batch(
-    config: DiffusionConfig,
-    valid: np.ndarray,
-    seed: int,
-    purpose: str,
-    rows: np.ndarray,
-    period: int,
-    lines: np.ndarray | None = None,
+    config: DiffusionConfig, valid: np.ndarray, draw: BatchDraw, lines: np.ndarray | None = None
 ) -> MaskedBatch:
     """Draw masks for a batch.
 
     Args:
         valid: (B, T) bool, real tokens.
-        seed, purpose, rows: the draw's key; row b's mask depends on `rows[b]` alone.
-        period: rows per step, over which the ratios are spread evenly.
-        lines: (B, T) the number of each token's line, for masking by lines; see `masking.line_numbers`.
+        draw: keys of the rows. The ratios are spread evenly over its period.
+        lines: (B, T) line number of each token, for masking by lines; see `masking.line_numbers`.
     """
     lengths = valid.sum(1)
+    # 1. The masking ratio t of each row
     low = config.min_masked_ratio
-    time = low + (1 - low) * stratified(randomness.key(seed, purpose + " ratio"), rows, period)  # (B,)
-    mask_key = randomness.key(seed, purpose + " mask")
+    time = low + (1 - low) * stratified(draw.key("ratio"), draw.rows, draw.period)  # (B,)
+    # 2. The masks, and the weight of each masked token
+    mask_key = draw.key("mask")
     if config.weight == "exact_count":
         counts = np.minimum(np.floor(time * lengths).astype(np.int64) + 1, lengths)
-        masked = draw_mask(config.masking, valid, counts, mask_key, rows, lines)
-        per_token = 1.0 / np.maximum(masked.sum(1), 1)  # whole lines need not meet the count exactly
+        masked = draw_mask(config.masking, valid, counts, mask_key, draw.rows, lines)
+        per_token = 1.0 / np.maximum(masked.sum(1), 1)  # whole lines meet the count only approximately
     else:
-        masked = (randomness.uniform(mask_key, rows, valid.shape[1]) < time[:, None]) & valid
+        masked = (randomness.uniform(mask_key, draw.rows, valid.shape[1]) < time[:, None]) & valid
         per_token = 1.0 / (np.maximum(time, 1e-3) * np.maximum(lengths, 1))
     weights = (masked * per_token[:, None]).astype(np.float32)
     return MaskedBatch(masked, weights, masked.sum(1) / np.maximum(lengths, 1))
@@ -76,7 +73,7 @@ def mask_batch(
 def weights_per_token(batch: MaskedBatch, valid: np.ndarray) -> np.ndarray:
     """(B, T) float32 weights whose sum of weight x CE over the whole batch is its NELBO in nats per token.
 
-    A row counts by its number of tokens: the sum of the rows' nats over the sum of their tokens.
+    Each row is weighted by its number of tokens: the sum of the rows' nats over the sum of their tokens.
     """
     lengths = valid.sum(1, keepdims=True)
     return batch.weights * (lengths / max(lengths.sum(), 1)).astype(np.float32)

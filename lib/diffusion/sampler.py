@@ -1,15 +1,14 @@
-"""Sampling by masked diffusion: write every masked token, take back the worst, and again.
+"""Sampling by masked diffusion: unmask all tokens, re-mask the worst, and repeat.
 
-Knows token ids, a model and a policy; no tokenizer and no file. A sample is a function of the seed and its own
-number: any batch size gives the same tokens. Given (protected) tokens are never changed and never counted.
-Every forward pass of the backbone counts as one (NFE), for each sample on its own: with the schedule `threshold` a sample is
-finished when its policy doubts no token any more.
+A sample is a function of the seed and its own number, so any batch size gives the same tokens. Tokens that are not free are
+never changed and never counted. NFE counts forward passes of the backbone, for each sample on its own. With the schedule
+`threshold`, a sample is finished as soon as its policy finds no doubtful token.
 
-Legend: B samples, T positions, N positions in question.
+Legend: B samples, T positions, N positions that are drafted in a round, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,72 +18,57 @@ from lib import randomness
 from lib.diffusion.blocks import blocks_of
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.categorical import draw, probability_of
-from lib.diffusion.policies import Policy, View, rounds_for, rule
-from lib.diffusion.schedule import held_rounds, masked_counts_left, masked_shares, temperatures
+from lib.diffusion.policies import Policy, View, chooser, rounds_for
+from lib.diffusion.samples import STILL_MASKED, UNCHANGED, MaskedTexts, Round, Samples, round_events, round_of
+from lib.diffusion.schedule import corrector_steps, masked_counts_by_round, masked_shares, temperatures
 from lib.diffusion.top_k import lowest_k
 from lib.errors import BadConfig
 from lib.runtime import Runtime
 from lib.sections.sampler import SamplerConfig
 
-UNCHANGED, WRITTEN, TAKEN_BACK, STILL_MASKED = 0, 1, 2, 3
-
-
-@dataclass
-class Round:
-    """One round of a trace: tokens after it (the mask id where taken back or still to write) and what happened."""
-
-    ids: np.ndarray  # (B, T)
-    events: np.ndarray  # (B, T) UNCHANGED, WRITTEN, TAKEN_BACK or STILL_MASKED
-
-
-@dataclass
-class Samples:
-    ids: np.ndarray  # (B, T)
-    passes: np.ndarray  # (B,) forward passes of each sample
-    rounds: list[Round] = field(default_factory=list)
-
-    @property
-    def nfe(self) -> float:
-        """Forward passes per sample, in the mean."""
-        return float(self.passes.mean()) if len(self.passes) else 0.0
+EPSILON = 1e-9  # of noise, so that positions with equal scores are not chosen by their order
 
 
 @dataclass
 class _Rows:
-    """The rows still at work."""
+    """The rows of a block that are not finished."""
 
-    place: np.ndarray  # (B,) where they stand in the batch
-    number: np.ndarray  # (B,) the samples' own numbers, which key their noise
+    batch_idx: np.ndarray  # (B,) their indices in the batch
+    keys: np.ndarray  # (B,) the numbers of the samples, which key their noise
     ids: np.ndarray  # (B, T)
-    free: np.ndarray  # (B, T) to be written in this block
-    given: np.ndarray  # (B, T) known to be right; what an earlier block wrote is neither
-    confidence: np.ndarray  # (B, T) of each token when it was written
-    left: np.ndarray  # (B, rounds) positions to be masked after each round
+    free: np.ndarray  # (B, T) to be generated in this block
+    conditioning: np.ndarray  # (B, T) known to be right; tokens of earlier blocks are not
+    confidence: np.ndarray  # (B, T) probability of each token when it was sampled
+    targets: np.ndarray  # (B, rounds) positions that are masked after each round
     truth: np.ndarray | None  # (B, T)
 
-    def only(self, kept: np.ndarray) -> "_Rows":
-        """Those of a (B,) mask."""
-        return _Rows(
-            self.place[kept],
-            self.number[kept],
-            self.ids[kept],
-            self.free[kept],
-            self.given[kept],
-            self.confidence[kept],
-            self.left[kept],
-            None if self.truth is None else self.truth[kept],
-        )
+    def select(self, kept: np.ndarray) -> "_Rows":
+        """The rows of a (B,) mask."""
+        arrays = {name: array[kept] for name, array in vars(self).items() if array is not None}
+        return replace(self, **arrays)
+
+
+@dataclass
+class _Draft:
+    """The text with a token at every position that is drafted in a round, and the model's outputs."""
+
+    ids: np.ndarray  # (B, T)
+    flat_idx: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # (N,) flat positions
+    logits: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (N, V)
+    # (B, T) of the text before the round: raw probabilities of an error, and that the generator sampled the token
+    error: np.ndarray = field(default_factory=lambda: np.empty(0))
+    origin: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass
 class Sampler:
-    """A masked LM, with a critic head if a policy asks for one.
+    """A masked language model, with a critic head if a policy needs one.
 
     Attributes:
         model: RemaskGptForMaskedLM or alike: forward(input_ids, logits_at, head) -> .logits.
-        mask_id, forbidden: the mask, and the special ids that are never written.
-        calibration: turns the critic's raw probabilities into frequencies.
-        context: longest text that the model reads; longer ones are written block by block. None: any.
+        mask_id, forbidden: the mask, and the special ids that are never sampled.
+        calibration: from the critic's raw probabilities to frequencies of errors.
+        context: longest text that the model reads. Longer texts are generated block by block. None: no limit.
     """
 
     model: nn.Module
@@ -96,250 +80,233 @@ class Sampler:
     calibration: Calibration = field(default_factory=Calibration)
     context: int | None = None
 
+    # ------------------------------------------------------------------------------------------ sampling
+
     @torch.no_grad()
-    def sample(
-        self,
-        ids: np.ndarray,
-        free: np.ndarray,
-        rows: np.ndarray,
-        policy: Policy,
-        nfe: int,
-        trace: bool = False,
-        truth: np.ndarray | None = None,
-    ) -> Samples:
-        """Write the free positions of (B, T) ids.
+    def sample(self, texts: MaskedTexts, policy: Policy, nfe: int, trace: bool = False) -> Samples:
+        """Generate the free positions of (B, T) texts.
 
         Args:
-            free: (B, T) bool; the others are given and stay as they are.
-            rows: (B,) numbers of the samples, which key their noise.
-            nfe: forward passes to spend on each block; policies with an extra pass get half as many rounds.
+            nfe: forward passes to spend on each block. A policy with an extra pass has half as many rounds.
             trace: keep every round.
-            truth: (B, T) the text that once stood there, for the policy `oracle` alone.
         """
-        size, parts = self.settings.batch_size, []
-        for start in range(0, len(ids), size):
-            part = slice(start, start + size)
-            known = None if truth is None else truth[part]
-            parts.append(self._sample_batch(ids[part], free[part], rows[part], policy, nfe, trace, known))
+        size = self.settings.batch_size
+        parts = [
+            self._sample_batch(texts[start : start + size], policy, nfe, trace)
+            for start in range(0, len(texts.ids), size)
+        ]
         rounds = [
-            Round(*(np.concatenate(arrays) for arrays in zip(*(_round(p, i) for p in parts), strict=True)))
+            Round(*(np.concatenate(arrays) for arrays in zip(*(round_of(p, i) for p in parts), strict=True)))
             for i in range(max(len(p.rounds) for p in parts))
         ]
         ids, passes = (np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "passes"))
         return Samples(ids, passes, rounds)
 
-    def _sample_batch(self, ids, free, rows, policy: Policy, nfe: int, trace: bool, truth) -> Samples:
-        """Block after block; most often one block is the whole text."""
-        result = Samples(np.where(free, self.mask_id, ids), np.zeros(len(ids), np.int64))
+    def _sample_batch(self, texts: MaskedTexts, policy: Policy, nfe: int, trace: bool) -> Samples:
+        """Block after block. Most often one block is the whole text."""
+        free = texts.free
+        result = Samples(np.where(free, self.mask_id, texts.ids), np.zeros(len(free), np.int64))
         rounds = rounds_for(policy, nfe)
-        for count, block in enumerate(blocks_of(ids.shape[1], self.settings.block_tokens, self.context)):
-            here = np.zeros_like(free)
-            here[:, block.start : block.end] = free[:, block.start : block.end]
-            seen = slice(block.window, block.end)
-            at = np.flatnonzero(here.any(1))
-            left = masked_counts_left(
-                masked_shares(self.settings, rounds, policy.takes_back), here[at].sum(1)
-            ).T
-            arrays = (
-                result.ids[at, seen],
-                here[at, seen],
-                ~free[at, seen],
-                np.ones((len(at), block.end - block.window)),
-                left,
+        shares = masked_shares(self.settings, rounds, policy.remasks)  # (rounds,)
+        for number, block in enumerate(blocks_of(free.shape[1], self.settings.block_tokens, self.context)):
+            in_block = np.zeros_like(free)
+            in_block[:, block.start : block.end] = free[:, block.start : block.end]
+            batch_idx = np.flatnonzero(in_block.any(1))
+            columns = slice(block.window, block.end)  # what the model reads
+            rows = _Rows(
+                batch_idx=batch_idx,
+                keys=texts.rows[batch_idx],
+                ids=result.ids[batch_idx, columns],
+                free=in_block[batch_idx, columns],
+                conditioning=~free[batch_idx, columns],
+                confidence=np.ones((len(batch_idx), block.end - block.window)),
+                targets=masked_counts_by_round(shares, in_block[batch_idx].sum(1)).T,
+                truth=None if texts.truth is None else texts.truth[batch_idx, columns],
             )
-            known = None if truth is None else truth[at, seen]
-            self._write(result, _Rows(at, rows[at], *arrays, known), seen, policy, count * rounds, trace)
+            self._run_block(result, rows, columns, policy, number * rounds, trace)
         return result
 
-    def _write(
-        self, result: Samples, rows: _Rows, seen: slice, policy: Policy, first: int, trace: bool
+    def _run_block(
+        self, result: Samples, rows: _Rows, columns: slice, policy: Policy, first: int, trace: bool
     ) -> None:
         """The rounds of one block, into `result`. `first`: number of its first round, which keys the noise."""
         threshold = self.settings.threshold if self.settings.schedule == "threshold" else None
-        choose, stops = rule(policy, threshold), policy.stops or threshold is not None
-        rounds = rows.left.shape[1]
-        heats = temperatures(self.settings, rounds, policy.takes_back)
-        correcting = rounds - held_rounds(self.settings, rounds, policy.takes_back)  # the first held round
+        choose, stops = chooser(policy, threshold), policy.stops or threshold is not None
+        rounds = rows.targets.shape[1]
+        round_temperatures = temperatures(self.settings, rounds, policy.remasks)
+        first_corrector = rounds - corrector_steps(self.settings, rounds, policy.remasks)
         for number in range(rounds):
-            if not len(rows.place):
+            if not len(rows.batch_idx):
                 return
-            masked = (rows.ids == self.mask_id) & rows.free
-            busy = np.full(len(masked), threshold is not None or policy.takes_back)
-            busy |= rows.left[:, number] < masked.sum(1)
-            busy &= masked.any(1) | (rows.left[:, number] > 0)  # a single token: written once, then left
-            if not busy.any():
-                continue  # fewer tokens to write than rounds
-            last, held = number + 1 == rounds, number + 1 >= correcting
-            after = np.zeros_like(masked)
-            if policy.blind and not last:
-                after = choose(self._view(number, first, rows, masked, _Draft(rows.ids), held))
-            partial = policy.partial and not last
-            draft = self._draft(rows, masked & ~after, first + number, partial, float(heats[number]))
-            result.passes[rows.place] += busy
-            judged = busy & (rows.left[:, number] > 0)  # where anything may stay masked at all
-            if not (policy.blind or last) and judged.any():
-                after = choose(self._view(number, first, rows, masked, draft, held))
-                result.passes[rows.place] += judged * int(policy.extra_pass)
-            rows.ids = np.where(after, self.mask_id, draft.ids)
-            result.ids[rows.place, seen] = rows.ids
+            # 1. Rows that need a forward pass. A row with fewer tokens than rounds skips some.
+            masked = (rows.ids == self.mask_id) & rows.free  # (B, T)
+            target = rows.targets[:, number]  # (B,)
+            active = np.full(len(masked), threshold is not None or policy.remasks)
+            active |= target < masked.sum(1)
+            active &= masked.any(1) | (target > 0)  # a row of one token is finished after one round
+            if not active.any():
+                continue
+            last, is_corrector = number + 1 == rounds, number + 1 >= first_corrector
+            # 2. A policy that reads noise alone chooses before the draft: what stays masked needs none.
+            masked_after = np.zeros_like(masked)  # (B, T)
+            if policy.noise_only and not last:
+                masked_after = choose(self._view(first, number, rows, masked, _Draft(rows.ids), is_corrector))
+            # 3. One forward pass drafts the masked positions.
+            partial = policy.partial_critic and not last
+            temperature = float(round_temperatures[number])
+            draft = self._draft(rows, masked & ~masked_after, first + number, partial, temperature)
+            result.passes[rows.batch_idx] += active
+            # 4. The policy reads the draft and chooses what is masked after the round.
+            judged = active & (target > 0)
+            if not (policy.noise_only or last) and judged.any():
+                masked_after = choose(self._view(first, number, rows, masked, draft, is_corrector))
+                result.passes[rows.batch_idx] += judged * int(policy.extra_pass)
+            # 5. The text after the round; finished rows leave.
+            rows.ids = np.where(masked_after, self.mask_id, draft.ids)
+            result.ids[rows.batch_idx, columns] = rows.ids
             if trace:
                 events = np.where(result.ids == self.mask_id, STILL_MASKED, UNCHANGED).astype(np.int8)
-                events[rows.place, seen] = _events(masked, after, policy.drafts)
+                events[rows.batch_idx, columns] = round_events(masked, masked_after, policy.drafts_all)
                 result.rounds.append(Round(result.ids.copy(), events))
             if stops:
-                rows = rows.only(after.sum(1) > 0)
+                rows = rows.select(masked_after.sum(1) > 0)
 
     def _draft(
-        self, rows: _Rows, now: np.ndarray, number: int, partial: bool, temperature: float
-    ) -> "_Draft":
-        """A token at every position in `now`, one forward pass; `confidence` learns how sure the model was."""
-        draft = _Draft(rows.ids.copy(), at=np.flatnonzero(now))
-        where = torch.from_numpy(draft.at).to(self.runtime.device)
-        output = self._forward(rows.ids, where, "both" if partial else "lm")
+        self, rows: _Rows, drafted: np.ndarray, number: int, partial: bool, temperature: float
+    ) -> _Draft:
+        """A token at every position of `drafted` (B, T), by one forward pass. Sets `rows.confidence` there."""
+        draft = _Draft(rows.ids.copy(), np.flatnonzero(drafted))
+        positions = torch.from_numpy(draft.flat_idx).to(self.runtime.device)
+        output = self._forward(rows.ids, positions, "both" if partial else "lm")
         draft.logits = output.logits.float()  # (N, V)
         if partial:
-            draft.critic, draft.origin = (
+            draft.error, draft.origin = (
                 torch.sigmoid(logits.float()).double().cpu().numpy()
                 for logits in (output.critic_logits, output.origin_logits)
             )
-        if len(draft.at):
-            noise = self._noise("token", number, rows.number, now.shape[1]).reshape(-1)[draft.at]
-            tokens, sure = draw(
+        if len(draft.flat_idx):
+            noise = self._noise("token", number, rows.keys, drafted.shape[1]).reshape(-1)[draft.flat_idx]
+            tokens, probability = draw(
                 draft.logits,
                 torch.from_numpy(noise).to(draft.logits.device),
                 torch.tensor(self.forbidden, device=draft.logits.device),
                 temperature,
                 top_p=self.settings.top_p,
             )
-            draft.ids.reshape(-1)[draft.at] = tokens.cpu().numpy()
-            rows.confidence.reshape(-1)[draft.at] = sure.double().cpu().numpy()
+            draft.ids.reshape(-1)[draft.flat_idx] = tokens.cpu().numpy()
+            rows.confidence.reshape(-1)[draft.flat_idx] = probability.double().cpu().numpy()
         return draft
 
-    def _view(
-        self, number: int, first: int, rows: _Rows, masked: np.ndarray, draft: "_Draft", held: bool
-    ) -> View:
-        key_number, ids, confidence = first + number, rows.ids, rows.confidence
-        noise = self._noise("take back", key_number, rows.number, ids.shape[1])
-        share = masked.mean(1)  # of what the critic reads, or of what was drafted just before it reads
+    # ------------------------------------------------------------------------------------------ what a policy reads
 
-        def margin() -> np.ndarray:
-            barred = torch.tensor(self.forbidden, device=draft.logits.device)
-            shares = torch.softmax(draft.logits.index_fill(1, barred, -torch.inf), -1)
-            two = shares.topk(2, dim=-1).values.double().cpu().numpy()
-            gaps = np.zeros(ids.shape)
-            gaps.reshape(-1)[draft.at] = two[:, 0] - two[:, 1]
-            return gaps + 1e-9 * noise
+    def _view(
+        self, first: int, number: int, rows: _Rows, masked: np.ndarray, draft: _Draft, is_corrector: bool
+    ) -> View:
+        key_number, confidence, length = first + number, rows.confidence, rows.ids.shape[1]
+        noise = self._noise(purpose="take back", number=key_number, rows=rows.keys, columns=length)
+        rounding = self._noise(purpose="take back count", number=key_number, rows=rows.keys, columns=1)
+        masked_share = masked.mean(1)  # (B,) of the text that the critic reads, or before it was drafted
+
+        def raw_error() -> np.ndarray:
+            return self.raw_error(draft.ids, rows.conditioning)
 
         def wrong() -> np.ndarray:
             if rows.truth is None:
-                raise BadConfig(
-                    "the policy oracle needs the truth: it is for filling known text, in benchmarks"
-                )
+                raise BadConfig("the policy oracle needs the original text; it is for filling known text")
             return draft.ids != rows.truth
 
         return View(
             masked=masked,
             free=rows.free,
-            left=rows.left[:, number],
-            held=held,
+            target=rows.targets[:, number],
+            is_corrector=is_corrector,
             noise=noise,
-            chance=self._noise("take back count", key_number, rows.number, 1)[:, 0],
-            confidence=confidence + 1e-9 * noise,
-            margin=margin,
+            rounding_noise=rounding[:, 0],
+            confidence=confidence + EPSILON * noise,
+            margin=lambda: self._margin(draft) + EPSILON * noise,
             remask_share=self.settings.remask_share,
             remdm_share=self.settings.remdm_share,
             fresh_confidence=lambda: self.fresh_confidence(draft.ids),
-            critic_error=lambda: self.calibration(self.raw_error(draft.ids, rows.given), "filled", share),
-            blend_error=lambda: self.calibration.blended(self.raw_error(draft.ids, rows.given), confidence),
-            partial_error=lambda: self.calibration(draft.critic, "partial", share),
+            critic_error=lambda: self.calibration(raw_error(), "filled", masked_share),
+            blend_error=lambda: self.calibration.blended(raw_error(), confidence),
+            partial_error=lambda: self.calibration(draft.error, "partial", masked_share),
             partial_origin=lambda: draft.origin,
             wrong=wrong,
-            most=lambda suspicion, where, count: self._most(suspicion, where, count, noise),
+            select=lambda scores, eligible, counts: self._select(scores, eligible, counts, noise),
         )
 
-    def _most(
-        self, suspicion: np.ndarray, where: np.ndarray, count: np.ndarray, noise: np.ndarray
+    def _margin(self, draft: _Draft) -> np.ndarray:
+        """(B, T) gap between the two most likely tokens of drafted positions, 0 elsewhere."""
+        forbidden = torch.tensor(self.forbidden, device=draft.logits.device)
+        probabilities = torch.softmax(draft.logits.index_fill(1, forbidden, -torch.inf), -1)
+        two = probabilities.topk(2, dim=-1).values.double().cpu().numpy()  # (N, 2)
+        margin = np.zeros(draft.ids.shape)
+        margin.reshape(-1)[draft.flat_idx] = two[:, 0] - two[:, 1]
+        return margin
+
+    def _select(
+        self, scores: np.ndarray, eligible: np.ndarray, counts: np.ndarray, noise: np.ndarray
     ) -> np.ndarray:
-        """(B, T) bool: `count[b]` positions of `where`, the more suspicious the likelier.
+        """(B, T) bool: `counts[b]` eligible positions of row b, preferably of high score.
 
-        Either suspicion blended with noise, or, with a selection temperature, Gumbel-top-k on the log-odds: a draw
-        without replacement whose chances follow the odds (Kool et al. 2019).
+        Without a selection temperature, the scores are blended with noise. With one, Gumbel-top-k on the log-odds draws
+        without replacement, in proportion to the odds (Kool et al. 2019).
         """
-        heat = self.settings.selection_temperature
-        if heat is None:
+        temperature = self.settings.selection_temperature
+        if temperature is None:
             strength = self.settings.randomness_strength
-            score = (1 - strength) * suspicion + strength * noise
+            score = (1 - strength) * scores + strength * noise
         else:
-            share = np.clip(suspicion, 1e-6, 1 - 1e-6)
-            score = np.log(share / (1 - share)) / heat - np.log(-np.log(np.clip(noise, 1e-12, 1 - 1e-12)))
-        # Equal suspicions must not be settled by position: a trace of noise settles them by chance.
-        return lowest_k(-(score + 1e-9 * noise), where, count)
+            odds = np.clip(scores, 1e-6, 1 - 1e-6)
+            gumbel = np.log(-np.log(np.clip(noise, 1e-12, 1 - 1e-12)))
+            score = np.log(odds / (1 - odds)) / temperature - gumbel
+        return lowest_k(-(score + EPSILON * noise), eligible, counts)
 
-    def _forward(self, ids: np.ndarray, at: Tensor | None = None, head: str = "lm", **more: Tensor):
-        inputs = torch.from_numpy(ids).to(self.runtime.device)
-        with self.runtime.autocast():
-            return self.model(input_ids=inputs, logits_at=at, head=head, **more)
+    # ------------------------------------------------------------------------------------------ scores of texts
 
     @torch.no_grad()
     def fresh_confidence(self, ids: np.ndarray) -> np.ndarray:
-        """(B, T) probability of each token of a whole text, itself in view. One forward pass."""
+        """(B, T) probability of each token of a whole text that the model reads, too. One forward pass."""
 
         def read(part: np.ndarray) -> np.ndarray:
             logits = self._forward(part).logits
-            tokens, barred = (torch.as_tensor(x, device=logits.device) for x in (part, self.forbidden))
-            return probability_of(tokens, logits, barred).double().cpu().numpy()
+            tokens, forbidden = (torch.as_tensor(x, device=logits.device) for x in (part, self.forbidden))
+            return probability_of(tokens, logits, forbidden).double().cpu().numpy()
 
         return self._in_windows(read, ids)
 
     @torch.no_grad()
-    def raw_error(self, ids: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
-        """(B, T) the critic's own chance of error, before calibration, of texts that fit into the context.
+    def raw_error(self, ids: np.ndarray, conditioning_mask: np.ndarray | None = None) -> np.ndarray:
+        """(B, T) the critic's probability of error before calibration, of texts that fit into the context.
 
-        `given` (B, T): tokens that are known to be right; None if nothing is known.
+        `conditioning_mask` (B, T): tokens that are known to be right; None if nothing is known.
         """
-        told = {} if given is None else {"given": torch.from_numpy(given).to(self.runtime.device)}
-        return torch.sigmoid(self._forward(ids, head="critic", **told).logits.float()).double().cpu().numpy()
+        known = {}
+        if conditioning_mask is not None:
+            known["conditioning_mask"] = torch.from_numpy(conditioning_mask).to(self.runtime.device)
+        return torch.sigmoid(self._forward(ids, head="critic", **known).logits.float()).double().cpu().numpy()
 
     @torch.no_grad()
     def critic_error(self, ids: np.ndarray) -> np.ndarray:
-        """(B, T) calibrated chance that each token of a text of which nothing is known is an error: how often one is wrong
-        that looks so, in texts of which the generator wrote any share, each equally often. One forward pass."""
+        """(B, T) calibrated probability that each token of a text is an error, when nothing is known of the text.
+
+        It is the frequency of errors among tokens with the same raw probability. In the texts behind it, all shares of
+        generated tokens are equally frequent. One forward pass.
+        """
         return self.calibration(self._in_windows(self.raw_error, ids))
 
     def _in_windows(self, read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> np.ndarray:
-        """(B, T) of texts of any length: a longer one than the context is read in consecutive windows."""
+        """(B, T) of texts of any length: one longer than the context is read in consecutive windows."""
         width = self.context or ids.shape[1]
         return np.concatenate(
             [read(ids[:, start : start + width]) for start in range(0, ids.shape[1], width)], 1
         )
 
+    def _forward(self, ids: np.ndarray, logits_at: Tensor | None = None, head: str = "lm", **more: Tensor):
+        inputs = torch.from_numpy(ids).to(self.runtime.device)
+        with self.runtime.autocast():
+            return self.model(input_ids=inputs, logits_at=logits_at, head=head, **more)
+
     def _noise(self, purpose: str, number: int, rows: np.ndarray, columns: int) -> np.ndarray:
+        """(B, columns) uniform noise of a round."""
         return randomness.uniform(randomness.key(self.seed, f"sample {purpose}", number), rows, columns)
-
-
-@dataclass
-class _Draft:
-    """The text with every position of a round written, and what the pass said."""
-
-    ids: np.ndarray  # (B, T)
-    at: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # (N,) flat positions written
-    logits: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (N, V)
-    # (B, T) of the text before the round: raw chance of an error, and that the generator wrote it
-    critic: np.ndarray = field(default_factory=lambda: np.empty(0))
-    origin: np.ndarray = field(default_factory=lambda: np.empty(0))
-
-
-def _events(masked: np.ndarray, after: np.ndarray, drafts: bool) -> np.ndarray:
-    """(B, T). `drafts`: a masked position that stays masked had a draft, which was taken back."""
-    events = np.full(masked.shape, UNCHANGED, np.int8)
-    events[masked & ~after] = WRITTEN
-    events[after & ~masked] = TAKEN_BACK
-    events[masked & after] = TAKEN_BACK if drafts else STILL_MASKED
-    return events
-
-
-def _round(part: Samples, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, events) after a round; after a part's last one nothing happens any more."""
-    if number < len(part.rounds):
-        return part.rounds[number].ids, part.rounds[number].events
-    return part.ids, np.full(part.ids.shape, UNCHANGED, np.int8)

@@ -1,60 +1,60 @@
-"""How many tokens are still masked after each round of sampling.
+"""Schedules of sampling: how many tokens are masked after each round, and the temperature of each round.
 
-Policies that take back share one schedule, so that only the choice of places differs; those that take nothing back write to
-the end, at one temperature.
+All policies that re-mask share one schedule, so they differ only in the positions that they choose. A policy that never
+re-masks unmasks until the last round, at one temperature.
 """
 
 import numpy as np
 
 from lib.sections.sampler import SamplerConfig
 
-LEAST_ROUNDS = 8  # with fewer, held rounds would leave too few for writing
+MIN_ROUNDS = 8  # with fewer rounds, corrector steps would leave too few rounds for unmasking
 
 
-def masked_shares(config: SamplerConfig, rounds: int, takes_back: bool = True) -> np.ndarray:
-    """(rounds,) share of the free tokens left masked after each round; the last is 0.
+def masked_shares(config: SamplerConfig, rounds: int, remasks: bool = True) -> np.ndarray:
+    """(rounds,) share of the free tokens that is masked after each round; the last is 0.
 
-    linear: evenly from start_ratio to end_ratio; cosine: cos(pi/2 x done), slow at first (Chang et al., MaskGIT,
-    2022); custom: `masking_ratios`, one for each round after the first, read off between them for another number of
-    rounds; threshold: the shares
-    of linear, as the most that a round leaves masked.
+    - linear: evenly from `start_ratio` to `end_ratio`.
+    - cosine: cos(pi/2 x done), which unmasks slowly at first (MaskGIT, Chang et al. 2022).
+    - custom: `masking_ratios`, one for each round after the first. For another number of rounds they are interpolated.
+    - threshold: the shares of linear, as an upper limit.
 
-    Of all but custom the last rounds, `corrector_share` of them, stay at one share: the text stands but for what is taken back
-    and written anew (the loop of ReMDM, Wang et al. 2025), every token `corrector_resampling` times in the mean, so that many
-    rounds change little at once. A policy that takes nothing back needs them for writing.
+    All but custom end with corrector steps: `corrector_share` of the rounds keep one share masked. Each step re-masks a few
+    tokens and resamples them, each token `corrector_resampling` times on average (the loop of ReMDM, Wang et al. 2025).
+    Policies that never re-mask have no corrector steps.
     """
     if config.schedule == "custom":
-        given = np.asarray(config.masking_ratios)
-        places = np.linspace(0, 1, len(given)), np.linspace(0, 1, rounds - 1)
-        return np.append(np.interp(places[1], places[0], given), 0.0)
-    held = held_rounds(config, rounds, takes_back)
-    falling = rounds - held
-    end = min(config.end_ratio, config.corrector_resampling / held) if held else config.end_ratio
+        ratios = np.asarray(config.masking_ratios)
+        progress = np.linspace(0, 1, rounds - 1)
+        return np.append(np.interp(progress, np.linspace(0, 1, len(ratios)), ratios), 0.0)
+    steps = corrector_steps(config, rounds, remasks)
+    unmasking_rounds = rounds - steps
+    end = min(config.end_ratio, config.corrector_resampling / steps) if steps else config.end_ratio
     if config.schedule == "cosine":
-        shares = np.cos(np.pi / 2 * np.arange(1, falling) / falling)
+        shares = np.cos(np.pi / 2 * np.arange(1, unmasking_rounds) / unmasking_rounds)
     else:
-        shares = np.linspace(config.start_ratio, end, falling - 1)
-    return np.concatenate([shares, np.full(held, end), [0.0]])
+        shares = np.linspace(config.start_ratio, end, unmasking_rounds - 1)
+    return np.concatenate([shares, np.full(steps, end), [0.0]])
 
 
-def held_rounds(config: SamplerConfig, rounds: int, takes_back: bool) -> int:
-    """How many of the last rounds only correct what stands; none where all are needed for writing."""
-    if not takes_back or config.schedule == "custom" or rounds < LEAST_ROUNDS:
+def corrector_steps(config: SamplerConfig, rounds: int, remasks: bool) -> int:
+    """How many of the last rounds are corrector steps: they resample tokens and unmask nothing new."""
+    if not remasks or config.schedule == "custom" or rounds < MIN_ROUNDS:
         return 0
     return int(config.corrector_share * (rounds - 1))
 
 
-def temperatures(config: SamplerConfig, rounds: int, takes_back: bool = True) -> np.ndarray:
-    """(rounds,) temperature at which each round draws: what the held rounds write anew is drawn colder."""
-    heats = np.full(rounds, config.temperature)
-    heats[rounds - held_rounds(config, rounds, takes_back) :] *= config.corrector_temperature
-    return heats
+def temperatures(config: SamplerConfig, rounds: int, remasks: bool = True) -> np.ndarray:
+    """(rounds,) sampling temperature of each round. Corrector steps have their own, usually lower, factor."""
+    by_round = np.full(rounds, config.temperature)
+    by_round[rounds - corrector_steps(config, rounds, remasks) :] *= config.corrector_temperature
+    return by_round
 
 
-def masked_counts_left(shares: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """(rounds, B) tokens left masked after each round, for rows with `free[b]` tokens to write.
+def masked_counts_by_round(shares: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """(rounds, B) tokens that are masked after each round, for rows with `free[b]` tokens to generate.
 
-    At least one token is left until the last round where there is more than one, so no round is idle at its end.
+    A row with more than one token keeps at least one masked until the last round, and unmasks at least one in the first.
     """
     counts = np.rint(shares[:, None] * free[None, :]).astype(np.int64)
     counts[:-1] = np.clip(counts[:-1], np.minimum(1, free), np.maximum(free - 1, 0))

@@ -1,11 +1,11 @@
-"""Staged unmasking: masks that get harder as training gets better, in place of the bound's uniform ratios.
+"""Staged unmasking: masks that get harder as training proceeds, instead of the bound's uniform ratios.
 
-A stage is a way to mask and a share to mask. Training begins with the first; when its own validation loss has not
-improved `val_loss_stale_count` times in a row the next one joins (by `min_improvement`: in a short run a loss falls to the end,
-but ever more slowly). Batches are split evenly over the stages so far, so
-that nothing learned is left behind, or over all from the start.
+A stage is a type of mask and a range of ratios. Training begins with the first stage. The next one joins when the current
+stage's validation loss has not improved `val_loss_stale_count` times in a row. An improvement is one by at least
+`min_improvement`, because in a short run the loss falls until the end. Batches are divided evenly over the stages so far, or
+over all stages from the start, so earlier stages are not forgotten.
 
-Works on numpy arrays; knows no tokens and no model. Legend: B rows, T positions, S stages.
+Works on numpy arrays. Legend: B rows, T positions, S stages.
 """
 
 import math
@@ -14,21 +14,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib import randomness
-from lib.diffusion.masking import draw_mask, masked_counts
+from lib.diffusion.masking import BatchDraw, draw_mask, masked_counts
 from lib.diffusion.nelbo import MaskedBatch, stratified
 from lib.sections.masking import UnmaskingStage
 
 
 @dataclass
 class Progress:
-    """Which stage training is in.
+    """The current stage of training.
 
     Attributes:
         patience: `val_loss_stale_count` of each stage.
-        min_improvement: of each stage, by what share the loss must fall below the best one to count as better.
-        current: its number; the last one stays.
-        best, stale: the least validation loss of this stage so far, and how many checks ago that was.
+        min_improvement: of each stage, the relative decrease of the loss that counts as an improvement.
+        current: index of the current stage; the last stage never ends.
+        best, stale: lowest validation loss of the current stage, and the number of checks since then.
     """
 
     patience: tuple[int, ...]
@@ -38,7 +37,7 @@ class Progress:
     stale: int = 0
 
     def note(self, loss: float) -> bool:
-        """Take in the current stage's validation loss. True if that ended the stage."""
+        """Record the current stage's validation loss. True if the stage ends with it."""
         if loss < self.best * (1 - self.min_improvement[self.current]):
             self.best, self.stale = loss, 0
             return False
@@ -51,32 +50,28 @@ class Progress:
 
 def mask_in_stages(
     stages: Sequence[UnmaskingStage],
-    of_row: np.ndarray,
+    stage_of_row: np.ndarray,
     valid: np.ndarray,
-    seed: int,
-    purpose: str,
-    rows: np.ndarray,
-    period: int,
+    draw: BatchDraw,
     lines: np.ndarray | None = None,
 ) -> MaskedBatch:
-    """Masks of a batch in which row b belongs to stage `of_row[b]`.
+    """Masks of a batch in which row b belongs to stage `stage_of_row[b]`.
 
-    Weights make every row's loss the mean over its masked tokens. That is no bound on the likelihood.
+    The weights make every row's loss the mean over its masked tokens. That is no bound on the likelihood.
 
     Args:
-        of_row: (B,) numbers of stages.
-        valid, seed, purpose, rows, period, lines: as for `nelbo.mask_batch`; row b's mask depends on `rows[b]` and its
-            stage alone.
+        stage_of_row: (B,) indices of stages.
+        valid, draw, lines: as for `nelbo.mask_batch`. Row b's mask depends on its key and its stage alone.
     """
     lengths = valid.sum(1)
-    place = stratified(randomness.key(seed, purpose + " ratio"), rows, period)  # (B,)
+    position_in_range = stratified(draw.key("ratio"), draw.rows, draw.period)  # (B,) in [0, 1)
     masked = np.zeros(valid.shape, bool)
-    for number in np.unique(of_row):
-        own, stage = np.flatnonzero(of_row == number), stages[number]
+    for index in np.unique(stage_of_row):
+        rows, stage = np.flatnonzero(stage_of_row == index), stages[index]
         low, high = stage.ratios
-        counts = masked_counts(low + (high - low) * place[own], lengths[own])
-        here = None if lines is None else lines[own]
-        key = randomness.key(seed, f"{purpose} mask {number}")
-        masked[own] = draw_mask(stage, valid[own], counts, key, rows[own], here)
+        counts = masked_counts(low + (high - low) * position_in_range[rows], lengths[rows])
+        row_lines = None if lines is None else lines[rows]
+        key = draw.key(f"mask {index}")
+        masked[rows] = draw_mask(stage, valid[rows], counts, key, draw.rows[rows], row_lines)
     weights = masked / np.maximum(masked.sum(1, keepdims=True), 1)
     return MaskedBatch(masked, weights.astype(np.float32), masked.sum(1) / np.maximum(lengths, 1))

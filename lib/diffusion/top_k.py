@@ -1,10 +1,10 @@
-"""Choosing so many positions of each row by a score. numpy only."""
+"""Select the k positions with the lowest scores in each row. numpy only. B rows, T positions."""
 
 import numpy as np
 
 
 def lowest_k(scores: np.ndarray, eligible: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(B, T) bool: the `counts[b]` eligible positions of lowest score in each row (scores without ties)."""
+    """(B, T) bool: the `counts[b]` eligible positions of row b that have the lowest scores (without ties)."""
     limit = kth_lowest(np.where(eligible, scores, np.inf), counts)
     return (scores <= limit) & eligible & (counts > 0)[:, None]
 

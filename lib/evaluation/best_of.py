@@ -14,6 +14,7 @@ import torch
 
 from lib import metrics
 from lib.diffusion.policies import POLICIES
+from lib.diffusion.samples import MaskedTexts
 from lib.evaluation.infilling import Start
 from lib.evaluation.quality import characters, from_first_gap, reference_nll, sequence_scores
 from lib.tokenization import decode_batch
@@ -72,7 +73,8 @@ def best_of(
 
 def _written(evaluator: Any, start: Start, policy: str, nfe: int, n: int, apart: int) -> _Pool:
     pool = np.stack([
-        evaluator.sampler.sample(start.ids, start.free, start.number + k * apart, POLICIES[policy], nfe).ids for k in range(n)
+        evaluator.sampler.sample(MaskedTexts(start.ids, start.free, start.number + k * apart), POLICIES[policy], nfe).ids
+        for k in range(n)
     ])  # fmt: skip
     counted = from_first_gap(start.free)
     likings, nats = {CHANCE: np.zeros(pool.shape[:2])} | _scorers(evaluator, pool, start), None

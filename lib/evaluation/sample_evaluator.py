@@ -13,10 +13,11 @@ import pyarrow as pa
 from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
-from lib.diffusion.autoregressive import sample_autoregressively
+from lib.diffusion.autoregressive import AutoregressiveSampler
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.policies import POLICIES
-from lib.diffusion.sampler import Sampler, Samples
+from lib.diffusion.sampler import Sampler
+from lib.diffusion.samples import MaskedTexts, Samples
 from lib.errors import BadData
 from lib.evaluation.best_of import best_of
 from lib.evaluation.collect import Measured, starting_ids
@@ -103,7 +104,8 @@ class SampleEvaluator:
         """The samples of one policy at one budget of passes, measured, into the table."""
         begin = time.perf_counter()
         made = [
-            self.sampler.sample(s.ids, s.free, s.number, POLICIES[policy], nfe, truth=s.truth) for s in starts
+            self.sampler.sample(MaskedTexts(s.ids, s.free, s.number, s.truth), POLICIES[policy], nfe)
+            for s in starts
         ]
         seconds = time.perf_counter() - begin
         passes = float(np.concatenate([m.passes for m in made]).mean())
@@ -113,7 +115,7 @@ class SampleEvaluator:
             table.add_samples(policy, nfe, start, samples.ids, seen)
         some = starts[0].first(TRACED_SAMPLES)
         traced = self.sampler.sample(
-            some.ids, some.free, some.number, POLICIES[policy], nfe, trace=True, truth=some.truth
+            MaskedTexts(some.ids, some.free, some.number, some.truth), POLICIES[policy], nfe, trace=True
         )
         table.add_trace(policy, nfe, some.number, traced)
 
@@ -156,10 +158,11 @@ class SampleEvaluator:
     def _autoregressive_samples(self, start: Start) -> Samples:
         special = sorted(set(self.tokenizer.all_special_ids))
         model: Any = self.autoregressive
-        return sample_autoregressively(
-            model, start.ids, start.free, start.number, self.tokenizer.cls_token_id, special, self.config.sampler,
-            self.runtime, self.config.seed, model.config.max_position_embeddings - 1,
+        sampler = AutoregressiveSampler(
+            model, self.tokenizer.cls_token_id, special, self.runtime, self.config.sampler, self.config.seed,
+            model.config.max_position_embeddings - 1,
         )  # fmt: skip
+        return sampler.sample(MaskedTexts(start.ids, start.free, start.number))
 
     def _real_starts(self, starts: list[Start]) -> list[Start]:
         if starts[0].names is not None:

@@ -14,6 +14,7 @@ import torch
 
 from lib import randomness
 from lib.diffusion.policies import POLICIES
+from lib.diffusion.samples import MaskedTexts
 from lib.evaluation.quality import sequence_scores
 from lib.report.html import page
 from lib.report.html_table import table
@@ -69,7 +70,9 @@ def known_texts(evaluator: Any, count: int = BATCH) -> list[Window]:
     )
     masked = np.where(free, evaluator.tokenizer.mask_token_id, real)
     rewritten = (
-        evaluator.sampler.sample(masked, free, rows, POLICIES["ancestral"], 1).ids if len(real) else real
+        evaluator.sampler.sample(MaskedTexts(masked, free, rows), POLICIES["ancestral"], 1).ids
+        if len(real)
+        else real
     )
     named = ((HELD_OUT, real), (REWRITTEN, rewritten))
     return [Window(name, number, ids) for name, texts in named for number, ids in enumerate(texts)]

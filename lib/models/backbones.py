@@ -1,4 +1,4 @@
-"""What a ranker must know of a Hugging Face backbone before it asks it anything. Knows no ranker."""
+"""Properties of a Hugging Face backbone that a ranker needs: causality, accepted arguments, positions, packed rows."""
 
 import inspect
 from pathlib import Path
@@ -10,17 +10,17 @@ from torch import Tensor
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.packing import Packed, Pools, pack
 
-TRUNK_FILE, SHARDS_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_FILE, SHARDS_FILE = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
                    "spiece.model", "spm.model")  # fmt: skip
-TAKES_OWN_MASKS = ("sdpa", "eager")  # attention implementations that let a mask of four dimensions through
-# Greatest relative difference of states, packed and one by one, that rounding explains
+CUSTOM_MASKS = ("sdpa", "eager")  # attention implementations that take a mask of four dimensions
+# Largest relative difference between packed and separate states that rounding explains
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
 TOLERANCE_OF_HALF = 0.1
 
 
 def is_causal_backbone(backbone: Any) -> bool:
-    """Whether the backbone's tokens see only earlier ones, by its config or its attention layers.
+    """Whether the backbone's tokens attend only to earlier ones, by its config or its attention layers.
 
     Raises:
         BadConfig: the backbone is an encoder with a decoder.
@@ -28,23 +28,23 @@ def is_causal_backbone(backbone: Any) -> bool:
     config = backbone.config
     if getattr(config, "is_encoder_decoder", False):
         raise BadConfig(
-            f"{type(backbone).__name__} has an encoder and a decoder; a ranker needs one of both: "
-            "take a BERT- or GPT-like model"
+            f"{type(backbone).__name__} has an encoder and a decoder, and a ranker needs only one of them; "
+            "use a model like BERT or GPT"
         )
-    said = getattr(config, "is_causal", None)
-    if said is not None:
-        return bool(said)
+    declared = getattr(config, "is_causal", None)
+    if declared is not None:
+        return bool(declared)
     layers = [m.is_causal for m in backbone.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     return any(layers) if layers else bool(getattr(config, "is_decoder", False))
 
 
 def width_of(backbone: Any) -> int:
-    """D, the width of the backbone's hidden states."""
+    """D, the size of the backbone's hidden states."""
     return backbone.config.get_text_config().hidden_size
 
 
 def arguments_of(backbone: Any) -> frozenset[str]:
-    """Names that the backbone's forward takes."""
+    """Names of the arguments of the backbone's forward."""
     return frozenset(inspect.signature(backbone.forward).parameters)
 
 
@@ -54,13 +54,13 @@ def attention_of(backbone: Any) -> str:
 
 
 def why_not_packed(backbone: Any) -> str | None:
-    """Why the backbone takes no packed rows, None if it does: what its forward takes does not say, so it is tried.
+    """The reason why the backbone cannot read packed rows; None if it can.
 
-    A pool of two candidates is read in one row and one by one, and a single row with a mask and positions of ours and
-    as anyone would read it. The states must be the same.
+    The arguments of its forward do not tell, so it is tried. Two candidates of a prompt are read in one row, and one by one. A
+    single row is read with a custom mask and positions, and without. The states must be equal.
     """
-    if attention_of(backbone) not in TAKES_OWN_MASKS:
-        return f"attention implementation {attention_of(backbone)!r} takes no mask of its own; {' or '.join(TAKES_OWN_MASKS)} do"
+    if attention_of(backbone) not in CUSTOM_MASKS:
+        return f"attention implementation {attention_of(backbone)!r} takes no custom mask; {' or '.join(CUSTOM_MASKS)} do"
     if "position_ids" not in arguments_of(backbone):
         return "its forward takes no position_ids"
     modes = {module: module.training for module in backbone.modules()}
@@ -81,7 +81,9 @@ def _compare(backbone: Any) -> str | None:
     causal = is_causal_backbone(backbone)
     padding = (getattr(backbone.config, "pad_token_id", None), getattr(table, "padding_idx", None))
     size = table.weight.shape[0]
-    ids = [i for i in range(max(0, size - 11), size) if i not in padding]  # RoBERTa's kin count no padding
+    ids = [
+        i for i in range(max(0, size - 11), size) if i not in padding
+    ]  # models like RoBERTa give padding no position
     words = torch.tensor((ids * 9)[-9:])
     mask = torch.tensor([[True, True, False], [True, True, True]])
     pools = Pools(
@@ -106,10 +108,10 @@ def _compare(backbone: Any) -> str | None:
     off = _relative(torch.cat(together), torch.cat(apart))
     if not off <= tolerance:
         return (
-            f"it gives other states when candidates share a row: states differ by {off:.1e} of their size, allowed is "
+            f"its states change when candidates share a row: they differ by {off:.1e} of their size, allowed is "
             f"{tolerance:.0e}"
         )
-    if causal:  # their rows of one candidate were the ordinary ones
+    if causal:  # the separate rows were already read without a custom mask
         return None
     one = pack(
         Pools(
@@ -119,19 +121,19 @@ def _compare(backbone: Any) -> str | None:
     off = _relative(read(one, ordinary=False), read(one, ordinary=True))
     if not off <= tolerance:
         return (
-            f"it reads a row otherwise when the mask and the positions are given; states differ by {off:.1e} of their "
+            f"its states change with a custom mask and positions: they differ by {off:.1e} of their "
             f"size, allowed is {tolerance:.0e}"
         )
     return None
 
 
 def _relative(one: Tensor, other: Tensor) -> float:
-    """Greatest difference of two sets of vectors (..., D) relative to the size of the second; NaN counts as one."""
+    """Largest difference of vectors (..., D), relative to the norm of the second ones. NaN for NaN."""
     return float(((one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-12)).max())
 
 
 def _packed_arguments(backbone: Any, packed: Packed, is_causal: bool) -> dict[str, Tensor]:
-    """The mask and positions with which a backbone reads packed rows."""
+    """Mask and positions of packed rows."""
     visible = packed.visible(is_causal)
     if attention_of(backbone) != "sdpa":
         dtype = next(backbone.parameters()).dtype
@@ -144,13 +146,16 @@ def _packed_arguments(backbone: Any, packed: Packed, is_causal: bool) -> dict[st
 
 
 def position_offset(backbone: Any) -> int:
-    """The position of a first token: RoBERTa and its kin (XLM-R, CamemBERT, MPNet, Longformer, ESM) count on from the
-    padding's id, which their table of positions knows."""
+    """The position of the first token.
+
+    In RoBERTa, XLM-R, CamemBERT, MPNet, Longformer and ESM, positions start after the id of padding, which is the
+    `padding_idx` of their table of positions.
+    """
     table = _position_table(backbone)
     padding = getattr(table, "padding_idx", None)
     if padding is not None:
         return int(padding) + 1
-    for module in backbone.modules():  # Nystromformer, MRA and YOSO begin at 2
+    for module in backbone.modules():  # Nystromformer, MRA and YOSO start at 2
         if getattr(module, "position_embeddings", None) is table and table is not None:
             positions = getattr(module, "position_ids", None)
             return int(positions.flatten()[0]) if isinstance(positions, Tensor) and positions.numel() else 0
@@ -158,15 +163,15 @@ def position_offset(backbone: Any) -> int:
 
 
 def longest_input(model: Any) -> int | None:
-    """Tokens that the model reads at most, special ones among them; None where it says no limit."""
+    """Maximum number of tokens that the model reads, special ones included; None if it declares no limit."""
     table = _position_table(model)
-    said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if said is not None and said <= 0:  # XLNet has no limit
-        said = None
+    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if declared is not None and declared <= 0:  # XLNet has no limit
+        declared = None
     if table is None:
-        return said
+        return declared
     rows = table.weight.shape[0] - position_offset(model)
-    return rows if said is None else min(rows, said)
+    return rows if declared is None else min(rows, declared)
 
 
 def _position_table(backbone: Any) -> Any:
@@ -179,21 +184,20 @@ def _position_table(backbone: Any) -> Any:
 
 
 def require_model_files(folder: Path) -> None:
-    """Raise MissingInput or BadData if a folder is not that of a Hugging Face model with a tokenizer."""
+    """Raise MissingInput or BadData if a folder has no Hugging Face model with a tokenizer."""
     if not (folder / "config.json").exists():
         raise MissingInput(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    if not any((folder / name).exists() for name in (TRUNK_FILE, SHARDS_FILE)):
+    if not any((folder / name).exists() for name in (WEIGHTS_FILE, SHARDS_FILE)):
         pickled = sorted(
             path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern)
         )
         if pickled:
             raise BadData(
-                f"{folder} has its weights only in {pickled[0]}, a pickle, which can run any code and is not read; "
-                "convert it to model.safetensors with save_pretrained on a machine that may run it"
+                f"{folder} has its weights only in {pickled[0]}; it is a pickle, which can run any code, and is not read. "
+                "Convert it to model.safetensors with save_pretrained, on a machine that may run it"
             )
-        raise MissingInput(f"{folder} has no {TRUNK_FILE}; give a folder with the model's weights")
+        raise MissingInput(f"{folder} has no {WEIGHTS_FILE}; give a folder with the model's weights")
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise MissingInput(
-            f"{folder} has no tokenizer (tokenizer.json or a vocabulary); copy there the one that the model was "
-            "trained with"
+            f"{folder} has no tokenizer (tokenizer.json or a vocabulary); copy the one of the model into it"
         )

@@ -1,7 +1,7 @@
-"""Make, start, save and load the models of every mode. Mode = which head class; the backbone is always the same.
+"""Make, initialise, save and load the models of every mode. The mode is the head class; the backbone is always the same.
 
-Transfer: any mode starts from any other mode's folder. The backbone must fit tensor by tensor; heads that do not fit
-are dropped by name and said so, new ones are made; anything else that does not fit is an error.
+Transfer: any checkpoint can initialise any mode. All tensors of the backbone must match. Heads that do not match are dropped and
+reported, and new ones are initialised. Anything else that does not match is an error.
 """
 
 import json
@@ -21,13 +21,21 @@ from lib.models.ranker import SequenceRanker
 from lib.sections.models import ArchitectureConfig, ModelSpec
 from lib.tokenization import model_tokenizer
 
-# A bar for every load and save of a small model drowns what matters.
+# Progress bars for every load and save of a small model would hide other output.
 transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved model whose backbone a new model starts from, and the dropout of the new model."""
+
+    folder: Path
+    dropout: float
 
 
 @dataclass
 class Transfer:
-    """Which tensors came from the start, which heads of it were left, which are new."""
+    """Which tensors were loaded from a checkpoint, which of its tensors were dropped, and which are new."""
 
     start: str = "scratch"
     loaded: list[str] = field(default_factory=list)
@@ -46,7 +54,7 @@ class Transfer:
 def model_config(
     architecture: ArchitectureConfig, attention: str, vocab_size: int, **heads
 ) -> PreTrainedConfig:
-    """The Hugging Face config of the architecture's family. One position more than the context: [CLS] is in front."""
+    """The Hugging Face config of the architecture's family. It has one more position than the context, for [CLS]."""
     family = FAMILIES[architecture.family]
     _require_attention(family, attention)
     return family.config_of(architecture, vocab_size, attention, **heads)
@@ -55,13 +63,13 @@ def model_config(
 def _require_attention(family: Family, attention: str) -> None:
     if attention == "causal" and "causal_lm" not in family.heads:
         raise BadConfig(
-            f"architecture.family {family.name} reads both ways and cannot be causal; give this model "
+            f"architecture.family {family.name} is bidirectional and cannot be causal; give this model "
             "architecture: {family: remask_gpt}, or attention: bidirectional"
         )
 
 
 def make_model(mode: str, config: PreTrainedConfig, seed: int, label: str) -> nn.Module:
-    """A fresh model whose weights are a function of seed and label."""
+    """A new model. Its weights are a function of seed and label."""
     heads = FAMILIES[config.model_type].heads
     with torch.random.fork_rng():
         torch.manual_seed(randomness.key(seed, f"{label} weights") % 2**63)
@@ -74,7 +82,7 @@ def make_model(mode: str, config: PreTrainedConfig, seed: int, label: str) -> nn
 
 
 def fresh_backbone(spec: ModelSpec, vocab_size: int, seed: int, label: str) -> nn.Module:
-    """A backbone of ours without a head, whose weights are a function of seed and label."""
+    """A new backbone of this project without a head. Its weights are a function of seed and label."""
     config = model_config(spec.architecture, spec.effective_attention, vocab_size)
     with torch.random.fork_rng():
         torch.manual_seed(randomness.key(seed, f"{label} weights") % 2**63)
@@ -84,14 +92,14 @@ def fresh_backbone(spec: ModelSpec, vocab_size: int, seed: int, label: str) -> n
 def heads_of(
     mode: str, target_type: str = "score", num_classes: int = 3, own_labels: bool = False
 ) -> dict[str, Any]:
-    """The config keys that make a mode's head, its classes by name. `own_labels`: token classes are the user's own."""
+    """The config keys of a mode's head, with names of its classes. `own_labels`: the token classes are user-defined."""
     if mode == "token_classifier":
         return _classes(_token_classes(num_classes, own_labels))
     if mode == "sequence_scorer" and target_type == "classification":
         return _classes(_bands(num_classes))
     if mode == "sequence_scorer":
         return _classes(["score"]) | {"score_activation": "sigmoid", "problem_type": "regression"}
-    # A regression to transformers: its pipelines would put a sigmoid on the one number of a classifier
+    # A regression for transformers, whose pipelines would apply a sigmoid to the one score of a classifier.
     return _classes(["score"]) | {"problem_type": "regression"} if mode == "ranker" else {}
 
 
@@ -104,34 +112,42 @@ def _classes(names: list[str]) -> dict[str, Any]:
 
 
 def _token_classes(count: int, own_labels: bool) -> list[str]:
-    """Names of token classes: where a token comes from, or the numbers of the user's own."""
+    """Names of token classes: the origin of a token, or numbers for user-defined ones."""
     known = ["unlabelled"] if own_labels else ["original", "random", "predicted"]
     return [known[i] if i < len(known) else f"class_{i}" for i in range(count)]
 
 
 def _bands(count: int) -> list[str]:
-    """Names of equal bands of the score's range [0, 1]."""
+    """Names of equal intervals of the score's range [0, 1]."""
     digits = max(2, len(str(count)))
     return [f"score {i / count:.{digits}f} to {(i + 1) / count:.{digits}f}" for i in range(count)]
 
 
 def start_model(
     mode: str,
-    architecture: ArchitectureConfig,
+    backbone: ArchitectureConfig | Checkpoint,
     attention: str,
     vocab_size: int,
     seed: int,
     label: str,
-    start: Path | None = None,
     **heads,
 ) -> tuple[Any, Transfer]:
-    """A model of `mode`, fresh or with the backbone (and fitting heads) of the folder `start`.
+    """A model of `mode`, and the record of which tensors a checkpoint initialised.
 
-    The architecture of a started model is its start's; the attention is the one asked for.
+    Args:
+        backbone: an architecture for new weights, or a checkpoint. A checkpoint gives the architecture, the weights of the
+            backbone and those of matching heads.
+        seed, label: new weights are a function of them.
+        heads: config keys of the head; see `heads_of`.
+
+    Raises:
+        BadData: the checkpoint has another vocabulary, or its backbone does not match.
+        BadConfig: the family of the backbone does not have this attention.
     """
-    if start is None:
-        config = model_config(architecture, attention, vocab_size, **heads)
+    if isinstance(backbone, ArchitectureConfig):
+        config = model_config(backbone, attention, vocab_size, **heads)
         return make_model(mode, config, seed, label), Transfer(created=["everything"])
+    start = backbone.folder
     source, tensors = read_folder(start)
     if source.vocab_size != vocab_size:
         raise BadData(
@@ -142,7 +158,7 @@ def start_model(
     _require_attention(family, attention)
     if "causal_lm" in family.heads:
         heads["attention"] = attention
-    config = family.restarted(source, architecture.dropout, **heads)
+    config = family.restarted(source, backbone.dropout, **heads)
     model = make_model(mode, config, seed, label)
     inner = model.encoder if isinstance(model, SequenceRanker) else model
     return model, _load_fitting(inner, tensors, family.backbone, start)
@@ -153,7 +169,7 @@ def _load_fitting(
 ) -> Transfer:
     report = Transfer(start=str(start))
     own = model.state_dict()
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())  # stand for the embedding in the state dict
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())  # the embedding, under a second name
     with torch.no_grad():
         for name, value in own.items():
             given = tensors.get(name)
@@ -166,18 +182,20 @@ def _load_fitting(
                     if given is None
                     else f"has shape {tuple(given.shape)}, not {tuple(value.shape)}"
                 )
-                raise BadData(f"{start}: tensor {name} {problem}; the backbone must fit whole")
+                raise BadData(f"{start}: tensor {name} {problem}; the whole backbone must match")
             elif name not in tied:
                 report.created.append(name)
     report.dropped = sorted(n for n in tensors if n not in report.loaded and n not in tied)
-    alien = [n for n in report.dropped if n.startswith(backbone)]
-    if alien:
-        raise BadData(f"{start}: tensors {alien} have no place in the new model; the backbone must fit whole")
+    unknown = [n for n in report.dropped if n.startswith(backbone)]
+    if unknown:
+        raise BadData(
+            f"{start}: tensors {unknown} are not part of the new model; the whole backbone must match"
+        )
     return report
 
 
 def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
-    """(config, tensors) of a saved folder of one of our families. Raises MissingInput or BadData."""
+    """(config, tensors) of a saved folder of one of the families. Raises MissingInput or BadData."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoConfig
@@ -186,7 +204,7 @@ def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]
     if not weights.exists():
         hint = "; pickled weights are not read" if list(folder.glob("*.bin")) else ""
         raise MissingInput(
-            f"{folder} has no model.safetensors{hint}; give a folder that a training stage wrote"
+            f"{folder} has no model.safetensors{hint}; give a folder of a model that stage 04 or 05 trained"
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -196,13 +214,13 @@ def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise BadData(
-            f"{folder}/config.json says model_type {config.model_type}; a model starts from {known}"
+            f"{folder}/config.json has model_type {config.model_type}; a checkpoint must be of {known}"
         )
     return config, tensors
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the folder's config names one of our families. Raises BadData if it is not JSON."""
+    """Whether the folder's config is of one of the families. Raises BadData if it is not JSON."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -211,7 +229,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def load_model(folder: Path) -> Any:
-    """The model of a saved folder, in evaluation mode, by the class its config names."""
+    """The model of a saved folder, in evaluation mode, of the class that its config names."""
     config, _ = read_folder(folder)
     name = (config.architectures or ["?"])[0]
     classes = {c.__name__: c for c in FAMILIES[config.model_type].heads.values()}
@@ -221,14 +239,12 @@ def load_model(folder: Path) -> Any:
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """Weights, config and tokenizer into `folder`, as Hugging Face writes them.
+    """Write weights, config, code and tokenizer into `folder` in the format of transformers.
 
-    `tokenizer` is the run's; the folder's own has the same tokens and is called as the model was trained.
+    `tokenizer` is the run's. The folder's tokenizer has the same tokens and adds special tokens as in training.
     """
     inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
-    if (
-        head_of(inner) == "causal_lm"
-    ):  # what `generate` goes by: text only, and no more than the model can read
+    if head_of(inner) == "causal_lm":  # defaults of `generate`: no special tokens, at most the model's length
         inner.generation_config = GenerationConfig(
             max_length=inner.config.max_position_embeddings,
             suppress_tokens=sorted(set(tokenizer.all_special_ids)),
@@ -239,16 +255,17 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
 
 
 def head_of(model: Any) -> str:
-    """Which head of its family a model is: masked_lm, causal_lm, token or sequence."""
+    """The head of a model: masked_lm, causal_lm, token or sequence."""
     heads = FAMILIES[model.config.model_type].heads
     return next(name for name, head in heads.items() if isinstance(model, head))
 
 
 def tokenizer_of(model: Any, tokenizer: Any) -> Any:
-    """The run's tokenizer as `model` was trained to be called.
+    """The run's tokenizer with the special tokens and the length that `model` was trained with.
 
-    Sequence scorers, rankers and causal models read [CLS] in front of a text; masked ones and token classifiers read
-    text alone, one token less than they have positions, for the last one is never trained. Only a masked one reads masks.
+    Sequence scorers, rankers and causal models read [CLS] in front of a text. Masked models and token classifiers read text
+    alone. Their maximum is one token less than their positions, because the last position is never trained. Only masked
+    models read [MASK].
     """
     head, positions = head_of(model), model.config.max_position_embeddings
     cls_in_front = head in ("sequence", "causal_lm")

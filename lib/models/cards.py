@@ -1,27 +1,32 @@
-"""How a published folder is used: the section "Use" of a model card, whose every example is run by a test.
+"""The section "Use" of a model card. A test runs every example of it.
 
-Knows a saved config and how its tokenizer calls the model (`lib.models.build.tokenizer_of`); no run and no figures.
+The texts follow from the saved config and from the special tokens of its tokenizer (`lib.models.build.tokenizer_of`).
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-FOLDER = "THIS_FOLDER"  # in the examples, for the folder's path or its name on a hub
-FLOOR = "5.5"  # oldest transformers that the folders are tried with
+FOLDER = "THIS_FOLDER"  # in the examples: the folder's path or its name on a hub
+FLOOR = "5.5"  # oldest transformers that published folders are tested with
 
 
 @dataclass(frozen=True)
 class Usage:
-    """task: pipeline tag of the header; text: Markdown."""
+    """The section of a card.
+
+    Attributes:
+        task: pipeline tag for the card's header.
+        text: Markdown.
+    """
 
     task: str
     text: str
 
 
-OWN_CODE = """The folder carries its own modelling code, so transformers asks for `trust_remote_code=True`: read the code first. Nothing
-else has to be installed but torch and transformers {floor} or newer. `{folder}` stands for the folder's path, or its name on a hub."""
+OWN_CODE = """The folder contains its modeling code, so transformers needs `trust_remote_code=True`: read the code first. Only torch and
+transformers {floor} or newer have to be installed. `{folder}` stands for the folder's path, or its name on a hub."""
 
-STOCK_CODE = """No code of its own is needed, only torch and transformers {floor} or newer. `{folder}` stands for the folder's path, or its name
+STOCK_CODE = """No custom code is needed, only torch and transformers {floor} or newer. `{folder}` stands for the folder's path, or its name
 on a hub."""
 
 LOAD = """```python
@@ -49,15 +54,15 @@ for found in fill("The val[MASK]e of an object"):
     print(found["score"], found["sequence"])
 ```
 
-`[MASK]` is a token that is to be written; a text is read as it is, with nothing around it. Masks of one pass are filled
-without knowledge of each other. The model was trained on up to {text_tokens} tokens."""
+`[MASK]` is a token to be generated. No special tokens are added around a text. All masks of one forward pass are filled
+independently of each other. The model was trained on up to {text_tokens} tokens."""
 
 CAUSAL = """inputs = tokenizer("The value of", return_tensors="pt")
 with torch.no_grad():
     loss = model(**inputs, labels=inputs["input_ids"]).loss
-    written = model.generate(**inputs, do_sample=True)
+    generated = model.generate(**inputs, do_sample=True)
 print(f"{{loss:.3f}} nats per token")
-print(tokenizer.decode(written[0], skip_special_tokens=True))
+print(tokenizer.decode(generated[0], skip_special_tokens=True))
 ```
 
 or
@@ -69,8 +74,8 @@ write = pipeline("text-generation", model="{folder}", trust_remote_code=True)
 print(write("The value of", do_sample=True)[0]["generated_text"])
 ```
 
-The tokenizer puts `[CLS]` in front, as in training: there the model begins, so that the first token has a likelihood too and
-the empty text can be gone on from. It reads and writes {text_tokens} tokens in all, and knows no end: set `max_new_tokens` for less."""
+The tokenizer puts `[CLS]` in front, as in training. So the first token has a likelihood, too, and the empty text can be continued.
+The model reads and generates {text_tokens} tokens in all. It has no end token: set `max_new_tokens` for less."""
 
 TOKENS = """text = "The value of an object"
 inputs = tokenizer(text, truncation=True, return_tensors="pt")
@@ -80,7 +85,7 @@ for token, row in zip(inputs["input_ids"][0].tolist(), shares):
     print(repr(tokenizer.decode([token])), model.config.id2label[row.argmax().item()], row.max().item())
 ```
 
-or, as stretches of one class,
+or, grouped into spans of one class,
 
 ```python
 from transformers import pipeline
@@ -93,8 +98,8 @@ for found in classify(text):
     print(found["entity_group"], repr(text[found["start"] : found["end"]]), found["score"])
 ```
 
-The classes: {classes}. A text is read as it is, with nothing around it; names of special tokens in it are ordinary text. What
-is beyond {text_tokens} tokens is cut off."""
+The classes: {classes}. No special tokens are added around a text, and names of special tokens in it are ordinary text. Texts are
+truncated to {text_tokens} tokens."""
 
 SEQUENCES = """texts = ["The value of an object", "The valve on and object"]
 inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
@@ -112,9 +117,9 @@ classify = pipeline("text-classification", model="{folder}", trust_remote_code=T
 print(classify(["The value of an object", "The valve on and object"], truncation=True{every}))
 ```
 
-{meaning} The tokenizer puts `[CLS]` in front, where the model reads its
-answer: without it the numbers mean nothing. Names of special tokens in a text are ordinary text. `truncation=True` cuts
-off what is beyond {text_tokens} tokens; score a longer text piece by piece."""
+{meaning} The tokenizer puts `[CLS]` in front, whose hidden state the
+model classifies; without it the output has no meaning. Names of special tokens in a text are ordinary text. `truncation=True`
+truncates to {text_tokens} tokens; score a longer text piece by piece."""
 
 SCORES = {
     "expression": "scores = model(**inputs).logits[:, 0]  # (texts,)",
@@ -137,8 +142,8 @@ for token, chance in zip(inputs["input_ids"][0].tolist(), errors):
     print(repr(tokenizer.decode([token])), chance)
 ```
 
-`errors` is how likely each token of a text of which nothing is known is wrong; `calibration.json` turns what the critic
-says into how often such a token was wrong on held-out text. The same model fills masks:
+`errors` is the probability that each token is wrong, when nothing is known of the text. `calibration.json` maps the critic's
+output to the frequency of errors on held-out text. The same model fills masks:
 
 ```python
 from transformers import pipeline
@@ -148,7 +153,7 @@ for found in fill("The val[MASK]e of an object"):
     print(found["score"], found["sequence"])
 ```
 
-A text is read as it is, with nothing around it; `[MASK]` in it is the mask. The model was trained on up to {text_tokens} tokens."""
+No special tokens are added around a text; `[MASK]` in it is the mask. The model was trained on up to {text_tokens} tokens."""
 
 PAIRS = """```python
 import torch
@@ -175,7 +180,7 @@ scores = CrossEncoder("{folder}"{trust}).predict([(question, candidate) for cand
 print(candidates[scores.argmax()])
 ```
 
-The candidate of the highest score is the answer; scores of different questions are not comparable. {prompt}"""
+The candidate of the highest score is the answer. Scores of different questions are not comparable. {prompt}"""
 
 
 def usage(
@@ -184,9 +189,9 @@ def usage(
     """The section for the model of a saved config.
 
     Args:
-        kind: "critic", or "pairs" for a ranker with prompts: what the architecture does not tell.
-        prompt: of a ranker with prompts: what stands in it; empty for one that reads none.
-        own_labels: scores are those of a user's own labels.
+        kind: "critic", or "pairs" for a ranker with prompts; the architecture alone does not say this.
+        prompt: content of a ranker's prompts; empty for a ranker that reads none.
+        own_labels: the labels are user-defined.
     """
     architecture = config["architectures"][0]
     has_code = "auto_map" in config
@@ -196,7 +201,7 @@ def usage(
         words |= {
             "trust": ", trust_remote_code=True" if has_code else "",
             "question": '"what was the change in net revenue from 2012 to 2013?"' if prompt else '""',
-            "prompt": f"It was trained with {prompt} in front of each candidate." if prompt else "It was trained without the question, as a control.",
+            "prompt": f"It was trained with {prompt} before each candidate." if prompt else "It was trained without the question, as a control.",
         }  # fmt: skip
         return Usage("text-ranking", PAIRS.format(**words) + "\n\n" + about)
     auto, task, body, more = _head_of(architecture, config, own_labels)
@@ -213,7 +218,7 @@ def usage(
 def _head_of(
     architecture: str, config: dict[str, Any], own_labels: bool
 ) -> tuple[str, str, str, dict[str, str]]:
-    """(Auto class, pipeline, template, words of its own) of an architecture."""
+    """(Auto class, pipeline, template, further values for the template) of an architecture."""
     if architecture.endswith("MaskedLM"):
         return "AutoModelForMaskedLM", "fill-mask", MASKED, {}
     if architecture.endswith("CausalLM"):
@@ -229,14 +234,10 @@ def _head_of(
     if len(names) > 1:
         words = CLASSES | {"meaning": f"The classes: {', '.join(names)}."}
     elif config["score_activation"] == "sigmoid":
-        score = (
-            "as its training labels score texts"
-            if own_labels
-            else "1 for untouched text, less for rewritten text"
-        )
+        score = "as in the training labels" if own_labels else "1 for original text, less for rewritten text"
         words = SCORES | {"meaning": f"The score lies in [0, 1]: {score}."}
     else:
         words = SCORES | {
-            "meaning": "The candidate of the highest score is the best; scores have no unit, and compare candidates of one example."
+            "meaning": "The candidate of the highest score is the best. Scores have no unit; compare only candidates of one example."
         }
     return "AutoModelForSequenceClassification", "text-classification", SEQUENCES, words

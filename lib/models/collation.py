@@ -1,9 +1,8 @@
-"""Texts to pools of token ids: prompts and candidates in the layout of the tokenizer's own pairs.
+"""Collation: from texts to pools of token ids, in the layout of the tokenizer's pairs.
 
-A pair is `before A between B after`, where the words around the texts are the tokenizer's special tokens: for BERT
-`[CLS] A [SEP] B [SEP]`, for Llama `<s> A <s> B` or `<s> A B`, for GPT-2 `A B`. A prompt becomes `before A between`, a
-candidate `B after`, so that both together are what `tokenizer(prompt, candidate)` gives, and what stock tools feed to
-an exported ranker. Knows no model.
+A pair is `before A between B after`, with the tokenizer's special tokens around the texts A and B. It is `[CLS] A [SEP] B [SEP]`
+for BERT, `<s> A <s> B` or `<s> A B` for Llama, and `A B` for GPT-2. A prompt becomes `before A between`, a candidate `B after`.
+Together they equal `tokenizer(prompt, candidate)`, which is also what stock tools give to an exported ranker.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from lib import randomness
 from lib.errors import BadConfig, BadData
 from lib.models.packing import Pools
 
-SHOWN = 5  # problems that a message names
+MAX_PROBLEMS = 5  # that a message names
 
 
 def collate(
@@ -26,19 +25,19 @@ def collate(
     prompt_tokens: int,
     candidate_tokens: int,
 ) -> Pools:
-    """Pools of N prompts with their candidates, right padded; names of special tokens in a text are ordinary text.
+    """Pools of N prompts with their candidates, padded on the right. Names of special tokens in a text are ordinary text.
 
     Args:
         prompts: N texts; they may be empty.
         candidates: a list of texts for each prompt.
-        prompt_tokens, candidate_tokens: most tokens of each, special ones included; ends are cut off.
+        prompt_tokens, candidate_tokens: maximum lengths, special tokens included; longer texts are truncated.
 
     Returns:
-        arrays, as wide as the longest prompt, the longest candidate and the most candidates of this batch.
+        Arrays. The longest prompt, the longest candidate and the largest pool of the batch give their shapes.
 
     Raises:
         BadData: a prompt without candidates, or a candidate without a token.
-        BadConfig: the budgets leave no room beside the special tokens.
+        BadConfig: a maximum leaves no room for text beside the special tokens.
     """
     before, between, after = pair_layout(tokenizer)
     for name, budget, around in (
@@ -46,20 +45,18 @@ def collate(
         ("candidate_tokens", candidate_tokens, len(after)),
     ):
         if budget <= around:
-            raise BadConfig(
-                f"ranker.{name} is {budget}, but {around} special tokens alone need as many; raise it"
-            )
+            raise BadConfig(f"ranker.{name} is {budget}, and special tokens alone take {around}; raise it")
     counts = np.array([len(row) for row in candidates])  # (N,)
     row = np.repeat(np.arange(len(counts)), counts)  # (M,) the pool of each candidate
-    place = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)  # (M,) its place there
+    index = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)  # (M,) its index in the pool
     flat = _encode(tokenizer, list(chain.from_iterable(candidates)))
-    _refuse_empty(counts, row, place, flat)
+    _refuse_empty(counts, row, index, flat)
     pad = tokenizer.pad_token_id or 0
     prompt_ids, prompt_mask = _framed(_encode(tokenizer, list(prompts)), before, between, prompt_tokens, pad)
     ids, mask = _framed(flat, (), after, candidate_tokens, pad)  # (M, S)
     candidate_ids = np.full((len(counts), int(counts.max()), ids.shape[1]), pad)
     candidate_mask = np.zeros(candidate_ids.shape, bool)
-    candidate_ids[row, place], candidate_mask[row, place] = ids, mask
+    candidate_ids[row, index], candidate_mask[row, index] = ids, mask
     return Pools(prompt_ids, prompt_mask, candidate_ids, candidate_mask)
 
 
@@ -70,7 +67,7 @@ def too_long(
     prompt_tokens: int,
     candidate_tokens: int,
 ) -> tuple[int, int]:
-    """How many prompts and how many candidates `collate` would cut off at these budgets."""
+    """(prompts, candidates) that `collate` would truncate at these lengths."""
     before, between, after = pair_layout(tokenizer)
 
     def longer(texts: Sequence[str], room: int) -> int:
@@ -88,7 +85,7 @@ def pair_layout(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     ids, owner = np.array(encoded["input_ids"]), encoded.sequence_ids(0)
     first, second = ([i for i, text in enumerate(owner) if text == number] for number in (0, 1))
     if not first or not second:
-        raise BadData("the tokenizer has no token for the letter a; give one that can write any text")
+        raise BadData("the tokenizer has no token for the letter a; give one that can encode any text")
     parts = ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
     before, between, after = (part.tolist() for part in parts)
     return before, between, after
@@ -102,23 +99,23 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     )["input_ids"]
 
 
-def _refuse_empty(counts: np.ndarray, row: np.ndarray, place: np.ndarray, flat: list[list[int]]) -> None:
+def _refuse_empty(counts: np.ndarray, row: np.ndarray, index: np.ndarray, flat: list[list[int]]) -> None:
     problems = [f"prompt {i} has no candidates" for i in np.flatnonzero(counts == 0)]
     empty = np.flatnonzero([not tokens for tokens in flat])
-    problems += [f"candidate {place[i]} of prompt {row[i]} has no token" for i in empty]
+    problems += [f"candidate {index[i]} of prompt {row[i]} has no token" for i in empty]
     if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise BadData(f"pools cannot be scored: {'; '.join(problems[:SHOWN])}{more}")
+        more = f" and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise BadData(f"pools cannot be scored: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
 
 
 def _framed(
     texts: list[list[int]], before: Sequence[int], after: Sequence[int], budget: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask (M, L) of `before`, each text cut to the budget, `after`, padding."""
+    """Ids and mask (M, L) of `before`, the truncated text, `after` and padding."""
     full = np.array([len(tokens) for tokens in texts])  # (M,)
     kept = np.minimum(full, budget - len(before) - len(after))
     flat = np.fromiter(chain.from_iterable(texts), np.int64, int(full.sum()))
-    within = np.arange(len(flat)) - np.repeat(full.cumsum() - full, full)  # place of a token in its text
+    within = np.arange(len(flat)) - np.repeat(full.cumsum() - full, full)  # index of a token in its text
     column = np.arange(int(kept.max()) + len(before) + len(after))
     ids = np.full((len(texts), len(column)), pad, np.int64)
     ids[:, : len(before)] = before
@@ -130,16 +127,18 @@ def _framed(
 
 
 def hide_words(pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.ndarray) -> Pools:
-    """The pools (arrays) with a share of their tokens hidden, each by itself; special tokens stay.
+    """Word dropout: the pools (arrays) with a share of their tokens masked independently, without special tokens.
 
-    Whether a token is hidden is a function of seed, `rows[b]`, the number of its candidate and its place there: it does
-    not matter what else is in the batch. Hidden tokens are [MASK], or the unknown token.
-    Raises BadConfig for a tokenizer that has neither.
+    Whether a token is masked depends on the seed, `rows[b]`, the number of its candidate and its index there. It does not
+    depend on the rest of the batch. Masked tokens become [MASK], or the unknown token.
+
+    Raises:
+        BadConfig: the tokenizer has neither.
     """
-    stand_in = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
-    if stand_in is None:
+    replacement = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
+    if replacement is None:
         raise BadConfig(
-            "ranker.word_dropout hides tokens behind [MASK] or the unknown token, and this tokenizer has neither; "
+            "ranker.word_dropout replaces tokens by [MASK] or the unknown token, and this tokenizer has neither; "
             "set it to 0"
         )
     special = np.array(tokenizer.all_special_ids)
@@ -147,7 +146,7 @@ def hide_words(pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.n
     def hidden(ids: np.ndarray, purpose: str, *number: int) -> np.ndarray:
         """(B, L) ids."""
         noise = randomness.uniform(randomness.key(seed, purpose, *number), rows, ids.shape[1])
-        return np.where((noise < share) & ~np.isin(ids, special), stand_in, ids)
+        return np.where((noise < share) & ~np.isin(ids, special), replacement, ids)
 
     candidates = [
         hidden(pools.candidate_ids[:, k], "hidden words of candidates", k)

@@ -1,6 +1,6 @@
 """Pretrained encoders and their tokenizers, from folders or the hub, and LoRA on them.
 
-Weights are read from safetensors only, and no code that lies beside them is run. Knows no ranker.
+Weights are read from safetensors only. Code in the folder is not run.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.models import families as families  # makes our own backbones known to the Auto classes
-from lib.models.backbones import TRUNK_FILE, require_model_files
+from lib.models import families as families  # registers this project's backbones with the Auto classes
+from lib.models.backbones import WEIGHTS_FILE, require_model_files
 from lib.outside import encoder_not_found, encoder_source
 
 transformers_logging.disable_progress_bar()
@@ -30,19 +30,19 @@ _digests: dict[tuple, str] = {}
 def open_encoder(
     name_or_folder: str | Path, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> tuple[Any, Any]:
-    """(backbone, tokenizer) of a folder or of a name on the hub, where the hub may be asked (`HF_HUB_OFFLINE`).
+    """(backbone, tokenizer) of a folder, or of a name on the hub unless `HF_HUB_OFFLINE` is set.
 
-    A pooler that the weights do not hold is left out, since a random one is of no use. A tokenizer without a padding
-    token takes its end token for it; masks, not ids, tell the two apart. Attention has no dropout: with it, torch's
-    fused attention is off, and a training step takes twice as long.
+    A pooler without weights in the folder is removed, since a random one is useless. A tokenizer without a padding token pads
+    with its end token; masks distinguish the two. Attention has no dropout: with it, torch's fused attention is off, and
+    a training step takes twice as long.
 
     Raises:
-        MissingInput: there is no such folder or name, no tokenizer, or it cannot be had.
-        BadData: weights are pickled, incomplete, or need code of their own.
+        MissingInput: there is no such folder or name, or no tokenizer, or it cannot be downloaded.
+        BadData: weights are pickled or incomplete, or need code from the folder.
     """
     tokenizer = open_tokenizer(name_or_folder, revision)
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of missing tensors advises to train them
+    transformers_logging.set_verbosity_error()  # the report of missing tensors would advise to train them
     try:
         config = AutoConfig.from_pretrained(name_or_folder, **_source(name_or_folder, revision))
         for key in ATTENTION_DROPOUTS:
@@ -53,7 +53,7 @@ def open_encoder(
             **_source(name_or_folder, revision),
         )  # fmt: skip
     except OSError as error:
-        raise MissingInput(_not_had(name_or_folder, error)) from None
+        raise MissingInput(_encoder_not_found(name_or_folder, error)) from None
     except (SafetensorError, ValueError, ImportError, RuntimeError) as error:
         raise BadData(f"{name_or_folder} cannot be loaded: {error}") from None
     finally:
@@ -64,7 +64,7 @@ def open_encoder(
         backbone.pooler = None
     if missing:
         raise BadData(
-            f"{name_or_folder} lacks {len(missing)} of the backbone's tensors, such as {', '.join(missing[:3])}; "
+            f"{name_or_folder} lacks {len(missing)} tensors of the backbone, such as {', '.join(missing[:3])}; "
             "give a complete model"
         )
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
@@ -78,13 +78,13 @@ def open_encoder(
 
 
 def configured(encoder: str) -> tuple[str, str | None]:
-    """(folder or name on the hub, commit) of `ranker.encoder`, as `open_encoder` takes them."""
+    """(folder or name on the hub, commit) of `ranker.encoder`: arguments of `open_encoder`."""
     source = encoder_source(encoder)
     return (encoder, None) if isinstance(source, Path) else (source.name, source.commit)
 
 
 def open_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> Any:
-    """The tokenizer of an encoder, padding on the right. Raises as `open_encoder` does."""
+    """The tokenizer of an encoder, padding on the right. Raises MissingInput or BadData, as `open_encoder`."""
     source = _source(name_or_folder, revision)
     folder = Path(name_or_folder)
     if folder.is_dir():
@@ -92,7 +92,7 @@ def open_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **source)
     except OSError as error:
-        raise MissingInput(_not_had(name_or_folder, error)) from None
+        raise MissingInput(_encoder_not_found(name_or_folder, error)) from None
     except (ValueError, ImportError) as error:
         raise BadData(f"the tokenizer of {name_or_folder} cannot be loaded: {error}") from None
     if not getattr(tokenizer, "is_fast", False):
@@ -114,7 +114,7 @@ def _source(name_or_folder: str | Path, revision: str | None) -> dict[str, Any]:
     )
 
 
-def _not_had(name: str | Path, error: OSError) -> str:
+def _encoder_not_found(name: str | Path, error: OSError) -> str:
     if Path(name).is_dir():
         return f"{name} cannot be read as an encoder: {str(error).strip().splitlines()[0]}"
     return encoder_not_found(name, error)
@@ -128,25 +128,25 @@ def with_lora(
     targets: str | list[str] = EVERY_LINEAR,
     seed: int = 0,
 ) -> Any:
-    """The backbone with low-rank adapters (Hu et al. 2021) on its linear layers but for the pooler; only they learn.
+    """The backbone with low-rank adapters (Hu et al. 2021) on its linear layers, without the pooler. Only they are trained.
 
     Args:
-        targets: "all-linear", or names of layers as peft takes them; several may be joined by commas.
-        seed: the adapters' first weights are a function of it.
+        targets: "all-linear", or names of layers as peft takes them, separated by commas.
+        seed: the adapters' initial weights are a function of it.
 
     Raises:
-        BadConfig: the backbone has no such layers, or was not read from anywhere, so that adapters alone say nothing.
+        BadConfig: the backbone has no such layers, or is new: adapters are saved without their encoder.
     """
     if not backbone.config._name_or_path:
         raise BadConfig(
-            "ranker.adapter is lora, but the backbone is fresh: adapters are saved without their encoder. "
-            "Name a pretrained ranker.encoder, or set ranker.adapter to none"
+            "ranker.adapter is lora, but the backbone is new, and adapters are saved without their encoder. "
+            "Set ranker.encoder to a pretrained model, or ranker.adapter to none"
         )
     if isinstance(targets, str) and targets != EVERY_LINEAR:
         targets = [word.strip() for word in targets.split(",")]
     settings = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - peft divides by the rank, any number will do
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - peft divides by the rank, any number works
         lora_dropout=dropout,
         target_modules=targets,
         fan_in_fan_out=any(
@@ -165,12 +165,12 @@ def with_lora(
 def weights_digest(name: str) -> str | None:
     """sha256 of a folder's weights, of all shards in the order of their names; None for a name on the hub.
 
-    Kept for as long as the files' sizes and times stay the same: large weights take a while.
+    Cached while the sizes and times of the files stay the same, because large weights take a while.
     """
     folder = Path(name)
     if not folder.is_dir():
         return None
-    whole = folder / TRUNK_FILE
+    whole = folder / WEIGHTS_FILE
     files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
     stats = [path.stat() for path in files]
     key = (str(folder.resolve()), *((s.st_size, s.st_mtime_ns) for s in stats))

@@ -1,7 +1,7 @@
-"""The families of backbones that a config can name, and what the rest must know of each: nothing else is asked.
+"""The families of backbones, and everything that other modules use of them.
 
-A family turns the project's own words (layers, width, heads, context) into a Hugging Face config, names the head class
-of every mode, and says which tensors are the backbone.
+A family translates `architecture` into a Hugging Face config, has the head class of every mode, and names the tensors of the
+backbone. A new family of backbones is added here.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lib.models import ltg_bert, remask_gpt
+from lib.models import hugging_face
 from lib.sections.models import ArchitectureConfig
 
 
@@ -19,11 +19,11 @@ class Family:
     """One kind of backbone.
 
     Attributes:
-        name: as in `architecture.family` and as the model type in a saved config.
-        config_of: (architecture, attention, keys of the head) -> its Hugging Face config.
-        heads: class per head: masked_lm, token, sequence, and causal_lm where the family has it.
-        backbone: how the names of the backbone's tensors begin.
-        shape: config keys that the tensors' shapes and meaning follow from: a started model takes them over.
+        name: value of `architecture.family`, and the model type in a saved config.
+        config_of: (architecture, vocab_size, attention, keys of the head) -> its Hugging Face config.
+        heads: class per head: masked_lm, token, sequence, and causal_lm if the family has it.
+        backbone: prefixes of the names of the backbone's tensors.
+        shape: config keys that decide the tensors' shapes and meaning. A model that starts from a checkpoint keeps them.
         dropouts: config keys that `architecture.dropout` sets.
     """
 
@@ -36,26 +36,26 @@ class Family:
     dropouts: tuple[str, ...]
 
     def restarted(self, source: PreTrainedConfig, dropout: float, **heads: Any) -> PreTrainedConfig:
-        """The config of a model of another mode that takes over the backbone of `source`."""
-        given = source.to_dict()
-        kept = {key: given[key] for key in (*self.shape, *_SPECIALS)}
+        """The config of a model of another mode with the backbone of `source`."""
+        values = source.to_dict()
+        kept = {key: values[key] for key in (*self.shape, *_SPECIALS)}
         return self.config_class(**kept, **dict.fromkeys(self.dropouts, dropout), **heads)
 
 
 _SPECIALS = ("pad_token_id", "mask_token_id", "cls_token_id", "unk_token_id")
-_OUR_IDS = dict(zip(_SPECIALS, range(4), strict=True))  # of tokenizers that the project trains
+_OWN_IDS = dict(zip(_SPECIALS, range(4), strict=True))  # of tokenizers that stage 01 trains
 
 
 def _remask_gpt(
     architecture: ArchitectureConfig, vocab_size: int, attention: str, **heads
-) -> remask_gpt.RemaskGptConfig:
-    return remask_gpt.RemaskGptConfig(
+) -> hugging_face.RemaskGptConfig:
+    return hugging_face.RemaskGptConfig(
         vocab_size=vocab_size,
         hidden_size=architecture.hidden_size,
         num_hidden_layers=architecture.num_hidden_layers,
         num_attention_heads=architecture.num_attention_heads,
         intermediate_size=architecture.intermediate_size,
-        max_position_embeddings=architecture.context + 1,  # [CLS] stands in front
+        max_position_embeddings=architecture.context + 1,  # one for [CLS]
         attention=attention,
         dropout=architecture.dropout,
         bias=architecture.bias,
@@ -65,8 +65,8 @@ def _remask_gpt(
 
 def _ltg_bert(
     architecture: ArchitectureConfig, vocab_size: int, attention: str, **heads
-) -> ltg_bert.LtgBertConfig:
-    return ltg_bert.LtgBertConfig(
+) -> hugging_face.LtgBertConfig:
+    return hugging_face.LtgBertConfig(
         vocab_size=vocab_size,
         hidden_size=architecture.hidden_size,
         num_hidden_layers=architecture.num_hidden_layers,
@@ -78,7 +78,7 @@ def _ltg_bert(
         hidden_dropout_prob=architecture.dropout,
         attention_probs_dropout_prob=architecture.dropout,
         sep_token_id=None,
-        **_OUR_IDS,
+        **_OWN_IDS,
         **heads,
     )
 
@@ -88,13 +88,13 @@ FAMILIES = {
     for family in (
         Family(
             name="remask_gpt",
-            config_class=remask_gpt.RemaskGptConfig,
+            config_class=hugging_face.RemaskGptConfig,
             config_of=_remask_gpt,
             heads={
-                "masked_lm": remask_gpt.RemaskGptForMaskedLM,
-                "causal_lm": remask_gpt.RemaskGptForCausalLM,
-                "token": remask_gpt.RemaskGptForTokenClassification,
-                "sequence": remask_gpt.RemaskGptForSequenceClassification,
+                "masked_lm": hugging_face.RemaskGptForMaskedLM,
+                "causal_lm": hugging_face.RemaskGptForCausalLM,
+                "token": hugging_face.RemaskGptForTokenClassification,
+                "sequence": hugging_face.RemaskGptForSequenceClassification,
             },
             backbone=("model.",),
             shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -104,12 +104,12 @@ FAMILIES = {
         ),
         Family(
             name="ltg_bert",
-            config_class=ltg_bert.LtgBertConfig,
+            config_class=hugging_face.LtgBertConfig,
             config_of=_ltg_bert,
             heads={
-                "masked_lm": ltg_bert.LtgBertForMaskedLM,
-                "token": ltg_bert.LtgBertForTokenClassification,
-                "sequence": ltg_bert.LtgBertForSequenceClassification,
+                "masked_lm": hugging_face.LtgBertForMaskedLM,
+                "token": hugging_face.LtgBertForTokenClassification,
+                "sequence": hugging_face.LtgBertForSequenceClassification,
             },
             backbone=("embedding.", "transformer."),
             shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",

@@ -1,6 +1,6 @@
-"""Pools of one prompt and K candidates as token ids, and how a pool becomes one row: `prompt | c1 | c2 | ... | cK`.
+"""Pools of one prompt and K candidates as token ids, and their packing into rows `prompt | c1 | c2 | ... | cK`.
 
-Padding may stand on any side of the input: what counts is the masks, never an id. Knows no model and no text.
+Padding may be on either side of the input. Masks mark it, never an id.
 
 Shapes: N pools, K candidates, P prompt tokens, S candidate tokens, B rows, T tokens of a row.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PADDING, PROMPT = -1, 0  # owners of a token; a candidate's is its number from 1
+PADDING, PROMPT = -1, 0  # owners of a token; the owner of a candidate's token is its number from 1
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Pools:
     candidate_mask: Any
 
     def tensors(self) -> "Pools":
-        """The same pools as tensors, where they are."""
+        """The same pools as tensors, on the same device."""
         return Pools(
             torch.as_tensor(self.prompt_ids).long(),
             torch.as_tensor(self.prompt_mask).bool(),
@@ -40,7 +40,7 @@ class Pools:
         )
 
     def rows(self, which) -> "Pools":
-        """Some of the pools: a slice, or indices of rows."""
+        """Some of the pools, by a slice or by indices."""
         return Pools(
             self.prompt_ids[which],
             self.prompt_mask[which],
@@ -49,31 +49,31 @@ class Pools:
         )
 
     def present(self) -> Tensor:
-        """(N, K) bool: whether there is a candidate."""
+        """(N, K) bool: whether the candidate is present."""
         return torch.as_tensor(self.candidate_mask).bool().any(-1)
 
     def separate(self) -> "Pools":
         """One pool per present candidate, in order: (M, P) prompts, repeated, and (M, 1, S) candidates."""
         pools = self.tensors()
-        row, place = pools.present().nonzero(as_tuple=True)  # (M,), (M,)
+        row, index = pools.present().nonzero(as_tuple=True)  # (M,), (M,)
         return Pools(
             pools.prompt_ids[row],
             pools.prompt_mask[row],
-            pools.candidate_ids[row, place].unsqueeze(1),
-            pools.candidate_mask[row, place].unsqueeze(1),
+            pools.candidate_ids[row, index].unsqueeze(1),
+            pools.candidate_mask[row, index].unsqueeze(1),
         )
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Pools as rows without padding in between; the rows are padded on the right.
+    """Pools as rows without padding inside; the rows are padded on the right.
 
     Attributes:
         ids: (B, T).
-        owner: (B, T), whose token it is: PADDING, PROMPT, or the number of the candidate from 1.
-        positions: (B, T): candidates go on from their prompt's valid length; 0 for padding.
+        owner: (B, T) PADDING, PROMPT, or the number of the candidate from 1.
+        positions: (B, T); those of a candidate continue from its prompt's length; 0 for padding.
         num_candidates: K.
-        longest: tokens of the longest prompt with one candidate.
+        longest: tokens of the longest pair of a prompt and one candidate.
     """
 
     ids: Tensor
@@ -91,8 +91,8 @@ class Packed:
     def visible(self, is_causal: bool) -> Tensor:
         """(B, 1, T, T) bool: which token (last) a token (third) may attend to.
 
-        Everyone sees the prompt, candidates see themselves too; causally only what is not later. The prompt sees
-        itself only. Padding sees padding as well, so that no token sees nothing.
+        Every token attends to the prompt, a candidate's token also to its candidate, the prompt to itself only. In a causal
+        model, a token attends only to positions that are not later. Padding attends to padding, so that no row is empty.
         """
         key, query = self.owner.unsqueeze(1), self.owner.unsqueeze(2)
         visible = (key == PROMPT) | (key == query)  # (B, T, T)
@@ -122,7 +122,7 @@ def pack(pools: Pools) -> Packed:
          number.repeat_interleave(width).expand(rows, -1)), 1
     ).masked_fill(~valid, PADDING)  # fmt: skip
     positions = torch.cat((prompt.cumsum(1) - 1, after_prompt.flatten(1)), 1).masked_fill(~valid, 0)
-    order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # valid ones first, in order
+    order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # valid tokens first, in order
     order = order[:, : int(valid.sum(1).max())]  # (N, T)
     return Packed(
         ids.gather(1, order),
@@ -134,9 +134,9 @@ def pack(pools: Pools) -> Packed:
 
 
 def last_token_index(mask: Tensor) -> Tensor:
-    """(...) index of the rightmost True of a mask (..., T), on whichever side the padding is; 0 if there is none."""
-    place = torch.arange(mask.shape[-1], device=mask.device)
-    return torch.where(mask, place, 0).amax(-1)
+    """(...) index of the rightmost True of a mask (..., T); 0 if there is none."""
+    index = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.where(mask, index, 0).amax(-1)
 
 
 def first_token_index(mask: Tensor) -> Tensor:

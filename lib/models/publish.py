@@ -1,12 +1,12 @@
-"""A model of a finished run as a folder that can be pushed to a model hub: weights, code, tokenizer and a model card.
+"""Publish a model of a finished run: a folder with weights, code, tokenizer and a model card, ready for a model hub.
 
 python -m lib.models.publish outputs/run_001 generator OUT_DIR
 python -m lib.models.publish outputs/run_001 critic OUT_DIR
 
-A ranker with prompts becomes a stock classifier with one label, which sentence-transformers' CrossEncoder loads, where
-there is one with the same scores (`lib.models.ranker_export` says when).
+A ranker with prompts becomes a stock classifier with one label, which sentence-transformers' CrossEncoder loads.
+`lib.models.ranker_export` lists the rankers for which this is possible.
 
-The card says nothing that is not in the manifests: data, settings, held-out figures with their baselines, versions.
+All facts of the card come from the manifests: data, settings, held-out metrics with their baselines, versions.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from lib.errors import BadData, CannotCreate, MissingInput, RemaskError, did_you
 from lib.models.cards import usage
 from lib.runs import load_manifest
 
-RANKER_FILE = "ranker.json"  # marks the folder of a ranker with prompts
-POLICIES = ("ppo", "exact", "cross_entropy")  # what stage 05 makes of a ranker
+RANKER_FILE = "ranker.json"  # only in the folder of a ranker with prompts
+POLICIES = ("ppo", "exact", "cross_entropy")  # methods by which stage 05 trains a ranker
 
 CALIBRATION = "calibration.json"
 CODE_LICENCE = """The Python files in this folder are part of Remask, licensed under Apache-2.0
@@ -34,8 +34,8 @@ def publish(run: Path, name: str, out: Path) -> Path:
     """Copy the best model `name` of a run to the new folder `out`, with a card as README.md.
 
     Raises:
-        MissingInput: the run, its stage or the model is not there.
-        BadData: the model's files are not those of the manifest.
+        MissingInput: the run, its stage or the model is missing.
+        BadData: the model's files differ from the manifest.
         CannotCreate: `out` is not empty.
     """
     stage = "05_train_critic" if name in ("critic", *POLICIES) else "04_train"
@@ -49,7 +49,7 @@ def publish(run: Path, name: str, out: Path) -> Path:
     entry = manifest["outputs"][output]
     source = run / stage / entry["path"]
     if durable.sha256_folder(source) != entry["sha256"]:
-        raise BadData(f"{source} is not what {run / stage / 'manifest.json'} says; run {stage}.py again")
+        raise BadData(f"{source} differs from {run / stage / 'manifest.json'}; run {stage}.py again")
     with durable.replacing_folder(out) as folder:
         with_prompts = (source / RANKER_FILE).exists()
         if with_prompts:
@@ -64,9 +64,12 @@ def publish(run: Path, name: str, out: Path) -> Path:
 
 
 def manifests_of(run: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The manifest of the stage that trained a model and of stage 01. Raises MissingInput for a stage not complete.
+    """(manifest of the stage that trained a model, manifest of stage 01).
 
-    A manifest has the settings that its own stage reads; the first one's `config` has those of stages 03 and 04 too.
+    A manifest has the settings that its stage reads. The `config` of the first one also gets those of stages 03 and 04.
+
+    Raises:
+        MissingInput: a stage is not complete.
     """
     manifest, data = (load_manifest(run / s) for s in (stage, "01_prepare_dataset"))
     if manifest is None or data is None:
@@ -88,7 +91,7 @@ def _export_ranker(source: Path, folder: Path) -> None:
 
 
 def publish_model(source: Path, folder: Path, manifest: dict[str, Any], name: str) -> None:
-    """Weights, code, tokenizer and class names as this version writes them, whichever version trained the model."""
+    """Write weights, code, tokenizer and class names of this version, whichever version trained the model."""
     from lib.models.build import heads_of, load_model, save_model
     from lib.tokenization import load_tokenizer
 
@@ -103,24 +106,24 @@ def publish_model(source: Path, folder: Path, manifest: dict[str, Any], name: st
 
 
 def _interval(row: dict) -> str:
-    """The ends of a row's interval; one group of held-out text alone gives none."""
+    """The interval of a row; there is none for a single group of held-out text."""
     return "–" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
 
 
 def card(
     name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path, with_prompts: bool = False
 ) -> str:
-    """The model card as Markdown with its YAML header. `with_prompts`: it scores pairs of prompt and candidate."""
+    """The model card as Markdown with a YAML header. `with_prompts`: the model scores pairs of prompt and candidate."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = config["architectures"][0]
     rows = [row for row in manifest["stats"]["table"] if row["model"] == name]
     if name in POLICIES:
         settings, split = manifest["config"]["critic"], "train"
-        what = f"a ranker, trained further as a policy by {name}"
+        what = f"a ranker, trained further as a policy with {name}"
     elif name == "critic":
         settings, rows = manifest["config"]["critic"], manifest["stats"]["table"]
         split = manifest["config"]["models"][settings["generator"]]["split"]
-        what = "a masked-diffusion generator with a critic head that says for every token how likely it is an error"
+        what = "a masked-diffusion generator with a critic head that estimates for every token the probability of an error"
     else:
         settings = manifest["config"]["models"][name]
         split = settings["split"]
@@ -138,7 +141,7 @@ def card(
     prepared, versions = data["stats"], manifest["environment"]
     precision = versions.get("precision", "fp32")
     rounded = (
-        "\nThe figures were computed with bf16 products; a model loaded as above computes in float32, and its scores differ by\n"
+        "\nThe metrics were computed with bf16 products. A model loaded as above computes in float32, so its scores differ by\n"
         "rounding."
         if precision == "bf16"
         else ""
@@ -176,7 +179,7 @@ passages, vocabulary {prepared["vocabulary"]:,}. Held out: {prepared["tokens"]["
 |---|---|---|---|---|
 {table}
 
-The baseline is what the column says, on the same held-out data; "yes" means that the whole interval is better.{rounded}
+The baseline is computed on the same held-out data. "yes" means that the whole interval is better than it.{rounded}
 
 ## Training
 
@@ -187,7 +190,7 @@ commit {commit}.
 
 
 def _prompt_of(config: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What the prompts of the run's rankers hold; empty for one that is blind."""
+    """Content of the prompts of the run's rankers; empty for a blind one."""
     if settings.get("blind"):
         return ""
     if config["ranker"]["prompt"] == "question_page":
@@ -196,17 +199,15 @@ def _prompt_of(config: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def _source_of(config: dict[str, Any]) -> str:
-    """Where a run's data come from, in a few words."""
+    """A short description of a run's data."""
     path = config["data"]["path"]
     if config["task"] == "finqa":
         return "synthetic questions in the style of FinQA" if path.startswith("builtin") else "FinQA"
-    return (
-        "the language reference that every CPython carries" if path == "builtin" else f"`{Path(path).name}`"
-    )
+    return "the language reference that is part of CPython" if path == "builtin" else f"`{Path(path).name}`"
 
 
 def _training_of(settings: dict[str, Any]) -> str:
-    """Steps, batch and learning rates."""
+    """Steps, batch size and learning rates."""
     rates = f"learning rate {settings['learning_rate']}"
     if settings["optimizer"] == "muon":
         rates = f"learning rates {settings['muon_learning_rate']} for hidden matrices, {settings['learning_rate']} for the rest"

@@ -1,11 +1,11 @@
 """The candidate ranker: one unbounded score for each of the K candidates of a prompt, which is read once for all K.
 
-Knows token ids, a Hugging Face backbone (any `AutoModel` that takes positions and a 4-D mask, with or without LoRA) and
-what it must be asked in its own way; knows no text, no labels and no loss.
+The backbone is any Hugging Face `AutoModel` that takes positions and a 4-D mask, with or without LoRA.
 
-Shapes: N pools, K candidates, B rows, T tokens of a row, D width, M candidates that are present.
+Shapes: N pools, K candidates, B rows, T tokens of a row, D hidden size, M candidates that are present.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,28 +28,42 @@ from lib.models.packing import Packed, Pools, first_token_index, last_token_inde
 POOLINGS = ("last", "cls", "mean")
 HEADS = ("mlp", "linear")
 ATTENTIONS = ("prefix", "full")
-SMALL = 0.02  # first weights of the score: a new head starts close to "no opinion"
+HEAD_STD = 0.02  # of the initial weights: a new head starts with scores near 0
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The score head.
+
+    Attributes:
+        kind: "mlp" (two layers) or "linear" (one; the kind that `export_classifier` takes).
+        dropout: before the last layer.
+    """
+
+    kind: str = "mlp"
+    dropout: float = 0.1
 
 
 class ScoreHead(nn.Module):
     """One number per vector: Linear - GELU - Dropout - Linear, or one Linear.
 
-    The single layer has no bias, which could not change a ranking, so that stock classifiers can hold it.
+    The single layer has no bias: it could not change a ranking, and stock classifiers can hold the layer as it is.
     """
 
-    def __init__(self, width: int, kind: str, dropout: float, seed: int):
+    def __init__(self, width: int, options: HeadOptions, seed: int):
         super().__init__()
+        has_dense = options.kind == "mlp"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.key(seed, "score head") % 2**63)
-            self.dense = nn.Linear(width, width) if kind == "mlp" else None
-            self.dropout = nn.Dropout(dropout)
-            self.out = nn.Linear(width, 1, bias=kind == "mlp")
-            nn.init.normal_(self.out.weight, std=SMALL)
+            self.dense = nn.Linear(width, width) if has_dense else None
+            self.dropout = nn.Dropout(options.dropout)
+            self.out = nn.Linear(width, 1, bias=has_dense)
+            nn.init.normal_(self.out.weight, std=HEAD_STD)
             if self.out.bias is not None:
                 nn.init.zeros_(self.out.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(...) scores of vectors (..., D), in the head's precision also under autocast."""
+        """(...) scores of vectors (..., D), in the head's precision, also under autocast."""
         with torch.autocast(pooled.device.type, enabled=False):
             pooled = pooled.to(self.out.weight.dtype)
             if self.dense is not None:
@@ -60,27 +74,27 @@ class ScoreHead(nn.Module):
 class CandidateRanker(nn.Module):
     """Scores (N, K) of the candidates of N prompts.
 
-    With attention "prefix" the prompt sees only itself and every candidate the prompt and itself: a causal backbone is
-    used as it is, a bidirectional one as a prefix-LM, in training and afterwards. All candidates then stand in one
-    row behind their prompt, which gives the scores of one row each. "full" is for bidirectional backbones: every
-    candidate is read together with its own copy of the prompt, both ways.
+    With attention "prefix", the prompt attends to itself only, and every candidate to the prompt and itself. So a causal
+    backbone is used as it is, and a bidirectional one as a prefix-LM, in training and in use. All candidates share one
+    row with their prompt, with the same scores as in separate rows. With attention "full", for bidirectional
+    backbones, every candidate is read with its own copy of the prompt, and both attend to each other.
 
     Args:
         backbone: a model with `last_hidden_state`, or peft's wrapping of one.
-        pooling: "last" token of the candidate, "cls" its first token (with "full": the first of the sequence, through
-            the backbone's own pooler where it has one), or the "mean" of the candidate's tokens.
-        head: "mlp" (two layers) or "linear" (one; what `export_classifier` takes).
-        seed: the head's first weights are a function of it.
-        packs: whether `forward` packs, as a trained ranker says of itself; None to find out by `self_check`, on tokens
-            that depend on the backbone's vocabulary alone: a training that is taken up again packs as it did before.
+        pooling: the "last" token of the candidate, its first one ("cls"), or the "mean" of its tokens. With attention
+            "full", "cls" is the first token of the sequence, and the backbone's pooler is applied if there is one.
+        head: the score head.
+        seed: the head's initial weights are a function of it.
+        packs: whether `forward` packs candidates into one row, as a saved ranker records. None: determined by a test on
+            tokens that depend on the vocabulary alone, so a resumed training packs as before.
 
     Attributes:
-        is_causal: whether the backbone's tokens see only earlier ones.
+        is_causal: whether the backbone's tokens attend only to earlier ones.
         segments: whether candidates are the second segment of the backbone's token types, as in BERT.
 
     Raises:
-        BadConfig: an unknown choice, or one that the backbone cannot serve: attention "prefix" of a bidirectional backbone that
-            does not keep the candidates of a row apart.
+        BadConfig: an unknown choice, or one that the backbone does not support. Attention "prefix" needs a bidirectional
+            backbone that separates the candidates of a row.
     """
 
     backbone_names = ("backbone.",)  # of parameters that are not the head's
@@ -90,40 +104,39 @@ class CandidateRanker(nn.Module):
         backbone: Any,
         *,
         pooling: str = "last",
-        head: str = "mlp",
-        head_dropout: float = 0.1,
+        head: HeadOptions = HeadOptions(),
         attention: str = "prefix",
         seed: int,
         packs: bool | None = None,
     ):
         super().__init__()
         for name, value, known in (
-            ("pooling", pooling, POOLINGS), ("head", head, HEADS), ("attention", attention, ATTENTIONS),
+            ("pooling", pooling, POOLINGS), ("head", head.kind, HEADS), ("attention", attention, ATTENTIONS),
         ):  # fmt: skip
             if value not in known:
                 raise BadConfig(f"ranker.{name} is {value!r}; it must be one of {', '.join(known)}")
         self.backbone = backbone
-        self.pooling, self.head_kind, self.attention = pooling, head, attention
+        self.pooling, self.head_kind, self.attention = pooling, head.kind, attention
         base = self.base
         self.config = base.config
         self.is_causal = is_causal_backbone(base)
         if self.is_causal and attention == "full":
             raise BadConfig(
-                "ranker.attention is full, but this backbone is causal: its tokens never see later ones; set it to prefix"
+                "ranker.attention is full, but this backbone is causal, so no token attends to later ones; set it to prefix"
             )
         self.segments = getattr(base.config, "type_vocab_size", 0) >= 2 and not self.is_causal
         self._accepted = arguments_of(base)
         self._position_offset = position_offset(base)
         self._pooler = pooling == "cls" and attention == "full" and getattr(base, "pooler", None) is not None
-        self._window_said = False
+        self._window_warned = False
         first = next(base.parameters())
         exact = torch.promote_types(first.dtype, torch.float32)
-        self.head = ScoreHead(width_of(base), head, head_dropout, seed).to(first.device, exact)
+        self.head = ScoreHead(width_of(base), head, seed).to(first.device, exact)
         self.packs = attention == "prefix" and (self._may_pack() if packs is None else packs)
 
     @property
     def base(self) -> Any:
-        """The backbone without peft's wrapping."""
+        """The backbone without peft's wrapper."""
         return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
 
     def forward(self, pools: Pools) -> Tensor:
@@ -135,7 +148,7 @@ class CandidateRanker(nn.Module):
         return self._scores(self._packed_features(pack(pools)), pools)
 
     def score_one_by_one(self, pools: Pools) -> Tensor:
-        """`forward`, with a row for every candidate behind its own copy of the prompt."""
+        """`forward`, with a row for every candidate and its own copy of the prompt."""
         return self._scores(self._separate_features(pools), pools)
 
     def features(self, pools: Pools) -> Tensor:
@@ -149,17 +162,17 @@ class CandidateRanker(nn.Module):
 
     @torch.no_grad()
     def self_check(self, pools: Pools) -> tuple[float, float]:
-        """Greatest difference of packed and one-by-one (scores, pooled vectors) on some pools, in evaluation mode.
+        """Largest difference of packed and separate (scores, pooled vectors) on some pools, in evaluation mode.
 
-        That of the vectors is relative to their size: a fresh head shows little of them. (0, 0) for full attention, which
-        is never packed.
+        The difference of the vectors is relative to their norm, because a new head hides it. (0, 0) with attention "full",
+        which is never packed.
         """
         if self.attention == "full":
             return 0.0, 0.0
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            # In full precision: else rounding would hide, or feign, what is looked for
+            # In full precision, because rounding would hide or cause differences.
             with torch.autocast(next(self.parameters()).device.type, enabled=False):
                 packed, separate = self._packed_features(pack(pools)), self._separate_features(pools)
                 present = pools.present().to(packed.device)
@@ -174,9 +187,9 @@ class CandidateRanker(nn.Module):
     # --- the backbone ---------------------------------------------------------------------------------------------------
 
     def _may_pack(self) -> bool:
-        """Whether the backbone takes packed rows and keeps candidates apart in them.
+        """Whether the backbone takes packed rows and separates their candidates.
 
-        A causal one that does not is asked one by one, and this is said. Raises BadConfig for a bidirectional one.
+        If not, a causal backbone reads candidates one by one, with a warning. For a bidirectional one, raises BadConfig.
         """
         problem = why_not_packed(self.base)
         if problem is not None and not self.is_causal:
@@ -185,40 +198,40 @@ class CandidateRanker(nn.Module):
             )
         if problem is not None:
             say(
-                f"WARNING: {type(self.base).__name__} cannot share a row among candidates: {problem}. "
-                "They are scored one by one: as exact, but several times slower"
+                f"WARNING: {type(self.base).__name__} cannot read several candidates in a row: {problem}. "
+                "They are scored one by one, which is as exact but several times slower"
             )
         return problem is None
 
     def _beyond_window(self, packed: Packed) -> bool:
-        """Whether the backbone's sliding attention would cut what our own mask does not."""
+        """Whether the backbone's sliding window would hide tokens that the packed mask shows."""
         window = getattr(self.config, "sliding_window", None)
         if window is None or packed.longest <= window:
             return False
         if not self.is_causal:
             raise BadConfig(
                 f"prompt and candidate have {packed.longest} tokens, the backbone's sliding window {window}: as a "
-                "prefix-LM it would see further than it was made for. Set ranker.attention to full, or shorten them"
+                "prefix-LM it would attend beyond its window. Set ranker.attention to full, or shorten them"
             )
-        if not self._window_said:
+        if not self._window_warned:
             say(
                 f"WARNING: prompt and candidate have {packed.longest} tokens, the backbone's sliding window {window}: "
                 "such pools are scored one by one"
             )
-        self._window_said = True
+        self._window_warned = True
         return True
 
     def _states(self, packed: Packed, ordinary: bool) -> Any:
         """The backbone's output for rows of tokens.
 
-        `ordinary` rows hold one candidate and are read as anyone would read them: a mask of two dimensions, no
-        positions. The others get both from us.
+        `ordinary` rows have one candidate each and are read in the usual way: with a mask of two dimensions, without
+        positions. The others have a 4-D mask and positions.
         """
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and packed.longest > limit - self._position_offset:
             raise BadData(
-                f"prompt and candidate have {packed.longest} tokens together, but this backbone has "
-                f"{limit - self._position_offset} positions; lower the budgets for prompts and candidates"
+                f"prompt and candidate have {packed.longest} tokens together, but this backbone has only "
+                f"{limit - self._position_offset} positions; lower ranker.prompt_tokens or ranker.candidate_tokens"
             )
         arguments: dict[str, Any] = {"input_ids": packed.ids}
         if self.segments and "token_type_ids" in self._accepted:
@@ -279,8 +292,8 @@ class CandidateRanker(nn.Module):
 class SequenceRanker(nn.Module):
     """An encoder with one unbounded score per sequence, over pools of candidates.
 
-    `encoder` is any model whose forward gives `logits` (B, 1) for (B, T) ids. The text task has no prompt, so
-    every candidate is a sequence of its own.
+    `encoder` is any model whose forward returns `logits` (B, 1) for (B, T) ids. The text task has no prompt, so every
+    candidate is one sequence.
     """
 
     def __init__(self, encoder: nn.Module):

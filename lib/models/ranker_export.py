@@ -1,8 +1,10 @@
-"""A ranker as a stock `AutoModelForSequenceClassification` with one label, for tools that know nothing of Remask.
+"""Export a ranker as a stock `AutoModelForSequenceClassification` with one label, for tools other than Remask.
 
-Stock classifiers read one pair of texts with ordinary attention and end in one linear layer (BERT and RoBERTa: behind
-their pooler). So only rankers that are built like that can be exported: causal ones with pooling "last", or ones of
-attention "full" with pooling "cls" ("last" too for our own backbone), each with the linear head.
+A stock classifier reads one pair of texts with ordinary attention, and ends in one linear layer. In BERT and RoBERTa this follows
+the pooler. So these rankers can be exported, each with the linear head:
+
+- causal ones with pooling "last"
+- ones of attention "full" with pooling "cls", or also "last" for the backbone of this project
 """
 
 import copy
@@ -21,21 +23,21 @@ from lib.models.collation import collate
 from lib.models.packing import Pools
 from lib.models.ranker import CandidateRanker
 
-OURS = "remask_gpt"
+OWN = "remask_gpt"
 POOLER_THEN_LINEAR = ("bert",)  # pooler of the backbone, then `classifier`
-DENSE_THEN_LINEAR = ("roberta", "xlm-roberta")  # the pooler's layer is part of the classifier
+DENSE_THEN_LINEAR = ("roberta", "xlm-roberta")  # the classifier contains the pooler's layer
 PROBES = ["a", "a b c 1 2 3"], [["b", "c a 4"], ["a a 5", "b"]]
 TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 0.05  # relative to the scores
 
 
 def export_classifier(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
-    """Write config, merged weights and tokenizer as sentence-transformers' `CrossEncoder(folder)` reads them.
+    """Write config, merged weights and tokenizer for sentence-transformers' `CrossEncoder(folder)`.
 
-    Its scores are those of the ranker (to 1e-5 in float32) for pairs laid out by `collate`, as long as no budget cuts
-    a text: stock tools cut elsewhere. Before anything is written, both score a few texts, and must agree.
+    Its scores equal the ranker's (to 1e-5 in float32) for pairs of `collate` that are not truncated; stock tools truncate in
+    another way. Before anything is written, both score a few texts and must agree.
 
     Raises:
-        BadConfig: no stock classifier reads what this ranker reads; the message says which setting to change.
+        BadConfig: no stock classifier equals this ranker; the message names the setting to change.
     """
     backbone = _merged(model)
     _refuse(model, backbone)
@@ -45,7 +47,7 @@ def export_classifier(model: CandidateRanker, folder: Path, tokenizer: Any) -> N
     tokenizer = _for_pairs(tokenizer, backbone)
     _compare(model, classifier, tokenizer)
     activation = f"{nn.Identity.__module__}.{nn.Identity.__name__}"
-    if config.model_type == OURS:  # its config takes no foreign key
+    if config.model_type == OWN:  # its config refuses unknown keys
         Path(folder).mkdir(parents=True, exist_ok=True)
         _write_cross_encoder_files(Path(folder), activation)
     else:
@@ -55,7 +57,7 @@ def export_classifier(model: CandidateRanker, folder: Path, tokenizer: Any) -> N
 
 
 def _for_pairs(tokenizer: Any, backbone: Any) -> Any:
-    """A copy that reads names of special tokens as text, as `collate` does, and knows how long an input may be."""
+    """A copy that reads names of special tokens as text, as `collate` does, and has the maximum length."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"
     tokenizer.split_special_tokens = True
@@ -68,7 +70,7 @@ def _for_pairs(tokenizer: Any, backbone: Any) -> Any:
 
 
 def _merged(model: CandidateRanker) -> Any:
-    """The backbone with its adapters added into its weights; the ranker keeps its own."""
+    """The backbone with adapters merged into its weights. The ranker itself is not changed."""
     if isinstance(model.backbone, PeftModel):
         return copy.deepcopy(model.backbone).merge_and_unload()
     return model.base
@@ -80,32 +82,33 @@ def _refuse(model: CandidateRanker, backbone: Any) -> None:
     if model.head_kind != "linear":
         problems.append("ranker.head is mlp; set it to linear")
     if not model.is_causal and model.attention != "full":
-        problems.append("ranker.attention is prefix, a mask that stock models do not make; set it to full")
-    wanted = ("last",) if model.is_causal else ("cls", "last") if kind == OURS else ("cls",)
+        problems.append("ranker.attention is prefix, and stock models do not make this mask; set it to full")
+    wanted = ("last",) if model.is_causal else ("cls", "last") if kind == OWN else ("cls",)
     if model.pooling not in wanted:
         problems.append(f"ranker.pooling is {model.pooling}; set it to {' or '.join(wanted)}")
-    if not model.is_causal and kind not in (OURS, *POOLER_THEN_LINEAR, *DENSE_THEN_LINEAR):
+    if not model.is_causal and kind not in (OWN, *POOLER_THEN_LINEAR, *DENSE_THEN_LINEAR):
         problems.append(
-            f"the classifier of {kind} has layers that a ranker does not have; take an encoder of type "
+            f"the classifier of {kind} has layers that a ranker does not have; use an encoder of type "
             f"{', '.join((*POOLER_THEN_LINEAR, *DENSE_THEN_LINEAR))} or a causal model"
         )
-    elif not model.is_causal and kind != OURS and getattr(backbone, "pooler", None) is None:
+    elif not model.is_causal and kind != OWN and getattr(backbone, "pooler", None) is None:
         problems.append(
-            "its weights have no pooler, which the stock classifier reads; take an encoder that has one"
+            "its weights have no pooler, and the stock classifier needs one; use an encoder that has one"
         )
     if problems:
-        raise BadConfig(
-            f"this ranker has no equal among stock classifiers: {'; '.join(problems)}, and train again"
-        )
+        raise BadConfig(f"no stock classifier equals this ranker: {'; '.join(problems)}, and train again")
 
 
 def _classifier(model: CandidateRanker, backbone: Any) -> Any:
     """The stock classifier with the ranker's weights, in evaluation mode."""
     config = copy.deepcopy(backbone.config)
-    config.num_labels, config.problem_type = 1, "regression"  # else pipelines put a sigmoid on the score
+    config.num_labels, config.problem_type = (
+        1,
+        "regression",
+    )  # otherwise pipelines apply a sigmoid to the score
     config.id2label, config.label2id = {0: "score"}, {"score": 0}
     kind = config.model_type
-    if kind == OURS:
+    if kind == OWN:
         config.pooling = {"cls": "first", "last": "last"}[model.pooling]
     with torch.random.fork_rng(devices=[]):
         classifier = AutoModelForSequenceClassification.from_config(config)
@@ -130,7 +133,7 @@ def _classifier(model: CandidateRanker, backbone: Any) -> Any:
 
 @torch.no_grad()
 def _compare(model: CandidateRanker, classifier: Any, tokenizer: Any) -> None:
-    """Both on a few texts, as each reads them."""
+    """Raise BadConfig if the two score a few texts differently."""
     names = " ".join(map(str, tokenizer.all_special_tokens))
     prompts, candidates = [*PROBES[0], f"a {names}"], [*PROBES[1], ["b", f"{names} b"]]
     limit = getattr(model.config, "max_position_embeddings", 64) // 2
@@ -146,9 +149,9 @@ def _compare(model: CandidateRanker, classifier: Any, tokenizer: Any) -> None:
     half = theirs.dtype not in (torch.float32, torch.float64)
     if apart > (TOLERANCE_OF_HALF if half else TOLERANCE):
         raise BadConfig(
-            f"{type(classifier).__name__} with this tokenizer scores {apart:.1e} beside the ranker: they read pairs "
-            "differently (padding token that also ends texts, or segments that the tokenizer does not make); "
-            "give the tokenizer a padding token of its own"
+            f"{type(classifier).__name__} with this tokenizer has scores that differ from the ranker's by {apart:.1e}: they "
+            "read pairs differently. The padding token may also end texts, or the tokenizer may not make segments; "
+            "give the tokenizer a separate padding token"
         )
 
 
@@ -157,7 +160,7 @@ def _scores(model: CandidateRanker, pools: Pools) -> Tensor:
 
 
 def _write_cross_encoder_files(folder: Path, activation: str) -> None:
-    """What sentence-transformers 6 writes beside a model: one module, pairs in, raw scores out."""
+    """The files that sentence-transformers 6 writes for a model: one module, pairs in, raw scores out."""
     transformer = "sentence_transformers.base.modules.transformer.Transformer"
     for name, content in (
         ("modules.json", [{"idx": 0, "name": "0", "path": "", "type": transformer}]),

@@ -1,8 +1,10 @@
-"""The folder of a trained ranker, written and read. Knows no training and no task.
+"""Save and load the folder of a trained ranker.
 
-The folder of a ranker: `ranker.json`, `score_head.safetensors`, the tokenizer, and either `adapter_config.json` and
-`adapter_model.safetensors` (LoRA; the encoder stays where it is, and is recognised by its hash) or the whole backbone
-in `config.json` and `model.safetensors`.
+The folder has `ranker.json`, `score_head.safetensors`, the tokenizer, and one of:
+
+- with LoRA, `adapter_config.json` and `adapter_model.safetensors`. The encoder stays in its own folder and is identified by
+  its hash.
+- otherwise the whole backbone, in `config.json` and `model.safetensors`.
 """
 
 import json
@@ -19,7 +21,7 @@ from lib import durable
 from lib.errors import BadData, MissingInput
 from lib.models.collation import collate
 from lib.models.encoders import open_encoder, open_tokenizer, weights_digest, with_lora
-from lib.models.ranker import CandidateRanker
+from lib.models.ranker import CandidateRanker, HeadOptions
 from lib.tokenization import load_tokenizer
 
 __all__ = [
@@ -36,7 +38,7 @@ RANKER_FILE, HEAD_FILE, ADAPTER_FILE = "ranker.json", "score_head.safetensors", 
 
 
 def save_ranker(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
-    """Write a ranker's folder; see the module's docstring. `ranker.json` comes last."""
+    """Write a ranker's folder; see the module's docstring. `ranker.json` is written last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     base = model.base
@@ -68,11 +70,11 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
     """(ranker in evaluation mode, tokenizer) of a folder of `save_ranker`.
 
     Args:
-        learning: adapters get gradients, to go on training.
+        learning: adapters get gradients, to continue training.
 
     Raises:
-        MissingInput: files of the ranker, or the encoder it adapts, are not there.
-        BadData: they do not fit each other, or the encoder is not the one that was adapted.
+        MissingInput: files of the ranker or its encoder are missing.
+        BadData: the files do not match each other, or the encoder is not the one that was adapted.
     """
     folder = Path(folder)
     record = _read_record(folder)
@@ -83,7 +85,7 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
     else:
         backbone, tokenizer = open_encoder(folder, dtype)
     model = CandidateRanker(
-        backbone, pooling=record["pooling"], head=record["head"], head_dropout=record["head_dropout"],
+        backbone, pooling=record["pooling"], head=HeadOptions(record["head"], record["head_dropout"]),
         attention=record["attention"], seed=0, packs=record.get("packs"),
     )  # fmt: skip
     try:
@@ -94,14 +96,14 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
 
 
 def _with_saved_lora(folder: Path, origin: dict[str, Any], dtype: torch.dtype, learning: bool) -> Any:
-    """The encoder that a ranker adapts, with the ranker's adapters."""
+    """The encoder of a ranker, with the ranker's adapters."""
     name = str(folder / origin["name"]) if origin.get("relative") else origin["name"]
     backbone, _ = open_encoder(name, dtype, origin["revision"])
     found = weights_digest(name)
     if found != origin["weights_sha256"]:
         raise BadData(
-            f"the weights of {name} are not those that {folder} adapts: sha256 {found} in place of "
-            f"{origin['weights_sha256']}; put the encoder's folder back, or train the ranker again"
+            f"{folder} has adapters for other weights than those of {name}: its sha256 is {found}, expected "
+            f"{origin['weights_sha256']}; restore the encoder's folder, or train the ranker again"
         )
     try:
         tensors = load_file(folder / ADAPTER_FILE)
@@ -111,7 +113,7 @@ def _with_saved_lora(folder: Path, origin: dict[str, Any], dtype: torch.dtype, l
     apart = set(tensors) ^ set(get_peft_model_state_dict(backbone, save_embedding_layers=False))
     if apart:
         raise BadData(
-            f"{folder / ADAPTER_FILE} does not fit {name}: {len(apart)} tensors, such as {min(apart)}"
+            f"{folder / ADAPTER_FILE} does not match {name}: {len(apart)} tensors differ, such as {min(apart)}"
         )
     return backbone
 
@@ -126,7 +128,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         keys = ("pooling", "head", "head_dropout", "attention", "dtype", "base")
         lacking = [key for key in keys if key not in record]
     except (ValueError, KeyError, TypeError):
-        raise BadData(f"{path} is not what save_ranker writes; copy the ranker's folder again") from None
+        raise BadData(f"{path} is not a record of a ranker; copy the ranker's folder again") from None
     if lacking:
         raise BadData(f"{path} lacks {', '.join(lacking)}; copy the ranker's folder again")
     absent = [name for name in (HEAD_FILE, weights) if name and not (folder / name).exists()]
@@ -136,9 +138,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _origin(base: Any, with_digest: bool, folder: Path) -> dict[str, Any]:
-    """Where the backbone was read from; the hash of its weights if the ranker is nothing without them.
+    """Where the backbone was loaded from, with the hash of its weights if the ranker does not contain them.
 
-    A model of the same stage is named as seen from the ranker's `folder`: the two move together.
+    A model of the same stage is named relative to the ranker's `folder`, because the two move together.
     """
     name = base.config._name_or_path or None
     revision = getattr(base.config, "_commit_hash", None)

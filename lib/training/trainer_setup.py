@@ -11,9 +11,9 @@ from torch import nn
 from lib import durable
 from lib.config import Config
 from lib.log import say
-from lib.models.build import fresh_backbone, heads_of, load_model, save_model, start_model
+from lib.models.build import Checkpoint, fresh_backbone, heads_of, load_model, save_model, start_model
 from lib.models.encoders import configured
-from lib.models.ranker import CandidateRanker, SequenceRanker
+from lib.models.ranker import CandidateRanker, HeadOptions, SequenceRanker
 from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, save_ranker, with_lora
 from lib.sections.models import ModelSpec
 from lib.training.objectives.build import make_objective, say_skipped
@@ -49,12 +49,11 @@ def set_up_model(
         say(f"{name}: {spec.mode} reads both ways; attention is bidirectional, not {spec.attention}")
     model, transfer = start_model(
         spec.mode,
-        spec.architecture,
+        spec.architecture if start is None else Checkpoint(start, spec.architecture.dropout),
         spec.effective_attention,
         len(tokenizer),
         config.seed,
         name,
-        start,
         **heads_of(spec.mode, spec.target_type, spec.num_classes, config.labels.path is not None),
     )
     if start is not None:
@@ -143,7 +142,7 @@ def start_ranker(
         any_backbone: Any = backbone
         any_backbone.get_input_embeddings().requires_grad_(False)
     model = CandidateRanker(
-        backbone, pooling=settings.pooling, head=settings.head, head_dropout=settings.head_dropout,
+        backbone, pooling=settings.pooling, head=HeadOptions(settings.head, settings.head_dropout),
         attention=settings.attention, seed=config.seed,
     )  # fmt: skip
     return model, tokenizer, origin

@@ -27,16 +27,16 @@ SPECIALS = {
 
 
 def convert(checkpoint: Path, out: Path, config_file: Path | None, tokenizer_file: Path | None) -> str:
-    """Write `out` and return a line on what it holds."""
+    """Write `out` and return a line that describes it."""
     if out.exists() and any(out.iterdir()):
         raise CannotCreate(f"{out} is not empty; give a new folder")
-    tensors, given = read_checkpoint(checkpoint)
+    tensors, stored_config = read_checkpoint(checkpoint)
     config_file = config_file or _beside(checkpoint, "config.json")
-    if given is None and config_file is None:
+    if stored_config is None and config_file is None:
         raise MissingInput(
-            f"{checkpoint} carries no config and there is no config.json beside it; give --config FILE"
+            f"{checkpoint} has no config, and there is no config.json beside it; give --config FILE"
         )
-    config = reference_config(_read_json(config_file) if config_file else given or {})
+    config = reference_config(_read_json(config_file) if config_file else stored_config or {})
     tokenizer = _tokenizer(tokenizer_file or _beside(checkpoint, "tokenizer.json"), config.vocab_size)
     if tokenizer is not None:
         for name in ("unk", "cls", "sep", "pad", "mask"):
@@ -50,7 +50,7 @@ def convert(checkpoint: Path, out: Path, config_file: Path | None, tokenizer_fil
     note = (
         "with its tokenizer"
         if tokenizer is not None
-        else "WITHOUT a tokenizer: none was beside it; give --tokenizer FILE"
+        else "WITHOUT a tokenizer: there is none beside it; give --tokenizer FILE"
     )
     return f"{out}: LtgBertForMaskedLM, {count:,} parameters, {note}"
 
@@ -64,11 +64,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadData(f"{path} is no JSON config: {error}") from None
+        raise BadData(f"{path} is not a JSON config: {error}") from None
 
 
 def _tokenizer(path: Path | None, vocab_size: int):
-    """The tokenizer of a tokenizer.json, with the special tokens that it has; None without a file."""
+    """The tokenizer of a tokenizer.json, with its special tokens; None without a file."""
     from transformers import PreTrainedTokenizerFast
 
     if path is None:
@@ -76,7 +76,7 @@ def _tokenizer(path: Path | None, vocab_size: int):
     try:
         plain = PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # the Rust library raises bare Exceptions
-        raise BadData(f"{path} is no tokenizer file: {error}") from None
+        raise BadData(f"{path} is not a tokenizer file: {error}") from None
     vocabulary = plain.get_vocab()
     if len(vocabulary) > vocab_size:
         raise BadData(
@@ -104,7 +104,7 @@ def main() -> int:
     except RemaskError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except ValueError as error:  # a config no model can be built from
+    except ValueError as error:  # a config that no model can be built from
         print(f"error: {error}", file=sys.stderr)
         return BadData.exit_code
     return 0

@@ -1,7 +1,7 @@
 """Checkpoints of the reference implementation (ltgoslo/ltg-bert) as `LtgBertForMaskedLM`.
 
-Names differ where ours explain themselves; every tensor of the checkpoint must find its place and every place its
-tensor. Pickled checkpoints are read in a process of their own, by torch's weights-only loader.
+Some tensors have other names here. Every tensor of the checkpoint must match one of the model, and the other way round. Pickled
+checkpoints are read in a separate process, by torch's weights-only loader.
 """
 
 import json
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from lib.errors import BadData, MissingInput
+from lib.models.hugging_face import LtgBertConfig, LtgBertForMaskedLM
+from lib.models.hugging_face.modeling_ltg_bert import bucket_index
 
-from .configuration_ltg_bert import LtgBertConfig
-from .modeling_ltg_bert import LtgBertForMaskedLM, bucket_index
-
-# (part of a reference name, part of ours), for what is not called the same
+# (part of a reference name, part of the name here), where the two differ
 _NAMES = (
     ("classifier.nonlinearity.1.", "lm_head.dense."),
     ("classifier.nonlinearity.5.", "lm_head.decoder."),
@@ -36,16 +35,16 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 
 
-def reference_config(given: Mapping[str, Any]) -> LtgBertConfig:
-    """An `LtgBertConfig` from the reference's own config; keys that say nothing about the model are passed over.
+def reference_config(reference: Mapping[str, Any]) -> LtgBertConfig:
+    """An `LtgBertConfig` from the reference's config. Keys that do not concern the model are ignored.
 
     Raises:
         BadData: a key is missing.
     """
-    missing = [key for key in _CONFIG_KEYS if key not in given]
+    missing = [key for key in _CONFIG_KEYS if key not in reference]
     if missing:
         raise BadData(f"the reference config lacks {', '.join(missing)}")
-    return LtgBertConfig(**{key: given[key] for key in _CONFIG_KEYS})
+    return LtgBertConfig(**{key: reference[key] for key in _CONFIG_KEYS})
 
 
 def load_reference(
@@ -54,12 +53,12 @@ def load_reference(
     """The model of a reference state dict, in its dtype and in evaluation mode.
 
     Args:
-        state_dict: tensors by the reference's names. The tied output matrix and the tables of position indices may
-            be there; they are compared with what they must equal.
-        config: ours, or the reference's as a mapping.
+        state_dict: tensors by the reference's names. The tied output matrix and the tables of position indices are
+            optional, and are compared with their expected values.
+        config: an `LtgBertConfig`, or the reference's config as a mapping.
 
     Raises:
-        BadData: tensors that are missing, left over, misshaped, or contradict the config, all by name.
+        BadData: names of all tensors that are missing, unknown, of a wrong shape, or contradict the config.
     """
     if not isinstance(config, LtgBertConfig):
         config = reference_config(config)
@@ -71,18 +70,18 @@ def load_reference(
         problems.append(f"{_TIED} is not the same as {_EMBEDDING}")
     own_names = {_our_name(name): name for name in weights}
     with torch.device("meta"):
-        places = LtgBertForMaskedLM(config).state_dict()
-    places.pop("lm_head.decoder.weight")
-    missing = sorted(_reference_name(name) for name in places.keys() - own_names.keys())
-    extra = sorted(own_names[name] for name in own_names.keys() - places.keys())
+        expected_tensors = LtgBertForMaskedLM(config).state_dict()
+    expected_tensors.pop("lm_head.decoder.weight")
+    missing = sorted(_reference_name(name) for name in expected_tensors.keys() - own_names.keys())
+    extra = sorted(own_names[name] for name in own_names.keys() - expected_tensors.keys())
     problems += [f"missing: {', '.join(missing)}"] if missing else []
     problems += [f"left over: {', '.join(extra)}"] if extra else []
-    for name in sorted(own_names.keys() & places.keys()):
-        given, expected = weights[own_names[name]].shape, places[name].shape
-        if given != expected:
-            problems.append(f"{own_names[name]} is {tuple(given)}, the config says {tuple(expected)}")
+    for name in sorted(own_names.keys() & expected_tensors.keys()):
+        shape, expected = weights[own_names[name]].shape, expected_tensors[name].shape
+        if shape != expected:
+            problems.append(f"{own_names[name]} is {tuple(shape)}, the config says {tuple(expected)}")
     if problems:
-        raise BadData(f"this is no LTG-BERT checkpoint of that config: {'; '.join(problems)}")
+        raise BadData(f"the checkpoint is no LTG-BERT of that config: {'; '.join(problems)}")
     dtype = weights[_EMBEDDING].dtype
     model = LtgBertForMaskedLM(config).to(dtype)  # pyright: ignore[reportArgumentType]
     model.load_state_dict({ours: weights[theirs] for ours, theirs in own_names.items()}, strict=False)
@@ -102,12 +101,12 @@ def _reference_name(name: str) -> str:
 
 
 def _compare_position_indices(state_dict: Mapping[str, Tensor], config: LtgBertConfig) -> None:
-    """The checkpoint's own tables of buckets must be ours, else the positions would mean something else."""
+    """Raise BadData if the checkpoint's tables of position buckets differ from those of the config."""
     expected = bucket_index(config, torch.arange(config.max_position_embeddings))[0]
     for name, tensor in state_dict.items():
         if _POSITION_INDICES.match(name) and not torch.equal(tensor.long(), expected):
             raise BadData(
-                f"{name} of the checkpoint differs from the buckets that the config gives; check "
+                f"{name} of the checkpoint differs from the buckets of the config; check "
                 f"position_bucket_size ({config.position_bucket_size}) and max_position_embeddings "
                 f"({config.max_position_embeddings})"
             )
@@ -118,7 +117,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
 
     Raises:
         MissingInput: there is no such file.
-        BadData: it cannot be read as what its name says.
+        BadData: its content does not match its suffix.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -131,13 +130,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
             config = (file.metadata() or {}).get("config")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
-        raise BadData(f"{path} is no safetensors file: {error}") from None
+        raise BadData(f"{path} is not a safetensors file: {error}") from None
     inside = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
     return inside or tensors, json.loads(config) if config else None
 
 
 def _read_legacy(path: Path) -> dict[str, Tensor]:
-    """A pickled checkpoint, through a process that can load tensors and nothing else."""
+    """The tensors of a pickled checkpoint, loaded by a separate process that accepts tensors only."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:

@@ -18,6 +18,8 @@ def rewrite_arguments(programs: list[str], context: CandidateContext) -> list[st
 
     A rewrite is a function of the seed and the program alone. Raises BadConfig for a masked LM with other tokens.
     """
+    from lib.synthetic import MaskedRows
+
     if not context.same_tokenizer:
         raise BadConfig(
             f"generator.checkpoint {context.config.generator.checkpoint} has a tokenizer of its own, and programs are "
@@ -40,7 +42,7 @@ def rewrite_arguments(programs: list[str], context: CandidateContext) -> list[st
     ratio = low + (high - low) * randomness.uniform(context.key("argument ratio"), rows, 1)  # (N, 1)
     noise = np.where(numeric, randomness.uniform(context.key("argument"), rows, ids.shape[-1]), np.inf)
     masked = numeric & ((noise < ratio) | (noise == noise.min(1, keepdims=True)))
-    filled = context.engines[0].fill(ids, valid, masked, config, context.seed, rows)
+    filled = context.engines[0].fill(MaskedRows(ids, valid, masked, rows), config, context.seed)
     return decode_batch(tokenizer, [filled[row, :length] for row, length in enumerate(lengths)])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.errors import BadData
 from lib.log import say
-from lib.synthetic import Barred, MaskedLMEngine
+from lib.synthetic import ForbiddenIds, MaskedLMEngine, MaskedRows
 from lib.tasks import CandidateContext
 from lib.tasks.text.units import Reader, Reading
 from lib.tokenization import characters_of, encode_batch
@@ -153,10 +153,9 @@ def _fill(read: Reading, masked: np.ndarray, rows: np.ndarray, reader: Reader, c
         valid = np.arange(width) < needed[chosen][:, None]
         mask, whole = np.zeros((2, *ids.shape), bool)
         mask[at], whole[at] = hidden[mine], alone[mine]
-        barred = Barred(never, reader.surfaces.partial, whole)
-        new = engine.fill(
-            ids, valid, mask, context.config.candidates, context.seed, keys[chosen], barred, int(width)
-        )
+        forbidden = ForbiddenIds(never, reader.surfaces.partial, whole)
+        masked_rows = MaskedRows(ids, valid, mask, keys[chosen])
+        new = engine.fill(masked_rows, context.config.candidates, context.seed, forbidden, int(width))
         filled[mine] = np.where(hidden[mine], new[at], read.ids[mine])
     return filled
 

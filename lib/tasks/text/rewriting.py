@@ -11,6 +11,7 @@ import pyarrow as pa
 from lib import randomness
 from lib.config import Config
 from lib.errors import BadConfig
+from lib.synthetic import MaskedRows
 from lib.tasks import CandidateContext
 from lib.tasks.text.other_tokenizer import Rewritten, review, rewrite_with_other_tokenizer
 from lib.tokenization import decode_batch
@@ -109,7 +110,8 @@ def _rewrite(
         for fold in np.unique(folds):
             here = folds == fold
             engine = context.engines[fold]
-            filled[here] = engine.fill(ids[here], valid[here], masked[here], config, context.seed, rows[here])
+            masked_rows = MaskedRows(ids[here], valid[here], masked[here], rows[here])
+            filled[here] = engine.fill(masked_rows, config, context.seed)
         label = PREDICTED
     lengths = valid.sum(1)
     kept = [filled[r, :n].astype(np.int32) for r, n in enumerate(lengths)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
-from lib.diffusion.masking import corrupt_80_10_10, line_numbers
+from lib.diffusion.masking import BatchDraw, corrupt_80_10_10, line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, weights_per_token
 from lib.metrics import Estimate, ratio, sum_by
 from lib.runtime import Runtime
@@ -112,7 +112,7 @@ class MaskedDiffusion(_Language):
         self, ids: np.ndarray, valid: np.ndarray, purpose: str, rows: np.ndarray, period: int
     ) -> MaskedBatch:
         """Masks for (B, T) ids as training draws them."""
-        return mask_batch(self.config, valid, self.seed, purpose, rows, period, self.lines_of(ids))
+        return mask_batch(self.config, valid, BatchDraw(self.seed, purpose, rows, period), self.lines_of(ids))
 
     def lines_of(self, ids: np.ndarray) -> np.ndarray | None:
         """(B, T) the line of each token, None where nothing masks by lines."""
@@ -126,7 +126,7 @@ class MaskedDiffusion(_Language):
         inputs = None
         if self.config.corruption == "bert":
             inputs = corrupt_80_10_10(
-                ids, batch.masked, self.mask_id, self.text_ids, self.seed, purpose, index
+                ids, batch.masked, self.mask_id, self.text_ids, BatchDraw(self.seed, purpose, index)
             )
         logits, targets, at = self._logits(model, ids, valid, batch, inputs)
         ce = cross_entropies(logits, targets)
@@ -167,7 +167,11 @@ class MaskedDiffusion(_Language):
         total = np.tile(examples, draws)
         for part in chunks(len(total), EVALUATION_BATCH):
             ids, valid = windows.batch(total[part], np.zeros(len(part)))
-            batch = mask_batch(self._bound, valid, self.seed, "evaluation", part, EVALUATION_BATCH)
+            batch = mask_batch(
+                self._bound,
+                valid,
+                BatchDraw(self.seed, purpose="evaluation", rows=part, period=EVALUATION_BATCH),
+            )
             logits, targets, at = self._logits(model, ids, valid, batch)
             ce = cross_entropies(logits, targets).cpu().numpy()
             hit = (logits.argmax(-1) == targets).cpu().numpy()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib.diffusion.masking import BatchDraw
 from lib.diffusion.nelbo import MaskedBatch
 from lib.diffusion.stages import Progress, mask_in_stages
 from lib.log import say
@@ -46,7 +47,7 @@ class StagedUnmasking(MaskedDiffusion):
 
     def _masked(self, ids, valid, purpose, rows, period, of_row) -> MaskedBatch:
         return mask_in_stages(
-            self.stages, of_row, valid, self.seed, purpose, rows, period, self.lines_of(ids)
+            self.stages, of_row, valid, BatchDraw(self.seed, purpose, rows, period), self.lines_of(ids)
         )
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -208,7 +208,9 @@ class TokenCritic:
         given = None
         if told.any():
             given = tensor(self._visible(filled) & ~filled.written & told, self.runtime)
-        output = forward(model, self.runtime, filled.ids, filled.valid, head="critic", given=given)
+        output = forward(
+            model, self.runtime, filled.ids, filled.valid, head="critic", conditioning_mask=given
+        )
         return output.logits.float().flatten(), output.origin_logits.float().flatten()
 
     def _raw(self, model: nn.Module, filled: Filled, told: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,17 @@
-"""LTG-BERT in the style of transformers (Samuel, Kutuzov, Øvrelid and Velldal 2023, "Trained on 100 million words
-and still in shape"), written from the paper and checked against vectors of the reference implementation.
+"""LTG-BERT and its heads, in the style of transformers.
 
-What sets it apart from BERT: attention scores are the sum of content-content, content-position and position-content
-terms (DeBERTa, He et al. 2021) over log-bucketed distances; layer norms without parameters before each half block, one
-with parameters after attention, one inside the gated feed-forward layer (NormFormer, Shleifer et al. 2021).
+Samuel, Kutuzov, Øvrelid and Velldal 2023, "Trained on 100 million words and still in shape". Written from the paper and
+checked against vectors of the reference implementation. Differences from BERT:
 
-Shapes in comments: B batch, T tokens, D width, H heads, R relative-position buckets, V vocabulary, N chosen rows.
+- Attention scores are the sum of content-content, content-position and position-content terms (DeBERTa, He et al. 2021).
+  The positions are distances in logarithmic buckets.
+- A layer norm without parameters stands before attention and before the feed-forward layer. Another follows attention, with
+  parameters, and one lies inside the gated feed-forward layer (NormFormer, Shleifer et al. 2021).
+
+Shapes in comments: B batch, T tokens, D hidden size, H heads, R relative-position buckets, V vocabulary, N chosen rows.
 """
 
-import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,7 +22,6 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
-    MaskedLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -30,15 +29,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ltg_bert import LtgBertConfig
+from .shared_configuration import require_token_classes, sequence_config
+from .shared_modeling import (
+    MaskedLMOutputWithCritic,
+    TokenHead,
+    add_conditioning,
+    check_head,
+    class_loss,
+    embed_tokens,
+    error_loss,
+    expand_mask,
+    sequence_loss,
+    token_outputs,
+    unblock_empty_rows,
+)
 
-IGNORED = -100
 # The linter of transformers asks which published checkpoints take each side of a branch. These keys choose heads.
 # trf-ignore: TRF041 score_activation, critic_layers
-
-
-def _may_look_at(tensor: Tensor) -> bool:
-    """Whether reading a value is cheap and allowed: not on an accelerator's queue, not while exporting."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +61,7 @@ def bucket_of_distance(distance: Tensor, buckets: int, longest: int) -> Tensor:
     """
     middle = buckets // 2
     size = distance.abs().clamp(max=longest - 1)
-    # At least `middle`, so that the logarithm of the distances that are exact anyway is not negative
+    # At least `middle`: the logarithm of a shorter distance would be negative, and its bucket is exact anyway.
     far = size.clamp(min=middle).to(torch.float64)
     log_share = torch.log(far / middle) / math.log((longest - 1) / middle)
     bucket = torch.ceil(log_share * (middle - 1)).to(distance.dtype) + middle
@@ -66,7 +73,7 @@ def bucket_index(config: LtgBertConfig, positions: Tensor) -> Tensor:
     positions = positions if positions.dim() == 2 else positions.unsqueeze(0)
     distance = positions.unsqueeze(2) - positions.unsqueeze(1)  # (1 or B, T, T)
     longest = config.max_position_embeddings
-    # The logarithms are taken once per distance, not once per pair
+    # Take the logarithm once per distance, not once per pair.
     every = torch.arange(1 - longest, longest, device=positions.device)
     table = bucket_of_distance(every, config.position_bucket_size, longest)
     return table[distance.clamp(1 - longest, longest - 1) + longest - 1]
@@ -85,8 +92,8 @@ def plain_norm(width: int, eps: float) -> nn.LayerNorm:
 def scaled_linear(wide_in: int, wide_out: int, bias: bool, initial_scale: float) -> nn.Linear:
     """A linear layer whose initial matrix is multiplied by `initial_scale`.
 
-    The layer carries the factor because transformers initialises module by module: a block could not correct its
-    layers afterwards.
+    The layer carries the factor because transformers initialises module by module. A block cannot change its layers
+    afterwards.
     """
     layer = nn.Linear(wide_in, wide_out, bias=bias)
     layer.initial_scale = initial_scale  # pyright: ignore[reportArgumentType]
@@ -94,7 +101,7 @@ def scaled_linear(wide_in: int, wide_out: int, bias: bool, initial_scale: float)
 
 
 class LtgBertEmbedding(nn.Module):
-    """Words, and the one table of relative positions that all blocks read."""
+    """Word embeddings, and the table of relative positions that all blocks share."""
 
     def __init__(self, config: LtgBertConfig):
         super().__init__()
@@ -114,7 +121,7 @@ class LtgBertEmbedding(nn.Module):
         return self.relative_layer_norm(self.relative_embedding)
 
 
-def eager_attention(
+def _eager_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -136,9 +143,9 @@ def eager_attention(
 class LtgBertAttention(nn.Module):
     """Disentangled self-attention.
 
-    The score of query i and key j is, over sqrt(3 D / H): q_i k_j + q_i k'_r + q'_r k_j, where r is the bucket of
-    i - j and q', k' are the projections of the table of relative positions. Both position terms are products with the
-    R rows of the table, (B, H, T, R), from which the pairs are then picked: nothing of size T T D is ever made.
+    The score of query i and key j is q_i k_j + q_i k'_r + q'_r k_j, divided by sqrt(3 D / H). Here r is the bucket of
+    i - j, and q', k' are projections of the table of relative positions. Both position terms are products with the R
+    rows of the table, (B, H, T, R). The pairs are gathered from them, so no tensor of size T x T x D is made.
     """
 
     def __init__(self, config: LtgBertConfig):
@@ -170,8 +177,8 @@ class LtgBertAttention(nn.Module):
         hidden = self.pre_layer_norm(hidden)
         query, key = (self._heads(part) for part in self.in_proj_qk(hidden).chunk(2, dim=-1))
         value = self._heads(self.in_proj_v(hidden))
-        # The reference reads this projection head by head, (query, key) of the first head, then of the second, though
-        # words have all queries first. Published weights are trained so; the other way gives another model.
+        # The reference reads this projection head by head: query and key of the first head, then of the second. For
+        # words it has all queries first. The published weights depend on this order.
         positions = self.in_proj_qk(self.dropout(relative)).view(-1, self.num_heads, 2 * self.head_dim)
         query_pos, key_pos = positions.transpose(0, 1).chunk(2, dim=-1)  # (H, R, D / H)
         bias = self._position_scores(query, key, query_pos, key_pos, index)
@@ -179,12 +186,10 @@ class LtgBertAttention(nn.Module):
             bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
         drop = self.config.attention_probs_dropout_prob if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", eager_attention
+            self.config._attn_implementation or "eager", _eager_attention
         )
-        if (
-            torch.compiler.is_exporting()
-        ):  # the fused kernel taken apart has strides that exporters stumble over
-            attend = eager_attention
+        if torch.compiler.is_exporting():  # exporters fail on the strides of the decomposed fused kernel
+            attend = _eager_attention
         mixed, weights = attend(self, query, key, value, bias, dropout=drop, scaling=self.scale)
         mixed = mixed.reshape(batch, length, width)
         return self.dropout(self.post_layer_norm(self.out_proj(mixed))), weights
@@ -226,7 +231,7 @@ class LtgBertFeedForward(nn.Module):
 
 
 class LtgBertLayer(GradientCheckpointingLayer):
-    """One transformer block: x + attention(x), then x + mlp(x); both norm what they read."""
+    """One transformer block: x + attention(x), then x + mlp(x). Both normalise their input."""
 
     def __init__(self, config: LtgBertConfig, depth: int):
         super().__init__()
@@ -275,10 +280,9 @@ class LtgBertHead(nn.Module):
 
 
 class LtgBertPreTrainedModel(PreTrainedModel):
-    """What all LTG-BERT classes share: the backbone's two modules, initialisation, what transformers asks to know.
+    """Base class of all LTG-BERT models: the backbone's two modules, initialisation, and settings for transformers.
 
-    Every class holds `embedding` and `transformer` itself, so that a state dict of one class is, but for the head,
-    one of any other.
+    Every class holds `embedding` and `transformer` itself. So state dicts of two classes differ in the head only.
     """
 
     config: LtgBertConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -287,7 +291,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LtgBertLayer"]
     _supports_sdpa = True
-    # The losses here are means over labelled positions of the batch at hand; Trainer then averages them itself.
+    # The losses are means over the labelled positions of a batch. Trainer averages them over batches.
     accepts_loss_kwargs = False
 
     def _make_backbone(self, config: LtgBertConfig) -> None:
@@ -299,7 +303,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Yes: attention reads the config at every call. transformers would guess from words in this file."""
+        """True, since attention reads the config at every call. transformers would guess from the text of this file."""
         return True
 
     # trf-ignore: TRF018  (every parameter is filled here; two fillings would draw twice)
@@ -341,8 +345,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
         Args:
             input_ids: (B, T) token ids; or `inputs_embeds` (B, T, D), what the word embedding would have given.
             attention_mask: (B, T), 1 for real tokens; or (B or 1, H or 1, T, T), boolean or 0/1 (1: may attend) or
-                float, added to the scores. A query that may attend to nothing attends to everything instead: its
-                output means nothing, but it is a number.
+                float, added to the scores. See `shared_modeling.unblock_empty_rows` for queries without a key.
             position_ids: (T,) or (B, T), any integers: only their differences matter. None counts from 0.
 
         Returns:
@@ -353,7 +356,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
             ValueError: ids outside the vocabulary, masks or positions of a wrong shape.
         """
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)
+            inputs_embeds = embed_tokens(input_ids, self.embedding.word_embedding)
         elif input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         config = self.config
@@ -363,9 +366,7 @@ class LtgBertPreTrainedModel(PreTrainedModel):
         index, mask = self._pairs(attention_mask, position_ids, hidden)
 
         all_hidden, all_attentions = [hidden], []
-        for layer in (
-            self.transformer.layers if hidden.shape[1] else ()
-        ):  # an empty text has nothing to attend to
+        for layer in self.transformer.layers if hidden.shape[1] else ():  # an empty text skips attention
             hidden, weights = layer(hidden, relative, index, mask)
             all_hidden.append(hidden)
             if want_attentions and weights is None:
@@ -380,50 +381,17 @@ class LtgBertPreTrainedModel(PreTrainedModel):
     def _pairs(
         self, attention_mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """What every block's attention takes: buckets (1 or B, T, T) and the mask with four dimensions, or None."""
+        """Arguments of every block's attention: buckets (1 or B, T, T), and the 4-D mask or None."""
         batch, length, _ = hidden.shape
-        mask = _pick_mask(attention_mask, batch, length, hidden.dtype)
+        mask = None
+        if attention_mask is not None:
+            mask = unblock_empty_rows(expand_mask(attention_mask, batch, length, length), hidden.dtype)
         if position_ids is None:
             position_ids = torch.arange(length, device=hidden.device)
         elif position_ids.shape not in ((length,), (1, length), (batch, length)):
             shape = tuple(position_ids.shape)
             raise ValueError(f"position_ids is {shape}, expected ({length},) or ({batch}, {length})")
         return bucket_index(self.config, position_ids), mask
-
-    def _embed(self, input_ids: Tensor | None) -> Tensor:
-        if input_ids is None:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids.is_floating_point() and not input_ids.numel():
-            input_ids = input_ids.long()  # what tokenizers make of an empty text
-        size = self.embedding.word_embedding.num_embeddings
-        if _may_look_at(input_ids) and input_ids.numel():
-            low, high = (int(value) for value in input_ids.aminmax())
-            if low < 0 or high >= size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {size} ids"
-                )
-        return self.embedding.word_embedding(input_ids)
-
-
-def _pick_mask(attention_mask: Tensor | None, batch: int, length: int, dtype: torch.dtype) -> Tensor | None:
-    """The mask as attention takes it: None, boolean or float with four dimensions, no query left without a key."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() == 2:
-        if attention_mask.shape != (batch, length):
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected {(batch, length)}")
-        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
-    elif attention_mask.dim() == 4:
-        if attention_mask.shape[-1] != length or attention_mask.shape[-2] not in (1, length):
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask is {shape}, expected ({batch}, 1, {length}, {length})")
-        mask = attention_mask if attention_mask.is_floating_point() else attention_mask.bool()
-    else:
-        raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {tuple(attention_mask.shape)}")
-    if mask.dtype == torch.bool:
-        return mask | ~mask.any(dim=-1, keepdim=True)
-    nothing = mask.amax(dim=-1, keepdim=True) == -math.inf
-    return mask.masked_fill(nothing, 0.0).to(dtype)
 
 
 class LtgBertModel(LtgBertPreTrainedModel):
@@ -448,95 +416,15 @@ class LtgBertModel(LtgBertPreTrainedModel):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Labels and losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _refuse_classes_outside(labels: Tensor, num_classes: int) -> None:
-    if _may_look_at(labels) and labels.numel():
-        low, high = (int(value) for value in labels.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"label {low if low < 0 else high} is not one of the {num_classes} classes (or {IGNORED})"
-            )
-
-
-def _labelled(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Flat indices (N,) of the positions that have a label, and these labels, (N,) hard or (N, C) soft.
-
-    Hard labels are integers of any shape, soft ones floats with the classes last. Ignored are hard labels of -100
-    and soft rows that begin with -100 or are all zero.
-    """
-    if labels.is_floating_point():
-        if labels.shape[-1] != num_classes:
-            shape = tuple(labels.shape)
-            raise ValueError(
-                f"float labels are soft targets with {num_classes} classes last, got shape {shape}"
-            )
-        rows = labels.reshape(-1, num_classes)
-        counts = (rows[:, 0] != IGNORED) & (rows != 0).any(dim=-1)
-    else:
-        rows = labels.reshape(-1)
-        counts = rows != IGNORED
-    where = counts.nonzero().squeeze(-1)
-    if not torch.compiler.is_compiling() and where.numel() == 0:
-        raise ValueError(f"no position has a label: all {counts.numel()} are ignored ({IGNORED})")
-    rows = rows.index_select(0, where)
-    if not labels.is_floating_point():
-        _refuse_classes_outside(rows, num_classes)
-    return where, rows
-
-
-def _class_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits (N, C) against hard (N,) or soft (N, C) targets, in float32 at least."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(exact), targets.to(exact) if targets.is_floating_point() else targets)
-
-
-def _error_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy in nats of log-odds (N,) against targets (N,) of 0 and 1, in float32 at least."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.binary_cross_entropy_with_logits(logits.to(exact), targets.to(exact))
-
-
-def _token_outputs(
-    hidden: Tensor,
-    labels: Tensor | None,
-    num_classes: int,
-    logits_at: Tensor | str | None,
-    head: Callable,
-    loss_of: Callable = _class_loss,
-) -> tuple[Tensor, Tensor | None]:
-    """Logits and loss of hidden states (B, T, D), computed only where asked; see `LtgBertForMaskedLM.forward`."""
-    shape = hidden.shape[:2]
-    if labels is not None and labels.shape[:2] != shape:
-        raise ValueError(f"labels are {tuple(labels.shape)}, expected to begin with {tuple(shape)}")
-    rows = hidden
-    if isinstance(logits_at, Tensor):
-        rows = hidden.flatten(0, 1).index_select(0, logits_at)
-        labels = None if labels is None else labels.flatten(0, 1).index_select(0, logits_at)
-    elif logits_at is not None:
-        if labels is None:
-            raise ValueError("logits_at as a word needs labels")
-        where, targets = _labelled(labels, num_classes)
-        logits = head(hidden.flatten(0, 1).index_select(0, where))
-        return logits, loss_of(logits, targets)
-    logits = head(rows)
-    if labels is None:
-        return logits, None
-    where, targets = _labelled(labels, num_classes)
-    per_position = logits.reshape(-1, *logits.shape[rows.dim() - 1 :])
-    return logits, loss_of(per_position.index_select(0, where), targets)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Heads
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class LtgBertCritic(nn.Module):
-    """Blocks of its own and two heads: is each token an error, and did a generator write it? Not part of the published
-    model."""
+    """Additional blocks and two heads: is each token an error, and did a generator sample it?
+
+    The published model has no critic.
+    """
 
     def __init__(self, config: LtgBertConfig):
         super().__init__()
@@ -546,11 +434,11 @@ class LtgBertCritic(nn.Module):
         )
         self.score = LtgBertHead(config, 1)
         self.origin = LtgBertHead(config, 1)
-        # Added to the embeddings of tokens known to be right.
+        # Added to the embeddings of tokens in the conditioning mask. The name is part of saved weights.
         self.given = nn.Embedding(1, config.hidden_size)
 
     def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states (B, T, D) of the backbone to those that `score` and `origin` read."""
+        """States (B, T, D) for `score` and `origin`, from the backbone's hidden states (B, T, D)."""
         for layer in self.layers:
             hidden, _ = layer(hidden, relative, index, mask)
         return hidden
@@ -560,17 +448,8 @@ class LtgBertCritic(nn.Module):
         return self.score(rows).squeeze(-1)
 
 
-@dataclass
-class LtgBertMaskedLMOutput(MaskedLMOutput):
-    """`critic_logits` (B, T): log-odds that each token is an error, with `head="both"`. `origin_logits` (B, T): that a
-    generator wrote it, with "both" and "critic"."""
-
-    critic_logits: Tensor | None = None
-    origin_logits: Tensor | None = None
-
-
 class LtgBertForMaskedLM(LtgBertPreTrainedModel):
-    """LTG-BERT that fills masks; `head="critic"` finds errors instead. The last layer is the word embedding."""
+    """LTG-BERT as a masked language model, with an optional critic. The last layer is tied to the word embedding."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "embedding.word_embedding.weight"}
 
@@ -597,9 +476,9 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
         labels: Tensor | None = None,
         logits_at: Tensor | str | None = None,
         head: str = "lm",
-        given: Tensor | None = None,
+        conditioning_mask: Tensor | None = None,
         **kwargs,
-    ) -> MaskedLMOutput:
+    ) -> MaskedLMOutputWithCritic:
         """Logits over the vocabulary, or log-odds that a token is an error.
 
         Args:
@@ -607,10 +486,10 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
                 `head="critic"` (B, T), 1 for an error, 0 for none, -100 for ignored. The loss is the mean over
                 labelled positions, in nats.
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled ones.
-            head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`; with the
-                critic also `origin_logits`.
-            given: for `head="critic"`, (B, T) bool, True for tokens that are known to be right, such as a prompt's.
-                None: nothing is known.
+            head: "lm"; "critic", which needs `config.critic_layers`; or "both" in one forward pass, which gives "lm" and
+                `critic_logits`. With the critic the output has `origin_logits`, too.
+            conditioning_mask: for `head="critic"`, (B, T) bool. True for tokens that are known to be right, such as
+                a prompt's. None: nothing is known.
 
         Returns:
             `logits` (B, T, V) or (N, V) for "lm", (B, T) or (N,) for "critic".
@@ -618,20 +497,17 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
         Raises:
             ValueError: no position has a label, or a label is not in the vocabulary.
         """
-        if head not in ("lm", "critic", "both"):
-            raise ValueError(f'head must be "lm", "critic" or "both", got {head!r}')
-        if head != "lm" and self.critic is None:
-            raise ValueError("this model has no critic head: set critic_layers (0 or more) in its config")
-        if given is not None:
-            if head != "critic" or self.critic is None:
-                raise ValueError(f'given is for head="critic", not for {head!r}')
+        check_head(head, self.critic is not None, conditioning_mask)
+        # 1. Embeddings; the critic may be conditioned on tokens that are known to be right.
+        if conditioning_mask is not None and self.critic is not None:
             if inputs_embeds is None:
-                inputs_embeds, input_ids = self._embed(input_ids), None
-            mark = self.critic.given.weight  # (1, D)
-            inputs_embeds = inputs_embeds + given[..., None].to(mark.dtype) * mark
+                inputs_embeds, input_ids = embed_tokens(input_ids, self.embedding.word_embedding), None
+            inputs_embeds = add_conditioning(inputs_embeds, conditioning_mask, self.critic.given.weight)
+        # 2. The backbone
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        hidden = cast(Tensor, outputs.last_hidden_state)
-        score, loss_of, classes = self.lm_head, _class_loss, self.config.vocab_size
+        hidden = cast(Tensor, outputs.last_hidden_state)  # (B, T, D)
+        token_head = TokenHead(self.lm_head, class_loss, self.config.vocab_size)
+        # 3. The critic's layers and its two heads
         critic_logits = origin_logits = None
         if self.critic is not None and head != "lm":
             index, mask = self._pairs(attention_mask, position_ids, hidden)
@@ -640,10 +516,11 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
             if head == "both":
                 critic_logits = self.critic.log_odds(states)
             else:
-                hidden, score, loss_of, classes = states, self.critic.log_odds, _error_loss, 2
+                hidden, token_head = states, TokenHead(self.critic.log_odds, error_loss, 2)
                 labels = None if labels is None else labels.long()
-        logits, loss = _token_outputs(hidden, labels, classes, logits_at, score, loss_of)
-        return LtgBertMaskedLMOutput(
+        # 4. Logits and loss of the head that was asked for
+        logits, loss = token_outputs(hidden, labels, logits_at, token_head)
+        return MaskedLMOutputWithCritic(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -654,7 +531,7 @@ class LtgBertForMaskedLM(LtgBertPreTrainedModel):
 
 
 class LtgBertClassifierHead(LtgBertHead):
-    """The head of a classifier: `classifier_dropout` in place of the general one."""
+    """The head of a classifier, with `classifier_dropout` if the config has it."""
 
     def __init__(self, config: LtgBertConfig):
         super().__init__(config, config.num_labels or 1)
@@ -668,9 +545,7 @@ class LtgBertForTokenClassification(LtgBertPreTrainedModel):
     def __init__(self, config: LtgBertConfig):
         super().__init__(config)
         self._make_backbone(config)
-        if (config.num_labels or 0) < 2:
-            raise ValueError(f"token classification needs num_labels of at least 2, got {config.num_labels}")
-        self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
+        self.num_labels = require_token_classes(config)
         self.classifier = LtgBertClassifierHead(config)
         self.post_init()
 
@@ -692,22 +567,19 @@ class LtgBertForTokenClassification(LtgBertPreTrainedModel):
         """
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         hidden = cast(Tensor, outputs.last_hidden_state)
-        logits, loss = _token_outputs(hidden, labels, self.num_labels, None, self.classifier)
+        logits, loss = token_outputs(
+            hidden, labels, None, TokenHead(self.classifier, class_loss, self.num_labels)
+        )
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
 
 
 class LtgBertForSequenceClassification(LtgBertPreTrainedModel):
-    """A class, several labels, a number, or a score in [0, 1] for the whole sequence, read from its first token."""
+    """A class, several labels, a number, or a score in [0, 1] for the whole sequence, from its first token's state."""
 
     def __init__(self, config: LtgBertConfig):
-        if config.score_activation == "sigmoid" and config.num_labels != 1:
-            raise ValueError(f'score_activation="sigmoid" needs num_labels=1, got {config.num_labels}')
-        if config.score_activation == "sigmoid" and config.problem_type is None:
-            # Said in this model's own copy, else the text-classification pipeline puts a second sigmoid on the score.
-            config = copy.copy(config)
-            config.problem_type = "regression"
+        config = sequence_config(config)
         super().__init__(config)
         self._make_backbone(config)
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
@@ -739,47 +611,10 @@ class LtgBertForSequenceClassification(LtgBertPreTrainedModel):
         logits = self.classifier(first)  # (B, num_labels)
         if self.config.score_activation == "sigmoid":
             logits = logits.sigmoid()
-        loss = None if labels is None else self._loss(logits, labels)
+        loss = None if labels is None else sequence_loss(logits, labels, self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        problem = self.config.problem_type or self._infer_problem(labels)
-        batch, exact = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
-        if problem == "single_label_classification":
-            if self.num_labels < 2:
-                raise ValueError(f"{problem} needs num_labels of at least 2 to tell labels apart, got 1")
-            if labels.is_floating_point() or labels.shape != (batch,):
-                shape = tuple(labels.shape)
-                raise ValueError(
-                    f"{problem} takes integer labels of shape ({batch},), got {labels.dtype} {shape}"
-                )
-            _refuse_classes_outside(labels, self.num_labels)
-            return _class_loss(logits, labels)
-        if labels.numel() != logits.numel() or labels.shape[0] != batch:
-            raise ValueError(
-                f"{problem} takes labels of shape {tuple(logits.shape)}, got {tuple(labels.shape)}"
-            )
-        targets = labels.to(exact).view_as(logits)
-        if problem == "multi_label_classification":
-            self._refuse_outside_unit(targets, problem)
-            return F.binary_cross_entropy_with_logits(logits.to(exact), targets)
-        if self.config.score_activation == "sigmoid":
-            self._refuse_outside_unit(targets, "a score in [0, 1]")
-        elif _may_look_at(targets) and not bool(targets.isfinite().all()):
-            raise ValueError("regression labels hold NaN or infinity")
-        return F.mse_loss(logits.to(exact), targets)
-
-    def _infer_problem(self, labels: Tensor) -> str:
-        if self.num_labels == 1:
-            return "regression"
-        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-    @staticmethod
-    def _refuse_outside_unit(targets: Tensor, what: str) -> None:
-        if _may_look_at(targets) and not bool(((targets >= 0) & (targets <= 1)).all()):
-            raise ValueError(f"labels of {what} must lie in [0, 1]")
 
 
 def _first_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -1,17 +1,16 @@
 """The Remask GPT backbone and its heads, in the style of transformers.
 
-One backbone (`RemaskGptModel`) serves every mode: rotary positions, RMSNorm without parameters before each half block,
-normalised queries and keys, squared ReLU, output projections that start at zero, tied embeddings. The mode is the
-head class on top of it. The model knows token ids and nothing else: which ids may be predicted, which positions are
-masked and what a label means is decided by its callers.
+One backbone (`RemaskGptModel`) serves every mode, and the mode is the head class on top of it. The backbone has rotary
+positions, RMSNorm without parameters before attention and before the MLP, normalised queries and keys, and squared ReLU.
+Output projections start at zero, and embeddings are tied. The caller decides which ids may be predicted, which positions are
+masked, and what a label means.
 
-Shapes in comments: B batch, T tokens, S tokens including cached ones, D width, H heads, V vocabulary, N chosen rows.
+On the CPU, some functions have their own derivatives and work on slices that fit the cache. Elsewhere torch's kernels run.
+
+Shapes in comments: B batch, T tokens, S tokens including cached ones, D hidden size, H heads, V vocabulary, N chosen rows.
 """
 
-import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    MaskedLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -32,32 +30,36 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_remask_gpt import RemaskGptConfig
+from .shared_configuration import require_token_classes, sequence_config
+from .shared_modeling import (
+    IGNORED,
+    MaskedLMOutputWithCritic,
+    TokenHead,
+    add_conditioning,
+    check_head,
+    class_loss,
+    embed_tokens,
+    error_loss,
+    expand_mask,
+    is_tracing,
+    may_read,
+    sequence_loss,
+    token_outputs,
+    unblock_empty_rows,
+)
 
-IGNORED = -100
 # The linter of transformers asks which published checkpoints take each side of a branch. These keys choose modes.
 # trf-ignore: TRF041 is_causal, score_activation, critic_layers, pooling, dropout
-FEWEST_ROWS = (
-    16  # rows, and outputs, of a product on the CPU below which its last bits depend on their number
-)
+MIN_ROWS = 16  # with fewer rows or outputs, the last bits of a product on the CPU depend on their number
 ELEMENTS_IN_CACHE = 2**19  # size of the slices that CPU code works on: 1 MB in bfloat16
-MAX_SLICED_LENGTH = 1024  # beyond, one sequence's attention weights no longer fit the cache
+MAX_SLICED_LENGTH = 1024  # attention weights of one longer sequence do not fit the cache
 EMBEDDING_STD = 0.02
-HEAD_STD = 0.02  # small first weights: a new head starts close to "no opinion"
+HEAD_STD = 0.02  # a new head starts close to equal probabilities
 
 
-def _is_tracing() -> bool:
-    """Whether torch.export or torch.compile reads the code: then no check may look at a value."""
-    return torch.compiler.is_compiling()
-
-
-def _takes_native_code(tensor: Tensor) -> bool:
-    """Whether torch's own kernels are right: what is written out here for the CPU's cache is slow elsewhere."""
-    return tensor.device.type != "cpu" or _is_tracing()
-
-
-def _may_look_at(tensor: Tensor) -> bool:
-    """Whether reading a value of the tensor is cheap: on an accelerator it would stop the queue."""
-    return tensor.device.type == "cpu" and not _is_tracing()
+def _use_native_kernels(tensor: Tensor) -> bool:
+    """Whether to call torch's own kernels. What is written out here for the cache of a CPU is slow elsewhere."""
+    return tensor.device.type != "cpu" or is_tracing()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ def _may_look_at(tensor: Tensor) -> bool:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """`rms_norm` with the derivative written out: half the passes over memory of the composed one."""
+    """`rms_norm` with its own derivative, which reads memory half as often as the composed one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
@@ -97,13 +99,13 @@ def _rms_norm_gradient(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Divide the last dimension by its root mean square (Zhang & Sennrich 2019), without parameters."""
-    if _takes_native_code(x):
+    if _use_native_kernels(x):
         return F.rms_norm(x, (x.shape[-1],), eps=eps)
     return _RmsNorm.apply(x, eps)  # pyright: ignore[reportReturnType]
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """`squared_relu` that keeps its input only, a slice at a time: what is made of a slice stays in the cache."""
+    """`squared_relu` that saves its input only and works on slices, whose intermediate results stay in the cache."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -129,14 +131,14 @@ class _SquaredRelu(torch.autograd.Function):
 
 
 def _slices(count: int, width: int) -> list[slice]:
-    """Cut `count` items of `width` elements each into runs that fit the processor's second-level cache."""
+    """Divide `count` items of `width` elements into slices that fit the processor's second-level cache."""
     step = max(1, ELEMENTS_IN_CACHE // max(width, 1))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0) squared (So et al. 2021)."""
-    return F.relu(x).square() if _takes_native_code(x) else _SquaredRelu.apply(x)  # pyright: ignore[reportReturnType]
+    return F.relu(x).square() if _use_native_kernels(x) else _SquaredRelu.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def rotary_tables(
@@ -144,8 +146,8 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's rotary angles (Su et al. 2021).
 
-    Computed at each call from the positions alone: there is no buffer that a half-precision cast could round or a
-    loader forget. Angles are taken in double precision, so that a value does not depend on its place in the tensor.
+    Computed at each call from the positions alone. There is no buffer that a half-precision cast could round, or that
+    loading could miss. Double precision makes a value independent of its index in the tensor.
 
     Args:
         position_ids: (T,) or (B, T) integer positions.
@@ -160,7 +162,7 @@ def rotary_tables(
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the halves of x (..., T, head_dim) as one complex number per pair by the angles; written to `out`."""
+    """Rotate x (..., T, head_dim) by the angles into `out`. An element and its partner in the other half form a pair."""
     (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
@@ -184,9 +186,9 @@ def split_heads(
 class _SlicedAttention(torch.autograd.Function):
     """From the projection (B, T, 3 D) to the mixed heads (B, T, D), a few sequences at a time.
 
-    The same as `split_heads` and `eager_attention`. The fused kernel of the CPU goes backward in bfloat16 many times
-    slower than plain products; plain products of a whole batch are bound by memory. Here the weights of a slice
-    never leave the cache and are computed again on the way back.
+    Equal to `split_heads` and `eager_attention`. In bfloat16 the CPU's fused kernel has a backward pass that is many times
+    slower than plain products. Plain products of a whole batch are bound by memory. Here the weights of a slice stay in
+    the cache, and the backward pass computes them again.
     """
 
     @staticmethod
@@ -201,7 +203,7 @@ class _SlicedAttention(torch.autograd.Function):
         for rows in _slices(batch, num_heads * length * length):
             raw, done, part_scale = parts[:2, rows], query_key[:, rows], scale[:, rows]
             part_scale.copy_(_inverse_rms(raw, eps))
-            # A rotation keeps the norm, so the scale may come last.
+            # A rotation keeps the norm, so the scale can be applied last.
             _rotate_into(done, raw, _of_rows(cos, rows), _of_rows(sin, rows)).mul_(part_scale)
             query, key, value = _flat(done[0]), _flat(done[1]), _flat(parts[2, rows])
             weights = _attention_weights(
@@ -240,7 +242,7 @@ class _SlicedAttention(torch.autograd.Function):
 
 
 def _of_rows(x: Tensor, rows: slice) -> Tensor:
-    """The rows of a tensor that has one per sequence; a tensor shared by all as it is."""
+    """These rows of a tensor with one row per sequence. A tensor with one row for all is returned as it is."""
     return x if x.shape[0] == 1 else x[rows]
 
 
@@ -257,7 +259,7 @@ def _attention_weights(query: Tensor, key: Tensor, bias: Tensor | None, num_head
     return torch.softmax(scores, dim=-1)
 
 
-def sliced_attention(
+def _sliced_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, is_causal: bool, num_heads: int, eps: float
 ) -> Tensor:
     """Attention (B, T, D) of one projection (B, T, 3 D) on the CPU; see `_SlicedAttention`."""
@@ -273,15 +275,15 @@ def sliced_attention(
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` on rows (N, D) whose bits do not depend on N.
 
-    On the CPU few rows, or few outputs, take code that adds in an order chosen by N: both are padded with zeros.
+    With few rows or few outputs, CPU kernels add in an order that depends on N. So both are padded with zeros.
     """
-    if _takes_native_code(x):
+    if _use_native_kernels(x):
         return F.linear(x, weight, bias)
     rows, outputs = x.shape[0], weight.shape[0]
-    if rows < FEWEST_ROWS:
-        x = F.pad(x, (0, 0, 0, FEWEST_ROWS - rows))
-    if outputs < FEWEST_ROWS:
-        weight = F.pad(weight, (0, 0, 0, FEWEST_ROWS - outputs))
+    if rows < MIN_ROWS:
+        x = F.pad(x, (0, 0, 0, MIN_ROWS - rows))
+    if outputs < MIN_ROWS:
+        weight = F.pad(weight, (0, 0, 0, MIN_ROWS - outputs))
         product = F.linear(x, weight)[:rows, :outputs]
         return product if bias is None else product + bias
     return F.linear(x, weight, bias)[:rows]
@@ -304,8 +306,8 @@ def eager_attention(
 def make_linear(wide_in: int, wide_out: int, bias: bool, initial_std: float) -> nn.Linear:
     """A linear layer with its own initial standard deviation.
 
-    The layer carries it because transformers initialises module by module, and passes over those of custom code
-    that hold no parameter themselves: a block could not correct its layers afterwards.
+    The layer carries it because transformers initialises module by module, and skips modules of custom code that hold
+    no parameter themselves. A block cannot change its layers afterwards.
     """
     layer = nn.Linear(wide_in, wide_out, bias=bias)
     layer.initial_std = initial_std  # pyright: ignore[reportArgumentType]
@@ -323,7 +325,7 @@ class RemaskGptAttention(nn.Module):
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
-        # A block that adds nothing at first keeps the residual stream as it is at any depth (Zhang et al. 2019).
+        # A block adds nothing at first, so the residual stream has the same scale at any depth (Zhang et al. 2019).
         self.o_proj = make_linear(config.hidden_size, config.hidden_size, config.bias, initial_std=0.0)
 
     def forward(
@@ -343,7 +345,7 @@ class RemaskGptAttention(nn.Module):
         eager = attend is eager_attention
         weights = None
         if self._may_slice(qkv) and past_key_values is None and not eager:
-            mixed = sliced_attention(qkv, cos, sin, mask, is_causal, self.num_heads, self.eps)
+            mixed = _sliced_attention(qkv, cos, sin, mask, is_causal, self.num_heads, self.eps)
             return self.o_proj(mixed), None
         query, key, value = split_heads(qkv, cos, sin, self.num_heads, self.eps)
         if past_key_values is not None:
@@ -357,8 +359,8 @@ class RemaskGptAttention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, width)), weights
 
     def _may_slice(self, qkv: Tensor) -> bool:
-        """Whether the CPU's own way applies: not on an accelerator, not while exporting, not for very long inputs."""
-        return not _takes_native_code(qkv) and qkv.shape[1] <= MAX_SLICED_LENGTH
+        """Whether `_sliced_attention` applies: on a CPU, not while exporting, not for very long inputs."""
+        return not _use_native_kernels(qkv) and qkv.shape[1] <= MAX_SLICED_LENGTH
 
 
 class RemaskGptMLP(nn.Module):
@@ -407,7 +409,7 @@ class RemaskGptLayer(GradientCheckpointingLayer):
 
 
 class RemaskGptPreTrainedModel(PreTrainedModel):
-    """What all Remask GPT classes share: initialisation and what transformers asks to know."""
+    """Base class of all Remask GPT models: initialisation and settings for transformers."""
 
     config: RemaskGptConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = RemaskGptConfig
@@ -415,23 +417,23 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["RemaskGptLayer"]
     _supports_sdpa = True
-    # The losses here are means over labelled positions of the batch at hand; Trainer then averages them itself.
+    # The losses are means over the labelled positions of a batch. Trainer averages them over batches.
     accepts_loss_kwargs = False
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Yes: attention reads the config at every call. transformers would guess from words in this file."""
+        """True, since attention reads the config at every call. transformers would guess from the text of this file."""
         return True
 
     # trf-ignore: TRF018  (every parameter is filled here; two fillings would draw twice)
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fill the module's own parameters. There are no buffers in this model."""
-        given, own = self.config.initializer_range, getattr(module, "initial_std", None)
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             return
-        usual = EMBEDDING_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
-        std = own if own is not None else given or usual
+        default_std = EMBEDDING_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
+        module_std = getattr(module, "initial_std", None)
+        std = module_std if module_std is not None else self.config.initializer_range or default_std
         if std:
             init.normal_(module.weight, std=std)
         else:
@@ -442,15 +444,15 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
     def _pick_mask(
         self, attention_mask: Tensor | None, batch: int, length: int, past: int, like: Tensor
     ) -> tuple[Tensor | None, bool]:
-        """Turn what the caller gave into what attention takes.
+        """The mask for attention, from the caller's.
 
         Args:
             attention_mask: None; (B, S) with 1 for real tokens; or (B or 1, H or 1, T, S), boolean or 0/1 integers
                 (True: may attend) or float (added to the scores). A 4-D mask is used as it is, also by a causal model.
 
         Returns:
-            The mask (boolean or float, 4-D) or None, and whether plain causal attention is wanted. A query that may
-            attend to nothing attends to everything instead: its output means nothing, but it is a number.
+            The mask (boolean or float, 4-D) or None, and whether attention is plainly causal. See
+            `shared_modeling.unblock_empty_rows` for queries without a key.
         """
         total = past + length
         if attention_mask is None:
@@ -459,35 +461,20 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
             if past == 0:
                 return None, True
             attention_mask = torch.ones(batch, total, dtype=torch.bool, device=like.device)
-        if attention_mask.dim() == 2:
-            if attention_mask.shape != (batch, total):
-                raise ValueError(
-                    f"attention_mask is {tuple(attention_mask.shape)}, expected {(batch, total)}"
-                )
-            mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
-            if self.config.is_causal and length > 1:
-                rows = torch.arange(past, total, device=like.device)[:, None]
-                mask = mask & (rows >= torch.arange(total, device=like.device))  # (B, 1, T, S)
-        elif attention_mask.dim() == 4:
-            if attention_mask.shape[-1] != total or attention_mask.shape[-2] not in (1, length):
-                shape = tuple(attention_mask.shape)
-                raise ValueError(f"attention_mask is {shape}, expected ({batch}, 1, {length}, {total})")
-            mask = attention_mask if attention_mask.is_floating_point() else attention_mask.bool()
-        else:
-            raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {tuple(attention_mask.shape)}")
-        if mask.dtype == torch.bool:
-            return mask | ~mask.any(dim=-1, keepdim=True), False
-        nothing = mask.amax(dim=-1, keepdim=True) == -math.inf
-        return mask.masked_fill(nothing, 0.0).to(like.dtype), False
+        mask = expand_mask(attention_mask, batch, length, total)
+        if attention_mask.dim() == 2 and self.config.is_causal and length > 1:
+            queries = torch.arange(past, total, device=like.device)[:, None]
+            mask = mask & (queries >= torch.arange(total, device=like.device))  # (B, 1, T, S)
+        return unblock_empty_rows(mask, like.dtype), False
 
     def _pick_positions(
         self, position_ids: Tensor | None, length: int, past: int, device: torch.device
     ) -> Tensor:
-        """Positions (T,) or (B, T), refused beyond what the model was made for."""
+        """Positions (T,) or (B, T). Raises ValueError beyond `max_position_embeddings`."""
         limit = self.config.max_position_embeddings
         highest = past + length - 1
         if position_ids is not None:
-            if not _may_look_at(position_ids) or position_ids.numel() == 0:
+            if not may_read(position_ids) or position_ids.numel() == 0:
                 return position_ids
             highest = int(position_ids.max())
         if highest >= limit:
@@ -506,7 +493,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
     def __init__(self, config: RemaskGptConfig):
         config.check()  # values may have been set after the config was made
         super().__init__(config)
-        # No padding_idx: it would freeze a row that resizing and tying treat like any other.
+        # No padding_idx: it would freeze a row, while resizing and tying treat all rows alike.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [RemaskGptLayer(config, index) for index in range(config.num_hidden_layers)]
@@ -528,7 +515,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         """Run the blocks.
 
         Args:
-            input_ids: (B, T) token ids; or `inputs_embeds` (B, T, D), what `embed_tokens` would have given.
+            input_ids: (B, T) token ids; or their embeddings as `inputs_embeds` (B, T, D).
             attention_mask: (B, S), 1 for real tokens, or (B, 1, T, S) boolean or additive; see `_pick_mask`.
             position_ids: (T,) or (B, T); None counts from the end of the cache.
             output_hidden_states, output_attentions: return them too (attentions: eager only); None asks the config.
@@ -536,14 +523,14 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
                 in evaluation mode when the config says so.
 
         Returns:
-            `last_hidden_state` (B, T, D) after the final norm; `hidden_states`, when asked, are the normalised
-            embeddings, every block's output, and in the last place `last_hidden_state`.
+            `last_hidden_state` (B, T, D) after the final norm. `hidden_states`, when asked for, are the normalised
+            embeddings and every block's output; the last one is `last_hidden_state`.
 
         Raises:
             ValueError: ids outside the vocabulary, too long inputs, masks of a wrong shape.
         """
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)
+            inputs_embeds = embed_tokens(input_ids, self.embed_tokens)
         elif input_ids is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         batch, length, _ = inputs_embeds.shape
@@ -563,7 +550,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta, hidden.dtype)
 
         all_hidden, all_attentions = [hidden], []
-        for layer in self.layers if length else ():  # an empty text has nothing to attend to
+        for layer in self.layers if length else ():  # an empty text skips attention
             hidden, weights = layer(hidden, rotary, mask, is_causal, past_key_values=past_key_values)
             if want_attentions and weights is None:
                 raise ValueError('output_attentions needs attn_implementation="eager"')
@@ -589,126 +576,19 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
                 )
             return None
         if past_key_values is None and use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not _is_tracing()
+            use_cache = self.config.use_cache and not self.training and not is_tracing()
         if past_key_values is None and use_cache and not (self.training and self.is_gradient_checkpointing):
             return DynamicCache(config=self.config)
         return past_key_values
 
-    def _embed(self, input_ids: Tensor | None) -> Tensor:
-        if input_ids is None:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids.is_floating_point() and not input_ids.numel():
-            input_ids = input_ids.long()  # what tokenizers make of an empty text
-        size = self.embed_tokens.num_embeddings
-        if _may_look_at(input_ids) and input_ids.numel():
-            low, high = (int(value) for value in input_ids.aminmax())
-            if low < 0 or high >= size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {size} ids"
-                )
-        return self.embed_tokens(input_ids)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses and rows
+# Language models
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _rows_at(hidden: Tensor, where: Tensor) -> Tensor:
-    """Rows (N, D) of hidden (B, T, D) at flat indices (N,) into B * T."""
-    if where.dim() != 1 or where.is_floating_point() or where.dtype == torch.bool:
-        raise ValueError(
-            f"logits_at must be a 1-D integer tensor of flat positions, got {where.dtype} {where.shape}"
-        )
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, where)
-
-
-def _refuse_classes_outside(labels: Tensor, num_classes: int) -> None:
-    if _may_look_at(labels) and labels.numel():
-        low, high = (int(value) for value in labels.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"label {low if low < 0 else high} is not one of the {num_classes} classes (or {IGNORED})"
-            )
-
-
-def _labelled(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Flat indices (N,) of the positions that have a label, and these labels, (N,) hard or (N, C) soft.
-
-    Hard labels are integers of any shape, soft ones floats with the classes last. Ignored are hard labels of -100
-    and soft rows that begin with -100 or are all zero.
-    """
-    if labels.is_floating_point():
-        if labels.shape[-1] != num_classes:
-            shape = tuple(labels.shape)
-            raise ValueError(
-                f"float labels are soft targets with {num_classes} classes last, got shape {shape}"
-            )
-        rows = labels.reshape(-1, num_classes)
-        counts = (rows[:, 0] != IGNORED) & (rows != 0).any(dim=-1)
-    else:
-        rows = labels.reshape(-1)
-        counts = rows != IGNORED
-    where = counts.nonzero().squeeze(-1)
-    if not _is_tracing() and where.numel() == 0:
-        raise ValueError(f"no position has a label: all {counts.numel()} are ignored ({IGNORED})")
-    rows = rows.index_select(0, where)
-    if not labels.is_floating_point():
-        _refuse_classes_outside(rows, num_classes)
-    return where, rows
-
-
-def _class_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits (N, C) against hard (N,) or soft (N, C) targets, in float32 at least."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    if targets.is_floating_point():
-        targets = targets.to(exact)
-    return F.cross_entropy(logits.to(exact), targets)
-
-
-def _error_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy in nats of log-odds (N,) against targets (N,) in [0, 1]."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.binary_cross_entropy_with_logits(logits.to(exact), targets.to(exact))
-
-
-def _loss_at_labels(
-    hidden: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    logits_at: Tensor | str | None,
-    score: Callable,
-    loss_of: Callable,
-) -> tuple[Tensor, Tensor]:
-    """Logits and loss, both only where needed.
-
-    `score` maps rows (N, D) to logits. With `logits_at=None` the logits are those of all positions; the loss reads
-    the labelled rows of them. With "labels" they are computed at labelled positions only. With a tensor, `labels`
-    has one entry per chosen position, or one per position of the batch.
-    """
-    batch, length, width = hidden.shape
-    per_position = labels.shape[0] == batch and labels.dim() > 1
-    if isinstance(logits_at, Tensor):
-        if per_position:
-            labels = labels.flatten(0, 1).index_select(0, logits_at)
-        if labels.shape[0] != logits_at.shape[0]:
-            raise ValueError(f"{labels.shape[0]} labels for {logits_at.shape[0]} positions of logits_at")
-        logits = score(_rows_at(hidden, logits_at))
-        where, targets = _labelled(labels, num_classes)
-        return logits, loss_of(logits.index_select(0, where), targets)
-    if labels.shape[:2] != (batch, length):
-        raise ValueError(f"labels are {tuple(labels.shape)}, expected to begin with {(batch, length)}")
-    where, targets = _labelled(labels, num_classes)
-    if logits_at == "labels":
-        logits = score(_rows_at(hidden, where))
-        return logits, loss_of(logits, targets)
-    logits = score(hidden.reshape(-1, width))
-    loss = loss_of(logits.index_select(0, where), targets)
-    return logits.view(batch, length, *logits.shape[1:]), loss
 
 
 class _LanguageModelHead(RemaskGptPreTrainedModel):
-    """What the masked and the causal language model share: a head tied to the embeddings."""
+    """Base class of the masked and the causal language model: a head tied to the embeddings."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model: RemaskGptModel
@@ -727,15 +607,10 @@ class _LanguageModelHead(RemaskGptPreTrainedModel):
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masked language model, with an optional critic
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class RemaskGptCritic(nn.Module):
-    """Blocks of its own and two linear layers: is each token an error, and did a generator write it?
+    """Additional blocks and two linear layers: is each token an error, and did a generator sample it?
 
-    The two differ: a rare word that a person wrote is seldom what a generator would put there, and yet no generator's.
+    The answers differ. A generator would seldom sample a rare word that a person wrote, yet the word is no error.
     """
 
     def __init__(self, config: RemaskGptConfig):
@@ -744,13 +619,14 @@ class RemaskGptCritic(nn.Module):
         self.layers = nn.ModuleList([RemaskGptLayer(config, index) for index in range(blocks)])
         self.score = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
         self.origin = make_linear(config.hidden_size, 1, bias=True, initial_std=HEAD_STD)
-        # Added to the embeddings of tokens known to be right; one that never learned what that means makes no difference
+        # Added to the embeddings of tokens in the conditioning mask. The name is part of saved weights. It starts at zero,
+        # so an untrained vector changes nothing.
         self.given = nn.Embedding(1, config.hidden_size)
         self.given.initial_std = 0.0  # pyright: ignore[reportArgumentType]
         self.eps = config.rms_norm_eps
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Hidden states (B, T, D) of the backbone to normalised states (B, T, D) that `score` and `origin` read."""
+        """Normalised states (B, T, D) for `score` and `origin`, from the backbone's hidden states (B, T, D)."""
         for layer in self.layers:
             hidden, _ = layer(hidden, rotary, mask)
         return rms_norm(hidden, self.eps) if len(self.layers) else hidden
@@ -760,22 +636,13 @@ class RemaskGptCritic(nn.Module):
         return linear_rows(rows, self.score.weight, self.score.bias).squeeze(-1)
 
     def origin_logits(self, states: Tensor) -> Tensor:
-        """Log-odds (B, T) that a generator wrote the token, of states (B, T, D)."""
+        """Log-odds (B, T) that a generator sampled the token, of states (B, T, D)."""
         rows = linear_rows(states.flatten(0, 1), self.origin.weight, self.origin.bias)
         return rows.view(states.shape[:2])
 
 
-@dataclass
-class RemaskGptMaskedLMOutput(MaskedLMOutput):
-    """`critic_logits` (B, T): log-odds that each token is an error, with `head="both"`. `origin_logits` (B, T): that a
-    generator wrote it, with "both" and "critic"."""
-
-    critic_logits: Tensor | None = None
-    origin_logits: Tensor | None = None
-
-
 class RemaskGptForMaskedLM(_LanguageModelHead):
-    """Bidirectional language model that fills masks; `head="critic"` finds errors instead."""
+    """Bidirectional masked language model, with an optional critic."""
 
     def __init__(self, config: RemaskGptConfig):
         if config.is_causal:
@@ -797,9 +664,9 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
         labels: Tensor | None = None,
         logits_at: Tensor | str | None = None,
         head: str = "lm",
-        given: Tensor | None = None,
+        conditioning_mask: Tensor | None = None,
         **kwargs,
-    ) -> MaskedLMOutput:
+    ) -> MaskedLMOutputWithCritic:
         """Logits over the vocabulary, or log-odds that a token is an error.
 
         Args:
@@ -808,20 +675,21 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
                 labelled positions, in nats.
             logits_at: compute logits only at these flat positions (N,) of the B * T; "labels" means the labelled
                 ones. Labels may then also be given per chosen position, (N,) or (N, V).
-            head: "lm", "critic" (needs `config.critic_layers`), or "both" in one pass: as "lm", and `critic_logits`; with the
-                critic also `origin_logits`.
-            given: for `head="critic"`, (B, T) bool, True for tokens that are known to be right, such as a prompt's.
-                None: nothing is known.
+            head: "lm"; "critic", which needs `config.critic_layers`; or "both" in one forward pass, which gives "lm" and
+                `critic_logits`. With the critic the output has `origin_logits`, too.
+            conditioning_mask: for `head="critic"`, (B, T) bool. True for tokens that are known to be right, such as
+                a prompt's. None: nothing is known.
 
         Returns:
             `logits` (B, T, V) or (N, V) for "lm", (B, T) or (N,) for "critic".
         """
-        if head not in ("lm", "critic", "both"):
-            raise ValueError(f'head must be "lm", "critic" or "both", got {head!r}')
-        if given is not None:
+        check_head(head, self.critic is not None, conditioning_mask)
+        # 1. Embeddings; the critic may be conditioned on tokens that are known to be right.
+        if conditioning_mask is not None and self.critic is not None:
             if inputs_embeds is None:
-                inputs_embeds, input_ids = self.model._embed(input_ids), None
-            inputs_embeds = self._with_given(inputs_embeds, given, head)
+                inputs_embeds, input_ids = embed_tokens(input_ids, self.model.embed_tokens), None
+            inputs_embeds = add_conditioning(inputs_embeds, conditioning_mask, self.critic.given.weight)
+        # 2. The backbone
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -830,31 +698,21 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
             return_dict=True,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
+        hidden = outputs.last_hidden_state  # (B, T, D)
+        token_head = TokenHead(self.lm_logits, class_loss, self.config.vocab_size)
+        # 3. The critic's layers and its two heads
         critic_logits = origin_logits = None
-        if head != "lm":
-            states, critic = self._critic_hidden(hidden, attention_mask, position_ids), self._require_critic()
-            origin_logits = critic.origin_logits(states)
+        if self.critic is not None and head != "lm":
+            states = self._critic_states(self.critic, hidden, attention_mask, position_ids)
+            origin_logits = self.critic.origin_logits(states)
             if head == "both":
-                critic_logits = critic.score_rows(states.flatten(0, 1)).view(states.shape[:2])
-        if head == "critic":
-            hidden = states
-            score, loss_of, num_classes = self._require_critic().score_rows, _error_loss, 2
-            if labels is not None and labels.is_floating_point():
-                labels = labels.long()
-        else:
-            score, loss_of, num_classes = self.lm_logits, _class_loss, self.config.vocab_size
-        loss = None
-        if labels is not None:
-            logits, loss = _loss_at_labels(hidden, labels, num_classes, logits_at, score, loss_of)
-        elif isinstance(logits_at, str):
-            raise ValueError("logits_at as a word needs labels")
-        elif logits_at is not None:
-            logits = score(_rows_at(hidden, logits_at))
-        else:
-            logits = score(hidden.flatten(0, 1))
-            logits = logits.view(*hidden.shape[:2], *logits.shape[1:])
-        return RemaskGptMaskedLMOutput(
+                critic_logits = self.critic.score_rows(states.flatten(0, 1)).view(states.shape[:2])
+            else:
+                hidden, token_head = states, TokenHead(self.critic.score_rows, error_loss, 2)
+                labels = None if labels is None else labels.long()
+        # 4. Logits and loss of the head that was asked for
+        logits, loss = token_outputs(hidden, labels, logits_at, token_head)
+        return MaskedLMOutputWithCritic(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -863,31 +721,19 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
             origin_logits=origin_logits,
         )  # pyright: ignore[reportArgumentType]
 
-    def _with_given(self, embeddings: Tensor, given: Tensor, head: str) -> Tensor:
-        """Embeddings (B, T, D) that say which tokens (B, T) are known to be right."""
-        if head != "critic":
-            raise ValueError(f'given is for head="critic", not for {head!r}')
-        mark = self._require_critic().given.weight  # (1, D)
-        return embeddings + given[..., None].to(mark.dtype) * mark
-
-    def _critic_hidden(
-        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    def _critic_states(
+        self,
+        critic: RemaskGptCritic,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
     ) -> Tensor:
+        """The critic's states (B, T, D) of the backbone's hidden states (B, T, D)."""
         batch, length, _ = hidden.shape
         mask, _ = self._pick_mask(attention_mask, batch, length, 0, hidden)
         positions = self._pick_positions(position_ids, length, 0, hidden.device)
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        return self._require_critic()(hidden, rotary, mask)
-
-    def _require_critic(self) -> RemaskGptCritic:
-        if self.critic is None:
-            raise ValueError("this model has no critic head: set critic_layers (0 or more) in its config")
-        return self.critic
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Causal language model
-# ---------------------------------------------------------------------------------------------------------------------
+        return critic(hidden, rotary, mask)
 
 
 class RemaskGptForCausalLM(_LanguageModelHead, GenerationMixin):
@@ -921,9 +767,9 @@ class RemaskGptForCausalLM(_LanguageModelHead, GenerationMixin):
         Args:
             labels: (B, T) ids, usually the `input_ids`; shifted inside, so position t is compared with label t + 1.
                 -100 is ignored. Loss: mean over the labelled positions, in nats.
-            logits_to_keep: only the last so many positions, or the positions of a 1-D tensor; 0 keeps all.
-            logits_at: only these flat positions (N,) of the B * T; "labels" means those whose next token is
-                labelled. Not together with `logits_to_keep`.
+            logits_to_keep: only the last n positions, or the positions of a 1-D tensor; 0 keeps all.
+            logits_at: only these flat positions (N,) of the B * T. "labels": those whose next token has a label. Not
+                together with `logits_to_keep`.
 
         Returns:
             `logits` (B, T, V), (B, kept, V) or (N, V), `past_key_values` when a cache is used.
@@ -947,7 +793,7 @@ class RemaskGptForCausalLM(_LanguageModelHead, GenerationMixin):
         if not keep_all:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden = hidden[:, kept]
-        loss = None
+        targets = None
         if labels is not None:
             if not keep_all:
                 raise ValueError(
@@ -955,16 +801,9 @@ class RemaskGptForCausalLM(_LanguageModelHead, GenerationMixin):
                 )
             targets = F.pad(
                 labels[:, 1:], (0, 1), value=IGNORED
-            )  # (B, T): the last position has nothing to predict
-            logits, loss = _loss_at_labels(
-                hidden, targets, self.config.vocab_size, logits_at, self.lm_logits, _class_loss
-            )
-        elif isinstance(logits_at, str):
-            raise ValueError("logits_at as a word needs labels")
-        elif logits_at is not None:
-            logits = self.lm_logits(_rows_at(hidden, logits_at))
-        else:
-            logits = self.lm_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], self.config.vocab_size)
+            )  # (B, T): the last position predicts nothing
+        token_head = TokenHead(self.lm_logits, class_loss, self.config.vocab_size)
+        logits, loss = token_outputs(hidden, targets, logits_at, token_head)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -988,9 +827,7 @@ class RemaskGptForTokenClassification(RemaskGptPreTrainedModel):
 
     def __init__(self, config: RemaskGptConfig):
         super().__init__(config)
-        if (config.num_labels or 0) < 2:
-            raise ValueError(f"token classification needs num_labels of at least 2, got {config.num_labels}")
-        self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
+        self.num_labels = require_token_classes(config)
         self.model = RemaskGptModel(config)
         self.dropout = _classifier_dropout(config)
         self.classifier = make_linear(config.hidden_size, self.num_labels, bias=True, initial_std=HEAD_STD)
@@ -1021,10 +858,9 @@ class RemaskGptForTokenClassification(RemaskGptPreTrainedModel):
             **{"use_cache": False if self.config.is_causal else None, **kwargs},
         )
         hidden = self.dropout(outputs.last_hidden_state)
-        if labels is None:
-            logits, loss = self._score(hidden.flatten(0, 1)).view(*hidden.shape[:2], self.num_labels), None
-        else:
-            logits, loss = _loss_at_labels(hidden, labels, self.num_labels, None, self._score, _class_loss)
+        logits, loss = token_outputs(
+            hidden, labels, None, TokenHead(self._score, class_loss, self.num_labels)
+        )
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
@@ -1037,12 +873,7 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
     """A class, several labels, a number, or a score in [0, 1] for the whole sequence."""
 
     def __init__(self, config: RemaskGptConfig):
-        if config.score_activation == "sigmoid" and config.num_labels != 1:
-            raise ValueError(f'score_activation="sigmoid" needs num_labels=1, got {config.num_labels}')
-        if config.score_activation == "sigmoid" and config.problem_type is None:
-            # Said in this model's own copy, else the text-classification pipeline puts a second sigmoid on the score.
-            config = copy.copy(config)
-            config.problem_type = "regression"
+        config = sequence_config(config)
         super().__init__(config)
         self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
         self.model = RemaskGptModel(config)
@@ -1084,13 +915,13 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
         )  # (B, num_labels)
         if self.config.score_activation == "sigmoid":
             logits = logits.sigmoid()
-        loss = self._loss(logits, labels) if labels is not None else None
+        loss = None if labels is None else sequence_loss(logits, labels, self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
 
     def _pool(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """One row per sequence (B, D), counted among its real tokens whichever side the padding is on."""
+        """One state per sequence (B, D), of its real tokens. Padding may be on either side."""
         pooling = self.config.pooling or ("last" if self.config.is_causal else "first")
         batch, length, _ = hidden.shape
         real = None
@@ -1103,49 +934,12 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
         if pooling == "mean":
             weights = real.to(hidden.dtype).unsqueeze(-1)  # (B, T, 1)
             return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
-        place = torch.arange(length, device=hidden.device)
+        position = torch.arange(length, device=hidden.device)
         if pooling == "first":
-            index = torch.where(real, place, length - 1).amin(dim=-1)
+            index = torch.where(real, position, length - 1).amin(dim=-1)
         else:
-            index = torch.where(real, place, 0).amax(dim=-1)
+            index = torch.where(real, position, 0).amax(dim=-1)
         return hidden[torch.arange(batch, device=hidden.device), index]
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        problem = self.config.problem_type or self._infer_problem(labels)
-        batch, exact = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
-        if problem == "single_label_classification":
-            if self.num_labels < 2:
-                raise ValueError(f"{problem} needs num_labels of at least 2 to tell labels apart, got 1")
-            if labels.is_floating_point() or labels.shape != (batch,):
-                shape = tuple(labels.shape)
-                raise ValueError(
-                    f"{problem} takes integer labels of shape ({batch},), got {labels.dtype} {shape}"
-                )
-            _refuse_classes_outside(labels, self.num_labels)
-            return _class_loss(logits, labels)
-        if labels.numel() != logits.numel() or labels.shape[0] != batch:
-            raise ValueError(
-                f"{problem} takes labels of shape {tuple(logits.shape)}, got {tuple(labels.shape)}"
-            )
-        targets = labels.to(exact).view_as(logits)
-        if problem == "multi_label_classification":
-            self._refuse_outside_unit(targets, problem)
-            return F.binary_cross_entropy_with_logits(logits.to(exact), targets)
-        if self.config.score_activation == "sigmoid":
-            self._refuse_outside_unit(targets, "a score in [0, 1]")
-        elif _may_look_at(targets) and not bool(targets.isfinite().all()):
-            raise ValueError("regression labels hold NaN or infinity")
-        return F.mse_loss(logits.to(exact), targets)
-
-    def _infer_problem(self, labels: Tensor) -> str:
-        if self.num_labels == 1:
-            return "regression"
-        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-    @staticmethod
-    def _refuse_outside_unit(targets: Tensor, what: str) -> None:
-        if _may_look_at(targets) and not bool(((targets >= 0) & (targets <= 1)).all()):
-            raise ValueError(f"labels of {what} must lie in [0, 1]")
 
 
 RemaskGptModel.register_for_auto_class("AutoModel")
