@@ -250,14 +250,15 @@ def test_intervals_are_over_groups_of_windows():
     assert low[24] != low[6]
 
 
-def views_of(count: int, copies: int = 1, given: int = 0, grouped: bool = True) -> ScoredTokens:
-    """`count` written tokens and `given` others, each so many times, as one group or each by itself."""
+def views_of(count: int, copies: int = 1, conditioning: int = 0, grouped: bool = True) -> ScoredTokens:
+    """`count` generated and `conditioning` other tokens, `copies` times each, as one group or each by itself."""
     rng = np.random.default_rng(1)
-    critic = rng.random(count + given)
-    written = np.arange(count + given) < count
-    wrong = (rng.random(count + given) < critic) & written
-    columns = [np.repeat(x, copies) for x in (wrong, written, critic)]
-    group = np.repeat(np.arange(count + given), copies) if grouped else np.arange((count + given) * copies)
+    total = count + conditioning
+    critic = rng.random(total)
+    generated = np.arange(total) < count
+    wrong = (rng.random(total) < critic) & generated
+    columns = [np.repeat(x, copies) for x in (wrong, generated, critic)]
+    group = np.repeat(np.arange(total), copies) if grouped else np.arange(total * copies)
     return ScoredTokens(columns[0], columns[1], group, *[columns[2]] * 8)
 
 
@@ -268,7 +269,7 @@ def test_copies_of_a_group_tell_nothing_new():
 
 
 def test_given_tokens_are_in_no_reading_but_that_of_a_text_of_which_nothing_is_known():
-    seen = views_of(300, given=200)
+    seen = views_of(300, conditioning=200)
     for name in ("filled", "partial"):
         assert len(seen.reading(name).wrong) == 300
     assert len(seen.reading("unknown").wrong) == 500

@@ -45,7 +45,8 @@ def three_splits(train, selection, held_out, width: int, **changes) -> WindowSpl
     """What a language objective learns from, chooses by and reports on; every held-out window is a group."""
     parts = [Windows(documents(rows), width, PAD) for rows in (train, selection, held_out)]
     tiles = parts[2].tiled()
-    return WindowSplits(parts[0], parts[1].tiled(), tiles, **({"groups": np.arange(tiles.count)} | changes))
+    extra: dict[str, Any] = {"groups": np.arange(tiles.count)} | changes
+    return WindowSplits(parts[0], parts[1].tiled(), tiles, **extra)
 
 
 @torch.no_grad()
@@ -197,7 +198,7 @@ def test_every_token_weighs_the_same_however_much_of_its_row_is_masked(text):
 
 
 def test_masked_accuracy_is_over_masked_tokens_only():
-    """Sure of token 5 where few are masked, of another where many are: right at so many of the masks."""
+    """The model predicts token 5 if few tokens are masked and another one if many are: only the former masks are right."""
     target, model = diffusion(FIVES, FIVES, FIVES), Says(lambda k: 0.1 if k <= 8 else 4.0)
     found = evaluate(target, model)
     counts = np.concatenate([(ids == MASK).sum(1) for ids, _ in model.read])
@@ -262,7 +263,7 @@ def test_windows_of_training_begin_anywhere_in_a_text_and_every_label_has_its_ow
     assert (far[0] != far[1]).mean() > 0.9
 
 
-# --- constants beside which language models stand ------------------------------------------------------------------------
+# --- constants that language models are compared with ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["masked", "causal"])
@@ -330,7 +331,9 @@ def classes_of(
     other, other_labels = held_out or classified(1, 20, [0.4, 0.4, 0.2])
     pairs = ((ids, labels), classified(2, 16, [0.2, 0.3, 0.5]), (other, other_labels))
     parts = [LabelledTokens(*(Sequences(lists(rows), 8, PAD) for rows in pair)) for pair in pairs]
-    splits = CandidateSplits(*parts, np.arange(len(other)) if groups is None else groups, confidence)
+    train_part, selection, held_out_part = parts
+    groups = np.arange(len(other)) if groups is None else groups
+    splits = CandidateSplits(train_part, selection, held_out_part, groups, confidence)
     return TokenClasses(context("inspector", evaluation_examples=1000), splits, C, weighting)
 
 
@@ -372,7 +375,7 @@ def test_classifications_are_counted_over_real_tokens_of_selection_and_of_held_o
     assert np.sum(values["confusion"]) == sum(map(len, of_held_out[0]))
 
 
-def test_suspicion_of_changed_tokens_stands_beside_the_writer_s_confidence():
+def test_suspicion_of_changed_tokens_is_compared_with_the_generator_s_confidence():
     ids, labels = classified(1, 20, [0.4, 0.4, 0.2])
     rng = np.random.default_rng(2)
     confidence = [
@@ -431,7 +434,8 @@ def score_of(
         ids, means = texts_and_means(seed, count)
         sequences = Sequences(lists(ids), 8, PAD)
         parts.append(ScoredSequences(sequences, means if targets is None else targets, fraction))
-    splits = CandidateSplits(*parts, np.arange(20), confidence)
+    train, selection, held_out = parts
+    splits = CandidateSplits(train, selection, held_out, np.arange(20), confidence)
     return SequenceScore(context("judge", evaluation_examples=1000), splits, CLS)
 
 
@@ -447,7 +451,7 @@ def test_a_scorer_reads_cls_in_front_and_each_target_belongs_to_its_own_text():
     assert report(shifted, model)[0]["mse"] == pytest.approx(0.01, rel=1e-4)
 
 
-def test_a_scorer_stands_beside_the_mean_of_the_training_targets():
+def test_a_scorer_is_compared_with_the_mean_of_the_training_targets():
     rng = np.random.default_rng(0)
     means = texts_and_means(1, 20)[1]
     held_out = means + rng.normal(0, 0.1, 20)
@@ -491,7 +495,7 @@ def test_confidence_is_judged_on_other_texts_than_its_curve_was_fitted_on():
     assert np.mean(found) < 0
 
 
-def test_the_least_error_is_learned_on_training_texts_whether_reward_falls_or_rises_with_change():
+def test_the_oracle_s_error_is_fitted_on_training_texts_whether_reward_falls_or_rises_with_change():
     train, held_out = np.linspace(0, 1, 12), np.linspace(0, 1, 20)
     for sign in (1, -1):
         falls = [0.5 + sign * 0.4 * (x - 0.5) for x in (train, held_out)]
@@ -511,15 +515,16 @@ class LengthClass(nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def test_classes_of_sequences_stand_beside_the_training_shares():
+def test_classes_of_sequences_are_compared_with_the_training_shares():
     ids, chosen, other = (classified(seed, n, [1, 0, 0])[0] for seed, n in ((0, 12), (2, 15), (1, 20)))
     truth = [np.minimum(np.array([len(r) for r in rows]) // 3, 2) for rows in (ids, other)]
     selected = np.zeros(15, int)
     held_out = np.where(np.arange(20) % 4 == 0, 0, truth[1])  # some are not what their length says
     pairs = ((ids, truth[0]), (chosen, selected), (other, held_out))
     parts = [ScoredSequences(Sequences(lists(rows), 8, PAD), targets) for rows, targets in pairs]
+    splits = CandidateSplits(parts[0], parts[1], parts[2], np.arange(20))
     made = context("judge", evaluation_examples=1000)
-    target = SequenceClasses(made, CandidateSplits(*parts, np.arange(20)), CLS, num_classes=C)
+    target = SequenceClasses(made, splits, CLS, num_classes=C)
     model = LengthClass()
     short = np.mean([len(r) < 3 for r in chosen])
     assert 0 < short < 0.5 and evaluate(target, model)["accuracy"] == pytest.approx(short)

@@ -1,7 +1,7 @@
-"""The ranker's training and report, held by stubs that read the prompt, the candidate or the position and nothing else.
+"""The ranker's training and report, tested with stubs that read only the prompt, the candidate or the position.
 
-A stub that reads one input finds the best candidate where that input tells it, and nowhere else: what a blind model, a
-control or a draw must do follows, to the number.
+A stub that reads one input finds the best candidate only where this input determines it. So the exact figures of a blind
+model, a control or a draw are known.
 """
 
 from dataclasses import replace
@@ -249,7 +249,7 @@ def test_who_reads_the_position_alone_is_the_first_candidate(tokenizer):
     assert accuracy_of(table, scores[RANDOM]) == pytest.approx(np.mean(1 / table.present.sum(1)))
 
 
-def test_a_stranger_is_of_another_group_and_everybody_s_is_another(tokenizer):
+def test_a_mismatched_prompt_is_of_another_group_and_differs_from_pool_to_pool(tokenizer):
     table = made_table()
     found = table.mismatched(3)
     assert (table.groups[found] != table.groups).all() and len(set(found.tolist())) > N / 2

@@ -79,7 +79,7 @@ def test_baselines_come_with_all_pools_or_with_none_of_the_split():
             PoolTable.of(rows, asked, scored(*missing))
 
 
-def test_a_stranger_is_of_another_group_and_every_pool_is_one_once():
+def test_a_mismatched_prompt_is_of_another_group_and_every_pool_is_used_once():
     pools = table(**{name: [1.0, 0.0] for name in "abcdef"})
     grouped = replace(pools, groups=np.array(list("xxyyzz"), dtype=object))
     for seed in range(20):

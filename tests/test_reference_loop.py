@@ -135,7 +135,7 @@ def no_fsync(monkeypatch):
 
 
 class Objective:
-    """`loss_of`; notes what it is given, and says at evaluations what it is told to say."""
+    """`loss_of`, with given values at evaluations; records its arguments."""
 
     selection, tokens_per_row, cls_id = "error", 5, CLS
 

@@ -1,7 +1,7 @@
 """Exponential moving average (EMA) of the weights."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Ema:
         params: name -> averaged values.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], decay: float):
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float):
         self.parameters, self.decay = parameters, decay
         self.params = {n: p.detach().clone() for n, p in parameters.items()} if decay else {}
 
@@ -30,7 +30,7 @@ class Ema:
         for name, average in self.params.items():
             average.lerp_(self.parameters[name].detach(), 1 - decay)
 
-    def load(self, params: dict[str, Tensor]) -> None:
+    def load(self, params: Mapping[str, Tensor]) -> None:
         """Take the averages from a checkpoint."""
         with torch.no_grad():
             for name, value in params.items():

@@ -59,7 +59,7 @@ def train(
     objective: Objective,
     context: TrainingContext,
     folder: Path,
-    save: Callable[[Any, Path], None],
+    save: Callable[[Any, Path], object],
 ) -> Result:
     """Train `model` for `context.settings.steps`, from `folder/checkpoint` if there is one.
 
@@ -103,7 +103,7 @@ class _Run:
         objective: Objective,
         context: TrainingContext,
         folder: Path,
-        save: Callable[[Any, Path], None],
+        save: Callable[[Any, Path], object],
     ):
         settings = context.settings
         self.model, self.objective = model.to(context.runtime.device), objective

@@ -107,7 +107,7 @@ class TrainerSetup:
 
     model: nn.Module
     objective: ReportingObjective
-    save: Callable[[Any, Path], None]
+    save: Callable[[Any, Path], object]
     load: Callable[[Path], nn.Module]
     transfer: dict[str, Any]
     facts: dict[str, Any]
