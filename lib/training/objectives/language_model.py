@@ -179,21 +179,20 @@ class MaskedDiffusion(WindowObjective):
         index, ids, valid = self.windows(rows)  # (B,), (B, T), (B, T)
         purpose = f"{self.label} diffusion"
 
-        # 2. Draw a masking ratio for each row, spread evenly over the batch; 3. mask that share of its tokens
+        # 2. Draw a masking ratio for each row, spread evenly over the batch (`nelbo.stratified`)
+        # 3. Mask that share of the row's tokens (`masking.draw_mask`): masks and weights (B, T), ratios (B,)
         batch = self.mask(ids, valid, purpose, index, self.batch_size)
 
         # 4. What the model reads: [MASK] at the masked positions, or BERT's mixture of [MASK], random and clean tokens
         if self.config.corruption == "bert":
             inputs = corrupt_80_10_10(
                 ids, batch.masked, self.mask_id, self.text_ids, self.seed, purpose, index
-            )  # (B, T)
+            )
         else:
             inputs = np.where(batch.masked, self.mask_id, ids)  # (B, T)
 
-        # 5. Forward pass, with logits at the masked positions only
-        logits, targets, flat_idx = self.predict(
-            model, inputs, ids, valid, batch.masked
-        )  # (N, V), (N,), (N,)
+        # 5. Forward pass, with logits at the masked positions only: (N, V), (N,), (N,)
+        logits, targets, flat_idx = self.predict(model, inputs, ids, valid, batch.masked)
 
         # 6. Cross-entropy of the clean tokens
         ce = cross_entropies(logits, targets)  # (N,) nats
