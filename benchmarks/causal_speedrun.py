@@ -11,6 +11,7 @@ python -m benchmarks.causal_speedrun --skip-plain --set models.generator.trainin
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from benchmarks.result_files import add_out, full, write
 from lib.config import Config
 from lib.models.build import start_model
 from lib.training.loop import train
-from lib.training.objectives.build import make_objective
 from lib.training.stage_inputs import StageInputs
+from lib.training.train_model import context_of, make_objective
 
 GOAL = 1.88
 
@@ -46,7 +47,8 @@ def run(config: Config, stage_inputs: StageInputs, plain: bool) -> dict[str, Any
     """Train one recipe; its held-out NLL, training seconds and tokens per second."""
     spec = config.models["generator"]
     vocabulary = len(stage_inputs.tokenizer)
-    objective = make_objective("generator", spec, stage_inputs, spec.architecture.context)
+    context = context_of("generator", spec, stage_inputs)
+    objective = make_objective(context, spec, stage_inputs, spec.architecture.context)
     if plain:
         model = plain_model(config, vocabulary)
     else:
@@ -61,8 +63,8 @@ def run(config: Config, stage_inputs: StageInputs, plain: bool) -> dict[str, Any
         (folder / "none").touch()
 
     with tempfile.TemporaryDirectory() as folder:
-        result = train(model, objective, spec.training, stage_inputs.runtime, Path(folder), seed=config.seed,
-                       label="plain" if plain else "ours", save=keep)  # fmt: skip
+        label = "plain" if plain else "ours"
+        result = train(model, objective, replace(context, label=label), Path(folder), save=keep)
     model.load_state_dict(kept)
     with torch.no_grad():
         found, _ = objective.report(model.eval())

@@ -26,8 +26,8 @@ from lib.models.build import load_model
 from lib.report.table import aligned
 from lib.runs import STAGES, RunArgs
 from lib.runtime import Runtime
-from lib.training.objectives.build import make_objective
 from lib.training.stage_inputs import read_stage_inputs
+from lib.training.train_model import context_of, make_objective
 
 OTHER = [
     "seed=7",
@@ -65,9 +65,9 @@ def on_other_run(own: Path, other: Path, config: Config) -> dict[str, dict[str, 
         found = {}
         for name in NAMES:
             model: Any = load_model(own / "04_train" / name / "best_model").eval()
-            objective: Any = make_objective(
-                name, config.models[name], stage_inputs, config.architecture.context
-            )
+            spec = config.models[name]
+            context = context_of(name, spec, stage_inputs)
+            objective: Any = make_objective(context, spec, stage_inputs, config.architecture.context)
             with torch.no_grad():
                 held_out, rows = objective.report(model)
             found[name] = {"held_out": held_out, "table": [row.as_dict() for row in rows]}

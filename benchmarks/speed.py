@@ -34,9 +34,10 @@ from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 from lib.sections.models import TrainingConfig
-from lib.synthetic import MaskedLMEngine, MaskedRows
+from lib.synthetic import MaskedLMEngine
 from lib.training.cross_entropy import cross_entropies
 from lib.training.loop import train
+from lib.training.objectives.base import TrainingContext
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.optimizer import Optimizer
 
@@ -46,13 +47,12 @@ Figures = dict[str, Any]
 def ours(steps: int, vocabulary: int) -> float:
     """Tokens per second of the training loop, with data, noise, forward, backward, Muon and EMA."""
     config, architecture, training = settings(steps)
-    runtime = Runtime.detect(config)
-    objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
+    context = TrainingContext("speed", 0, training, Runtime.detect(config))
+    objective = objective_of(config, vocabulary, architecture.context, context)
     model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
     tokenizer = tokenizer_of_size(vocabulary)
     with tempfile.TemporaryDirectory() as folder:
-        result = train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
-                       save=lambda m, p: save_model(m, p, tokenizer))  # fmt: skip
+        result = train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
     return result.tokens_per_second
 
 
@@ -109,7 +109,8 @@ def compare_logits() -> Figures:
     vocabulary = 8192
     config, architecture, training = settings(1)
     runtime = Runtime.detect(config)
-    objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
+    context = TrainingContext("speed", 0, training, runtime)
+    objective = objective_of(config, vocabulary, architecture.context, context)
     index, ids, valid = objective.windows(range(training.batch_size))
     batch = mask_batch(config.diffusion, valid, BatchDraw(0, "speed", index, training.batch_size))
     targets, at = torch.from_numpy(ids).flatten(), torch.from_numpy(np.flatnonzero(batch.masked))
@@ -179,7 +180,7 @@ def compare_generation() -> Figures:
     for _ in range(ROUNDS + 1):
         for name, work in (
             ("bare", bare),
-            ("fill", lambda: engine.fill(MaskedRows(ids, valid, masked, rows), config.candidates, 0)),
+            ("fill", lambda: engine.fill(ids, valid, masked, config.candidates, 0, rows)),
         ):
             begin = time.perf_counter()
             work()
@@ -209,13 +210,12 @@ def measure_masking() -> Figures:
 def measure_overhead() -> Figures:
     """Cost of bookkeeping during training: keyed noise per step, hashing and fsync per checkpoint."""
     config, architecture, training = settings(60)
-    runtime = Runtime.detect(config)
-    objective = objective_of(config, 70, architecture.context, runtime, training.batch_size)
+    context = TrainingContext("speed", 0, training, Runtime.detect(config))
+    objective = objective_of(config, 70, architecture.context, context)
     model = make_model("language_model", model_config(architecture, "bidirectional", 70), 0, "speed")
     tokenizer = tokenizer_of_size(70)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
-              save=lambda m, p: save_model(m, p, tokenizer))  # fmt: skip
+        train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
         step = _step_seconds(model, objective, training)
         noise = median_seconds(lambda: _noise(config, objective, training))
         file = Path(folder) / "final_model" / "model.safetensors"

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from lib.config import Config, load_config
-from lib.runtime import Runtime
 from lib.sections.models import ArchitectureConfig, TrainingConfig
 from lib.tokenization import train_tokenizer
 from lib.training.data import Windows
-from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.objectives.base import TrainingContext
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
 
 ROUNDS = 5
 
@@ -39,14 +39,12 @@ def random_windows(vocabulary: int, width: int) -> Windows:
     return Windows(pa.table({"token_ids": lists, "continues": [i > 0 for i in range(400)]}), width, 0)
 
 
-def objective_of(
-    config: Config, vocabulary: int, width: int, runtime: Runtime, batch_size: int
-) -> MaskedDiffusion:
+def objective_of(config: Config, vocabulary: int, width: int, context: TrainingContext) -> MaskedDiffusion:
     """The objective of masked diffusion on random tokens."""
     data = random_windows(vocabulary, width)
     tiles = data.tiled()
-    return MaskedDiffusion(config.diffusion, 1, label="speed", train=data, selection=tiles, held_out=tiles,
-                           groups=tiles.owner, runtime=runtime, seed=0, batch_size=batch_size, num_evaluated=32)  # fmt: skip
+    splits = WindowSplits(data, tiles, tiles, tiles.owner)
+    return MaskedDiffusion(context, splits, config.diffusion, MaskingTokens(mask_id=1))
 
 
 def tokenizer_of_size(vocabulary: int):

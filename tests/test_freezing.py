@@ -1,4 +1,4 @@
-"""A backbone that waits: what learns while it is frozen, what after, and that a resume in between changes no bit."""
+"""A frozen backbone: which weights are trained before and after unfreezing, and that a resume in between changes no bit."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 from lib.training.loop import train
 from lib.training.optimizer import Optimizer
-from tests.trainings import CPU, Killed, fingerprint, train_tiny
+from tests.trainings import Killed, context, fingerprint, train_tiny
 
 CLS = 2
 UNFREEZE, STEPS = 6, 12
@@ -35,7 +35,7 @@ def model_of(mode: str = "sequence_scorer", family: str = "remask_gpt") -> Any:
 
 
 class Scores:
-    """Squared error to scores that depend on the ids; notes the weights that each step begins with."""
+    """Squared error of scores that depend on the ids; records the weights before each step."""
 
     selection, tokens_per_row = "loss", 9
 
@@ -61,7 +61,7 @@ def run(folder: Path, fault: int | None = None, objective: Scores | None = None,
 
 
 def by_step(objective: Scores) -> list[dict[str, torch.Tensor]]:
-    """Weights before each step; those noted in evaluations are left out."""
+    """Weights before each step; without those recorded in evaluations."""
     steps = [weights for i, weights in enumerate(objective.seen) if (i + 1) % 4]
     assert len(steps) == STEPS
     return steps
@@ -104,7 +104,7 @@ def test_heads_have_their_own_rate():
     model = model_of()
     optimizer = Optimizer(model, settings(head_learning_rate=0.5, learning_rate=0.001, warmup_fraction=0))
     names = {id(p): n for n, p in model.named_parameters()}
-    for part in optimizer.parts:
+    for part in optimizer.optimizers:
         for group in part.param_groups:
             inside = {names[id(p)] for p in group["params"]} & head_parameters(model)
             assert not inside or group["lr"] == 0.5
@@ -145,8 +145,9 @@ def test_the_candidate_ranker_and_the_actor_know_their_heads():
 
 def test_a_model_without_a_head_cannot_be_frozen(tmp_path):
     with pytest.raises(BadConfig, match="nothing would learn"):
-        train(model_of("language_model"), Scores(None), settings(freeze_backbone=True), CPU, tmp_path, seed=3,
-              label="tiny", save=lambda m, path: None)  # fmt: skip
+        train(
+            model_of("language_model"), Scores(None), context(freeze_backbone=True), tmp_path, lambda m, path: None
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Every likelihood is nats over tokens: how text is cut into windows changes nothing, padding never counts, groups are
-what intervals resample."""
+"""Every likelihood is nats per token: the cut into windows changes nothing, padding never counts, and intervals resample
+groups."""
 
 import math
 from types import SimpleNamespace
@@ -16,12 +16,13 @@ from lib.evaluation.best_of import CHANCE, _Pool, best_of
 from lib.evaluation.text_scores import documents_of
 from lib.sections.masking import DiffusionConfig
 from lib.training.data import Windows
-from lib.training.objectives.language_model import MaskedDiffusion, NextToken
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
+from lib.training.objectives.next_token import NextToken
 from lib.training.objectives.staged import StagedUnmasking
-from tests.trainings import CPU
+from tests.trainings import context
 
 MASK, PAD, VOCABULARY = 1, 0, 12
-# Nats of each token, whatever stands around it; padding would cost a hundred
+# Nats of each token in every context; padding would cost a hundred
 NATS = np.array([100.0, 50.0, *np.linspace(1.0, 4.0, VOCABULARY - 2)])
 
 
@@ -36,7 +37,7 @@ class PerToken(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch):
     """Cross-entropies of `PerToken` are NATS of the targets."""
-    from lib.training.objectives import language_model
+    from lib.training.objectives import language_model, next_token
 
     real = language_model.cross_entropies
 
@@ -45,7 +46,8 @@ def known_costs(monkeypatch):
             return torch.from_numpy(NATS).float()[targets]
         return real(logits, targets)
 
-    monkeypatch.setattr(language_model, "cross_entropies", costs)
+    for module in (language_model, next_token):
+        monkeypatch.setattr(module, "cross_entropies", costs)
 
 
 def text(tokens: list[int], lengths: list[int], width: int) -> Windows:
@@ -66,16 +68,18 @@ PER_TOKEN = float(NATS[TOKENS] @ LENGTHS / np.sum(LENGTHS))
 
 
 def objective(
-    kind=MaskedDiffusion, width: int = 16, tokens=TOKENS, lengths=LENGTHS, num_evaluated=10_000, **changes
+    kind: Any = MaskedDiffusion, width: int = 16, tokens=TOKENS, lengths=LENGTHS, evaluated=10_000, **changes
 ):
     windows = text(tokens, lengths, width)
     tiles = windows.tiled()
-    common = {"label": "stub", "train": windows, "selection": tiles, "held_out": tiles, "groups": tiles.owner,
-              "runtime": CPU, "seed": 3, "batch_size": 4, "num_evaluated": num_evaluated}  # fmt: skip
+    common = (
+        context("stub", batch_size=4, evaluation_examples=evaluated),
+        WindowSplits(windows, tiles, tiles, tiles.owner),
+    )
     if kind is NextToken:
-        return NextToken(2, **common)
+        return NextToken(*common, cls_id=2)
     config: DiffusionConfig = load_config(quick_test=True).diffusion.model_copy(update=changes)
-    return kind(config, MASK, **common)
+    return kind(*common, config, MaskingTokens(MASK))
 
 
 @pytest.mark.parametrize("kind", [MaskedDiffusion, NextToken])
@@ -90,7 +94,7 @@ def test_no_likelihood_changes_when_the_same_text_is_cut_into_other_tiles(kind, 
     share = (counts + 1) / (counts[: max(TOKENS) + 1] + 1).sum()
     assert values["unigram_nll"] == pytest.approx(-(counts @ np.log(share)) / counts.sum())
     assert values["bits_per_character"] == pytest.approx(PER_TOKEN / math.log(2), rel=1e-6)
-    # The interval is of whole documents, however many windows they make
+    # The interval resamples whole documents, however many windows they have
     expected = metrics.ratio(NATS[TOKENS] * LENGTHS, np.array(LENGTHS))
     assert (rows[0].value, rows[0].low, rows[0].high) == pytest.approx(tuple(expected), rel=1e-5)
     assert values[f"{name}_half_width"] == pytest.approx(expected.half_width, rel=1e-5)
@@ -98,17 +102,17 @@ def test_no_likelihood_changes_when_the_same_text_is_cut_into_other_tiles(kind, 
 
 def test_the_unigram_is_learned_on_train_and_measured_on_held_out_text():
     train, held_out = text([2, 3], [30, 10], 8), text([3, 4], [6, 2], 8).tiled()
-    made = NextToken(2, label="stub", train=train, selection=train, held_out=held_out, groups=held_out.owner, runtime=CPU,
-                     seed=3, batch_size=4, num_evaluated=4)  # fmt: skip
+    splits = WindowSplits(train, train, held_out, held_out.owner)
+    made = NextToken(context("stub", batch_size=4, evaluation_examples=4), splits, cls_id=2)
     # Counts plus one of ids 0 to 4: 1, 1, 31, 11, 1
     assert made.unigram_nll() == pytest.approx(-(6 * math.log(11 / 45) + 2 * math.log(1 / 45)) / 8)
 
 
 @pytest.mark.parametrize("kind", [MaskedDiffusion, NextToken])
 def test_an_evaluation_takes_a_part_of_the_selection_windows_token_by_token(kind):
-    made = objective(kind, 16, num_evaluated=9)
-    assert len(made._evaluated) == 9
-    ids, valid = made.selection_windows.batch(made._evaluated, np.zeros(9))
+    made = objective(kind, 16, evaluated=9)
+    assert len(made.evaluated) == 9
+    ids, valid = made.splits.selection.batch(made.evaluated, np.zeros(9))
     found = made.evaluate(PerToken())["nll" if kind is NextToken else "nelbo"]
     assert found == pytest.approx(NATS[ids][valid].mean(), rel=1e-6)
     assert valid.sum(1).min() < valid.sum(1).max()
@@ -116,7 +120,7 @@ def test_an_evaluation_takes_a_part_of_the_selection_windows_token_by_token(kind
 
 @pytest.mark.parametrize("kind", [MaskedDiffusion, NextToken, StagedUnmasking])
 def test_the_training_loss_is_nats_over_all_tokens_of_the_batch(kind):
-    """Rows count by their tokens, as in what is reported, and padding not at all."""
+    """Rows are weighted by their number of tokens, as in the report, and padding does not count."""
     changes = {}
     if kind is StagedUnmasking:
         stage = "{type: random, max_masked_ratio: 0.6, val_loss_stale_count: 2}"
@@ -151,9 +155,7 @@ def test_the_nelbo_is_the_sum_over_all_masks_of_windows_of_two_lengths():
     expected = (900 * 2 * exact[2] + 300 * 5 * exact[5]) / (900 * 2 + 300 * 5)
     values, rows = made.report(ByMasks())
     assert values["nelbo"] == pytest.approx(expected, abs=0.02)
-    assert (
-        abs(expected - np.mean([exact[n] for n in lengths])) > 0.1
-    )  # the mean over windows is another number
+    assert abs(expected - np.mean([exact[n] for n in lengths])) > 0.1  # the mean over windows differs
     assert rows[0].low < values["nelbo"] < rows[0].high
     # Four draws per window: the spread of k = 1..n is a quarter of one draw's variance
     spread = {n: np.var([0.3 + 0.5 * k for k in range(1, n + 1)]) / 4 for n in (2, 5)}
@@ -164,9 +166,9 @@ def test_the_nelbo_is_the_sum_over_all_masks_of_windows_of_two_lengths():
 
 def test_groups_must_be_of_the_held_out_windows():
     windows = text(TOKENS, LENGTHS, 16)
+    splits = WindowSplits(windows, windows, windows.tiled(), np.arange(12))
     with pytest.raises(ValueError, match="12 groups for"):
-        NextToken(2, label="stub", train=windows, selection=windows, held_out=windows.tiled(), groups=np.arange(12),
-                  runtime=CPU, seed=3, batch_size=4, num_evaluated=4)  # fmt: skip
+        NextToken(context("stub"), splits, cls_id=2)
 
 
 def test_a_documents_scores_are_means_over_its_tokens():

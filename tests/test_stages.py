@@ -1,7 +1,8 @@
-"""Staged unmasking: exact masks per stage, progression by stale validation losses, and a resume in the middle of it."""
+"""Staged unmasking: masks of each stage, progress by stale validation losses, and a resume in the middle."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from lib.errors import BadConfig
 from lib.models.build import start_model
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.staged import StagedUnmasking
-from tests.trainings import CPU, Killed, fingerprint, settings, splits, train_tiny
+from tests.trainings import TOKENS, Killed, context, fingerprint, settings, splits, train_tiny
 
 STAGES = [
     "{type: random, max_masked_ratio: 0.3, val_loss_stale_count: 1}",
@@ -63,7 +64,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def slow_progress(patience, min_improvement, losses):
-    """The rule, told in one line per check."""
+    """The rule, written out step by step."""
     current, best, stale, seen = 0, math.inf, 0, []
     for loss in losses:
         if best == math.inf or loss < best - min_improvement * best:
@@ -78,7 +79,7 @@ def slow_progress(patience, min_improvement, losses):
 
 @given(
     st.lists(st.integers(1, 3), min_size=1, max_size=4),
-    st.sampled_from([0.0, 0.25, 0.5]),  # whole powers of two: equal to the bit
+    st.sampled_from([0.0, 0.25, 0.5]),  # powers of two, so that products are exact
     st.lists(st.integers(0, 8), max_size=30),
 )
 def test_progress_follows_the_rule(patience, min_improvement, losses):
@@ -92,10 +93,10 @@ def test_progress_follows_the_rule(patience, min_improvement, losses):
 
 
 def objective_of(stages=STAGES, *changes: str) -> StagedUnmasking:
+    tokens = replace(TOKENS, newline_ids=np.array([13]))
     return StagedUnmasking(
-        diffusion_of(*changes, stages=stages), 1, label="tiny", **splits(), runtime=CPU,
-        seed=3, batch_size=8, num_evaluated=16, newline_ids=np.array([13]), text_ids=np.arange(4, 14),
-    )  # fmt: skip
+        context(evaluation_examples=16), splits(), diffusion_of(*changes, stages=stages), tokens
+    )
 
 
 def model_of():
@@ -130,7 +131,7 @@ def test_every_stage_has_its_own_loss_on_fixed_masks():
 
 
 def test_a_stage_ends_by_its_own_loss_and_the_best_model_is_chosen_by_the_bound(monkeypatch):
-    """The current stage's loss alone is stale or not, whatever those of the others do."""
+    """Only the loss of the current stage decides when the next one begins."""
     objective, model = objective_of(), model_of().eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -177,10 +178,8 @@ def test_killed_around_a_change_of_stage_it_ends_with_the_same_bits(tmp_path):
 
 
 def test_bert_corruption_is_what_the_model_reads():
-    objective = MaskedDiffusion(
-        diffusion_of("diffusion.corruption=bert", stages=[]), 1, label="tiny", **splits(),
-        runtime=CPU, seed=3, batch_size=8, num_evaluated=16, text_ids=np.arange(4, 14),
-    )  # fmt: skip
+    diffusion = diffusion_of("diffusion.corruption=bert", stages=[])
+    objective = MaskedDiffusion(context(evaluation_examples=16), splits(), diffusion, TOKENS)
     read = []
 
     class Spy(torch.nn.Module):
