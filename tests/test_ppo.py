@@ -10,11 +10,11 @@ from torch import nn
 
 from lib import randomness
 from lib.errors import BadConfig
+from lib.ranking.actor_critic import ActorCritic, ValueHead
+from lib.ranking.policy_gradient import LoopSettings, PolicyGradient, TrainingPools
 from lib.ranking.ppo import (
-    ActorCritic,
-    PolicyGradient,
     PpoSettings,
-    ValueHead,
+    SampledActions,
     entropy,
     exact_loss,
     expected_reward,
@@ -119,8 +119,8 @@ def test_sampled_gradients_agree_with_the_exact_one(baseline):
     returns = rewards.gather(1, actions)
     base = torch.linspace(0, 1, len(scores))[:, None] if baseline == "per pool" else baseline
     settings = dataclasses.replace(PLAIN, kl_weight=0.3, entropy_weight=0.2)
-    terms = ppo_loss(log_p, log_p.detach().gather(1, actions), actions, returns - base, torch.zeros(len(scores)),
-                     returns, log_start, settings)  # fmt: skip
+    drawn = SampledActions(actions, log_p.detach().gather(1, actions), returns - base, returns)
+    terms = ppo_loss(log_p, torch.zeros(len(scores)), drawn, log_start, settings)
     sampled = gradient(terms["loss"], leaf)
     exact = gradient(exact_loss(log_p, rewards, log_start, settings)["loss"], leaf)
     # Per sample the gradient in a score is -advantage * (chosen - chance): its spread gives the standard error.
@@ -140,7 +140,8 @@ def test_clipping_stops_the_gradient_where_a_step_has_gone_far_enough():
     advantages = torch.tensor([1.0, -1, 1, -1, 1, -1], dtype=torch.float64)[:, None]
     leaf = log_p.clone().requires_grad_()
     old = log_p[:, :1] - ratio.log()
-    terms = ppo_loss(leaf, old, actions, advantages, torch.zeros(6), advantages, log_p, PLAIN)
+    sampled = SampledActions(actions, old, advantages, advantages)
+    terms = ppo_loss(leaf, torch.zeros(6), sampled, log_p, PLAIN)
     pull = gradient(terms["loss"], leaf)[:, 0]
     moves = pull != 0
     # too far in the direction the advantage wants: no more; too far in the other: all the more
@@ -161,9 +162,8 @@ def test_terms_are_weighed_as_named():
     actions = torch.zeros(len(scores), 2, dtype=torch.int64)
     returns = rewards.gather(1, actions)
     values = torch.linspace(0, 1, len(scores), dtype=torch.float64)
-    t = ppo_loss(
-        log_p, log_p.gather(1, actions), actions, returns - 0.5, values, returns, log_start, settings
-    )
+    sampled = SampledActions(actions, log_p.gather(1, actions), returns - 0.5, returns)
+    t = ppo_loss(log_p, values, sampled, log_start, settings)
     total = t["policy_loss"] + 0.7 * t["value_loss"] - 0.11 * t["entropy"] + 0.13 * t["kl_to_start"]
     torch.testing.assert_close(t["loss"], total)
     assert t["policy_loss"].item() == pytest.approx(-(returns - 0.5).mean().item())
@@ -223,8 +223,9 @@ def mean_reward(model) -> float:
 
 def objective(estimator: Any = "sampled", seed=0, batch_size=8, **changes) -> PolicyGradient:
     settings = dataclasses.replace(PpoSettings(rollout_pools=32, epochs=3), **changes)
-    return PolicyGradient(judge, REWARDS, PRESENT, LOG_START, lambda m: {"loss": -mean_reward(m)}, settings,
-                          estimator, seed, batch_size, selection="loss", tokens_per_row=1)  # fmt: skip
+    pools = TrainingPools(REWARDS, PRESENT, LOG_START)
+    loop = LoopSettings(seed, batch_size, selection="loss", tokens_per_row=1)
+    return PolicyGradient(judge, lambda m: {"loss": -mean_reward(m)}, pools, settings, estimator, loop)
 
 
 def start(rate: float = 0.03):
