@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from benchmarks.provenance import say_provenance
 from lib.config import Config, load_config
 from lib.report.table import aligned
-from lib.tasks.finqa.leak import Matrices, Pool, accuracy, label_overlap, measure_leak, question_trees
+from lib.tasks.finqa.leak import Pool, PoolFeatures, accuracy, label_overlap, measure_leak, question_trees
 from lib.tasks.finqa.naive import naive_pools
 from lib.tasks.finqa.pools import PoolMaker, Unfilled
 from lib.tasks.finqa.record import Record, read_records
@@ -55,7 +55,7 @@ def rows_of(
 ) -> list[tuple[str, ...]]:
     leak = measure_leak(train, dev, seed + 1, limit)
     rows: list[tuple[str, ...]] = [(name, row["scorer"], row["sees"], _shown(row)) for row in leak["rows"]]
-    pools = Matrices.of(dev)
+    pools = PoolFeatures.of(dev)
     for method, scores in (
         ("trees", question_trees(train, dev, seed + 1)),
         ("overlap of names, untrained", label_overlap(dev)),

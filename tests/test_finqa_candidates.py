@@ -12,7 +12,7 @@ from lib.config import load_config
 from lib.errors import BadData
 from lib.tasks.finqa.builtin import builtin_records
 from lib.tasks.finqa.candidates import Plan, candidates, plan_candidates, review_candidates
-from lib.tasks.finqa.leak import ONE, WHOLE, Matrices, accuracy, measure_leak
+from lib.tasks.finqa.leak import ONE, WHOLE, PoolFeatures, accuracy, measure_leak
 from lib.tasks.finqa.pools import Candidate, Unfilled
 from lib.tasks.finqa.program import execute
 from lib.tasks.finqa.record import Record
@@ -77,11 +77,11 @@ def test_wrong_programs_are_learned_from_the_train_split_alone(planned):
 
 def test_elsewhere_is_another_page_of_the_same_split(planned):
     plan: Plan = planned.plan
-    assert plan.elsewhere.keys() == plan.records.keys()
-    for name, other in plan.elsewhere.items():
+    assert plan.off_page.keys() == plan.records.keys()
+    for name, other in plan.off_page.items():
         assert other.filename != plan.records[name].filename
         assert plan.splits[other.id] == plan.splits[name]
-    assert len({r.filename for r in plan.elsewhere.values()}) > 4
+    assert len({r.filename for r in plan.off_page.values()}) > 4
 
 
 def test_a_control_is_the_same_program_with_the_words_of_the_other_page(planned):
@@ -140,14 +140,14 @@ def test_scorers_that_never_see_the_question_are_given_nothing_of_it():
 
     pools = [(r, pools_of(r, 3)[i % 3], i % 3) for i, r in enumerate(RECORDS[:12])]
     telling = [(replace(r, question=f"{r.program} please", answer="12"), p, 0) for r, p, _ in pools]
-    one, other = Matrices.of(pools), Matrices.of(telling)
+    one, other = PoolFeatures.of(pools), PoolFeatures.of(telling)
     for sees in (ONE, WHOLE):
         np.testing.assert_array_equal(one.columns(sees), other.columns(sees))
     assert one.texts == other.texts and one.columns(WHOLE).shape[1] > one.columns(ONE).shape[1]
     assert one.gold.argmax(1).tolist() == [i % 3 for i in range(12)]
 
 
-def matrices(seed: int, count: int, alone: float, beside: float) -> Matrices:
+def matrices(seed: int, count: int, alone: float, beside: float) -> PoolFeatures:
     """Pools of 4 in which the gold program is told by itself, or only beside the others, or not at all."""
     rng = np.random.default_rng(seed)
     gold = np.arange(4) == rng.integers(0, 4, (count, 1))
@@ -155,12 +155,14 @@ def matrices(seed: int, count: int, alone: float, beside: float) -> Matrices:
     rows[..., 0] += 6 * gold * alone
     compared[..., 0] += 6 * gold * beside
     texts = [" ".join(rng.choice(["aa", "bb", "cc", "dd", "ee"], 4)) for _ in range(4 * count)]
-    return Matrices(np.array([f"page {i // 2}" for i in range(count)]), rows, compared, texts, gold)
+    return PoolFeatures(np.array([f"page {i // 2}" for i in range(count)]), rows, compared, texts, gold)
 
 
-def leak_of(monkeypatch, train: Matrices, held_out: Matrices) -> tuple[dict, dict[tuple[str, str], dict]]:
+def leak_of(
+    monkeypatch, train: PoolFeatures, held_out: PoolFeatures
+) -> tuple[dict, dict[tuple[str, str], dict]]:
     found = {"train": train, "held_out": held_out}
-    monkeypatch.setattr(Matrices, "of", staticmethod(found.__getitem__))
+    monkeypatch.setattr(PoolFeatures, "of", staticmethod(found.__getitem__))
     leak = measure_leak("train", "held_out", 0, 0.4)  # pyright: ignore[reportArgumentType]
     return leak, {(row["scorer"], row["sees"]): row for row in leak["rows"]}
 

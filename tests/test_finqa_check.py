@@ -22,7 +22,7 @@ from lib.tasks.finqa.builtin import make_page, make_pages
 from lib.tasks.finqa.check import check, compare_answer, sources
 from lib.tasks.finqa.cross_record_checks import page_text
 from lib.tasks.finqa.numbers import numbers_in, operands
-from lib.tasks.finqa.pages import page_lines, plain_cell, score_lines, serialise
+from lib.tasks.finqa.page_text import page_lines, plain_cell, score_lines, serialise
 from lib.tasks.finqa.program import OPERATIONS, execute, parse
 from lib.tasks.finqa.record import Record, find_files, parse_record, read_records
 from tests.conftest import SHARED
@@ -294,8 +294,8 @@ def test_an_empty_list_is_an_error(tmp_path):
 def test_questions_asked_twice(tmp_path):
     again = raw(id="2", qa_question="What is  the sum")
     other = raw(id="3", qa_program="add(10, 15)", qa_exe_ans=25, qa_answer="25")
-    elsewhere = raw(id="4", filename="B/2010/page_2.pdf", pre_text=["10 of a sort ."])
-    documents, problems = checked(tmp_path, train=[raw(), again, other, elsewhere])
+    off_page = raw(id="4", filename="B/2010/page_2.pdf", pre_text=["10 of a sort ."])
+    documents, problems = checked(tmp_path, train=[raw(), again, other, off_page])
     assert [(p.kind, p.location) for p in problems] == [
         ("repeated question", "2"),
         ("contradicting questions", "3"),
@@ -439,8 +439,8 @@ def test_the_page_fits_the_budget_and_keeps_its_order():
             text = serialise(record, question, budget, words)
             assert words(text) <= budget
             if budget >= 60:
-                places = [lines.index(line) for line in text.split("\n")]
-                assert places == sorted(set(places)) and places
+                spans = [lines.index(line) for line in text.split("\n")]
+                assert spans == sorted(set(spans)) and spans
         # a tokenizer that counts more for the whole than for the parts
         assert len(serialise(record, question, 300, lambda t: len(t) + t.count("\n"))) <= 300
 

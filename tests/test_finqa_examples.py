@@ -95,6 +95,6 @@ def test_what_is_asked_for_nothing_or_cannot_run_is_left_out_with_a_reason():
     dropped = {d.example_id: d.reason for d in prepare(config_of(), documents) if isinstance(d, Dropped)}
     assert (
         "cannot run" in dropped[first.id]
-        and dropped[second.id] == "nothing is asked"
+        and dropped[second.id] == "the question is empty"
         and third.id not in dropped
     )

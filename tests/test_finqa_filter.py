@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lib.config import load_config
-from lib.tasks.finqa import filter as module
-from lib.tasks.finqa.features import MAX_NUMBERS
-from lib.tasks.finqa.filter import WHOLE_TREES, Filter
+from lib.tasks.finqa import adversarial_filter as module
+from lib.tasks.finqa.adversarial_filter import WHOLE_TREES, AdversarialFilter
+from lib.tasks.finqa.pool_comparison import MAX_NUMBERS
 
 BANKS, TEMPLATES, SIZE, FOLDS = 24, 30, 6, 3
 
@@ -38,7 +38,7 @@ def made_bank(number: int, group: str = "") -> Any:
 
 
 class Scorer:
-    """Stands in for Words and Trees: opinions are `weight` times the mark; keeps whose programs it learned from.
+    """Stands in for WordScorer and TreeScorer: opinions are `weight` times the mark; keeps whose programs it learned from.
 
     Attributes:
         single, whole: the weight of scorers of single programs, and of whole pools.
@@ -59,8 +59,8 @@ class Scorer:
 
 @pytest.fixture
 def settings(monkeypatch):
-    monkeypatch.setattr(module, "Words", Scorer)
-    monkeypatch.setattr(module, "Trees", Scorer)
+    monkeypatch.setattr(module, "WordScorer", Scorer)
+    monkeypatch.setattr(module, "TreeScorer", Scorer)
     monkeypatch.setattr(
         module, "hashed_words", lambda words: np.array([[float(x) for x in w.split()] for w in words])
     )
@@ -85,7 +85,7 @@ def marked(bank: Any, drawn: dict[int, np.ndarray]) -> list[float]:
 
 def test_a_scorer_never_learned_from_the_fold_that_it_judges(settings):
     banks = [made_bank(i) for i in range(BANKS)]
-    made = Filter(settings, SIZE, 0)
+    made = AdversarialFilter(settings, SIZE, 0)
     made.fit(banks)
     folds = np.array([made.fold(bank.group) for bank in banks])
     assert set(folds) == set(range(FOLDS)) and len(made.single) == 4 and len(made.whole) == 2
@@ -96,7 +96,7 @@ def test_a_scorer_never_learned_from_the_fold_that_it_judges(settings):
 
 
 def test_a_page_is_drawn_by_the_scorers_of_its_own_fold(settings):
-    made = Filter(settings, SIZE, 0)
+    made = AdversarialFilter(settings, SIZE, 0)
     made.fit([made_bank(i) for i in range(BANKS)])
     for number in (100, 101, 102, 103):
         bank = made_bank(number)
@@ -114,7 +114,7 @@ def test_wrong_programs_come_to_look_like_gold_ones(settings, monkeypatch, kind,
     for opinion in (0.0, weight):
         monkeypatch.setattr(Scorer, kind, opinion)
         banks = [made_bank(i) for i in range(BANKS)]
-        made = Filter(settings, SIZE, 0)
+        made = AdversarialFilter(settings, SIZE, 0)
         taught = [
             share for bank, drawn in zip(banks, made.fit(banks), strict=True) for share in marked(bank, drawn)
         ]
@@ -127,7 +127,7 @@ def test_wrong_programs_come_to_look_like_gold_ones(settings, monkeypatch, kind,
 
 def test_questions_have_as_many_pools_as_asked_with_their_own_gold_program_first(settings):
     banks = [made_bank(i) for i in range(6)]
-    made = Filter(settings, SIZE, 0)
+    made = AdversarialFilter(settings, SIZE, 0)
     for drawn in made.fit(banks):
         assert set(drawn) == {0, 1}
         for question, pools in drawn.items():

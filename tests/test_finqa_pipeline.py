@@ -171,22 +171,22 @@ def test_a_blind_ranker_is_given_an_empty_question_and_another_one_its_own(run, 
 
     assert config_of().models[name].blind == blind
     prompts = {r["example_id"]: r["prompt"] for r in rows(run, "01_prepare_dataset/examples")}
-    written: dict[str, list[dict]] = {}
+    format_value: dict[str, list[dict]] = {}
     for row in rows(run, "06_sample/ranked"):
         if row["model"] == name:
-            written.setdefault(row["example_id"], []).append(row)
-    some = sorted(written)[:6]
+            format_value.setdefault(row["example_id"], []).append(row)
+    some = sorted(format_value)[:6]
     model, tokenizer = load_ranker(run / "04_train" / name / "best_model")
     settings = config_of().ranker
     scores = {}
     for asked, questions in (("own", [prompts[n] for n in some]), ("none", [""] * len(some))):
         pools = collate(
-            tokenizer, questions, [[r["text"] for r in written[n]] for n in some], settings.prompt_tokens,
+            tokenizer, questions, [[r["text"] for r in format_value[n]] for n in some], settings.prompt_tokens,
             settings.candidate_tokens,
         )  # fmt: skip
         with torch.no_grad(), Runtime.detect(config_of()).autocast():
             scores[asked] = model.eval()(pools.tensors()).float().numpy()
-    found = np.array([[r["score"] for r in written[n]] for n in some])
+    found = np.array([[r["score"] for r in format_value[n]] for n in some])
     right, wrong = ("none", "own") if blind else ("own", "none")
     # So little trained, a question moves little: but ten times as much as rounding does
     assert np.abs(found - scores[right]).max() < 0.1 * np.abs(found - scores[wrong]).max()

@@ -13,15 +13,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from lib.tasks.finqa.equivalence import equivalent, formula
 from lib.tasks.finqa.program import (
     ARITHMETIC,
     MAX_CHARACTERS,
     MAX_STEPS,
     OPERATIONS,
     ProgramError,
-    equivalent,
     execute,
-    formula,
     parse,
 )
 from tests.conftest import SHARED

@@ -148,7 +148,7 @@ def test_every_pool_has_rewards_in_order(programs, parts, draw: random.Random):
 def test_values_are_numbers_or_words():
     assert read_value("1.000004") == 1.0 and read_value("-0") == 0.0 and str(read_value("-0.000001")) == "0.0"
     for text in ("nan", "inf", "maybe", ""):
-        with pytest.raises(ValueError, match="is no number"):
+        with pytest.raises(ValueError, match="is not a number"):
             read_value(text)
 
 
