@@ -164,7 +164,7 @@ def test_the_rule_of_the_other_task_is_refused(tmp_path):
 def test_a_split_behind_a_dead_link_is_not_left_out(tmp_path):
     (tmp_path / "train.json").write_text("[]")
     (tmp_path / "dev.json").symlink_to("gone.json")
-    with pytest.raises(MissingInput, match=r"dev\.json is a link to gone\.json, which is no file"):
+    with pytest.raises(MissingInput, match=r"dev\.json is a link to gone\.json, which is not a file"):
         find_files(tmp_path)
     (tmp_path / "dev.json").unlink()
     (tmp_path / "dev.json").symlink_to("train.json")
