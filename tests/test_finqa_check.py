@@ -32,7 +32,7 @@ FINQA = SHARED / "finqa"
 
 
 def raw(**changes) -> dict[str, Any]:
-    """One good record; keys of its question are given as `qa_program=...`."""
+    """A valid record. Arguments such as `qa_program=...` change keys of `qa`."""
     qa = {"question": "what is the sum?", "program": "add(10, 20)", "answer": "30", "exe_ans": 30.0}
     data = {
         "id": "AB/2010/page_1.pdf-1",
@@ -60,7 +60,7 @@ DROP = frozenset(load_config().finqa.drop)
 
 
 def configured(path: Path | str, seed: int = 1, drop: frozenset[str] = DROP) -> Config:
-    """As much of a config as the check reads."""
+    """The part of a config that the check reads."""
     finqa = SimpleNamespace(drop=tuple(drop))
     return cast(
         Config, SimpleNamespace(seed=seed, data=SimpleNamespace(path=str(path), drop=()), finqa=finqa)
@@ -134,7 +134,7 @@ def test_hostile_fields_are_problems(changes):
     problems = parse_record(raw(**changes), "train", "train.json", "record 0")
     assert isinstance(problems, list) and [p.kind for p in problems] == ["malformed record"]
     json.dumps([vars(p) for p in problems]).encode()
-    str(problems).encode()  # what is said about half a character can be written
+    str(problems).encode()  # messages about half a surrogate pair can be encoded
 
 
 json_values = st.recursive(
@@ -570,31 +570,31 @@ def test_evidence_survives_the_budget(finqa):
 
 
 def first_words(record: Record, budget: int, rows_first: bool = False) -> str:
-    """The page cut after so many words, its table where it stands or before the text."""
+    """The page cut after a number of words, with its table in page order or before the text."""
     lines = page_lines(record)
     lines = sorted(lines, key=lambda line: not line.is_row) if rows_first else lines
     return " ".join(" ".join(line.text for line in lines).split()[:budget])
 
 
-def evidence_recall(records: list[Record], text_of, least_digits: int = 0) -> tuple[float, float]:
+def evidence_recall(records: list[Record], text_of, min_digits: int = 0) -> tuple[float, float]:
     """(share of the programs' operands, share of the questions with all of them) that are in the text.
 
     Operands are the numbers that the page has, and the names of rows that table operations read.
-    `least_digits` leaves out short numbers, which are easily found by chance.
+    `min_digits` excludes short numbers, which often match by chance.
     """
-    found = wanted = complete = 0
+    found = expected = complete = 0
     for record in records:
         text, whole = text_of(record), serialise(record, "", 10**9, words)
         numbers, all_numbers = numbers_in(text), numbers_in(whole)
         hits = [
             bool(forms & numbers)
             for operand in operands(record.program or "")
-            if (forms := numbers_in(operand)) & all_numbers and sum(map(str.isdigit, operand)) >= least_digits
+            if (forms := numbers_in(operand)) & all_numbers and sum(map(str.isdigit, operand)) >= min_digits
         ]
         rows = [step.first.text for step in parse(record.program or "") if step.reads_table]
         hits += [f"the {' '.join(name.split())} " in text for name in rows]
-        found, wanted, complete = found + sum(hits), wanted + len(hits), complete + all(hits)
-    return found / wanted, complete / len(records)
+        found, expected, complete = found + sum(hits), expected + len(hits), complete + all(hits)
+    return found / expected, complete / len(records)
 
 
 def print_evidence_recall(split: str) -> None:
@@ -610,7 +610,7 @@ def print_evidence_recall(split: str) -> None:
             "first words, table before text": lambda r, b=budget: first_words(r, b, rows_first=True),
         }.items():
             share, complete = evidence_recall(records, text_of)
-            long, _ = evidence_recall(records, text_of, least_digits=3)
+            long, _ = evidence_recall(records, text_of, min_digits=3)
             print(f"{budget:4} words  {name:32} {share:6.1%} {long:6.1%} {complete:6.1%}")
 
 

@@ -1,4 +1,4 @@
-"""Programs with words: which words a number gets, from which of its places, and how long it all becomes."""
+"""Programs as text: which words describe a number, from which of its occurrences, and how long the text is."""
 
 import json
 import re
@@ -45,7 +45,7 @@ STAFF = page(
         ("add(32, const_m1)", 31.0, "add(32 [cost of sales, 2013], -1) = 31"),
         ("add(-32, 1,234.5)", 1202.5, "add(-32 [cost of sales, 2013], 1,234.5 [cost of sales, 2012 restated]) = 1202.5"),
         ("add(12.5%, 0.11)", 0.235, "add(12.5% [margin, 2013], 0.11 [margin, 2012 restated]) = 0.235"),
-        # ProgramFeatures once
+        # Described once
         (
             "subtract(7900, 4100), divide(#0, 4100), multiply(#1, const_100)",
             92.68293,

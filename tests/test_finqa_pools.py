@@ -1,4 +1,4 @@
-"""Pools on pages that the project writes itself: what every pool must hold, and that nothing in it is a shortcut."""
+"""Pools on synthetic pages: what every pool must contain, and that it has no shortcut."""
 
 import itertools
 import random
@@ -268,7 +268,7 @@ def test_edits_change_one_thing():
             assert len(new) == len(old) + steps
             same_operations = [s.operation for s in new[:2]] == [s.operation for s in old][: len(new)]
             assert same_operations == (kind != "operation")
-    assert min(made.values()) > 0, made  # each kind was seen
+    assert min(made.values()) > 0, made  # each kind occurred
 
 
 def test_walks_stand_on_both_sides_of_the_gold_program():
