@@ -53,9 +53,8 @@ class AdversarialFilter:
         self.size = size
         self.seed = seed
         self.single: list[list[WordScorer | TreeScorer]] = []
-        self.factors: list[
-            float
-        ] = []  # the scores of each round over single programs are multiplied by these
+        # The scores of each round over single programs are multiplied by these
+        self.factors: list[float] = []
         self.whole: list[list[TreeScorer]] = []
 
     def fit(self, banks: Sequence[Bank]) -> list[dict[int, np.ndarray]]:

@@ -55,9 +55,8 @@ class _Page:
     header: list[str]
     rows: dict[str, list[str]] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
-    questions: list[tuple[str, str, bool]] = field(
-        default_factory=list
-    )  # question, program, whether the answer is a percentage
+    # Question, program, whether the answer is a percentage
+    questions: list[tuple[str, str, bool]] = field(default_factory=list)
 
     @property
     def table(self) -> list[list[str]]:

@@ -20,9 +20,8 @@ class CrossRecordChecks:
         self.page_of: dict[tuple[str, str], bytes] = {}  # (split, file name) -> digest of its first page
         self.split_of_id: dict[str, str] = {}  # id -> its split
         self.checked_pages: set[tuple[str, bytes]] = set()  # (split, page) whose table was checked
-        self.first_record: dict[
-            tuple[str, bytes, str], Record
-        ] = {}  # (split, page, question) -> its first record
+        # (split, page, question) -> its first record
+        self.first_record: dict[tuple[str, bytes, str], Record] = {}
         for record in records:
             for digest in (_name_digest(record), _page_digest(record), _table_digest(record)):
                 self.splits.setdefault(digest, set()).add(record.split)

@@ -28,9 +28,8 @@ from lib.tasks.finqa.pool_comparison import in_pool, number_table
 from lib.tasks.finqa.program import parse
 from lib.tasks.finqa.record import Record
 
-Pool = tuple[
-    Record, Sequence, int
-]  # a question, its candidates (program, value), the index of the gold program
+# A question, its candidates (program, value), the index of the gold program
+Pool = tuple[Record, Sequence, int]
 ONE, WHOLE = "one candidate", "whole pool"
 
 _AT_ONCE = 1024  # pools compared in one batch

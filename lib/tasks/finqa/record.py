@@ -171,10 +171,8 @@ def _split_list(text: str, file: Path) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             yield problem(number, error.pos, "JSON", error.msg)
             return
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # a number with thousands of digits; deeply nested brackets
+        except (ValueError, RecursionError) as error:
+            # A number with thousands of digits, or deeply nested brackets
             yield problem(number, at, "JSON of a reasonable size", str(error)[:80])
             return
         yield number, data
