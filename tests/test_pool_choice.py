@@ -22,11 +22,11 @@ from lib.ranking.losses import LOSSES
 from lib.ranking.metrics import ranking_metrics
 from lib.training.objectives.pool_choice import (
     CONTROLS,
+    ELSEWHERE,
     FIRST,
-    MISMATCHED,
-    OFF_PAGE,
     RANDOM,
     REMOVED,
+    SWAPPED,
     PoolChoice,
     PoolReader,
     measure,
@@ -211,7 +211,7 @@ def test_controls_are_followed_to_the_number(tokenizer):
     """Without the question, with another's, with other words for the candidates: the stub answers what it is asked then."""
     table, model = made_table(), Stub(reads_prompt)
     others = choice_of(tokenizer).report(model)[0]["others"]
-    mismatched = [table.prompts[i] for i in table.mismatched_pools(0)]
+    strangers = [table.prompts[i] for i in table.strangers(0)]
 
     def by_hand(prompts: list[str], texts: Any) -> float:
         scores = np.where(texts == np.array(prompts, object)[:, None], 1.0, 0.0)
@@ -219,8 +219,8 @@ def test_controls_are_followed_to_the_number(tokenizer):
 
     wanted = {
         REMOVED: by_hand([""] * N, np.where(table.present, table.texts, "none")),
-        MISMATCHED: by_hand(mismatched, table.texts),
-        OFF_PAGE: by_hand(table.prompts, table.controls),
+        SWAPPED: by_hand(strangers, table.texts),
+        ELSEWHERE: by_hand(table.prompts, table.controls),
     }
     for name, value in wanted.items():
         assert others[name]["accuracy"]["value"] == pytest.approx(value), name
@@ -229,10 +229,10 @@ def test_controls_are_followed_to_the_number(tokenizer):
 
 def test_who_reads_the_candidate_alone_does_not_mind_the_question(tokenizer):
     values = choice_of(tokenizer).report(Stub(reads_candidate))[0]
-    for name in (REMOVED, MISMATCHED):
+    for name in (REMOVED, SWAPPED):
         assert values["others"][name]["accuracy"] == values["accuracy"]
         assert values["others"][name]["lead"] == {"value": 0, "low": 0, "high": 0}
-    moved = values["others"][OFF_PAGE]["accuracy"]["value"]
+    moved = values["others"][ELSEWHERE]["accuracy"]["value"]
     table = made_table()
     numbers = np.array([[float(t[1:] or 0) if t else -1 for t in row] for row in np.asarray(table.controls)])
     assert moved == pytest.approx(accuracy_of(table, numbers)) != values["accuracy"]["value"]
@@ -248,13 +248,13 @@ def test_who_reads_the_position_alone_is_the_first_candidate(tokenizer):
     assert accuracy_of(table, scores[RANDOM]) == pytest.approx(np.mean(1 / table.present.sum(1)))
 
 
-def test_a_mismatched_prompt_is_of_another_group_and_each_pool_has_another(tokenizer):
+def test_a_stranger_is_of_another_group_and_everybody_s_is_another(tokenizer):
     table = made_table()
-    found = table.mismatched_pools(3)
+    found = table.strangers(3)
     assert (table.groups[found] != table.groups).all() and len(set(found.tolist())) > N / 2
-    assert (found != table.mismatched_pools(4)).any()
+    assert (found != table.strangers(4)).any()
     odd = replace(table, groups=np.array(["big"] * 16 + [f"g{i}" for i in range(8)], object))
-    assert (odd.groups[odd.mismatched_pools(0)] != odd.groups).all()
+    assert (odd.groups[odd.strangers(0)] != odd.groups).all()
 
 
 def test_all_scores_are_those_of_each_pool_by_itself(tokenizer):

@@ -114,8 +114,8 @@ class PoolTable:
             found.append(replace(self, **columns, **by_name))
         return found
 
-    def mismatched_pools(self, seed: int) -> np.ndarray:
-        """(N,) for each pool the index of a pool of another group, whose prompt does not match it. Keyed by the seed."""
+    def strangers(self, seed: int) -> np.ndarray:
+        """(N,) for each pool one of another group, in a keyed order: whose prompt would be the wrong one."""
         order = randomness.permutation(seed, "stranger's prompt", 0, len(self))
         result = np.empty(len(self), np.int64)
         result[order] = np.roll(order, -1)

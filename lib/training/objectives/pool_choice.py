@@ -36,7 +36,7 @@ from lib.training.objectives.base import ResultRow, chunks, result_row, tensor
 from lib.training.pool_table import PoolTable
 
 EVALUATION_BATCH = 32
-REMOVED, MISMATCHED, OFF_PAGE = "question removed", "mismatched prompt", "off-page candidates"
+REMOVED, SWAPPED, ELSEWHERE = "question removed", "question of another page", "candidates on another page"
 RANDOM, FIRST = "random choice", "first candidate"
 
 
@@ -224,16 +224,16 @@ class PoolChoice:
         """name -> (N, K) scores of baselines, and of the ranker where it cannot know."""
         table = self.held_out
         found = simple_scores(table)
-        mismatched = [table.prompts[i] for i in table.mismatched_pools(self.seed)]
+        strangers = [table.prompts[i] for i in table.strangers(self.seed)]
         blind: Callable = self.reader.all_scores
         found[REMOVED] = blind(model, table, prompts=[""] * len(table))
-        found[MISMATCHED] = blind(model, table, prompts=mismatched)
+        found[SWAPPED] = blind(model, table, prompts=strangers)
         if table.controls is not None:
-            found[OFF_PAGE] = blind(model, table, texts=table.controls)
+            found[ELSEWHERE] = blind(model, table, texts=table.controls)
         return found
 
 
-CONTROLS = (REMOVED, MISMATCHED, OFF_PAGE)
+CONTROLS = (REMOVED, SWAPPED, ELSEWHERE)
 
 
 def simple_scores(table: PoolTable) -> dict[str, np.ndarray]:
