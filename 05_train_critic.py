@@ -35,6 +35,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
     from lib.runtime import Runtime
     from lib.tokenization import load_tokenizer
     from lib.training.loop import train
+    from lib.training.objectives.base import TrainingContext
 
     check_generator(config)
     reads = ("01_prepare_dataset", "04_train")
@@ -60,13 +61,13 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
         say(f"critic ({config.critic.coupling}): {learning:,} weights learn; new: {transfer.created}")
 
         # Train, then judge the best one on held-out fills
+        context = TrainingContext("critic", config.seed, config.critic.training, runtime)
         objective = critic_objective(
-            stage, config, runtime, tokenizer, model.config.max_position_embeddings - 1
+            stage, config, context, tokenizer, model.config.max_position_embeddings - 1
         )
         result = train(
-            model, objective, config.critic.training, runtime, stage.folder, seed=config.seed, label="critic",
-            save=lambda m, path: save_model(m, path, tokenizer),
-        )  # fmt: skip
+            model, objective, context, stage.folder, save=lambda m, path: save_model(m, path, tokenizer)
+        )
         best = load_model(stage.folder / "best_model").to(runtime.device)
         with torch.no_grad():
             values, rows, calibration = objective.report(best)
@@ -97,7 +98,8 @@ def train_policy(config: Config, args: RunArgs) -> None:
     from lib import outside
     from lib.report.table import results_table
     from lib.runtime import Runtime
-    from lib.training.policy import START, WAYS, PolicyTraining, compare, remember
+    from lib.training.data import Splits
+    from lib.training.policy import METHODS, START, PolicyTraining, compare, remember
     from lib.training.stage_inputs import read_stage_inputs
 
     name = config.critic.ppo.ranker
@@ -122,28 +124,28 @@ def train_policy(config: Config, args: RunArgs) -> None:
         if not stage_inputs.have_prompts:
             raise BadConfig(f"critic.method ppo needs examples with prompts; task {config.task} has none")
         start = stage.folder_of("04_train", f"{name}/best_model")
-        held_out = stage_inputs.pools("held_out")
-        training = PolicyTraining(
-            config, runtime, start, stage.folder,
-            stage_inputs.pools(config.models[name].split), stage_inputs.pools_for_selection(), held_out,
-        )  # fmt: skip
+        split = config.models[name].split
+        pools = Splits(
+            stage_inputs.pools(split), stage_inputs.pools_for_selection(), stage_inputs.pools("held_out")
+        )
+        training = PolicyTraining(config, runtime, start, stage.folder, pools)
 
-        # The same start, pools and steps for each way; a way that is complete is not trained again
+        # The same start, pools and number of steps for each method; a method that is complete is not trained again
         found = {START: training.before()}
-        for way in WAYS:
-            record = stage.folder / way / "training_manifest.json"
+        for method in METHODS:
+            record = stage.folder / method / "training_manifest.json"
             if not record.exists():
-                remember(stage.folder / way, training.run(way))
-            found[way] = json.loads(record.read_text(encoding="utf-8"))
+                remember(stage.folder / method, training.run(method))
+            found[method] = json.loads(record.read_text(encoding="utf-8"))
 
         # Record
-        gains, rows = compare(found, held_out.groups, config.seed)
-        for way in WAYS:
+        gains, rows = compare(found, pools.held_out.groups, config.seed)
+        for method in METHODS:
             for part in ("best_model", "final_model"):
-                stage.add_folder(f"{way}/{part}", stage.folder / way / part)
+                stage.add_folder(f"{method}/{part}", stage.folder / method / part)
             for part in ("metrics.jsonl", "training_manifest.json"):
-                stage.add_file(f"{way}/{part}", stage.folder / way / part)
-        stage.stats["held_out"] = {way: values["held_out"] for way, values in found.items()}
+                stage.add_file(f"{method}/{part}", stage.folder / method / part)
+        stage.stats["held_out"] = {method: values["held_out"] for method, values in found.items()}
         stage.stats |= {"gain_over_start": gains, "table": [row.as_dict() for row in rows]}
         say(results_table(stage.stats["table"]))
 
@@ -161,14 +163,11 @@ def check_generator(config: Config) -> None:
         )
 
 
-def critic_objective(stage: Stage, config: Config, runtime, tokenizer, context: int):
-    """The critic's objective over windows of the split that its generator learned from."""
-    import numpy as np
-
+def critic_objective(stage: Stage, config: Config, context, tokenizer, width: int):
+    """The critic's objective over windows of `width` tokens, of the split that its generator learned from."""
     from lib import schema
-    from lib.tokenization import newline_ids
-    from lib.training.data import Windows, select_split
-    from lib.training.objectives.language_model import MaskedDiffusion
+    from lib.training.data import Splits, select_split
+    from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
     from lib.training.objectives.token_critic import TokenCritic
     from lib.training.stage_inputs import SELECTION
 
@@ -176,25 +175,10 @@ def critic_objective(stage: Stage, config: Config, runtime, tokenizer, context: 
         select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
         for split in (config.models[config.critic.generator].split, SELECTION, "held_out")
     ]
-    train, selection, held_out = (Windows(t, context, tokenizer.pad_token_id) for t in tables)
-    tiles = held_out.tiled()
-    training = config.critic.training
-    diffusion = MaskedDiffusion(
-        config.diffusion.model_copy(update={"stages": ()}),  # over, when a critic joins
-        tokenizer.mask_token_id,
-        text_ids=np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids),
-        label="critic",
-        train=train,
-        selection=selection.tiled(),
-        held_out=tiles,
-        groups=np.asarray(tables[2]["group"].to_pylist())[tiles.owner],
-        runtime=runtime,
-        seed=config.seed,
-        batch_size=training.batch_size,
-        num_evaluated=training.evaluation_examples,
-        newline_ids=newline_ids(tokenizer),
-    )
-    return TokenCritic(config.critic, diffusion, sorted(set(tokenizer.all_special_ids)))
+    splits = WindowSplits.of(Splits(*tables), width, tokenizer.pad_token_id)
+    diffusion = config.diffusion.model_copy(update={"stages": ()})  # a critic follows the last stage
+    generator = MaskedDiffusion(context, splits, diffusion, MaskingTokens.of(tokenizer))
+    return TokenCritic(config.critic, generator, sorted(set(tokenizer.all_special_ids)))
 
 
 if __name__ == "__main__":

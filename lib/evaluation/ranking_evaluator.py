@@ -18,12 +18,12 @@ from lib.report.ranking import RankedPool, interesting, ranking_page
 from lib.runtime import Runtime
 from lib.tasks import get_task
 from lib.training.objectives.pool_choice import PoolReader, measure, say_shortened, simple_scores
-from lib.training.policy import WAYS
+from lib.training.policy import METHODS
 from lib.training.pool_table import PoolTable
 from lib.training.stage_inputs import read_stage_inputs
 
 SPLITS = ("held_out", "test")
-FINAL = WAYS[0]  # whose pools are shown in detail
+FINAL = METHODS[0]  # whose pools are shown in detail
 SHOWN_OF_A_KIND = 3
 
 
@@ -54,8 +54,8 @@ class RankingEvaluator:
         for name, spec in self.config.models.items():
             if spec.mode == "ranker":
                 yield name, "04_train", spec.blind
-        for way in WAYS:
-            yield way, "05_train_critic", False
+        for method in METHODS:
+            yield method, "05_train_critic", False
 
     def score(self, name: str, where: str, blind: bool) -> None:
         """Score every pool by one trained ranker."""

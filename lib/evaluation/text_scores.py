@@ -19,7 +19,7 @@ from lib.report.html import page
 from lib.report.html_table import table
 from lib.tokenization import decode_batch, encode_batch
 from lib.training.objectives.base import chunks, forward
-from lib.training.objectives.language_model import causal_nll
+from lib.training.objectives.next_token import causal_nll
 
 BATCH = 64
 SHOWN_WINDOWS, SHOWN_DOCUMENTS = 60, 200  # on the page; the table has all

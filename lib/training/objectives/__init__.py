@@ -1,1 +1,1 @@
-"""What each mode learns: its batches, its loss in named terms, its held-out metrics beside a baseline."""
+"""The objective of each mode: its batches, its loss and its metrics, compared with a trivial baseline."""
