@@ -151,7 +151,7 @@ def test_the_ranker_is_reported_beside_baselines_and_controls(run):
     stats = stats_of(run, "04_train")
     others = stats["ranker"]["held_out"]["others"]
     assert {"random choice", "first candidate", "trees", "overlap", "question removed",
-            "question of another page", "candidates on another page"} == set(others)  # fmt: skip
+            "mismatched prompt", "off-page candidates"} == set(others)  # fmt: skip
     assert others["random choice"]["accuracy"]["value"] == pytest.approx(1 / 8)
     assert {"1 step", "2 steps"} <= set(stats["ranker"]["held_out"]["tags"])
     assert stats["ranker"]["packs"] is True and set(stats["ranker"]["skipped_pools"].values()) == {0}
