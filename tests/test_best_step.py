@@ -1,4 +1,4 @@
-"""Which pools, rows and steps are taken: the first draw, the split made for choosing, a shard's own order, the least value."""
+"""Which pools, rows and steps are used: the first draw, the selection split, the order of a shard, the lowest value."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ K = 4
 
 
 def candidates(split: str) -> pa.Table:
-    """Two examples; of train each has two pools, whose best candidate stands elsewhere."""
+    """Two examples; those of train have two pools each, with the best candidate at different positions."""
     draws = 2 if split == "train" else 1
     rows = [
         {"example_id": f"{split}{n}", "candidate_id": i, "text": f"{split} {n} {i}", "kind": "x", "value": str(i),
@@ -53,7 +53,7 @@ def test_the_best_step_is_chosen_on_the_split_that_is_there_for_it():
 
 
 class Store:
-    """A shard of 50 rows, always there."""
+    """A shard of 50 rows that always exists."""
 
     folder = SimpleNamespace(parent="run")
 

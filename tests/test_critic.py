@@ -61,12 +61,12 @@ def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_
 
     losses = target._critic_losses(Spy(), filled, index, "critic")
     assert seen["head"] == "critic"
-    assert max(loss.item() for loss in losses) < 1e-6  # a critic that knows the clean text is never wrong
+    assert max(loss.item() for loss in losses) < 1e-6  # an oracle of the clean text has no loss
     assert (filled.ids != ids)[filled.generated].any()
 
 
 class Oracle(torch.nn.Module):
-    """A generator that says the same everywhere, and learns of nothing it reads."""
+    """A generator with the same probabilities at every position, independent of its input."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -77,7 +77,7 @@ class Oracle(torch.nn.Module):
         return SimpleNamespace(logits=self.logits.expand(count, -1).clone())
 
     def error(self, ids, forbidden) -> np.ndarray:
-        """Exactly how likely a token of `ids` is not the truth."""
+        """Exact probability that a token of `ids` is wrong."""
         return (
             1 - torch.softmax(self.logits.index_fill(0, torch.tensor(forbidden), -torch.inf), -1).numpy()[ids]
         )
@@ -102,15 +102,15 @@ def test_expected_labels_are_what_the_generator_said_before_anything_was_written
     best = target._critic_losses(Says(), filled, index, "critic")[0].item()
     share, count = chance[written], (written | valid).sum()
     entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share)).sum() / count
-    assert best == pytest.approx(entropy, rel=1e-3)  # nothing is below the entropy of the labels
+    assert best == pytest.approx(entropy, rel=1e-3)  # the entropy of the labels is the minimum
 
 
 def test_given_the_given_text_nothing_says_more_of_an_error_than_the_first_pass():
-    """In several passes a token may be sure because of a wrong one; the label does not believe it."""
+    """In a later pass a token may have high confidence because of a wrong one; its label does not depend on that."""
     target = objective(rollout_passes=(6, 6))
     index, ids, valid = target.diffusion.windows(range(8))
     net = model()
-    with torch.no_grad():  # an untrained output says the same of every token
+    with torch.no_grad():  # an untrained output is the same for every token
         for number, p in enumerate(net.parameters()):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
     filled = target.filler.fill(net, ids, valid, index, "critic", 8)
@@ -131,7 +131,7 @@ def test_padding_counts_nothing():
     assert not valid.all()
     filled = target.filler.fill(model(), ids, valid, index, "critic", 8)
     logits = torch.zeros(ids.shape)
-    logits[torch.from_numpy(~valid)] = 1e4  # a wild opinion about padding
+    logits[torch.from_numpy(~valid)] = 1e4  # extreme logits at padding
 
     class Wild(torch.nn.Module):
         def forward(self, **_):
@@ -190,11 +190,11 @@ def test_a_step_moves_what_it_should(coupling):
 
 
 def test_with_stopped_gradient_the_backbone_learns_from_the_generator_alone():
-    """Joint without the critic's loss, and stop_gradient with it, leave the same gradient in the backbone."""
+    """`joint` with alpha 0 and `stop_gradient` with alpha 2 give the backbone the same gradient."""
 
     def gradients(coupling: str, alpha: float):
         target, net = objective(coupling, ramp=(0.0, 0.0), alpha=alpha), model()
-        with torch.no_grad():  # zero-initialised projections let no gradient through
+        with torch.no_grad():  # zero-initialised projections would block the gradient
             for number, p in enumerate(net.parameters()):
                 p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
         target.loss(net, 5, range(8))["loss"].backward()
@@ -288,7 +288,7 @@ def test_the_critic_gets_a_conditioning_mask_as_often_as_asked_and_never_for_a_t
 
 
 def made_views(count: int = 80_000) -> ScoredTokens:
-    """A critic that is overconfident where much was masked, and honest elsewhere."""
+    """A critic that is overconfident where much was masked, and calibrated elsewhere."""
     rng = np.random.default_rng(5)
     critic, share, noise = rng.random((3, count))
     wrong = noise < np.where(share > 0.5, critic**2, critic)
@@ -301,7 +301,7 @@ def made_views(count: int = 80_000) -> ScoredTokens:
 
 
 def test_who_knows_nothing_of_a_text_is_calibrated_on_all_of_it():
-    """Every second token was given, and is right: among all tokens half as many are wrong as among the written ones."""
+    """Every second token is a conditioning token, and right. So the error rate of all tokens is half that of the generated ones."""
     half = made_views()
     written = np.arange(len(half.wrong)) % 2 == 0
     seen = replace(half, generated=written, wrong=half.wrong & written)
@@ -333,7 +333,7 @@ def test_curves_by_band_are_more_honest_than_one_for_all():
     found = detection(seen.subset(np.flatnonzero(measuring)[:8000]), calibration)
     assert found["critic"]["brier"] > found["critic_calibrated"]["brier"]
     assert found["critic_partial_calibrated"]["ece"] < 0.04 < found["critic_partial"]["ece"]
-    assert abs(found["confidence"]["auroc"]["value"] - 0.5) < 0.03  # knows nothing here
+    assert abs(found["confidence"]["auroc"]["value"] - 0.5) < 0.03  # uninformative here
 
 
 def test_transfer_says_what_it_took_and_refuses_a_backbone_that_does_not_fit(tmp_path):

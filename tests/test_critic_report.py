@@ -1,4 +1,4 @@
-"""What a critic is trained on and reported with, held by generators and critics whose every probability is known."""
+"""Training data and report of a critic, tested with generators and critics whose every probability is known."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ GENERATOR = np.array([0.0] * 4 + [0.05, 0.6] + [0.35 / 8] * 8)  # mostly the com
 
 
 class Known(torch.nn.Module):
-    """A generator that says the same of every masked token, and a critic that says nothing."""
+    """A generator with the same probabilities at every masked position, and an uninformative critic."""
 
     def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
         blank = torch.zeros(input_ids.shape)
@@ -38,7 +38,7 @@ FIRST = {
     "train": 6,
     "selection": 7,
     "held_out": 8,
-}  # the first token of every window says of which split it is
+}  # the first token of every window identifies its split
 
 
 def text_of(split: str, windows: int) -> Windows:
@@ -49,7 +49,7 @@ def text_of(split: str, windows: int) -> Windows:
 
 
 def objective(groups=None, windows: int = 24, **changes) -> TokenCritic:
-    """Text of which 0.6 is the common token, as the generator believes; windows end in padding."""
+    """Text in which 60 % of the tokens are the common one, as the generator predicts; windows end in padding."""
     config = load_config(quick_test=True)
     names = np.arange(windows).astype(str) if groups is None else groups
     parts: dict[str, Any] = {split: text_of(split, windows) for split in FIRST}
@@ -65,7 +65,7 @@ def filled_by(target: TokenCritic, rows: int = 8, model: Any = None) -> tuple[Fi
     return target.filler.fill(model or Known(), ids, valid, index, "critic", rows), index
 
 
-# --- what is written ---------------------------------------------------------------------------------------------------
+# --- fills ---------------------------------------------------------------------------------------------------
 
 
 def test_each_row_is_written_at_a_temperature_of_its_own_between_the_two():
@@ -98,7 +98,7 @@ def test_filling_leaves_a_model_in_the_mode_in_which_it_was():
 
 
 class Wild(torch.nn.Module):
-    """Log-odds of 0 where it matters and wild ones elsewhere; keeps what it read."""
+    """Log-odds of 0 where they count and extreme ones elsewhere; keeps its inputs."""
 
     def __init__(self, wild: np.ndarray):
         super().__init__()
@@ -144,7 +144,7 @@ def test_a_share_of_the_rows_is_read_with_masks():
 
 
 def test_given_tokens_count_as_often_as_asked_and_their_clean_label_is_right():
-    """A critic that is sure of errors among given tokens pays for those alone that are asked for."""
+    """A critic predicts errors among conditioning tokens with high confidence. Only the configured share of them adds to the loss."""
     paid = {}
     for share in (0.0, 0.3, 1.0):
         target = objective(clean_fraction=share, origin_weight=0.0, labels="sampled")
@@ -168,7 +168,7 @@ def test_given_tokens_count_as_often_as_asked_and_their_clean_label_is_right():
 
 
 def test_an_evaluation_is_of_written_tokens_against_what_stood_there():
-    """Certain of errors among given tokens, and not quite among written ones: only the latter count."""
+    """Probabilities are extreme for conditioning tokens and moderate for generated ones: only the latter count."""
     target: Any = objective(coupling="decoupled")
     wrong, origin = [], []
 
@@ -192,12 +192,12 @@ def test_an_evaluation_is_of_written_tokens_against_what_stood_there():
     joint: Any = objective(coupling="joint")
     joint._probabilities = raw
     values = joint.evaluate(Known())
-    assert values["nelbo_and_auroc"] == values["nelbo"]  # nothing is added for an AUROC of 1
+    assert values["nelbo_and_auroc"] == values["nelbo"]  # an AUROC of 1 adds nothing
     assert values["nelbo"] == joint.diffusion.evaluate(Known())["nelbo"]
 
 
 def test_confidence_counts_as_certainty_of_being_right():
-    """The generator believes what is true of the text: where it was sure it is seldom wrong, by every one of its views."""
+    """The generator's probabilities are the true ones: where its confidence is high, it is seldom wrong, in every view."""
     values, rows, _ = objective(temperature=(1.0, 1.0)).report(Known())
     found = {name: score["auroc"]["value"] for name, score in values["detection"].items()}
     for name in ("confidence", "fresh_confidence", "confidence_first_pass", "confidence_visible"):
@@ -209,11 +209,13 @@ def test_confidence_counts_as_certainty_of_being_right():
     ]  # fmt: skip
     assert found["confidence"] != found["whole_text_fresh_confidence"]
     assert values["auroc"] == found["critic"] and values["auroc_confidence"] == found["confidence"]
-    assert found["critic_blend"] == pytest.approx(found["confidence"], abs=0.02)  # the blend finds who knows
+    assert found["critic_blend"] == pytest.approx(
+        found["confidence"], abs=0.02
+    )  # the blend weighs the informative score
 
 
 def test_calibration_is_fitted_on_the_selection_text_and_judged_on_held_out_text():
-    """On one split the critic says the reverse of what it knows: what is learned on the other is all wrong there.
+    """On one split the critic's probabilities are reversed, so a curve fitted on the other split is wrong there.
 
     A curve learned on the same text, or on both, would say how often each of its two numbers is wrong, or the mean.
     """
@@ -242,7 +244,7 @@ def test_calibration_is_fitted_on_the_selection_text_and_judged_on_held_out_text
 
 
 def test_intervals_are_over_groups_of_windows():
-    """The same figures; of windows that belong together less is known."""
+    """The same figures, with a wider interval for windows of common groups."""
     low = {}
     for count in (24, 6):
         target: Any = objective(groups=np.char.add("g", (np.arange(24) % count).astype(str)))

@@ -1,4 +1,4 @@
-"""A backbone that waits: what learns while it is frozen, what after, and that a resume in between changes no bit."""
+"""A frozen backbone: which weights are trained before and after unfreezing, and that a resume in between changes no bit."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def model_of(mode: str = "sequence_scorer", family: str = "remask_gpt") -> Any:
 
 
 class Scores:
-    """Squared error to scores that depend on the ids; notes the weights that each step begins with."""
+    """Squared error of scores that depend on the ids; records the weights before each step."""
 
     selection, tokens_per_row = "loss", 9
 
@@ -61,7 +61,7 @@ def run(folder: Path, fault: int | None = None, objective: Scores | None = None,
 
 
 def by_step(objective: Scores) -> list[dict[str, torch.Tensor]]:
-    """Weights before each step; those noted in evaluations are left out."""
+    """Weights before each step; without those recorded in evaluations."""
     steps = [weights for i, weights in enumerate(objective.seen) if (i + 1) % 4]
     assert len(steps) == STEPS
     return steps

@@ -1,4 +1,4 @@
-"""No text with a label of the whole is read in part: refused by name, before anything is trained."""
+"""A text that is too long for a model that must read it as a whole is refused by name, before any training."""
 
 import importlib
 import json
@@ -120,7 +120,7 @@ def test_a_model_reads_what_its_start_reads(tmp_path):
     assert least is not None and (least.model, least.context) == (
         "judge",
         20,
-    )  # no language model, whatever it reads
+    )  # never a language model
     for model, advice in (("ranker", "models.judge.architecture.context alone"), ("inspector", "")):
         problem = WholeTexts(model, 8, config).add(candidates()).problem() or ""
         assert "architecture.context=9 or more" in problem and ("alone" in problem) == bool(advice)

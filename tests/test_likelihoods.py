@@ -1,5 +1,5 @@
-"""Every likelihood is nats over tokens: how text is cut into windows changes nothing, padding never counts, groups are
-what intervals resample."""
+"""Every likelihood is nats per token: the cut into windows changes nothing, padding never counts, and intervals resample
+groups."""
 
 import math
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from lib.training.objectives.staged import StagedUnmasking
 from tests.trainings import context
 
 MASK, PAD, VOCABULARY = 1, 0, 12
-# Nats of each token, whatever stands around it; padding would cost a hundred
+# Nats of each token in every context; padding would cost a hundred
 NATS = np.array([100.0, 50.0, *np.linspace(1.0, 4.0, VOCABULARY - 2)])
 
 
@@ -94,7 +94,7 @@ def test_no_likelihood_changes_when_the_same_text_is_cut_into_other_tiles(kind, 
     share = (counts + 1) / (counts[: max(TOKENS) + 1] + 1).sum()
     assert values["unigram_nll"] == pytest.approx(-(counts @ np.log(share)) / counts.sum())
     assert values["bits_per_character"] == pytest.approx(PER_TOKEN / math.log(2), rel=1e-6)
-    # The interval is of whole documents, however many windows they make
+    # The interval resamples whole documents, however many windows they have
     expected = metrics.ratio(NATS[TOKENS] * LENGTHS, np.array(LENGTHS))
     assert (rows[0].value, rows[0].low, rows[0].high) == pytest.approx(tuple(expected), rel=1e-5)
     assert values[f"{name}_half_width"] == pytest.approx(expected.half_width, rel=1e-5)
@@ -120,7 +120,7 @@ def test_an_evaluation_takes_a_part_of_the_selection_windows_token_by_token(kind
 
 @pytest.mark.parametrize("kind", [MaskedDiffusion, NextToken, StagedUnmasking])
 def test_the_training_loss_is_nats_over_all_tokens_of_the_batch(kind):
-    """Rows count by their tokens, as in what is reported, and padding not at all."""
+    """Rows are weighted by their number of tokens, as in the report, and padding does not count."""
     changes = {}
     if kind is StagedUnmasking:
         stage = "{type: random, max_masked_ratio: 0.6, val_loss_stale_count: 2}"
@@ -155,9 +155,7 @@ def test_the_nelbo_is_the_sum_over_all_masks_of_windows_of_two_lengths():
     expected = (900 * 2 * exact[2] + 300 * 5 * exact[5]) / (900 * 2 + 300 * 5)
     values, rows = made.report(ByMasks())
     assert values["nelbo"] == pytest.approx(expected, abs=0.02)
-    assert (
-        abs(expected - np.mean([exact[n] for n in lengths])) > 0.1
-    )  # the mean over windows is another number
+    assert abs(expected - np.mean([exact[n] for n in lengths])) > 0.1  # the mean over windows differs
     assert rows[0].low < values["nelbo"] < rows[0].high
     # Four draws per window: the spread of k = 1..n is a quarter of one draw's variance
     spread = {n: np.var([0.3 + 0.5 * k for k in range(1, n + 1)]) / 4 for n in (2, 5)}

@@ -1,4 +1,4 @@
-"""Loss modifiers: each against its formula written out, together, refused where they do not fit."""
+"""Loss modifiers: each compared with its formula, in combination, and refused where they do not apply."""
 
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def test_weights_multiply_and_have_mean_one():
 
 
 class ConstantJudge(torch.nn.Module):
-    """Says 1 - (number of tokens that differ from `ids`) / T, so that its weights can be reckoned."""
+    """Says 1 - (number of tokens that differ from `ids`) / T, so that its weights can be computed by hand."""
 
     def __init__(self, ids: np.ndarray):
         super().__init__()
@@ -151,7 +151,7 @@ def test_the_judge_reads_the_same_completion_of_a_row_in_any_batch():
     other = masked_of()
     other.rows[:] = np.arange(B) + 50
     modifiers_of(judge, judge=config).apply(torch.ones(len(other.flat_idx)), other, 0)
-    assert not np.array_equal(judge.read.numpy(), read)  # the next rows of the same text are drawn anew
+    assert not np.array_equal(judge.read.numpy(), read)  # other rows of the same text get other completions
 
 
 def objective_of(modifiers: Modifiers | None) -> MaskedDiffusion:
@@ -176,7 +176,7 @@ def test_modifiers_change_the_training_loss_and_never_the_evaluation():
 
 
 def run(folder: Path, fault: int | None = None) -> dict[str, str]:
-    """Twelve steps with judge weighting from step 3 to 8, and hashes of what came out."""
+    """Twelve steps with judge weighting from step 3 to 8, and hashes of the results."""
     config = JudgeModifier(model="x", start_step=3, stop_step=8)
     objective = objective_of(modifiers_of(model_of("sequence_scorer").eval(), judge=config))
     train_tiny(model_of(), objective, settings(), folder, fault)

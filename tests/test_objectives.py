@@ -1,4 +1,4 @@
-"""Training objectives and their reports, held by models whose every probability is known.
+"""Training objectives and their reports, tested with models whose every probability is known.
 
 A table of probabilities stands in for a network: what a loss, an evaluation and a baseline must be can then be summed by
 hand over the real tokens. Padding gets opinions so wild that one counted position would show.
@@ -67,7 +67,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 class Bigrams(nn.Module):
-    """The next token's logits are a row of a table, by the last token read; behind padding it bets all on nonsense."""
+    """The logits of the next token are a row of a table, chosen by the last token; after padding they are extreme."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ class Bigrams(nn.Module):
         return SimpleNamespace(logits=table[input_ids])
 
     def nll(self, row) -> float:
-        """Nats of a text, the first token given [CLS]."""
+        """Nats of a text; the first token is conditioned on [CLS]."""
         logs = log_softmax(self.table.detach().numpy().astype(np.float64))
         return -sum(logs[a, b] for a, b in zip([CLS, *row[:-1]], row, strict=True))
 
@@ -106,7 +106,7 @@ def test_a_causal_model_pays_for_every_token_given_those_before_it_and_for_no_pa
     assert (
         row.value == pytest.approx(values["nll"]) and row.low < row.value < row.high and row.lower_is_better
     )
-    # Every text is one window, with padding behind it, and every token of the batch counts the same
+    # Every text is one window with padding behind it; all tokens of the batch have the same weight
     assert target.loss(model, 0, range(6))["loss"].item() == pytest.approx(of_held_out, rel=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_the_id_and_the_width_of_padding_change_nothing():
 
 
 class Says(nn.Module):
-    """Token 5 has probability exp(-cost), whatever stands there; the others share the rest.
+    """Token 5 has probability exp(-cost) at every position; the others share the rest.
 
     Args:
         cost: number of masks of a row -> nats of token 5.
@@ -180,7 +180,7 @@ FIVES, SHORT = [np.full(16, 5)] * 24, [np.full(n, 5) for n in (16, 9, 4, 1)] * 6
 
 @pytest.mark.parametrize("text", [FIVES, SHORT], ids=["even", "ragged"])
 def test_every_token_weighs_the_same_however_much_of_its_row_is_masked(text):
-    """Cost by number of masks k: the bound is the mean over rows of cost(k), not over masks, a row by its length."""
+    """The cost depends on the number of masks k. The bound is the mean of cost(k) over rows, weighted by length."""
     target, model = diffusion(text, text, text), Says(lambda k: 0.2 + 0.1 * k)
 
     def by_hand() -> tuple[float, int]:
@@ -198,7 +198,7 @@ def test_every_token_weighs_the_same_however_much_of_its_row_is_masked(text):
 
 
 def test_masked_accuracy_is_over_masked_tokens_only():
-    """The model predicts token 5 if few tokens are masked and another one if many are: only the former masks are right."""
+    """The model predicts token 5 if few tokens are masked, and another token otherwise."""
     target, model = diffusion(FIVES, FIVES, FIVES), Says(lambda k: 0.1 if k <= 8 else 4.0)
     found = evaluate(target, model)
     counts = np.concatenate([(ids == MASK).sum(1) for ids, _ in model.read])
@@ -231,7 +231,7 @@ def test_training_text_is_trained_on_selection_text_evaluated_and_held_out_text_
 
 
 def test_a_report_draws_other_masks_for_every_held_out_window_several_times():
-    """Windows are told apart by their length: each is read equally often, with other masks each time."""
+    """Windows differ in length: each is read equally often, with other masks each time."""
     target, model = diffusion(FIVES, FIVES, [np.full(n, 5) for n in range(9, 17)]), Says(lambda k: 0.5)
     report(target, model)
     reads = [row[row != PAD] for ids, _ in model.read[: 1 if len(model.read) > 1 else None] for row in ids]
@@ -305,7 +305,7 @@ TABLE = np.random.default_rng(1).normal(size=(V, C)) * 2
 
 
 class ClassOf(nn.Module):
-    """Logits by the token itself; at padding it is sure of the wrong thing."""
+    """Logits depend on the token itself; at padding they are extreme and wrong."""
 
     def __init__(self):
         super().__init__()
@@ -380,7 +380,7 @@ def test_suspicion_of_changed_tokens_is_compared_with_the_generator_s_confidence
     rng = np.random.default_rng(2)
     confidence = [
         rng.normal(size=len(row)) - 2 * (row > 0) for row in labels
-    ]  # unsure where it changed something
+    ]  # low where a token was changed
     values, rows = report(classes_of(confidence=confidence), ClassOf())
     flat, changed = np.concatenate(ids), np.concatenate(labels) > 0
     chance = np.exp(log_softmax(TABLE))[flat]
@@ -410,7 +410,7 @@ def test_intervals_of_a_classifier_are_over_whole_groups():
 
 
 class MeanToken(nn.Module):
-    """The mean of the real tokens behind [CLS], over V: it insists on [CLS] in front."""
+    """The mean of the valid tokens after [CLS], divided by V. It requires [CLS] in front."""
 
     def forward(self, input_ids, attention_mask=None, **_):
         assert (input_ids[:, 0] == CLS).all()
@@ -461,7 +461,7 @@ def test_a_scorer_is_compared_with_the_mean_of_the_training_targets():
     assert values["constant_mse"] == pytest.approx(((held_out - constant) ** 2).mean()) == mse.baseline_value
     error = ((means - held_out) ** 2).mean()
     assert mse.value == pytest.approx(error, rel=1e-4) and mse.low < mse.value < mse.high
-    # R2 is against the best constant there is, the held-out targets' own mean: harder than the training one's
+    # R2 is relative to the best constant, the mean of the held-out targets, not of the training ones
     assert r2.value == pytest.approx(1 - error / held_out.var(), rel=1e-4) == values["r2"]
     assert r2.low < r2.value < r2.high and mse.lower_is_better and not r2.lower_is_better
 
@@ -482,7 +482,7 @@ def test_intervals_of_a_scorer_are_over_whole_groups():
 
 
 def test_confidence_is_judged_on_other_texts_than_its_curve_was_fitted_on():
-    """Noise as confidence: fitted and judged on the same few texts it would seem to tell something."""
+    """The confidence is noise. Fitted and measured on the same few texts, it would seem informative."""
     found = []
     for seed in range(12):
         rng = np.random.default_rng(seed)
@@ -506,7 +506,7 @@ def test_the_oracle_s_error_is_fitted_on_training_texts_whether_reward_falls_or_
 
 
 class LengthClass(nn.Module):
-    """Class by the length of the text: short, middle, long, with probability 0.8."""
+    """Predicts the class from the length of the text (short, middle, long) with probability 0.8."""
 
     def forward(self, input_ids, attention_mask=None, **_):
         valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -519,7 +519,7 @@ def test_classes_of_sequences_are_compared_with_the_training_shares():
     ids, chosen, other = (classified(seed, n, [1, 0, 0])[0] for seed, n in ((0, 12), (2, 15), (1, 20)))
     truth = [np.minimum(np.array([len(r) for r in rows]) // 3, 2) for rows in (ids, other)]
     selected = np.zeros(15, int)
-    held_out = np.where(np.arange(20) % 4 == 0, 0, truth[1])  # some are not what their length says
+    held_out = np.where(np.arange(20) % 4 == 0, 0, truth[1])  # some classes do not follow from the length
     pairs = ((ids, truth[0]), (chosen, selected), (other, held_out))
     parts = [ScoredSequences(Sequences(lists(rows), 8, PAD), targets) for rows, targets in pairs]
     splits = CandidateSplits(parts[0], parts[1], parts[2], np.arange(20))
@@ -545,7 +545,7 @@ def test_classes_of_sequences_are_compared_with_the_training_shares():
 
 
 class FirstToken(nn.Module):
-    """(N, K) scores: the token behind [CLS], and a lot for an empty row."""
+    """(N, K) scores: the token after [CLS]; a high one for an empty row."""
 
     def forward(self, ids, valid):
         assert (ids[..., 0] == CLS).all() and valid[..., 0].all()
@@ -623,7 +623,7 @@ REWARDS = {
 
 @pytest.fixture(scope="module")
 def stage_inputs():
-    """Three splits of candidates and examples whose every number is known."""
+    """Three splits of candidates and examples with known numbers."""
     from lib.tokenization import encode_batch, train_tokenizer
     from lib.training.stage_inputs import StageInputs
 

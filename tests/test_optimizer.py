@@ -1,4 +1,4 @@
-"""Which weights are in which group of the optimiser, for every family of backbones; what the record says of it."""
+"""Which weights are in which optimizer group, for every family of backbones, and what the record lists."""
 
 import json
 from typing import Any

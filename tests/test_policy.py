@@ -1,4 +1,4 @@
-"""Stage 05's three methods to train a ranker further: what each minimises, where it is judged, and what it is said to gain."""
+"""Stage 05's three methods to train a ranker further: what each minimises, how it is measured, and which gain is reported."""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def test_the_policy_is_held_to_the_chances_that_it_had_at_its_start(training, to
 
 
 def test_the_best_step_is_that_of_least_regret_on_the_selection_pools(training, tokenizer):
-    """Regret of what the policy would draw: of chances, not of the highest score alone."""
+    """The regret is that of sampled actions, not of the highest score."""
     goal: Any = training._policy_gradient("ppo", Stub(reads_candidate), reader_of(tokenizer))
     table = training.pools.selection
     expected = (softmax(by_candidate(table)) * table.rewards).sum(1)
@@ -73,7 +73,7 @@ def test_the_best_step_is_that_of_least_regret_on_the_selection_pools(training, 
 
 
 class Ranker(torch.nn.Module):
-    """Of a width, for the value head; scores by the candidate as trained at `path`, by the prompt elsewhere."""
+    """Stands for a saved ranker: the best model reads the candidate, the start reads the prompt."""
 
     def __init__(self, path: Path):
         super().__init__()

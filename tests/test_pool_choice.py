@@ -169,11 +169,13 @@ def test_the_configured_loss_with_its_settings_is_what_is_trained_and_evaluated(
         LOSSES[n](scores, torch.from_numpy(table.rewards).float(), torch.from_numpy(table.present))
         for n in others
     ]
-    assert all(abs(wanted.mean() - other.mean()) > 1e-3 for other in plain)  # else equality would mean little
+    assert all(
+        abs(wanted.mean() - other.mean()) > 1e-3 for other in plain
+    )  # otherwise equality would show little
 
 
 def test_absent_candidates_have_no_part_in_a_loss(tokenizer):
-    """Whatever reward stands where there is no candidate."""
+    """The reward of an absent candidate may be anything."""
     table = made_table()
     assert not table.present.all()
     wild = replace(table, rewards=np.where(table.present, table.rewards, 9.0))
@@ -186,7 +188,7 @@ def test_absent_candidates_have_no_part_in_a_loss(tokenizer):
 
 
 def test_a_pool_narrower_than_the_widest_lacks_its_last_candidates(tokenizer):
-    """Scores of a batch without a full pool are filled up with what can never win."""
+    """Scores of a batch without a full pool are padded with -inf."""
     table = made_table()
     narrow = np.flatnonzero(~table.present[:, -1])
     scores = reader_of(tokenizer).scores(Stub(lambda *_: -5.0), table, narrow)
@@ -209,7 +211,7 @@ def test_who_reads_the_prompt_is_right_and_blind_at_chance(tokenizer):
 
 
 def test_controls_are_followed_to_the_number(tokenizer):
-    """Without the question, with another's, with other words for the candidates: the stub answers what it is asked then."""
+    """Without the question, with a mismatched one, and with off-page candidates, the scores are those of the changed inputs."""
     table, model = made_table(), Stub(reads_prompt)
     others = choice_of(tokenizer).report(model)[0]["others"]
     mismatched = [table.prompts[i] for i in table.mismatched(0)]
@@ -259,7 +261,7 @@ def test_a_mismatched_prompt_is_of_another_group_and_differs_from_pool_to_pool(t
 
 
 def test_all_scores_are_those_of_each_pool_by_itself(tokenizer):
-    """More pools than are read at once, with prompts and texts of their own too."""
+    """More pools than one batch holds, also with other prompts and texts."""
     table = made_table(2, 70)
     reader, model = reader_of(tokenizer), Stub(reads_prompt)
     whole = reader.all_scores(model, table)
@@ -326,7 +328,7 @@ def test_a_batch_over_the_end_of_a_pass_takes_pools_of_two_draws(tokenizer):
 
 
 def test_the_best_step_is_chosen_on_selection_pools_and_reported_on_others(tokenizer):
-    """A stub that is right on one table alone says which one is read."""
+    """A stub that is right on one table only shows which table is read."""
     selection, held_out = made_table(5), made_table(6, 30)
     target = choice_of(tokenizer, [made_table(7)], selection, held_out)
     known = {(p, t) for p, row in zip(selection.prompts, selection.texts, strict=True) for t in row}
@@ -358,7 +360,7 @@ def test_regret_is_what_the_choices_earn_less_than_the_best_and_chooses_the_best
         set(found) == {"loss", "regret", "accuracy", "average_reward", "mrr"}
         and found["mrr"] > found["accuracy"]
     )
-    assert target.selection == "regret"  # the loop minimises it: less is better
+    assert target.selection == "regret"  # the loop minimises it
 
 
 def test_an_evaluation_takes_the_same_pools_each_time_and_as_many_as_asked(tokenizer):
@@ -377,7 +379,7 @@ def test_an_evaluation_takes_the_same_pools_each_time_and_as_many_as_asked(token
 
 
 def test_the_rival_is_the_best_that_is_no_control(tokenizer):
-    """A strong simple method is the baseline; a control never is, however well it does."""
+    """A strong simple method is the baseline; a control never is, even if it is better."""
     table = made_table()
     strong = replace(table, baselines={"trees": table.rewards * 1.0, "weak": -table.rewards})
     values, (row,) = choice_of(tokenizer, held_out=strong).report(Stub(reads_candidate))

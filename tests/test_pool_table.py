@@ -90,7 +90,7 @@ def test_a_mismatched_prompt_is_of_another_group_and_every_pool_is_used_once():
 
 
 def baselines(scores: dict[str, list[float]]) -> pa.Table:
-    """Of every candidate by its number, in no order."""
+    """A score for every candidate, in random order."""
     rows = [
         {"example_id": n, "candidate_id": i, "score_trees": s}
         for n, v in scores.items()

@@ -1,4 +1,4 @@
-"""The training loop beside a reference of plain torch: after ten steps both have the same weights.
+"""The training loop against a reference in plain torch: after ten steps both have the same weights.
 
 The reference below takes nothing from `lib.training`. It works in float64, so that what differs is a wrong formula and
 not rounding. Its constants are those of the documentation.
@@ -58,7 +58,7 @@ class Tiny(nn.Module):
 
 
 def loss_of(model: nn.Module, rows: range) -> dict[str, Tensor]:
-    """Squared error on fixed rows: row n is the same for everyone."""
+    """Squared error on fixed rows, the same in the loop and in the reference."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 9, (BATCH * STEPS, 5), generator=generator)
     wanted = torch.randn(BATCH * STEPS, generator=generator, dtype=torch.float64)
@@ -115,7 +115,7 @@ def reference(
                 square = second[name] / (1 - BETAS[1] ** updates[name])
                 w.sub_(lr * mean / (square.sqrt() + EPS))
             muon.param_groups[0]["lr"] = factor * muon_rate
-            muon.step()  # nothing where it was given no gradient
+            muon.step()  # no update without a gradient
             muon.zero_grad(set_to_none=True)
             kept = min(ema_decay, (1 + step) / (10 + step))
             for name, w in weights.items():
@@ -127,7 +127,7 @@ def reference(
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    """What the disk holds after a power cut is other tests' matter; here it would be most of the time."""
+    """Durability is tested elsewhere; here fsync would take most of the time."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -153,7 +153,7 @@ class Objective:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         assert not model.training and not torch.is_grad_enabled()
-        torch.rand(3)  # what an evaluation draws must not matter to the training
+        torch.rand(3)  # random draws of an evaluation must not affect the training
         self.evaluated.append({n: p.detach().clone() for n, p in model.named_parameters()})
         number = len(self.evaluated)
         return {"error": self.values[number - 1] if self.values else 1.0 / number, "number": number}
@@ -193,8 +193,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "no decay": ({"weight_decay": 0.0}, {"weight_decay": 0.0}),
     "clipping": ({"clip": 3.0}, {"gradient_clip": 3.0}),
-    "averaging": ({"ema_decay": 0.3}, {"ema_decay": 0.3}),  # the warm-up of the decay rules until step 2
-    "slow averaging": ({"ema_decay": 0.98}, {"ema_decay": 0.98}),  # it rules throughout
+    "averaging": ({"ema_decay": 0.3}, {"ema_decay": 0.3}),  # the warmup of the decay applies until step 2
+    "slow averaging": ({"ema_decay": 0.98}, {"ema_decay": 0.98}),  # it applies throughout
     "head": ({"head_rate": 0.02}, {"head_learning_rate": 0.02}),
     "frozen": ({"frozen_until": STEPS}, {"freeze_backbone": True}),
     "unfrozen": ({"frozen_until": 4}, {"freeze_backbone": True, "unfreeze_at_step": 4}),
@@ -227,7 +227,7 @@ def test_the_loop_ends_with_the_weights_of_the_reference(case, optimizer, tmp_pa
         (ours["frozen_until"], [EMBEDDING]) if "frozen_until" in ours else None
     )
     assert frozen is None or set(frozen["names"]) == expected[0]["weights"].keys() - {*HEAD, EMBEDDING}
-    # At every evaluation it is the averaged weights that are seen; the last has the best value
+    # Every evaluation sees the averaged weights; the last one has the best value
     assert len(objective.evaluated) == 3
     for step, seen in zip((4, 8, 10), objective.evaluated, strict=True):
         assert_same(seen, expected[step - 1][kept])
@@ -274,7 +274,7 @@ def test_every_step_gets_its_own_rows_and_evaluations_and_checkpoints_come_when_
     result = run(tmp_path, objective, evaluate_every=4, checkpoint_every=5)
     assert objective.rows == [(step, range(4 * step, 4 * step + 4)) for step in range(STEPS)]
     assert [line["step"] for line in lines(tmp_path)] == [4, 8, 10]  # every fourth, and the last
-    assert saved == [5]  # every fifth, but for the last: a finished run has nothing to continue
+    assert saved == [5]  # every fifth, except the last: a finished run needs no checkpoint
     assert result.steps == STEPS
 
 
@@ -309,7 +309,7 @@ def test_a_run_without_a_checkpoint_begins_its_metrics_anew(tmp_path):
 
 
 def test_dropout_is_a_function_of_seed_label_and_step(tmp_path):
-    """What the objective or an evaluation draws from torch's own generator, and when, does not reach the next step."""
+    """Draws from torch's generator in the objective or in an evaluation do not affect the next step."""
 
     class Draws(Objective):
         def loss(self, model, step, rows):
@@ -327,7 +327,7 @@ def test_dropout_is_a_function_of_seed_label_and_step(tmp_path):
 
 
 class Breaks(Objective):
-    """At step 5 the loss, or with a finite loss its gradient, is not a number."""
+    """At step 5 the loss is not finite, or its gradient is not although the loss is."""
 
     def __init__(self, what: str):
         super().__init__()
@@ -366,7 +366,7 @@ def test_a_selection_that_is_no_number_chooses_no_model(value, tmp_path):
 
 
 def test_after_an_inexact_resume_the_best_model_is_still_the_one_of_the_record(tmp_path, monkeypatch):
-    """The best step after the checkpoint comes out worse the second time: neither it nor its weights are kept."""
+    """The best step after the checkpoint is worse the second time: neither its value nor its weights are kept."""
     with pytest.raises(Killed):  # the checkpoint is that of step 5, the best model on the disk that of step 6
         run(tmp_path, Objective((2.0, 1.0, 0.1, 0.2), kill_at=9), evaluate_every=2, checkpoint_every=5)
     assert_same(read(tmp_path / "best_model"), reference()[5]["weights"])

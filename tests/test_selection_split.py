@@ -1,4 +1,4 @@
-"""No model, step or calibration is chosen on what is reported: the selection split chooses, and is made for it."""
+"""No model, step or calibration is chosen on reported data: only the selection split chooses."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def examples(split: str, seed: int, count: int = 12) -> pa.Table:
 
 
 def candidates(split: str, seed: int) -> pa.Table:
-    """Two candidates of each example; the second is rewritten in some places."""
+    """Two candidates of each example; some tokens of the second are replaced."""
     table, rng = examples(split, seed), np.random.default_rng(seed + 100)
     rows = []
     for row in table.to_pylist():
@@ -72,7 +72,7 @@ def candidates(split: str, seed: int) -> pa.Table:
 
 
 def stage_inputs(tokenizer: Any, tampered: str | None = None, **changes: Any) -> StageInputs:
-    """Small tables of the three splits; the texts of one of them may be others."""
+    """Small tables of the three splits; the texts of the split `tampered` are different ones."""
     config = load_config(quick_test=True, overrides=["candidates.per_example=2"])
     seeds = {split: number + 50 * (split == tampered) for number, split in enumerate(SPLITS)}
     given: dict[str, Any] = {
@@ -108,7 +108,7 @@ def objective_of(name: str, given: StageInputs):
 
 @pytest.mark.parametrize("name", MODES)
 def test_what_is_reported_chooses_nothing(tokenizer, tmp_path, name):
-    """Other held-out text: the same metrics.jsonl and best model, another report. Other selection text: other metrics."""
+    """Other held-out text changes the report but neither metrics.jsonl nor the best model; other selection text changes the metrics."""
 
     def run(tampered: str | None) -> tuple[dict[str, str], dict]:
         folder = tmp_path / str(tampered)
@@ -280,7 +280,7 @@ def test_rankers_without_prompts_say_which_split_is_undecided(tokenizer):
 
 
 def choosing(name: str) -> PoolTable:
-    """Two pools; with the scores of `ByTable` a ranker chooses right in one of them, or in both."""
+    """Two pools; with the scores of `ByTable` the choice is right in one of them, or in both."""
     right = np.array([[1.0, 0.0], [1.0, 0.0] if name == "selection" else [0.0, 1.0]])
     text = np.array([["a", "b"]] * 2, dtype=object)
     return PoolTable([name, name + "2"], ["p", "p"], [[], []], np.array([name, name + "2"]), np.zeros((2, 2), int), text,
@@ -288,7 +288,7 @@ def choosing(name: str) -> PoolTable:
 
 
 class ByTable:
-    """A reader in whose eyes the first candidate is always the better one."""
+    """A reader that always scores the first candidate higher."""
 
     settings, runtime = SimpleNamespace(loss="cross_entropy", word_dropout=0.0), CPU
 

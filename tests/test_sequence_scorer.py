@@ -1,4 +1,4 @@
-"""What a sequence scorer's report says of the best that could be done."""
+"""The oracle and the confidence baseline in a sequence scorer's report."""
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ from tests.trainings import context
 
 
 class Constant(torch.nn.Module):
-    """Says the same of every text."""
+    """The same score for every text."""
 
     def forward(self, input_ids, attention_mask=None):
         return type("Output", (), {"logits": torch.full((len(input_ids), 1), 0.5)})

@@ -1,4 +1,4 @@
-"""Staged unmasking: exact masks per stage, progression by stale validation losses, and a resume in the middle of it."""
+"""Staged unmasking: masks of each stage, progress by stale validation losses, and a resume in the middle."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def slow_progress(patience, min_improvement, losses):
-    """The rule, told in one line per check."""
+    """The rule, written out step by step."""
     current, best, stale, seen = 0, math.inf, 0, []
     for loss in losses:
         if best == math.inf or loss < best - min_improvement * best:
@@ -78,7 +78,7 @@ def slow_progress(patience, min_improvement, losses):
 
 @given(
     st.lists(st.integers(1, 3), min_size=1, max_size=4),
-    st.sampled_from([0.0, 0.25, 0.5]),  # whole powers of two: equal to the bit
+    st.sampled_from([0.0, 0.25, 0.5]),  # powers of two, so that products are exact
     st.lists(st.integers(0, 8), max_size=30),
 )
 def test_progress_follows_the_rule(patience, min_improvement, losses):
@@ -130,7 +130,7 @@ def test_every_stage_has_its_own_loss_on_fixed_masks():
 
 
 def test_a_stage_ends_by_its_own_loss_and_the_best_model_is_chosen_by_the_bound(monkeypatch):
-    """The current stage's loss alone is stale or not, whatever those of the others do."""
+    """Only the loss of the current stage decides when the next one begins."""
     objective, model = objective_of(), model_of().eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

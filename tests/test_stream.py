@@ -362,7 +362,7 @@ def test_memory_and_disk_stay_flat(make_producer, tmp_path):
             pass
         rows.rows(range(at, at + len(producer.cut.of_shard(number)[1]) * producer.cut.per_example))
         at += len(producer.cut.of_shard(number)[1]) * producer.cut.per_example
-        assert len(producer.store.numbers()) <= 6 and len(rows._kept) <= 1
+        assert len(producer.store.numbers()) <= 6 and len(rows._tables) <= 1
         sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert sizes[-1] - sizes[40] < 10_000, "KB grown over 80 shards"
 

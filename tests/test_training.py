@@ -1,4 +1,4 @@
-"""The training loop: it learns, and however often it is killed it ends with the same bits."""
+"""The training loop learns, and ends with the same bits however often it is killed."""
 
 import hashlib
 import json
@@ -90,7 +90,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, undisturbed
 
 @pytest.mark.slow
 def test_a_real_sigkill_at_random_moments(tmp_path, undisturbed):
-    """Another process is killed by the system while it trains and saves, then runs to its end."""
+    """A process is killed with SIGKILL while it trains and saves, then runs to the end."""
     code = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[2])); from pathlib import Path\n"
         "from tests.test_training import start\n"
@@ -196,7 +196,7 @@ SIZES = [1, 5, WIDTH, WIDTH + 1, 2 * WIDTH, 3 * WIDTH + 7, 4 * WIDTH + 1, 512, 5
 
 
 def documents(sizes, width: int = WIDTH, passage: int = 6) -> Windows:
-    """Documents of these sizes, in passages; token i of the text is i, so that a window shows where it lies."""
+    """Documents of these sizes, in passages. Token i of the text is i, so a window reveals its position."""
     lists, continues, first = [], [], 0
     for size in sizes:
         for start in range(0, size, passage):
@@ -220,7 +220,7 @@ def test_every_token_is_visited_once_per_epoch_and_no_window_leaves_its_document
     for epoch in range(40):
         parts = epoch_of(data, epoch)
         visits = np.bincount(np.concatenate(parts), minlength=sum(SIZES))
-        assert (visits == 1).all()  # the first and the last token of every document too
+        assert (visits == 1).all()  # also the first and the last token of every document
         for part in parts:
             assert len(part) and (np.diff(part) == 1).all() and len(np.unique(document_of[part])) == 1
         assert [len(p) for p in parts[:3]] == [1, 5, WIDTH]  # short documents are read whole
@@ -251,7 +251,7 @@ def test_cuts_of_a_document_move_from_epoch_to_epoch_over_all_they_can():
             519: (1, 6),
         }.get(size, (0, -1))
         assert cuts == set(range(shortest, longest + 1)), size
-    # two documents of one size are cut at places of their own
+    # two documents of the same size are cut at different positions
     twins = documents([513, 513])
     half = twins.count // 2
     apart = [
@@ -261,12 +261,14 @@ def test_cuts_of_a_document_move_from_epoch_to_epoch_over_all_they_can():
 
 
 def test_few_windows_are_short():
-    """Padding is what the short documents need, and less than a window and a half of each long one."""
+    """Short documents need padding; of a long one, less than a window and a half is padding."""
     sizes = np.array([40 * WIDTH + rest for rest in range(WIDTH)])
     windows, shortest, longest = first_lengths(sizes, WIDTH)
     assert (windows * WIDTH - sizes < 1.5 * WIDTH + 1).all() and (longest - shortest + 1 >= WIDTH // 2).all()
     sizes = np.arange(1, 31 * WIDTH)
-    assert (first_lengths(sizes, WIDTH)[0] == -(-sizes // WIDTH)).all()  # elsewhere none more than needed
+    assert (
+        first_lengths(sizes, WIDTH)[0] == -(-sizes // WIDTH)
+    ).all()  # below that, no more windows than needed
     assert 4096 / documents([4096], 128).count / 128 > 0.95
 
 
@@ -278,19 +280,19 @@ def test_windows_are_a_function_of_the_row_alone():
 
     one, other = objective(8), objective(3)
     count = one.splits.train.count
-    rows = range(2 * count - 5, 2 * count + 7)  # over the end of an epoch
+    rows = range(2 * count - 5, 2 * count + 7)  # across the end of an epoch
     _, ids, valid = one.windows(rows)
     for index, row in enumerate(rows):
         _, alone, alone_valid = other.windows(range(row, row + 1))
         assert np.array_equal(alone[0], ids[index]) and np.array_equal(alone_valid[0], valid[index])
     epochs = [one.windows(range(e * count, (e + 1) * count)) for e in (0, 1)]
-    for _, ids, valid in epochs:  # as training reads them, an epoch is every token once
+    for _, ids, valid in epochs:  # in training, an epoch visits every token once
         assert sorted(ids[valid]) == list(range(sum(SIZES)))
     assert sorted(epochs[0][1][:, 0]) != sorted(epochs[1][1][:, 0])  # other cuts, not only another order
 
 
 def test_the_training_loss_counts_every_token_alike():
-    """A stub that errs by as many nats as the token's number: the mean over an epoch is the mean over the text."""
+    """The cross-entropy of a token is its number in nats, so the mean over an epoch is the mean over the text."""
     data = documents([1, 3, 8, 20])
     for weight in ("exact_count", "inverse_t"):
         diffusion = load_config(overrides=[f"diffusion.weight={weight}"]).diffusion
@@ -300,7 +302,7 @@ def test_the_training_loss_counts_every_token_alike():
         def predict(model, inputs, ids, valid, masked):
             flat_idx = np.flatnonzero(masked)
             target = torch.from_numpy(ids.reshape(-1)[flat_idx])
-            # cross-entropy of two classes is log(1 + exp(x)): about x for what is far from the right one
+            # cross-entropy of two classes is log(1 + exp(x)): about x if the logits differ much
             wrong = torch.stack([torch.zeros(len(flat_idx)), 50.0 + target.float()], 1)
             return wrong, torch.zeros(len(flat_idx), dtype=torch.long), flat_idx
 

@@ -1,6 +1,6 @@
 """Batches for the training loop: pure functions of (seed, row number), so that a checkpoint stores one integer.
 
-Row r of a training is sample r % N of epoch r // N, in the order of that epoch. A step takes the B rows from step * B on.
+Row r of a training is sample r % N of epoch r // N, in the order of that epoch. Step s takes the rows from s * B on.
 
 Legend: B rows, T positions, K candidates.
 """
@@ -67,10 +67,10 @@ def _order(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
 class Windows:
     """Text cut into windows of at most `width` tokens, for language models.
 
-    A document is a run of examples that continue each other. One of at most `width` tokens is one window. A longer one is
-    cut into a fixed number of windows, at other positions in every epoch. A keyed draw decides the length of the first
-    window; the following ones are full, and the last one holds the rest. So every token is visited exactly once per epoch,
-    and no window holds tokens of two documents.
+    A document is a run of examples that continue each other. One of at most `width` tokens is one window. A longer
+    one is cut into a fixed number of windows, at other positions in every epoch. A keyed draw decides the length of
+    the first window; the following ones are full, and the last one holds the rest. So every token is visited exactly
+    once per epoch, and no window holds tokens of two documents.
 
     Args:
         table: columns `token_ids` and `continues` (bool: the row continues the document of the row before).
@@ -102,8 +102,8 @@ class Windows:
     def tiled(self) -> "Windows":
         """The same text, always cut at multiples of `width` from the start of each document: for evaluation.
 
-        The result has an attribute `owner` (count,): the example in which each window starts. A window may extend into the
-        next example of its document, even if that belongs to another group.
+        The result has an attribute `owner` (count,): the example in which each window starts. A window may extend
+        into the next example of its document, even if that belongs to another group.
         """
         result = copy.copy(self)
         sizes = self._ends - self._starts
@@ -150,8 +150,8 @@ MANY_WINDOWS = 32  # in a document of this many windows, one more costs little
 def first_lengths(sizes: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How documents of `sizes` (D,) tokens are cut.
 
-    The cuts can move by as many tokens as the last window lacks. A document of many windows gets an extra one if its cuts
-    can then move further. Otherwise they would fall on nearly the same tokens in every epoch.
+    The cuts can move by as many tokens as the last window lacks. A document of many windows gets an extra one if its
+    cuts can then move further. Otherwise they would fall on nearly the same tokens in every epoch.
 
     Returns:
         (D,) number of windows, (D,) shortest and (D,) longest first window.
@@ -168,7 +168,7 @@ class Sequences:
     """Whole token sequences (candidates), padded to `width`.
 
     Raises:
-        BadData: a sequence is longer than `width`. `lib.training.lengths` reports this earlier, with the example's name.
+        BadData: a sequence is longer than `width`. `lib.training.lengths` reports this earlier.
     """
 
     def __init__(self, token_ids: pa.ChunkedArray, width: int, pad_id: int):

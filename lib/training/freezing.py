@@ -44,8 +44,8 @@ def head_parameters(model: nn.Module) -> set[str]:
 class Freezing:
     """Freezes the backbone of a model until `unfreeze_at_step`, or for the whole training.
 
-    The embedding of [CLS] is an exception and is trained with the head. Masked language models never train this row, so a
-    sequence model that starts from one would keep a random vector there.
+    The embedding of [CLS] is an exception and is trained with the head. Masked language models never train this row,
+    so a sequence model that starts from one would keep a random vector there.
 
     Args:
         cls_id: the row of [CLS], for objectives that put [CLS] in front of their inputs.

@@ -1,7 +1,7 @@
 """Length limits of models that read a text as a whole.
 
-Inspectors, judges and rankers without prompts read every token of a candidate, because its label or reward belongs to the
-whole text. A candidate longer than their context is refused as early as its length is known, before any training.
+Inspectors, judges and rankers without prompts read every token of a candidate, because its label or reward belongs to
+the whole text. A candidate longer than their context is refused as early as its length is known, before any training.
 Language models read windows instead.
 """
 

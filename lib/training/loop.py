@@ -1,8 +1,8 @@
 """The training loop of every model: steps, evaluations, checkpoints, exact resume.
 
 An objective (`lib/training/objectives/`) provides the batches, the loss and the metrics. A process may be killed at any
-step. The next call of `train` continues from the last checkpoint, and ends with the same weights, metrics and best model
-to the bit.
+step. The next call of `train` continues from the last checkpoint, and ends with the same weights, metrics and best
+model to the bit.
 """
 
 import importlib.util

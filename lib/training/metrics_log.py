@@ -9,8 +9,8 @@ from typing import Any
 class MetricsLog:
     """Appends one line per evaluation.
 
-    metrics.jsonl has the same bytes however often a training was interrupted. A resume truncates it to the length that the
-    checkpoint stores. speed.jsonl holds timings, which differ from run to run.
+    metrics.jsonl has the same bytes however often a training was interrupted. A resume truncates it to the length
+    that the checkpoint stores. speed.jsonl holds timings, which differ from run to run.
     """
 
     def __init__(self, folder: Path, tensorboard: bool):

@@ -141,9 +141,9 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     A linear layer is recognised by its class, `nn.Linear` or GPT-2's transposed `Conv1D`. Names of layers differ from
     family to family. Transformer blocks inside a head, such as a critic's, count as hidden.
 
-    With LoRA adapters these are the matrices A and B, which are linear layers too. Weight decay draws their product to 0,
-    and so the layer to its pretrained weights. The frozen layers under the adapters are named as well, but have no
-    gradient, so no optimizer updates them.
+    With LoRA adapters these are the matrices A and B, which are linear layers too. Weight decay draws their product
+    to 0, and so the layer to its pretrained weights. The frozen layers under the adapters are named as well, but have
+    no gradient, so no optimizer updates them.
     """
     linear: set[int] = set()
     in_blocks: set[int] = set()

@@ -18,8 +18,8 @@ def start_ranker(
 ) -> tuple[CandidateRanker, Any, str]:
     """(ranker, its tokenizer, where it comes from).
 
-    A trained ranker in `start` is taken whole. From any other model in `start` the backbone is taken. Without `start` the
-    backbone is the encoder that `ranker.encoder` names, or a new one.
+    A trained ranker in `start` is taken whole. From any other model in `start` the backbone is taken. Without `start`
+    the backbone is the encoder that `ranker.encoder` names, or a new one.
 
     Args:
         folder: of the ranker to be trained; the origin is named relative to its run.

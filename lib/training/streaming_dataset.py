@@ -1,7 +1,8 @@
 """Training rows from shards of candidates, which stage 02 makes while the model trains (`stream.enabled`).
 
-Every row of a training belongs to one shard, and the rows of a shard are shuffled by a keyed draw. So the rows of a step
-are a function of (seed, step), as they are with tables. A resumed training reads the shards of its last checkpoint again.
+Every row of a training belongs to one shard, and the rows of a shard are shuffled by a keyed draw. So the rows of a
+step are a function of (seed, step), as they are with tables. A resumed training reads the shards of its last
+checkpoint again.
 """
 
 import json

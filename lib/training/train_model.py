@@ -51,8 +51,8 @@ def train_model(
         start: folder of the model to start from; None for random weights.
 
     Returns:
-        The record, as written to `folder/training_manifest.json`. It has the transferred tensors, the optimizer's groups,
-        the best step, held-out metrics, and rows of the results table.
+        The record, as written to `folder/training_manifest.json`. It has the transferred tensors, the optimizer's
+        groups, the best step, held-out metrics, and rows of the results table.
     """
     record_file = folder / RECORD
     if record_file.exists():

@@ -23,8 +23,8 @@ class CandidateSplits(Splits[T]):
 
     Attributes:
         groups: (held-out candidates,) group of each. Intervals resample whole groups.
-        confidence: log-probabilities of each held-out candidate's tokens, from the masked LM that generated them; None if
-            they are not known. They are a baseline.
+        confidence: log-probabilities of each held-out candidate's tokens, from the masked LM that generated them;
+            None if they are not known. They are a baseline.
     """
 
     groups: np.ndarray

@@ -66,9 +66,9 @@ def detection(scored: ScoredTokens, calibration: Calibration) -> dict[str, dict]
     - `critic_partial`: those that are visible in the partial view. `confidence_visible` is measured on the same tokens.
     - `whole_text_*`: all tokens, without knowing which were generated.
 
-    `confidence_first_pass` is the generator's own upper bound. Given the conditioning tokens, the clean text does not depend
-    on what was generated. So no score can be better if the generator's probabilities are the true ones. A critic that
-    models the language better than the generator can exceed it.
+    `confidence_first_pass` is the generator's own upper bound. Given the conditioning tokens, the clean text does not
+    depend on what was generated. So no score can be better if the generator's probabilities are the true ones. A
+    critic that models the language better than the generator can exceed it.
     """
     every = np.arange(len(scored.wrong))
     generated, visible = np.flatnonzero(scored.generated), np.flatnonzero(scored.visible)
@@ -110,8 +110,8 @@ def brier(probability: np.ndarray, happened: np.ndarray) -> float:
 def bands(scored: ScoredTokens, calibration: Calibration) -> list[dict]:
     """Calibration by reading and band of the masked share, one row each.
 
-    Columns: the error rate; ECE and Brier score of the raw probabilities, with one curve for all bands, and with curves by
-    band; `own`: whether this band has a curve.
+    Columns: the error rate; ECE and Brier score of the raw probabilities, with one curve for all bands, and with
+    curves by band; `own`: whether this band has a curve.
     """
     rows = []
     for name in READINGS:

@@ -97,7 +97,7 @@ class Filler:
         start = np.where(masked, self.diffusion.mask_id, ids)
         filled = Filled(ids, start, valid, masked, np.ones(ids.shape), np.ones(ids.shape), share)
 
-        # 3. The first pass reads the conditioning tokens only; every later one also reads what the passes before sampled
+        # 3. The first pass reads the conditioning tokens only; later ones also read what was sampled before
         was_training = model.training
         model.eval()
         first_idx, first_logits = self._logits(model, filled, masked)

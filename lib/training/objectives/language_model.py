@@ -230,8 +230,8 @@ class MaskedDiffusion(WindowObjective):
         """One forward pass over (B, T) `inputs`.
 
         Returns:
-            (N, V) logits at the masked positions and nowhere else, (N,) clean tokens there, and the (N,) indices of these
-            positions in the flattened (B, T) batch.
+            (N, V) logits at the masked positions and nowhere else, (N,) clean tokens there, and the (N,) indices of
+            these positions in the flattened (B, T) batch.
         """
         flat_idx = np.flatnonzero(masked)
         output = forward(model, self.runtime, inputs, valid, logits_at=tensor(flat_idx, self.runtime))

@@ -130,8 +130,8 @@ def uniform_cross_entropies(logits: Tensor, text_ids: Tensor) -> Tensor:
 def entropy_weights(masked: MaskedPredictions, config: EntropyModifier, size: int) -> Tensor:
     """(B,) weight / max(H, threshold): more for rows where the model's wrong answers concentrate on few tokens.
 
-    H is the entropy of the distribution over the wrong tokens, relative to that of a uniform one. It is the mean over the
-    row's masked positions. A low H means that the model errs with high confidence.
+    H is the entropy of the distribution over the wrong tokens, relative to that of a uniform one. It is the mean over
+    the row's masked positions. A low H means that the model errs with high confidence.
     """
     with torch.no_grad():
         wrong = masked.logits.float().scatter(1, masked.targets[:, None], -torch.inf)

@@ -1,7 +1,7 @@
 """`language_model` of causal models: next-token prediction.
 
-The model reads [CLS] as the beginning of every window, so that the first token counts too. Loss and report are the exact
-negative log-likelihood (NLL) in nats per token.
+The model reads [CLS] as the beginning of every window, so that the first token counts too. Loss and report are the
+exact negative log-likelihood (NLL) in nats per token.
 
 Legend: B rows, T positions, V vocabulary, R windows.
 """

@@ -65,7 +65,7 @@ class PoolReader:
         """The batch of B prompts and (B, K) candidates, on the device.
 
         Args:
-            hidden_by: (B,) global training rows, the key of the words that `ranker.word_dropout` hides; None hides none.
+            hidden_by: (B,) global training rows, the key of the words that `ranker.word_dropout` hides.
         """
         if self.blind:
             prompts = [""] * len(prompts)

@@ -1,7 +1,7 @@
 """`language_model` by staged unmasking: training draws masks as `diffusion.stages` configures them.
 
-Evaluation and report still measure the NELBO. So the best step is chosen, and models are compared, by the same number as
-without stages.
+Evaluation and report still measure the NELBO. So the best step is chosen, and models are compared, by the same number
+as without stages.
 
 Legend: B rows, T positions, S stages.
 """
@@ -25,8 +25,8 @@ MIN_WINDOWS = 32  # selection windows of each stage's validation loss
 class StagedUnmasking(MaskedDiffusion):
     """Masked diffusion by stages.
 
-    `evaluate` also measures the validation loss of every stage, always on the same windows and masks. It moves on to the
-    next stage when the loss of the current one no longer improves.
+    `evaluate` also measures the validation loss of every stage, always on the same windows and masks. It moves on to
+    the next stage when the loss of the current one no longer improves.
     """
 
     def __init__(self, *args, **kwargs):

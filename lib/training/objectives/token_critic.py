@@ -1,8 +1,8 @@
 """`token_critic`: find the tokens of a filled text that differ from the clean one.
 
-The generator fills masks of clean text, as it does when sampling (`fills.py`). A generated token is an error if it differs
-from the clean token (Lezama et al., Token-Critic, 2022). Padding counts nothing, and conditioning tokens count only as far
-as `clean_fraction` says.
+The generator fills masks of clean text, as it does when sampling (`fills.py`). A generated token is an error if it
+differs from the clean token (Lezama et al., Token-Critic, 2022). Padding counts nothing, and conditioning tokens
+count only as far as `clean_fraction` says.
 
     decoupled      backbone and language-model head are frozen; only the critic's blocks learn
     joint          generator loss + alpha x critic loss through the shared backbone; alpha is ramped up
@@ -12,9 +12,9 @@ A second output predicts the origin: which tokens the generator generated, right
 but an unlikely generation. So re-masking likely errors lowers the diversity of the text; re-masking by origin does not.
 
 Error labels are 0 or 1 (`sampled`), or their expectation over the clean texts that fit the conditioning tokens
-(`expected`). Given these tokens, the clean text is independent of what was generated. So the expectation is one minus the
-probability of the token in the first forward pass, which reads the conditioning tokens only. It is as accurate as the
-generator's probabilities; only sampled labels can teach the critic more than the generator knows.
+(`expected`). Given these tokens, the clean text is independent of what was generated. So the expectation is one minus
+the probability of the token in the first forward pass, which reads the conditioning tokens only. It is as accurate as
+the generator's probabilities; only sampled labels can teach the critic more than the generator knows.
 
 Legend: B rows, T positions.
 """
@@ -44,7 +44,8 @@ class TokenCritic:
     """Objective of a critic, and of its generator if both learn.
 
     Args:
-        diffusion: the generator's objective over the same windows. Intervals are over the groups of its held-out windows.
+        diffusion: the generator's objective over the same windows. Intervals are over the groups of its held-out
+        windows.
         forbidden: ids that are never sampled.
     """
 
