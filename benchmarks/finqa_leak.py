@@ -18,7 +18,7 @@ from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
 from lib.config import Config, load_config
 from lib.report.table import aligned
-from lib.tasks.finqa.leak import Matrices, Pool, accuracy, label_overlap, measure_leak, question_trees
+from lib.tasks.finqa.leak import Pool, PoolFeatures, accuracy, label_overlap, measure_leak, question_trees
 from lib.tasks.finqa.naive import naive_pools
 from lib.tasks.finqa.pools import PoolMaker, Unfilled
 from lib.tasks.finqa.record import Record, read_records
@@ -63,7 +63,7 @@ def rows_of(train: Sequence[Pool], dev: Sequence[Pool], seed: int, limit: float)
         {"scorer": row["scorer"], "sees": row["sees"], "value": row["accuracy"], "low": row["low"], "high": row["high"]}
         for row in leak["rows"]
     ]  # fmt: skip
-    pools = Matrices.of(dev)
+    pools = PoolFeatures.of(dev)
     for method, scores in (
         ("trees", question_trees(train, dev, seed + 1)),
         ("overlap of names, untrained", label_overlap(dev)),

@@ -34,7 +34,7 @@ from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.sections.masking import LineMasking, Masking, RandomMasking, SpanMasking, StickyMasking
 from lib.sections.models import TrainingConfig
-from lib.synthetic import MaskedLMEngine
+from lib.synthetic import MaskedLMEngine, MaskedRows
 from lib.training.cross_entropy import cross_entropies
 from lib.training.loop import train
 from lib.training.objectives.base import TrainingContext
@@ -180,7 +180,7 @@ def compare_generation() -> Figures:
     for _ in range(ROUNDS + 1):
         for name, work in (
             ("bare", bare),
-            ("fill", lambda: engine.fill(ids, valid, masked, config.candidates, 0, rows)),
+            ("fill", lambda: engine.fill(MaskedRows(ids, valid, masked, rows), config.candidates, 0)),
         ):
             begin = time.perf_counter()
             work()

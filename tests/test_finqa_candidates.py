@@ -1,4 +1,4 @@
-"""Stage 02 for FinQA around the pools: who teaches the wrong programs, what a leak ends, what reads as on another page."""
+"""Stage 02 for FinQA: which split the pools learn from, the leak limit, and the off-page control."""
 
 import importlib
 from types import SimpleNamespace
@@ -12,12 +12,14 @@ from lib.config import load_config
 from lib.errors import BadData
 from lib.tasks.finqa.builtin import builtin_records
 from lib.tasks.finqa.candidates import Plan, candidates, plan_candidates, review_candidates
-from lib.tasks.finqa.leak import ONE, WHOLE, Matrices, accuracy, measure_leak
+from lib.tasks.finqa.leak import ONE, WHOLE, PoolFeatures, accuracy, measure_leak
 from lib.tasks.finqa.pools import Candidate, Unfilled
 from lib.tasks.finqa.program import execute
 from lib.tasks.finqa.record import Record
 
-stage = importlib.import_module("lib.tasks.finqa.candidates")  # its package has a function of that name
+stage = importlib.import_module(
+    "lib.tasks.finqa.candidates"
+)  # the package exports a function of the same name
 SPLITS = ("train", "selection", "held_out", "test")
 RECORDS = [
     r for r in builtin_records("builtin_small", 0) if not isinstance(execute(r.program or "", r.table), str)
@@ -25,20 +27,20 @@ RECORDS = [
 
 
 def split_of(record: Record) -> str:
-    """By page, so that each has some."""
+    """A split for each page, so that every split has some."""
     pages = list(dict.fromkeys(r.filename for r in RECORDS))
     return SPLITS[pages.index(record.filename) % 4]
 
 
 def pools_of(record: Record, count: int = 1) -> list[list[Candidate]]:
-    """The gold program among two others, at another place in each of its pools."""
+    """The gold program and two others, at another position in each of the pools."""
     gold = Candidate(record.program or "", float(execute(record.program or "", record.table)), "gold")
     others = [Candidate(f"add({n}, 1)", n + 1.0, "template") for n in (11, 12)]
     return [[*others[: i % 3], gold, *others[i % 3 :]] for i in range(count)]
 
 
 class Maker:
-    """Stands in for PoolMaker: every question gets the same kind of pool, the first of a page none."""
+    """A fake PoolMaker: every question has the same kind of pools, the first question of a page has none."""
 
     taught: tuple[list[Record], list[str]] = ([], [])
 
@@ -75,13 +77,13 @@ def test_wrong_programs_are_learned_from_the_train_split_alone(planned):
     assert groups == [r.filename for r in train] and len(planned.plan.pools) == len(RECORDS)
 
 
-def test_elsewhere_is_another_page_of_the_same_split(planned):
+def test_the_off_page_record_is_of_another_page_of_the_same_split(planned):
     plan: Plan = planned.plan
-    assert plan.elsewhere.keys() == plan.records.keys()
-    for name, other in plan.elsewhere.items():
+    assert plan.off_page.keys() == plan.records.keys()
+    for name, other in plan.off_page.items():
         assert other.filename != plan.records[name].filename
         assert plan.splits[other.id] == plan.splits[name]
-    assert len({r.filename for r in plan.elsewhere.values()}) > 4
+    assert len({r.filename for r in plan.off_page.values()}) > 4
 
 
 def test_a_control_is_the_same_program_with_the_words_of_the_other_page(planned):
@@ -128,47 +130,49 @@ def test_a_leak_is_measured_on_held_out_questions_by_scorers_of_the_train_split(
 
 def test_a_leak_above_the_limit_ends_the_stage_and_one_at_it_does_not(planned, monkeypatch):
     with pytest.raises(
-        BadData, match=r"finds up to 51\.0% of the gold programs, above finqa\.pools\.leak_limit"
+        BadData, match=r"finds up to 51\.0% of the gold programs, more than finqa\.pools\.leak_limit"
     ):
         reviewed(planned, monkeypatch, 0.51)
     assert reviewed(planned, monkeypatch, 0.5)[1] is not None
 
 
-def test_scorers_that_never_see_the_question_are_given_nothing_of_it():
-    """The same pools under other questions, and with other gold places, look the same to them."""
+def test_question_blind_scorers_do_not_depend_on_the_question():
+    """Their features are the same with other questions and with other gold positions."""
     from dataclasses import replace
 
     pools = [(r, pools_of(r, 3)[i % 3], i % 3) for i, r in enumerate(RECORDS[:12])]
     telling = [(replace(r, question=f"{r.program} please", answer="12"), p, 0) for r, p, _ in pools]
-    one, other = Matrices.of(pools), Matrices.of(telling)
+    one, other = PoolFeatures.of(pools), PoolFeatures.of(telling)
     for sees in (ONE, WHOLE):
         np.testing.assert_array_equal(one.columns(sees), other.columns(sees))
     assert one.texts == other.texts and one.columns(WHOLE).shape[1] > one.columns(ONE).shape[1]
     assert one.gold.argmax(1).tolist() == [i % 3 for i in range(12)]
 
 
-def matrices(seed: int, count: int, alone: float, beside: float) -> Matrices:
-    """Pools of 4 in which the gold program is told by itself, or only beside the others, or not at all."""
+def matrices(seed: int, count: int, alone: float, beside: float) -> PoolFeatures:
+    """Pools of 4. The gold program can be found alone, or only by comparison with the others, or not at all."""
     rng = np.random.default_rng(seed)
     gold = np.arange(4) == rng.integers(0, 4, (count, 1))
     rows, compared = rng.normal(size=(2, count, 4, 3)).astype(np.float32)
     rows[..., 0] += 6 * gold * alone
     compared[..., 0] += 6 * gold * beside
     texts = [" ".join(rng.choice(["aa", "bb", "cc", "dd", "ee"], 4)) for _ in range(4 * count)]
-    return Matrices(np.array([f"page {i // 2}" for i in range(count)]), rows, compared, texts, gold)
+    return PoolFeatures(np.array([f"page {i // 2}" for i in range(count)]), rows, compared, texts, gold)
 
 
-def leak_of(monkeypatch, train: Matrices, held_out: Matrices) -> tuple[dict, dict[tuple[str, str], dict]]:
+def leak_of(
+    monkeypatch, train: PoolFeatures, held_out: PoolFeatures
+) -> tuple[dict, dict[tuple[str, str], dict]]:
     found = {"train": train, "held_out": held_out}
-    monkeypatch.setattr(Matrices, "of", staticmethod(found.__getitem__))
+    monkeypatch.setattr(PoolFeatures, "of", staticmethod(found.__getitem__))
     leak = measure_leak("train", "held_out", 0, 0.4)  # pyright: ignore[reportArgumentType]
     return leak, {(row["scorer"], row["sees"]): row for row in leak["rows"]}
 
 
-def test_a_leak_is_found_where_it_is_and_only_by_who_can_see_it(monkeypatch):
-    told = {}
+def test_a_leak_is_found_only_by_the_scorers_that_can_see_it(monkeypatch):
+    detectable = {}
     for name, alone, beside in (("nowhere", 0, 0), ("alone", 1, 0), ("beside", 0, 1)):
-        leak, told[name] = leak_of(
+        leak, detectable[name] = leak_of(
             monkeypatch, matrices(0, 60, alone, beside), matrices(1, 60, alone, beside)
         )
         assert leak["worst_upper_bound"] == max(row["high"] for row in leak["rows"]) and leak["limit"] == 0.4
@@ -178,14 +182,16 @@ def test_a_leak_is_found_where_it_is_and_only_by_who_can_see_it(monkeypatch):
             ) or row["accuracy"] == 1
     for scorer in ("linear", "trees"):
         assert (
-            told["alone"][scorer, ONE]["accuracy"] > 0.95 and told["alone"][scorer, WHOLE]["accuracy"] > 0.95
+            detectable["alone"][scorer, ONE]["accuracy"] > 0.95
+            and detectable["alone"][scorer, WHOLE]["accuracy"] > 0.95
         )
         assert (
-            told["beside"][scorer, ONE]["accuracy"] < 0.5 and told["beside"][scorer, WHOLE]["accuracy"] > 0.95
+            detectable["beside"][scorer, ONE]["accuracy"] < 0.5
+            and detectable["beside"][scorer, WHOLE]["accuracy"] > 0.95
         )
-        assert told["nowhere"][scorer, WHOLE]["accuracy"] < 0.5
+        assert detectable["nowhere"][scorer, WHOLE]["accuracy"] < 0.5
     _, turned = leak_of(monkeypatch, matrices(2, 60, -1, 0), matrices(3, 60, 1, 0))
-    assert turned["linear", ONE]["accuracy"] < 0.05  # what was learned is what the train pools teach
+    assert turned["linear", ONE]["accuracy"] < 0.05  # the scorers learned from the train pools
 
 
 def test_the_interval_of_a_leak_is_over_pages():

@@ -22,7 +22,7 @@ from lib.tasks.finqa.builtin import make_page, make_pages
 from lib.tasks.finqa.check import check, compare_answer, sources
 from lib.tasks.finqa.cross_record_checks import page_text
 from lib.tasks.finqa.numbers import numbers_in, operands
-from lib.tasks.finqa.pages import page_lines, plain_cell, score_lines, serialise
+from lib.tasks.finqa.page_text import page_lines, plain_cell, score_lines, serialise
 from lib.tasks.finqa.program import OPERATIONS, execute, parse
 from lib.tasks.finqa.record import Record, find_files, parse_record, read_records
 from tests.conftest import SHARED
@@ -32,7 +32,7 @@ FINQA = SHARED / "finqa"
 
 
 def raw(**changes) -> dict[str, Any]:
-    """One good record; keys of its question are given as `qa_program=...`."""
+    """A valid record. Arguments such as `qa_program=...` change keys of `qa`."""
     qa = {"question": "what is the sum?", "program": "add(10, 20)", "answer": "30", "exe_ans": 30.0}
     data = {
         "id": "AB/2010/page_1.pdf-1",
@@ -60,7 +60,7 @@ DROP = frozenset(load_config().finqa.drop)
 
 
 def configured(path: Path | str, seed: int = 1, drop: frozenset[str] = DROP) -> Config:
-    """As much of a config as the check reads."""
+    """The part of a config that the check reads."""
     finqa = SimpleNamespace(drop=tuple(drop))
     return cast(
         Config, SimpleNamespace(seed=seed, data=SimpleNamespace(path=str(path), drop=()), finqa=finqa)
@@ -134,7 +134,7 @@ def test_hostile_fields_are_problems(changes):
     problems = parse_record(raw(**changes), "train", "train.json", "record 0")
     assert isinstance(problems, list) and [p.kind for p in problems] == ["malformed record"]
     json.dumps([vars(p) for p in problems]).encode()
-    str(problems).encode()  # what is said about half a character can be written
+    str(problems).encode()  # messages about half a surrogate pair can be encoded
 
 
 json_values = st.recursive(
@@ -165,7 +165,7 @@ def test_the_rule_of_the_other_task_is_refused(tmp_path):
 def test_a_split_behind_a_dead_link_is_not_left_out(tmp_path):
     (tmp_path / "train.json").write_text("[]")
     (tmp_path / "dev.json").symlink_to("gone.json")
-    with pytest.raises(MissingInput, match=r"dev\.json is a link to gone\.json, which is no file"):
+    with pytest.raises(MissingInput, match=r"dev\.json is a link to gone\.json, which is not a file"):
         find_files(tmp_path)
     (tmp_path / "dev.json").unlink()
     (tmp_path / "dev.json").symlink_to("train.json")
@@ -295,8 +295,8 @@ def test_an_empty_list_is_an_error(tmp_path):
 def test_questions_asked_twice(tmp_path):
     again = raw(id="2", qa_question="What is  the sum")
     other = raw(id="3", qa_program="add(10, 15)", qa_exe_ans=25, qa_answer="25")
-    elsewhere = raw(id="4", filename="B/2010/page_2.pdf", pre_text=["10 of a sort ."])
-    documents, problems = checked(tmp_path, train=[raw(), again, other, elsewhere])
+    off_page = raw(id="4", filename="B/2010/page_2.pdf", pre_text=["10 of a sort ."])
+    documents, problems = checked(tmp_path, train=[raw(), again, other, off_page])
     assert [(p.kind, p.location) for p in problems] == [
         ("repeated question", "2"),
         ("contradicting questions", "3"),
@@ -441,8 +441,8 @@ def test_the_page_fits_the_budget_and_keeps_its_order():
             text = serialise(record, question, budget, words)
             assert words(text) <= budget
             if budget >= 60:
-                places = [lines.index(line) for line in text.split("\n")]
-                assert places == sorted(set(places)) and places
+                spans = [lines.index(line) for line in text.split("\n")]
+                assert spans == sorted(set(spans)) and spans
         # a tokenizer that counts more for the whole than for the parts
         assert len(serialise(record, question, 300, lambda t: len(t) + t.count("\n"))) <= 300
 
@@ -574,31 +574,31 @@ def test_evidence_survives_the_budget(finqa):
 
 
 def first_words(record: Record, budget: int, rows_first: bool = False) -> str:
-    """The page cut after so many words, its table where it stands or before the text."""
+    """The page cut after a number of words, with its table in page order or before the text."""
     lines = page_lines(record)
     lines = sorted(lines, key=lambda line: not line.is_row) if rows_first else lines
     return " ".join(" ".join(line.text for line in lines).split()[:budget])
 
 
-def evidence_recall(records: list[Record], text_of, least_digits: int = 0) -> tuple[float, float]:
+def evidence_recall(records: list[Record], text_of, min_digits: int = 0) -> tuple[float, float]:
     """(share of the programs' operands, share of the questions with all of them) that are in the text.
 
     Operands are the numbers that the page has, and the names of rows that table operations read.
-    `least_digits` leaves out short numbers, which are easily found by chance.
+    `min_digits` excludes short numbers, which often match by chance.
     """
-    found = wanted = complete = 0
+    found = expected = complete = 0
     for record in records:
         text, whole = text_of(record), serialise(record, "", 10**9, words)
         numbers, all_numbers = numbers_in(text), numbers_in(whole)
         hits = [
             bool(forms & numbers)
             for operand in operands(record.program or "")
-            if (forms := numbers_in(operand)) & all_numbers and sum(map(str.isdigit, operand)) >= least_digits
+            if (forms := numbers_in(operand)) & all_numbers and sum(map(str.isdigit, operand)) >= min_digits
         ]
         rows = [step.first.text for step in parse(record.program or "") if step.reads_table]
         hits += [f"the {' '.join(name.split())} " in text for name in rows]
-        found, wanted, complete = found + sum(hits), wanted + len(hits), complete + all(hits)
-    return found / wanted, complete / len(records)
+        found, expected, complete = found + sum(hits), expected + len(hits), complete + all(hits)
+    return found / expected, complete / len(records)
 
 
 def print_evidence_recall(split: str) -> None:
@@ -614,7 +614,7 @@ def print_evidence_recall(split: str) -> None:
             "first words, table before text": lambda r, b=budget: first_words(r, b, rows_first=True),
         }.items():
             share, complete = evidence_recall(records, text_of)
-            long, _ = evidence_recall(records, text_of, least_digits=3)
+            long, _ = evidence_recall(records, text_of, min_digits=3)
             print(f"{budget:4} words  {name:32} {share:6.1%} {long:6.1%} {complete:6.1%}")
 
 

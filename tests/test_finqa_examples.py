@@ -1,4 +1,4 @@
-"""Stage 01 for FinQA: whose split a question is of, and that no page or report is torn apart."""
+"""Stage 01 for FinQA: the split of each question, and that a page or report is always in one split."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def prepared(records: list[Record], *overrides: str) -> dict[str, Example]:
 
 
 def splits_of(examples: dict[str, Example], key) -> dict[str, set[str]]:
-    """What `key` says of a record -> the splits of its examples."""
+    """Value of `key` for a record -> the splits of its examples."""
     found: dict[str, set[str]] = {}
     for record in RECORDS:
         if record.id in examples:
@@ -55,7 +55,7 @@ def test_finqas_own_splits_are_kept_and_selection_comes_out_of_train():
 @pytest.mark.parametrize("group", ["page", "report"])
 @pytest.mark.parametrize("with_dev", [True, False])
 def test_no_group_is_in_two_splits(group, with_dev):
-    """Also where a share of train is held out because there is no dev.json."""
+    """This includes the case without dev.json, where a share of train is held out."""
     records = RECORDS if with_dev else [r for r in RECORDS if r.split == "train"]
     examples = prepared(
         records, f"finqa.group={group}", "finqa.selection_share=0.3", "data.fractions={train: 0.7, held_out: 0.3}",
@@ -69,24 +69,26 @@ def test_no_group_is_in_two_splits(group, with_dev):
 
 
 def test_held_out_questions_say_whether_their_report_was_seen_in_training():
-    """One of them moves to a page of its own in a report that has taught."""
+    """One of them moves to a new page of a report that is in the train split."""
     examples = prepared(RECORDS)
     moved = next(r for r in RECORDS if r.split == "dev" and r.id in examples)
     teacher = next(r for r in RECORDS if r.id in examples and examples[r.id].split == "train")
     records = [replace(r, filename=f"{teacher.report}/other.pdf") if r is moved else r for r in RECORDS]
     found = prepared(records)
-    taught = {r.report for r in records if r.id in found and found[r.id].split == "train"}
+    train_reports = {r.report for r in records if r.id in found and found[r.id].split == "train"}
     for record in records:
         if record.id not in found:
             continue
         tags = found[record.id].tags or []
-        told = [tag for tag in (SEEN_REPORT, NEW_REPORT) if tag in tags]
+        found_tags = [tag for tag in (SEEN_REPORT, NEW_REPORT) if tag in tags]
         reported = found[record.id].split in ("held_out", "test")
-        assert told == ([SEEN_REPORT if record.report in taught else NEW_REPORT] if reported else [])
+        assert found_tags == (
+            [SEEN_REPORT if record.report in train_reports else NEW_REPORT] if reported else []
+        )
     assert SEEN_REPORT in (found[moved.id].tags or [])
 
 
-def test_what_is_asked_for_nothing_or_cannot_run_is_left_out_with_a_reason():
+def test_empty_questions_and_programs_that_cannot_run_are_dropped_with_a_reason():
     first, second, third = RECORDS[:3]
     documents = [
         Document(r.id, r.to_json(), "x")
@@ -95,6 +97,6 @@ def test_what_is_asked_for_nothing_or_cannot_run_is_left_out_with_a_reason():
     dropped = {d.example_id: d.reason for d in prepare(config_of(), documents) if isinstance(d, Dropped)}
     assert (
         "cannot run" in dropped[first.id]
-        and dropped[second.id] == "nothing is asked"
+        and dropped[second.id] == "the question is empty"
         and third.id not in dropped
     )

@@ -1,4 +1,4 @@
-"""Programs with words: which words a number gets, from which of its places, and how long it all becomes."""
+"""Programs as text: which words describe a number, from which of its occurrences, and how long the text is."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""FinQA through all seven stages on pages that the project writes itself: pools, rewards, rankers, policies, answers.
+"""FinQA through all seven stages on synthetic pages: pools, rewards, rankers, policies, answers.
 
 Known here: the files of the stages. How pools, losses and rankers work inside is tested beside them.
 """
@@ -153,7 +153,7 @@ def test_the_ranker_is_reported_beside_baselines_and_controls(run):
     stats = stats_of(run, "04_train")
     others = stats["ranker"]["held_out"]["others"]
     assert {"random choice", "first candidate", "trees", "overlap", "question removed",
-            "question of another page", "candidates on another page"} == set(others)  # fmt: skip
+            "mismatched prompt", "off-page candidates"} == set(others)  # fmt: skip
     assert others["random choice"]["accuracy"]["value"] == pytest.approx(1 / 8)
     assert {"1 step", "2 steps"} <= set(stats["ranker"]["held_out"]["tags"])
     assert stats["ranker"]["packs"] is True and set(stats["ranker"]["skipped_pools"].values()) == {0}
@@ -166,36 +166,36 @@ def test_the_ranker_is_reported_beside_baselines_and_controls(run):
 
 @pytest.mark.parametrize(("name", "blind"), [("ranker", False), ("ranker_blind", True)])
 def test_a_blind_ranker_is_given_an_empty_question_and_another_one_its_own(run, name, blind):
-    """The scores that stage 06 wrote, against those of the shipped model over what it should have read."""
+    """The scores of stage 06 equal those of the saved model on the prompts that it should have read."""
     from lib.models.collation import collate
     from lib.models.ranker_files import load_ranker
     from lib.runtime import Runtime
 
     assert config_of().models[name].blind == blind
     prompts = {r["example_id"]: r["prompt"] for r in rows(run, "01_prepare_dataset/examples")}
-    written: dict[str, list[dict]] = {}
+    format_value: dict[str, list[dict]] = {}
     for row in rows(run, "06_sample/ranked"):
         if row["model"] == name:
-            written.setdefault(row["example_id"], []).append(row)
-    some = sorted(written)[:6]
+            format_value.setdefault(row["example_id"], []).append(row)
+    some = sorted(format_value)[:6]
     model, tokenizer = load_ranker(run / "04_train" / name / "best_model")
     settings = config_of().ranker
     scores = {}
     for asked, questions in (("own", [prompts[n] for n in some]), ("none", [""] * len(some))):
         pools = collate(
-            tokenizer, questions, [[r["text"] for r in written[n]] for n in some], settings.prompt_tokens,
+            tokenizer, questions, [[r["text"] for r in format_value[n]] for n in some], settings.prompt_tokens,
             settings.candidate_tokens,
         )  # fmt: skip
         with torch.no_grad(), Runtime.detect(config_of()).autocast():
             scores[asked] = model.eval()(pools.tensors()).float().numpy()
-    found = np.array([[r["score"] for r in written[n]] for n in some])
+    found = np.array([[r["score"] for r in format_value[n]] for n in some])
     right, wrong = ("none", "own") if blind else ("own", "none")
-    # So little trained, a question moves little: but ten times as much as rounding does
+    # After short training the question changes scores little, but ten times more than rounding
     assert np.abs(found - scores[right]).max() < 0.1 * np.abs(found - scores[wrong]).max()
 
 
 def test_a_policy_killed_in_the_middle_of_a_rollout_ends_with_the_same_bits(run, tmp_path, monkeypatch):
-    """The rollout is part of the checkpoint."""
+    """The checkpoint contains the rollout."""
     from lib.training import loop
 
     monkeypatch.setattr("lib.training.policy.METHODS", ("ppo",))
@@ -252,7 +252,7 @@ def test_the_policies_are_compared_with_their_start(run):
 
 
 def test_every_way_decays_the_same_weights(run):
-    """Those of the encoder's linear layers; neither the score head nor the value head."""
+    """The decayed weights are those of the encoder's linear layers, without the score head and the value head."""
     decayed = {}
     for way in ("ppo", "exact", "cross_entropy"):
         record = json.loads((run / "05_train_critic" / way / "training_manifest.json").read_text())

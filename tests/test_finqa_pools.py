@@ -1,4 +1,4 @@
-"""Pools on pages that the project writes itself: what every pool must hold, and that nothing in it is a shortcut."""
+"""Pools on synthetic pages: what every pool must contain, and that it has no shortcut."""
 
 import itertools
 import random
@@ -13,15 +13,17 @@ from lib.config import load_config
 from lib.tasks.finqa.bank import _near, make_bank
 from lib.tasks.finqa.builtin import builtin_records
 from lib.tasks.finqa.changes import EDITS, edit, walks
-from lib.tasks.finqa.features import MAX_NUMBERS, NAMES, Described, in_pool
-from lib.tasks.finqa.leak import Matrices, accuracy, label_overlap, measure_leak, question_trees
+from lib.tasks.finqa.equivalence import equivalent
+from lib.tasks.finqa.features import NAMES, ProgramFeatures
+from lib.tasks.finqa.leak import PoolFeatures, accuracy, label_overlap, measure_leak, question_trees
 from lib.tasks.finqa.naive import naive_pools
 from lib.tasks.finqa.numbers import numbers_in
-from lib.tasks.finqa.places import Page
+from lib.tasks.finqa.page import Page, PageQuestions
+from lib.tasks.finqa.pool_comparison import MAX_NUMBERS, in_pool
 from lib.tasks.finqa.pools import Candidate, PoolMaker, Unfilled
-from lib.tasks.finqa.program import equivalent, execute, parse
+from lib.tasks.finqa.program import execute, parse
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Templates, learn, operators_of
+from lib.tasks.finqa.templates import Templates, learn_template, operators_of
 
 SIZE = 8
 
@@ -141,8 +143,8 @@ def test_golds_of_other_questions_are_taken_where_there_are_any(every_draw):
 
 @pytest.mark.slow
 def test_the_gold_program_stands_anywhere(pools):
-    places = [place for made in (pools, filled(fit(1, TRAIN[:60]))) for *_, place in made]
-    assert chisquare(np.bincount(places, minlength=SIZE)).pvalue > 0.001
+    spans = [place for made in (pools, filled(fit(1, TRAIN[:60]))) for *_, place in made]
+    assert chisquare(np.bincount(spans, minlength=SIZE)).pvalue > 0.001
 
 
 @pytest.mark.slow
@@ -224,7 +226,7 @@ def test_templates_are_not_put_on_pages_that_taught_them():
     record = TRAIN[0]
     page = Page(record)
     record = next(r for r in PAGES[record.filename] if numeric(r))
-    taught = Templates([learn(record, page, "here")])
+    taught = Templates([learn_template(record, page, "here")])
     draw = random.Random(0)
     assert not list(taught.make(page, "here", draw, 50))
     assert list(taught.make(page, "elsewhere", draw, 50))
@@ -250,7 +252,7 @@ def test_a_template_keeps_rows_columns_and_habits():
         ("add(-32, -40)", {"add(-5, -9)", "add(-7, -3)"}),
         ("table_max(loss, none)", {"table_max(cost, none)", "table_max(gain, none)"}),
     ):
-        template = learn(replace(source, program=program), Page(source), "a")
+        template = learn_template(replace(source, program=program), Page(source), "a")
         assert set(Templates([template]).make(Page(target), "b", random.Random(0), 100)) == allowed
 
 
@@ -259,7 +261,7 @@ def test_numbers_of_a_sentence_stay_in_one_sentence():
     target = page_of(
         [["", "2013"]], ["it sold 8 million shares at $ 9 million .", "it rented 6 million for $ 2 million ."]
     )
-    template = learn(replace(source, program="divide(70, 5)"), Page(source), "a")
+    template = learn_template(replace(source, program="divide(70, 5)"), Page(source), "a")
     made = set(Templates([template]).make(Page(target), "b", random.Random(0), 200))
     assert {"divide(9, 8)", "divide(2, 6)"} <= made
     assert all(numbers_in(p) <= {"8", "9"} or numbers_in(p) <= {"6", "2"} for p in made)
@@ -277,7 +279,7 @@ def test_edits_change_one_thing():
             assert len(new) == len(old) + steps
             same_operations = [s.operation for s in new[:2]] == [s.operation for s in old][: len(new)]
             assert same_operations == (kind != "operation")
-    assert min(made.values()) > 0, made  # each kind was seen
+    assert min(made.values()) > 0, made  # each kind occurred
 
 
 def test_walks_stand_on_both_sides_of_the_gold_program():
@@ -290,7 +292,12 @@ def test_walks_stand_on_both_sides_of_the_gold_program():
     page = next(p for p in PAGES.values() if len(p) > 4)
     weights = settings_of().changes.model_copy(update={"masked_lm": 1.0})
     found = walks(
-        page, Page(page[0]), 3, weights, lambda p, r: isinstance(execute_or_none(p, r), float), rewrite, 0
+        PageQuestions(page, Page(page[0]), ""),
+        3,
+        weights,
+        lambda p, r: isinstance(execute_or_none(p, r), float),
+        rewrite,
+        0,
     )
     for record, changes in zip(page, found, strict=True):
         if numeric(record):
@@ -323,9 +330,9 @@ def test_pools_with_changed_golds():
 def test_features_within_a_pool_follow_the_candidates():
     record = next(r for r in TRAIN if numeric(r))
     page = Page(record)
-    bank = make_bank(
-        [record], page, "x", Templates([learn(r, Page(r), r.filename) for r in TRAIN]), 7, 1.0, 0.01, 0
-    )
+    templates = Templates([learn_template(r, Page(r), r.filename) for r in TRAIN])
+    settings = settings_of(bank=7, same_operators=1.0, min_difference=0.01)
+    bank = make_bank(PageQuestions([record], page, "x"), templates, settings, 0)
     rows, numbers = bank.rows[None, :6], bank.numbers[None, :6]
     assert rows.shape == (1, 6, len(NAMES)) and numbers.shape == (1, 6, MAX_NUMBERS)
     order = np.array([4, 2, 0, 5, 1, 3])
@@ -366,7 +373,7 @@ def test_the_measurement_finds_a_planted_shortcut_and_none_where_there_is_none(p
 def test_methods_that_see_the_question_find_more(pools):
     taught = [item for item in pools if item[0].split == "train"]
     others = [item for item in pools if item[0].split != "train"]
-    known = Matrices.of(others)
+    known = PoolFeatures.of(others)
     trees, overlap = question_trees(taught, others, 0), label_overlap(others)
     assert trees.shape == overlap.shape == known.gold.shape
     assert accuracy(trees, known.gold, known.pages).low > 0.5
@@ -379,5 +386,5 @@ def test_a_program_is_described_by_itself_and_its_page_alone():
         record.program or "",
         replace(record, question="something else?", program="add(1, 2)", answer=""),
     )
-    a, b = (Described.of(program, 1.0, Page(r)) for r in (record, other))
+    a, b = (ProgramFeatures.of(program, 1.0, Page(r)) for r in (record, other))
     assert np.array_equal(a.row, b.row) and a.words == b.words and a.numbers == b.numbers

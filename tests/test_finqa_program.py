@@ -13,15 +13,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from lib.tasks.finqa.equivalence import equivalent, formula
 from lib.tasks.finqa.program import (
     ARITHMETIC,
     MAX_CHARACTERS,
     MAX_STEPS,
     OPERATIONS,
     ProgramError,
-    equivalent,
     execute,
-    formula,
     parse,
 )
 from tests.conftest import SHARED
@@ -62,7 +61,7 @@ def test_execution_agrees_with_the_published_evaluator(official):
     assert found == {
         "same value": 5598,
         "both refuse": 261,
-        # It reads nothing of `divide(1, 2` and calls that valid, with the value n/a.
+        # The evaluator drops `divide(1, 2` and calls the rest valid, with the value n/a
         "not closed": 30,
         # exp(2, 900)
         "beyond the limit of magnitude": 1,
@@ -91,7 +90,7 @@ def test_equivalence_agrees_with_the_published_evaluator(official):
     assert found == {
         "both say yes": 1077,
         "both say no": 4808,
-        # `table_sum( total, none)` is another symbol to it than `table_sum(total, none)`.
+        # For the evaluator, `table_sum( total, none)` and `table_sum(total, none)` are two symbols
         "a blank before the name of a row": 5,
     }
 
@@ -138,7 +137,7 @@ def test_gold_programs_give_the_answers_of_the_data(official):
         ("table_min(revenue, none)", -32.0),
         ("table_sum(margin, none), table_average(margin, none), subtract(#0, #1)", 0.1125),
         ("table_sum(total, none)", 8.0),  # the last of two rows of that name
-        ("table_max(revenue, 7)", 1234.5),  # the second argument means nothing
+        ("table_max(revenue, 7)", 1234.5),  # the second argument is ignored
         ("add(1, 2)subtract(#0, 1)", 2.0),  # cut at brackets too
     ],
 )
@@ -275,7 +274,7 @@ def test_a_gold_program_that_cannot_run_is_an_error(gold):
 
 
 def test_equivalence_cannot_be_fooled_by_small_whole_numbers():
-    """A program can write whole numbers, from a / a = 1 on: modulo the prime they stay apart, and from 0."""
+    """A program can construct whole numbers, starting with a / a = 1. Modulo the prime they differ from each other."""
     steps = ["divide(1, 1)", "add(#0, #0)", *(f"multiply(#{k}, #{k})" for k in range(1, MAX_STEPS - 1))]
     residues = [formula(", ".join(steps[: count + 1])).residue for count in range(len(steps))]
     assert residues[:6] == [1, 2, 4, 16, 256, 65536]
@@ -297,7 +296,7 @@ SCRAPS = (*SYMBOLS, *WORDS, "9" * 400, "(" * 300)
 
 
 def random_program(draw: random.Random) -> str:
-    """A well-formed program of mostly few steps."""
+    """A well-formed program, usually with few steps."""
 
     def argument(number: int) -> str:
         if number and draw.random() < 0.5:
@@ -315,7 +314,7 @@ def random_program(draw: random.Random) -> str:
 
 
 def mutated(program: str, draw: random.Random) -> str:
-    """The program with some pieces taken out, put in, doubled or moved."""
+    """The program with some pieces deleted, inserted, doubled or moved."""
     for _ in range(draw.choice((0, 0, 1, 1, 2, 5, 20))):
         start, stop = sorted((draw.randrange(len(program) + 1), draw.randrange(len(program) + 1)))
         stop = min(stop, start + draw.choice((0, 1, 3, 30)))
@@ -325,14 +324,14 @@ def mutated(program: str, draw: random.Random) -> str:
 
 
 def fuzz(count: int) -> tuple[Counter, float, str]:
-    """Run `count` programs and compare them: (how they ended, the slowest in seconds, its text)."""
+    """Execute and compare `count` programs: (their outcomes, the slowest time in seconds, its program)."""
     draw = random.Random(20)
     ended, slowest, slowest_program = Counter(), 0.0, ""
     for _ in range(count):
         original = random_program(draw)
         program = mutated(original, draw)
         seconds, outcome, same = run_and_compare(original, program)
-        for _ in range(2):  # only what is slow again is slow: the machine may have been busy elsewhere
+        for _ in range(2):  # measured twice, since other processes may have delayed the first
             if seconds > 0.002:
                 seconds = min(seconds, run_and_compare(original, program)[0])
         ended.update((outcome, same))
@@ -342,7 +341,7 @@ def fuzz(count: int) -> tuple[Counter, float, str]:
 
 
 def run_and_compare(original: str, program: str) -> tuple[float, str, str]:
-    """(seconds of processor time, how running ended, how comparing ended); other errors pass through."""
+    """(seconds of processor time, outcome of execution, outcome of comparison). Other errors are raised."""
     begun = time.process_time()
     try:
         result = execute(program, TABLE)
@@ -375,7 +374,7 @@ def test_any_text_gives_a_value_or_a_program_error_and_soon():
 
 @pytest.mark.slow
 def test_equivalent_programs_have_the_same_value():
-    """Over two numbers and few steps many random programs are equivalent without being the same."""
+    """With two numbers and few steps, many random programs are equivalent but not equal."""
     draw = random.Random(21)
     by_formula: dict[tuple[str, int], set[str]] = {}
     for _ in range(20_000):

@@ -1,4 +1,4 @@
-"""What candidate programs are worth: the terms, their symmetries, ties; and mistakes that rewards elsewhere have made."""
+"""Rewards of candidate programs: the terms, symmetries, ties; and common mistakes of such rewards."""
 
 import math
 import random
@@ -148,7 +148,7 @@ def test_every_pool_has_rewards_in_order(programs, parts, draw: random.Random):
 def test_values_are_numbers_or_words():
     assert read_value("1.000004") == 1.0 and read_value("-0") == 0.0 and str(read_value("-0.000001")) == "0.0"
     for text in ("nan", "inf", "maybe", ""):
-        with pytest.raises(ValueError, match="is no number"):
+        with pytest.raises(ValueError, match="is not a number"):
             read_value(text)
 
 
@@ -189,7 +189,7 @@ def test_a_broken_pool_is_named(rows, message):
         rewards(load_config(), table(rows))
 
 
-# Mistakes that other reward functions for such pools have made
+# Common mistakes of reward functions for such pools
 
 
 def test_a_copy_of_the_gold_or_another_way_to_write_it_is_as_good():
@@ -208,7 +208,7 @@ def test_the_gold_has_no_place_of_its_own():
 
 
 def test_programs_are_compared_as_programs():
-    # Letter for letter alike but for one operand; and unlike in letters but the same formula of another value
+    # Similar text with one other operand; and different text with the same formula
     _, terms = pool("add(4100, 7900)", "add(4100, 7901)", "add(7900, 4100)")
     assert terms["program"].tolist() == [1, 0, 1]
     reward, terms = pool("table_max(pilots, none)", "table_max(total, none)", "table_sum(pilots, none)")
@@ -217,7 +217,7 @@ def test_programs_are_compared_as_programs():
 
 
 def test_a_wrong_program_is_never_worth_as_much_as_the_right_value():
-    # Only the letters of the text are near
+    # Only the text is similar
     reward, terms = pool("subtract(7900, 4100)", "subtract(4100, 7900)", "add(7900, 4100)")
     assert terms["execution"].tolist() == [1, 0, 0] and reward[1] == pytest.approx(0.15 * 0.5 + 0.05)
     assert reward[2] < reward[1] < 0.2

@@ -11,7 +11,7 @@ from lib.config import load_config
 from lib.errors import BadConfig
 from lib.models.build import heads_of, start_model
 from lib.models.ranker import CandidateRanker, SequenceRanker
-from lib.ranking.ppo import ActorCritic, ValueHead
+from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 from lib.training.loop import train

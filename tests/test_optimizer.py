@@ -15,7 +15,7 @@ from lib.errors import BadConfig
 from lib.models.build import heads_of, start_model
 from lib.models.encoders import with_lora
 from lib.models.ranker import CandidateRanker
-from lib.ranking.ppo import ActorCritic, ValueHead
+from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 from lib.training.optimizer import Optimizer, hidden_matrices

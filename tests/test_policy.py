@@ -9,8 +9,8 @@ import torch
 
 from lib.config import load_config
 from lib.models.packing import Pools
+from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.ranking.metrics import ranking_metrics
-from lib.ranking.ppo import ActorCritic, ValueHead
 from lib.training import policy
 from lib.training.data import Splits
 from lib.training.loop import Result

@@ -1,4 +1,4 @@
-"""PPO over K candidates: what the policy samples, that its gradient is the exact one on average, and that it resumes."""
+"""PPO over K candidates: sampling, agreement of its mean gradient with the exact one, and exact resume."""
 
 import dataclasses
 from typing import Any
@@ -10,11 +10,11 @@ from torch import nn
 
 from lib import randomness
 from lib.errors import BadConfig
+from lib.ranking.actor_critic import ActorCritic, ValueHead
+from lib.ranking.policy_gradient import LoopSettings, PolicyGradient, TrainingPools
 from lib.ranking.ppo import (
-    ActorCritic,
-    PolicyGradient,
     PpoSettings,
-    ValueHead,
+    SampledActions,
     entropy,
     exact_loss,
     expected_reward,
@@ -98,7 +98,7 @@ def test_no_uniform_reaches_an_absent_candidate():
     for scale in (1.0, 1e-3, 300.0):
         actions = sample_actions(log_policy(scores * scale, scores > -torch.inf), edges)
         assert set(actions[0].tolist()) <= {0, 2} and set(actions[1].tolist()) == {2}
-    # In float32 the chances add up to a little more or less than 1, which must not let the end through.
+    # In float32 the sum of the probabilities is not exactly 1. The last candidate must not benefit from it
     many = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).masked_fill(
         edges[:1] > 0.9, -torch.inf
     )
@@ -119,11 +119,11 @@ def test_sampled_gradients_agree_with_the_exact_one(baseline):
     returns = rewards.gather(1, actions)
     base = torch.linspace(0, 1, len(scores))[:, None] if baseline == "per pool" else baseline
     settings = dataclasses.replace(PLAIN, kl_weight=0.3, entropy_weight=0.2)
-    terms = ppo_loss(log_p, log_p.detach().gather(1, actions), actions, returns - base, torch.zeros(len(scores)),
-                     returns, log_start, settings)  # fmt: skip
+    drawn = SampledActions(actions, log_p.detach().gather(1, actions), returns - base, returns)
+    terms = ppo_loss(log_p, torch.zeros(len(scores)), drawn, log_start, settings)
     sampled = gradient(terms["loss"], leaf)
     exact = gradient(exact_loss(log_p, rewards, log_start, settings)["loss"], leaf)
-    # Per sample the gradient in a score is -advantage * (chosen - chance): its spread gives the standard error.
+    # The gradient of a sample is -advantage * (chosen - probability). Its spread gives the standard error
     p = log_p.detach().exp()
     advantage = returns - base
     for k in range(scores.shape[1]):
@@ -140,10 +140,11 @@ def test_clipping_stops_the_gradient_where_a_step_has_gone_far_enough():
     advantages = torch.tensor([1.0, -1, 1, -1, 1, -1], dtype=torch.float64)[:, None]
     leaf = log_p.clone().requires_grad_()
     old = log_p[:, :1] - ratio.log()
-    terms = ppo_loss(leaf, old, actions, advantages, torch.zeros(6), advantages, log_p, PLAIN)
+    sampled = SampledActions(actions, old, advantages, advantages)
+    terms = ppo_loss(leaf, torch.zeros(6), sampled, log_p, PLAIN)
     pull = gradient(terms["loss"], leaf)[:, 0]
     moves = pull != 0
-    # too far in the direction the advantage wants: no more; too far in the other: all the more
+    # No gradient beyond the clip in the direction of the advantage; a gradient in the other direction
     assert moves.tolist() == [False, True, True, False, True, True]
     expected = -(ratio * advantages / 6)[:, 0]
     torch.testing.assert_close(pull[moves], expected[moves])
@@ -161,9 +162,8 @@ def test_terms_are_weighed_as_named():
     actions = torch.zeros(len(scores), 2, dtype=torch.int64)
     returns = rewards.gather(1, actions)
     values = torch.linspace(0, 1, len(scores), dtype=torch.float64)
-    t = ppo_loss(
-        log_p, log_p.gather(1, actions), actions, returns - 0.5, values, returns, log_start, settings
-    )
+    sampled = SampledActions(actions, log_p.gather(1, actions), returns - 0.5, returns)
+    t = ppo_loss(log_p, values, sampled, log_start, settings)
     total = t["policy_loss"] + 0.7 * t["value_loss"] - 0.11 * t["entropy"] + 0.13 * t["kl_to_start"]
     torch.testing.assert_close(t["loss"], total)
     assert t["policy_loss"].item() == pytest.approx(-(returns - 0.5).mean().item())
@@ -174,7 +174,7 @@ def test_terms_are_weighed_as_named():
 
 
 def test_kl_and_entropy_hold_the_policy_where_theory_says():
-    """The best policy is the start's, tilted by the rewards: p ~ exp((r + kl_weight log start) / (both weights))."""
+    """The optimum is p ~ exp((r + kl_weight log start) / (kl_weight + entropy_weight))."""
     scores, start, rewards, present = pools(4)
     settings = PpoSettings(kl_weight=0.3, entropy_weight=0.2)
     log_start = log_policy(start, present)
@@ -193,11 +193,11 @@ FEATURES = _rng.normal(size=(M, WIDTH, D)).astype(np.float32)
 PRESENT = _rng.random((M, WIDTH)) < 0.85
 PRESENT[:, 0] = True
 REWARDS = np.where(PRESENT, 1 / (1 + np.exp(-2 * FEATURES @ _rng.normal(size=D))), np.nan)
-LOG_START = np.where(PRESENT, 0.0, -np.inf)  # a policy that knows nothing
+LOG_START = np.where(PRESENT, 0.0, -np.inf)  # a uniform policy
 
 
 class Linear(nn.Module):
-    """Scores that are linear in the features, with dropout that must never be felt."""
+    """Scores that are linear in the features, with a dropout that must have no effect."""
 
     def __init__(self):
         super().__init__()
@@ -223,8 +223,9 @@ def mean_reward(model) -> float:
 
 def objective(estimator: Any = "sampled", seed=0, batch_size=8, **changes) -> PolicyGradient:
     settings = dataclasses.replace(PpoSettings(rollout_pools=32, epochs=3), **changes)
-    return PolicyGradient(judge, REWARDS, PRESENT, LOG_START, lambda m: {"loss": -mean_reward(m)}, settings,
-                          estimator, seed, batch_size, selection="loss", tokens_per_row=1)  # fmt: skip
+    pools = TrainingPools(REWARDS, PRESENT, LOG_START)
+    loop = LoopSettings(seed, batch_size, selection="loss", tokens_per_row=1)
+    return PolicyGradient(judge, lambda m: {"loss": -mean_reward(m)}, pools, settings, estimator, loop)
 
 
 def start(rate: float = 0.03):
@@ -262,7 +263,9 @@ def test_every_pass_of_a_rollout_goes_through_all_its_pools_in_its_own_order():
     assert (np.sort(passes, 2) == np.sort(passes[:, :1], 2)).all()
     assert (passes[:, 0] != passes[:, 1]).any(1).all() and (passes[:, 1] != passes[:, 2]).any(1).all()
     first = passes[:, 0].reshape(-1)[: 2 * M]
-    assert sorted(first[:M]) == sorted(first[M:]) == list(range(M))  # nothing twice before all came once
+    assert (
+        sorted(first[:M]) == sorted(first[M:]) == list(range(M))
+    )  # no pool is repeated before all were used
     assert all((exact.pools_of(s) == pools).all() for s, pools in enumerate(steps))
     assert (objective(seed=1).pools_of(0) != steps[0]).any()
 
@@ -361,7 +364,7 @@ def test_the_critic_ignores_order_and_absent_candidates_and_leaves_features_alon
         torch.testing.assert_close(head(features.flip(1), present.flip(1)), value)
         junk = features.masked_fill(~present.unsqueeze(-1), torch.nan)
         torch.testing.assert_close(head(junk, present), value)
-        for n in np.flatnonzero(~PRESENT.all(1))[:4]:  # as if the absent ones had no place at all
+        for n in np.flatnonzero(~PRESENT.all(1))[:4]:  # as if the tensors had no absent candidates
             alone = features[n : n + 1, present[n]]
             torch.testing.assert_close(head(alone, present[n : n + 1, present[n]]), value[n : n + 1])
     before = torch.random.get_rng_state()

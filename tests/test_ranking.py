@@ -1,4 +1,4 @@
-"""Ranking losses and metrics against slow references written out pool by pool, and intervals that cover."""
+"""Ranking losses and metrics against slow references per pool, and the coverage of intervals."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ N, K = 40, 5
 
 
 def pools(seed: int, count: int = N, width: int = K, tied_scores: bool = False):
-    """Scores, rewards with many ties, and who is there: at least one candidate, junk where there is none."""
+    """Scores, rewards with many ties, and which candidates are present: at least one. Absent ones have junk values."""
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(count, width)) * 2
     if tied_scores:
@@ -115,7 +115,9 @@ def test_gradients_are_right_and_absent_candidates_get_none(name, slow, argument
         return LOSSES[name](x.masked_fill(~present, -torch.inf), rewards, present, **arguments)
 
     assert torch.autograd.gradcheck(of_free, (free,))
-    direct = scores.clone().requires_grad_()  # -inf itself is the leaf: nothing outside hides a NaN
+    direct = (
+        scores.clone().requires_grad_()
+    )  # -inf is in the leaf itself, so no operation outside the loss hides a NaN
     pull = gradient(LOSSES[name](direct, rewards, present, **arguments), direct)
     assert torch.isfinite(pull).all() and (pull[~present] == 0).all()
     assert pull[present].abs().max() > 0.01
@@ -140,7 +142,7 @@ def test_pools_whose_rewards_all_tie_cost_what_the_docstrings_say():
     for name, value in least.items():
         assert LOSSES[name](equal, rewards, present).item() == pytest.approx(value, abs=1e-6)
         assert torch.isfinite(LOSSES[name](uneven, rewards, present)).all()
-    for name in ("cross_entropy", "pairwise"):  # nothing can be learnt here, so nothing pulls
+    for name in ("cross_entropy", "pairwise"):  # these losses have no gradient here
         leaf = uneven.clone().requires_grad_()
         assert gradient(LOSSES[name](leaf, rewards, present), leaf).abs().max() < 1e-7
 
@@ -153,7 +155,7 @@ def test_cross_entropy_does_not_mind_which_of_the_tied_best_is_chosen():
 
 
 def exact_list_likelihood(s, r):
-    """The chance that Plackett-Luce places the rewards in falling order, over every order that does."""
+    """The probability of descending rewards under Plackett-Luce, summed over all such orders."""
     total = 0.0
     for order in itertools.permutations(range(len(s))):
         if all(r[a] >= r[b] for a, b in itertools.pairwise(order)):
@@ -248,7 +250,7 @@ def test_gold_counts_only_the_one_candidate_and_shares_tied_scores():
 
 
 def test_a_constant_scorer_gets_what_chance_gets():
-    """Where gold stands first in every pool, argmax over equal scores would look perfect."""
+    """The gold candidate is first in every pool, so argmax over equal scores would have accuracy 1."""
     rewards = np.tile([1.0, 0.0, 0.25, 0.0], (30, 1))
     values = metrics.ranking_metrics(np.zeros((30, 4)), rewards, np.ones((30, 4), bool))
     table = summary(values, np.arange(30), 0)
@@ -298,7 +300,7 @@ def test_what_no_pool_defines_is_left_out():
 
 
 def pages(rng, count: int, size: int):
-    """Pools whose pages are easy or hard as a whole: right answers come in clusters. ((N,) groups, (N,) hits)."""
+    """((N,) groups, (N,) hits) of pools whose pages are easy or hard as a whole, so that hits are clustered."""
     easy = np.repeat(np.where(rng.random(count) < 0.5, 0.9, 0.3), size)
     return np.repeat(np.arange(count), size), (rng.random(count * size) < easy).astype(float)
 
@@ -319,7 +321,7 @@ def test_intervals_cover_as_often_as_they_say_when_pages_are_resampled_whole():
             entry = interval_of(hits, unit, trial)
             covered[name] += entry["low"] <= 0.6 <= entry["high"]
     assert 0.90 < covered["pages"] / 300 < 0.985
-    assert covered["pools"] / 300 < 0.88  # taking pools as independent promises too much
+    assert covered["pools"] / 300 < 0.88  # intervals of independent pools are too narrow
 
 
 @pytest.mark.slow

@@ -305,7 +305,7 @@ class ByTable:
 
 
 def test_rankers_with_prompts_and_policies_are_chosen_on_the_selection_pools():
-    from lib.ranking.ppo import ActorCritic
+    from lib.ranking.actor_critic import ActorCritic
     from lib.training.objectives.pool_choice import PoolChoice, PoolSplits
     from lib.training.policy import PolicyTraining
 

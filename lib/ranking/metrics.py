@@ -1,46 +1,47 @@
-"""How well scores rank pools of candidates, with 95 % intervals. Arrays only; knows no models, text or files.
+"""Ranking metrics over pools of candidates, with 95 % intervals. All inputs and outputs are arrays.
 
-`ranking_metrics` gives numbers per pool, the rest turns them into tables. Nothing depends on the order in which
-candidates happen to stand: tied scores are judged by what a fair draw among them gives on average, tied best
-rewards are all right answers. Ties are exact equality.
+`ranking_metrics` returns values per pool; the other functions aggregate them. No value depends on the order of the
+candidates. Tied scores count as the expectation of a uniform draw among them. All candidates with the best reward are
+correct. Values tie when they are exactly equal.
 
-Legend: N pools, K candidates, G groups (pages) that are resampled whole.
+Legend: N pools, K candidates.
 """
 
 import numpy as np
 
 from lib.metrics import SHARE, Estimate, ratio, sum_by
 
-# What a metric cannot pass, where that is not 0 and 1
+# Limits of metrics whose range is not [0, 1]
 _LIMITS = {"kendall_tau": (-1.0, 1.0), "normalised_reward_ratio": (-np.inf, 1.0), "difference": (-1.0, 1.0)}
-_Z = 1.959964  # 97.5 % of a normal distribution
-_BASELINES = ("chance", "best_reward", "mean_reward")  # of the pools, whatever the scores: no interval
+_Z = 1.959964  # the 97.5 % quantile of the standard normal distribution
+_BASELINES = ("chance", "best_reward", "mean_reward")  # they do not depend on the scores and have no interval
 
 
 def ranking_metrics(
     scores: np.ndarray, rewards: np.ndarray, present: np.ndarray, gold: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """name -> (N,) float64 of each pool.
+    """name -> (N,) float64, one value per pool.
 
     | name              | meaning                                                                             |
     |-------------------|-------------------------------------------------------------------------------------|
-    | accuracy          | chance that the winner (highest score) has the best reward                          |
+    | accuracy          | probability that the winner (highest score) has the best reward                     |
     | chance            | the accuracy of a random choice                                                     |
-    | gold_accuracy     | chance that the winner is the candidate `gold` (N,); only if given                  |
-    | average_reward    | of the winner                                                                       |
-    | best_reward       | of the pool                                                                         |
-    | mean_reward       | of the pool: what a random choice gets                                              |
+    | gold_accuracy     | probability that the winner is the candidate `gold` (N,); only if given             |
+    | average_reward    | reward of the winner                                                                |
+    | best_reward       | highest reward of the pool                                                          |
+    | mean_reward       | mean reward of the pool: the reward of a random choice                              |
     | mrr               | 1 / rank of the first candidate with the best reward                                |
     | ndcg              | gain = reward, discount 1 / log2(1 + rank), over all K; 1 if every reward is 0      |
-    | pairwise_accuracy | of pairs of different reward in the right order, tied scores 1/2; NaN without pairs |
+    | pairwise_accuracy | share of pairs of different reward in order; tied scores 1/2; NaN without pairs     |
     | kendall_tau       | tau-b; 0 if only the scores are constant, NaN if the rewards are                    |
 
     Args:
-        scores: (N, K), finite where present, anything elsewhere.
-        rewards: (N, K) in [0, 1] where present, anything elsewhere.
+        scores: (N, K), finite where present; other values are ignored.
+        rewards: (N, K) in [0, 1] where present; other values are ignored.
         present: (N, K) bool, at least one per pool.
 
-    Raises ValueError for a pool without candidates or a score that is not finite.
+    Raises:
+        ValueError: a pool has no candidates, or a score is not finite.
     """
     _check(scores, present)
     score = np.where(present, scores, -np.inf).astype(np.float64)
@@ -74,31 +75,33 @@ def _check(scores: np.ndarray, present: np.ndarray) -> None:
 
 
 def _choice(score: np.ndarray) -> np.ndarray:
-    """(N, K) chance of each candidate to win: the highest scores share 1."""
+    """(N, K) probability of each candidate to win: tied highest scores share 1."""
     winner = score == score.max(1, keepdims=True)
     return winner / winner.sum(1, keepdims=True)
 
 
 def _reciprocal_rank(score: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """(N,) expected 1 / rank of the first of the best, ties of scores in random order."""
+    """(N,) expected 1 / rank of the first candidate with the best reward. Tied scores are in random order."""
     top = np.where(best, score, -np.inf).max(1, keepdims=True)
     above, tied = (score > top).sum(1), score == top
     size, right = tied.sum(1), (tied & best).sum(1)
-    value, waiting = np.zeros(len(score)), np.ones(len(score))
-    for drawn in range(score.shape[1]):  # the tie is drawn without replacement until one of the best comes
-        hit = waiting * np.clip(right / np.maximum(size - drawn, 1), 0, 1)
+    value, not_found = np.zeros(len(score)), np.ones(len(score))
+    for drawn in range(
+        score.shape[1]
+    ):  # draw from the tie without replacement until one of the best is found
+        hit = not_found * np.clip(right / np.maximum(size - drawn, 1), 0, 1)
         value += hit / (above + drawn + 1)
-        waiting = waiting - hit
+        not_found = not_found - hit
     return value
 
 
 def _ndcg(score: np.ndarray, gain: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """(N,) a tied candidate gets the mean discount of the places of its tie (McSherry and Najork, 2008)."""
+    """(N,) NDCG. A tied candidate has the mean discount of the ranks of its tie (McSherry and Najork, 2008)."""
     discount = 1 / np.log2(np.arange(score.shape[1]) + 2)
-    until = np.append(0.0, np.cumsum(discount))  # (K + 1,) sums over the first places
+    cumulative = np.append(0.0, np.cumsum(discount))  # (K + 1,) sums over the first ranks
     above = (score[:, None, :] > score[:, :, None]).sum(2)  # (N, K)
     size = (score[:, None, :] == score[:, :, None]).sum(2)
-    expected = np.where(present, (until[above + size] - until[above]) / size, 0.0)
+    expected = np.where(present, (cumulative[above + size] - cumulative[above]) / size, 0.0)
     ideal = (-np.sort(-gain, 1) * discount).sum(1)
     return np.where(ideal > 0, (gain * expected).sum(1) / np.where(ideal > 0, ideal, 1), 1.0)
 
@@ -113,7 +116,7 @@ def _order_metrics(score: np.ndarray, gain: np.ndarray, present: np.ndarray) -> 
     agreement = (by_score * by_reward).sum(1)
     ordered, scored = np.abs(by_reward).sum(1), np.abs(by_score).sum(1)
     known = ordered > 0
-    accuracy = (agreement / np.where(known, ordered, 1) + 1) / 2  # from right - wrong to right
+    accuracy = (agreement / np.where(known, ordered, 1) + 1) / 2  # agreement is correct less wrong pairs
     tau = agreement / np.sqrt(np.maximum(ordered, 1) * np.maximum(scored, 1))
     return {
         "pairwise_accuracy": np.where(known, accuracy, np.nan),
@@ -127,17 +130,18 @@ def _order_metrics(score: np.ndarray, gain: np.ndarray, present: np.ndarray) -> 
 def summarise(
     per_pool: dict[str, np.ndarray], groups: np.ndarray, seed: int
 ) -> dict[str, float | dict[str, float]]:
-    """Means over pools, and two ratios of sums, with intervals over whole groups (lib/metrics.py).
+    """Means over pools, and two ratios of sums. Intervals resample whole groups (lib/metrics.py).
 
-    `reward_ratio` is the winners' reward over the best; `normalised_reward_ratio` counts both from a random
-    choice, so 0 is random and 1 is best. Pools where a metric is NaN are left out of it, a metric that is NaN
-    everywhere is left out of the result.
+    `reward_ratio` is the reward of the winners over the best reward. `normalised_reward_ratio` subtracts the reward of
+    a random choice from both, so that 0 is random and 1 is best. A metric skips the pools where it is NaN. A metric
+    that is NaN everywhere is missing from the result.
 
     Args:
-        per_pool: of `ranking_metrics`.
-        groups: (N,) of any type: what is resampled together.
+        per_pool: result of `ranking_metrics`.
+        groups: (N,) of any type. Pools of one group are resampled together.
 
-    Returns: name -> value for chance, best_reward and mean_reward, name -> {value, low, high} for the others.
+    Returns:
+        name -> value for chance, best_reward and mean_reward; name -> {value, low, high} for the others.
     """
     chosen, best, mean = (per_pool[k] for k in ("average_reward", "best_reward", "mean_reward"))
     ratios = {k: _mean(v) for k, v in per_pool.items() if k not in _BASELINES and not np.isnan(v).all()}
@@ -152,21 +156,20 @@ def summarise(
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, float]:
-    """{value, low, high} of mean(a) - mean(b): two rankers' (N,) accuracies on the same pools, in the same order."""
+    """{value, low, high} of mean(a) - mean(b), where a and b are (N,) accuracies on the same pools in one order."""
     if a.shape != b.shape:
-        raise ValueError(f"paired values must be of the same pools, got shapes {a.shape} and {b.shape}")
+        raise ValueError(f"paired values must be of the same pools, found shapes {a.shape} and {b.shape}")
     return _intervals({"difference": _mean(a - b)}, groups, seed)["difference"]._asdict()
 
 
 def breakdown(accuracy: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
     """label -> {accuracy, count, low, high}, labels sorted. Wilson's interval (1927).
 
-    Unlike the bootstrap it stays honest for a label with a handful of pools; it takes the pools of a label as
-    independent of each other.
+    Unlike the bootstrap, it is valid for labels with few pools. It assumes that the pools of a label are independent.
     """
-    names, of = np.unique(np.asarray(labels).astype(str), return_inverse=True)
-    count = np.bincount(of)
-    share = np.bincount(of, accuracy) / count
+    names, label_index = np.unique(np.asarray(labels).astype(str), return_inverse=True)
+    count = np.bincount(label_index)
+    share = np.bincount(label_index, accuracy) / count
     middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
     half = _Z * np.sqrt(share * (1 - share) / count + (_Z / (2 * count)) ** 2) / (1 + _Z**2 / count)
     low, high = np.clip([middle - half, middle + half], 0, 1)
@@ -177,20 +180,22 @@ def breakdown(accuracy: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, f
 def chosen_kinds(
     scores: np.ndarray, kinds: np.ndarray, correct: np.ndarray, present: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """What kinds of wrong candidate the ranker falls for, the most harmful first.
+    """Which kinds of wrong candidates the ranker chooses, the most frequent first.
 
     Args:
-        kinds: (N, K) str, how each candidate came to be.
-        correct: (N, K) bool; candidates that are right are in no row of the result.
+        kinds: (N, K) str, how each candidate was made.
+        correct: (N, K) bool. Correct candidates are excluded.
 
-    Returns: kind -> count of its candidates; `chosen`, the expected number of pools it wins (tied scores share);
-    `share_of_errors`, chosen over all wrong choices; `rate`, chosen over count.
+    Returns:
+        kind -> `count` of its candidates; `chosen`, the expected number of pools that it wins (tied scores share);
+        `share_of_errors`, chosen over all wrong choices; `rate`, chosen over count.
     """
     _check(scores, present)
     wrong = present & ~correct
-    names, of = np.unique(np.asarray(kinds)[wrong].astype(str), return_inverse=True)
+    names, kind_index = np.unique(np.asarray(kinds)[wrong].astype(str), return_inverse=True)
     won = _choice(np.where(present, scores, -np.inf))[wrong]
-    count, chosen = np.bincount(of, minlength=len(names)), np.bincount(of, won, len(names))
+    count = np.bincount(kind_index, minlength=len(names))
+    chosen = np.bincount(kind_index, won, len(names))
     order = np.argsort(-chosen, kind="stable")
     return {
         str(names[i]): {
@@ -208,7 +213,9 @@ def winners(
 ) -> dict[str, dict[str, float]]:
     """Mean over pools of the reward and of each of its terms (N, K).
 
-    Returns: name -> {winner: of the first of the highest scores, random: of all candidates, best: of the highest reward}.
+    Returns:
+        name -> {winner, random, best}: the mean of the candidates with the highest score (the first of them), of
+        all candidates, and of the candidates with the highest reward.
     """
     chosen = np.where(present, scores, -np.inf).argmax(1)[:, None]
     best = np.where(present, rewards, -np.inf).argmax(1)[:, None]
@@ -223,7 +230,7 @@ def winners(
 
 
 def _mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean as a ratio: (numerators, denominators), both 0 where the value is NaN."""
+    """The mean as a ratio: (numerators, denominators). Both are 0 where the value is NaN."""
     known = ~np.isnan(values)
     return np.where(known, values, 0.0), known.astype(np.float64)
 
@@ -231,7 +238,7 @@ def _mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _intervals(
     ratios: dict[str, tuple[np.ndarray, np.ndarray]], groups: np.ndarray, seed: int
 ) -> dict[str, Estimate]:
-    """sum(numerators) / sum(denominators) by name, with intervals from the same resamples of groups for all."""
+    """sum(numerators) / sum(denominators) by name, with intervals. All use the same resamples of groups."""
     found = {}
     for name, pair in ratios.items():
         numerators, denominators = sum_by(groups, *pair)

@@ -25,8 +25,10 @@ from lib.config import Config
 from lib.metrics import Estimate
 from lib.models.ranker import CandidateRanker, width_of
 from lib.models.ranker_files import load_ranker, save_ranker
+from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.ranking.metrics import paired_difference, ranking_metrics
-from lib.ranking.ppo import ActorCritic, PolicyGradient, PpoSettings, ValueHead
+from lib.ranking.policy_gradient import LoopSettings, PolicyGradient, TrainingPools
+from lib.ranking.ppo import PpoSettings
 from lib.runs import plain
 from lib.runtime import Runtime
 from lib.training.data import Splits
@@ -114,17 +116,17 @@ class PolicyTraining:
 
         return PolicyGradient(
             scores_and_features,
-            table.rewards,
-            table.present,
-            log_start,
             lambda model: self._regret(model, reader),
+            TrainingPools(table.rewards, table.present, log_start),
             PpoSettings(**{name: getattr(ppo, name) for name in names}),
             "sampled" if method == "ppo" else "exact",
-            self.config.seed,
-            self.config.critic.training.batch_size,
-            selection="regret",
-            tokens_per_row=reader.tokens_per_pool(table),
-            label=method,
+            LoopSettings(
+                seed=self.config.seed,
+                batch_size=self.config.critic.training.batch_size,
+                selection="regret",
+                tokens_per_row=reader.tokens_per_pool(table),
+                label=method,
+            ),
         )
 
     def _regret(self, model: nn.Module, reader: PoolReader) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""FinQA: questions on pages of financial reports, answered by small programs; K programs each, one of them right."""
+"""FinQA: questions on pages of financial reports. Each question has K candidate programs, of which one is right."""
 
 from lib.tasks.finqa.candidates import candidates, plan_candidates, review_candidates
 from lib.tasks.finqa.check import check, sources

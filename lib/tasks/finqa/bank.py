@@ -1,7 +1,8 @@
-"""The bank of a page: all programs that its pools are drawn from, run and described once.
+"""The bank of a page: all programs that its pools are drawn from. Each is executed and described once.
 
-It holds the gold programs of all its questions and programs that templates make, so that the pools of a page share
-them with other labels. Programs that belong to one question only, made by changing its gold one, come after these.
+A bank holds the gold programs of all questions of the page, then programs made from templates. The pools of a page
+share these: a program that is gold for one question is wrong for another. Programs made by changing the gold program of
+one question come last; only that question uses them.
 """
 
 import random
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib import randomness
-from lib.tasks.finqa.features import NAMES, Described, number_table
-from lib.tasks.finqa.places import Page
+from lib.sections.finqa import PoolsConfig
+from lib.tasks.finqa.changes import Change
+from lib.tasks.finqa.features import NAMES, ProgramFeatures
+from lib.tasks.finqa.page import PageQuestions
+from lib.tasks.finqa.pool_comparison import number_table
 from lib.tasks.finqa.program import DECIMALS, ProgramError, execute
 from lib.tasks.finqa.record import Record
 from lib.tasks.finqa.templates import Templates, operators_of
 
-TRIALS = 5  # templates tried for each program that is wanted
+TRIALS = 5  # templates tried for each program needed
 
 
 @dataclass
@@ -25,12 +29,12 @@ class Bank:
     """N programs of one page.
 
     Attributes:
-        golds: for each question of the page the number of its gold program, -1 where that is yes, no or an error.
-        owner: (N,) the question that alone may use the program, -1 for all.
-        step: (N,) of programs made by changing a gold one: how many changes before (-) or after it.
-        operators: (N,) what `templates.operators_of` says of each.
-        near: for each program a bit set of those that it must not share a pool with; itself too.
-        rows, words, numbers: see `features.Described`.
+        golds: for each question of the page the index of its gold program, -1 where its value is yes, no or an error.
+        owner: (N,) the only question that may use the program, -1 for all questions.
+        step: (N,) for programs made by changing a gold program: the number of changes before (-) or after it.
+        operators: (N,) operations of each program, as `templates.operators_of` gives them.
+        near: for each program a bit set of the programs that must not share a pool with it, itself included.
+        rows, words, numbers: see `features.ProgramFeatures`.
     """
 
     records: Sequence[Record]
@@ -57,7 +61,7 @@ class Bank:
 
 
 def value_of(program: str, record: Record) -> float | None:
-    """What a program is worth on the page of the record; None when it fails or says yes or no."""
+    """The value of a program on the page of the record. None when it fails, or when its value is yes or no."""
     try:
         value = execute(program, record.table)
     except ProgramError:
@@ -66,23 +70,20 @@ def value_of(program: str, record: Record) -> float | None:
 
 
 def make_bank(
-    records: Sequence[Record],
-    page: Page,
-    group: str,
+    questions: PageQuestions,
     templates: Templates,
-    size: int,
-    same_operators: float,
-    min_difference: float,
+    settings: PoolsConfig,
     seed: int,
-    changed: Sequence[Sequence[tuple[int, str, str]]] = (),
+    changed: Sequence[Sequence[Change]] = (),
 ) -> Bank:
-    """The bank of a page with up to `size` programs from templates.
+    """The bank of a page with up to `settings.bank` programs from templates.
+
+    The share `settings.same_operators` of these has the operators of the page's gold programs, in turn.
 
     Args:
-        records: all questions of the page.
-        same_operators: share of those from templates that take turns to have the operators of the page's gold programs.
-        changed: for each question programs made from its gold one: how many changes away, the program, its kind.
+        changed: for each question the programs made from its gold program.
     """
+    records, page = questions.records, questions.page
     programs: list[str] = []
     values: list[float] = []
     golds = []
@@ -97,11 +98,13 @@ def make_bank(
         golds.append(programs.index(record.program))
     kinds = ["gold"] * len(programs)
     if any(gold >= 0 for gold in golds):
-        wanted = sorted({operators_of(program) for program in programs})
-        turns = [wanted[i % len(wanted)] for i in range(round(same_operators * size))] + [None] * size
-        made = _from_templates(
-            records[0], page, group, templates, turns[:size], {_rounded(v) for v in values}, seed
-        )
+        size = settings.bank
+        operators = sorted({operators_of(program) for program in programs})
+        turns: list[str | None] = [
+            operators[i % len(operators)] for i in range(round(settings.same_operators * size))
+        ]
+        turns = (turns + [None] * size)[:size]
+        made = _from_templates(questions, templates, turns, {_rounded(v) for v in values}, seed)
         programs += [program for program, _ in made]
         values += [value for _, value in made]
         kinds += ["template"] * len(made)
@@ -116,36 +119,50 @@ def make_bank(
             kinds.append(kind)
             owner.append(question)
             step.append(distance)
-    described = [Described.of(program, value, page) for program, value in zip(programs, values, strict=True)]
+    described = [
+        ProgramFeatures.of(program, value, page) for program, value in zip(programs, values, strict=True)
+    ]
     array = np.array(values)
     return Bank(
-        records, group, programs, array, kinds, golds, np.array(owner), np.array(step),
-        np.array([operators_of(program) for program in programs], object), _near(array, min_difference), np.array([d.row for d in described], np.float32).reshape(-1, len(NAMES)),
-        [d.words for d in described], number_table(described),
-    )  # fmt: skip
+        records=records,
+        group=questions.group,
+        programs=programs,
+        values=array,
+        kinds=kinds,
+        golds=golds,
+        owner=np.array(owner),
+        step=np.array(step),
+        operators=np.array([operators_of(program) for program in programs], object),
+        near=_near(array, settings.min_difference),
+        rows=np.array([d.row for d in described], np.float32).reshape(-1, len(NAMES)),
+        words=[d.words for d in described],
+        numbers=number_table(described),
+    )
 
 
 def _from_templates(
-    record: Record,
-    page: Page,
-    group: str,
+    questions: PageQuestions,
     templates: Templates,
     turns: Sequence[str | None],
-    taken: set[float],
+    known_values: set[float],
     seed: int,
 ) -> list[tuple[str, float]]:
-    """Programs and their values, no two of the same value: one for each turn with its operators, or with any where these do not go so far."""
+    """Programs and their values, no two of the same value.
+
+    Each turn gives one program with its operators. Where too few exist, programs with any operators replace them.
+    """
+    record = questions.records[0]
     draw = random.Random(randomness.key(seed, f"finqa bank {record.split}/{record.filename}"))
     found = []
     for operators in [*dict.fromkeys(turn for turn in turns if turn), None]:
         missing = turns.count(operators) if operators else len(turns) - len(found)
-        for program in templates.make(page, group, draw, missing * TRIALS, operators):
+        for program in templates.make(questions.page, questions.group, draw, missing * TRIALS, operators):
             if not missing:
                 break
             value = value_of(program, record)
-            if value is None or _rounded(value) in taken:
+            if value is None or _rounded(value) in known_values:
                 continue
-            taken.add(_rounded(value))
+            known_values.add(_rounded(value))
             found.append((program, value))
             missing -= 1
     return found
@@ -156,11 +173,11 @@ def _rounded(value: float) -> float:
 
 
 def _near(values: np.ndarray, min_difference: float) -> list[int]:
-    """For each value the bit set of those that equal it, its negative, its hundredfold or its hundredth part."""
-    ours, theirs = values[:, None], values[None]
-    near = np.round(ours, DECIMALS) == np.round(theirs, DECIMALS)
+    """For each value the bit set of those that equal it, its negative, 100 times it or a hundredth of it."""
+    first, second = values[:, None], values[None]
+    near = np.round(first, DECIMALS) == np.round(second, DECIMALS)
     for factor in (1, -1, 100, -100, 0.01, -0.01):
-        near |= np.abs(ours - factor * theirs) <= min_difference * np.abs(factor * theirs)
+        near |= np.abs(first - factor * second) <= min_difference * np.abs(factor * second)
     near |= near.T
     packed = np.packbits(near, axis=1, bitorder="little")
     return [int.from_bytes(row.tobytes(), "little") for row in packed]

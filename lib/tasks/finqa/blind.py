@@ -1,8 +1,8 @@
-"""Scorers that never see the question: how likely a program is to be a gold one, alone or within its pool.
+"""Question-blind scorers: how likely a program is to be a gold program, alone or within its pool.
 
-The score is a log odds. Fillers drawn with weight exp(score) look to that scorer like gold ones: the score estimates
-log p(program | gold) - log p(program | filler), as in density-ratio estimation by classification (Sugiyama, Suzuki
-and Kanamori, 2012).
+A score is a log odds. It estimates log p(program | gold) - log p(program | filler), as in density-ratio estimation by
+classification (Sugiyama, Suzuki and Kanamori, 2012). A scorer cannot tell fillers that are drawn with weight exp(score)
+from gold programs.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from sklearn.linear_model import LogisticRegression
 
 WORD_COLUMNS = 2**15
 
-Sparse = Any  # a scipy.sparse.csr_matrix, of which type checkers know little
+Sparse = Any  # scipy.sparse.csr_matrix, whose types checkers do not know
 
 
 def hashed_words(words: Sequence[str]) -> Sparse:
-    """(N, WORD_COLUMNS) of single words and pairs of neighbours, each row of length 1."""
+    """(N, WORD_COLUMNS) features of single words and pairs of adjacent words. Each row has L2 norm 1."""
     vectoriser = HashingVectorizer(
         n_features=WORD_COLUMNS, token_pattern=r"\S+", lowercase=False, ngram_range=(1, 2), binary=True,
         alternate_sign=False,
@@ -27,8 +27,8 @@ def hashed_words(words: Sequence[str]) -> Sparse:
     return vectoriser.transform(words).astype(np.float32)
 
 
-class Words:
-    """Logistic regression on hashed words. With programs of one kind only it says nothing."""
+class WordScorer:
+    """Logistic regression on hashed words. All scores are 0 when it was fitted on one class only."""
 
     def __init__(self, words: Sparse, gold: np.ndarray, weight: np.ndarray):
         self.model = None
@@ -40,8 +40,8 @@ class Words:
         return np.zeros(words.shape[0]) if self.model is None else self.model.decision_function(words)
 
 
-class Trees:
-    """Gradient-boosted trees on columns of numbers. With programs of one kind only they say nothing."""
+class TreeScorer:
+    """Gradient-boosted trees on numeric columns. All scores are 0 when they were fitted on one class only."""
 
     def __init__(self, rows: np.ndarray, gold: np.ndarray, weight: np.ndarray, seed: int, trees: int):
         self.model = None
@@ -60,7 +60,7 @@ class Trees:
 
 
 def balanced(gold: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Weights that give gold and other rows half each, so that a score of 0 says nothing."""
+    """Weights that give gold and other rows the same total, so that a score of 0 favours neither."""
     weight = np.ones(len(gold)) if weight is None else weight.astype(np.float64)
     for side in (gold, ~gold):
         if side.any():

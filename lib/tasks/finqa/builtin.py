@@ -1,6 +1,6 @@
-"""Small financial reports that the project writes itself, with questions in FinQA's own format, for quick tests.
+"""Small synthetic financial reports with questions in FinQA's format, for quick tests.
 
-Page n is a function of the seed and n. Values come from the interpreter; nothing in them is copied from FinQA.
+Page n is a function of the seed and n. The interpreter computes the answers. Nothing is copied from FinQA.
 """
 
 import json
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lib import randomness
-from lib.tasks.finqa.pages import plain_cell
+from lib.tasks.finqa.page_text import plain_cell
 from lib.tasks.finqa.program import execute
 from lib.tasks.finqa.record import Record, parse_record
 
-PLACE = "lib.tasks.finqa.builtin"  # where problems of such records are said to be
+SOURCE = "lib.tasks.finqa.builtin"  # source of these records in messages
 BUILTIN = {"builtin": 400, "builtin_small": 60}  # data.path: number of pages
 
 _COMPANIES = ("ARBR", "BLNK", "CDRS", "DELV", "EMBR", "FJRD", "GLDN", "HARO", "INLT", "JUNI", "KELP", "LUMN")
@@ -48,21 +48,22 @@ _FILLERS = (
 
 @dataclass
 class _Page:
-    """A page in the making: its table, its sentences and the numbers that questions can ask for."""
+    """A page under construction: its table, its sentences, and questions about their numbers."""
 
     draw: random.Random
     year: int
     header: list[str]
     rows: dict[str, list[str]] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
-    questions: list[tuple[str, str, bool]] = field(default_factory=list)  # question, program, is a share
+    # Question, program, whether the answer is a percentage
+    questions: list[tuple[str, str, bool]] = field(default_factory=list)
 
     @property
     def table(self) -> list[list[str]]:
         return [self.header, *([name, *cells] for name, cells in self.rows.items())]
 
     def value(self, name: str, column: int) -> str:
-        """A cell as programs write it."""
+        """The number of a cell as programs write it."""
         return plain_cell(self.rows[name][column]).replace("$", "")
 
     def ask(self, question: str, program: str, share: bool = False) -> None:
@@ -70,10 +71,10 @@ class _Page:
 
 
 def make_pages(seed: int, count: int) -> list[dict]:
-    """The questions on `count` pages of invented reports, as records in FinQA's format.
+    """The questions on `count` synthetic pages, as records in FinQA's format.
 
-    A page has four to seven questions, each a record of its own that repeats the page, as in FinQA. The first
-    pages are the same whatever the count. Programs have one to three steps and use all ten operations.
+    A page has four to seven questions. Each is a record that repeats the page, as in FinQA. Pages do not depend on
+    `count`. Programs have one to three steps and use all ten operations.
     """
     return [record for number in range(count) for record in make_page(seed, number)]
 
@@ -88,17 +89,17 @@ def make_page(seed: int, number: int) -> list[dict]:
     title = f"{draw.choice(_COMPANIES).lower()} {draw.choice(_TITLES)} ."
     middle = draw.randint(1, len(page.sentences) - 1)
     before = [title, *page.sentences[:middle]]
-    # Number and year make the name unique; the report is the part before the last slash
+    # The number makes the name unique. The part before the last slash is the report
     filename = (
         f"{_COMPANIES[number % len(_COMPANIES)]}{number // len(_COMPANIES)}/{page.year}/page_{number}.pdf"
     )
     content = {"pre_text": before, "post_text": page.sentences[middle:], "table": page.table}
-    asked = draw.sample(page.questions, min(len(page.questions), draw.randint(4, 7)))
+    chosen = draw.sample(page.questions, min(len(page.questions), draw.randint(4, 7)))
     records = []
-    for place, (question, program, share) in enumerate(asked, 1):
+    for number_on_page, (question, program, share) in enumerate(chosen, 1):
         value = execute(program, page.table)
         qa = {"question": question, "program": program, "answer": _answer(value, share), "exe_ans": value}
-        records.append({**content, "filename": filename, "id": f"{filename}-{place}", "qa": qa})
+        records.append({**content, "filename": filename, "id": f"{filename}-{number_on_page}", "qa": qa})
     return records
 
 
@@ -111,29 +112,29 @@ def _answer(value: float | str, share: bool) -> str:
 
 
 def builtin_records(name: str, seed: int) -> Iterator[Record]:
-    """The invented pages that data.path names, eight of ten for training, the others for dev and test."""
+    """The records of the pages that data.path names. Of ten pages, eight are train, one is dev, one is test."""
     for number in range(BUILTIN[name]):
         split = {8: "dev", 9: "test"}.get(number // len(_PAGE_KINDS) % 10, "train")
         for data in make_page(seed, number):
-            record = parse_record(json.loads(json.dumps(data)), split, PLACE, data["id"])
+            record = parse_record(json.loads(json.dumps(data)), split, SOURCE, data["id"])
             assert isinstance(record, Record)
             yield record
 
 
 def _amounts(draw: random.Random, count: int) -> list[str]:
-    """Amounts of one row: alike in size, all different."""
+    """Different amounts of similar size, for one row."""
     size = 10 ** draw.uniform(1.5, 4.5)
-    places = 1 if size < 1000 else 0
+    decimals = 1 if size < 1000 else 0
     amounts: list[str] = []
     while len(amounts) < count:
-        text = f"{size * draw.uniform(0.6, 1.6):.{places}f}"
+        text = f"{size * draw.uniform(0.6, 1.6):.{decimals}f}"
         if text not in amounts:
             amounts.append(text)
     return amounts
 
 
-def _pick(draw: random.Random, names: Sequence[str], least: int, most: int) -> list[str]:
-    return draw.sample(names, draw.randint(least, most))
+def _pick(draw: random.Random, names: Sequence[str], low: int, high: int) -> list[str]:
+    return draw.sample(names, draw.randint(low, high))
 
 
 def _dollars(cells: list[str]) -> list[str]:
@@ -141,14 +142,14 @@ def _dollars(cells: list[str]) -> list[str]:
 
 
 def _income_page(draw: random.Random) -> _Page:
-    """Line items by year."""
+    """An income statement: line items by year."""
     year = draw.randint(2004, 2019)
     years = [str(year - back) for back in range(draw.randint(2, 4))]
     page = _Page(draw, year, [f"( {draw.choice(_UNITS)} )", *years])
     for number, name in enumerate(_pick(draw, _INCOME, 4, 8)):
         amounts = _amounts(draw, len(years))
         page.rows[name] = _dollars(amounts) if number == 0 else amounts
-    # A loss is printed as FinQA prints it
+    # Losses have FinQA's format
     losses = _amounts(draw, len(years))
     page.rows["other income ( loss ) net"] = [f"-{a} ( {a} )" if draw.random() < 0.6 else a for a in losses]
     _ask_by_year(page, [n for n in page.rows if "(" not in n], years)
@@ -195,7 +196,7 @@ def _ask_by_year(page: _Page, names: list[str], years: list[str]) -> None:
 
 
 def _schedule_page(draw: random.Random) -> _Page:
-    """Future payments: years down, kinds of obligations across."""
+    """Future payments: a row for each year, a column for each kind of obligation."""
     year = draw.randint(2004, 2019)
     kinds = _pick(draw, _OBLIGATIONS, 2, 3)
     page = _Page(draw, year, ["year ending december 31", *kinds])
@@ -282,7 +283,7 @@ def _segment_page(draw: random.Random) -> _Page:
 
 
 def _add_prose(page: _Page) -> None:
-    """Sentences with numbers of their own, questions on them, and sentences that say little."""
+    """Add sentences with numbers, questions about these, and sentences without numbers."""
     draw = page.draw
     shares, price = f"{draw.uniform(0.5, 40):.1f}", f"{draw.uniform(8, 160):.2f}"
     rate, years = f"{draw.uniform(1.2, 8.8):.2f}%", draw.randint(2, 9)

@@ -1,39 +1,35 @@
-"""Wrong programs made by changing a right one: single edits, and walks of edit upon edit.
+"""Wrong programs made by changing a right one: single edits, and walks of repeated edits.
 
-A pool of single edits gives its gold program away: it is what all others are near to (`naive_pools` is kept to show
-that). On a walk the gold program is one step among others, with as many before it as after it.
+A pool of single edits reveals its gold program, because all others are close to it; `naive.naive_pools` measures this.
+On a walk, the gold program is one program among others, with as many before it as after it.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from lib import randomness
 from lib.sections.finqa import ChangesConfig
-from lib.tasks.finqa.numbers import Place
-from lib.tasks.finqa.places import Page, is_number
+from lib.tasks.finqa.numbers import Span
+from lib.tasks.finqa.page import Page, PageQuestions, is_number
 from lib.tasks.finqa.program import TABLE_OPERATIONS, ProgramError, parse
 from lib.tasks.finqa.record import Record
 
 EDITS = ("operation", "order", "row", "column", "number", "drop", "scale", "sign")
-WALK_EDITS = (
-    "operation",
-    "order",
-    "row",
-    "column",
-    "number",
-    "number",
-    "drop",
-    "extend",
-)  # as often as listed
-_SWAPPED = ("add", "subtract", "multiply", "divide")
-_TRIALS = 12  # edits tried for one step of a walk
+# Drawn uniformly, so "number" is twice as frequent as the others
+WALK_EDITS = ("operation", "order", "row", "column", "number", "number", "drop", "extend")
+_ARITHMETIC = ("add", "subtract", "multiply", "divide")
+_TRIALS = 12  # edits tried for each step of a walk
 
-Steps = list[list[str]]  # operation and two arguments, each
-Change = tuple[int, str, str]  # how many changes before (-) or after the gold program, the program, its kind
+Steps = list[list[str]]  # operation and two arguments of each step
+Change = tuple[int, str, str]  # number of changes before (-) or after the gold program, the program, its kind
 
 
 def edit(program: str, kind: str, page: Page, draw: random.Random) -> str | None:
-    """The program with one edit of a kind of EDITS or "extend", or None when it allows none. May not run."""
+    """The program with one edit, or None where it allows no edit of this kind. The result may fail to run.
+
+    Args:
+        kind: one of EDITS, or "extend".
+    """
     steps = [[step.operation, step.first.text, step.second.text] for step in parse(program)]
     if kind in ("row", "column", "number"):
         done = _edit_number(steps, kind, page, draw)
@@ -44,21 +40,24 @@ def edit(program: str, kind: str, page: Page, draw: random.Random) -> str | None
 
 def _edit_operation(steps: Steps, page: Page, draw: random.Random) -> bool:
     step = draw.choice(steps)
-    names = TABLE_OPERATIONS if step[0] in TABLE_OPERATIONS else _SWAPPED
+    names = TABLE_OPERATIONS if step[0] in TABLE_OPERATIONS else _ARITHMETIC
     step[0] = draw.choice([name for name in names if name != step[0]])
     return True
 
 
 def _edit_order(steps: Steps, page: Page, draw: random.Random) -> bool:
-    able = [s for s in steps if s[0] in ("subtract", "divide", "exp")]
-    if able:
-        step = draw.choice(able)
+    ordered = [s for s in steps if s[0] in ("subtract", "divide", "exp")]
+    if ordered:
+        step = draw.choice(ordered)
         step[1:] = step[:0:-1]
-    return bool(able)
+    return bool(ordered)
 
 
 def _edit_number(steps: Steps, kind: str, page: Page, draw: random.Random) -> bool:
-    """Another number for one of the program's, everywhere: of its column (kind "row"), of its row, or any."""
+    """Replace one number of the program everywhere.
+
+    The new number is in the same column (kind "row"), in the same row (kind "column"), or anywhere (kind "number").
+    """
     parsed = parse(", ".join(f"{o}({a}, {b})" for o, a, b in steps))
     numbers = {a.text for s in parsed if not s.reads_table for a in (s.first, s.second) if is_number(a)}
     tables = [s for s in steps if s[0] in TABLE_OPERATIONS]
@@ -68,8 +67,8 @@ def _edit_number(steps: Steps, kind: str, page: Page, draw: random.Random) -> bo
     if not numbers:
         return False
     old = draw.choice(sorted(numbers))
-    place = page.locate(sorted(numbers))[old]
-    others = [p for p in _alternatives(place, kind, page) if _unsigned(p) not in numbers]
+    span = page.locate(sorted(numbers))[old]
+    others = [p for p in _alternatives(span, kind, page) if _unsigned(p) not in numbers]
     if not others:
         return False
     new = _unsigned(draw.choice(others))
@@ -79,16 +78,16 @@ def _edit_number(steps: Steps, kind: str, page: Page, draw: random.Random) -> bo
     return True
 
 
-def _alternatives(place: Place | None, kind: str, page: Page) -> list[Place]:
-    if kind == "number" or place is None or not place.in_table:
-        return [] if kind in ("row", "column") else [p for p in page.places if not p.year_like]
+def _alternatives(span: Span | None, kind: str, page: Page) -> list[Span]:
+    if kind == "number" or span is None or not span.in_table:
+        return [] if kind in ("row", "column") else [p for p in page.spans if not p.year_like]
     if kind == "row":
-        return [p for p in page.cells if p.column == place.column and p.row != place.row]
-    return [p for p in page.cells if p.row == place.row and p.column != place.column]
+        return [p for p in page.cells if p.column == span.column and p.row != span.row]
+    return [p for p in page.cells if p.row == span.row and p.column != span.column]
 
 
-def _unsigned(place: Place) -> str:
-    return place.text.lstrip("-")  # as most gold programs write losses
+def _unsigned(span: Span) -> str:
+    return span.text.lstrip("-")  # most gold programs write losses without the sign
 
 
 def _edit_drop(steps: Steps, page: Page, draw: random.Random) -> bool:
@@ -112,14 +111,14 @@ def _edit_sign(steps: Steps, page: Page, draw: random.Random) -> bool:
 
 
 def _edit_extend(steps: Steps, page: Page, draw: random.Random) -> bool:
-    """One more step, with a number of the page or one that the program has: what "drop" takes away."""
-    own = [a for s in steps if s[0] not in TABLE_OPERATIONS for a in s[1:] if not a.startswith("#")]
-    pick = draw.choice(own) if own and draw.random() < 0.6 else None
-    if pick is None:
+    """Append a step with a number of the page or of the program: the inverse of "drop"."""
+    used = [a for s in steps if s[0] not in TABLE_OPERATIONS for a in s[1:] if not a.startswith("#")]
+    number = draw.choice(used) if used and draw.random() < 0.6 else None
+    if number is None:
         if not page.cells:
             return False
-        pick = _unsigned(draw.choice(page.cells))
-    steps.append([draw.choice(_SWAPPED), f"#{len(steps) - 1}", pick])
+        number = _unsigned(draw.choice(page.cells))
+    steps.append([draw.choice(_ARITHMETIC), f"#{len(steps) - 1}", number])
     return True
 
 
@@ -134,20 +133,22 @@ _EDIT = {
 
 
 def walks(
-    records: Sequence[Record],
-    page: Page,
+    questions: PageQuestions,
     length: int,
     weights: ChangesConfig,
     runs: Callable[[str, Record], bool],
     rewrite: Callable[[list[str]], list[str]] | None,
     seed: int,
 ) -> list[list[Change]]:
-    """For each question of a page `length` changes before and after its gold program, each made from the one nearer to it.
+    """For each question of a page `length` programs before and `length` after its gold program.
+
+    Each is made by changing the previous one, starting at the gold program.
 
     Args:
-        runs: whether a program has a value of use on the page of the record; a walk goes on only over those.
-        rewrite: gives programs other numbers. Without it all changes are edits.
+        runs: whether a program has a numeric value on the page of the record. A walk contains only such programs.
+        rewrite: replaces the numbers of programs. Without it all changes are edits.
     """
+    records, page = questions.records, questions.page
     found: list[list[Change]] = [[] for _ in records]
     share = weights.masked_lm / ((weights.chain + weights.masked_lm) or 1.0) if rewrite else 0.0
     draws = [random.Random(randomness.key(seed, f"finqa walk {record.id}")) for record in records]
@@ -159,7 +160,7 @@ def walks(
             made = {i: (text, "masked_lm") for i, text in zip(rewritten, texts, strict=True)}
             for i in ends:
                 text, kind = made.get(i, (None, "chain"))
-                if text is None or text == ends[i] or not _sound(text, records[i], runs):
+                if text is None or text == ends[i] or not _is_well_formed(text, records[i], runs):
                     text, kind = _edited(ends[i], records[i], page, runs, draws[i]), "chain"
                 if text is not None:
                     ends[i] = text
@@ -167,8 +168,8 @@ def walks(
     return found
 
 
-def _sound(program: str, record: Record, runs: Callable[[str, Record], bool]) -> bool:
-    """Whether it runs and is written as programs of FinQA are."""
+def _is_well_formed(program: str, record: Record, runs: Callable[[str, Record], bool]) -> bool:
+    """Whether the program runs and is formatted like FinQA's programs."""
     try:
         steps = parse(program)
     except ProgramError:
@@ -178,7 +179,10 @@ def _sound(program: str, record: Record, runs: Callable[[str, Record], bool]) ->
     )
 
 
-def _edited(program: str, record: Record, page: Page, runs, draw: random.Random) -> str | None:
+def _edited(
+    program: str, record: Record, page: Page, runs: Callable[[str, Record], bool], draw: random.Random
+) -> str | None:
+    """The program after one edit of WALK_EDITS, or None when no edit of _TRIALS runs."""
     for _ in range(_TRIALS):
         text = edit(program, draw.choice(WALK_EDITS), page, draw)
         if text is not None and text != program and runs(text, record):

@@ -1,8 +1,8 @@
-"""Stage 01 for FinQA: a record becomes an example: what is asked, and what would answer it.
+"""Stage 01 for FinQA: a record becomes an example with a prompt (the question) and a target (the gold program).
 
-FinQA's own splits are kept: `train.json` teaches, `dev.json` is held out, `test.json` is the test. Without `dev.json`
-some of the training groups are held out. Some others choose the best step of a training run (`selection`), so that the
-held-out questions stay unseen until the end. A group is a page, or a report with all its pages.
+FinQA's splits are kept: `train.json` is train, `dev.json` is held_out, `test.json` is test. Without `dev.json`, a share
+of the training groups is held out. Another share is the split `selection`, which chooses the best step of a training
+run, so that the held-out questions are unseen until the end. A group is a page, or a report with all its pages.
 """
 
 import os
@@ -12,7 +12,7 @@ from functools import partial
 from lib.config import Config
 from lib.randomness import hash_fraction
 from lib.tasks import SHORTENED, Document, Dropped, Example
-from lib.tasks.finqa.pages import serialise, whole_page
+from lib.tasks.finqa.page_text import serialise, whole_page
 from lib.tasks.finqa.program import ProgramError, execute, parse
 from lib.tasks.finqa.record import Record
 
@@ -21,11 +21,11 @@ SEEN_REPORT, NEW_REPORT = "report seen in training", "report new"
 
 
 def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example | Dropped]:
-    """An example per record, or why there is none. Goes over the documents twice."""
+    """An example for each record, or why there is none. Iterates over the documents several times."""
     splits = {r.id: split_of(r, config) for r in _records(documents)}
     if "held_out" not in splits.values():
         splits = {r.id: _held_out_or(splits[r.id], r, config) for r in _records(documents)}
-    taught = {r.report for r in _records(documents) if splits[r.id] == "train"}
+    train_reports = {r.report for r in _records(documents) if splits[r.id] == "train"}
     count_tokens = token_counter(config)
     for record in _records(documents):
         try:
@@ -35,18 +35,18 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
             yield Dropped(record.id, f"program cannot run: {error.what}", record.program or "")
             continue
         if not record.question.strip():
-            yield Dropped(record.id, "nothing is asked", record.program or "")
+            yield Dropped(record.id, "the question is empty", record.program or "")
             continue
         tags = ["1 step" if steps == 1 else f"{steps} steps" if steps < 4 else "4 or more steps"]
         if splits[record.id] in ("held_out", "test"):
-            tags.append(SEEN_REPORT if record.report in taught else NEW_REPORT)
+            tags.append(SEEN_REPORT if record.report in train_reports else NEW_REPORT)
         prompt = prompt_of(record, config, count_tokens)
         if config.ranker.prompt == "question_page" and not prompt.endswith(whole_page(record)):
             tags.append(SHORTENED)
         yield Example(
             example_id=record.id,
             prompt=prompt,
-            target=f"{record.program} = {written(value)}",
+            target=f"{record.program} = {format_value(value)}",
             split=splits[record.id],
             group=group_of(record, config),
             record=record.to_json(),
@@ -60,12 +60,12 @@ def _records(documents: Iterable[Document]) -> Iterator[Record]:
 
 
 def group_of(record: Record, config: Config) -> str:
-    """What must not be torn apart: the page, or the whole report."""
+    """The unit that stays in one split: the page, or the whole report."""
     return record.filename if config.finqa.group == "page" else record.report
 
 
 def split_of(record: Record, config: Config) -> str:
-    """FinQA's own split; of the training groups a share is for selection."""
+    """The split of a record. A share of the training groups is for selection."""
     split = SPLIT_OF[record.split]
     if split == "train" and hash_fraction(config.seed, "selection", group_of(record, config)) < (
         config.finqa.selection_share
@@ -81,7 +81,7 @@ def _held_out_or(split: str, record: Record, config: Config) -> str:
 
 
 def prompt_of(record: Record, config: Config, count_tokens: Callable[[str], int]) -> str:
-    """The question; with `ranker.prompt: question_page`, then as much of the page as the budget of tokens allows."""
+    """The question. With `ranker.prompt: question_page` also as much of the page as `ranker.prompt_tokens` allows."""
     question = " ".join(record.question.split())
     if config.ranker.prompt == "question":
         return question
@@ -90,11 +90,11 @@ def prompt_of(record: Record, config: Config, count_tokens: Callable[[str], int]
     return f"{question}\n{page}" if page else question
 
 
-SPARE = 4  # for the tokens that a tokenizer puts around a prompt
+SPARE = 4  # tokens that a tokenizer may add around a prompt
 
 
 def token_counter(config: Config) -> Callable[[str], int]:
-    """Tokens of a text for the ranker's encoder; words where the tokenizer is still to be trained."""
+    """Counts the tokens of a text for the ranker's encoder, or its words where the tokenizer is not trained yet."""
     encoder = config.ranker.encoder
     if encoder is None or config.ranker.prompt == "question":
         return lambda text: len(text.split())
@@ -109,8 +109,8 @@ def _count(tokenizer, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-def written(value: float | str) -> str:
-    """A value in short: at most five decimals, no trailing zeros."""
+def format_value(value: float | str) -> str:
+    """A value as text: at most five decimals, no trailing zeros."""
     if isinstance(value, str):
         return value
     text = f"{value:.5f}".rstrip("0").rstrip(".")

@@ -1,20 +1,20 @@
-"""A few words about one answered question, for the report."""
+"""A short explanation of one answered question, for the report."""
 
 import math
 
 
 def explain(row: dict) -> str:
-    """What the chosen program got right or wrong.
+    """Whether the chosen program is right, and how its answer differs.
 
     Args:
-        row: `chosen_value`, `best_value` (texts), `chosen_kind`, `reward` of the chosen candidate.
+        row: `chosen_value`, `best_value` (texts), `chosen_kind`, and `reward` of the chosen candidate.
     """
     chosen, best = row["chosen_value"], row["best_value"]
     if row["reward"] >= 1 or chosen == best:
         return f"right: {best}"
     words = {
         "page_gold": "it answers another question of the page",
-        "chain": "it is the right program, changed",
+        "chain": "it is a changed version of the right program",
     }
     parts = [f"answered {chosen}, right is {best}", *_relation(chosen, best)]
     if row["chosen_kind"] in words:
@@ -23,7 +23,7 @@ def explain(row: dict) -> str:
 
 
 def _relation(chosen: str | None, best: str | None) -> list[str]:
-    """How a wrong number is related to the right one, if it is."""
+    """How a wrong number relates to the right one, if a simple relation holds."""
     try:
         wrong, right = float(chosen or ""), float(best or "")
     except ValueError:

@@ -1,23 +1,21 @@
-"""What can be said of a program without its question: numbers and words that describe it, alone and within its pool.
+"""Question-blind features of a program.
 
-`Described.of` describes one program: its operations, its value, its numbers, and where on the page they stand.
-`in_pool` adds how it compares with the others of its pool: ranks, sums, numbers in common. None of this knows which
-program is the gold one, so whatever finds gold ones by it has found a shortcut.
+`ProgramFeatures.of` describes one program: its operations, its value, its numbers, and where on the page they are.
+`pool_comparison.in_pool` compares it with the others of its pool. A scorer that finds gold programs from these features
+uses a shortcut, since they do not depend on the question.
 """
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lib import randomness
-from lib.tasks.finqa.numbers import Place
-from lib.tasks.finqa.places import Page, is_number, numbers_of, skeleton
+from lib.tasks.finqa.numbers import Span
+from lib.tasks.finqa.page import Page, is_number, numbers_of, skeleton
 from lib.tasks.finqa.program import OPERATIONS, Step, parse
 
-MAX_NUMBERS = 8  # of one program that are compared with others'
 _CONSTANTS = ("const_1", "const_2", "const_3", "const_100", "const_1000", "const_1000000")
 _YEAR = re.compile(r"(?:19|20)[0-9]{2}")
 _WORD = re.compile(r"[a-z]{2,}|[0-9]+")
@@ -38,23 +36,29 @@ COLUMN = {name: i for i, name in enumerate(NAMES)}
 
 
 @dataclass(frozen=True)
-class Described:
-    """One program: `row` (F,) of NAMES, `words` of it and of the names of its numbers, `numbers` as hashes."""
+class ProgramFeatures:
+    """Features of one program.
+
+    Attributes:
+        row: (F,) one column for each of NAMES.
+        words: the skeleton of the program and the labels of its numbers.
+        numbers: hashes of its numbers and row names.
+    """
 
     row: np.ndarray
     words: str
     numbers: tuple[int, ...]
 
     @staticmethod
-    def of(program: str, value: float, page: Page) -> "Described":
+    def of(program: str, value: float, page: Page) -> "ProgramFeatures":
         steps = parse(program)
         written = numbers_of(steps)
-        places = page.locate(written)
+        spans = page.locate(written)
         row = {
             **_of_steps(program, steps),
             **_of_value(value),
-            **_of_numbers(written, places),
-            **_of_places([places[n] for n in written], page),
+            **_of_numbers(written, spans),
+            **_of_spans([spans[n] for n in written], page),
         }
         uses = [a.text for s in steps if not s.reads_table for a in (s.first, s.second) if is_number(a)]
         row["uses"] = len(uses)
@@ -67,9 +71,9 @@ class Described:
             max(found, default=0),
         )
         names = [s.first.text for s in steps if s.reads_table]
-        words = _words(steps, [places[n] for n in written], names, page)
+        words = _words(steps, [spans[n] for n in written], names, page)
         array = np.fromiter((row.get(name, 0.0) for name in NAMES), np.float32, len(NAMES))
-        return Described(array, words, tuple(_hash(n) for n in (*written, *names)))
+        return ProgramFeatures(array, words, tuple(_hash(n) for n in (*written, *names)))
 
 
 def _hash(text: str) -> int:
@@ -115,7 +119,7 @@ def _amount(number: str) -> float:
     return float(number.rstrip("% ").replace(",", ""))
 
 
-def _of_numbers(written: list[str], places: dict[str, Place | None]) -> dict[str, float]:
+def _of_numbers(written: list[str], spans: dict[str, Span | None]) -> dict[str, float]:
     if not written:
         return {}
     amounts = [_amount(n) for n in written]
@@ -136,9 +140,9 @@ def _of_numbers(written: list[str], places: dict[str, Place | None]) -> dict[str
         "percents": sum(n.endswith("%") for n in written),
         "year numbers": sum(_YEAR.fullmatch(n) is not None for n in written),
         "minus dropped": sum(
-            p is not None and p.negative and a > 0 for p, a in zip(places.values(), amounts, strict=True)
+            p is not None and p.negative and a > 0 for p, a in zip(spans.values(), amounts, strict=True)
         ),
-        "percent dropped": sum(p is not None and p.percent and "%" not in n for n, p in places.items()),
+        "percent dropped": sum(p is not None and p.percent and "%" not in n for n, p in spans.items()),
     }
     if len(amounts) > 1:
         row["first over second"] = logs[0] - logs[1]
@@ -146,8 +150,8 @@ def _of_numbers(written: list[str], places: dict[str, Place | None]) -> dict[str
     return row
 
 
-def _of_places(places: list[Place | None], page: Page) -> dict[str, float]:
-    known = [p for p in places if p is not None]
+def _of_spans(spans: list[Span | None], page: Page) -> dict[str, float]:
+    known = [p for p in spans if p is not None]
     cells = [p for p in known if p.row > 0 and p.column > 0]
     text = [p for p in known if not p.in_table]
     width = max((len(r) for r in page.table), default=0)
@@ -155,7 +159,7 @@ def _of_places(places: list[Place | None], page: Page) -> dict[str, float]:
         "cells": len(cells),
         "headers": len(known) - len(cells) - len(text),
         "in text": len(text),
-        "nowhere": len(places) - len(known),
+        "nowhere": len(spans) - len(known),
         "rows": len(page.table),
         "page columns": width,
     }
@@ -181,12 +185,12 @@ def _of_places(places: list[Place | None], page: Page) -> dict[str, float]:
         row["dollars"] = sum(look[2] for look in looks)
         row["units differ"] = len(set(looks)) - 1
         row["one sentence"] = len(text) > 1 and len({p.sentence for p in text}) == 1
-    if len(places) > 1:
-        row.update(_of_first_two(places[0], places[1], page))
+    if len(spans) > 1:
+        row.update(_of_first_two(spans[0], spans[1], page))
     return row
 
 
-def _of_first_two(first: Place | None, second: Place | None, page: Page) -> dict[str, float]:
+def _of_first_two(first: Span | None, second: Span | None, page: Page) -> dict[str, float]:
     if first is None or second is None:
         return {}
     ages = _year(first, page), _year(second, page)
@@ -204,111 +208,41 @@ def _of_first_two(first: Place | None, second: Place | None, page: Page) -> dict
     return row
 
 
-def _year(place: Place, page: Page) -> int | None:
-    """The year in the name of the number's column, else of its row."""
-    if not place.in_table:
+def _year(span: Span, page: Page) -> int | None:
+    """The year in the name of the number's column, or else of its row."""
+    if not span.in_table:
         return None
-    for name in (page.column_name(place.column), page.row_name(place.row)):
+    for name in (page.column_name(span.column), page.row_name(span.row)):
         if found := _YEAR.search(name):
             return int(found[0])
     return None
 
 
-def _words(steps: list[Step], places: list[Place | None], names: list[str], page: Page) -> str:
-    """The skeleton, and for each number its place in the program before each word of its names."""
+def _words(steps: list[Step], spans: list[Span | None], names: list[str], page: Page) -> str:
+    """The skeleton, and the labels of each number. Each word has a prefix for the number's position in the program."""
     words = [skeleton(steps).replace(" ", ";")]
-    for number, place in enumerate(places):
-        if place is None:
+    for number, span in enumerate(spans):
+        if span is None:
             continue
-        mark = "abc"[min(number, 2)]
-        words += [f"{mark}:{word}" for word in label_of(place, page)]
+        prefix = "abc"[min(number, 2)]
+        words += [f"{prefix}:{word}" for word in label_of(span, page)]
     words += [f"r:{word}" for name in names for word in _WORD.findall(name.lower())]
     return " ".join(words)
 
 
-def label_of(place: Place, page: Page) -> list[str]:
-    """Words that say what a number is: those of its row and column, or those around it in its sentence."""
-    if place not in page.labels:
-        page.labels[place] = _label_of(place, page)
-    return page.labels[place]
+def label_of(span: Span, page: Page) -> list[str]:
+    """Words that describe a number: those of its row and column names, or those around it in its sentence."""
+    if span not in page.labels:
+        page.labels[span] = _label_of(span, page)
+    return page.labels[span]
 
 
-def _label_of(place: Place, page: Page) -> list[str]:
-    if place.in_table:
+def _label_of(span: Span, page: Page) -> list[str]:
+    if span.in_table:
         row, column = (
-            _WORD.findall(name.lower()) for name in (page.row_name(place.row), page.column_name(place.column))
+            _WORD.findall(name.lower()) for name in (page.row_name(span.row), page.column_name(span.column))
         )
         return [*row[:8], *(f"c.{word}" for word in column[:5])]
-    sentence = page.sentences[place.sentence].lower()
-    before, after = _WORD.findall(sentence[: place.start])[-6:], _WORD.findall(sentence[place.end :])[:4]
+    sentence = page.sentences[span.sentence].lower()
+    before, after = _WORD.findall(sentence[: span.start])[-6:], _WORD.findall(sentence[span.end :])[:4]
     return [*(f"s.{word}" for word in before), *(f"t.{word}" for word in after)]
-
-
-# Within a pool
-
-COMPARED = tuple(
-    COLUMN[name]
-    for name in (
-        "add", "subtract", "multiply", "divide", "steps", "constants", "characters", "references", "log value",
-        "value sign", "value whole", "log distance from 1", "log mean", "log spread", "log least", "log most",
-        "most decimals", "numbers", "same number twice", "cells", "in text", "nowhere", "places of the rarest",
-        "one row", "one column", "years new minus old", "first over second", "totals", "last rows", "last columns",
-        "row height", "column height", "sentence height", "row name words", "year numbers", "negatives", "percents",
-    )
-)  # fmt: skip
-
-
-def number_table(described: Sequence[Described]) -> np.ndarray:
-    """(N, MAX_NUMBERS) int64: the hashes of each program's numbers, -1 where there are fewer."""
-    table = np.full((len(described), MAX_NUMBERS), -1, np.int64)
-    for i, one in enumerate(described):
-        table[i, : len(one.numbers)] = one.numbers[:MAX_NUMBERS]
-    return table
-
-
-def in_pool(rows: np.ndarray, numbers: np.ndarray, extra: np.ndarray | None = None) -> np.ndarray:
-    """How each candidate compares with the others of its pool, (P, K, G).
-
-    Args:
-        rows: (P, K, F), columns as NAMES.
-        numbers: (P, K, MAX_NUMBERS) of `number_table`.
-        extra: (P, K, E) more columns to compare, such as scores.
-    """
-    compared = rows[..., COMPARED]  # (P, K, C)
-    if extra is not None:
-        compared = np.concatenate([compared, extra.astype(np.float32)], -1)
-    below = compared[:, :, None] > compared[:, None]  # (P, K, K, C)
-    equal = compared[:, :, None] == compared[:, None]
-    ranks = below.mean(2, dtype=np.float32) + equal.mean(2, dtype=np.float32) / 2
-    shares = equal.mean(2, dtype=np.float32)
-    real = numbers >= 0
-    common = (numbers[:, :, None, :, None] == numbers[:, None, :, None, :]) & real[:, :, None, :, None]
-    shared = common.any(-1).sum(-1).astype(np.float32)  # (P, K, K) numbers of k that l has too
-    alone = ~np.eye(rows.shape[1], dtype=bool)
-    others = shared * alone
-    count = np.maximum(real.sum(-1), 1)[..., None]
-    signature = rows[..., : len(OPERATIONS)]
-    same = (signature[:, :, None] == signature[:, None]).all(-1) & alone  # (P, K, K) the same operations
-    value = rows[..., COLUMN["log value"]]
-    apart = np.where(alone, np.abs(value[:, :, None] - value[:, None]), np.inf)
-    near = np.sort(apart, -1)
-    central = np.stack(
-        [
-            others.sum(-1),
-            others.max(-1),
-            (others / count).sum(-1),
-            (others > 0).sum(-1),
-            (others == count).sum(-1),
-            (others.swapaxes(1, 2) > 0).sum(-1),
-            same.sum(-1),
-            (same & (others > 0)).sum(-1),
-            (same & (others == count)).sum(-1),
-            near[..., 0],
-            near[..., 1],
-            near[..., :-1].mean(-1),
-        ],
-        -1,
-    ).astype(np.float32)
-    finite = np.where(np.isfinite(central), central, 9.0)
-    mean = finite.mean(1, keepdims=True)
-    return np.concatenate([ranks, shares, finite, finite - mean], -1)

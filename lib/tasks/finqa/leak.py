@@ -1,7 +1,7 @@
-"""How well gold programs are found without the question, and what simple methods find that do see it.
+"""The leak: how often question-blind scorers find gold programs. And baselines that do see the question.
 
-The scorers here are not those that made the pools (`filter`): other models, other settings, other seeds, and the text
-that rankers read instead of words of our own choice. What they find is a shortcut that a ranker could take too.
+These scorers differ from those that made the pools (`adversarial_filter`) in models, settings and seeds, and they read the
+text that rankers read. What they find is a shortcut that a ranker could learn too.
 """
 
 import math
@@ -21,37 +21,39 @@ from lib import randomness
 from lib.metrics import SHARE, Estimate, ratio, sum_by
 from lib.ranking.metrics import ranking_metrics
 from lib.tasks.finqa.blind import Sparse
-from lib.tasks.finqa.features import Described, in_pool, label_of, number_table
+from lib.tasks.finqa.features import ProgramFeatures, label_of
 from lib.tasks.finqa.grounding import ground
-from lib.tasks.finqa.places import Page, numbers_of
+from lib.tasks.finqa.page import Page, numbers_of
+from lib.tasks.finqa.pool_comparison import in_pool, number_table
 from lib.tasks.finqa.program import parse
 from lib.tasks.finqa.record import Record
 
-Pool = tuple[Record, Sequence, int]  # a question, its candidates (program, value), the place of the gold one
+# A question, its candidates (program, value), the index of the gold program
+Pool = tuple[Record, Sequence, int]
 ONE, WHOLE = "one candidate", "whole pool"
 
-_AT_ONCE = 1024  # pools compared at a time
+_AT_ONCE = 1024  # pools compared in one batch
 _WORD = re.compile(r"[a-z]{3,}|[0-9][0-9,.]*")
 _YEAR = re.compile(r"(?:19|20)[0-9]{2}")
 
 
 @dataclass
-class Matrices:
-    """N pools of K candidates: `rows` (N, K, F) of each alone, `compared` (N, K, G) with the others of its pool."""
+class PoolFeatures:
+    """Features of N pools of K candidates."""
 
     pages: np.ndarray  # (N,) names
-    rows: np.ndarray
-    compared: np.ndarray
+    rows: np.ndarray  # (N, K, F) of each candidate alone
+    compared: np.ndarray  # (N, K, G) of each candidate compared with its pool
     texts: list[str]  # N * K, as rankers read them
     gold: np.ndarray  # (N, K) bool
 
     @staticmethod
-    def of(pools: Sequence[Pool]) -> "Matrices":
+    def of(pools: Sequence[Pool]) -> "PoolFeatures":
         views = {record.filename: Page(record) for record, _, _ in pools}
         rows, numbers, texts = [], [], []
         for record, pool, _ in pools:
             page = views[record.filename]
-            described = [Described.of(c.program, c.value, page) for c in pool]
+            described = [ProgramFeatures.of(c.program, c.value, page) for c in pool]
             rows.append([d.row for d in described])
             numbers.append(number_table(described))
             texts += [ground(c.program, c.value, page) for c in pool]
@@ -63,11 +65,11 @@ class Matrices:
                 for i in range(0, shape[0], _AT_ONCE)
             ]
         )
-        gold = np.arange(shape[1]) == np.array([place for *_, place in pools])[:, None]
-        return Matrices(np.array([r.filename for r, *_ in pools]), array, compared, texts, gold)
+        gold = np.arange(shape[1]) == np.array([gold_index for *_, gold_index in pools])[:, None]
+        return PoolFeatures(np.array([r.filename for r, *_ in pools]), array, compared, texts, gold)
 
     def columns(self, sees: str) -> np.ndarray:
-        """(N * K, C) of the candidate alone, or with its pool."""
+        """(N * K, C) features of each candidate alone (`sees` is ONE), or also compared with its pool."""
         parts = [self.rows] if sees == ONE else [self.rows, self.compared]
         return np.concatenate(parts, -1).reshape(self.gold.size, -1)
 
@@ -75,21 +77,22 @@ class Matrices:
 def measure_leak(
     train_pools: Sequence[Pool], held_out_pools: Sequence[Pool], seed: int, limit: float
 ) -> dict:
-    """How often scorers that learn from the train pools, without questions, find the gold programs of the others.
+    """How often question-blind scorers, fitted on the train pools, find the gold programs of the held-out pools.
 
     Returns:
-        rows: scorer ("linear", "trees", "n-gram"), sees ("one candidate", "whole pool"), accuracy with its 95 %
-            interval over pages (low, high), chance and pools. worst_upper_bound: the largest `high`. limit.
+        rows: a dict per scorer with `scorer` ("linear", "trees", "n-gram"), `sees` ("one candidate", "whole pool"),
+            `accuracy` with its 95 % interval over pages (`low`, `high`), `chance` and `pools`.
+        worst_upper_bound: the largest `high`.
+        limit: as given.
     """
-    train, held_out = Matrices.of(train_pools), Matrices.of(held_out_pools)
+    train, held_out = PoolFeatures.of(train_pools), PoolFeatures.of(held_out_pools)
     rows = [_row(name, sees, scores, held_out) for name, sees, scores in _blind_scores(train, held_out, seed)]
-    bounds = [
-        1.0 if math.isnan(row["high"]) else row["high"] for row in rows
-    ]  # one page alone bounds nothing
+    # One page alone has no interval
+    bounds = [1.0 if math.isnan(row["high"]) else row["high"] for row in rows]
     return {"rows": rows, "worst_upper_bound": max(bounds), "limit": limit}
 
 
-def _row(scorer: str, sees: str, scores: np.ndarray, pools: Matrices) -> dict:
+def _row(scorer: str, sees: str, scores: np.ndarray, pools: PoolFeatures) -> dict:
     estimate = accuracy(scores, pools.gold, pools.pages)
     count, size = pools.gold.shape
     figures = {"accuracy": estimate.value, "low": estimate.low, "high": estimate.high}
@@ -97,14 +100,14 @@ def _row(scorer: str, sees: str, scores: np.ndarray, pools: Matrices) -> dict:
 
 
 def accuracy(scores: np.ndarray, gold: np.ndarray, pages: np.ndarray) -> Estimate:
-    """Share of pools whose highest score (N, K) is the gold one's, ties shared; the interval resamples pages."""
+    """Share of pools in which the gold program has the highest score (N, K). The interval resamples pages."""
     found = ranking_metrics(scores, gold.astype(np.float64), np.ones_like(gold))["accuracy"]
     hits, pools = sum_by(pages, found, np.ones(len(found)))
     return ratio(hits, pools, limits=SHARE)
 
 
-def _blind_scores(train: Matrices, held_out: Matrices, seed: int):
-    """(scorer, what it sees, its scores (N, K)) of every scorer."""
+def _blind_scores(train: PoolFeatures, held_out: PoolFeatures, seed: int):
+    """(scorer, what it sees, (N, K) scores) of every scorer."""
     gold = train.gold.ravel()
     for sees in (ONE, WHOLE):
         known, asked = train.columns(sees), held_out.columns(sees)
@@ -134,7 +137,7 @@ def _logistic(known, gold: np.ndarray, asked) -> np.ndarray:
 
 
 def _grams(train: list[str], held_out: list[str]) -> tuple[Sparse, Sparse]:
-    """Words and their pairs, and pieces of two to four characters."""
+    """TF-IDF of words, pairs of words, and character n-grams of length two to four."""
     makers = [
         TfidfVectorizer(token_pattern=r"[^\s\[\](),]+", ngram_range=(1, 2), min_df=2, sublinear_tf=True),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), min_df=3, sublinear_tf=True),
@@ -144,26 +147,26 @@ def _grams(train: list[str], held_out: list[str]) -> tuple[Sparse, Sparse]:
 
 
 def _beside_pool(grams: Sparse, size: int) -> Sparse:
-    """Each candidate's n-grams, and beside them those that at least half of its pool have too."""
+    """The n-grams of each candidate, and in further columns those that at least half of its pool have."""
     present = (grams > 0).astype(np.float32)
     count = len(range(0, grams.shape[0], size))
-    gather = sparse.kron(sparse.eye(count), np.ones((size, size), np.float32), "csr")
-    common = ((gather @ present) >= size / 2).astype(np.float32)
+    pool_sum = sparse.kron(sparse.eye(count), np.ones((size, size), np.float32), "csr")
+    common = ((pool_sum @ present) >= size / 2).astype(np.float32)
     return sparse.hstack([grams, grams.multiply(common)], "csr")
 
 
-# Methods that see the question
+# ----------------------------------------------------------------------------------------- baselines with the question
 
 
 def question_trees(train_pools: Sequence[Pool], held_out_pools: Sequence[Pool], seed: int) -> np.ndarray:
-    """(N, K) scores of boosted trees on all that the blind ones see and on `question_features`."""
-    train, held_out = (Matrices.of(pools) for pools in (train_pools, held_out_pools))
+    """(N, K) scores of boosted trees on the question-blind features and on `question_features`."""
+    train, held_out = (PoolFeatures.of(pools) for pools in (train_pools, held_out_pools))
     known, asked = (_with_question(m, p) for m, p in ((train, train_pools), (held_out, held_out_pools)))
     return _trees(known, train.gold.ravel(), asked, seed).reshape(held_out.gold.shape)
 
 
-def _with_question(pools: Matrices, questions: Sequence[Pool]) -> np.ndarray:
-    """(N * K, C): the blind columns, the question's, and these compared with the rest of the pool."""
+def _with_question(pools: PoolFeatures, questions: Sequence[Pool]) -> np.ndarray:
+    """(N * K, C): question-blind features, question features, and these less their maximum in the pool."""
     views = {record.filename: Page(record) for record, _, _ in questions}
     seen = np.array(
         [[question_features(r, c, views[r.filename]) for c in pool] for r, pool, _ in questions], np.float32
@@ -186,13 +189,13 @@ _ASKED_PATTERNS = [re.compile(rf"\b(?:{words})") for words in _ASKED.values()]
 
 
 def question_features(record: Record, candidate, page: Page) -> list[float]:
-    """What question and program have in common: names, years, numbers, and words that ask for an operation."""
+    """What the question and the program share: names, years, numbers; and words that ask for an operation."""
     question = record.question.lower()
     words, years = set(_WORD.findall(question)), set(_YEAR.findall(question))
     steps = parse(candidate.program)
     numbers = numbers_of(steps)
-    places = [p for p in page.locate(numbers).values() if p is not None]
-    labels = [{word[2:] if word[1:2] == "." else word for word in label_of(p, page)} for p in places]
+    spans = [p for p in page.locate(numbers).values() if p is not None]
+    labels = [{word[2:] if word[1:2] == "." else word for word in label_of(p, page)} for p in spans]
     labels += [set(_WORD.findall(s.first.text.lower())) for s in steps if s.reads_table]
     shared = [len(label & words) / (1 + len(label)) for label in labels]
     label_years = [{word for word in label if _YEAR.fullmatch(word)} for label in labels]
@@ -210,7 +213,7 @@ def question_features(record: Record, candidate, page: Page) -> list[float]:
 
 
 def label_overlap(pools: Sequence[Pool]) -> np.ndarray:
-    """(N, K) untrained scores: the share of the question's words and numbers that the names of a program's numbers say."""
+    """(N, K) untrained scores: the share of the question's words that the labels of a program's numbers contain."""
     scores = []
     for record, pool, _ in pools:
         page = Page(record)
@@ -223,9 +226,9 @@ def _overlap(words: set[str], candidate, page: Page) -> float:
     steps = parse(candidate.program)
     numbers = numbers_of(steps)
     said = {n.rstrip("%") for n in numbers}
-    for place in page.locate(numbers).values():
-        if place is not None:
-            said |= {word[2:] if word[1:2] == "." else word for word in label_of(place, page)}
+    for gold_index in page.locate(numbers).values():
+        if gold_index is not None:
+            said |= {word[2:] if word[1:2] == "." else word for word in label_of(gold_index, page)}
     for step in steps:
         if step.reads_table:
             said |= set(_WORD.findall(step.first.text.lower()))

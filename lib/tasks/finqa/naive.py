@@ -1,12 +1,12 @@
-"""Pools of single edits of the gold program, as they are commonly made: kept to show how much they give away."""
+"""Pools of single edits of the gold program, the common method. A benchmark measures how much they leak."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lib import randomness
 from lib.tasks.finqa.bank import value_of
 from lib.tasks.finqa.changes import EDITS, edit
-from lib.tasks.finqa.places import Page
+from lib.tasks.finqa.page import Page
 from lib.tasks.finqa.pools import Candidate
 from lib.tasks.finqa.record import Record
 
@@ -14,10 +14,10 @@ _TRIALS = 60
 
 
 def naive_pools(records: Sequence[Record], size: int, seed: int) -> list[tuple[Record, list[Candidate], int]]:
-    """The question, its gold program among `size` - 1 single edits of it in a random order, and its place.
+    """(question, pool, index of the gold program): pools of the gold program and `size` - 1 single edits, shuffled.
 
-    The kinds of edits take turns. Questions whose answer is yes or no, and those with too few edits of different
-    value, are left out.
+    The kinds of edits alternate. Questions with a yes or no answer, and those with too few edits of different value, are
+    left out.
     """
     pages: dict[str, Page] = {}
     pools = []
@@ -39,7 +39,9 @@ def naive_pools(records: Sequence[Record], size: int, seed: int) -> list[tuple[R
     return pools
 
 
-def _edits(record: Record, page: Page, draw: random.Random):
+def _edits(record: Record, page: Page, draw: random.Random) -> Iterator[tuple[str, float]]:
+    """Single edits that run, with their values."""
+    order: list[str] = []
     for trial in range(_TRIALS):
         if trial % len(EDITS) == 0:
             order = draw.sample(EDITS, len(EDITS))

@@ -1,9 +1,7 @@
-"""The numbers of a page: how they are written, where they stand, and which of them a program uses.
+"""The numbers of a page: how they are written, where they are, and which of them a program uses.
 
-A number is known by its digits: `$ 1,234`, `1234` and `-1234 ( 1234 )` are one number to find, because programs
-write most of them without sign and commas. A percentage is found as `12` and as `0.12`.
-
-Knows records. Not known here: questions, candidates, rewards.
+A number is found by its digits: `$ 1,234`, `1234` and `-1234 ( 1234 )` are the same number, because programs
+write most numbers without sign and commas. A percentage is found as `12` and as `0.12`.
 """
 
 import re
@@ -11,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from lib.tasks.finqa.pages import plain_cell
+from lib.tasks.finqa.page_text import plain_cell
 from lib.tasks.finqa.program import parse
 from lib.tasks.finqa.record import Record
 
-_UNSIGNED = re.compile(r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:\.(?= ?%))?( ?%)?")  # "33.%" occurs
+_UNSIGNED = re.compile(r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:\.(?= ?%))?( ?%)?")  # FinQA has "33.%" too
 NUMBER = re.compile(rf"(-[ $]*)?{_UNSIGNED.pattern}")  # groups: the minus, the percent sign
 _WORDS = [
     "zero",
@@ -36,7 +34,7 @@ _NUMBER_WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b")
 
 
 def numbers_in(text: str) -> set[str]:
-    """Every number of a text, without its sign and commas; a percentage as `12` and as `0.12`."""
+    """Every number of a text, without sign and commas. A percentage has two forms, `12` and `0.12`."""
     found = set()
     for match in _UNSIGNED.finditer(text):
         found.update(_forms(match[0], bool(match[1])))
@@ -45,7 +43,7 @@ def numbers_in(text: str) -> set[str]:
 
 
 def _forms(written: str, percent: bool) -> list[str]:
-    """The names of an unsigned number: the one that it is written with first."""
+    """The forms of an unsigned number. The first is the form in which it is written."""
     digits = float(written.rstrip("% .").replace(",", ""))
     return [_plain(digits), _plain(digits / 100)] if percent else [_plain(digits)]
 
@@ -55,18 +53,20 @@ def _plain(number: float) -> str:
 
 
 def operands(program: str) -> list[str]:
-    """The numbers that the program takes from the page, as written; no constants. Raises ProgramError."""
+    """The numbers of a program as written, without constants. Raises ProgramError."""
     arguments = [a for step in parse(program) if not step.reads_table for a in (step.first, step.second)]
     return [a.text for a in arguments if a.value is not None and not a.text.startswith("const_")]
 
 
 @dataclass(frozen=True)
-class Place:
-    """One number where it stands: in a cell (`row` and `column`, both from 0), or in a sentence.
+class Span:
+    """One occurrence of a number on a page, in a cell or in a sentence.
 
-    `text` is the number as programs write it by default: no `$`, no commas, `-` only where the page has it, and
-    `%` only where the page has it. `sentence` counts pre_text and then post_text; `start` and `end` are
-    characters in it, or in the cell.
+    Attributes:
+        text: the number as programs write it by default: without `$` and commas, with `-` and `%` where the page has them.
+        start, end: characters of the sentence or of the cell.
+        row, column: of the cell, counted from 0; -1 in a sentence.
+        sentence: index of the sentence, pre_text before post_text; -1 in a cell.
     """
 
     text: str
@@ -84,7 +84,7 @@ class Place:
 
     @property
     def value(self) -> float:
-        """What `text` is worth: `12%` is 0.12."""
+        """The value of `text`: `12%` is 0.12."""
         value = float(self.text.rstrip("%"))
         return value / 100 if self.percent else value
 
@@ -94,42 +94,45 @@ class Place:
 
 
 class PageNumbers:
-    """Every number of a page, found by how it is written.
+    """Every number of a page, with an index by form.
 
-    Header cells and row names are searched too: their years can be operands. Numbers written as words are not
-    places.
+    Header cells and row names are searched too, because their years can be operands. Numbers written as words have no
+    span.
     """
 
     def __init__(self, record: Record):
         self.table = record.table
         self.sentences = (*record.pre_text, *record.post_text)
-        self.places = [*self._in_table(), *self._in_sentences()]
+        self.spans = [*self._in_table(), *self._in_sentences()]
 
-    def _in_table(self) -> Iterator[Place]:
+    def _in_table(self) -> Iterator[Span]:
         for row, cells in enumerate(self.table):
             for column, cell in enumerate(cells):
                 for match in NUMBER.finditer(plain_cell(cell)):
-                    yield _place(match, row=row, column=column)
+                    yield _span(match, row=row, column=column)
 
-    def _in_sentences(self) -> Iterator[Place]:
+    def _in_sentences(self) -> Iterator[Span]:
         for number, sentence in enumerate(self.sentences):
             for match in NUMBER.finditer(sentence):
-                yield _place(match, sentence=number)
+                yield _span(match, sentence=number)
 
     @cached_property
-    def _by_form(self) -> dict[str, list[Place]]:
-        index: dict[str, list[Place]] = {}
-        for place in self.places:
-            for form in _forms(place.text.lstrip("-"), place.percent):
-                index.setdefault(form, []).append(place)
+    def _by_form(self) -> dict[str, list[Span]]:
+        index: dict[str, list[Span]] = {}
+        for span in self.spans:
+            for form in _forms(span.text.lstrip("-"), span.percent):
+                index.setdefault(form, []).append(span)
         return index
 
-    def find(self, argument: str) -> list[Place]:
-        """Where a program's number stands: table first, page order. Empty for constants, `#k` and strangers."""
+    def find(self, argument: str) -> list[Span]:
+        """The spans of a program's number, those of the table first, then in page order.
+
+        Empty for constants, for `#k`, and for numbers that the page lacks.
+        """
         match = NUMBER.fullmatch(argument.strip())
         if match is None:
             return []
-        found: dict[Place, None] = {}
+        found: dict[Span, None] = {}
         for form in _forms(argument.strip().lstrip("- $"), bool(match[2])):
             found.update(dict.fromkeys(self._by_form.get(form, ())))
         return sorted(found, key=lambda p: not p.in_table)
@@ -143,8 +146,8 @@ class PageNumbers:
         return " ".join(header[column].split()) if column < len(header) else ""
 
 
-def _place(match: re.Match, **where: int) -> Place:
+def _span(match: re.Match, **where: int) -> Span:
     sign, percent = "-" if match[1] else "", bool(match[2])
     digits = match[0].lstrip("- $").rstrip("% .").replace(",", "")
     text = f"{sign}{digits}{'%' if percent else ''}"
-    return Place(text, bool(sign), percent, match.start(), match.end(), **where)
+    return Span(text, bool(sign), percent, match.start(), match.end(), **where)

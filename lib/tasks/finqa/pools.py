@@ -1,7 +1,7 @@
-"""Pools of programs without a shortcut: the gold one of a question and wrong ones that only the question rules out.
+"""Pools without a shortcut: the gold program of a question, and wrong programs that only the question rules out.
 
-Known here: the questions of a page, and what the train split taught. A pool holds golds of other questions of the page
-and programs from its bank, drawn so that scorers which never see the question cannot tell the gold one (`Filter`).
+A pool holds gold programs of other questions of the page, and programs from the bank of the page. They are drawn so that
+question-blind scorers cannot find the gold program (`AdversarialFilter`).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,18 +11,18 @@ import numpy as np
 
 from lib import randomness
 from lib.sections.finqa import PoolsConfig
+from lib.tasks.finqa.adversarial_filter import AdversarialFilter
 from lib.tasks.finqa.bank import Bank, make_bank, value_of
 from lib.tasks.finqa.changes import walks
-from lib.tasks.finqa.filter import Filter
-from lib.tasks.finqa.places import Page
+from lib.tasks.finqa.page import Page, PageQuestions
 from lib.tasks.finqa.program import ProgramError, execute
 from lib.tasks.finqa.record import Record
-from lib.tasks.finqa.templates import Templates, learn
+from lib.tasks.finqa.templates import Templates, learn_template
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`kind` is "gold", "page_gold" (of another question), "template", "chain" or "masked_lm"."""
+    """A program of a pool. `kind` is "gold", "page_gold" (of another question), "template", "chain" or "masked_lm"."""
 
     program: str
     value: float | str
@@ -41,7 +41,12 @@ Rewrite = Callable[[list[str]], list[str]]
 
 
 class PoolMaker:
-    """Makes the pools of a page. What it makes is a function of the seed, the settings, the page and the train split."""
+    """Makes the pools of a page: a function of the seed, the settings, the page and the train split.
+
+    Args:
+        size: number of candidates of a pool, K.
+        rewrite: see `fit`.
+    """
 
     def __init__(
         self, templates: Templates, settings: PoolsConfig, size: int, seed: int, rewrite: Rewrite | None
@@ -51,10 +56,9 @@ class PoolMaker:
         self.size = size
         self.seed = seed
         self.rewrite = rewrite
-        self.filter = Filter(settings, size, seed)
-        self._taught: dict[
-            tuple[str, ...], list[list[Pool] | Unfilled]
-        ] = {}  # ids of a train page -> its pools
+        self.filter = AdversarialFilter(settings, size, seed)
+        # Ids of the questions of a train page -> their pools
+        self._train_pools: dict[tuple[str, ...], list[list[Pool] | Unfilled]] = {}
 
     @classmethod
     def fit(
@@ -66,19 +70,19 @@ class PoolMaker:
         seed: int,
         rewrite: Rewrite | None = None,
     ) -> "PoolMaker":
-        """Learn from the train split's questions, in any order.
+        """Learn templates and scorers from the questions of the train split, in any order.
 
         Args:
-            groups: of each question; those of one group (a page or a report) are never in two folds.
-            size: candidates of a pool.
-            rewrite: gives each program other numbers; what it gives may be no program.
+            groups: the group of each question. A group (a page or a report) is never in two folds.
+            size: number of candidates of a pool, K.
+            rewrite: replaces the numbers of each program. A result may be no valid program.
         """
         pages: dict[str, list[int]] = {}  # page -> its questions by id
         for number in sorted(range(len(train)), key=lambda i: train[i].id):
             pages.setdefault(train[number].filename, []).append(number)
         views = {name: Page(train[members[0]]) for name, members in pages.items()}
         templates = [
-            learn(train[i], views[name], groups[i])
+            learn_template(train[i], views[name], groups[i])
             for name, members in sorted(pages.items())
             for i in members
             if value_of(train[i].program or "", train[i]) is not None
@@ -87,38 +91,36 @@ class PoolMaker:
         if not templates:
             return maker
         banks = [
-            maker._bank([train[i] for i in members], groups[members[0]], views[name])
+            maker._bank(PageQuestions([train[i] for i in members], views[name], groups[members[0]]))
             for name, members in sorted(pages.items())
         ]
         banks = [bank for bank in banks if bank.programs]
         for bank, drawn in zip(banks, maker.filter.fit(banks), strict=True):
-            maker._taught[_ids(bank.records)] = maker._pools(bank, drawn)
+            maker._train_pools[_ids(bank.records)] = maker._pools(bank, drawn)
         return maker
 
     def pools(self, page: Sequence[Record], group: str) -> list[list[Pool] | Unfilled]:
-        """Pools, or why there are none, for each question: `page` has all questions of one page of one split.
+        """For each question its pools, or why it has none. Questions that `fit` learned from have `train_draws` pools.
 
-        One pool, and `train_draws` of them for the questions that this learned from.
+        Args:
+            page: all questions of one page of one split.
         """
         if not self.templates.usable:
             return [Unfilled("the train split has no programs to learn templates from") for _ in page]
         order = sorted(range(len(page)), key=lambda i: page[i].id)
         records = [page[i] for i in order]
-        found = self._taught.get(_ids(records))
+        found = self._train_pools.get(_ids(records))
         if found is None:
-            bank = self._bank(records, group, Page(records[0]))
+            bank = self._bank(PageQuestions(records, Page(records[0]), group))
             found = self._pools(bank, self.filter.draw(bank))
         return [found[order.index(i)] for i in range(len(page))]
 
-    def _bank(self, records: Sequence[Record], group: str, page: Page) -> Bank:
+    def _bank(self, questions: PageQuestions) -> Bank:
         settings = self.settings
         changed = []
         if settings.corruption_rate > 0 and (settings.changes.chain or settings.changes.masked_lm):
-            changed = walks(records, page, self.size - 1, settings.changes, _runs, self.rewrite, self.seed)
-        return make_bank(
-            records, page, group, self.templates, settings.bank, settings.same_operators,
-            settings.min_difference, self.seed, changed,
-        )  # fmt: skip
+            changed = walks(questions, self.size - 1, settings.changes, _runs, self.rewrite, self.seed)
+        return make_bank(questions, self.templates, settings, self.seed, changed)
 
     def _pools(self, bank: Bank, drawn: dict[int, np.ndarray]) -> list[list[Pool] | Unfilled]:
         return [self._of_question(bank, drawn, question) for question in range(len(bank.records))]
@@ -129,7 +131,7 @@ class PoolMaker:
             return Unfilled(_why_no_gold(record))
         if question not in drawn:
             return Unfilled(
-                f"fewer than {self.size} programs of different value could be made of the page's numbers"
+                f"fewer than {self.size} programs of different value could be made from the page's numbers"
             )
         pools = []
         for number, members in enumerate(drawn[question]):
@@ -159,4 +161,4 @@ def _why_no_gold(record: Record) -> str:
         value = execute(record.program, record.table)
     except ProgramError as error:
         return f"the gold program cannot run: {error.what}"
-    return f'a yes/no question, answered "{value}": there are only two values'
+    return f'a yes/no question, answered "{value}": only two values are possible'

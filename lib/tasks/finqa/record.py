@@ -1,4 +1,4 @@
-"""FinQA's records: one question each, with the page it is asked of, read from the files as they are published.
+"""FinQA's records, read from the published files. A record is one question with its page.
 
 A folder holds `train.json`, `dev.json` and `test.json`, or some of them; each is one list of records:
 
@@ -6,10 +6,10 @@ A folder holds `train.json`, `dev.json` and `test.json`, or some of them; each i
      "table": [["", "2013"], ["pilots", "7900"]], "post_text": ["another ."],
      "qa": {"question": "...", "program": "divide(24800, 15400)", "answer": "1.61", "exe_ans": 1.61039}}
 
-`exe_ans` is the value of the program, and the gold one; `answer` is what a person wrote, which is less sure.
-Further keys, such as the evidence labels `gold_inds`, are not read: a user has none when asking.
+`exe_ans` is the value of the gold program. `answer` was written by a person and is less reliable. Other keys, such as
+the evidence labels `gold_inds`, are not read, because they do not exist for new questions.
 
-Knows the shape of the files. What the numbers and programs in them mean is the business of `check`.
+This module checks the format of the files. `check` verifies the numbers and programs in them.
 """
 
 import json
@@ -27,7 +27,7 @@ from lib.tasks import Problem
 SPLITS = ("train", "dev", "test")
 FILES = tuple(f"{split}.json" for split in SPLITS)
 
-# Kinds of problems that leave no record
+# Kinds of problems without a record
 MALFORMED = "malformed record"
 NOT_JSON = "not JSON"
 UNREADABLE = "unreadable file"
@@ -38,7 +38,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class Record:
-    """One question on one page. `program`, `answer` and `exe_ans` can be missing; `check` says so."""
+    """One question on one page. `program`, `answer` and `exe_ans` can be missing; `check` reports it."""
 
     id: str
     split: str
@@ -53,11 +53,11 @@ class Record:
 
     @property
     def report(self) -> str:
-        """The company's report of a year, `AAL/2013`, that the page is from."""
+        """The report that contains the page: company and year, such as `AAL/2013`."""
         return self.filename.rpartition("/")[0] or self.filename
 
     def to_json(self) -> str:
-        """The record as FinQA writes it, and its split: what stage 00 keeps in a document."""
+        """The record in FinQA's format, with its split. This is the content of a document of stage 00."""
         return json.dumps(
             {
                 "id": self.id,
@@ -88,17 +88,22 @@ class Record:
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """The files of the splits in the folder `path`. Raises MissingInput when there are none, or one is no file."""
+    """The files of the splits in the folder `path`.
+
+    Raises:
+        MissingInput: there are none, or one of the names is not a file.
+    """
     folder = Path(path)
     for file in (folder / name for name in FILES):
-        if (
-            os.path.lexists(file) and not file.is_file()
-        ):  # left out, a missing dev.json would change every split
-            what = f"a link to {os.readlink(file)}, which is no file" if file.is_symlink() else "no file"
-            raise MissingInput(f"data.path: {file} is {what}; mend it, or take it out of the folder")
+        # An error, because without dev.json every split would change
+        if os.path.lexists(file) and not file.is_file():
+            what = (
+                f"a link to {os.readlink(file)}, which is not a file" if file.is_symlink() else "not a file"
+            )
+            raise MissingInput(f"data.path: {file} is {what}; fix it, or remove it from the folder")
     files = [folder / name for name in FILES if (folder / name).is_file()]
     if not files:
-        state = "holds none of them" if folder.is_dir() else "is no folder"
+        state = "has none of them" if folder.is_dir() else "is not a folder"
         raise MissingInput(
             f"data.path: expected FinQA's {', '.join(FILES)} (one or more) in {folder}, which {state}. They are "
             "published at https://github.com/czyssrs/FinQA (MIT licence) in the folder dataset/: clone it and "
@@ -108,9 +113,9 @@ def find_files(path: str | Path) -> list[Path]:
 
 
 def read_records(path: str | Path) -> Iterator[Record | Problem]:
-    """Every record of the folder's files, or the problems that stand in its place.
+    """The records of the folder's files. For a record that cannot be read, its problems instead.
 
-    Raises MissingInput when the folder holds none of the files.
+    Raises MissingInput when the folder has none of the files.
     """
     for file in find_files(path):
         yield from _read_file(file)
@@ -120,12 +125,12 @@ def _read_file(file: Path) -> Iterator[Record | Problem]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        advice = "check the file's rights, or take it out of the folder"
-        yield Problem("error", UNREADABLE, str(file), "", str(error.strerror), "a file to read", advice)
+        advice = "check the file's permissions, or remove it from the folder"
+        yield Problem("error", UNREADABLE, str(file), "", str(error.strerror), "a readable file", advice)
         return
     except UnicodeDecodeError as error:
         found = f"byte {error.start}: {error.object[max(0, error.start - 10) : error.start + 10]!r}"
-        advice = "fetch it again, or save it as UTF-8"
+        advice = "download it again, or save it as UTF-8"
         yield Problem("error", UNREADABLE, str(file), "", found, "UTF-8", advice)
         return
     for number, data in _split_list(text, file):
@@ -137,9 +142,9 @@ def _read_file(file: Path) -> Iterator[Record | Problem]:
 
 
 def _split_list(text: str, file: Path) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each value in the JSON list; a Problem in place of the first that is none.
+    """(number, value) of each value in the JSON list. The first invalid one is replaced by a Problem and ends the list.
 
-    Read one by one, because an error then says which record it is in, and those before it are not lost.
+    Values are read one by one: an error then names its record, and the records before it are kept.
     """
 
     def skip_space(at: int) -> int:
@@ -150,7 +155,7 @@ def _split_list(text: str, file: Path) -> Iterator[tuple[int, Any]]:
         line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
         found = repr(text[at : at + 40]) if at < len(text) else "the end of the file"
         found = f"{found}{': ' if what else ''}{what} (line {line}, column {column})"
-        advice = "fetch the file again, or mend it there; nothing after it was read"
+        advice = "download the file again, or fix it there; the rest of the file was not read"
         where = f"record {number}" if number >= 0 else ""
         return number, Problem("error", NOT_JSON, str(file), where, found, expected, advice)
 
@@ -166,11 +171,9 @@ def _split_list(text: str, file: Path) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             yield problem(number, error.pos, "JSON", error.msg)
             return
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # a number of many thousand digits; brackets in brackets
-            yield problem(number, at, "JSON of a sane size", str(error)[:80])
+        except (ValueError, RecursionError) as error:
+            # A number with thousands of digits, or deeply nested brackets
+            yield problem(number, at, "JSON of a reasonable size", str(error)[:80])
             return
         yield number, data
         number, at = number + 1, skip_space(end)
@@ -184,7 +187,7 @@ def _split_list(text: str, file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def parse_record(data: Any, split: str, source: str, location: str) -> Record | list[Problem]:
-    """The record in a JSON value, or one problem for each field that is missing or of another type."""
+    """The record in a JSON value, or one problem for each field that is missing or has the wrong type."""
     problems: list[Problem] = []
     if not isinstance(data, dict):
         return [_malformed(source, location, _described(data), "a record, {...}")]
@@ -193,15 +196,15 @@ def parse_record(data: Any, split: str, source: str, location: str) -> Record | 
     where = f"{location} ({_printable(name[:80])})" if isinstance(name, str) and name else location
 
     def field(key: str, expected: str, read, inside: bool = False):
-        """The value of a key as `read` gives it; a problem and None where it raises _Unfit."""
+        """The value of a key as `read` returns it. Where that raises _InvalidField, None and a problem."""
         owner = qa if inside else data
         path = f"qa.{key}" if inside else key
         try:
             if not isinstance(owner, dict) or key not in owner:
-                raise _Unfit("nothing")
+                raise _InvalidField("nothing")
             return read(owner[key])
-        except _Unfit as unfit:
-            problems.append(_malformed(source, f"{where}: {path}".removeprefix(": "), str(unfit), expected))
+        except _InvalidField as error:
+            problems.append(_malformed(source, f"{where}: {path}".removeprefix(": "), str(error), expected))
             return None
 
     id_ = field("id", "a text", _name)
@@ -222,12 +225,12 @@ def parse_record(data: Any, split: str, source: str, location: str) -> Record | 
     return problems
 
 
-class _Unfit(Exception):
-    """A value that does not fit its field; the words say what was found."""
+class _InvalidField(Exception):
+    """A value of the wrong type for its field. The message says what was found."""
 
 
 def _malformed(source: str, location: str, found: str, expected: str) -> Problem:
-    advice = "the record is left out; compare it with the published file"
+    advice = "the record is dropped; compare it with the published file"
     return Problem("error", MALFORMED, source, location, found, expected, advice)
 
 
@@ -242,20 +245,20 @@ def _printable(text: str) -> str:
 
 
 def _refuse(value: Any):
-    raise _Unfit(_described(value))
+    raise _InvalidField(_described(value))
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise _Unfit(_described(value))
-    if half := _HALF_PAIR.search(value):  # no file can hold it
-        raise _Unfit(f"half a character, U+{ord(half[0]):04X}")
+        raise _InvalidField(_described(value))
+    if half := _HALF_PAIR.search(value):  # UTF-8 cannot encode it
+        raise _InvalidField(f"half of a surrogate pair, U+{ord(half[0]):04X}")
     return value
 
 
 def _name(value: Any) -> str:
     if not _text(value).strip():
-        raise _Unfit("an empty text")
+        raise _InvalidField("an empty text")
     return value
 
 
@@ -265,25 +268,25 @@ def _text_or_none(value: Any) -> str | None:
 
 def _sentences(value: Any, what: str = "sentence") -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise _Unfit(_described(value))
+        raise _InvalidField(_described(value))
     texts = []
     for number, text in enumerate(value):
         try:
             texts.append(_text(text))
-        except _Unfit as unfit:
-            raise _Unfit(f"{what} {number} is {unfit}") from None
+        except _InvalidField as error:
+            raise _InvalidField(f"{what} {number} is {error}") from None
     return tuple(texts)
 
 
 def _rows(value: Any) -> tuple[tuple[str, ...], ...]:
     if not isinstance(value, list):
-        raise _Unfit(_described(value))
+        raise _InvalidField(_described(value))
     rows = []
     for number, row in enumerate(value):
         try:
             rows.append(_sentences(row, "cell"))
-        except _Unfit as unfit:
-            raise _Unfit(f"row {number}: {unfit}") from None
+        except _InvalidField as error:
+            raise _InvalidField(f"row {number}: {error}") from None
     return tuple(rows)
 
 
@@ -291,11 +294,11 @@ def _value(value: Any) -> float | str | None:
     if value is None or value in ("yes", "no"):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Unfit(_described(value))
+        raise _InvalidField(_described(value))
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise _Unfit(_described(value))
+        raise _InvalidField(_described(value))
     return number

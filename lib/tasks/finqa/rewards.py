@@ -1,16 +1,14 @@
-"""What a candidate program is worth beside the gold one (stage 03): four named terms in [0, 1] and their mean.
+"""Stage 03 for FinQA: the reward of a candidate program, a weighted mean of four terms in [0, 1].
 
 | term      | 1 when                                                 | else                                     |
 |-----------|--------------------------------------------------------|------------------------------------------|
-| execution | the value is the gold one, to five decimals            | 0                                        |
+| execution | the value equals the gold value to five decimals       | 0                                        |
 | program   | the program is the gold formula over the same numbers  | 0                                        |
-| closeness | as execution                                           | falls with the relative error: `closeness` |
-| format    | the program can be read and run                        | 0                                        |
+| closeness | as execution                                           | decreases with the relative error        |
+| format    | the program can be parsed and executed                 | 0                                        |
 
-Candidates of one pool with equal values have equal terms: what they answer is the same, so a program as good as the
-best of them does it. The reward of everything that answers with the gold value is therefore 1, and a tie.
-
-Knows programs and their values as text; no pages, no models.
+Candidates of one pool with equal values have equal terms, those of the best of them, because they give the same answer.
+All candidates with the gold value therefore have reward 1 and tie.
 """
 
 import math
@@ -21,12 +19,13 @@ import pyarrow as pa
 from lib.config import Config
 from lib.errors import BadData
 from lib.sections.data import RewardWeights
-from lib.tasks.finqa.program import DECIMALS, ProgramError, equivalent, parse
+from lib.tasks.finqa.equivalence import equivalent
+from lib.tasks.finqa.program import DECIMALS, ProgramError, parse
 
 TERMS = ("execution", "program", "closeness", "format")
-STEEPNESS = 10.0  # of closeness: a relative error of 0.1 leaves 1 / e
+STEEPNESS = 10.0  # of closeness: 1 / e at a relative error of 0.1
 
-# A value that is the gold one but for such a factor has so much closeness
+# Closeness of a value that is the gold value times a factor
 PERCENT_CREDIT = 0.5
 SIGN_CREDIT = 0.5
 SCALE_CREDIT = 0.25
@@ -40,11 +39,12 @@ Value = float | str | None
 
 
 def rewards(config: Config, candidates: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(rows,) rewards and terms of whole pools; rows of one example stand together, its gold one is of kind "gold".
+    """(rows,) rewards and terms of whole pools.
 
-    An example that has several pools has its gold program in each of them.
+    The rows of one example are adjacent. Its gold program has the kind "gold", and is in each of its pools.
 
-    Raises BadData for an example without a gold candidate or with different ones, or whose gold program does not run.
+    Raises:
+        BadData: an example has no gold candidate, or different ones, or one that does not run.
     """
     ids = candidates["example_id"].to_pylist()
     programs, values, kinds = (candidates[name].to_pylist() for name in ("program", "value", "kind"))
@@ -78,8 +78,9 @@ def pool_rewards(
     """(K,) rewards of a pool and its (K,) terms.
 
     Args:
-        programs: K programs as text; values: what each comes to, as text, None where it does not run.
-        gold: which of them is the gold one.
+        programs: K programs as text.
+        values: K values as text, None where the program does not run.
+        gold: index of the gold program.
 
     Raises:
         ValueError: a value is neither a number nor yes or no, or the gold program does not run.
@@ -105,7 +106,7 @@ def pool_rewards(
 
 
 def _terms(answer: Value, right: Value) -> dict[str, float]:
-    """All terms but `program`, which depends on more than the answer."""
+    """All terms except `program`, which does not depend on the answer alone."""
     return {
         "execution": float(answer is not None and answer == right),
         "program": 0.0,
@@ -123,7 +124,7 @@ def _parses(program: str) -> bool:
 
 
 def read_value(text: str | None) -> Value:
-    """A number to five decimals, yes or no, or None. Raises ValueError for any other text."""
+    """A number rounded to five decimals, "yes", "no" or None. Raises ValueError for any other text."""
     if text is None or text in ("yes", "no"):
         return text
     try:
@@ -131,16 +132,16 @@ def read_value(text: str | None) -> Value:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"the value {text[:60]!r} is no number and neither yes nor no")
+        raise ValueError(f"the value {text[:60]!r} is not a number, and neither yes nor no")
     return number
 
 
 def closeness(value: Value, gold: Value) -> float:
-    """How near a value is to the gold one: 1 for the same, for numbers less the larger the relative error is.
+    """How close a value is to the gold value: 1 if equal, otherwise decreasing with the relative error.
 
-    The relative error e is |value - gold| / max(|value|, |gold|), and closeness exp(-10 e). The gold value with
-    the other sign, as a percentage (100 times or a 100th) or in thousands or millions has the credit of FORMS,
-    and what is near to such a one so much less. Words are right or wrong.
+    The relative error e is |value - gold| / max(|value|, |gold|), and the closeness is exp(-10 e). FORMS gives partial
+    credit for the gold value with the other sign, as a percentage, or in thousands or millions. The credit is multiplied
+    by the closeness to that form. "yes" and "no" are right or wrong.
     """
     if value == gold:
         return float(value is not None)
@@ -152,7 +153,7 @@ def closeness(value: Value, gold: Value) -> float:
 
 
 def _relative_error(factor: float, value: float, gold: float) -> float:
-    """Of factor * value, in [0, 2]; 0 where a factor's product differs by no more than rounding can do."""
+    """The relative error of factor * value, in [0, 2]. For factors other than 1, rounding errors count as 0."""
     product = factor * value
     error = abs(product - gold)
     if factor != 1 and value and gold:

@@ -1,7 +1,7 @@
-"""Programs whose numbers a masked LM writes anew: one more source of wrong programs (`finqa.pools.changes.masked_lm`).
+"""Programs whose numbers a masked LM resamples: a source of wrong programs (`finqa.pools.changes.masked_lm`).
 
-The masked LM has learned the train split's programs. What it writes may be no program at all: whoever asks for it
-parses and runs the result.
+The masked LM was trained on the programs of the train split. Its output may be no valid program, so the caller parses
+and executes it.
 """
 
 import numpy as np
@@ -13,17 +13,20 @@ from lib.tokenization import decode_batch
 
 
 def rewrite_arguments(programs: list[str], context: CandidateContext) -> list[str]:
-    """Each program with a share of its numbers' tokens masked and filled again; that share is drawn per program
-    from `candidates.mask_ratio`, and at least one token is masked.
+    """Mask and resample a share of the tokens of each program's numbers.
 
-    A rewrite is a function of the seed and the program alone. Raises BadConfig for a masked LM with other tokens.
+    The share is drawn per program from `candidates.mask_ratio`, and at least one token is masked. The result is a function
+    of the seed and the program.
+
+    Raises:
+        BadConfig: the masked LM has another tokenizer than the run.
     """
     from lib.synthetic import MaskedRows
 
     if not context.same_tokenizer:
         raise BadConfig(
-            f"generator.checkpoint {context.config.generator.checkpoint} has a tokenizer of its own, and programs are "
-            "rewritten in the run's tokens; set it to null to train a masked LM on the programs, or "
+            f"generator.checkpoint {context.config.generator.checkpoint} has a tokenizer of its own, but programs are "
+            "resampled in the run's tokens; set it to null to train a masked LM on the programs, or set "
             "finqa.pools.changes.masked_lm to 0"
         )
     tokenizer, config = context.tokenizer, context.config.candidates

@@ -40,11 +40,7 @@ from lib.training.objectives.base import ResultRow, TrainingContext, chunks, res
 from lib.training.pool_table import PoolTable
 
 EVALUATION_BATCH = 32
-NO_QUESTION, MISMATCHED, OFF_PAGE = (
-    "question removed",
-    "question of another page",
-    "candidates on another page",
-)
+NO_QUESTION, MISMATCHED, OFF_PAGE = "question removed", "mismatched prompt", "off-page candidates"
 CONTROLS = (NO_QUESTION, MISMATCHED, OFF_PAGE)
 RANDOM, FIRST = "random choice", "first candidate"
 

@@ -1,8 +1,8 @@
-"""Pages as text that fits a budget.
+"""Pages as text within a token budget.
 
-`serialise` puts a page before a model: table rows as sentences among the sentences of the text, those that the
-question asks about first when not all fit. It reads the page and the question and nothing else: FinQA's
-evidence labels would be a gift that no user can make.
+`serialise` turns a page into lines: the sentences of the text, and a sentence for each table row. When the budget is too
+small, lines that match the question are selected. FinQA's evidence labels are not used, because they do not exist for
+new questions.
 """
 
 import math
@@ -13,75 +13,27 @@ from dataclasses import dataclass
 
 from lib.tasks.finqa.record import Record
 
-# Chosen on FinQA's train.json, as the share of the programs' numbers that survive at 256 words
+# Tuned on FinQA's train.json. The criterion: the share of the programs' numbers that are kept at 256 words
 TERM_SATURATION = 1.2  # BM25's k1
 LENGTH_PENALTY = 0.3  # BM25's b
-ROW_NAME_WEIGHT = 2  # a word of a row's name counts as so many
-ROW_PRIOR = 3.0  # two of three numbers that a program needs stand in the table
-NO_NUMBER_FACTOR = 0.1  # a sentence without a digit explains, but no program can use it
+ROW_NAME_WEIGHT = 2  # a word in a row name counts this often
+ROW_PRIOR = 3.0  # two of three numbers that programs use are in the table
+NO_NUMBER_FACTOR = 0.1  # no program can use a sentence without a digit
 
 _TOKEN = re.compile(r"[a-z]+|[0-9][0-9,.]*[0-9]|[0-9]")
 _DIGIT = re.compile(r"[0-9]")
 _TWICE = re.compile(r"\s*\([^()]*\)\s*$")
-_STOP = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "by",
-        "did",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "how",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "much",
-        "many",
-        "of",
-        "on",
-        "or",
-        "s",
-        "than",
-        "that",
-        "the",
-        "their",
-        "there",
-        "this",
-        "to",
-        "was",
-        "we",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "who",
-        "why",
-        "will",
-        "with",
-        "would",
-    ]
-)
+_STOP_WORDS = frozenset((
+    "a", "an", "and", "are", "as", "at", "be", "been", "by", "did", "do", "does", "for", "from", "had",
+    "has", "have", "how", "if", "in", "into", "is", "it", "its", "much", "many", "of", "on", "or", "s",
+    "than", "that", "the", "their", "there", "this", "to", "was", "we", "were", "what", "when", "where",
+    "which", "while", "who", "why", "will", "with", "would",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """A sentence of the page, or a row of its table as one. `name` is the row's, "" for a sentence."""
+    """A sentence of the page, or a table row as a sentence. `name` is the row name, "" for a sentence."""
 
     text: str
     name: str = ""
@@ -89,7 +41,7 @@ class Line:
 
 
 def page_lines(record: Record) -> list[Line]:
-    """The page in its order: text before the table, rows, text after it."""
+    """The lines of the page in order: text before the table, rows, text after it."""
     rows = [Line(text, name, True) for name, text in _row_sentences(record.table)]
     before, after = (
         [Line(" ".join(s.split())) for s in text] for text in (record.pre_text, record.post_text)
@@ -113,7 +65,7 @@ def _row_sentences(table: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
 
 
 def plain_cell(cell: str) -> str:
-    """A cell without what FinQA says twice: `-32 ( 32 )` is `-32`, `$ 5,829` is `$5,829`."""
+    """A cell without FinQA's repetition of the number: `-32 ( 32 )` is `-32`, `$ 5,829` is `$5,829`."""
     text = " ".join(cell.split())
     short = _TWICE.sub("", text)
     if short and "".join(_DIGIT.findall(short)) == "".join(_DIGIT.findall(text[len(short) :])):
@@ -122,15 +74,15 @@ def plain_cell(cell: str) -> str:
 
 
 def whole_page(record: Record) -> str:
-    """All lines of the page in their order."""
+    """All lines of the page in order."""
     return "\n".join(line.text for line in page_lines(record))
 
 
 def serialise(record: Record, question: str, budget: int, count_tokens: Callable[[str], int]) -> str:
-    """The page as lines of text of at most `budget` tokens together, in page order.
+    """The page as lines of text in page order, of at most `budget` tokens in total.
 
-    When not all of it fits, lines are taken by their score for the question as long as there is room; a line
-    that is too long is passed over for shorter ones, and cut only when nothing else could be taken.
+    When the page exceeds the budget, lines are selected by their score for the question. A line that does not fit is
+    skipped, and shorter ones follow. If no line fits, the best one is shortened.
 
     Args:
         count_tokens: how many tokens a text has for the model that will read it.
@@ -153,7 +105,7 @@ def serialise(record: Record, question: str, budget: int, count_tokens: Callable
     def joined() -> str:
         return "\n".join(lines[i].text for i in sorted(chosen))
 
-    # Tokens of a whole can be more than those of its parts
+    # A joined text can have more tokens than its parts
     while chosen and count_tokens(joined()) > budget:
         chosen.pop()
     return joined() if chosen else _cut(lines[order[0]].text, budget, count_tokens)
@@ -170,7 +122,7 @@ def _cut(text: str, budget: int, count_tokens: Callable[[str], int]) -> str:
 
 
 def score_lines(lines: Sequence[Line], question: str) -> list[float]:
-    """How much each line has to do with the question: BM25 over the lines of this page, and a few habits.
+    """The relevance of each line to the question: BM25 over the lines of the page, with the weights above.
 
     BM25: Robertson and Zaragoza, "The Probabilistic Relevance Framework", 2009.
     """
@@ -180,11 +132,10 @@ def score_lines(lines: Sequence[Line], question: str) -> list[float]:
             bag[term] += ROW_NAME_WEIGHT - 1
     lengths = [sum(bag.values()) for bag in bags]
     average = sum(lengths) / len(lengths) if lengths else 0
-    asked = Counter(_terms(question))
     weights = {}
-    for term in asked:
-        holding = sum(term in bag for bag in bags)
-        weights[term] = math.log(1 + (len(bags) - holding + 0.5) / (holding + 0.5))
+    for term in Counter(_terms(question)):
+        document_frequency = sum(term in bag for bag in bags)
+        weights[term] = math.log(1 + (len(bags) - document_frequency + 0.5) / (document_frequency + 0.5))
 
     scores = []
     for bag, length, line in zip(bags, lengths, lines, strict=True):
@@ -198,11 +149,11 @@ def score_lines(lines: Sequence[Line], question: str) -> list[float]:
 
 
 def _terms(text: str) -> list[str]:
-    return [_stem(word) for word in _TOKEN.findall(text.lower()) if word not in _STOP]
+    return [_stem(word) for word in _TOKEN.findall(text.lower()) if word not in _STOP_WORDS]
 
 
 def _stem(word: str) -> str:
-    """A word without the commonest English endings; numbers without commas."""
+    """A word without common English endings. A number without commas."""
     if word[0].isdigit():
         return word.replace(",", "").rstrip(".")
     for ending in ("ments", "ment", "ings", "ing", "ies", "es", "ed", "s", "e", "y"):

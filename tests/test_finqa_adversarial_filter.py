@@ -1,4 +1,4 @@
-"""The filter of wrong programs, held by scorers whose every opinion is known: who learns from whom, and what it leads to."""
+"""The adversarial filter with fake scorers: which folds they learn from, and what their scores change."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from lib.config import load_config
-from lib.tasks.finqa import filter as module
-from lib.tasks.finqa.features import MAX_NUMBERS
-from lib.tasks.finqa.filter import WHOLE_TREES, Filter
+from lib.tasks.finqa import adversarial_filter as module
+from lib.tasks.finqa.adversarial_filter import WHOLE_TREES, AdversarialFilter
+from lib.tasks.finqa.pool_comparison import MAX_NUMBERS
 
 BANKS, TEMPLATES, SIZE, FOLDS = 24, 30, 6, 3
 
 
 def made_bank(number: int, group: str = "") -> Any:
-    """Two gold programs and templates, every second of which has what all gold ones have: the mark."""
+    """Two gold programs and templates. All gold programs and every second template have the mark."""
     marks = np.array([1.0, 1.0] + [float(i % 2) for i in range(TEMPLATES)])
     count = len(marks)
     kinds = ["gold", "gold"] + ["template"] * TEMPLATES
@@ -38,7 +38,7 @@ def made_bank(number: int, group: str = "") -> Any:
 
 
 class Scorer:
-    """Stands in for Words and Trees: opinions are `weight` times the mark; keeps whose programs it learned from.
+    """A fake WordScorer and TreeScorer. Scores are a weight times the mark. It records the banks it learned from.
 
     Attributes:
         single, whole: the weight of scorers of single programs, and of whole pools.
@@ -59,8 +59,8 @@ class Scorer:
 
 @pytest.fixture
 def settings(monkeypatch):
-    monkeypatch.setattr(module, "Words", Scorer)
-    monkeypatch.setattr(module, "Trees", Scorer)
+    monkeypatch.setattr(module, "WordScorer", Scorer)
+    monkeypatch.setattr(module, "TreeScorer", Scorer)
     monkeypatch.setattr(
         module, "hashed_words", lambda words: np.array([[float(x) for x in w.split()] for w in words])
     )
@@ -79,13 +79,13 @@ def settings(monkeypatch):
 
 
 def marked(bank: Any, drawn: dict[int, np.ndarray]) -> list[float]:
-    """How many of the wrong programs of each pool have the mark: of the first pool of each question."""
+    """For the first pool of each question, the share of its wrong programs with the mark."""
     return [bank.rows[pools[0][1:], 1].mean() for pools in drawn.values()]
 
 
-def test_a_scorer_never_learned_from_the_fold_that_it_judges(settings):
+def test_a_scorer_never_learned_from_the_fold_that_it_scores(settings):
     banks = [made_bank(i) for i in range(BANKS)]
-    made = Filter(settings, SIZE, 0)
+    made = AdversarialFilter(settings, SIZE, 0)
     made.fit(banks)
     folds = np.array([made.fold(bank.group) for bank in banks])
     assert set(folds) == set(range(FOLDS)) and len(made.single) == 4 and len(made.whole) == 2
@@ -96,7 +96,7 @@ def test_a_scorer_never_learned_from_the_fold_that_it_judges(settings):
 
 
 def test_a_page_is_drawn_by_the_scorers_of_its_own_fold(settings):
-    made = Filter(settings, SIZE, 0)
+    made = AdversarialFilter(settings, SIZE, 0)
     made.fit([made_bank(i) for i in range(BANKS)])
     for number in (100, 101, 102, 103):
         bank = made_bank(number)
@@ -108,13 +108,13 @@ def test_a_page_is_drawn_by_the_scorers_of_its_own_fold(settings):
 
 @pytest.mark.parametrize(("kind", "weight", "rise"), [("single", 3.0, 0.15), ("whole", 20.0, 0.08)])
 def test_wrong_programs_come_to_look_like_gold_ones(settings, monkeypatch, kind, weight, rise):
-    """All gold programs have a mark and half of the others: the more a scorer sees in it, the more of those are drawn."""
+    """All gold programs and half of the others have a mark. The larger its weight, the more marked ones are drawn."""
     settings = settings.model_copy(update={"rounds": 5 if kind == "whole" else 2})
     shares = {}
     for opinion in (0.0, weight):
         monkeypatch.setattr(Scorer, kind, opinion)
         banks = [made_bank(i) for i in range(BANKS)]
-        made = Filter(settings, SIZE, 0)
+        made = AdversarialFilter(settings, SIZE, 0)
         taught = [
             share for bank, drawn in zip(banks, made.fit(banks), strict=True) for share in marked(bank, drawn)
         ]
@@ -127,7 +127,7 @@ def test_wrong_programs_come_to_look_like_gold_ones(settings, monkeypatch, kind,
 
 def test_questions_have_as_many_pools_as_asked_with_their_own_gold_program_first(settings):
     banks = [made_bank(i) for i in range(6)]
-    made = Filter(settings, SIZE, 0)
+    made = AdversarialFilter(settings, SIZE, 0)
     for drawn in made.fit(banks):
         assert set(drawn) == {0, 1}
         for question, pools in drawn.items():
