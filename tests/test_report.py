@@ -1,7 +1,4 @@
-"""The report: whole without a network, true to the metrics, safe with hostile text, and there when parts are missing.
-
-Known here: lib.report and what stage 06 leaves. Not known: how samples are drawn or models trained.
-"""
+"""The report of stage 06: no network needed, correct numbers, hostile text, missing parts; scores of a user's text."""
 
 import gzip
 import importlib
@@ -23,7 +20,7 @@ from lib import schema
 from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.evaluation.quality import describe, from_first_gap, lexicon, valid_words
+from lib.evaluation.quality import SamplingCost, describe, from_first_gap, lexicon, valid_words
 from lib.evaluation.sample_evaluator import roles
 from lib.metrics import ngram_entropy
 from lib.report import plots
@@ -89,8 +86,8 @@ def test_classifiers_and_scorers_stand_beside_their_baselines(page, quick_run):
     assert all(f"{count:,}" in classes for row in held_out["inspector"]["confusion"] for count in row)
     assert f"{held_out['inspector']['f1_0']:.3f}" in classes
     judge = held_out["judge"]
-    shown = (judge["mse"], judge["confidence"]["spearman"], judge["constant_mse"], judge["best_r2"])
-    assert all(f"{value:.3f}" in scores for value in shown)
+    values = (judge["mse"], judge["confidence"]["spearman"], judge["constant_mse"], judge["best_r2"])
+    assert all(f"{value:.3f}" in scores for value in values)
 
 
 def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page):
@@ -208,7 +205,7 @@ def test_valid_words_leave_out_cut_ones():
 
 
 def test_a_row_of_the_sampling_table_is_computed_from_its_texts():
-    row = describe("p", 8, 8, 1.0, ["abab", "bbbb"], set(), np.array([2.0, 6.0]))
+    row = describe(SamplingCost("p", 8, 8, 1.0), ["abab", "bbbb"], set(), np.array([2.0, 6.0]))
     assert row["reference_nll"]["value"] == pytest.approx(1.0)
     share = np.array([2 / 8, 6 / 8])
     assert row["character_entropy"] == pytest.approx(-(share * np.log(share)).sum())
@@ -296,7 +293,7 @@ def test_the_scores_page_is_whole_and_safe(scored):
     html = (scored[0] / "scores.html").read_text()
     parsed = Page(html)
     assert not parsed.problems and not parsed.open and not parsed.outside
-    assert html.count('class="heat"') >= 2 * len(scored[1].strip()) and "<b>an" not in html
+    assert html.count('class="tint"') >= 2 * len(scored[1].strip()) and "<b>an" not in html
 
 
 def test_characters_that_the_run_never_saw_are_scored_as_unknown(quick_run, quick_config, tmp_path, capsys):
@@ -578,8 +575,8 @@ def test_a_refused_prompt_leaves_the_samples_that_are_there(sampled):
     assert (folder / "samples.parquet").read_bytes() == before
 
 
-def test_the_judge_of_samples_is_causal():
-    """A model that sees what it judges, on the same split and named before it, is passed over."""
+def test_the_reference_model_is_causal():
+    """A bidirectional model of the same split that comes first in the config is skipped."""
     specs = load_config().models
     seeing = specs["reference_lm"].model_copy(update={"attention": "bidirectional"})
     found = roles({"seeing": seeing, **specs})
@@ -621,7 +618,7 @@ def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
 
 def test_labels_of_close_marks_stand_apart():
     """Two marks side by side, then four labels at one place: each has a corner of its own."""
-    figure = plots._figure(6, 4)
+    figure = plots.new_figure(6, 4)
     axes = figure.subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     places = [(0.5, 0.5), (0.52, 0.51)]
