@@ -103,7 +103,7 @@ def classes_table(held_out: dict[str, Any]) -> str:
         lines.append(
             [escape(names[c]), *(f"{n:,}" for n in counts), *("–" if v is None else f"{v:.3f}" for v in scores)]
         )  # fmt: skip
-    return table(["class", *(f"predicted {name}" for name in names), "precision", "recall", "F1"], lines)
+    return table(["class", *(f"predicted as {name}" for name in names), "precision", "recall", "F1"], lines)
 
 
 def scores_table(held_out: dict[str, Any]) -> str:

@@ -28,7 +28,10 @@ def build_report(data: ReportData) -> str:
 def _curves(data: ReportData) -> str:
     if not any(data.curves.values()):
         return "<p>No model was trained.</p>"
+    # The baseline of a loss; AUROC and accuracy are not losses
     baselines = {
-        r["model"]: r["baseline_value"] for r in reversed(data.results) if "AUROC" not in r["metric"]
+        r["model"]: r["baseline_value"]
+        for r in reversed(data.results)
+        if not any(name in r["metric"] for name in ("AUROC", "accuracy"))
     }
     return figure(plots.loss_curves(data.curves, baselines), "training curves, a panel per model")

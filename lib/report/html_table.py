@@ -4,6 +4,7 @@ import re
 from html import escape
 
 _TAG = re.compile(r"<[^>]*>")
+_NUMBER = re.compile(r"[-+–]?[\d.,]*%?")  # also the dash of a missing number
 
 
 def table(head: list[str], rows: list[list[str]], classes: list[str] | None = None) -> str:
@@ -32,5 +33,4 @@ def interval(text: str) -> str:
 def _kind(cells: list[str]) -> str:
     """`number` if all cells with text are numbers, `text` otherwise."""
     texts = [text for cell in cells if (text := _TAG.sub("", cell).strip())]
-    numeric = all(text[0].isdigit() or (text[0] in "-+–" and not text[1:2].isalpha()) for text in texts)
-    return "number" if texts and numeric and not any('class="interval"' in c for c in cells) else "text"
+    return "number" if texts and all(_NUMBER.fullmatch(text) for text in texts) else "text"

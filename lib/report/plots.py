@@ -44,7 +44,9 @@ def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> s
     ):
         steps = [line["step"] for line in lines]
         metric = next(m for m in SELECTION if m in lines[0]["selection"])
-        axes.plot(steps, [line["train"]["loss"] for line in lines], color=PALETTE[0], label="train loss")
+        losses = [line["train"]["loss"] for line in lines]
+        marker = None if len(steps) > 1 else "o"  # a single point has no line
+        axes.plot(steps, losses, color=PALETTE[0], marker=marker, markersize=3, label="train loss")
         modifiers = dict.fromkeys(t for line in lines for t in line["train"] if t.startswith("modifier_"))
         for i, term in enumerate(modifiers):
             values = [line["train"].get(term, math.nan) for line in lines]

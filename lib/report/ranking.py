@@ -38,7 +38,7 @@ def ranking_page(data: RankingReportData) -> str:
     sections = [
         Section("Results", f"Each trained model against the best baseline. The model is better if the whole 95 % interval lies on the better side of the baseline. {INTERVALS}", results),
         Section("Accuracy by kind", "Small counts have wide intervals. The dashed line is chance.", _breakdowns(data.breakdowns, chance)),
-        Section("Choices", "Candidates by score. The bar and the probability are the softmax of the scores. ▶ is the model's choice, ★ has the best reward.", pools_html(data.pools)),
+        Section("Choices", "Candidates by score, each with its probability, reward and kind. The probability is the softmax of the scores; the bar shows it. ▶ is the model's choice, ★ has the best reward.", pools_html(data.pools)),
         Section("Training", "Training loss, and accuracy on the selection split, which chose the best step.", _curves(data.curves, chance)),
         data_section(data.manifests),
         provenance_section(data.manifests),

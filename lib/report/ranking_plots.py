@@ -59,7 +59,7 @@ def learning(curves: dict[str, list[dict]], chance: float | None) -> str:
                 continue
             values = [line[part].get(key, float("nan")) for line in lines]
             axes.plot(steps, values, color=color, linestyle="-" if part == "train" else "--",
-                      marker=None if part == "train" else "o", markersize=3)  # fmt: skip
+                      marker=None if part == "train" and len(steps) > 1 else "o", markersize=3)  # fmt: skip
             axes.set_ylabel(
                 f"{'training' if part == 'train' else 'selection'} {_short(key.replace('_', ' '), 20)}",
                 fontsize=8,

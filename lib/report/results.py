@@ -33,7 +33,7 @@ def results_html(rows: list[dict]) -> str:
             interval(interval_text(row, between=" – ")),
             escape(row["baseline"]),
             f"{row['baseline_value']:.3f}",
-            found if found == BETTER else f"<b>{found}</b>",
+            f"<b>{found}</b>" if found == WORSE else found,
         ]
         for row, found in zip(rows, verdicts, strict=True)
     ]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from html import escape
 
 # The colours of the probabilities 0.0 to 1.0, for a legend
-SCALE = "".join(f'<span class="tint" style="--p:{p / 10}">{p / 10:.1f}</span>' for p in range(0, 11, 2))
+SCALE = " ".join(f'<span class="tint" style="--p:{p / 10}">{p / 10:.1f}</span>' for p in range(0, 11, 2))
 
 
 def tinted(token_ids: Iterable[int], probabilities: Iterable[float], token_text: Callable[[int], str]) -> str:
