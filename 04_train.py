@@ -31,10 +31,8 @@ def main(config: Config, args: RunArgs) -> None:
     from lib import outside
     from lib.report.table import results_table
     from lib.runtime import Runtime
-    from lib.training.lengths import refuse_longer_candidates
-    from lib.training.stage_inputs import read_stage_inputs
+    from lib.training.stage_inputs import read_stage_inputs, refuse_longer_candidates, streaming
     from lib.training.streaming_dataset import RECORD as SHARDS_USED
-    from lib.training.streaming_dataset import streaming
     from lib.training.train_model import train_model
 
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards")

@@ -41,6 +41,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
     from lib.tokenization import load_tokenizer
     from lib.training.critic_setup import check_generator, critic_model, critic_objective
     from lib.training.loop import train
+    from lib.training.objectives.base import TrainingContext
 
     check_generator(config)
     reads = ("01_prepare_dataset", "04_train")
@@ -60,12 +61,12 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
         )
 
         # 2. Train; the selection split chooses the best step
-        context = model.config.max_position_embeddings - 1  # [CLS] takes one position
-        objective = critic_objective(stage, config, runtime, tokenizer, context)
+        width = model.config.max_position_embeddings - 1  # [CLS] takes one position
+        context = TrainingContext("critic", config.seed, config.critic.training, runtime)
+        objective = critic_objective(stage, config, context, tokenizer, width)
         result = train(
-            model, objective, config.critic.training, runtime, stage.folder, seed=config.seed, label="critic",
-            save=lambda m, path: save_model(m, path, tokenizer),
-        )  # fmt: skip
+            model, objective, context, stage.folder, save=lambda m, path: save_model(m, path, tokenizer)
+        )
 
         # 3. Calibrate the best model on the selection split, and evaluate it on held-out text
         best = load_model(stage.folder / "best_model").to(runtime.device)
@@ -100,7 +101,8 @@ def train_policy(config: Config, args: RunArgs) -> None:
     from lib.errors import BadConfig
     from lib.report.table import results_table
     from lib.runtime import Runtime
-    from lib.training.policy import START, WAYS, PolicyTraining, check_policy, compare, remember
+    from lib.training.data import Splits
+    from lib.training.policy import METHODS, START, PolicyTraining, check_policy, compare, remember
     from lib.training.stage_inputs import read_stage_inputs
 
     check_policy(config)
@@ -122,25 +124,25 @@ def train_policy(config: Config, args: RunArgs) -> None:
             )
         ranker = config.critic.ppo.ranker
         start = stage.folder_of("04_train", f"{ranker}/best_model")
-        held_out = stage_inputs.pools("held_out")
-        training = PolicyTraining(
-            config, runtime, start, stage.folder,
-            stage_inputs.pools(config.models[ranker].split), stage_inputs.pools_for_selection(), held_out,
-        )  # fmt: skip
+        split = config.models[ranker].split
+        pools = Splits(
+            stage_inputs.pools(split), stage_inputs.pools_for_selection(), stage_inputs.pools("held_out")
+        )
+        training = PolicyTraining(config, runtime, start, stage.folder, pools)
 
         # 2. Train by each method: the same start, pools and number of steps. Skip a method that is complete
         measured = {START: training.before()}
-        for method in WAYS:
+        for method in METHODS:
             record = stage.folder / method / "training_manifest.json"
             if not record.exists():
                 remember(stage.folder / method, training.run(method))
             measured[method] = json.loads(record.read_text(encoding="utf-8"))
 
         # 3. Compare each method with the start on the same held-out pools
-        gains, rows = compare(measured, held_out.groups, config.seed)
+        gains, rows = compare(measured, pools.held_out.groups, config.seed)
 
         # 4. Record the outputs and the figures
-        for method in WAYS:
+        for method in METHODS:
             for part in ("best_model", "final_model"):
                 stage.add_folder(f"{method}/{part}", stage.folder / method / part)
             for part in ("metrics.jsonl", "training_manifest.json"):

@@ -10,6 +10,7 @@ python -m benchmarks.causal_speedrun --skip-plain --set models.generator.trainin
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ from benchmarks.provenance import say_provenance
 from lib.config import Config
 from lib.models.build import start_model
 from lib.training.loop import train
-from lib.training.objectives.build import make_objective
 from lib.training.stage_inputs import StageInputs
+from lib.training.train_model import context_of, make_objective
 
 GOAL = 1.88
 
@@ -43,7 +44,8 @@ def run(config: Config, stage_inputs: StageInputs, plain: bool) -> tuple[dict[st
     """(figures of held-out text, training seconds, tokens per second)."""
     spec = config.models["generator"]
     vocabulary = len(stage_inputs.tokenizer)
-    objective = make_objective("generator", spec, stage_inputs, spec.architecture.context)
+    context = context_of("generator", spec, stage_inputs)
+    objective = make_objective(context, spec, stage_inputs, spec.architecture.context)
     if plain:
         model = plain_model(config, vocabulary)
     else:
@@ -58,8 +60,8 @@ def run(config: Config, stage_inputs: StageInputs, plain: bool) -> tuple[dict[st
         (folder / "none").touch()
 
     with tempfile.TemporaryDirectory() as folder:
-        result = train(model, objective, spec.training, stage_inputs.runtime, Path(folder), seed=config.seed,
-                       label="plain" if plain else "ours", save=keep)  # fmt: skip
+        label = "plain" if plain else "ours"
+        result = train(model, objective, replace(context, label=label), Path(folder), save=keep)
     model.load_state_dict(kept)
     with torch.no_grad():
         found, _ = objective.report(model.eval())

@@ -24,8 +24,8 @@ from lib.models.build import load_model
 from lib.report.table import aligned
 from lib.runs import STAGES, RunArgs
 from lib.runtime import Runtime
-from lib.training.objectives.build import make_objective
 from lib.training.stage_inputs import read_stage_inputs
+from lib.training.train_model import context_of, make_objective
 
 OTHER = [
     "seed=7",
@@ -59,9 +59,9 @@ def measured_elsewhere(own: Path, other: Path, config: Config) -> dict[str, dict
         found = {}
         for name in NAMES:
             model: Any = load_model(own / "04_train" / name / "best_model").eval()
-            objective: Any = make_objective(
-                name, config.models[name], stage_inputs, config.architecture.context
-            )
+            spec = config.models[name]
+            context = context_of(name, spec, stage_inputs)
+            objective: Any = make_objective(context, spec, stage_inputs, config.architecture.context)
             with torch.no_grad():
                 found[name] = objective.report(model)[0]
         stage.leave_incomplete("measured with the models of another run")

@@ -37,7 +37,8 @@ from lib.tokenization import train_tokenizer
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Windows
 from lib.training.loop import train
-from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.objectives.base import TrainingContext
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
 from lib.training.optimizer import Optimizer
 
 ROUNDS = 5
@@ -63,13 +64,11 @@ def random_windows(vocabulary: int, width: int) -> Windows:
     return Windows(pa.table({"token_ids": lists, "continues": [i > 0 for i in range(400)]}), width, 0)
 
 
-def objective_of(
-    config: Config, vocabulary: int, width: int, runtime: Runtime, batch_size: int
-) -> MaskedDiffusion:
+def objective_of(config: Config, vocabulary: int, width: int, context: TrainingContext) -> MaskedDiffusion:
     data = random_windows(vocabulary, width)
     tiles = data.tiled()
-    return MaskedDiffusion(config.diffusion, 1, label="speed", train=data, selection=tiles, held_out=tiles,
-                           groups=tiles.owner, runtime=runtime, seed=0, batch_size=batch_size, num_evaluated=32)  # fmt: skip
+    splits = WindowSplits(data, tiles, tiles, tiles.owner)
+    return MaskedDiffusion(context, splits, config.diffusion, MaskingTokens(mask_id=1))
 
 
 def tokenizer_of_size(vocabulary: int):
@@ -80,13 +79,12 @@ def tokenizer_of_size(vocabulary: int):
 def ours(steps: int, vocabulary: int) -> float:
     """Tokens per second of our loop, everything in it: data, noise, forward, backward, Muon, running mean."""
     config, architecture, training = settings(steps)
-    runtime = Runtime.detect(config)
-    objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
+    context = TrainingContext("speed", 0, training, Runtime.detect(config))
+    objective = objective_of(config, vocabulary, architecture.context, context)
     model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
     tokenizer = tokenizer_of_size(vocabulary)
     with tempfile.TemporaryDirectory() as folder:
-        result = train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
-                       save=lambda m, p: save_model(m, p, tokenizer))  # fmt: skip
+        result = train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
     return result.tokens_per_second
 
 
@@ -142,7 +140,8 @@ def compare_logits() -> None:
     vocabulary = 8192
     config, architecture, training = settings(1)
     runtime = Runtime.detect(config)
-    objective = objective_of(config, vocabulary, architecture.context, runtime, training.batch_size)
+    context = TrainingContext("speed", 0, training, runtime)
+    objective = objective_of(config, vocabulary, architecture.context, context)
     index, ids, valid = objective.windows(range(training.batch_size))
     batch = mask_batch(config.diffusion, valid, 0, "speed", index, training.batch_size)
     targets, at = torch.from_numpy(ids).flatten(), torch.from_numpy(np.flatnonzero(batch.masked))
@@ -267,13 +266,12 @@ def _read(engine: MaskedLMEngine, ids: np.ndarray, masked: np.ndarray) -> torch.
 def measure_overhead() -> None:
     """What bookkeeping costs beside training: keyed noise per step, hashing and fsync per checkpoint."""
     config, architecture, training = settings(60)
-    runtime = Runtime.detect(config)
-    objective = objective_of(config, 70, architecture.context, runtime, training.batch_size)
+    context = TrainingContext("speed", 0, training, Runtime.detect(config))
+    objective = objective_of(config, 70, architecture.context, context)
     model = make_model("language_model", model_config(architecture, "bidirectional", 70), 0, "speed")
     tokenizer = tokenizer_of_size(70)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        train(model, objective, training, runtime, Path(folder), seed=0, label="speed",
-              save=lambda m, p: save_model(m, p, tokenizer))  # fmt: skip
+        train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
         step = _step_seconds(model, objective, training)
         noise = _seconds(lambda: _noise(config, objective, training))
         file = Path(folder) / "final_model" / "model.safetensors"

@@ -12,14 +12,14 @@ from lib.config import load_config
 from lib.models.build import heads_of, read_folder, save_model, start_model
 from lib.training.data import Windows
 from lib.training.objectives.error_detection import (
-    Seen,
+    ScoredTokens,
     bands,
     detection,
-    fitted,
+    fit_calibration,
 )
-from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.objectives.language_model import MaskedDiffusion, WindowSplits
 from lib.training.objectives.token_critic import TokenCritic, without_gradient
-from tests.trainings import CPU, TOKENIZER, Killed, fingerprint, settings, train_tiny
+from tests.trainings import TOKENIZER, TOKENS, Killed, context, fingerprint, settings, train_tiny
 
 
 def objective(coupling: str = "decoupled", **changes) -> TokenCritic:
@@ -27,8 +27,9 @@ def objective(coupling: str = "decoupled", **changes) -> TokenCritic:
     ids = np.tile(np.arange(4, 14), 64).astype(np.int32)
     lists = pa.chunked_array([pa.array(ids.reshape(-1, 32).tolist(), pa.list_(pa.int32()))])
     data = Windows(pa.table({"token_ids": lists, "continues": [False] * 20}), 40, 0)  # windows with padding
-    diffusion = MaskedDiffusion(config.diffusion, 1, label="critic", train=data, selection=data, held_out=data,
-                                groups=np.arange(20).astype(str), runtime=CPU, seed=3, batch_size=8, num_evaluated=16)  # fmt: skip
+    splits = WindowSplits(data, data, data, np.arange(20).astype(str))
+    made = context("critic", batch_size=8, evaluation_examples=16)
+    diffusion = MaskedDiffusion(made, splits, config.diffusion, TOKENS)
     critic = config.critic.model_copy(update={"coupling": coupling, **changes})
     return TokenCritic(critic, diffusion, [0, 1, 2, 3])
 
@@ -43,17 +44,17 @@ def model(critic_layers: int = 1):
 def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_error():
     target = objective(clean_fraction=1.0, labels="sampled")
     index, ids, valid = target.diffusion.windows(range(8))
-    filled = target.fill(model(), ids, valid, index, "critic", 8)
-    assert (filled.written <= valid).all() and filled.written.any()
-    np.testing.assert_array_equal(filled.ids[~filled.written], ids[~filled.written])
-    assert not np.isin(filled.ids[filled.written], [0, 1, 2, 3]).any()
+    filled = target.filler.fill(model(), ids, valid, index, "critic", 8)
+    assert (filled.generated <= valid).all() and filled.generated.any()
+    np.testing.assert_array_equal(filled.ids[~filled.generated], ids[~filled.generated])
+    assert not np.isin(filled.ids[filled.generated], [0, 1, 2, 3]).any()
     seen = {}
 
     class Spy(torch.nn.Module):
         def forward(self, input_ids, attention_mask=None, head="lm", **_):
             wrong = torch.from_numpy(filled.ids != ids)
             seen["head"] = head
-            written = torch.from_numpy(filled.written)
+            written = torch.from_numpy(filled.generated)
             return SimpleNamespace(
                 logits=torch.where(wrong, 20.0, -20.0), origin_logits=torch.where(written, 20.0, -20.0)
             )
@@ -61,7 +62,7 @@ def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_
     losses = target._critic_losses(Spy(), filled, index, "critic")
     assert seen["head"] == "critic"
     assert max(loss.item() for loss in losses) < 1e-6  # a critic that knows the clean text is never wrong
-    assert (filled.ids != ids)[filled.written].any()
+    assert (filled.ids != ids)[filled.generated].any()
 
 
 class Oracle(torch.nn.Module):
@@ -86,9 +87,9 @@ def test_expected_labels_are_what_the_generator_said_before_anything_was_written
     target = objective(rollout_passes=(4, 4), labels="expected", clean_fraction=1.0, origin_weight=0.0)
     index, ids, valid = target.diffusion.windows(range(8))
     oracle = Oracle(14)
-    filled = target.fill(oracle, ids, valid, index, "critic", 8)
+    filled = target.filler.fill(oracle, ids, valid, index, "critic", 8)
     chance = oracle.error(filled.ids, [0, 1, 2, 3])
-    written = filled.written
+    written = filled.generated
     np.testing.assert_allclose(1 - filled.expected[written], chance[written], atol=1e-6)
     assert (filled.expected[~written] == 1).all()
 
@@ -112,14 +113,14 @@ def test_given_the_given_text_nothing_says_more_of_an_error_than_the_first_pass(
     with torch.no_grad():  # an untrained output says the same of every token
         for number, p in enumerate(net.parameters()):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-    filled = target.fill(net, ids, valid, index, "critic", 8)
-    start = np.where(filled.written, target.diffusion.mask_id, ids)
+    filled = target.filler.fill(net, ids, valid, index, "critic", 8)
+    start = np.where(filled.generated, target.diffusion.mask_id, ids)
     with torch.no_grad():
         logits = net.eval()(torch.from_numpy(start), attention_mask=torch.from_numpy(valid)).logits.float()
     logits[..., [0, 1, 2, 3]] = -torch.inf
     tokens = torch.from_numpy(filled.ids.astype(np.int64))[..., None]
     first = torch.softmax(logits, -1).gather(-1, tokens).squeeze(-1).numpy()
-    written = filled.written
+    written = filled.generated
     np.testing.assert_allclose(filled.expected[written], first[written], atol=1e-5)
     assert np.abs(filled.expected - filled.confidence)[written].max() > 1e-3
 
@@ -128,7 +129,7 @@ def test_padding_counts_nothing():
     target = objective(clean_fraction=1.0)
     index, ids, valid = target.diffusion.windows(range(8))
     assert not valid.all()
-    filled = target.fill(model(), ids, valid, index, "critic", 8)
+    filled = target.filler.fill(model(), ids, valid, index, "critic", 8)
     logits = torch.zeros(ids.shape)
     logits[torch.from_numpy(~valid)] = 1e4  # a wild opinion about padding
 
@@ -232,14 +233,14 @@ def test_the_report_beats_chance_only_if_the_critic_knows_something():
         "whole_text_critic",
     }
     assert set(values["detection"]) == views | {
-        "confidence", "confidence_fresh", "confidence_given", "confidence_of_those", "whole_text_confidence_fresh",
+        "confidence", "fresh_confidence", "confidence_first_pass", "confidence_visible", "whole_text_fresh_confidence",
     }  # fmt: skip
     assert 0 < values["error_rate_whole_text"] < values["error_rate"] < 1 and len(rows) == 4
     beaten = {row.metric: row.beats_baseline for row in rows if row.baseline == "chance"}
     knowing = objective()
-    knowing._raw = lambda model, filled, told: (
+    knowing._probabilities = lambda model, filled, conditioned: (
         0.1 + 0.8 * (filled.ids != filled.clean),
-        filled.written * 0.5,
+        filled.generated * 0.5,
     )
     known = knowing.report(model())[1]
     assert not any(beaten.values()) and all(row.beats_baseline for row in known)
@@ -249,51 +250,51 @@ def test_the_report_beats_chance_only_if_the_critic_knows_something():
 def test_the_masked_share_is_that_of_the_pass_which_completed_the_text():
     target = objective(rollout_passes=(1, 1))
     index, ids, valid = target.diffusion.windows(range(8))
-    once = target.fill(model(), ids, valid, index, "critic", 8)
-    np.testing.assert_allclose(once.share, once.written.sum(1) / valid.sum(1))
-    often = objective(rollout_passes=(3, 3)).fill(model(), ids, valid, index, "critic", 8)
-    left = often.written.sum(1)
+    once = target.filler.fill(model(), ids, valid, index, "critic", 8)
+    np.testing.assert_allclose(once.share, once.generated.sum(1) / valid.sum(1))
+    often = objective(rollout_passes=(3, 3)).filler.fill(model(), ids, valid, index, "critic", 8)
+    left = often.generated.sum(1)
     np.testing.assert_allclose(often.share * valid.sum(1), left - np.ceil(left * 2 / 3))
     partial, share = target._partial(model(), once, index)
     hidden = np.isnan(partial)
-    assert (hidden <= once.written).all() and 0.1 < hidden[once.written].mean() < 0.9
+    assert (hidden <= once.generated).all() and 0.1 < hidden[once.generated].mean() < 0.9
     np.testing.assert_allclose(share, hidden.sum(1) / valid.sum(1))
 
 
-def test_the_critic_is_told_what_was_given_as_often_as_asked_and_never_inside_a_round():
-    told: list[torch.Tensor | None] = []
+def test_the_critic_gets_a_conditioning_mask_as_often_as_asked_and_never_for_a_text_with_masks():
+    masks: list[torch.Tensor | None] = []
 
     class Spy(torch.nn.Module):
         def forward(self, input_ids, attention_mask=None, head="lm", given=None):
-            told.append(given)
+            masks.append(given)
             blank = torch.zeros(input_ids.shape)
             return SimpleNamespace(logits=blank, origin_logits=blank)
 
     target = objective(conditioning_fraction=0.5)
     index, ids, valid = target.diffusion.windows(range(8))
-    filled = target.fill(model(), ids, valid, index, "critic", 8)
+    filled = target.filler.fill(model(), ids, valid, index, "critic", 8)
     target._critic_losses(Spy(), filled, index, "critic")
-    flags = told.pop()
+    flags = masks.pop()
     assert flags is not None
-    given = flags.numpy()
-    rows = given.any(1)
+    conditioning = flags.numpy()
+    rows = conditioning.any(1)
     assert 0 < rows.sum() < 8
-    np.testing.assert_array_equal(given[rows], (valid & ~filled.written)[rows])
-    partly = filled.partly_masked(filled.written, target.diffusion.mask_id)
+    np.testing.assert_array_equal(conditioning[rows], (valid & ~filled.generated)[rows])
+    partly = filled.remask(filled.generated, target.diffusion.mask_id)
     target._critic_losses(Spy(), partly, index, "critic")
-    assert told.pop() is None
+    assert masks.pop() is None
     objective(conditioning_fraction=0.0)._critic_losses(Spy(), filled, index, "critic")
-    assert told.pop() is None
+    assert masks.pop() is None
 
 
-def made_views(count: int = 80_000) -> Seen:
+def made_views(count: int = 80_000) -> ScoredTokens:
     """A critic that is overconfident where much was masked, and honest elsewhere."""
     rng = np.random.default_rng(5)
     critic, share, noise = rng.random((3, count))
     wrong = noise < np.where(share > 0.5, critic**2, critic)
     partial = np.where(rng.random(count) < 0.5, np.nan, critic)
     written = np.ones(count, bool)
-    return Seen(
+    return ScoredTokens(
         wrong, written, np.arange(count) % 50, critic, critic, share, partial, share, rng.random(count), critic,
         critic,
     )  # fmt: skip
@@ -303,15 +304,15 @@ def test_who_knows_nothing_of_a_text_is_calibrated_on_all_of_it():
     """Every second token was given, and is right: among all tokens half as many are wrong as among the written ones."""
     half = made_views()
     written = np.arange(len(half.wrong)) % 2 == 0
-    seen = replace(half, written=written, wrong=half.wrong & written)
-    calibration = fitted(seen)
+    seen = replace(half, generated=written, wrong=half.wrong & written)
+    calibration = fit_calibration(seen)
     raw = np.array([0.4, 0.8])
     np.testing.assert_allclose(calibration(raw), calibration(raw, "filled") / 2, atol=0.04)
-    found = detection(seen.at(np.arange(8000)), calibration)
+    found = detection(seen.subset(np.arange(8000)), calibration)
     assert found["whole_text_critic"]["ece"] < 0.03 and found["critic_calibrated"]["ece"] < 0.03
     assert (
         found["critic"]["auroc"]
-        == detection(seen.at(np.flatnonzero(written[:8000])), calibration)["critic"]["auroc"]
+        == detection(seen.subset(np.flatnonzero(written[:8000])), calibration)["critic"]["auroc"]
     )
 
 
@@ -319,8 +320,8 @@ def test_curves_by_band_are_more_honest_than_one_for_all():
     seen = made_views()
     fitting = seen.group % 2 == 0
     measuring = ~fitting
-    calibration = fitted(seen.at(fitting))
-    rows = bands(seen.at(measuring), calibration)
+    calibration = fit_calibration(seen.subset(fitting))
+    rows = bands(seen.subset(measuring), calibration)
     assert [(r["reading"], r["low"]) for r in rows] == [
         (name, low) for name in ("filled", "partial") for low in (0, 0.25, 0.5, 0.75)
     ]
@@ -329,7 +330,7 @@ def test_curves_by_band_are_more_honest_than_one_for_all():
         assert row["brier_by_band"] < row["brier_one_curve"]
         assert (row["ece_raw"] > 0.1) == (row["low"] >= 0.5)
     assert sum(r["tokens"] for r in rows if r["reading"] == "filled") == measuring.sum()
-    found = detection(seen.at(np.flatnonzero(measuring)[:8000]), calibration)
+    found = detection(seen.subset(np.flatnonzero(measuring)[:8000]), calibration)
     assert found["critic"]["brier"] > found["critic_calibrated"]["brier"]
     assert found["critic_partial_calibrated"]["ece"] < 0.04 < found["critic_partial"]["ece"]
     assert abs(found["confidence"]["auroc"]["value"] - 0.5) < 0.03  # knows nothing here

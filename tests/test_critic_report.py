@@ -11,10 +11,11 @@ import torch
 from lib.config import load_config
 from lib.diffusion.calibration import Calibration
 from lib.training.data import Windows
-from lib.training.objectives.error_detection import Seen, brier, detection
-from lib.training.objectives.language_model import MaskedDiffusion
-from lib.training.objectives.token_critic import Filled, TokenCritic
-from tests.trainings import CPU
+from lib.training.objectives.error_detection import ScoredTokens, brier, detection
+from lib.training.objectives.fills import Filled
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
+from lib.training.objectives.token_critic import TokenCritic
+from tests.trainings import context
 
 SPECIAL, MASK, COMMON, V = [0, 1, 2, 3], 1, 5, 14
 GENERATOR = np.array([0.0] * 4 + [0.05, 0.6] + [0.35 / 8] * 8)  # mostly the common token
@@ -52,14 +53,16 @@ def objective(groups=None, windows: int = 24, **changes) -> TokenCritic:
     config = load_config(quick_test=True)
     names = np.arange(windows).astype(str) if groups is None else groups
     parts: dict[str, Any] = {split: text_of(split, windows) for split in FIRST}
-    diffusion = MaskedDiffusion(config.diffusion, MASK, label="critic", **parts, groups=names, runtime=CPU, seed=3,
-                                batch_size=8, num_evaluated=windows)  # fmt: skip
+    made = context("critic", batch_size=8, evaluation_examples=windows)
+    diffusion = MaskedDiffusion(
+        made, WindowSplits(**parts, groups=names), config.diffusion, MaskingTokens(MASK)
+    )
     return TokenCritic(config.critic.model_copy(update=changes), diffusion, SPECIAL)
 
 
 def filled_by(target: TokenCritic, rows: int = 8, model: Any = None) -> tuple[Filled, np.ndarray]:
     index, ids, valid = target.diffusion.windows(range(rows))
-    return target.fill(model or Known(), ids, valid, index, "critic", rows), index
+    return target.filler.fill(model or Known(), ids, valid, index, "critic", rows), index
 
 
 # --- what is written ---------------------------------------------------------------------------------------------------
@@ -68,17 +71,17 @@ def filled_by(target: TokenCritic, rows: int = 8, model: Any = None) -> tuple[Fi
 def test_each_row_is_written_at_a_temperature_of_its_own_between_the_two():
     filled, _ = filled_by(objective(temperature=(0.02, 8.0)), 64)
     share = [
-        (row[w] == COMMON).mean() for row, w in zip(filled.ids, filled.written, strict=True) if w.sum() > 8
+        (row[w] == COMMON).mean() for row, w in zip(filled.ids, filled.generated, strict=True) if w.sum() > 8
     ]
     assert min(share) < 0.25 < 0.9 < max(share)
     cold, _ = filled_by(objective(temperature=(0.02, 0.02)), 8)
-    assert (cold.ids[cold.written] == COMMON).all()
+    assert (cold.ids[cold.generated] == COMMON).all()
     even, _ = filled_by(objective(temperature=(1.0, 1.0)), 64)
-    assert (even.ids[even.written] == COMMON).mean() == pytest.approx(0.6, abs=0.07)
+    assert (even.ids[even.generated] == COMMON).mean() == pytest.approx(0.6, abs=0.07)
 
 
 def test_numbers_of_passes_are_even_on_a_logarithmic_scale():
-    passes = objective(rollout_passes=(1, 8))._passes(np.arange(20_000), "x")
+    passes = objective(rollout_passes=(1, 8)).filler.passes(np.arange(20_000), "x")
     share = np.bincount(passes, minlength=9)[1:] / 20_000
     wanted = np.log((np.arange(8) + 2) / (np.arange(8) + 1)) / np.log(9)
     np.testing.assert_allclose(share, wanted, atol=0.01)
@@ -110,10 +113,10 @@ class Wild(torch.nn.Module):
 def test_what_was_masked_again_carries_no_label_and_is_not_called_written():
     target = objective(clean_fraction=1.0)
     filled, index = filled_by(target)
-    hidden = filled.written & (np.arange(40) % 2 == 0)
-    partly = filled.partly_masked(hidden, MASK)
-    assert hidden.any() and (partly.ids[hidden] == MASK).all() and not partly.written[hidden].any()
-    np.testing.assert_array_equal(partly.written, filled.written & ~hidden)
+    hidden = filled.generated & (np.arange(40) % 2 == 0)
+    partly = filled.remask(hidden, MASK)
+    assert hidden.any() and (partly.ids[hidden] == MASK).all() and not partly.generated[hidden].any()
+    np.testing.assert_array_equal(partly.generated, filled.generated & ~hidden)
     np.testing.assert_array_equal(partly.ids[~hidden], filled.ids[~hidden])
     for loss in target._critic_losses(Wild(hidden), partly, index, "critic"):
         assert loss.item() == pytest.approx(np.log(2), rel=1e-5)
@@ -123,7 +126,7 @@ def test_a_share_of_the_rows_is_read_with_masks():
     for share, least, most in ((0.0, 0, 0), (1.0, 50, 64), (0.5, 20, 44)):
         target = objective()
         filled, index = filled_by(target, 64)
-        masked = (target._hide(filled, index, "critic", share).ids == MASK).any(1).sum()
+        masked = (target.filler.remask_some(filled, index, "critic", share).ids == MASK).any(1).sum()
         assert least <= masked <= most
     whole = objective(partial_fraction=0.0, coupling="decoupled")
     reads: list[np.ndarray] = []
@@ -146,7 +149,7 @@ def test_given_tokens_count_as_often_as_asked_and_their_clean_label_is_right():
     for share in (0.0, 0.3, 1.0):
         target = objective(clean_fraction=share, origin_weight=0.0, labels="sampled")
         filled, index = filled_by(target, 8)
-        given = filled.valid & ~filled.written
+        given = filled.valid & ~filled.generated
         logits = np.where(given, 10.0, np.where(filled.ids != filled.clean, 40.0, -40.0))
 
         class Sure(torch.nn.Module):
@@ -156,7 +159,7 @@ def test_given_tokens_count_as_often_as_asked_and_their_clean_label_is_right():
                 )
 
         loss = target._critic_losses(Sure(), filled, index, "critic")[0].item()
-        paid[share] = loss / 10 * filled.written.sum() / (1 - loss / 10) / given.sum()
+        paid[share] = loss / 10 * filled.generated.sum() / (1 - loss / 10) / given.sum()
     assert paid[0.0] == pytest.approx(0, abs=1e-6) and paid[1.0] == pytest.approx(1, rel=1e-3)
     assert paid[0.3] == pytest.approx(0.3, abs=0.1)
 
@@ -169,17 +172,17 @@ def test_an_evaluation_is_of_written_tokens_against_what_stood_there():
     target: Any = objective(coupling="decoupled")
     wrong, origin = [], []
 
-    def raw(model, filled, told):
+    def raw(model, filled, conditioned):
         assert (filled.clean[:, 0] == FIRST["selection"]).all()
         differs = filled.ids != filled.clean
-        if told:
-            wrong.append(differs[filled.written])
+        if conditioned:
+            wrong.append(differs[filled.generated])
         else:
-            origin.append((filled.written[filled.valid], filled.valid.sum()))
-        error = np.where(filled.written, np.where(differs, 0.6, 0.2), 0.9)
-        return error, np.where(filled.valid, np.where(filled.written, 0.7, 0.1), 0.99)
+            origin.append((filled.generated[filled.valid], filled.valid.sum()))
+        error = np.where(filled.generated, np.where(differs, 0.6, 0.2), 0.9)
+        return error, np.where(filled.valid, np.where(filled.generated, 0.7, 0.1), 0.99)
 
-    target._raw = raw
+    target._probabilities = raw
     found = target.evaluate(Known())
     rate = np.concatenate(wrong).mean()
     assert found["error_rate"] == pytest.approx(rate) and 0.3 < rate < 0.9
@@ -187,7 +190,7 @@ def test_an_evaluation_is_of_written_tokens_against_what_stood_there():
     assert found["critic_loss"] == pytest.approx(-(rate * np.log(0.6) + (1 - rate) * np.log(0.8)))
     assert set(found) == {"critic_loss", "auroc", "error_rate", "auroc_origin"}
     joint: Any = objective(coupling="joint")
-    joint._raw = raw
+    joint._probabilities = raw
     values = joint.evaluate(Known())
     assert values["nelbo_and_auroc"] == values["nelbo"]  # nothing is added for an AUROC of 1
     assert values["nelbo"] == joint.diffusion.evaluate(Known())["nelbo"]
@@ -197,14 +200,14 @@ def test_confidence_counts_as_certainty_of_being_right():
     """The generator believes what is true of the text: where it was sure it is seldom wrong, by every one of its views."""
     values, rows, _ = objective(temperature=(1.0, 1.0)).report(Known())
     found = {name: score["auroc"]["value"] for name, score in values["detection"].items()}
-    for name in ("confidence", "confidence_fresh", "confidence_given", "confidence_of_those"):
+    for name in ("confidence", "fresh_confidence", "confidence_first_pass", "confidence_visible"):
         assert found[name] > 0.75, name
-    assert found["critic"] == 0.5 and found["whole_text_confidence_fresh"] > 0.6
+    assert found["critic"] == 0.5 and found["whole_text_fresh_confidence"] > 0.6
     assert [(r.baseline, r.baseline_value) for r in rows] == [
         ("chance", 0.5), ("confidence", found["confidence"]), ("confidence", found["confidence"]),
-        ("fresh confidence", found["whole_text_confidence_fresh"]),
+        ("fresh confidence", found["whole_text_fresh_confidence"]),
     ]  # fmt: skip
-    assert found["confidence"] != found["whole_text_confidence_fresh"]
+    assert found["confidence"] != found["whole_text_fresh_confidence"]
     assert values["auroc"] == found["critic"] and values["auroc_confidence"] == found["confidence"]
     assert found["critic_blend"] == pytest.approx(found["confidence"], abs=0.02)  # the blend finds who knows
 
@@ -218,13 +221,13 @@ def test_calibration_is_fitted_on_the_selection_text_and_judged_on_held_out_text
     for turned in ("none", "selection", "held_out"):
         target: Any = objective()
 
-        def raw(model, filled, told, turned=turned):
+        def raw(model, filled, conditioned, turned=turned):
             error = np.where(
                 (filled.ids != filled.clean) ^ (filled.clean[:, :1] == FIRST.get(turned)), 0.8, 0.2
             )
             return error, error
 
-        target._raw = raw
+        target._probabilities = raw
         found[turned] = target.report(Known())[0]["detection"]
     ece = {turned: scores["critic_calibrated"]["ece"] for turned, scores in found.items()}
     assert ece["none"] < 0.01 and ece["held_out"] > 0.95
@@ -247,7 +250,7 @@ def test_intervals_are_over_groups_of_windows():
     assert low[24] != low[6]
 
 
-def views_of(count: int, copies: int = 1, given: int = 0, grouped: bool = True) -> Seen:
+def views_of(count: int, copies: int = 1, given: int = 0, grouped: bool = True) -> ScoredTokens:
     """`count` written tokens and `given` others, each so many times, as one group or each by itself."""
     rng = np.random.default_rng(1)
     critic = rng.random(count + given)
@@ -255,7 +258,7 @@ def views_of(count: int, copies: int = 1, given: int = 0, grouped: bool = True) 
     wrong = (rng.random(count + given) < critic) & written
     columns = [np.repeat(x, copies) for x in (wrong, written, critic)]
     group = np.repeat(np.arange(count + given), copies) if grouped else np.arange((count + given) * copies)
-    return Seen(columns[0], columns[1], group, *[columns[2]] * 8)
+    return ScoredTokens(columns[0], columns[1], group, *[columns[2]] * 8)
 
 
 def test_copies_of_a_group_tell_nothing_new():
@@ -271,14 +274,14 @@ def test_given_tokens_are_in_no_reading_but_that_of_a_text_of_which_nothing_is_k
     assert len(seen.reading("unknown").wrong) == 500
     found = detection(seen, Calibration())
     clean = views_of(300)
-    for name in ("critic", "critic_unknown", "critic_partial", "confidence_of_those"):
+    for name in ("critic", "critic_unknown", "critic_partial", "confidence_visible"):
         assert found[name]["brier"] == pytest.approx(brier(seen.critic[:300], seen.wrong[:300])), name
     assert found["whole_text_critic"]["brier"] == pytest.approx(brier(seen.critic, seen.wrong))
     assert brier(clean.critic, clean.wrong) == pytest.approx(((clean.critic - clean.wrong) ** 2).mean())
 
 
-class ToldOnly(Known):
-    """A critic that knows something only when it is told which tokens were given."""
+class ConditionedOnly(Known):
+    """A critic that finds errors only with a conditioning mask."""
 
     def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", given=None):
         output = super().forward(input_ids, attention_mask, logits_at, head, given)
@@ -288,13 +291,13 @@ class ToldOnly(Known):
         return output
 
 
-def test_only_the_view_of_a_whole_draft_is_told_what_was_given():
+def test_only_the_view_of_a_whole_draft_has_a_conditioning_mask():
     target = objective(temperature=(1.0, 1.0))
-    found = target.report(ToldOnly())[0]["detection"]
+    found = target.report(ConditionedOnly())[0]["detection"]
     assert found["critic"]["auroc"]["value"] > 0.75
     for name in ("critic_unknown", "critic_partial", "whole_text_critic"):
         assert found[name]["auroc"]["value"] == 0.5, name
-    values = target.evaluate(ToldOnly())
+    values = target.evaluate(ConditionedOnly())
     assert values["auroc"] > 0.75 and values["auroc_origin"] == 0.5
 
 

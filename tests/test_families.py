@@ -31,12 +31,13 @@ from lib.models.ltg_bert import LtgBertForMaskedLM, LtgBertForSequenceClassifica
 from lib.models.publish import card, manifests_of, publish, publish_model
 from lib.models.ranker_export import export_classifier
 from lib.runs import load_manifest
-from lib.runtime import Runtime
 from lib.tokenization import decode_batch, encode_batch, encode_with_masks, load_tokenizer, train_tokenizer
 from lib.training.data import Sequences
-from lib.training.objectives.sequence_scorer import SequenceClasses, SequenceScore
+from lib.training.objectives.candidates import CandidateSplits
+from lib.training.objectives.sequence_scorer import ScoredSequences, SequenceClasses, SequenceScore
 from tests.conftest import run_stages
 from tests.test_ranker_files import ranker_of, saved_encoder
+from tests.trainings import CPU, context
 
 SHORT = ["training.steps=4", "generator.training.steps=4", "critic.training.steps=4", "training.evaluate_every=4",
          "sampler.num_samples=2", "sampler.nfe=[4]"]  # fmt: skip
@@ -194,7 +195,6 @@ def test_what_cannot_be_published_is_refused(ltg_run, tmp_path):
 
 # --- what the card says, run where this project is not -----------------------------------------------------------------
 
-CPU = Runtime(torch.device("cpu"), "fp32")
 TEXTS = ["The value of an object", "", "a [MASK] of [CLS]", "x", "the value of the list is the list " * 9]
 SPECS = {  # head -> mode and settings of stage 04
     "masked": {"mode": "language_model"},
@@ -329,13 +329,12 @@ def evaluated(folder: Path, tokenizer, texts: list[str], classes: int | None = N
     cut = [row[:width] for row in encode_batch(tokenizer, texts, "unk")]
     rows = Sequences(pa.chunked_array([pa.array(cut, pa.list_(pa.int32()))]), width, tokenizer.pad_token_id)
     targets = np.zeros(len(texts))
-    splits = (rows, targets) * 3
-    arguments: Any = ("judge", *splits, np.arange(len(texts)), tokenizer.cls_token_id, CPU, 0, 9)
+    split, every = ScoredSequences(rows, targets), np.arange(len(texts))
+    splits = CandidateSplits(split, split, split, every)
+    arguments: Any = (context("judge", seed=0), splits, tokenizer.cls_token_id)
     if classes is not None:
-        return np.exp(
-            SequenceClasses(*arguments, num_classes=classes).predict(model, rows, np.arange(len(texts)))
-        )
-    return SequenceScore(*arguments).predict(model, rows, np.arange(len(texts)))
+        return np.exp(SequenceClasses(*arguments, num_classes=classes).predict(model, rows, every))
+    return SequenceScore(*arguments).predict(model, rows, every)
 
 
 def tokenizer_of_run(run: Path):

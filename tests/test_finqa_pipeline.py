@@ -196,7 +196,7 @@ def test_a_policy_killed_in_the_middle_of_a_rollout_ends_with_the_same_bits(run,
     """The rollout is part of the checkpoint."""
     from lib.training import loop
 
-    monkeypatch.setattr("lib.training.policy.WAYS", ("ppo",))
+    monkeypatch.setattr("lib.training.policy.METHODS", ("ppo",))
     settings = ("critic.training.checkpoint_every=3", "critic.ppo.samples_per_pool=2")
     folders = []
     for kind in ("whole", "killed"):
@@ -299,7 +299,7 @@ def test_another_k_than_the_data_s_is_refused(run, tmp_path):
     from lib.artifacts import Stage
     from lib.runtime import Runtime
     from lib.training.stage_inputs import read_stage_inputs
-    from lib.training.trainer_setup import set_up_ranker
+    from lib.training.train_model import context_of, set_up_prompt_ranker
 
     config = config_of()
     folder = tmp_path / "run_001"
@@ -308,8 +308,10 @@ def test_another_k_than_the_data_s_is_refused(run, tmp_path):
     with Stage("05_train_critic.py", config, args, uses=("seed",), reads=STAGES[:5]) as stage:
         other = config_of("candidates.per_example=6")
         stage_inputs = read_stage_inputs(stage, other, Runtime.detect(other))
+        spec = other.models["ranker"]
+        context = context_of("ranker", spec, stage_inputs)
         with pytest.raises(BadConfig, match="made pools of 8"):
-            set_up_ranker("ranker", other.models["ranker"], stage_inputs, tmp_path, None)
+            set_up_prompt_ranker(context, spec, stage_inputs, tmp_path, None)
         stage.leave_incomplete("only looked")
 
 

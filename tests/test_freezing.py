@@ -16,7 +16,7 @@ from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 from lib.training.loop import train
 from lib.training.optimizer import Optimizer
-from tests.trainings import CPU, Killed, fingerprint, train_tiny
+from tests.trainings import Killed, context, fingerprint, train_tiny
 
 CLS = 2
 UNFREEZE, STEPS = 6, 12
@@ -103,7 +103,7 @@ def test_heads_have_their_own_rate():
     model = model_of()
     optimizer = Optimizer(model, settings(head_learning_rate=0.5, learning_rate=0.001, warmup_fraction=0))
     names = {id(p): n for n, p in model.named_parameters()}
-    for part in optimizer.parts:
+    for part in optimizer.optimizers:
         for group in part.param_groups:
             inside = {names[id(p)] for p in group["params"]} & head_parameters(model)
             assert not inside or group["lr"] == 0.5
@@ -144,8 +144,9 @@ def test_the_candidate_ranker_and_the_actor_know_their_heads():
 
 def test_a_model_without_a_head_cannot_be_frozen(tmp_path):
     with pytest.raises(BadConfig, match="nothing would learn"):
-        train(model_of("language_model"), Scores(None), settings(freeze_backbone=True), CPU, tmp_path, seed=3,
-              label="tiny", save=lambda m, path: None)  # fmt: skip
+        train(
+            model_of("language_model"), Scores(None), context(freeze_backbone=True), tmp_path, lambda m, path: None
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,10 @@ def test_a_half_trained_model_does_not_go_on_under_other_code_or_libraries(tmp_p
         check(before | {"transformers": "6"})
     assert not capsys.readouterr().err
     check(other, allow=True)
-    assert "judge: going on all the same (changed code: lib/a.py, lib/c.py)" in capsys.readouterr().err
+    assert (
+        "judge: continuing in another environment (changed code: lib/a.py, lib/c.py)"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_fingerprint_of_a_checkpoint_has_libraries_and_the_stage_s_code():
@@ -424,7 +427,7 @@ def test_frozen_weights_are_recognised_and_learning_ones_do_not_count():
     assert checkpoint.frozen_digest(model.to(torch.bfloat16), learning) != digest
     checkpoint.check_frozen(digest, digest, "ranker")
     checkpoint.check_frozen(None, digest, "ranker")  # of a version that did not keep it
-    with pytest.raises(BadData, match="ranker: the weights that do not learn"):
+    with pytest.raises(BadData, match="ranker: the frozen weights"):
         checkpoint.check_frozen("0" * 64, digest, "ranker")
 
 
@@ -463,7 +466,9 @@ def test_another_code_stops_a_real_training(quick_run, tmp_path, monkeypatch):
     monkeypatch.setattr(_Run, "step", real)
     generator = (tmp_path / "04_train" / "generator" / "training_manifest.json").read_bytes()
     files["lib/a.py"] = "1" * 64
-    with pytest.raises(BadConfig, match=r"judge was begun elsewhere \(changed code: lib/a\.py\)"):
+    with pytest.raises(
+        BadConfig, match=r"judge was started in another environment \(changed code: lib/a\.py\)"
+    ):
         importlib.import_module("04_train").main(config, args)
     importlib.import_module("04_train").main(allowed, args)
     assert (tmp_path / "04_train" / "generator" / "training_manifest.json").read_bytes() == generator

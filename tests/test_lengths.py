@@ -11,9 +11,9 @@ from lib.config import Config, load_config
 from lib.errors import BadData
 from lib.tokenization import train_tokenizer
 from lib.training.data import Sequences
-from lib.training.lengths import WholeTexts, contexts_of, refuse_longer_candidates
-from lib.training.objectives.build import make_objective
-from lib.training.stage_inputs import StageInputs
+from lib.training.lengths import WholeTexts, contexts_of
+from lib.training.stage_inputs import StageInputs, refuse_longer_candidates
+from lib.training.train_model import context_of, make_objective
 from tests.conftest import run_stages
 from tests.trainings import CPU
 
@@ -47,8 +47,13 @@ def stage_inputs(config: Config, tables: dict[str, pa.Table], fresh=None, prompt
     tokenizer = train_tokenizer("character", ["abcdefgh"], 0)
     prompts = pa.table({"prompt": ["", prompt]})
     return StageInputs(
-        config, tokenizer, CPU, lambda split: prompts, tables.__getitem__, fresh_rows=lambda name: fresh
+        config, tokenizer, CPU, lambda split: prompts, tables.__getitem__, open_stream=lambda name: fresh
     )
+
+
+def objective_of(name: str, given: StageInputs, context_length: int):
+    spec = given.config.models[name]
+    return make_objective(context_of(name, spec, given), spec, given, context_length)
 
 
 MODELS = ["inspector", "judge", "ranker"]
@@ -61,11 +66,11 @@ def test_a_model_that_reads_less_than_a_candidate_is_refused(name, split):
     config = config_of()
     tables = {s: candidates(LONGEST if s == split else 5, s) for s in SPLITS}
     with pytest.raises(BadData) as caught:
-        make_objective(name, config.models[name], stage_inputs(config, tables), LONGEST - 1)
+        objective_of(name, stage_inputs(config, tables), LONGEST - 1)
     for said in (f"1 of 8 texts are longer than models.{name} reads", f"{split}:3 has 9 tokens", "the context is 8",
                  "architecture.context=9", "data.passage_characters=56 or less"):  # fmt: skip
         assert said in str(caught.value)
-    assert make_objective(name, config.models[name], stage_inputs(config, tables), LONGEST) is not None
+    assert objective_of(name, stage_inputs(config, tables), LONGEST) is not None
 
 
 @pytest.mark.parametrize("name", ["inspector", "judge"])
@@ -77,7 +82,7 @@ def test_so_is_one_that_learns_from_fresh_candidates(name):
             return candidates(LONGEST)
 
     fine = {s: candidates(5, s) for s in SPLITS}
-    objective = make_objective(name, config.models[name], stage_inputs(config, fine, Fresh()), LONGEST - 1)
+    objective = objective_of(name, stage_inputs(config, fine, Fresh()), LONGEST - 1)
     with pytest.raises(BadData, match=rf"models\.{name} reads.*train:3 has 9 tokens"):
         objective.loss(None, 0, range(4))  # type: ignore[arg-type]
 
@@ -98,7 +103,7 @@ def test_all_models_are_looked_at_before_the_first_is_trained(split):
 
 def test_sequences_are_never_cut():
     column = candidates()["token_ids"]
-    with pytest.raises(BadData, match=f"sequence 6 has {LONGEST} tokens, and the model reads {LONGEST - 1}"):
+    with pytest.raises(BadData, match=f"sequence 6 has {LONGEST} tokens, but the model reads {LONGEST - 1}"):
         Sequences(column, LONGEST - 1, 0)
     ids, valid = Sequences(column, LONGEST + 1, 0).batch(np.array([6, -1, 0]))
     assert valid.sum(1).tolist() == [LONGEST, 0, 3] and (ids[0, :LONGEST] == 5).all()

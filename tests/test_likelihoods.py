@@ -16,9 +16,10 @@ from lib.evaluation.best_of import CHANCE, _Pool, best_of
 from lib.evaluation.text_scores import documents_of
 from lib.sections.masking import DiffusionConfig
 from lib.training.data import Windows
-from lib.training.objectives.language_model import MaskedDiffusion, NextToken
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
+from lib.training.objectives.next_token import NextToken
 from lib.training.objectives.staged import StagedUnmasking
-from tests.trainings import CPU
+from tests.trainings import context
 
 MASK, PAD, VOCABULARY = 1, 0, 12
 # Nats of each token, whatever stands around it; padding would cost a hundred
@@ -36,7 +37,7 @@ class PerToken(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch):
     """Cross-entropies of `PerToken` are NATS of the targets."""
-    from lib.training.objectives import language_model
+    from lib.training.objectives import language_model, next_token
 
     real = language_model.cross_entropies
 
@@ -45,7 +46,8 @@ def known_costs(monkeypatch):
             return torch.from_numpy(NATS).float()[targets]
         return real(logits, targets)
 
-    monkeypatch.setattr(language_model, "cross_entropies", costs)
+    for module in (language_model, next_token):
+        monkeypatch.setattr(module, "cross_entropies", costs)
 
 
 def text(tokens: list[int], lengths: list[int], width: int) -> Windows:
@@ -66,16 +68,18 @@ PER_TOKEN = float(NATS[TOKENS] @ LENGTHS / np.sum(LENGTHS))
 
 
 def objective(
-    kind=MaskedDiffusion, width: int = 16, tokens=TOKENS, lengths=LENGTHS, num_evaluated=10_000, **changes
+    kind: Any = MaskedDiffusion, width: int = 16, tokens=TOKENS, lengths=LENGTHS, evaluated=10_000, **changes
 ):
     windows = text(tokens, lengths, width)
     tiles = windows.tiled()
-    common = {"label": "stub", "train": windows, "selection": tiles, "held_out": tiles, "groups": tiles.owner,
-              "runtime": CPU, "seed": 3, "batch_size": 4, "num_evaluated": num_evaluated}  # fmt: skip
+    common = (
+        context("stub", batch_size=4, evaluation_examples=evaluated),
+        WindowSplits(windows, tiles, tiles, tiles.owner),
+    )
     if kind is NextToken:
-        return NextToken(2, **common)
+        return NextToken(*common, cls_id=2)
     config: DiffusionConfig = load_config(quick_test=True).diffusion.model_copy(update=changes)
-    return kind(config, MASK, **common)
+    return kind(*common, config, MaskingTokens(MASK))
 
 
 @pytest.mark.parametrize("kind", [MaskedDiffusion, NextToken])
@@ -98,17 +102,17 @@ def test_no_likelihood_changes_when_the_same_text_is_cut_into_other_tiles(kind, 
 
 def test_the_unigram_is_learned_on_train_and_measured_on_held_out_text():
     train, held_out = text([2, 3], [30, 10], 8), text([3, 4], [6, 2], 8).tiled()
-    made = NextToken(2, label="stub", train=train, selection=train, held_out=held_out, groups=held_out.owner, runtime=CPU,
-                     seed=3, batch_size=4, num_evaluated=4)  # fmt: skip
+    splits = WindowSplits(train, train, held_out, held_out.owner)
+    made = NextToken(context("stub", batch_size=4, evaluation_examples=4), splits, cls_id=2)
     # Counts plus one of ids 0 to 4: 1, 1, 31, 11, 1
     assert made.unigram_nll() == pytest.approx(-(6 * math.log(11 / 45) + 2 * math.log(1 / 45)) / 8)
 
 
 @pytest.mark.parametrize("kind", [MaskedDiffusion, NextToken])
 def test_an_evaluation_takes_a_part_of_the_selection_windows_token_by_token(kind):
-    made = objective(kind, 16, num_evaluated=9)
-    assert len(made._evaluated) == 9
-    ids, valid = made.selection_windows.batch(made._evaluated, np.zeros(9))
+    made = objective(kind, 16, evaluated=9)
+    assert len(made.evaluated) == 9
+    ids, valid = made.splits.selection.batch(made.evaluated, np.zeros(9))
     found = made.evaluate(PerToken())["nll" if kind is NextToken else "nelbo"]
     assert found == pytest.approx(NATS[ids][valid].mean(), rel=1e-6)
     assert valid.sum(1).min() < valid.sum(1).max()
@@ -164,9 +168,9 @@ def test_the_nelbo_is_the_sum_over_all_masks_of_windows_of_two_lengths():
 
 def test_groups_must_be_of_the_held_out_windows():
     windows = text(TOKENS, LENGTHS, 16)
+    splits = WindowSplits(windows, windows, windows.tiled(), np.arange(12))
     with pytest.raises(ValueError, match="12 groups for"):
-        NextToken(2, label="stub", train=windows, selection=windows, held_out=windows.tiled(), groups=np.arange(12),
-                  runtime=CPU, seed=3, batch_size=4, num_evaluated=4)  # fmt: skip
+        NextToken(context("stub"), splits, cls_id=2)
 
 
 def test_a_documents_scores_are_means_over_its_tokens():

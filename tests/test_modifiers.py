@@ -13,27 +13,28 @@ from lib.models.build import heads_of, start_model
 from lib.sections.models import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.modifiers import (
-    Masked,
+    MaskedPredictions,
     Modifiers,
     check_judge,
     entropy_weights,
     mask_ratio_weights,
     uniform_cross_entropies,
 )
-from tests.trainings import CPU, Killed, fingerprint, settings, splits, train_tiny
+from tests.trainings import TOKENS, Killed, context, fingerprint, settings, splits, train_tiny
 
 TEXT = np.arange(4, 14)
 V, B, T = 14, 6, 16
 
 
-def masked_of(seed: int = 0) -> Masked:
+def masked_of(seed: int = 0) -> MaskedPredictions:
     rng = np.random.default_rng(seed)
     ids, hidden = rng.integers(4, 14, (B, T)), rng.random((B, T)) < 0.5
     hidden[:, 0] = True
-    at = np.flatnonzero(hidden)
-    logits = torch.from_numpy(rng.normal(size=(len(at), V)) * 2).float().requires_grad_()
-    return Masked(
-        logits, torch.from_numpy(ids.reshape(-1)[at]), torch.from_numpy(at // T), ids, np.ones((B, T), bool), at,
+    flat_idx = np.flatnonzero(hidden)
+    logits = torch.from_numpy(rng.normal(size=(len(flat_idx), V)) * 2).float().requires_grad_()
+    targets, row_idx = (torch.from_numpy(x) for x in (ids.reshape(-1)[flat_idx], flat_idx // T))
+    return MaskedPredictions(
+        logits, targets, row_idx, ids, np.ones((B, T), bool), flat_idx,
         hidden.mean(1), np.arange(B),
     )  # fmt: skip
 
@@ -46,14 +47,14 @@ def model_of(mode: str = "language_model"):
 
 
 def modifiers_of(judge=None, /, **config) -> Modifiers:
-    return Modifiers(ModifiersConfig(**config), TEXT, CPU, 3, "tiny", judge, cls_id=2)
+    return Modifiers(ModifiersConfig(**config), TEXT, context(), judge, cls_id=2)
 
 
 def test_smoothed_targets_leave_special_tokens_out():
     masked, share = masked_of(), 0.2
-    target = torch.zeros(len(masked.at), V)
+    target = torch.zeros(len(masked.flat_idx), V)
     target[:, 4:] = share / len(TEXT)
-    target[torch.arange(len(masked.at)), masked.targets] += 1 - share
+    target[torch.arange(len(masked.flat_idx)), masked.targets] += 1 - share
     wanted = -(target * torch.log_softmax(masked.logits, -1)).sum(-1)
     ce = torch.nn.functional.cross_entropy(masked.logits, masked.targets, reduction="none")
     found, weights, terms = modifiers_of(label_smoothing=share).apply(ce, masked, 0)
@@ -67,7 +68,7 @@ def test_entropy_weights_are_those_of_the_wrong_answers():
     wanted = []
     for b in range(B):
         entropies = []
-        for n in np.flatnonzero(masked.row.numpy() == b):
+        for n in np.flatnonzero(masked.row_idx.numpy() == b):
             p = torch.softmax(masked.logits[n].detach().double(), -1).numpy()
             p = np.delete(p, int(masked.targets[n]))
             p /= p.sum()
@@ -88,7 +89,7 @@ def test_mask_ratio_weights():
 def test_weights_multiply_and_have_mean_one():
     masked = masked_of()
     both = modifiers_of(entropy=EntropyModifier(), mask_ratio=MaskRatioModifier())
-    ce = torch.ones(len(masked.at))
+    ce = torch.ones(len(masked.flat_idx))
     _, weights, terms = both.apply(ce, masked, 0)
     product = entropy_weights(masked, EntropyModifier(), B) * mask_ratio_weights(
         torch.tensor(masked.ratios, dtype=torch.float32), MaskRatioModifier()
@@ -116,11 +117,11 @@ def test_judge_weights_follow_its_opinion_of_a_sampled_completion():
     judge = ConstantJudge(masked.ids)
     config = JudgeModifier(model="x", exponent=0.5, min_weight=0.2, max_weight=3, start_step=2, stop_step=4)
     modifiers = modifiers_of(judge, judge=config)
-    ce = torch.ones(len(masked.at))
+    ce = torch.ones(len(masked.flat_idx))
     assert torch.equal(modifiers.apply(ce, masked, 1)[1], torch.ones(B))
     _, weights, terms = modifiers.apply(ce, masked, 2)
     assert (judge.read >= 4).all() and (judge.read != judge.ids).any()
-    outside = np.setdiff1d(np.arange(B * T), masked.at)
+    outside = np.setdiff1d(np.arange(B * T), masked.flat_idx)
     assert np.array_equal(judge.read.numpy().reshape(-1)[outside], masked.ids.reshape(-1)[outside])
     wrong = (judge.read != judge.ids).float().mean(1).numpy()
     wanted = np.clip((wrong / masked.ratios) ** 0.5, 0.2, 3)
@@ -133,12 +134,14 @@ def test_the_judge_reads_the_same_completion_of_a_row_in_any_batch():
     whole = masked_of()
     config = JudgeModifier(model="x", min_weight=0.2, max_weight=3, stop_step=9)
     judge = ConstantJudge(whole.ids)
-    modifiers_of(judge, judge=config).apply(torch.ones(len(whole.at)), whole, 0)
+    modifiers_of(judge, judge=config).apply(torch.ones(len(whole.flat_idx)), whole, 0)
     read = judge.read.numpy()
     for rows in ([4], [5, 1], [0, 2, 3]):
-        some = np.concatenate([np.flatnonzero(whole.at // T == r) for r in rows])
-        at = np.concatenate([whole.at[whole.at // T == r] % T + n * T for n, r in enumerate(rows)])
-        part = Masked(
+        some = np.concatenate([np.flatnonzero(whole.flat_idx // T == r) for r in rows])
+        at = np.concatenate(
+            [whole.flat_idx[whole.flat_idx // T == r] % T + n * T for n, r in enumerate(rows)]
+        )
+        part = MaskedPredictions(
             whole.logits[some], whole.targets[some], torch.from_numpy(at // T), whole.ids[rows],
             whole.valid[rows], at, whole.ratios[rows], whole.rows[rows],
         )  # fmt: skip
@@ -147,15 +150,13 @@ def test_the_judge_reads_the_same_completion_of_a_row_in_any_batch():
         assert np.array_equal(alone.read.numpy(), read[rows])
     other = masked_of()
     other.rows[:] = np.arange(B) + 50
-    modifiers_of(judge, judge=config).apply(torch.ones(len(other.at)), other, 0)
+    modifiers_of(judge, judge=config).apply(torch.ones(len(other.flat_idx)), other, 0)
     assert not np.array_equal(judge.read.numpy(), read)  # the next rows of the same text are drawn anew
 
 
 def objective_of(modifiers: Modifiers | None) -> MaskedDiffusion:
-    return MaskedDiffusion(
-        load_config(quick_test=True).diffusion, 1, label="tiny", **splits(), runtime=CPU,
-        seed=3, batch_size=8, num_evaluated=16, text_ids=TEXT, modifiers=modifiers,
-    )  # fmt: skip
+    diffusion = load_config(quick_test=True).diffusion
+    return MaskedDiffusion(context(evaluation_examples=16), splits(), diffusion, TOKENS, modifiers)
 
 
 def test_modifiers_change_the_training_loss_and_never_the_evaluation():

@@ -4,6 +4,7 @@ A table of probabilities stands in for a network: what a loss, an evaluation and
 hand over the real tokens. Padding gets opinions so wild that one counted position would show.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,14 +18,16 @@ from torch import nn
 from lib.config import load_config
 from lib.errors import BadData
 from lib.sections.masking import RandomMasking
-from lib.training.data import Rows, Sequences, Windows
+from lib.training.data import Rows, Sequences, Splits, Windows
 from lib.training.objectives.base import result_row
-from lib.training.objectives.build import make_objective
-from lib.training.objectives.language_model import MaskedDiffusion, NextToken
+from lib.training.objectives.candidates import CandidateSplits
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
+from lib.training.objectives.next_token import NextToken
 from lib.training.objectives.ranker import BestCandidate, TokenPools
-from lib.training.objectives.sequence_scorer import SequenceClasses, SequenceScore
-from lib.training.objectives.token_classifier import TokenClasses
-from tests.trainings import CPU
+from lib.training.objectives.sequence_scorer import ScoredSequences, SequenceClasses, SequenceScore
+from lib.training.objectives.token_classifier import LabelledTokens, TokenClasses
+from lib.training.train_model import context_of, make_objective
+from tests.trainings import CPU, context
 
 V, PAD, MASK, CLS = 14, 0, 1, 2
 
@@ -38,16 +41,11 @@ def documents(rows) -> pa.Table:
     return pa.table({"token_ids": lists(rows), "continues": [False] * len(rows)})
 
 
-def three_splits(train, selection, held_out, width: int) -> dict[str, Any]:
+def three_splits(train, selection, held_out, width: int, **changes) -> WindowSplits:
     """What a language objective learns from, chooses by and reports on; every held-out window is a group."""
     parts = [Windows(documents(rows), width, PAD) for rows in (train, selection, held_out)]
     tiles = parts[2].tiled()
-    return {
-        "train": parts[0],
-        "selection": parts[1].tiled(),
-        "held_out": tiles,
-        "groups": np.arange(tiles.count),
-    }
+    return WindowSplits(parts[0], parts[1].tiled(), tiles, **({"groups": np.arange(tiles.count)} | changes))
 
 
 @torch.no_grad()
@@ -89,9 +87,9 @@ RAGGED = [np.random.default_rng(i).integers(4, V, size) for i, size in enumerate
 OTHERS = [np.random.default_rng(10 + i).integers(4, V, size) for i, size in enumerate((2, 12, 4, 9))]
 
 
-def next_token(train=RAGGED, selection=OTHERS, held_out=RAGGED, **changes) -> NextToken:
-    parts = three_splits(train, selection, held_out, 12)
-    return NextToken(CLS, **parts | {"label": "ar", "runtime": CPU, "seed": 3, "batch_size": 6, "num_evaluated": 100} | changes)  # fmt: skip
+def next_token(train=RAGGED, selection=OTHERS, held_out=RAGGED, label="ar", **changes) -> NextToken:
+    parts = three_splits(train, selection, held_out, 12, **changes)
+    return NextToken(context(label, batch_size=6, evaluation_examples=100), parts, CLS)
 
 
 def test_a_causal_model_pays_for_every_token_given_those_before_it_and_for_no_padding():
@@ -128,8 +126,8 @@ def test_the_id_and_the_width_of_padding_change_nothing():
     for width, pad in ((12, PAD), (12, 3), (20, PAD)):
         windows = Windows(documents([r[:6] for r in RAGGED]), width, pad)
         target = next_token(train=RAGGED)
-        target.selection_windows = target.train = windows
-        target._evaluated = np.arange(windows.count)
+        target.splits = replace(target.splits, train=windows, selection=windows)
+        target.evaluated = np.arange(windows.count)
         loss = target.loss(model, 0, range(6))
         results.append((loss["loss"].item(), evaluate(target, model)["nll"]))
         gradient = torch.autograd.grad(loss["loss"], model.table)[0]
@@ -170,9 +168,10 @@ class Says(nn.Module):
 
 def diffusion(train, selection, held_out, width: int = 16, **changes) -> MaskedDiffusion:
     config = load_config(quick_test=True).diffusion.model_copy(update=changes.pop("config", {}))
-    arguments = three_splits(train, selection, held_out, width)
-    arguments |= {"label": "md", "runtime": CPU, "seed": 3, "batch_size": 8, "num_evaluated": 100}
-    return MaskedDiffusion(config, MASK, **arguments | changes)
+    parts = three_splits(train, selection, held_out, width, **changes)
+    return MaskedDiffusion(
+        context("md", batch_size=8, evaluation_examples=100), parts, config, MaskingTokens(MASK)
+    )
 
 
 FIVES, SHORT = [np.full(16, 5)] * 24, [np.full(n, 5) for n in (16, 9, 4, 1)] * 6
@@ -329,12 +328,10 @@ def classes_of(
 ) -> TokenClasses:
     ids, labels = train or classified(0, 12, [0.7, 0.2, 0.1])
     other, other_labels = held_out or classified(1, 20, [0.4, 0.4, 0.2])
-    parts = (ids, labels, *classified(2, 16, [0.2, 0.3, 0.5]), other, other_labels)
-    sequences = [Sequences(lists(rows), 8, PAD) for rows in parts]
-    return TokenClasses(
-        "inspector", *sequences, groups=np.arange(len(other)) if groups is None else groups, num_classes=C,
-        class_weighting=weighting, runtime=CPU, seed=3, num_evaluated=1000, confidence=confidence,
-    )  # fmt: skip
+    pairs = ((ids, labels), classified(2, 16, [0.2, 0.3, 0.5]), (other, other_labels))
+    parts = [LabelledTokens(*(Sequences(lists(rows), 8, PAD) for rows in pair)) for pair in pairs]
+    splits = CandidateSplits(*parts, np.arange(len(other)) if groups is None else groups, confidence)
+    return TokenClasses(context("inspector", evaluation_examples=1000), splits, C, weighting)
 
 
 @pytest.mark.parametrize("weighting", ["none", "inverse_frequency", "dynamic"])
@@ -425,14 +422,17 @@ def texts_and_means(seed: int, count: int) -> tuple[list, np.ndarray]:
     return ids, np.array([row.mean() / V for row in ids])
 
 
-def score_of(train_targets=None, selection_targets=None, held_out_targets=None, **more) -> SequenceScore:
-    splits: list = []
+def score_of(
+    train_targets=None, selection_targets=None, held_out_targets=None, changed=(None,) * 3, confidence=None
+) -> SequenceScore:
+    parts: list = []
     given = (train_targets, selection_targets, held_out_targets)
-    for seed, count, targets in zip((0, 2, 1), (12, 15, 20), given, strict=True):
+    for seed, count, targets, fraction in zip((0, 2, 1), (12, 15, 20), given, changed, strict=True):
         ids, means = texts_and_means(seed, count)
-        splits += [Sequences(lists(ids), 8, PAD), means if targets is None else targets]
-    known = {"groups": np.arange(20), "cls_id": CLS, "runtime": CPU, "seed": 3, "num_evaluated": 1000}
-    return SequenceScore("judge", *splits, **known | more)
+        sequences = Sequences(lists(ids), 8, PAD)
+        parts.append(ScoredSequences(sequences, means if targets is None else targets, fraction))
+    splits = CandidateSplits(*parts, np.arange(20), confidence)
+    return SequenceScore(context("judge", evaluation_examples=1000), splits, CLS)
 
 
 def test_a_scorer_reads_cls_in_front_and_each_target_belongs_to_its_own_text():
@@ -469,8 +469,9 @@ def test_intervals_of_a_scorer_are_over_whole_groups():
     rows = []
     for groups in (np.repeat(np.arange(20), 4), np.arange(80)):
         target = score_of()
-        target.held_out = Sequences(lists([x for x in ids for _ in range(4)]), 8, PAD)
-        target.held_out_targets, target._groups = np.repeat(targets, 4), groups
+        copies = Sequences(lists([x for x in ids for _ in range(4)]), 8, PAD)
+        held_out = ScoredSequences(copies, np.repeat(targets, 4))
+        target.splits = replace(target.splits, held_out=held_out, groups=groups)
         rows.append(report(target, MeanToken())[1])
     for one, other in zip(*rows, strict=True):
         assert one.value == pytest.approx(other.value) and one.high - one.low > 1.5 * (other.high - other.low)
@@ -494,9 +495,9 @@ def test_the_least_error_is_learned_on_training_texts_whether_reward_falls_or_ri
     train, held_out = np.linspace(0, 1, 12), np.linspace(0, 1, 20)
     for sign in (1, -1):
         falls = [0.5 + sign * 0.4 * (x - 0.5) for x in (train, held_out)]
-        values, _ = score_of(falls[0], None, falls[1], changed=(train, held_out)).report(MeanToken())
+        values, _ = score_of(falls[0], None, falls[1], changed=(train, None, held_out)).report(MeanToken())
         assert values["irreducible_mse"] < 1e-3 and values["best_r2"] > 0.97
-    other = score_of(0.5 + 0.2 * train, None, 0.1 + 0.2 * held_out, changed=(train, held_out))
+    other = score_of(0.5 + 0.2 * train, None, 0.1 + 0.2 * held_out, changed=(train, None, held_out))
     assert other.report(MeanToken())[0]["irreducible_mse"] == pytest.approx(0.16, rel=0.05)
 
 
@@ -515,10 +516,10 @@ def test_classes_of_sequences_stand_beside_the_training_shares():
     truth = [np.minimum(np.array([len(r) for r in rows]) // 3, 2) for rows in (ids, other)]
     selected = np.zeros(15, int)
     held_out = np.where(np.arange(20) % 4 == 0, 0, truth[1])  # some are not what their length says
-    target = SequenceClasses(
-        "judge", Sequences(lists(ids), 8, PAD), truth[0], Sequences(lists(chosen), 8, PAD), selected,
-        Sequences(lists(other), 8, PAD), held_out, np.arange(20), CLS, CPU, 3, 1000, num_classes=C,
-    )  # fmt: skip
+    pairs = ((ids, truth[0]), (chosen, selected), (other, held_out))
+    parts = [ScoredSequences(Sequences(lists(rows), 8, PAD), targets) for rows, targets in pairs]
+    made = context("judge", evaluation_examples=1000)
+    target = SequenceClasses(made, CandidateSplits(*parts, np.arange(20)), CLS, num_classes=C)
     model = LengthClass()
     short = np.mean([len(r) < 3 for r in chosen])
     assert 0 < short < 0.5 and evaluate(target, model)["accuracy"] == pytest.approx(short)
@@ -557,7 +558,7 @@ def test_the_best_candidate_of_a_pool_is_learned_and_reported_where_there_is_one
     rng = np.random.default_rng(0)
     rewards = [np.round(rng.random((4, 3)), 2) for _ in range(3)]
     pools = [token_pools(*pair) for pair in zip(rewards, (train_rows, *others), strict=True)]
-    target = BestCandidate("ranker", sequences, *pools, cls_id=CLS, runtime=CPU, seed=3, num_evaluated=1000)
+    target = BestCandidate(context("ranker", evaluation_examples=1000), sequences, Splits(*pools), cls_id=CLS)
     values, (row,) = report(target, FirstToken())
     results = (evaluate(target, FirstToken()), values)
     assert results[0]["loss"] != pytest.approx(results[1]["loss"], abs=0.01)
@@ -585,7 +586,7 @@ def test_a_row_of_no_sequence_is_empty_and_others_are_whole_or_refused():
     ids, valid = sequences.batch(np.array([[0, -1], [2, 1]]))
     assert ids.tolist() == [[[4, 5], [PAD, PAD]], [[8, 9], [7, PAD]]]
     assert valid.tolist() == [[[True, True], [False, False]], [[True, True], [True, False]]]
-    with pytest.raises(BadData, match="sequence 1 has 3 tokens, and the model reads 2"):
+    with pytest.raises(BadData, match="sequence 1 has 3 tokens, but the model reads 2"):
         Sequences(lists([[7, 8], [4, 5, 6]]), 2, PAD)
 
 
@@ -647,15 +648,15 @@ def stage_inputs():
 
 def objective_of(stage_inputs, name: str, **changes) -> Any:
     spec = stage_inputs.config.models[name].model_copy(update=changes)
-    return make_objective(name, spec, stage_inputs, 16)
+    return make_objective(context_of(name, spec, stage_inputs), spec, stage_inputs, 16)
 
 
 def test_a_ranker_s_pools_hold_the_candidates_of_their_own_split(stage_inputs):
     target = objective_of(stage_inputs, "ranker")
     for split, pools in (
-        ("train", target.train),
-        ("selection", target._evaluated),
-        ("held_out", target.held_out),
+        ("train", target.splits.train),
+        ("selection", target.evaluated),
+        ("held_out", target.splits.held_out),
     ):
         ids, valid = target.sequences.batch(pools.rows)
         read = [
@@ -670,9 +671,9 @@ def test_rewards_become_equal_bands_of_classes(stage_inputs):
     target = objective_of(
         stage_inputs, "judge", mode="sequence_scorer", target_type="classification", num_classes=4
     )
-    assert target.train_targets.tolist() == [0, 0, 1, 1, 2, 3]
-    assert target._selection_targets.tolist() == [1, 3, 2, 0, 1, 2]
-    assert target.held_out_targets.tolist() == [3, 2, 0, 0, 3, 1]
+    assert target.splits.train.targets.tolist() == [0, 0, 1, 1, 2, 3]
+    assert target.splits.selection.targets.tolist() == [1, 3, 2, 0, 1, 2]
+    assert target.splits.held_out.targets.tolist() == [3, 2, 0, 0, 3, 1]
 
 
 def test_characters_are_counted_as_characters(stage_inputs):

@@ -297,16 +297,16 @@ def test_the_critic_killed_and_continued_gives_the_same_bits(copied, coupling, m
 def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, quick_config):
     from lib.tokenization import load_tokenizer
     from lib.training.critic_setup import critic_objective
-    from tests.trainings import CPU
+    from tests.trainings import context
 
     file = pq.ParquetFile(quick_run / "01_prepare_dataset" / "examples.parquet")
     tokenizer = load_tokenizer(quick_run / "01_prepare_dataset" / "tokenizer")
     stage = SimpleNamespace(batches=lambda *_: file.iter_batches())
-    made = critic_objective(stage, quick_config, CPU, tokenizer, 64).diffusion
+    made = critic_objective(stage, quick_config, context("critic"), tokenizer, 64).diffusion.splits
     rows = file.read().to_pylist()
     for split, windows in (
         ("train", made.train),
-        ("selection", made.selection_windows),
+        ("selection", made.selection),
         ("held_out", made.held_out),
     ):
         assert windows.ids.tolist() == [i for r in rows if r["split"] == split for i in r["token_ids"]]

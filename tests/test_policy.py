@@ -1,4 +1,4 @@
-"""Stage 05's three ways to train a ranker further: what each minimises, where it is judged, and what it is said to gain."""
+"""Stage 05's three methods to train a ranker further: what each minimises, where it is judged, and what it is said to gain."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from lib.models.packing import Pools
 from lib.ranking.metrics import ranking_metrics
 from lib.ranking.ppo import ActorCritic, ValueHead
 from lib.training import policy
+from lib.training.data import Splits
 from lib.training.loop import Result
 from lib.training.policy import START, PolicyTraining, compare
 from tests.test_pool_choice import Stub, made_table, reader_of, reads_candidate, reads_prompt, tokenizer
@@ -26,7 +27,7 @@ def training(tmp_path) -> PolicyTraining:
     ranker = config.ranker.model_copy(update={"loss": "listwise", "word_dropout": 0.3})
     config = config.model_copy(update={"ranker": ranker})
     tables = made_table(1), made_table(2), made_table(3)
-    return PolicyTraining(config, CPU, tmp_path / "start", tmp_path / "05", *tables)
+    return PolicyTraining(config, CPU, tmp_path / "start", tmp_path / "05", Splits(*tables))
 
 
 def by_candidate(table) -> np.ndarray:
@@ -44,23 +45,23 @@ def actor_critic(rule) -> Any:
     return ActorCritic(Stub(rule), ValueHead(4))
 
 
-def test_ppo_samples_and_the_exact_way_sums(training, tokenizer):
-    for way, estimator in (("ppo", "sampled"), ("exact", "exact")):
-        goal: Any = training._policy_gradient(way, Stub(reads_candidate), reader_of(tokenizer))
+def test_ppo_samples_and_the_exact_method_sums(training, tokenizer):
+    for method, estimator in (("ppo", "sampled"), ("exact", "exact")):
+        goal: Any = training._policy_gradient(method, Stub(reads_candidate), reader_of(tokenizer))
         assert goal.estimator == estimator and goal.selection == "regret"
-        np.testing.assert_array_equal(goal.rewards.numpy(), training.train.rewards.astype(np.float32))
-        np.testing.assert_array_equal(goal.present.numpy(), training.train.present)
+        np.testing.assert_array_equal(goal.rewards.numpy(), training.pools.train.rewards.astype(np.float32))
+        np.testing.assert_array_equal(goal.present.numpy(), training.pools.train.present)
 
 
 def test_the_policy_is_held_to_the_chances_that_it_had_at_its_start(training, tokenizer):
     goal: Any = training._policy_gradient("ppo", Stub(reads_candidate), reader_of(tokenizer))
-    np.testing.assert_allclose(goal.log_start.exp(), softmax(by_candidate(training.train)), atol=1e-6)
+    np.testing.assert_allclose(goal.log_start.exp(), softmax(by_candidate(training.pools.train)), atol=1e-6)
 
 
 def test_the_best_step_is_that_of_least_regret_on_the_selection_pools(training, tokenizer):
     """Regret of what the policy would draw: of chances, not of the highest score alone."""
     goal: Any = training._policy_gradient("ppo", Stub(reads_candidate), reader_of(tokenizer))
-    table = training.selection
+    table = training.pools.selection
     expected = (softmax(by_candidate(table)) * table.rewards).sum(1)
     found = goal.evaluate(actor_critic(reads_candidate))
     assert found["expected_reward"] == pytest.approx(expected.mean(), rel=1e-5)
@@ -87,8 +88,8 @@ def test_plain_cross_entropy_is_trained_whatever_the_ranker_s_loss_and_the_best_
 ):
     caught: dict[str, Any] = {}
 
-    def train(model, objective, settings, runtime, folder, **_) -> Result:
-        caught.update(objective=objective, settings=settings, folder=folder)
+    def train(model, objective, context, folder, save) -> Result:
+        caught.update(objective=objective, settings=context.settings, folder=folder)
         return Result(3, 2, {}, 0.0, 0.0, {})
 
     monkeypatch.setattr(policy, "train", train)
@@ -96,16 +97,17 @@ def test_plain_cross_entropy_is_trained_whatever_the_ranker_s_loss_and_the_best_
     found = training.run("cross_entropy")
     settings = caught["objective"].reader.settings
     assert settings.loss == "cross_entropy" and settings.word_dropout == 0
-    assert caught["objective"].held_out is training.held_out and caught["objective"].train == [training.train]
+    splits = caught["objective"].splits
+    assert splits.held_out is training.pools.held_out and splits.train == [training.pools.train]
     assert caught["settings"].head_learning_rate is None
-    table = training.held_out
+    table = training.pools.held_out
     wanted = ranking_metrics(by_candidate(table), table.rewards, table.present)["accuracy"]
     np.testing.assert_array_equal(found["accuracy"], wanted)
     assert found["best_step"] == 2 and found["held_out"]["accuracy"]["value"] == pytest.approx(wanted.mean())
     assert training.before()["accuracy"].mean() == 1  # the start reads the prompt
 
 
-def test_a_gain_is_the_way_s_accuracy_less_that_of_its_start():
+def test_a_gain_is_the_method_s_accuracy_less_that_of_its_start():
     def figures(hits) -> dict[str, Any]:
         estimate = {"value": float(np.mean(hits)), "low": 0.0, "high": 1.0}
         return {"accuracy": np.array(hits, float), "held_out": {"accuracy": estimate}}

@@ -22,18 +22,19 @@ from lib.ranking.losses import LOSSES
 from lib.ranking.metrics import ranking_metrics
 from lib.training.objectives.pool_choice import (
     CONTROLS,
-    ELSEWHERE,
     FIRST,
+    MISMATCHED,
+    NO_QUESTION,
+    OFF_PAGE,
     RANDOM,
-    REMOVED,
-    SWAPPED,
     PoolChoice,
     PoolReader,
+    PoolSplits,
     measure,
     simple_scores,
 )
 from lib.training.pool_table import PoolTable
-from tests.trainings import CPU
+from tests.trainings import CPU, context
 
 N, K, WORDS = 24, 4, 40
 PAD, MASK = 0, 2
@@ -87,17 +88,17 @@ def made_table(seed: int = 0, count: int = N, missing: bool = True, draw: int = 
 
 
 class Stub(nn.Module):
-    """Scores (B, K) by `rule(prompt words of a pool, candidate's words, its position)`; keeps what it was shown."""
+    """Scores (B, K) by `rule(prompt words of a pool, candidate's words, its position)`; keeps what it read."""
 
     packs = False
 
     def __init__(self, rule):
         super().__init__()
-        self.rule, self.shown = rule, []
+        self.rule, self.read = rule, []
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, pools: Pools) -> torch.Tensor:
-        self.shown.append(pools)
+        self.read.append(pools)
         scores = torch.full(pools.candidate_mask.shape[:2], -torch.inf)
         for b, k in pools.candidate_mask.any(-1).nonzero().tolist():
             prompt = set(pools.prompt_ids[b][pools.prompt_mask[b]].tolist())
@@ -106,16 +107,16 @@ class Stub(nn.Module):
         return scores * self.scale
 
 
-def reads_prompt(prompt: set[int], candidate: list[int], place: int) -> float:
+def reads_prompt(prompt: set[int], candidate: list[int], position: int) -> float:
     return float(candidate[0] in prompt)
 
 
-def reads_candidate(prompt: set[int], candidate: list[int], place: int) -> float:
+def reads_candidate(prompt: set[int], candidate: list[int], position: int) -> float:
     return candidate[0] / 7
 
 
-def reads_position(prompt: set[int], candidate: list[int], place: int) -> float:
-    return -place / 2
+def reads_position(prompt: set[int], candidate: list[int], position: int) -> float:
+    return -position / 2
 
 
 def reader_of(tokenizer, blind: bool = False, **changes) -> PoolReader:
@@ -125,9 +126,9 @@ def reader_of(tokenizer, blind: bool = False, **changes) -> PoolReader:
 
 def choice_of(tokenizer, train=None, selection=None, held_out=None, blind=False, **changes) -> PoolChoice:
     table = made_table()
-    return PoolChoice(
-        "r", train or [table], selection or table, held_out or table, reader_of(tokenizer, blind, **changes), 0, 1000
-    )  # fmt: skip
+    splits = PoolSplits(train or [table], selection or table, held_out or table)
+    made = context("r", seed=0, evaluation_examples=1000)
+    return PoolChoice(made, splits, reader_of(tokenizer, blind, **changes))
 
 
 def accuracy_of(table: PoolTable, scores: np.ndarray) -> float:
@@ -204,23 +205,23 @@ def test_who_reads_the_prompt_is_right_and_blind_at_chance(tokenizer):
         assert target.evaluate(model)["accuracy"] == pytest.approx(accuracy)
         assert target.report(model)[0]["accuracy"]["value"] == pytest.approx(accuracy)
         target.loss(model, 0, range(8))
-        assert any(pools.prompt_mask.any() for pools in model.shown) != blind
+        assert any(pools.prompt_mask.any() for pools in model.read) != blind
 
 
 def test_controls_are_followed_to_the_number(tokenizer):
     """Without the question, with another's, with other words for the candidates: the stub answers what it is asked then."""
     table, model = made_table(), Stub(reads_prompt)
     others = choice_of(tokenizer).report(model)[0]["others"]
-    strangers = [table.prompts[i] for i in table.strangers(0)]
+    mismatched = [table.prompts[i] for i in table.mismatched(0)]
 
     def by_hand(prompts: list[str], texts: Any) -> float:
         scores = np.where(texts == np.array(prompts, object)[:, None], 1.0, 0.0)
         return accuracy_of(table, scores)
 
     wanted = {
-        REMOVED: by_hand([""] * N, np.where(table.present, table.texts, "none")),
-        SWAPPED: by_hand(strangers, table.texts),
-        ELSEWHERE: by_hand(table.prompts, table.controls),
+        NO_QUESTION: by_hand([""] * N, np.where(table.present, table.texts, "none")),
+        MISMATCHED: by_hand(mismatched, table.texts),
+        OFF_PAGE: by_hand(table.prompts, table.controls),
     }
     for name, value in wanted.items():
         assert others[name]["accuracy"]["value"] == pytest.approx(value), name
@@ -229,10 +230,10 @@ def test_controls_are_followed_to_the_number(tokenizer):
 
 def test_who_reads_the_candidate_alone_does_not_mind_the_question(tokenizer):
     values = choice_of(tokenizer).report(Stub(reads_candidate))[0]
-    for name in (REMOVED, SWAPPED):
+    for name in (NO_QUESTION, MISMATCHED):
         assert values["others"][name]["accuracy"] == values["accuracy"]
         assert values["others"][name]["lead"] == {"value": 0, "low": 0, "high": 0}
-    moved = values["others"][ELSEWHERE]["accuracy"]["value"]
+    moved = values["others"][OFF_PAGE]["accuracy"]["value"]
     table = made_table()
     numbers = np.array([[float(t[1:] or 0) if t else -1 for t in row] for row in np.asarray(table.controls)])
     assert moved == pytest.approx(accuracy_of(table, numbers)) != values["accuracy"]["value"]
@@ -250,11 +251,11 @@ def test_who_reads_the_position_alone_is_the_first_candidate(tokenizer):
 
 def test_a_stranger_is_of_another_group_and_everybody_s_is_another(tokenizer):
     table = made_table()
-    found = table.strangers(3)
+    found = table.mismatched(3)
     assert (table.groups[found] != table.groups).all() and len(set(found.tolist())) > N / 2
-    assert (found != table.strangers(4)).any()
+    assert (found != table.mismatched(4)).any()
     odd = replace(table, groups=np.array(["big"] * 16 + [f"g{i}" for i in range(8)], object))
-    assert (odd.groups[odd.strangers(0)] != odd.groups).all()
+    assert (odd.groups[odd.mismatched(0)] != odd.groups).all()
 
 
 def test_all_scores_are_those_of_each_pool_by_itself(tokenizer):
@@ -275,18 +276,18 @@ def test_words_are_hidden_in_training_and_never_when_measuring(tokenizer):
     target = choice_of(tokenizer, word_dropout=0.5)
     model = Stub(reads_candidate)
     target.loss(model, 0, range(N))
-    hidden = [(p.candidate_ids == MASK).any() and (p.prompt_ids == MASK).any() for p in model.shown]
+    hidden = [(p.candidate_ids == MASK).any() and (p.prompt_ids == MASK).any() for p in model.read]
     assert all(hidden)
     one = made_table(count=1, missing=False)  # a pool that comes again has other words hidden
     again, reader = choice_of(tokenizer, [one], word_dropout=0.5), Stub(reads_candidate)
     for row in range(12):
         again.loss(reader, row, range(row, row + 1))
-    assert len({tuple((p.candidate_ids == MASK).flatten().tolist()) for p in reader.shown}) > 4
-    model.shown.clear()
+    assert len({tuple((p.candidate_ids == MASK).flatten().tolist()) for p in reader.read}) > 4
+    model.read.clear()
     target.evaluate(model)
     target.report(model)
-    assert len(model.shown) > 4
-    assert not any((p.candidate_ids == MASK).any() or (p.prompt_ids == MASK).any() for p in model.shown)
+    assert len(model.read) > 4
+    assert not any((p.candidate_ids == MASK).any() or (p.prompt_ids == MASK).any() for p in model.read)
 
 
 # --- which pools ---------------------------------------------------------------------------------------------------------
@@ -296,10 +297,10 @@ def test_every_pass_takes_the_next_draw_and_begins_again_after_the_last(tokenize
     draws = [made_table(draw=d, missing=False) for d in range(3)]
     target, model = choice_of(tokenizer, draws), Stub(reads_candidate)
     for number in range(5 * N // 8):
-        model.shown.clear()
+        model.read.clear()
         rows = range(number * 8, number * 8 + 8)
         target.loss(model, number, rows)
-        words = [p.candidate_ids[..., 0] - 4 for p in model.shown]
+        words = [p.candidate_ids[..., 0] - 4 for p in model.read]
         seen = sorted(tuple(row.tolist()) for row in torch.cat(words))
         which = target._order.samples(np.arange(rows.start, rows.stop))
         wanted = [
@@ -321,7 +322,7 @@ def test_a_batch_over_the_end_of_a_pass_takes_pools_of_two_draws(tokenizer):
         scores = torch.tensor([(int(t[1:]) + 4) / 7 for t in table.texts[n]])
         each.append(-torch.log_softmax(scores, 0)[int(table.rewards[n].argmax())].item())
     assert loss == pytest.approx(np.mean(each), rel=1e-5)
-    assert [len(p.prompt_ids) for p in model.shown] == [4, 4]
+    assert [len(p.prompt_ids) for p in model.read] == [4, 4]
 
 
 def test_the_best_step_is_chosen_on_selection_pools_and_reported_on_others(tokenizer):
@@ -330,9 +331,9 @@ def test_the_best_step_is_chosen_on_selection_pools_and_reported_on_others(token
     target = choice_of(tokenizer, [made_table(7)], selection, held_out)
     known = {(p, t) for p, row in zip(selection.prompts, selection.texts, strict=True) for t in row}
 
-    def only_of_selection(prompt: set[int], candidate: list[int], place: int) -> float:
+    def only_of_selection(prompt: set[int], candidate: list[int], position: int) -> float:
         pair = next((f"w{w - 4}" for w in prompt), ""), f"w{candidate[0] - 4}"
-        return float(candidate[0] in prompt) if pair in known else -float(place == 0)
+        return float(candidate[0] in prompt) if pair in known else -float(position == 0)
 
     model = Stub(only_of_selection)
     found = target.evaluate(model)
@@ -361,13 +362,14 @@ def test_regret_is_what_the_choices_earn_less_than_the_best_and_chooses_the_best
 
 
 def test_an_evaluation_takes_the_same_pools_each_time_and_as_many_as_asked(tokenizer):
-    target = PoolChoice("r", [made_table()], made_table(), made_table(), reader_of(tokenizer), 0, 10)
+    splits = PoolSplits([made_table()], made_table(), made_table())
+    target = PoolChoice(context("r", seed=0, evaluation_examples=10), splits, reader_of(tokenizer))
     model = Stub(reads_candidate)
     seen = []
     for _ in range(2):
-        model.shown.clear()
+        model.read.clear()
         target.evaluate(model)
-        seen.append(torch.cat([p.prompt_ids for p in model.shown]).flatten().tolist())
+        seen.append(torch.cat([p.prompt_ids for p in model.read]).flatten().tolist())
     assert seen[0] == seen[1] and len(seen[0]) == 10
 
 
@@ -393,7 +395,7 @@ def test_leads_are_over_the_control_and_over_whole_groups(tokenizer):
     for name, other in values["others"].items():
         lead = other["lead"]["value"]
         assert lead == pytest.approx(values["accuracy"]["value"] - other["accuracy"]["value"]), name
-    assert values["others"][REMOVED]["lead"]["value"] > 0.5
+    assert values["others"][NO_QUESTION]["lead"]["value"] > 0.5
     table = made_table(1, 40, missing=False)
     twice = np.repeat(np.arange(20), 2)
     copies = replace(
@@ -423,26 +425,26 @@ def test_errors_and_terms_are_those_of_the_winners():
     assert measure(sparse, scores, 0)["terms"]["reward"]["random"] == pytest.approx(np.mean(means))
 
 
-def test_a_recipe_reads_blind_what_the_config_calls_blind(tokenizer, monkeypatch):
-    """From the config's `blind` to what the ranker is shown, and from its draws to what it trains on."""
-    from lib.training import trainer_setup
+def test_a_ranker_that_the_config_calls_blind_reads_no_prompts(tokenizer, monkeypatch):
+    """From the config's `blind` to what the ranker reads, and from its draws to what it trains on."""
+    from lib.training import train_model
 
     table = made_table()
     stage_inputs: Any = SimpleNamespace(
         config=load_config(quick_test=True), tokenizer=tokenizer, runtime=CPU,
         draws=lambda split: [table, made_table(1)], pools=lambda split: table, pools_for_selection=lambda: made_table(2),
     )  # fmt: skip
-    monkeypatch.setattr(trainer_setup, "start_ranker", lambda *_: (Stub(reads_prompt), tokenizer, "nowhere"))
+    monkeypatch.setattr(train_model, "start_ranker", lambda *_: (Stub(reads_prompt), tokenizer, "nowhere"))
     spec = stage_inputs.config.models["judge"]
     for blind in (False, True):
-        recipe: Any = trainer_setup.set_up_ranker(
-            "r",
+        setup: Any = train_model.set_up_prompt_ranker(
+            context("r", seed=0),
             spec.model_copy(update={"mode": "ranker", "blind": blind}),
             stage_inputs,
             Path("nowhere"),
             None,
         )
-        accuracy = recipe.objective.evaluate(recipe.model)["accuracy"]
-        assert (accuracy == 1) != blind and len(recipe.objective.train) == 2
-        assert recipe.objective._selection.prompts == made_table(2).prompts
-        assert recipe.facts["blind"] == blind and recipe.facts["packs"] is False
+        accuracy = setup.objective.evaluate(setup.model)["accuracy"]
+        assert (accuracy == 1) != blind and len(setup.objective.splits.train) == 2
+        assert setup.objective.splits.selection.prompts == made_table(2).prompts
+        assert setup.facts["blind"] == blind and setup.facts["packs"] is False

@@ -83,10 +83,10 @@ def test_a_stranger_is_of_another_group_and_every_pool_is_one_once():
     pools = table(**{name: [1.0, 0.0] for name in "abcdef"})
     grouped = replace(pools, groups=np.array(list("xxyyzz"), dtype=object))
     for seed in range(20):
-        order = pools.strangers(seed)
+        order = pools.mismatched(seed)
         assert sorted(order) == list(range(6)) and (order != np.arange(6)).all()
-        assert (grouped.groups[grouped.strangers(seed)] != grouped.groups).all()
-    assert not np.array_equal(pools.strangers(3), pools.strangers(4))
+        assert (grouped.groups[grouped.mismatched(seed)] != grouped.groups).all()
+    assert not np.array_equal(pools.mismatched(3), pools.mismatched(4))
 
 
 def baselines(scores: dict[str, list[float]]) -> pa.Table:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lib import randomness
 from lib.errors import BadConfig, NonFiniteLoss
 from lib.training import checkpoint, loop
-from tests.trainings import CPU, Killed, settings
+from tests.trainings import CPU, Killed, context
 
 SEED, LABEL, CLS, BATCH, STEPS = 3, "tiny", 2, 4, 10
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -173,8 +173,7 @@ def run(folder: Path, objective: Any, model: nn.Module | None = None, **changes)
         "learning_rate": 0.1, "muon_learning_rate": 0.2, "muon_momentum": 0.85, "weight_decay": 0.2, "ema_decay": 0.0,
         "gradient_clip": 1e9, "evaluate_every": 4, "checkpoint_every": 3,
     }  # fmt: skip
-    return loop.train(model or Tiny(), objective, settings(**base | changes), CPU, folder, seed=SEED, label=LABEL,
-                      save=save)  # fmt: skip
+    return loop.train(model or Tiny(), objective, context(LABEL, SEED, **base | changes), folder, save)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -20,14 +20,15 @@ from lib.tasks import Document, Example
 from lib.tasks.text import prepare
 from lib.tokenization import train_tokenizer
 from lib.training import train_model
+from lib.training.data import Splits
 from lib.training.loop import train
 from lib.training.objectives import token_critic
-from lib.training.objectives.build import make_objective
+from lib.training.objectives.base import TrainingContext
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, nelbo_and_auroc
 from lib.training.pool_table import PoolTable
 from lib.training.stage_inputs import StageInputs
-from tests.trainings import CPU, fingerprint, settings, splits, windows
+from tests.trainings import CPU, TOKENS, context, fingerprint, settings, splits, windows
 
 LETTERS = "abcdefghij"
 SPLITS = ("train", "selection", "held_out")
@@ -99,6 +100,12 @@ MODES = {
 }
 
 
+def objective_of(name: str, given: StageInputs):
+    return train_model.make_objective(
+        train_model.context_of(name, MODES[name], given), MODES[name], given, 16
+    )
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_what_is_reported_chooses_nothing(tokenizer, tmp_path, name):
     """Other held-out text: the same metrics.jsonl and best model, another report. Other selection text: other metrics."""
@@ -126,7 +133,7 @@ def test_stages_of_unmasking_move_on_by_the_selection_split(tokenizer):
         with torch.no_grad():
             for number, p in enumerate(model.parameters()):
                 p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-        made: Any = make_objective("generator", MODES["generator"], given, 16)
+        made: Any = objective_of("generator", given)
         return made.stage_losses(model.eval())
 
     assert losses(None) == losses("held_out") != losses("selection")
@@ -138,9 +145,9 @@ def critic_of(tampered: str | None) -> TokenCritic:
     if tampered is not None:
         other = windows().tiled()
         other.ids = np.roll(other.ids, 7)[::-1].copy()
-        parts[tampered] = other
-    diffusion = MaskedDiffusion(config.diffusion, 1, label="critic", **parts, runtime=CPU, seed=3, batch_size=8,
-                                num_evaluated=8)  # fmt: skip
+        parts = replace(parts, **{tampered: other})
+    made = context("critic", batch_size=8, evaluation_examples=8)
+    diffusion = MaskedDiffusion(made, parts, config.diffusion, TOKENS)
     return TokenCritic(config.critic, diffusion, [0, 1, 2, 3])
 
 
@@ -202,8 +209,8 @@ SEEN = [
 )
 def test_the_best_step_weighs_the_generator_and_the_critic(tmp_path, found, weight, best):
     steps = settings(steps=4, evaluate_every=1, optimizer="adamw")
-    result = train(torch.nn.Linear(2, 2), Planted(found, weight), steps, CPU, tmp_path, seed=0, label="planted",
-                   save=lambda m, path: (path / "weights").write_text("w"))  # fmt: skip
+    result = train(torch.nn.Linear(2, 2), Planted(found, weight), TrainingContext("planted", 0, steps, CPU), tmp_path,
+                   lambda m, path: (path / "weights").write_text("w"))  # fmt: skip
     assert result.best_step == best
     assert result.metrics["nelbo"] == found[best - 1][0]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -269,7 +276,7 @@ def test_rankers_without_prompts_say_which_split_is_undecided(tokenizer):
         )
 
     with pytest.raises(BadData, match=r"split 'selection': no pool .*data\.selection_fraction"):
-        make_objective("ranker", MODES["ranker"], stage_inputs(tokenizer, read_candidates=read), 16)
+        objective_of("ranker", stage_inputs(tokenizer, read_candidates=read))
 
 
 def choosing(name: str) -> PoolTable:
@@ -297,15 +304,18 @@ class ByTable:
 
 def test_rankers_with_prompts_and_policies_are_chosen_on_the_selection_pools():
     from lib.ranking.ppo import ActorCritic
-    from lib.training.objectives.pool_choice import PoolChoice
+    from lib.training.objectives.pool_choice import PoolChoice, PoolSplits
     from lib.training.policy import PolicyTraining
 
     train_pools, selection, held_out = (choosing(split) for split in SPLITS)
     reader: Any = ByTable()
-    chosen = PoolChoice("r", [train_pools], selection, held_out, reader, 0, 8).evaluate(torch.nn.Identity())
+    pools = PoolSplits([train_pools], selection, held_out)
+    made = context("r", seed=0, evaluation_examples=8)
+    chosen = PoolChoice(made, pools, reader).evaluate(torch.nn.Identity())
     assert chosen["accuracy"] == 1 and chosen["regret"] == 0
     config = load_config(quick_test=True)
-    policy: Any = PolicyTraining(config, CPU, None, None, train_pools, selection, held_out)  # type: ignore[arg-type]
+    splits: Any = Splits(train_pools, selection, held_out)
+    policy: Any = PolicyTraining(config, CPU, None, None, splits)  # type: ignore[arg-type]
     nothing: Any = torch.nn.Identity()
     found = policy._regret(ActorCritic(nothing, nothing), reader)
     assert found["accuracy"] == 1 and found["regret"] == pytest.approx(1 / (1 + np.exp(2)))

@@ -5,11 +5,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lib.runtime import Runtime
 from lib.training.data import Sequences
-from lib.training.objectives.sequence_scorer import SequenceScore
-
-CPU = Runtime(torch.device("cpu"), "fp32")
+from lib.training.objectives.candidates import CandidateSplits
+from lib.training.objectives.sequence_scorer import ScoredSequences, SequenceScore
+from tests.trainings import context
 
 
 class Constant(torch.nn.Module):
@@ -21,8 +20,9 @@ class Constant(torch.nn.Module):
 
 def objective(targets: np.ndarray, changed: np.ndarray | None, confidence=None) -> SequenceScore:
     ids = Sequences(pa.chunked_array([pa.array([[5, 6, 7]] * len(targets), pa.list_(pa.int32()))]), 8, 0)
-    return SequenceScore("judge", ids, targets, ids, targets, ids, targets, np.arange(len(targets)), 2, CPU, 0, 10,
-                         changed=None if changed is None else (changed, changed), confidence=confidence)  # fmt: skip
+    split = ScoredSequences(ids, targets, changed)
+    splits = CandidateSplits(split, split, split, np.arange(len(targets)), confidence)
+    return SequenceScore(context("judge", seed=0, evaluation_examples=10), splits, cls_id=2)
 
 
 def test_the_irreducible_error_is_what_the_changed_tokens_leave_open():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from lib.errors import BadConfig
 from lib.models.build import start_model
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.staged import StagedUnmasking
-from tests.trainings import CPU, Killed, fingerprint, settings, splits, train_tiny
+from tests.trainings import TOKENS, Killed, context, fingerprint, settings, splits, train_tiny
 
 STAGES = [
     "{type: random, max_masked_ratio: 0.3, val_loss_stale_count: 1}",
@@ -91,10 +92,10 @@ def test_progress_follows_the_rule(patience, min_improvement, losses):
 
 
 def objective_of(stages=STAGES, *changes: str) -> StagedUnmasking:
+    tokens = replace(TOKENS, newline_ids=np.array([13]))
     return StagedUnmasking(
-        diffusion_of(*changes, stages=stages), 1, label="tiny", **splits(), runtime=CPU,
-        seed=3, batch_size=8, num_evaluated=16, newline_ids=np.array([13]), text_ids=np.arange(4, 14),
-    )  # fmt: skip
+        context(evaluation_examples=16), splits(), diffusion_of(*changes, stages=stages), tokens
+    )
 
 
 def model_of():
@@ -175,10 +176,8 @@ def test_killed_around_a_change_of_stage_it_ends_with_the_same_bits(tmp_path):
 
 
 def test_bert_corruption_is_what_the_model_reads():
-    objective = MaskedDiffusion(
-        diffusion_of("diffusion.corruption=bert", stages=[]), 1, label="tiny", **splits(),
-        runtime=CPU, seed=3, batch_size=8, num_evaluated=16, text_ids=np.arange(4, 14),
-    )  # fmt: skip
+    diffusion = diffusion_of("diffusion.corruption=bert", stages=[])
+    objective = MaskedDiffusion(context(evaluation_examples=16), splits(), diffusion, TOKENS)
     read = []
 
     class Spy(torch.nn.Module):

@@ -61,8 +61,8 @@ def make_producer(quick_run, config):
     return make
 
 
-def reader(producer: Producer, folder: Path, patience: float = 5.0, label: str = "judge") -> StreamingDataset:
-    return StreamingDataset(producer.store, producer.cut, 3, label, folder, patience)
+def reader(producer: Producer, folder: Path, timeout: float = 5.0, label: str = "judge") -> StreamingDataset:
+    return StreamingDataset(producer.store, producer.cut, 3, label, folder, timeout)
 
 
 def names(table: pa.Table) -> list[str]:
@@ -318,7 +318,7 @@ def test_a_shard_that_comes_back_different_is_refused(make_producer, tmp_path):
     rows = reader(producer, tmp_path)
     rows.rows(range(7))
     (tmp_path / "shards.json").write_text(json.dumps({"0": hashlib.sha256(b"other").hexdigest()}))
-    with pytest.raises(BadData, match="shard 0 is not what it was when judge used it"):
+    with pytest.raises(BadData, match="shard 0 has changed since judge used it"):
         reader(producer, tmp_path).rows(range(7))
 
 
@@ -331,10 +331,10 @@ def test_a_damaged_record_of_shards_is_not_taken_for_none(make_producer, tmp_pat
 
 
 def test_a_missing_producer_is_noticed(make_producer, tmp_path, capsys):
-    rows = reader(make_producer(tmp_path / "02_stream"), tmp_path, patience=0.2)
+    rows = reader(make_producer(tmp_path / "02_stream"), tmp_path, timeout=0.2)
     with pytest.raises(MissingInput, match=r"has waited 0 s for shard 0.*02_generate_candidates.py --stream"):
         rows.rows(range(7))
-    assert "nobody makes shards" in capsys.readouterr().err
+    assert "no producer is running" in capsys.readouterr().err
     with StopRequest() as stop:
         stop.signal = signal.SIGTERM
         with pytest.raises(Interrupted, match="stopped while waiting for shard 0"):

@@ -17,9 +17,10 @@ from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, Interrupted, NonFiniteLoss
 from lib.models.build import load_model, start_model
 from lib.training.data import Rows, Windows, first_lengths, pools
-from lib.training.objectives.language_model import MaskedDiffusion, NextToken
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens
+from lib.training.objectives.next_token import NextToken
 from lib.training.optimizer import Optimizer, learning_rate_factor
-from tests.trainings import CPU, Killed, fingerprint, settings, splits, train_tiny, windows
+from tests.trainings import TOKENS, Killed, context, fingerprint, settings, splits, train_tiny, windows
 
 
 def start(folder: Path, attention: str = "bidirectional", dropout: float = 0.1, fault=None, **changes):
@@ -28,9 +29,11 @@ def start(folder: Path, attention: str = "bidirectional", dropout: float = 0.1, 
     architecture = config.architecture.model_copy(
         update={"dropout": dropout, "hidden_size": 32, "context": 16}
     )
-    common = {"label": "tiny", **splits(), "runtime": CPU, "seed": 3, "batch_size": 8, "num_evaluated": 16}
+    common = context(evaluation_examples=16), splits()
     objective = (
-        NextToken(2, **common) if attention == "causal" else MaskedDiffusion(config.diffusion, 1, **common)
+        NextToken(*common, cls_id=2)
+        if attention == "causal"
+        else MaskedDiffusion(*common, config.diffusion, TOKENS)
     )
     model, _ = start_model("language_model", architecture, attention, 14, 3, "tiny")
     return train_tiny(model, objective, settings(**changes), folder, fault)
@@ -181,7 +184,7 @@ def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
     model, _ = start_model(
         "language_model", load_config(quick_test=True).architecture, "bidirectional", 14, 0, "m"
     )
-    parts = Optimizer(model, settings()).parts
+    parts = Optimizer(model, settings()).optimizers
     names = {id(p): n for n, p in model.named_parameters()}
     muon, adam = ({names[id(p)] for p in part.param_groups[0]["params"]} for part in parts)
     assert isinstance(parts[0], torch.optim.Muon) and all(".layers." in n for n in muon)
@@ -206,7 +209,7 @@ def documents(sizes, width: int = WIDTH, passage: int = 6) -> Windows:
 
 def epoch_of(data: Windows, epoch: int) -> list[np.ndarray]:
     index = np.arange(data.count)
-    ids, valid = data.batch(index, data.places(3, "m window", index, np.full(data.count, epoch)))
+    ids, valid = data.batch(index, data.cut_positions(3, "m window", index, np.full(data.count, epoch)))
     assert (ids[~valid] == -1).all() and (np.diff(valid.astype(int), axis=1) <= 0).all()
     return [row[here] for row, here in zip(ids, valid, strict=True)]
 
@@ -270,17 +273,16 @@ def test_few_windows_are_short():
 def test_windows_are_a_function_of_the_row_alone():
     def objective(batch_size: int) -> MaskedDiffusion:
         config = load_config(quick_test=True).diffusion
-        return MaskedDiffusion(
-            config, 1, label="m", **splits(documents(SIZES)), runtime=CPU, seed=3, batch_size=batch_size, num_evaluated=4,
-        )  # fmt: skip
+        made = context("m", batch_size=batch_size, evaluation_examples=4)
+        return MaskedDiffusion(made, splits(documents(SIZES)), config, TOKENS)
 
     one, other = objective(8), objective(3)
-    count = one.train.count
+    count = one.splits.train.count
     rows = range(2 * count - 5, 2 * count + 7)  # over the end of an epoch
     _, ids, valid = one.windows(rows)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         _, alone, alone_valid = other.windows(range(row, row + 1))
-        assert np.array_equal(alone[0], ids[place]) and np.array_equal(alone_valid[0], valid[place])
+        assert np.array_equal(alone[0], ids[index]) and np.array_equal(alone_valid[0], valid[index])
     epochs = [one.windows(range(e * count, (e + 1) * count)) for e in (0, 1)]
     for _, ids, valid in epochs:  # as training reads them, an epoch is every token once
         assert sorted(ids[valid]) == list(range(sum(SIZES)))
@@ -292,18 +294,17 @@ def test_the_training_loss_counts_every_token_alike():
     data = documents([1, 3, 8, 20])
     for weight in ("exact_count", "inverse_t"):
         diffusion = load_config(overrides=[f"diffusion.weight={weight}"]).diffusion
-        objective = MaskedDiffusion(
-            diffusion, 99, label="m", **splits(data), runtime=CPU, seed=3, batch_size=data.count, num_evaluated=4,
-        )  # fmt: skip
+        made = context("m", batch_size=data.count, evaluation_examples=4)
+        objective = MaskedDiffusion(made, splits(data), diffusion, MaskingTokens(mask_id=99))
 
-        def logits(model, ids, valid, batch, inputs=None):
-            at = np.flatnonzero(batch.masked)
-            target = torch.from_numpy(ids.reshape(-1)[at])
+        def predict(model, inputs, ids, valid, masked):
+            flat_idx = np.flatnonzero(masked)
+            target = torch.from_numpy(ids.reshape(-1)[flat_idx])
             # cross-entropy of two classes is log(1 + exp(x)): about x for what is far from the right one
-            wrong = torch.stack([torch.zeros(len(at)), 50.0 + target.float()], 1)
-            return wrong, torch.zeros(len(at), dtype=torch.long), at
+            wrong = torch.stack([torch.zeros(len(flat_idx)), 50.0 + target.float()], 1)
+            return wrong, torch.zeros(len(flat_idx), dtype=torch.long), flat_idx
 
-        objective._logits = logits
+        objective.predict = predict
         model = torch.nn.Linear(1, 1)
         steps = [float(objective.loss(model, s, range(s * data.count, (s + 1) * data.count))["loss"]) for s in range(300)]  # fmt: skip
         expected = 50 + np.arange(32).mean()
@@ -331,7 +332,7 @@ def test_rows_visit_every_sample_once_per_epoch_in_another_order():
 def test_pools_gather_the_rows_of_each_example():
     table = pools(np.array(["a", "a", "b", "b", "b", "c"]))
     assert table.tolist() == [[0, 1, -1], [2, 3, 4], [5, -1, -1]]
-    with pytest.raises(BadData, match="do not stand together"):
+    with pytest.raises(BadData, match="are not consecutive"):
         pools(np.array(["a", "b", "a"]))
 
 
@@ -349,10 +350,8 @@ def test_the_held_out_bound_is_the_same_whatever_masks_training_draws():
         "{type: line, min_ratio: 0.1, max_ratio: 0.9}",
     ):
         diffusion = load_config(overrides=[f"diffusion.masking={masking}"]).diffusion
-        objective = MaskedDiffusion(
-            diffusion, 1, label="tiny", **splits(), runtime=CPU, seed=3, batch_size=8,
-            num_evaluated=16, newline_ids=np.array([4]),
-        )  # fmt: skip
+        tokens = MaskingTokens(mask_id=1, newline_ids=np.array([4]))
+        objective = MaskedDiffusion(context(evaluation_examples=16), splits(), diffusion, tokens)
         with torch.no_grad():
             found.append(objective.evaluate(model.eval())["nelbo"])
         assert objective.loss(model, 0, range(8))["loss"].isfinite()

@@ -1,4 +1,4 @@
-"""Trainings so small that a test can run many, and break off any of them."""
+"""Trainings so small that a test can run many, and interrupt any of them."""
 
 import functools
 import hashlib
@@ -17,19 +17,22 @@ from lib.sections.models import TrainingConfig
 from lib.tokenization import train_tokenizer
 from lib.training.data import Windows
 from lib.training.loop import Result, train
+from lib.training.objectives.base import TrainingContext
+from lib.training.objectives.language_model import MaskingTokens, WindowSplits
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the loop catches it, nothing is saved on its way."""
+    """Stands for SIGKILL: the loop neither catches it nor saves anything."""
 
 
 TOKENIZER = train_tokenizer("character", ["abcdefghij"], 0)  # of the ids 4 to 13
+TOKENS = MaskingTokens(mask_id=1, text_ids=np.arange(4, 14))
 
 
 def windows(width: int = 16) -> Windows:
-    """A language in which each token tells the next: easy to learn, so that a few steps show."""
+    """A language in which each token determines the next: a few steps are enough to learn something."""
     ids = np.tile(np.arange(4, 14), 200).astype(np.int32)
     lists = pa.chunked_array([pa.array(ids.reshape(-1, 50).tolist(), pa.list_(pa.int32()))])
     return Windows(pa.table({"token_ids": lists, "continues": [i % 4 > 0 for i in range(40)]}), width, 0)
@@ -40,11 +43,11 @@ def _quick_training() -> dict[str, Any]:
     return load_config(quick_test=True).training.model_dump()
 
 
-def splits(data: Windows | None = None) -> dict[str, Any]:
-    """The splits that a language objective asks for, all of this text or of that language; each example is a group."""
+def splits(data: Windows | None = None) -> WindowSplits:
+    """The splits of a language objective, all of `data` or of that language; each example is a group."""
     data = windows() if data is None else data
     tiles = data.tiled()
-    return {"train": data, "selection": tiles, "held_out": tiles, "groups": tiles.owner}
+    return WindowSplits(data, tiles, tiles, tiles.owner)
 
 
 def settings(**changes) -> TrainingConfig:
@@ -52,6 +55,11 @@ def settings(**changes) -> TrainingConfig:
     return TrainingConfig.model_validate(
         base | {"steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "batch_size": 8} | changes
     )
+
+
+def context(label: str = "tiny", seed: int = 3, **changes) -> TrainingContext:
+    """On the CPU, with the `settings` that `changes` gives."""
+    return TrainingContext(label, seed, settings(**changes), CPU)
 
 
 def train_tiny(
@@ -73,8 +81,8 @@ def train_tiny(
             return plain(model, step, rows)
 
         objective.loss = loss
-    return train(model, objective, settings, CPU, folder, seed=3, label="tiny",
-                 save=lambda m, path: save_model(m, path, TOKENIZER))  # fmt: skip
+    return train(model, objective, TrainingContext("tiny", 3, settings, CPU), folder,
+                 lambda m, path: save_model(m, path, TOKENIZER))  # fmt: skip
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

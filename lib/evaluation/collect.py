@@ -13,9 +13,9 @@ from lib.evaluation.sampling import SamplingResults
 from lib.report.data import RankedPool, RankingReportData, ReportData
 from lib.runs import STAGES, load_manifest
 from lib.tasks import get_task
-from lib.training.policy import WAYS
+from lib.training.policy import METHODS
 
-DETAILED = WAYS[0]  # the policy whose pools the ranking report shows
+DETAILED = METHODS[0]  # the policy whose pools the ranking report shows
 
 
 def collect_samples(

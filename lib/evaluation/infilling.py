@@ -141,6 +141,7 @@ def _starts(
         here = np.flatnonzero(lengths == length)
         ids = np.stack([rows[i] for i in here])
         blank = np.full(length, UNKNOWN)
-        truth = np.stack([blank if target_ids[i] is None else target_ids[i] for i in here]).astype(np.int64)
+        targets = [blank if (target := target_ids[i]) is None else target for i in here]
+        truth = np.stack(targets).astype(np.int64)
         starts.append(Start(ids, ids == mask_id, here, [names[i] for i in here], truth))
     return starts

@@ -16,7 +16,7 @@ from torch import nn
 from lib import metrics
 from lib.runtime import Runtime
 from lib.training.objectives.base import chunks, forward, with_cls
-from lib.training.objectives.language_model import causal_nll
+from lib.training.objectives.next_token import causal_nll
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 

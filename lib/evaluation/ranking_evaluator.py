@@ -17,7 +17,7 @@ from lib.models.ranker_files import load_ranker
 from lib.runtime import Runtime
 from lib.tasks import get_task
 from lib.training.objectives.pool_choice import PoolReader, measure, say_shortened, simple_scores
-from lib.training.policy import WAYS
+from lib.training.policy import METHODS
 from lib.training.stage_inputs import read_stage_inputs
 
 SPLITS = ("held_out", "test")
@@ -58,7 +58,7 @@ class RankingEvaluator:
         for name, spec in self.config.models.items():
             if spec.mode == "ranker":
                 yield TrainedRanker(name, "04_train", spec.blind)
-        for method in WAYS:
+        for method in METHODS:
             yield TrainedRanker(method, "05_train_critic")
 
     def score(self, trained: TrainedRanker) -> None:

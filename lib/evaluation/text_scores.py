@@ -23,7 +23,7 @@ from lib.evaluation.quality import sequence_scores
 from lib.tasks import Document, Problem, get_task
 from lib.tokenization import decode_batch, encode_batch
 from lib.training.objectives.base import chunks, forward
-from lib.training.objectives.language_model import causal_nll
+from lib.training.objectives.next_token import causal_nll
 
 BATCH = 64
 HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same text, half of it rewritten)"

@@ -1,8 +1,8 @@
-"""A training checkpoint: a folder of safetensors and JSON that is whole or not there, and says if it is damaged.
+"""A training checkpoint: a folder that is either complete or absent, with hashes that reveal damage.
 
-weights, running mean and moments are tensors; step, best value and sums are JSON. The best model of that step lies
-beside them, as links to the same bytes: the one outside may be of a later step. `hashes.json` comes last, then one
-rename. The older checkpoint goes away only after that.
+Weights, EMA and optimizer moments are safetensors; step, best value and sums are JSON. The folder also links the best
+model of its step, because the one outside may be of a later step. `hashes.json` is written last, then the folder is
+renamed into place. The previous checkpoint is removed after that.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ FOLDER = "checkpoint"
 def save(
     folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], best: Path | None = None
 ) -> None:
-    """Write `<folder>/checkpoint` with one safetensors file per entry of `tensors`, and the folder `best` in it."""
+    """Write `<folder>/checkpoint`: one safetensors file per entry of `tensors`, state.json, and a copy of `best`."""
     from safetensors.torch import save_file
 
     with durable.replacing_folder(folder / FOLDER) as temporary:
@@ -40,19 +40,21 @@ def save(
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """(tensors, state) of the last checkpoint, None if there is none. Raises BadData naming a damaged file."""
+    """(tensors, state) of the last checkpoint, None if there is none. Raises BadData that names a damaged file."""
     from safetensors.torch import load_file
 
     path = folder / FOLDER
     durable.recover_folder(path)
     if not path.exists():
         return None
-    advice = "remove the checkpoint folder to train this model from its start"
+    advice = "remove the checkpoint folder to train this model from the beginning"
     try:
         hashes = json.loads((path / "hashes.json").read_text(encoding="utf-8"))
         for name, expected in hashes.items():
             if durable.sha256_file(path / name) != expected:
-                raise BadData(f"{path / name} is damaged: its sha256 is not the recorded one; {advice}")
+                raise BadData(
+                    f"{path / name} is damaged: its sha256 differs from the one in hashes.json; {advice}"
+                )
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, AttributeError) as error:
         raise BadData(f"{path} is damaged ({error}); {advice}") from None
@@ -61,7 +63,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
 
 
 def restore_folder(folder: Path, name: str) -> None:
-    """Put the folder `name` that the checkpoint holds in the place of `<folder>/<name>`; nothing where it has none."""
+    """Replace `<folder>/<name>` by the checkpoint's folder of that name, if the checkpoint has one."""
     kept = folder / FOLDER / name
     if kept.exists():
         with durable.replacing_folder(folder / name) as temporary:
@@ -71,29 +73,34 @@ def restore_folder(folder: Path, name: str) -> None:
 def check_fingerprint(
     saved: dict[str, Any], now: dict[str, Any], allow_inexact: bool, label: str, folder: Path
 ) -> None:
-    """Refuse to continue under another torch, thread count, precision or other code: the bits would differ.
+    """Refuse to continue with another torch, thread count, precision or code: results would not be the same to the bit.
 
     Args:
-        saved, now: `Runtime.fingerprint` with the files of the code as `code`.
-        folder: the model's, which the message says how to begin again.
+        saved, now: `Runtime.fingerprint`, with the hashes of the code files as `code`.
+        folder: folder of the model; the message names it.
+
+    Raises BadConfig, unless `allow_inexact` is set.
     """
     differing = [f"{k}: {saved.get(k)} -> {now[k]}" for k in now if k != "code" and saved.get(k) != now[k]]
     if changed := code_version.changed_files(saved.get("code", {}), now.get("code", {})):
         differing.append(f"changed code: {code_version.shown(changed)}")
     if differing and not allow_inexact:
         raise BadConfig(
-            f"{label} was begun elsewhere ({'; '.join(differing)}), so continuing would not give the same bits; "
-            f"set training.allow_inexact_resume=true to go on all the same, or remove {folder} to train it from its start"
+            f"{label} was started in another environment ({'; '.join(differing)}), so continuing would not give the same "
+            f"bits; set training.allow_inexact_resume=true to continue anyway, or remove {folder} to train it from the "
+            "beginning"
         )
     if differing:
-        say(f"{label}: going on all the same ({'; '.join(differing)}), as training.allow_inexact_resume says")
+        say(
+            f"{label}: continuing in another environment ({'; '.join(differing)}): allow_inexact_resume is true"
+        )
 
 
-def frozen_digest(model: nn.Module, learning: Iterable[str]) -> str:
-    """Hash of the weights that do not learn, which a checkpoint does not have."""
-    learning, digest = set(learning), hashlib.sha256()
+def frozen_digest(model: nn.Module, trained: Iterable[str]) -> str:
+    """Hash of all weights except those named in `trained`. Checkpoints do not store frozen weights."""
+    trained, digest = set(trained), hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
-        if name not in learning:
+        if name not in trained:
             data = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
             digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -101,9 +108,9 @@ def frozen_digest(model: nn.Module, learning: Iterable[str]) -> str:
 
 
 def check_frozen(saved: str | None, now: str, label: str) -> None:
-    """Refuse to continue on other frozen weights than those that the training was begun with."""
+    """Raises BadData if the frozen weights are not those that the training started with."""
     if saved not in (None, now):
         raise BadData(
-            f"{label}: the weights that do not learn are not those that the training was begun with; put back the "
-            "encoder or the start that they came from, or pass --overwrite"
+            f"{label}: the frozen weights are not those that this training started with; restore the encoder or the start "
+            "that they came from, or pass --overwrite"
         )

@@ -2,17 +2,14 @@
 
 from typing import Any
 
-import numpy as np
-
 from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.models.build import Transfer, start_model
-from lib.runtime import Runtime
-from lib.tokenization import newline_ids
-from lib.training.data import Windows, select_split
-from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.data import Splits, select_split
+from lib.training.objectives.base import TrainingContext
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
 from lib.training.objectives.token_critic import TokenCritic
 from lib.training.stage_inputs import SELECTION
 
@@ -48,33 +45,19 @@ def critic_model(stage: Stage, config: Config, tokenizer: Any) -> tuple[Any, Tra
 
 
 def critic_objective(
-    stage: Stage, config: Config, runtime: Runtime, tokenizer: Any, context: int
+    stage: Stage, config: Config, context: TrainingContext, tokenizer: Any, width: int
 ) -> TokenCritic:
     """The critic's objective over windows of the split that its generator learned from.
 
     Args:
-        context: tokens of a window, without [CLS].
+        width: tokens of a window, without [CLS].
     """
     tables = [
         select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
         for split in (config.models[config.critic.generator].split, SELECTION, "held_out")
     ]
-    train, selection, held_out = (Windows(t, context, tokenizer.pad_token_id) for t in tables)
-    tiles = held_out.tiled()
-    training = config.critic.training
-    diffusion = MaskedDiffusion(
-        config.diffusion.model_copy(update={"stages": ()}),  # the generator has finished its unmasking stages
-        tokenizer.mask_token_id,
-        text_ids=np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids),
-        label="critic",
-        train=train,
-        selection=selection.tiled(),
-        held_out=tiles,
-        groups=np.asarray(tables[2]["group"].to_pylist())[tiles.owner],
-        runtime=runtime,
-        seed=config.seed,
-        batch_size=training.batch_size,
-        num_evaluated=training.evaluation_examples,
-        newline_ids=newline_ids(tokenizer),
-    )
-    return TokenCritic(config.critic, diffusion, sorted(set(tokenizer.all_special_ids)))
+    splits = WindowSplits.of(Splits(*tables), width, tokenizer.pad_token_id)
+    # The generator has finished its stages of unmasking
+    diffusion = config.diffusion.model_copy(update={"stages": ()})
+    generator = MaskedDiffusion(context, splits, diffusion, MaskingTokens.of(tokenizer))
+    return TokenCritic(config.critic, generator, sorted(set(tokenizer.all_special_ids)))

@@ -1,24 +1,24 @@
 """Cross-entropy per row, without a float32 copy of the logits.
 
-`F.cross_entropy(logits.float(), ...)` writes the logits three times over in float32: the copy, its log-softmax, its
-gradient. With a vocabulary of thousands that costs more than the product that made the logits. Here a slice of rows at
-a time is cast, summed and forgotten, and computed again on the way back; what is kept is one number per row.
+`F.cross_entropy(logits.float(), ...)` writes three float32 tensors of the logits' size: a copy, its log-softmax and its
+gradient. With a vocabulary of thousands this costs more than the matrix product that made the logits. The function here
+casts a slice of rows at a time, stores one number per row, and recomputes the slices in the backward pass.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ELEMENTS_IN_CACHE = 2**18  # of a slice: 1 MB in float32
+ELEMENTS_IN_CACHE = 2**18  # logits per slice: 1 MB in float32
 
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats (N,) of integer targets (N,) under logits (N, V), in float32 or better; the gradient has the logits' dtype.
+    """(N,) cross-entropies in nats of integer targets (N,) under logits (N, V).
 
-    Equal to `F.cross_entropy(logits.float(), targets, reduction="none")` up to rounding. Targets are not checked
-    against V here; an id outside it is an IndexError of torch.
+    Equal to `F.cross_entropy(logits.float(), targets, reduction="none")` up to rounding. Computed in float32 or better;
+    the gradient has the dtype of the logits. A target outside the vocabulary raises torch's IndexError.
     """
-    if logits.device.type != "cpu":  # one large kernel is the better way there
+    if logits.device.type != "cpu":  # one large kernel is faster there
         return F.cross_entropy(logits.float(), targets, reduction="none")
     return _CrossEntropies.apply(logits, targets)  # pyright: ignore[reportReturnType]
 

@@ -1,7 +1,7 @@
-"""Which weights learn, and when: a backbone that waits until its new head has settled.
+"""Which weights are trained at which step: the backbone may stay frozen until its new head has settled.
 
-Knows modules and the loop's settings. A head is what is not backbone; which that is, a family of ours says by the names of
-tensors, a wrapper by its `backbone_names`, any other model of transformers by its `base_model_prefix`.
+A head is everything outside the backbone. What belongs to the backbone is known from the family's tensor names, from a
+wrapper's `backbone_names`, or from the `base_model_prefix` of any other transformers model.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ from lib.sections.models import TrainingConfig
 
 
 def backbone_of(model: nn.Module) -> tuple[str, ...]:
-    """How the names of the parameters begin that a model shares with other modes; ("",) where all are."""
-    own = getattr(model, "backbone_names", None)
-    if own is not None:
-        return own
+    """Name prefixes of the parameters that a model shares with other modes; ("",) if it shares all."""
+    prefixes = getattr(model, "backbone_names", None)
+    if prefixes is not None:
+        return prefixes
     if isinstance(model, SequenceRanker):
         return tuple(f"encoder.{name}" for name in backbone_of(model.encoder))
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
@@ -30,28 +30,27 @@ def backbone_of(model: nn.Module) -> tuple[str, ...]:
         backbone = (f"{model.base_model_prefix}.",)
     else:
         return ("",)
-    bare = not any(
-        name.startswith(backbone) for name, _ in model.named_parameters()
-    )  # a backbone without a head
+    # A bare backbone without a head has its parameters under no prefix
+    bare = not any(name.startswith(backbone) for name, _ in model.named_parameters())
     return ("",) if bare else backbone
 
 
 def head_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that no other mode has."""
+    """Names of the parameters that only this mode has."""
     backbone = backbone_of(model)
     return {name for name, _ in model.named_parameters() if not name.startswith(backbone)}
 
 
 class Freezing:
-    """The backbone of a model, still until `unfreeze_at_step` or for good.
+    """Freezes the backbone of a model until `unfreeze_at_step`, or for the whole training.
 
-    [CLS] is a row of the backbone's embedding that masked language models never train: sequence models that start from one
-    would be left with a random vector, so that this row learns with the head.
+    The embedding of [CLS] is an exception and is trained with the head. Masked language models never train this row, so a
+    sequence model that starts from one would keep a random vector there.
 
     Args:
-        cls_id: the row, for objectives that put [CLS] in front.
+        cls_id: the row of [CLS], for objectives that put [CLS] in front of their inputs.
 
-    Raises BadConfig for a model without a head, of which nothing would learn.
+    Raises BadConfig for a model without a head: nothing of it would be trained.
     """
 
     def __init__(self, model: nn.Module, settings: TrainingConfig, cls_id: int | None):
@@ -61,10 +60,10 @@ class Freezing:
         heads = head_parameters(model)
         if self.until and not heads:
             raise BadConfig(
-                "training.freeze_backbone is true, but all of this model is backbone: nothing would learn. It is for "
-                "models with a head of their own, such as token classifiers"
+                "training.freeze_backbone is true, but this model has no head, so nothing would learn. Set it only for "
+                "models with a head, such as token classifiers"
             )
-        # Weights that never learn, such as those under adapters, are none of our business
+        # Skip permanently frozen parameters, such as those under LoRA adapters
         self._parameters = {
             name: p for name, p in model.named_parameters() if name not in heads and p.requires_grad
         }
@@ -78,7 +77,7 @@ class Freezing:
         self._hook: Any = None
 
     def record(self) -> dict[str, Any] | None:
-        """What waits and until when, for the record; None where nothing does."""
+        """Which weights are frozen and until which step, for the training manifest; None if none are."""
         if not self.until:
             return None
         names = [name for name, p in self._parameters.items() if p is not self._embedding]
@@ -91,7 +90,7 @@ class Freezing:
         }
 
     def at(self, step: int) -> None:
-        """Freeze or free the backbone as this step wants it; called before every step, also the first after a resume."""
+        """Freeze or unfreeze the backbone for a step. Called before every step, also the first one after a resume."""
         frozen = step < self.until
         for parameter in self._parameters.values():
             parameter.requires_grad_(not frozen or parameter is self._embedding)
@@ -102,6 +101,7 @@ class Freezing:
             self._hook = None
 
     def _only_cls(self, gradient: Tensor) -> Tensor:
+        """The gradient of the embedding, 0 in all rows but that of [CLS]."""
         kept = torch.zeros_like(gradient)
         kept[self._cls_id] = gradient[self._cls_id]
         return kept

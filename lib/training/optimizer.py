@@ -1,7 +1,7 @@
-"""Muon or AdamW for the hidden matrices, AdamW for embeddings, heads and vectors; the learning rate by step.
+"""Muon or AdamW for the hidden matrices, AdamW for embeddings, heads and vectors; the learning rate schedule.
 
-Weight decay is for the hidden matrices and nothing else. Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix by a Newton-Schulz iteration; its updates are
-scaled to the size of AdamW's (Liu et al., Muon is Scalable, 2025).
+Weight decay applies to the hidden matrices only. Muon orthogonalises the momentum of a matrix by a Newton-Schulz
+iteration (Jordan et al., 2024). Its updates are scaled to the size of AdamW's (Liu et al., Muon is Scalable, 2025).
 """
 
 from typing import Any
@@ -16,18 +16,25 @@ from lib.training.freezing import head_parameters
 
 
 def learning_rate_factor(step: int, settings: TrainingConfig) -> float:
-    """Rise from 0, stay at 1, fall to 0: a function of the step, so that a resumed run cannot get it wrong."""
+    """Factor of the learning rates at a step: linear warmup, constant 1, linear decay to 0.
+
+    It depends on the step alone, so that a resumed training needs no schedule state.
+    """
     warmup = max(1.0, settings.warmup_fraction * settings.steps)
     decay = max(1.0, settings.decay_fraction * settings.steps)
     return min(1.0, (step + 1) / warmup, (settings.steps - step) / decay)
 
 
 class Optimizer:
-    """The pair of optimisers over a model's named parameters, saved and loaded as named tensors.
+    """Muon and AdamW, or AdamW alone, over a model's named parameters. The state is saved and loaded as named tensors.
 
-    Parameters that are frozen for a while have no gradient then and no state: theirs starts with their first update.
+    A parameter that is frozen for the first steps has no gradient and no state; its state starts with its first update.
 
-    Raises BadConfig for `muon` and a model that has no hidden matrices.
+    Attributes:
+        parameters: name -> parameter, of those that are trained.
+        optimizers: one or two of torch's.
+
+    Raises BadConfig for `muon` and a model without hidden matrices.
     """
 
     def __init__(self, model: nn.Module, settings: TrainingConfig):
@@ -37,29 +44,29 @@ class Optimizer:
         if settings.optimizer == "muon" and not matrices:
             raise BadConfig(
                 f"training.optimizer is muon, but {type(model).__name__} has no hidden matrices (weights of linear layers "
-                "that are neither embedding nor head), which Muon is for; set training.optimizer to adamw"
+                "that are neither embedding nor head); Muon updates nothing else. Set training.optimizer to adamw"
             )
-        own_rate = head_parameters(model) if settings.head_learning_rate is not None else set()
+        separate_head = head_parameters(model) if settings.head_learning_rate is not None else set()
         hidden = {
             "group": "hidden matrices",
-            "params": [p for n, p in self.parameters.items() if n in matrices - own_rate],
+            "params": [p for n, p in self.parameters.items() if n in matrices - separate_head],
             "weight_decay": settings.weight_decay,
         }
-        # Vectors, heads and embeddings are not decayed: their scale is their meaning.
+        # No weight decay: the scale of embeddings, heads and vectors matters
         rest = {
-            "group": "embeddings, vectors" if own_rate else "embeddings, heads, vectors",
-            "params": [p for n, p in self.parameters.items() if n not in matrices | own_rate],
+            "group": "embeddings, vectors" if separate_head else "embeddings, heads, vectors",
+            "params": [p for n, p in self.parameters.items() if n not in matrices | separate_head],
             "weight_decay": 0.0,
         }
         head = {
             "group": "head",
-            "params": [p for n, p in self.parameters.items() if n in own_rate],
+            "params": [p for n, p in self.parameters.items() if n in separate_head],
             "weight_decay": 0.0,
             "lr": settings.head_learning_rate,
         }
-        self.parts: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         if settings.optimizer == "muon" and hidden["params"]:
-            self.parts.append(
+            self.optimizers.append(
                 torch.optim.Muon(
                     [hidden],
                     lr=settings.muon_learning_rate,
@@ -70,13 +77,17 @@ class Optimizer:
             hidden = {**hidden, "params": []}
         groups = [g for g in (hidden, rest, head) if g["params"]]
         if groups:
-            self.parts.append(
+            self.optimizers.append(
                 torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
             )
-        self._base = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        self._full_rates = [[group["lr"] for group in part.param_groups] for part in self.optimizers]
+
+    @property
+    def has_muon(self) -> bool:
+        return any(isinstance(part, torch.optim.Muon) for part in self.optimizers)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Which weights are updated how, for the record: the groups that the optimisers hold."""
+        """The parameter groups with their settings and the names of their weights, for the training manifest."""
         names = {id(p): n for n, p in self.parameters.items()}
         return [
             {
@@ -88,34 +99,36 @@ class Optimizer:
                 "parameters": sum(p.numel() for p in group["params"]),
                 "names": [names[id(p)] for p in group["params"]],
             }
-            for part, rates in zip(self.parts, self._base, strict=True)
+            for part, rates in zip(self.optimizers, self._full_rates, strict=True)
             for group, rate in zip(part.param_groups, rates, strict=True)
         ]
 
     def gradient_norm(self) -> float:
-        """Clip the gradients to `gradient_clip` and return their norm before that."""
+        """Clip the gradients to the norm `gradient_clip`. Returns their norm before clipping."""
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip))
 
     def step(self, step: int) -> None:
-        """Update every parameter at this step's learning rate and forget the gradients."""
+        """Update every parameter with this step's learning rate, and clear the gradients."""
         factor = learning_rate_factor(step, self.settings)
-        for part, rates in zip(self.parts, self._base, strict=True):
+        for part, rates in zip(self.optimizers, self._full_rates, strict=True):
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             part.step()
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Every moment by `<parameter>/<moment>`."""
+        """All moments, named `<parameter>/<moment>`."""
         tensors = {}
         for name, p in self.parameters.items():
-            for part in self.parts:
+            for part in self.optimizers:
                 for moment, value in part.state.get(p, {}).items():
                     tensors[f"{name}/{moment}"] = value.detach().clone().contiguous()
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        owner = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
+        owner = {
+            id(p): part for part in self.optimizers for group in part.param_groups for p in group["params"]
+        }
         for name, value in tensors.items():
             parameter, _, moment = name.rpartition("/")
             p = self.parameters[parameter]
@@ -125,12 +138,12 @@ class Optimizer:
 def hidden_matrices(model: nn.Module) -> set[str]:
     """Names of the 2-D weights of linear layers that are neither (tied to) an embedding nor part of a head.
 
-    Linear layers are told by their class, `nn.Linear` or GPT-2's transposed `Conv1D`, not by their names, which differ
-    from family to family. Transformer blocks that a head has of its own, such as a critic's, count as hidden.
+    A linear layer is recognised by its class, `nn.Linear` or GPT-2's transposed `Conv1D`. Names of layers differ from
+    family to family. Transformer blocks inside a head, such as a critic's, count as hidden.
 
-    Under adapters these are the matrices A and B of LoRA, which are linear layers themselves: they are all that changes
-    a hidden layer, and decay draws their product to 0, which is the pretrained layer. The frozen layers that they wrap
-    are named too, but do not learn, so that no optimiser takes them up.
+    With LoRA adapters these are the matrices A and B, which are linear layers too. Weight decay draws their product to 0,
+    and so the layer to its pretrained weights. The frozen layers under the adapters are named as well, but have no
+    gradient, so no optimizer updates them.
     """
     linear: set[int] = set()
     in_blocks: set[int] = set()
@@ -143,7 +156,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
         elif isinstance(module, nn.ModuleList):
             in_blocks |= {id(p) for p in module.parameters()}
     heads: set[int] = set()
-    for module in model.modules():  # a policy has a value head, and the ranker inside it a head of its own
+    for module in model.modules():  # a policy has a value head; the ranker inside it has a score head
         if module is model or hasattr(module, "backbone_names"):
             heads |= {id(module.get_parameter(name)) for name in head_parameters(module)}
     hidden = linear - embeddings - (heads - in_blocks)

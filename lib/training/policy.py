@@ -1,11 +1,17 @@
-"""Stage 05 `ppo`: a trained ranker as policy over its K candidates, trained further by what its choices earn.
+"""Stage 05 `ppo`: train a ranker further, as a policy over the K candidates of a pool, by the rewards of its choices.
 
-Three ways from the same start, over the same pools in as many steps: PPO (actions are drawn, as if the reward of
-the others were not known), the exact gradient of the expected reward (which all K rewards make possible, so PPO's
-noise is its only difference) and plain cross-entropy. Whoever says that PPO helped must beat the other two.
+Three methods start from the same ranker and see the same pools for the same number of steps:
+
+    ppo            actions are sampled, as if the rewards of the other candidates were unknown
+    exact          the exact gradient of the expected reward, which all K rewards make possible; no sampling noise
+    cross_entropy  the plain ranking loss
+
+PPO has helped only if it beats the other two.
+
+Legend: B pools of a batch, N pools, K candidates, D features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,85 +30,83 @@ from lib.ranking.metrics import paired_difference, ranking_metrics
 from lib.ranking.ppo import ActorCritic, PolicyGradient, PpoSettings, ValueHead
 from lib.runs import plain
 from lib.runtime import Runtime
+from lib.training.data import Splits
 from lib.training.loop import train
-from lib.training.objectives.base import ResultRow, result_row
-from lib.training.objectives.pool_choice import PoolChoice, PoolReader, measure
+from lib.training.objectives.base import ResultRow, TrainingContext, result_row
+from lib.training.objectives.pool_choice import PoolChoice, PoolReader, PoolSplits, measure
 from lib.training.pool_table import PoolTable
 
-WAYS = ("ppo", "exact", "cross_entropy")
+METHODS = ("ppo", "exact", "cross_entropy")
 START = "ranker before"
 
 
 @dataclass
 class PolicyTraining:
-    """What the three ways share.
+    """What the three methods share.
 
     Attributes:
         start: folder of the trained ranker.
-        folder: of the stage; every way gets a folder in it.
+        folder: of the stage; every method gets a folder in it.
+        pools: the three splits.
     """
 
     config: Config
     runtime: Runtime
     start: Path
     folder: Path
-    train: PoolTable
-    selection: PoolTable
-    held_out: PoolTable
+    pools: Splits[PoolTable]
 
-    def run(self, way: str) -> dict[str, Any]:
-        """Train one way and measure its best model on the held-out pools."""
+    def run(self, method: str) -> dict[str, Any]:
+        """Train with one method, and measure its best model on the held-out pools."""
+        config, folder = self.config, self.folder / method
         ranker, tokenizer = load_ranker(self.start, learning=True)
         ranker.to(self.runtime.device)
-        reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed)
-        settings, folder = self.config.critic.training, self.folder / way
-        if way == "cross_entropy":
+        reader = PoolReader(tokenizer, config.ranker, self.runtime, config.seed)
+        context = TrainingContext(method, config.seed, config.critic.training, self.runtime)
+        if method == "cross_entropy":
             model: nn.Module = ranker
-            settings = settings.model_copy(
-                update={"head_learning_rate": None}
-            )  # the ranker's head is trained already
-            plain = reader.settings.model_copy(update={"loss": "cross_entropy", "word_dropout": 0.0})
-            reader_of_loss = PoolReader(tokenizer, plain, self.runtime, self.config.seed)
-            evaluated = settings.evaluation_examples
-            objective: Any = PoolChoice(
-                way, [self.train], self.selection, self.held_out, reader_of_loss, self.config.seed, evaluated
-            )
+            # The ranker's head is already trained, so it gets no learning rate of its own
+            settings = context.settings.model_copy(update={"head_learning_rate": None})
+            context = replace(context, settings=settings)
+            plain_loss = config.ranker.model_copy(update={"loss": "cross_entropy", "word_dropout": 0.0})
+            loss_reader = PoolReader(tokenizer, plain_loss, self.runtime, config.seed)
+            splits = PoolSplits([self.pools.train], self.pools.selection, self.pools.held_out)
+            objective: Any = PoolChoice(context, splits, loss_reader)
         else:
-            value = ValueHead(width_of(ranker.base), seed=self.config.seed).to(self.runtime.device)
+            value = ValueHead(width_of(ranker.base), seed=config.seed).to(self.runtime.device)
             model = ActorCritic(ranker, value)
-            objective = self._policy_gradient(way, ranker, reader)
-        result = train(
-            model, objective, settings, self.runtime, folder, seed=self.config.seed, label=way,
-            save=lambda m, path: save_policy(m, path, tokenizer),
-        )  # fmt: skip
+            objective = self._policy_gradient(method, ranker, reader)
+        result = train(model, objective, context, folder, lambda m, path: save_policy(m, path, tokenizer))
         best, _ = load_ranker(folder / "best_model")
-        scores = reader.all_scores(best.to(self.runtime.device).eval(), self.held_out)
-        return {"best_step": result.best_step, "optimizer": result.optimizer, **self._measured(scores)}
+        scores = reader.all_scores(best.to(self.runtime.device).eval(), self.pools.held_out)
+        return {"best_step": result.best_step, "optimizer": result.optimizer, **self._measure(scores)}
 
     def before(self) -> dict[str, Any]:
-        """The ranker as it came, measured in the same way."""
+        """The ranker before this training, measured in the same way."""
         ranker, tokenizer = load_ranker(self.start)
         reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed)
-        scores = reader.all_scores(ranker.to(self.runtime.device), self.held_out)
-        return self._measured(scores)
+        scores = reader.all_scores(ranker.to(self.runtime.device), self.pools.held_out)
+        return self._measure(scores)
 
-    def _measured(self, scores: np.ndarray) -> dict[str, Any]:
-        """Metrics of (N, K) scores on the held-out pools, and the accuracy of each of these."""
-        table = self.held_out
+    def _measure(self, scores: np.ndarray) -> dict[str, Any]:
+        """Metrics of (N, K) scores on the held-out pools, and the (N,) accuracy of each pool."""
+        table = self.pools.held_out
         accuracy = ranking_metrics(scores, table.rewards, table.present)["accuracy"]
         return {"held_out": measure(table, scores, self.config.seed), "accuracy": accuracy}
 
-    def _policy_gradient(self, way: str, ranker: CandidateRanker, reader: PoolReader) -> PolicyGradient:
+    def _policy_gradient(self, method: str, ranker: CandidateRanker, reader: PoolReader) -> PolicyGradient:
+        """The objective of `ppo` and `exact`."""
         ppo = self.config.critic.ppo
         names = ("clip", "value_weight", "entropy_weight", "kl_weight", "rollout_pools", "epochs",
                  "samples_per_pool", "normalise_advantages")  # fmt: skip
-        start_scores = reader.all_scores(ranker.eval(), self.train)
+        table = self.pools.train
+        start_scores = reader.all_scores(ranker.eval(), table)
         log_start = torch.log_softmax(torch.from_numpy(start_scores), -1).numpy()
-        table = self.train
 
-        def scores_and_features(policy: nn.Module, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        def scores_and_features(policy: nn.Module, index: np.ndarray) -> tuple[Tensor, Tensor]:
+            """((B, K), (B, K, D)) of the pools `index`."""
             assert isinstance(policy, CandidateRanker)
-            pools = reader.read([table.prompts[i] for i in which], table.texts[which], table.present[which])
+            pools = reader.read([table.prompts[i] for i in index], table.texts[index], table.present[index])
             with self.runtime.autocast():
                 features = policy.features(pools)
             missing = table.present.shape[1] - features.shape[1]
@@ -116,22 +120,25 @@ class PolicyTraining:
             log_start,
             lambda model: self._regret(model, reader),
             PpoSettings(**{name: getattr(ppo, name) for name in names}),
-            "sampled" if way == "ppo" else "exact",
+            "sampled" if method == "ppo" else "exact",
             self.config.seed,
             self.config.critic.training.batch_size,
             selection="regret",
             tokens_per_row=reader.tokens_per_pool(table),
-            label=way,
+            label=method,
         )
 
     def _regret(self, model: nn.Module, reader: PoolReader) -> dict[str, float]:
-        """What the policy's choices earn on the selection pools; `regret`: how much less than the best, on average."""
+        """Rewards of the policy's choices on the selection pools.
+
+        `regret` is the mean reward of the best candidates less the expected reward of an action.
+        """
         assert isinstance(model, ActorCritic)
-        table = self.selection
+        table = self.pools.selection
         scores = reader.all_scores(model.policy, table)
         per_pool = ranking_metrics(scores, table.rewards, table.present)
-        chance = torch.softmax(torch.from_numpy(scores), -1).numpy()
-        expected = (chance * np.where(table.present, table.rewards, 0)).sum(1)
+        probabilities = torch.softmax(torch.from_numpy(scores), -1).numpy()
+        expected = (probabilities * np.where(table.present, table.rewards, 0)).sum(1)
         return {
             "regret": float((per_pool["best_reward"] - expected).mean()),
             "expected_reward": float(expected.mean()),
@@ -141,7 +148,7 @@ class PolicyTraining:
 
 
 def save_policy(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """A ranker's folder; with the value critic beside it if the model has one."""
+    """Save a ranker, together with its value critic if it has one."""
     if isinstance(model, ActorCritic):
         assert isinstance(model.policy, CandidateRanker)
         save_ranker(model.policy, folder, tokenizer)
@@ -155,26 +162,26 @@ def save_policy(model: nn.Module, folder: Path, tokenizer: Any) -> None:
 
 
 def compare(found: dict[str, dict[str, Any]], groups: np.ndarray, seed: int) -> tuple[dict, list[ResultRow]]:
-    """Every way beside the start: gains in accuracy over the same pools, and rows for the results table."""
+    """Every method against the start: paired differences of accuracy, and rows of the results table."""
     before = np.asarray(found[START]["accuracy"])
     gains = {
-        way: paired_difference(np.asarray(values["accuracy"]), before, groups, seed)
-        for way, values in found.items()
-        if way != START
+        method: paired_difference(np.asarray(values["accuracy"]), before, groups, seed)
+        for method, values in found.items()
+        if method != START
     }
     rows = [
         result_row(
-            way, "accuracy", Estimate(**values["held_out"]["accuracy"]), START,
+            method, "accuracy", Estimate(**values["held_out"]["accuracy"]), START,
             found[START]["held_out"]["accuracy"]["value"], lower_is_better=False,
         )
-        for way, values in found.items()
-        if way != START
+        for method, values in found.items()
+        if method != START
     ]  # fmt: skip
     return gains, rows
 
 
 def remember(folder: Path, values: dict[str, Any]) -> None:
-    """Keep the figures of a finished way, so that a stage that is cut off does not train it again."""
+    """Store the figures of a finished method, so that an interrupted stage does not train it again."""
     durable.write_json(folder / "training_manifest.json", plain(values))
 
 

@@ -1,6 +1,6 @@
-"""Pools of candidates with their prompts and rewards, as the rankers of stages 04 to 06 read them.
+"""Pools of candidate texts with their prompts and rewards, as the rankers of stages 04 to 06 read them.
 
-Knows tables and texts; not how texts become tokens, and no task. Legend: N pools, K candidates (of the largest pool).
+Legend: N pools, K candidates (of the largest pool).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -10,22 +10,25 @@ import pyarrow as pa
 
 from lib import randomness
 from lib.errors import BadData
+from lib.log import say
 from lib.training.data import pools
 
 
 @dataclass(frozen=True)
 class PoolTable:
-    """The pools of one split; what is not there is "" or 0, and False in `present`.
+    """The pools of one split. An absent candidate is "" or 0, and False in `present`.
 
     Attributes:
-        example_ids, prompts, tags: N of each.
-        groups: (N,) what is resampled together for intervals.
+        example_ids, prompts, tags: lists of N.
+        groups: (N,) group of each pool. Intervals resample whole groups.
         candidate_ids: (N, K) int, as in candidates.parquet.
-        texts, controls, kinds, values: (N, K) strings. `controls` are the texts as they would be elsewhere.
-        rewards: (N, K) in [0, 1]; terms: name -> (N, K).
+        texts, kinds, values: (N, K) strings.
+        controls: (N, K) the texts as they would read for another page; None if the task gives none.
+        rewards: (N, K) in [0, 1].
+        terms: name -> (N, K), each term of the reward.
         present: (N, K) bool.
         baselines: name -> (N, K) scores of simple methods.
-        skipped: pools left out because all their rewards are equal.
+        skipped: number of pools left out because all their rewards are equal.
     """
 
     example_ids: list[str]
@@ -48,9 +51,9 @@ class PoolTable:
 
     @classmethod
     def of(cls, candidates: pa.Table, examples: pa.Table, baselines: pa.Table | None = None) -> "PoolTable":
-        """From candidates with their rewards, and their examples.
+        """The pools of candidates joined with their rewards, and of their examples.
 
-        Raises BadData when there is no pool with rewards to choose between.
+        Raises BadData if no pool has candidates of different reward.
         """
         rows, skipped = decided_pools(candidates)
         present = rows >= 0
@@ -62,13 +65,13 @@ class PoolTable:
             return np.where(present, candidates[name].to_numpy()[rows], 0)
 
         names = np.asarray(candidates["example_id"].to_pylist(), dtype=object)[rows[:, 0]].tolist()
-        place = {name: i for i, name in enumerate(examples["example_id"].to_pylist())}
-        here = examples.take(pa.array([place[name] for name in names]))
+        row_of = {name: i for i, name in enumerate(examples["example_id"].to_pylist())}
+        aligned = examples.take(pa.array([row_of[name] for name in names]))
         return cls(
             example_ids=names,
-            prompts=here["prompt"].to_pylist(),
-            tags=[tags or [] for tags in here["tags"].to_pylist()],
-            groups=np.asarray(here["group"].to_pylist(), dtype=object),
+            prompts=aligned["prompt"].to_pylist(),
+            tags=[tags or [] for tags in aligned["tags"].to_pylist()],
+            groups=np.asarray(aligned["group"].to_pylist(), dtype=object),
             candidate_ids=number("candidate_id"),
             texts=text("text"),
             controls=None if candidates["control"].null_count else text("control"),
@@ -82,10 +85,10 @@ class PoolTable:
         )
 
     def draws(self, size: int) -> list["PoolTable"]:
-        """Candidates `size` at a time: the pools that a pass over them takes in turn.
+        """The pools divided into draws of `size` candidates. Each epoch of a training takes the next draw.
 
-        Examples with at most `size` candidates each are one draw, as they are. Raises BadData where an example has more,
-        and they do not make whole pools.
+        If no example has more than `size` candidates, there is one draw. Raises BadData if an example has more and
+        they do not make whole pools, or not the same number of pools as for the other examples.
         """
         count = self.present.shape[1]
         if count <= size:
@@ -95,8 +98,9 @@ class PoolTable:
             odd = int(np.argmax((counts % size > 0) | (counts != count)))
             raise BadData(
                 f"{self.example_ids[odd]} has {counts[odd]} candidates, another example {count}: they do not make the same "
-                f"number of whole pools of candidates.per_example ({size}) for every example. Set candidates.per_example to what "
-                "the task makes, or have it make as many for each, and run 02_generate_candidates.py --overwrite"
+                f"number of whole pools of candidates.per_example ({size}) for every example. Set candidates.per_example to "
+                "the number that the task makes, or make the same number for each example, and run "
+                "02_generate_candidates.py --overwrite"
             )
         wide = {
             f.name: value
@@ -114,25 +118,28 @@ class PoolTable:
             found.append(replace(self, **columns, **by_name))
         return found
 
-    def strangers(self, seed: int) -> np.ndarray:
-        """(N,) for each pool one of another group, in a keyed order: whose prompt would be the wrong one."""
+    def mismatched(self, seed: int) -> np.ndarray:
+        """(N,) for each pool the index of a pool of another group, by a keyed draw. Its prompt is a mismatched one."""
         order = randomness.permutation(seed, "stranger's prompt", 0, len(self))
         result = np.empty(len(self), np.int64)
         result[order] = np.roll(order, -1)
-        for shift in range(2, len(self)):  # neighbours of the same group look further
+        for shift in range(2, len(self)):  # where the next pool is of the same group, try the one after it
             same = self.groups[result] == self.groups
             if not same.any():
                 break
-            further = np.empty_like(result)
-            further[order] = np.roll(order, -shift)
-            result = np.where(same, further, result)
+            shifted = np.empty_like(result)
+            shifted[order] = np.roll(order, -shift)
+            result = np.where(same, shifted, result)
         return result
 
 
 def decided_pools(candidates: pa.Table) -> tuple[np.ndarray, int]:
-    """((N, K) row numbers of the candidates of each pool, -1 for none; how many pools have equal rewards and are skipped).
+    """The pools that have candidates of different reward.
 
-    Raises BadData when all pools have.
+    Returns:
+        (N, K) row indices of the candidates of each pool, -1 for none, and the number of skipped pools.
+
+    Raises BadData if all pools would be skipped.
     """
     rows = pools(np.asarray(candidates["example_id"].to_pylist(), dtype=object))
     reward = candidates["reward"].to_numpy()[rows]
@@ -143,35 +150,42 @@ def decided_pools(candidates: pa.Table) -> tuple[np.ndarray, int]:
     return rows[decided], int((~decided).sum())
 
 
+def say_skipped(name: str, split: str, skipped: int) -> None:
+    """Log how many pools of a split are skipped because all their rewards are equal."""
+    if skipped:
+        say(f"{name}: {skipped:,} pools in {split} have equal rewards; they are skipped")
+
+
 def terms_of(candidates: pa.Table) -> list[str]:
-    """Names of the reward's terms that candidates joined with their rewards have as columns."""
+    """Names of the reward terms, from the columns of candidates joined with their rewards."""
     return [c.removeprefix("term_") for c in candidates.column_names if c.startswith("term_")]
 
 
 def _aligned(
-    baselines: pa.Table | None, names: list[str], numbers: np.ndarray, present: np.ndarray
+    baselines: pa.Table | None, names: list[str], candidate_ids: np.ndarray, present: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """name -> (N, K) scores of the table's rows, by example and candidate; none where the table has none of the pools.
+    """name -> (N, K) scores of the baselines, joined by example and candidate.
 
-    Raises BadData when it has some of the pools, but not every candidate of all.
+    Empty if the table has none of the pools: those of the training split are not scored. Raises BadData if it has some
+    candidates of these pools but not all.
     """
     if baselines is None:
         return {}
     keys = zip(baselines["example_id"].to_pylist(), baselines["candidate_id"].to_pylist(), strict=True)
     row_of = {key: row for row, key in enumerate(keys)}
-    if not {name for name, _ in row_of} & set(names):  # those of the training split are not scored
+    if not {name for name, _ in row_of} & set(names):
         return {}
-    rows = np.zeros(numbers.shape, np.int64)
+    rows = np.zeros(candidate_ids.shape, np.int64)
     missing = []
     for n, k in zip(*np.nonzero(present), strict=True):
-        row = row_of.get((names[n], int(numbers[n, k])))
+        row = row_of.get((names[n], int(candidate_ids[n, k])))
         if row is None:
-            missing.append(f"{names[n]}, candidate {numbers[n, k]}")
+            missing.append(f"{names[n]}, candidate {candidate_ids[n, k]}")
         rows[n, k] = row or 0
     if missing:
         raise BadData(
             f"baselines.parquet has no score for {len(missing):,} of {int(present.sum()):,} candidates, the first is "
-            f"{missing[0]}: the ranker could not be compared with them. Run 02_generate_candidates.py --overwrite"
+            f"{missing[0]}. The baselines cannot be measured; run 02_generate_candidates.py --overwrite"
         )
-    found = [c for c in baselines.column_names if c.startswith("score_")]
-    return {c.removeprefix("score_"): np.where(present, baselines[c].to_numpy()[rows], 0.0) for c in found}
+    columns = [c for c in baselines.column_names if c.startswith("score_")]
+    return {c.removeprefix("score_"): np.where(present, baselines[c].to_numpy()[rows], 0.0) for c in columns}

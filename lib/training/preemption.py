@@ -1,11 +1,14 @@
-"""Signals that must not cut a step in two."""
+"""SIGINT and SIGTERM during a training: the current step is finished first."""
 
 import signal
 from typing import ClassVar
 
 
 class StopRequest:
-    """While active, SIGINT and SIGTERM are noted in `signal`; whoever waits for long looks at `StopRequest.noted()`."""
+    """While active, SIGINT and SIGTERM are stored in `signal` and have no other effect.
+
+    Code that waits for a long time checks `StopRequest.noted()`.
+    """
 
     _active: ClassVar["StopRequest | None"] = None
 
@@ -14,7 +17,7 @@ class StopRequest:
 
     @classmethod
     def noted(cls) -> int:
-        """The signal that the active request has noted, 0 for none."""
+        """The signal that the active request has received, 0 for none."""
         return cls._active.signal if cls._active else 0
 
     def __enter__(self) -> "StopRequest":
@@ -22,7 +25,7 @@ class StopRequest:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread: whoever started it handles signals
+        except ValueError:  # only the main thread can set handlers; elsewhere the caller handles signals
             self._old = {}
         StopRequest._active = self
         return self

@@ -1,4 +1,4 @@
-"""Tables of several stages joined by their keys, never by the place of a row."""
+"""Candidates joined with their rewards and groups, by key and never by row position."""
 
 import pandas as pd
 import pyarrow as pa
@@ -7,11 +7,11 @@ from lib.errors import BadData
 
 
 def with_rewards(candidates: pa.Table, rewards: pa.Table, examples: pa.Table) -> pa.Table:
-    """Candidates with `reward`, its `term_...` columns and their example's `group`, in the candidates' order.
+    """Candidates with their `reward`, its `term_...` columns and the `group` of their example, in the same order.
 
-    Where the user gave token classes of their own, these are the candidates' `token_labels`.
+    Token labels that the user provided replace the candidates' `token_labels`.
 
-    Raises BadData naming the first candidates that have no reward.
+    Raises BadData that names the first candidates without a reward or an example.
     """
     key = ["example_id", "candidate_id"]
     left = candidates.select(key).to_pandas()
@@ -29,13 +29,15 @@ def with_rewards(candidates: pa.Table, rewards: pa.Table, examples: pa.Table) ->
     joined = joined.merge(groups, on="example_id", how="left", validate="many_to_one")
     if joined["group"].isna().any():
         first = joined.loc[joined["group"].isna(), "example_id"].iloc[0]
-        raise BadData(f"candidates of example {first} belong to no example; run 02_generate_candidates again")
+        raise BadData(
+            f"candidates refer to example {first}, which is not in examples.parquet; run 02_generate_candidates again"
+        )
     assert isinstance(joined, pd.DataFrame)
     table = candidates
     for name in values:
         table = table.append_column(name, pa.array(joined[name].to_numpy()))
     if "token_labels" in rewards.column_names and rewards["token_labels"].null_count < rewards.num_rows:
-        place = table.column_names.index("token_labels")
-        own = rewards["token_labels"].take(pa.array(joined["row"].to_numpy()))
-        table = table.set_column(place, table.schema.field("token_labels"), own)
+        column = table.column_names.index("token_labels")
+        labels = rewards["token_labels"].take(pa.array(joined["row"].to_numpy()))
+        table = table.set_column(column, table.schema.field("token_labels"), labels)
     return table.append_column("group", pa.array(joined["group"].to_numpy(), pa.string()))

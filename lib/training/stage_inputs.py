@@ -1,7 +1,7 @@
-"""The tables of a run's earlier stages, as stages 04 to 06 want them: by split, and joined by their keys."""
+"""The tables of a run's earlier stages, as stages 04 to 06 read them: by split, and joined by their keys."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,9 +12,12 @@ from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadConfig, BadData
+from lib.log import say
 from lib.runtime import Runtime
+from lib.shards import cut_of, open_store
 from lib.tokenization import load_tokenizer
-from lib.training.data import select_split
+from lib.training.data import Splits, select_split
+from lib.training.lengths import WHOLE_READERS, WholeTexts, contexts_of
 from lib.training.pool_table import PoolTable
 from lib.training.reward_join import with_rewards
 from lib.training.streaming_dataset import StreamingDataset
@@ -24,14 +27,14 @@ SELECTION = "selection"  # the split that chooses the best step of every model, 
 
 @dataclass
 class StageInputs:
-    """What models learn from, read when first asked for.
+    """What models learn from. Tables are read when they are first needed.
 
     Attributes:
         read_examples: split -> table of schema.EXAMPLES.
-        read_candidates: split -> candidates joined with their rewards and their example's group.
-        read_baselines: table of schema.BASELINES, None where stage 02 wrote none.
-        pool_size: candidates of a pool as stage 02 made them, if that is known.
-        fresh_rows: name of a model -> its training rows out of shards, None where it learns from the table.
+        read_candidates: split -> candidates joined with their rewards and with the group of their example.
+        read_baselines: table of schema.BASELINES; None if stage 02 wrote none.
+        pool_size: candidates per pool as stage 02 made them; None if it is not known.
+        open_stream: name of a model -> its training rows from shards; None if it learns from the table.
     """
 
     config: Config
@@ -41,8 +44,8 @@ class StageInputs:
     read_candidates: Callable[[str], pa.Table]
     read_baselines: Callable[[], pa.Table | None] = lambda: None
     pool_size: int | None = None
-    fresh_rows: Callable[[str], StreamingDataset | None] = lambda name: None
-    _kept: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
+    open_stream: Callable[[str], StreamingDataset | None] = lambda name: None
+    _tables: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     def examples(self, split: str) -> pa.Table:
         return self._get("examples", split, self.read_examples)
@@ -50,20 +53,28 @@ class StageInputs:
     def candidates(self, split: str) -> pa.Table:
         return self._get("candidates", split, self.read_candidates)
 
+    def example_splits(self, train: str) -> Splits[pa.Table]:
+        """The examples of the split `train`, of the selection split and of the held-out split."""
+        return Splits(self.examples(train), self.examples(SELECTION), self.examples("held_out"))
+
+    def candidate_splits(self, train: str) -> Splits[pa.Table]:
+        """The candidates of the split `train`, of the selection split and of the held-out split."""
+        return Splits(self.candidates(train), self.candidates(SELECTION), self.candidates("held_out"))
+
     @cached_property
     def have_prompts(self) -> bool:
-        """Whether there is something to read before the candidates."""
+        """Whether examples have prompts."""
         return any(self.examples("held_out")["prompt"].to_pylist())
 
     def pools(self, split: str) -> PoolTable:
-        """The candidates of a split as pools, where there are several the first ones.
+        """The candidates of a split as pools; the first draw of them, if there are several.
 
-        Raises BadData when there are none to choose between, BadConfig when stage 02 made them of another size.
+        Raises BadData if no pool has candidates of different reward, BadConfig if stage 02 made pools of another size.
         """
         return self.draws(split)[0]
 
     def draws(self, split: str) -> list[PoolTable]:
-        """All pools of a split, for training: the same examples with other wrong candidates in each."""
+        """All draws of pools of a split, for training: the same examples with other wrong candidates in each draw."""
         size = self.config.candidates.per_example
         if self.pool_size not in (None, size):
             raise BadConfig(
@@ -74,21 +85,21 @@ class StageInputs:
         return table.draws(size)
 
     def pools_for_selection(self) -> PoolTable:
-        """Those of the split `selection`, and of no other: nothing is chosen on what is reported.
+        """The pools of the split `selection`. No other split may choose anything.
 
-        Raises BadData when the split is missing, or when none of its pools has candidates to choose between.
+        Raises BadData if the split is missing, or if none of its pools has candidates of different reward.
         """
         with explained(SELECTION):
             return self.pools(SELECTION)
 
     def _get(self, kind: str, split: str, read: Callable[[str], pa.Table]) -> pa.Table:
-        if (kind, split) not in self._kept:
-            self._kept[kind, split] = read(split)
-            if not self._kept[kind, split].num_rows:
+        if (kind, split) not in self._tables:
+            self._tables[kind, split] = read(split)
+            if not self._tables[kind, split].num_rows:
                 raise BadData(
                     f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}"
                 )
-        return self._kept[kind, split]
+        return self._tables[kind, split]
 
 
 _ADVICE = {
@@ -112,7 +123,7 @@ def explained(split: str) -> Iterator[None]:
 
 
 def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageInputs:
-    """Readers of the stages before, for models to learn from and to be measured on."""
+    """The inputs of a stage that trains or measures models."""
 
     def examples(split: str) -> pa.Table:
         return select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
@@ -122,8 +133,8 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
     def candidates(split: str) -> pa.Table:
         if metadata.get("tokenizer_sha256") != stage.sha256_of("01_prepare_dataset", "tokenizer"):
             raise BadData(
-                "candidates.parquet was written with another tokenizer than this run's: its token ids mean other "
-                "characters; run 02_generate_candidates.py --overwrite again"
+                "candidates.parquet was written with another tokenizer than this run's, so its token ids mean other "
+                "text; run 02_generate_candidates.py --overwrite"
             )
         table = select_split(stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES), split)
         rewards = stage.read("03_build_rewards", "rewards", schema.REWARDS)
@@ -141,3 +152,50 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
     return StageInputs(
         config, tokenizer, runtime, examples, candidates, baselines, None if size is None else int(size)
     )
+
+
+def refuse_longer_candidates(config: Config, names: Iterable[str], stage_inputs: StageInputs) -> None:
+    """Raises BadData if a model cannot read a candidate as a whole. Called before the first model is trained."""
+    contexts = contexts_of(config)
+    for name in names:
+        spec = config.models[name]
+        with_prompts = spec.mode == "ranker" and stage_inputs.have_prompts
+        if spec.mode not in WHOLE_READERS or with_prompts or contexts[name] is None:
+            continue
+        texts = WholeTexts(name, contexts[name] or 0, config)
+        for split in (spec.split, SELECTION, "held_out"):
+            texts.add(stage_inputs.candidates(split))
+        texts.refuse()
+
+
+@contextlib.contextmanager
+def streaming(stage: Stage, config: Config, stage_inputs: StageInputs) -> Iterator[None]:
+    """While active, models learn from shards if `stream.enabled` is set. Waiting times go to the stage's statistics."""
+    if not config.stream.enabled:
+        yield
+        return
+    store, datasets = open_store(stage, config), []
+    cut = cut_of(config, stage_inputs.examples("train").num_rows)
+
+    def open_stream(name: str) -> StreamingDataset:
+        folder, timeout = stage.folder / name, config.stream.timeout_seconds
+        datasets.append(StreamingDataset(store, cut, config.seed, name, folder, timeout))
+        return datasets[-1]
+
+    stage_inputs.open_stream = open_stream
+    with store.alive("trainer"):
+        yield
+    stage.stats["stream"] = {
+        dataset.label: {
+            "shards_read": dataset.shards_read,
+            "seconds": dataset.seconds,
+            "seconds_waited": dataset.seconds_waited,
+        }
+        for dataset in datasets
+    }
+    for dataset in datasets:
+        share = dataset.seconds_waited / max(dataset.seconds, 1e-9)
+        say(
+            f"{dataset.label}: read {dataset.shards_read} shards; waiting for them took {dataset.seconds_waited:.1f} s, "
+            f"{share:.1%} of its time"
+        )

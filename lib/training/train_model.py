@@ -1,22 +1,42 @@
-"""Train one named model of the config: its data, its objective, its start, its record.
+"""Train one model of the config, from its start to its record. Stage 04 and, for its generator, stage 02 call this.
 
-Stage 04 calls this for every model of `models:`, stage 02 for the generator it needs. Knows tables and modes, and
-no task.
+    train_model    the whole training of a model
+    set_up         what is trained: the model, its objective, and how it is saved and loaded
+    make_objective the objective of each mode: its data, its loss, its metrics
+
+The loss itself is in `lib/training/objectives/` (masked diffusion: `language_model.py`), the steps in `loop.py`.
 """
 
 import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lib import durable
 from lib.log import say
+from lib.models.build import heads_of, load_model, save_model, start_model
+from lib.models.ranker import SequenceRanker
+from lib.models.ranker_files import load_ranker, save_ranker
 from lib.runs import plain
 from lib.sections.models import ModelSpec
 from lib.training.loop import train
+from lib.training.objectives.base import ReportingObjective, TrainingContext
+from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
+from lib.training.objectives.modifiers import load_modifiers
+from lib.training.objectives.next_token import NextToken
+from lib.training.objectives.pool_choice import PoolChoice, PoolReader, PoolSplits, say_shortened
+from lib.training.objectives.ranker import ranker_objective
+from lib.training.objectives.sequence_scorer import sequence_scorer_objective
+from lib.training.objectives.staged import StagedUnmasking
+from lib.training.objectives.token_classifier import token_classifier_objective
+from lib.training.pool_table import say_skipped
+from lib.training.ranker_start import start_in_run, start_ranker
 from lib.training.stage_inputs import StageInputs
-from lib.training.trainer_setup import set_up_model, set_up_ranker
 
 RECORD = "training_manifest.json"
 
@@ -24,43 +44,172 @@ RECORD = "training_manifest.json"
 def train_model(
     name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
 ) -> dict[str, Any]:
-    """Train a model, or return the record of one already trained.
+    """Train a model, or return the record of one that is already trained.
 
-    Returns the record, also in `folder/training_manifest.json`: settings, which tensors came from the start,
-    which weights are in which group of the optimiser, best step, held-out metrics, rows for the results table.
+    Args:
+        folder: gets the models and the record.
+        start: folder of the model to start from; None for random weights.
+
+    Returns:
+        The record, as written to `folder/training_manifest.json`. It has the transferred tensors, the optimizer's groups,
+        the best step, held-out metrics, and rows of the results table.
     """
     record_file = folder / RECORD
     if record_file.exists():
         say(f"{name}: already trained")
         return json.loads(record_file.read_text(encoding="utf-8"))
-    with_prompts = spec.mode == "ranker" and stage_inputs.have_prompts
-    recipe = (set_up_ranker if with_prompts else set_up_model)(name, spec, stage_inputs, folder, start)
-    result = train(
-        recipe.model,
-        recipe.objective,
-        spec.training,
-        stage_inputs.runtime,
-        folder,
-        seed=stage_inputs.config.seed,
-        label=name,
-        save=recipe.save,
-    )
-    best: Any = recipe.load(folder / "best_model").to(stage_inputs.runtime.device).eval()
+
+    # 1. The model, from its start, and what it learns
+    context = context_of(name, spec, stage_inputs)
+    setup = set_up(context, spec, stage_inputs, folder, start)
+
+    # 2. Train; the best step is chosen on the selection split
+    result = train(setup.model, setup.objective, context, folder, setup.save)
+
+    # 3. Measure the best model on the held-out split
+    best: Any = setup.load(folder / "best_model").to(context.runtime.device).eval()
     with torch.no_grad():
-        values, rows = recipe.objective.report(best)
+        values, rows = setup.objective.report(best)
+
+    # 4. Record
     record = {
         "name": name,
         "mode": spec.mode,
         "parameters": sum(p.numel() for p in best.parameters()),
-        "learning_parameters": sum(p.numel() for p in recipe.model.parameters() if p.requires_grad),
-        "transfer": recipe.transfer,
-        **recipe.facts,
+        "learning_parameters": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
+        "transfer": setup.transfer,
+        **setup.facts,
         "optimizer": result.optimizer,
         "steps": result.steps,
         "best_step": result.best_step,
-        "selection": recipe.objective.selection,
+        "selection": setup.objective.selection,
         "held_out": values,
         "table": [row.as_dict() for row in rows],
     }
     durable.write_json(record_file, plain(record))
     return record
+
+
+def context_of(name: str, spec: ModelSpec, stage_inputs: StageInputs) -> TrainingContext:
+    return TrainingContext(name, stage_inputs.config.seed, spec.training, stage_inputs.runtime)
+
+
+@dataclass
+class TrainerSetup:
+    """A model that is ready to be trained.
+
+    Attributes:
+        save: (model, folder) -> None, writes what `load` reads.
+        load: folder -> the trained model.
+        transfer: which tensors came from the start, for the record.
+        facts: further entries of the record.
+    """
+
+    model: nn.Module
+    objective: ReportingObjective
+    save: Callable[[Any, Path], None]
+    load: Callable[[Path], nn.Module]
+    transfer: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def set_up(
+    context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
+) -> TrainerSetup:
+    """Model and objective of any mode. `folder` and `start` as in `train_model`."""
+    if spec.mode == "ranker" and stage_inputs.have_prompts:
+        return set_up_prompt_ranker(context, spec, stage_inputs, folder, start)
+    name, config, tokenizer = context.label, stage_inputs.config, stage_inputs.tokenizer
+    if spec.attention != spec.effective_attention:
+        say(f"{name}: mode {spec.mode} needs bidirectional attention; {spec.attention} is ignored")
+    model, transfer = start_model(
+        spec.mode,
+        spec.architecture,
+        spec.effective_attention,
+        len(tokenizer),
+        config.seed,
+        name,
+        start,
+        **heads_of(spec.mode, spec.target_type, spec.num_classes, config.labels.path is not None),
+    )
+    if start is not None:
+        say(f"{name}: {len(transfer.loaded)} tensors loaded from {os.path.relpath(start)}; "
+            f"dropped: {transfer.dropped or 'none'}; new: {transfer.created or 'none'}")  # fmt: skip
+
+    inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
+    context_length = inner.config.max_position_embeddings - 1  # one position is for [CLS]
+    objective: Any = make_objective(context, spec, stage_inputs, context_length)
+    facts: dict[str, Any] = {"attention": spec.effective_attention}
+    if spec.mode == "ranker":
+        pools = objective.splits
+        facts["skipped_pools"] = {spec.split: pools.train.skipped, "held_out": pools.held_out.skipped}
+
+    def load(path: Path) -> nn.Module:
+        return SequenceRanker(load_model(path)) if spec.mode == "ranker" else load_model(path)
+
+    return TrainerSetup(
+        model,
+        objective,
+        save=lambda m, path: save_model(m, path, tokenizer),
+        load=load,
+        transfer=transfer.as_dict() | {"start": start_in_run(transfer.start, folder)},
+        facts=facts,
+    )
+
+
+def make_objective(
+    context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, context_length: int
+) -> ReportingObjective:
+    """The objective of a mode over the run's tokens. `context_length`: longest input in tokens, without [CLS]."""
+    if spec.mode == "token_classifier":
+        return token_classifier_objective(context, spec, stage_inputs, context_length)
+    if spec.mode == "sequence_scorer":
+        return sequence_scorer_objective(context, spec, stage_inputs, context_length)
+    if spec.mode == "ranker":
+        return ranker_objective(context, spec, stage_inputs, context_length)
+
+    # language_model: next tokens for causal models, masked diffusion for bidirectional ones
+    tokenizer, diffusion = stage_inputs.tokenizer, stage_inputs.config.diffusion
+    splits = WindowSplits.of(stage_inputs.example_splits(spec.split), context_length, tokenizer.pad_token_id)
+    if spec.effective_attention == "causal":
+        return NextToken(context, splits, tokenizer.cls_token_id)
+    tokens = MaskingTokens.of(tokenizer)
+    modifiers = load_modifiers(spec.modifiers, context, tokenizer, tokens.text_ids, context_length)
+    kind = StagedUnmasking if diffusion.stages else MaskedDiffusion
+    return kind(context, splits, diffusion, tokens, modifiers)
+
+
+def set_up_prompt_ranker(
+    context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
+) -> TrainerSetup:
+    """A ranker that reads a prompt and its candidates as texts, as the section `ranker` of the config says."""
+    name, config = context.label, stage_inputs.config
+    model, tokenizer, origin = start_ranker(name, spec, config, stage_inputs.tokenizer, start, folder)
+    splits = PoolSplits(
+        stage_inputs.draws(spec.split), stage_inputs.pools_for_selection(), stage_inputs.pools("held_out")
+    )
+    reader = PoolReader(tokenizer, config.ranker, context.runtime, config.seed, spec.blind)
+    tables = {spec.split: splits.train, "selection": [splits.selection], "held_out": [splits.held_out]}
+    for split, draws in tables.items():
+        say_skipped(name, split, draws[0].skipped)
+    shortened = {split: say_shortened(name, split, reader, draws) for split, draws in tables.items()}
+    objective = PoolChoice(context, splits, reader)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(
+        f"{name}: {learning:,} of {sum(p.numel() for p in model.parameters()):,} weights learn; start: {origin}"
+    )
+    return TrainerSetup(
+        model,
+        objective,
+        save=lambda m, path: save_ranker(m, path, tokenizer),
+        load=lambda path: load_ranker(path)[0],
+        transfer={"start": origin},
+        facts={
+            "attention": config.ranker.attention,
+            "pooling": config.ranker.pooling,
+            "blind": spec.blind,
+            "packs": model.packs,
+            "skipped_pools": {split: draws[0].skipped for split, draws in tables.items()},
+            "shortened": shortened,
+        },
+    )

@@ -1,9 +1,11 @@
-"""What the objectives share: tensors from arrays, one forward call, result rows.
+"""What the training loop and the objectives agree on, and the helpers that the objectives share.
 
 Legend: B rows, T positions, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,11 +13,51 @@ from torch import Tensor, nn
 
 from lib.metrics import Estimate
 from lib.runtime import Runtime
+from lib.sections.models import TrainingConfig
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """What every part of one training needs.
+
+    Attributes:
+        label: name of the model. It is part of messages, of the results table, and of the keys of random draws.
+        seed: the run's seed.
+        settings: steps, batch size, optimizer and evaluation of this training.
+        runtime: device and precision.
+    """
+
+    label: str
+    seed: int
+    settings: TrainingConfig
+    runtime: Runtime
+
+
+class Objective(Protocol):
+    """What a model learns: batches, loss and metrics. The loop needs nothing else about the data.
+
+    An objective that puts [CLS] in front of its inputs also has the attribute `cls_id`, see `freezing.Freezing`.
+
+    Attributes:
+        selection: name of the metric of `evaluate` that chooses the best model; the lowest value wins.
+        tokens_per_row: tokens of one row, for the logged speed.
+    """
+
+    selection: str
+    tokens_per_row: int
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        """Named scalars of the global batch `rows`. The loop minimises the one called `loss` and logs all."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics on the selection split."""
+        ...
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A line of the results table: one model, one metric, its interval, and what doing nothing clever gives."""
+    """A line of the results table: a metric of a model, its 95 % interval, and the trivial baseline."""
 
     model: str
     metric: str
@@ -28,11 +70,28 @@ class ResultRow:
 
     @property
     def beats_baseline(self) -> bool:
-        """The whole interval lies on the good side of the baseline."""
+        """Whether the whole interval is better than the baseline."""
         return self.high < self.baseline_value if self.lower_is_better else self.low > self.baseline_value
 
     def as_dict(self) -> dict:
         return asdict(self) | {"beats_baseline": self.beats_baseline}
+
+
+class ReportingObjective(Objective, Protocol):
+    """An objective that also measures the best model on the held-out split."""
+
+    def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
+        """(metrics for the training manifest, rows of the results table)."""
+        ...
+
+
+@runtime_checkable
+class StatefulObjective(Protocol):
+    """An objective with state of its own, which must be part of a checkpoint."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 def result_row(
@@ -48,6 +107,7 @@ def result_row(
 
 
 def tensor(array: np.ndarray, runtime: Runtime) -> Tensor:
+    """The array as a tensor on the device."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(runtime.device, non_blocking=True)
 
 
@@ -58,13 +118,13 @@ def forward(model: nn.Module, runtime: Runtime, ids: np.ndarray, valid: np.ndarr
         return model(input_ids=tensor(ids, runtime), attention_mask=mask, **arguments)
 
 
-def chunks(count: int, size: int):
-    """Consecutive index arrays of at most `size`."""
+def chunks(count: int, size: int) -> Iterator[np.ndarray]:
+    """Consecutive index arrays of at most `size`, from 0 to `count`."""
     for start in range(0, count, size):
         yield np.arange(start, min(start + size, count))
 
 
 def with_cls(ids: np.ndarray, valid: np.ndarray, cls_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] before every row: (..., T) -> (..., T + 1)."""
+    """[CLS] in front of every row: (..., T) -> (..., T + 1), for ids and validity."""
     front = np.full_like(ids[..., :1], cls_id)
     return np.concatenate([front, ids], -1), np.concatenate([np.ones_like(valid[..., :1]), valid], -1)

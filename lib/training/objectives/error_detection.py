@@ -1,6 +1,6 @@
-"""How well scores tell wrong tokens from right ones, and how honest calibrated chances are. Arrays only: no model.
+"""How well scores separate wrong tokens from right ones, and how well calibrated probabilities of error are.
 
-Legend: N tokens of clean text into which a generator wrote.
+Legend: N tokens of text that a generator filled.
 """
 
 from dataclasses import dataclass, fields
@@ -10,84 +10,91 @@ import numpy as np
 from lib import metrics
 from lib.diffusion.calibration import BANDS, Calibration, Observed, Reading, band_edges, band_of
 
-FEW = 100  # tokens; a smaller band is not measured
-READINGS: tuple[Reading, ...] = ("filled", "partial")  # those whose masked share is known
+MIN_TOKENS = 100  # a band with fewer tokens is not measured
+READINGS: tuple[Reading, ...] = ("filled", "partial")  # those for which the masked share is known
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Tokens of fills of text that no model learned from, and what was thought of them, all (N,).
+class ScoredTokens:
+    """Tokens of filled text that no model was trained on, and their scores. Everything is (N,).
 
-    Whoever fills gaps asks about the tokens that were written; whoever reads a text of which nothing is known, about all.
+    Scores are probabilities of error: the critic's raw ones, or one minus a probability of the generator.
     """
 
     wrong: np.ndarray  # bool
-    written: np.ndarray  # bool: by the generator; the others were given, and are right
-    group: np.ndarray  # the unit that is resampled
-    critic: np.ndarray  # raw probability of error, the whole text in view, and which tokens were given
-    unknown: np.ndarray  # the same, but nothing is known of what was given
-    share: np.ndarray  # of the text that was masked before the pass that completed it
-    partial: np.ndarray  # raw, with a part of the written tokens masked again; NaN where that hid this one
+    generated: np.ndarray  # bool; the other tokens are conditioning tokens, and right
+    group: np.ndarray  # intervals resample whole groups
+    critic: np.ndarray  # of the whole text, with the conditioning mask
+    unknown: np.ndarray  # of the whole text, without the conditioning mask
+    share: np.ndarray  # of the text that was masked before the last forward pass
+    partial: np.ndarray  # with a part of the generated tokens re-masked; NaN if this token was
     partial_share: np.ndarray  # of the text that is masked then
-    confidence: np.ndarray  # one minus it: what the generator said when it wrote the token
-    fresh: np.ndarray  # one minus it: what it says now that it sees the whole
-    # One minus it: what it says of it with the given text alone in view, before anything was written
-    given: np.ndarray
+    confidence: np.ndarray  # stored: in the forward pass that sampled the token
+    fresh: np.ndarray  # given the whole filled text
+    first_pass: np.ndarray  # given the conditioning tokens only
 
-    def at(self, where: np.ndarray) -> "Seen":
-        return Seen(*(getattr(self, f.name)[where] for f in fields(self)))
+    def subset(self, index: np.ndarray) -> "ScoredTokens":
+        return ScoredTokens(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @property
     def visible(self) -> np.ndarray:
-        """(N,) bool: written, and not hidden from the partial view."""
-        return self.written & ~np.isnan(self.partial)
+        """(N,) bool: generated, and not re-masked in the partial view."""
+        return self.generated & ~np.isnan(self.partial)
 
     def reading(self, name: Reading) -> Observed:
-        """What the critic said in one of its ways of reading."""
+        """The critic's probabilities in one way of reading, see `lib/diffusion/calibration.py`."""
         if name == "unknown":
             return Observed(self.unknown, self.wrong, self.share)
         if name == "filled":
-            return Observed(self.critic[self.written], self.wrong[self.written], self.share[self.written])
-        there = self.visible
-        return Observed(self.partial[there], self.wrong[there], self.partial_share[there])
+            return Observed(
+                self.critic[self.generated], self.wrong[self.generated], self.share[self.generated]
+            )
+        visible = self.visible
+        return Observed(self.partial[visible], self.wrong[visible], self.partial_share[visible])
 
 
-def fitted(seen: Seen) -> Calibration:
-    readings: dict[Reading, Observed] = {name: seen.reading(name) for name in (*READINGS, "unknown")}
-    return Calibration.fit(readings, 1 - seen.confidence[seen.written])
+def fit_calibration(scored: ScoredTokens) -> Calibration:
+    readings: dict[Reading, Observed] = {name: scored.reading(name) for name in (*READINGS, "unknown")}
+    return Calibration.fit(readings, 1 - scored.confidence[scored.generated])
 
 
-def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
+def detection(scored: ScoredTokens, calibration: Calibration) -> dict[str, dict]:
     """Score -> {"auroc" as an estimate, "average_precision", "ece", "brier"}.
 
-    They are of the written tokens. The partial view exists for those that were left to see; confidence on the same ones
-    stands beside it. Those of `whole_text` are of all tokens, and know nothing of which were written.
-    `confidence_given` is the generator's own ceiling, known where nothing but the masks was written: given the given text, the
-    truth does not depend on what was written, so that as far as the generator's probabilities are the true ones nothing can
-    say more. A critic that knows the language better than the generator could.
+    Scores are measured on the generated tokens, with two exceptions:
+
+    - `critic_partial`: those that are visible in the partial view. `confidence_visible` is measured on the same tokens.
+    - `whole_text_*`: all tokens, without knowing which were generated.
+
+    `confidence_first_pass` is the generator's own upper bound. Given the conditioning tokens, the clean text does not depend
+    on what was generated. So no score can be better if the generator's probabilities are the true ones. A critic that
+    models the language better than the generator can exceed it.
     """
-    every = np.arange(len(seen.wrong))
-    written, of_those = np.flatnonzero(seen.written), np.flatnonzero(seen.visible)
-    own, rest = seen.at(written), seen.at(of_those)
+    every = np.arange(len(scored.wrong))
+    generated, visible = np.flatnonzero(scored.generated), np.flatnonzero(scored.visible)
+    of_generated, of_visible = scored.subset(generated), scored.subset(visible)
+    calibrated = calibration(of_generated.critic, "filled", of_generated.share)
+    blended = calibration.blended(of_generated.critic, 1 - of_generated.confidence)
+    partial = calibration(of_visible.partial, "partial", of_visible.partial_share)
     scores = {
-        "critic": (own.critic, written),
-        "critic_calibrated": (calibration(own.critic, "filled", own.share), written),
-        "critic_unknown": (own.unknown, written),
-        "critic_blend": (calibration.blended(own.critic, 1 - own.confidence), written),
-        "confidence": (own.confidence, written),
-        "confidence_fresh": (own.fresh, written),
-        "confidence_given": (own.given, written),
-        "critic_partial": (rest.partial, of_those),
-        "critic_partial_calibrated": (calibration(rest.partial, "partial", rest.partial_share), of_those),
-        "confidence_of_those": (rest.confidence, of_those),
-        "whole_text_critic": (calibration(seen.unknown), every),
-        "whole_text_confidence_fresh": (seen.fresh, every),
+        "critic": (of_generated.critic, generated),
+        "critic_calibrated": (calibrated, generated),
+        "critic_unknown": (of_generated.unknown, generated),
+        "critic_blend": (blended, generated),
+        "confidence": (of_generated.confidence, generated),
+        "fresh_confidence": (of_generated.fresh, generated),
+        "confidence_first_pass": (of_generated.first_pass, generated),
+        "critic_partial": (of_visible.partial, visible),
+        "critic_partial_calibrated": (partial, visible),
+        "confidence_visible": (of_visible.confidence, visible),
+        "whole_text_critic": (calibration(scored.unknown), every),
+        "whole_text_fresh_confidence": (scored.fresh, every),
     }
     found = {}
-    for name, (score, at) in scores.items():
-        wrong = seen.wrong[at]
+    for name, (score, index) in scores.items():
+        wrong = scored.wrong[index]
         found[name] = {
-            "auroc": metrics.auroc_estimate(score, wrong, seen.group[at])._asdict(),
+            "auroc": metrics.auroc_estimate(score, wrong, scored.group[index])._asdict(),
             "average_precision": metrics.average_precision(score, wrong),
             "ece": metrics.calibration_error(score, wrong),
             "brier": brier(score, wrong),
@@ -96,32 +103,35 @@ def detection(seen: Seen, calibration: Calibration) -> dict[str, dict]:
 
 
 def brier(probability: np.ndarray, happened: np.ndarray) -> float:
-    """Mean squared distance of a forecast from what happened (Brier, 1950)."""
+    """Mean squared difference between a forecast probability and the outcome (Brier, 1950)."""
     return float(np.mean((probability - happened) ** 2))
 
 
-def bands(seen: Seen, calibration: Calibration) -> list[dict]:
-    """For each reading and band of the masked share: error rate, ECE and Brier score of the raw probabilities, of the
-    one curve for all, and of the curves by band (`own`: whether this band has one)."""
+def bands(scored: ScoredTokens, calibration: Calibration) -> list[dict]:
+    """Calibration by reading and band of the masked share, one row each.
+
+    Columns: the error rate; ECE and Brier score of the raw probabilities, with one curve for all bands, and with curves by
+    band; `own`: whether this band has a curve.
+    """
     rows = []
     for name in READINGS:
-        observed = seen.reading(name)
+        observed = scored.reading(name)
         band, curves = band_of(observed.share), calibration.readings[name].bands
         for number in range(BANDS):
-            here = band == number
-            if here.sum() < FEW:
+            in_band = band == number
+            if in_band.sum() < MIN_TOKENS:
                 continue
-            raw, wrong = observed.probability[here], observed.wrong[here]
-            said = {
+            raw, wrong = observed.probability[in_band], observed.wrong[in_band]
+            probabilities = {
                 "raw": raw,
                 "one_curve": calibration(raw, name),
-                "by_band": calibration(raw, name, observed.share[here]),
+                "by_band": calibration(raw, name, observed.share[in_band]),
             }
             low, high = band_edges(number)
-            own = bool(curves) and curves[number] is not None
-            row = {"reading": name, "low": low, "high": high, "tokens": len(wrong), "own": own}
+            has_curve = bool(curves) and curves[number] is not None
+            row = {"reading": name, "low": low, "high": high, "tokens": len(wrong), "own": has_curve}
             row["error_rate"] = float(wrong.mean())
-            for kind, probability in said.items():
+            for kind, probability in probabilities.items():
                 row[f"ece_{kind}"] = metrics.calibration_error(probability, wrong)
                 row[f"brier_{kind}"] = brier(probability, wrong)
             rows.append(row)

@@ -1,266 +1,303 @@
-"""`language_model`: masked diffusion for bidirectional models, next-token prediction for causal ones.
+"""`language_model` of bidirectional models: masked diffusion.
 
-Both train on and report nats per token, sum over tokens by number of tokens, so that how a text is cut into windows
-changes nothing: the diffusion model its NELBO, the causal one its exact NLL, which reads [CLS] as the beginning so that
-the first token counts too. The best step is chosen on the selection windows, the report is on the held-out ones; its
-intervals resample whole groups (documents or blocks).
+Training masks a part of each window of text and learns to predict the masked tokens (Sahoo et al., MDLM, 2024; Nie et
+al., LLaDA, 2025). The loss estimates the NELBO, a bound on the negative log-likelihood, see `lib/diffusion/nelbo.py`.
+It is in nats per token, summed over tokens, so that the way a text is cut into windows changes nothing.
+
+    MaskedDiffusion.loss      one training step, in numbered steps
+    MaskedDiffusion.evaluate  NELBO on the selection split, which chooses the best step
+    MaskedDiffusion.report    NELBO on the held-out split, with an interval over groups (documents or blocks)
+
+`WindowObjective` is what masked diffusion shares with next-token prediction (`next_token.py`).
+
+Legend: B rows, T positions, N masked positions of a batch, V vocabulary, W windows, G groups.
 """
 
+from dataclasses import dataclass, field, fields
+from typing import Any
+
 import numpy as np
-import torch
+import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor, nn
 
 from lib import randomness
 from lib.diffusion.masking import corrupt_80_10_10, line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, weights_per_token
 from lib.metrics import Estimate, ratio, sum_by
-from lib.runtime import Runtime
 from lib.sections.masking import DiffusionConfig, RandomMasking
+from lib.tokenization import newline_ids
 from lib.training.cross_entropy import cross_entropies
-from lib.training.data import Rows, Windows
-from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
-from lib.training.objectives.modifiers import Masked, Modifiers
+from lib.training.data import Rows, Splits, Windows
+from lib.training.objectives.base import ResultRow, TrainingContext, chunks, forward, result_row, tensor
+from lib.training.objectives.modifiers import MaskedPredictions, Modifiers
 
-EVALUATION_BATCH = 64
+EVALUATION_BATCH = 64  # also the number of rows over which evaluation spreads the masking ratios evenly
+REPORT_DRAWS = 4  # masks per held-out window
 
 
-class _Language:
-    """Windows of the train split by keyed order, and fixed windows to choose the best step by and to report on.
+@dataclass(frozen=True)
+class WindowSplits(Splits[Windows]):
+    """Windows of text to learn from, to choose the best step by, and to report on; the last two are tiled.
 
-    Args:
-        selection: windows of the selection split; an evaluation takes `num_evaluated` of them, the same ones each time.
-        held_out: windows side by side, each token of the held-out split in exactly one.
-        groups: (held_out.count,) the group of each, any type: what is resampled together for intervals.
-        characters_per_token: of held-out text; bits per character compare models of different tokenizers.
+    Attributes:
+        groups: (held_out.count,) group of each held-out window, of any type. Intervals resample whole groups.
+        characters_per_token: of the held-out text. Bits per character compare models of different tokenizers.
     """
 
-    def __init__(
-        self, label, train: Windows, selection: Windows, held_out: Windows, groups: np.ndarray, runtime: Runtime, seed,
-        batch_size, num_evaluated, characters_per_token: float = 1.0,
-    ):  # fmt: skip
-        if len(groups) != held_out.count:
-            raise ValueError(f"{label}: {len(groups)} groups for {held_out.count} held-out windows")
-        self.label, self.train, self.held_out, self.runtime, self.seed = label, train, held_out, runtime, seed
-        self.selection_windows, self.groups = selection, np.asarray(groups)
-        self.batch_size = batch_size
-        self.tokens_per_row = train.width
-        self._nats_per_bit = characters_per_token * np.log(2)  # per token and per character
-        self._order = Rows(seed, f"{label} order", train.count)
-        spread = randomness.permutation(seed, "selection windows", 0, selection.count)
-        self._evaluated = np.sort(spread[:num_evaluated])
+    groups: np.ndarray
+    characters_per_token: float = 1.0
 
-    def windows(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows (B,), ids (B, T), valid (B, T)) of global training rows."""
-        index = np.arange(rows.start, rows.stop)
-        which, epochs = self._order.samples(index), self._order.epochs(index)
-        return index, *self.train.batch(
-            which, self.train.places(self.seed, f"{self.label} window", which, epochs)
+    @classmethod
+    def of(cls, examples: Splits[pa.Table], width: int, pad_id: int) -> "WindowSplits":
+        """Windows of at most `width` tokens of three tables of examples."""
+        train, selection, held_out = (
+            Windows(table, width, pad_id) for table in (examples.train, examples.selection, examples.held_out)
+        )
+        tiles = held_out.tiled()
+        characters = pc.sum(pc.utf8_length(examples.held_out["target"])).as_py()
+        return cls(
+            train,
+            selection.tiled(),
+            tiles,
+            groups=np.asarray(examples.held_out["group"].to_pylist())[tiles.owner],
+            characters_per_token=characters / max(len(held_out.ids), 1),
         )
 
-    def rows(self, metric: str, nats: Estimate, unigram: float) -> tuple[float, list[ResultRow]]:
-        """(bits per character, rows of the results table) of nats per token; in both units if tokens are no characters."""
-        found = [
+
+@dataclass(frozen=True)
+class MaskingTokens:
+    """Ids that masking needs.
+
+    Attributes:
+        mask_id: [MASK].
+        text_ids: ids that are not special tokens, for random replacements (`diffusion.corruption: bert`).
+        newline_ids: tokens that end a line, for masking of type `line`; None if the tokenizer has none.
+    """
+
+    mask_id: int
+    text_ids: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+    newline_ids: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "MaskingTokens":
+        text_ids = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+        return cls(tokenizer.mask_token_id, text_ids, newline_ids(tokenizer))
+
+
+class WindowObjective:
+    """Batches of windows in a keyed order, and the figures that language models report.
+
+    Attributes:
+        evaluated: indices of the selection windows that every evaluation reads, the same each time.
+    """
+
+    def __init__(self, context: TrainingContext, splits: WindowSplits):
+        label, seed = context.label, context.seed
+        if len(splits.groups) != splits.held_out.count:
+            raise ValueError(
+                f"{label}: {len(splits.groups)} groups for {splits.held_out.count} held-out windows"
+            )
+        self.label, self.seed, self.runtime, self.splits = label, seed, context.runtime, splits
+        self.batch_size = context.settings.batch_size
+        self.tokens_per_row = splits.train.width
+        self._nats_per_bit = splits.characters_per_token * np.log(2)  # (nats / token) / (bits / character)
+        self._order = Rows(seed, f"{label} order", splits.train.count)
+        shuffled = randomness.permutation(seed, "selection windows", 0, splits.selection.count)
+        self.evaluated = np.sort(shuffled[: context.settings.evaluation_examples])
+
+    def windows(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """((B,) row numbers, (B, T) ids, (B, T) validity) of global training rows."""
+        index = np.arange(rows.start, rows.stop)
+        samples, epochs = self._order.samples(index), self._order.epochs(index)
+        cuts = self.splits.train.cut_positions(self.seed, f"{self.label} window", samples, epochs)
+        return index, *self.splits.train.batch(samples, cuts)
+
+    def estimate(self, nats: np.ndarray, tokens: np.ndarray) -> Estimate:
+        """Nats per token over all held-out windows, from (W,) nats and (W,) tokens of each."""
+        nats, tokens = sum_by(np.asarray(self.splits.groups), nats, tokens)  # (G,) each
+        return ratio(nats, tokens)
+
+    def unigram_nll(self) -> float:
+        """Nats per token of held-out text under the token frequencies of the train split: the trivial baseline."""
+        train, held_out = self.splits.train.ids, self.splits.held_out.ids
+        size = int(max(train.max(), held_out.max())) + 1
+        counts = np.bincount(train, minlength=size) + 1.0
+        share = np.bincount(held_out, minlength=size) / len(held_out)
+        return float(-(share * np.log(counts / counts.sum())).sum())
+
+    def result_rows(self, metric: str, nats: Estimate, unigram: float) -> tuple[float, list[ResultRow]]:
+        """(bits per character, rows of the results table) of nats per token.
+
+        The table has both units, unless every token is one character.
+        """
+        rows = [
             result_row(self.label, f"{metric}, nats/token", nats, "unigram", unigram, lower_is_better=True)
         ]
         bits = Estimate(*(value / self._nats_per_bit for value in nats))
         if self._nats_per_bit != np.log(2):
-            constant = unigram / self._nats_per_bit
-            found.append(
-                result_row(
-                    self.label, f"{metric}, bits/character", bits, "unigram", constant, lower_is_better=True
-                )
-            )
-        return bits.value, found
-
-    def estimate(self, nats: np.ndarray, tokens: np.ndarray) -> Estimate:
-        """Nats per token of all held-out windows from the (W,) nats and tokens of each; groups are resampled."""
-        nats, tokens = sum_by(self.groups, nats, tokens)  # (G,) each
-        return ratio(nats, tokens)
-
-    def unigram_nll(self) -> float:
-        """Nats per token of held-out text under the train split's token frequencies: the constant baseline."""
-        size = int(max(self.train.ids.max(), self.held_out.ids.max())) + 1
-        counts = np.bincount(self.train.ids, minlength=size) + 1.0
-        share = np.bincount(self.held_out.ids, minlength=size) / len(self.held_out.ids)
-        return float(-(share * np.log(counts / counts.sum())).sum())
+            baseline, name = unigram / self._nats_per_bit, f"{metric}, bits/character"
+            rows.append(result_row(self.label, name, bits, "unigram", baseline, lower_is_better=True))
+        return bits.value, rows
 
 
-class MaskedDiffusion(_Language):
+class MaskedDiffusion(WindowObjective):
+    """Masked diffusion over windows of text.
+
+    Args:
+        config: how training masks and weights. Evaluation and report always measure the NELBO itself.
+        tokens: ids that masking needs.
+        modifiers: changes of the training loss, see `modifiers.py`.
+    """
+
     selection = "nelbo"
 
-    """
-    Args:
-        newline_ids: tokens that end a line, for masking by lines.
-        text_ids: tokens that are no special ones, for corruption as BERT's.
-    """
-
     def __init__(
-        self, config: DiffusionConfig, mask_id: int, *args, newline_ids: np.ndarray | None = None,
-        text_ids: np.ndarray | None = None, modifiers: Modifiers | None = None, **kwargs,
-    ):  # fmt: skip
-        super().__init__(*args, **kwargs)
-        self.config, self.mask_id = config, mask_id
+        self,
+        context: TrainingContext,
+        splits: WindowSplits,
+        config: DiffusionConfig,
+        tokens: MaskingTokens,
+        modifiers: Modifiers | None = None,
+    ):
+        super().__init__(context, splits)
+        self.config, self.modifiers = config, modifiers
+        self.mask_id, self.text_ids = tokens.mask_id, tokens.text_ids
         by_lines = "line" in {config.masking.type, *(stage.type for stage in config.stages)}
-        self.newline_ids = newline_ids if by_lines else None
-        self.text_ids = text_ids if text_ids is not None else np.empty(0, int)
-        self.modifiers = modifiers
-        # Evaluation is the true bound whatever the training draws.
-        plain = {"weight": "exact_count", "min_masked_ratio": 0.0, "masking": RandomMasking(type="random")}
-        self._bound = config.model_copy(update=plain)
+        self.newline_ids = tokens.newline_ids if by_lines else None
+        bound = {"weight": "exact_count", "min_masked_ratio": 0.0, "masking": RandomMasking(type="random")}
+        self._bound_config = config.model_copy(update=bound)
+
+    # ------------------------------------------------------------------ training
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        """The training loss of the global batch `rows`, in nats per token.
+
+        It estimates the NELBO if masks are of type `random` and no modifier is configured.
+        """
+        # 1. Take a batch of windows: B rows of at most T tokens
+        index, ids, valid = self.windows(rows)  # (B,), (B, T), (B, T)
+        purpose = f"{self.label} diffusion"
+
+        # 2. Draw a masking ratio for each row, spread evenly over the batch; 3. mask that share of its tokens
+        batch = self.mask(ids, valid, purpose, index, self.batch_size)
+
+        # 4. What the model reads: [MASK] at the masked positions, or BERT's mixture of [MASK], random and clean tokens
+        if self.config.corruption == "bert":
+            inputs = corrupt_80_10_10(
+                ids, batch.masked, self.mask_id, self.text_ids, self.seed, purpose, index
+            )  # (B, T)
+        else:
+            inputs = np.where(batch.masked, self.mask_id, ids)  # (B, T)
+
+        # 5. Forward pass, with logits at the masked positions only
+        logits, targets, flat_idx = self.predict(
+            model, inputs, ids, valid, batch.masked
+        )  # (N, V), (N,), (N,)
+
+        # 6. Cross-entropy of the clean tokens
+        ce = cross_entropies(logits, targets)  # (N,) nats
+
+        # 7. Weights of the bound, so that the sum is in nats per token of the batch
+        weights = tensor(weights_per_token(batch, valid).reshape(-1)[flat_idx], self.runtime)  # (N,)
+        if self.modifiers is None:
+            return {"loss": (ce * weights).sum()}
+
+        # 8. Optional modifiers: other targets, and a weight for each row
+        row_idx = tensor(flat_idx // ids.shape[1], self.runtime)  # (N,)
+        predictions = MaskedPredictions(logits, targets, row_idx, ids, valid, flat_idx, batch.ratios, index)
+        modified, row_weights, terms = self.modifiers.apply(ce, predictions, step)  # (N,), (B,)
+        loss = (modified * weights * row_weights[row_idx]).sum()
+        return {"loss": loss, "plain_loss": (ce.detach() * weights).sum(), **terms}
 
     def mask(
         self, ids: np.ndarray, valid: np.ndarray, purpose: str, rows: np.ndarray, period: int
     ) -> MaskedBatch:
-        """Masks for (B, T) ids as training draws them."""
+        """Masks and weights for (B, T) ids, as training draws them.
+
+        Args:
+            purpose, rows: key of the draw; the mask of a row depends on its number in `rows` alone.
+            period: the masking ratios are spread evenly over this many consecutive rows.
+        """
         return mask_batch(self.config, valid, self.seed, purpose, rows, period, self.lines_of(ids))
 
     def lines_of(self, ids: np.ndarray) -> np.ndarray | None:
-        """(B, T) the line of each token, None where nothing masks by lines."""
+        """(B, T) line number of each token; None if no masking is of type `line`."""
         return None if self.newline_ids is None else line_numbers(np.isin(ids, self.newline_ids))
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        """The NELBO estimate of the batch, nats per token, if masks are drawn for it: every token counts the same."""
-        index, ids, valid = self.windows(rows)
-        purpose = f"{self.label} diffusion"
-        batch = self.mask(ids, valid, purpose, index, self.batch_size)
-        inputs = None
-        if self.config.corruption == "bert":
-            inputs = corrupt_80_10_10(
-                ids, batch.masked, self.mask_id, self.text_ids, self.seed, purpose, index
-            )
-        logits, targets, at = self._logits(model, ids, valid, batch, inputs)
-        ce = cross_entropies(logits, targets)
-        weights = tensor(weights_per_token(batch, valid).reshape(-1)[at], self.runtime)
-        if self.modifiers is None:
-            return {"loss": (ce * weights).sum()}
-        row = tensor(at // ids.shape[1], self.runtime)
-        masked = Masked(logits, targets, row, ids, valid, at, batch.ratios, index)
-        modified, row_weights, terms = self.modifiers.apply(ce, masked, step)
-        loss = (modified * weights * row_weights[row]).sum()
-        return {"loss": loss, "plain_loss": (ce.detach() * weights).sum(), **terms}
-
-    def cross_entropies(self, model, ids, valid, batch: MaskedBatch) -> tuple[Tensor, np.ndarray]:
-        """((N,) cross-entropies at the masked positions, (N,) flat indices of those)."""
-        logits, targets, at = self._logits(model, ids, valid, batch)
-        return cross_entropies(logits, targets), at
-
-    def _logits(
-        self, model, ids, valid, batch: MaskedBatch, inputs: np.ndarray | None = None
+    def predict(
+        self, model: nn.Module, inputs: np.ndarray, ids: np.ndarray, valid: np.ndarray, masked: np.ndarray
     ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """((N, V) logits at the masked positions and nowhere else, (N,) targets, (N,) flat indices).
+        """One forward pass over (B, T) `inputs`.
 
-        `inputs`: what the model reads, if that is not [MASK] at all of them.
+        Returns:
+            (N, V) logits at the masked positions and nowhere else, (N,) clean tokens there, and the (N,) indices of these
+            positions in the flattened (B, T) batch.
         """
-        at = np.flatnonzero(batch.masked)
-        inputs = np.where(batch.masked, self.mask_id, ids) if inputs is None else inputs
-        logits = forward(
-            model, self.runtime, inputs, valid, logits_at=tensor(at, self.runtime)
-        ).logits  # (N, V)
-        return logits, tensor(ids.reshape(-1)[at], self.runtime), at
+        flat_idx = np.flatnonzero(masked)
+        output = forward(model, self.runtime, inputs, valid, logits_at=tensor(flat_idx, self.runtime))
+        return output.logits, tensor(ids.reshape(-1)[flat_idx], self.runtime), flat_idx
 
-    def window_nelbos(
-        self, model: nn.Module, windows: Windows, examples: np.ndarray, draws: int = 1
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """((R,) NELBO of each window in nats, (R,) its tokens, (R,) right guesses, (R,) masked tokens), R = draws x
-        examples, the examples running faster."""
-        nats, tokens, hits, masked = [], [], [], []
-        total = np.tile(examples, draws)
-        for part in chunks(len(total), EVALUATION_BATCH):
-            ids, valid = windows.batch(total[part], np.zeros(len(part)))
-            batch = mask_batch(self._bound, valid, self.seed, "evaluation", part, EVALUATION_BATCH)
-            logits, targets, at = self._logits(model, ids, valid, batch)
-            ce = cross_entropies(logits, targets).cpu().numpy()
-            hit = (logits.argmax(-1) == targets).cpu().numpy()
-            row = at // ids.shape[1]
-            size, lengths = len(part), valid.sum(1)
-            nats.append(lengths * np.bincount(row, ce * batch.weights.reshape(-1)[at], size))
-            tokens.append(lengths)
-            hits.append(np.bincount(row, hit, size))
-            masked.append(batch.masked.sum(1))
-        nats, tokens, hits, masked = (np.concatenate(x) for x in (nats, tokens, hits, masked))
-        return nats, tokens, hits, masked
+    # ------------------------------------------------------------------ evaluation and report
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        nats, tokens, hits, masked = self.window_nelbos(model, self.selection_windows, self._evaluated)
+        """NELBO, and accuracy on masked tokens, of the `evaluated` selection windows, one mask each."""
+        found = self.window_nelbos(model, self.splits.selection, self.evaluated)
         return {
-            "nelbo": float(nats.sum() / tokens.sum()),
-            "masked_accuracy": float(hits.sum() / masked.sum()),
+            "nelbo": float(found.nats.sum() / found.tokens.sum()),
+            "masked_accuracy": float(found.correct.sum() / found.masked.sum()),
         }
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
-        """Held-out NELBO with four mask draws per window, accuracy on masked tokens, and the same on train text.
+        """NELBO of all held-out windows, `REPORT_DRAWS` masks each, and of as many windows of the train split.
 
-        `nelbo_half_width` is that of the 95 % interval.
+        `nelbo_half_width` is the half-width of the 95 % interval.
         """
-        examples = np.arange(self.held_out.count)
-        nats, tokens, hits, masked = self.window_nelbos(model, self.held_out, examples, draws=4)
-        train = self.train.tiled()
-        seen = np.sort(randomness.permutation(self.seed, "train windows", 0, train.count)[: len(examples)])
-        train_nats, train_tokens, train_hits, train_masked = self.window_nelbos(model, train, seen)
-        nelbo = self.estimate(nats.reshape(4, -1).mean(0), tokens.reshape(4, -1)[0])
+        every = np.arange(self.splits.held_out.count)
+        found = self.window_nelbos(model, self.splits.held_out, every, REPORT_DRAWS)
+        train = self.splits.train.tiled()
+        sample = np.sort(randomness.permutation(self.seed, "train windows", 0, train.count)[: len(every)])
+        on_train = self.window_nelbos(model, train, sample)
+        nats = found.nats.reshape(REPORT_DRAWS, -1).mean(0)  # (W,)
+        nelbo = self.estimate(nats, found.tokens.reshape(REPORT_DRAWS, -1)[0])
         unigram = self.unigram_nll()
         metrics = {
             "nelbo": nelbo.value,
             "nelbo_half_width": nelbo.half_width,
-            "masked_accuracy": float(hits.sum() / masked.sum()),
-            "train_nelbo": float(train_nats.sum() / train_tokens.sum()),
-            "train_masked_accuracy": float(train_hits.sum() / train_masked.sum()),
+            "masked_accuracy": float(found.correct.sum() / found.masked.sum()),
+            "train_nelbo": float(on_train.nats.sum() / on_train.tokens.sum()),
+            "train_masked_accuracy": float(on_train.correct.sum() / on_train.masked.sum()),
             "unigram_nll": unigram,
         }
-        metrics["bits_per_character"], rows = self.rows("NELBO", nelbo, unigram)
+        metrics["bits_per_character"], rows = self.result_rows("NELBO", nelbo, unigram)
         return metrics, rows
 
-
-class NextToken(_Language):
-    """The ordinary causal language model."""
-
-    selection = "nll"
-
-    def __init__(self, cls_id: int, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.cls_id = cls_id
-
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        _, ids, valid = self.windows(rows)
-        nll, mask = self.token_nll(model, ids, valid)
-        return {"loss": (nll * mask).sum() / mask.sum()}
-
-    def token_nll(self, model: nn.Module, ids: np.ndarray, valid: np.ndarray) -> tuple[Tensor, Tensor]:
-        """((B, T) nats of every token given [CLS] and those before it, (B, T) float validity)."""
-        return causal_nll(model, self.runtime, ids, valid, self.cls_id)
-
-    def window_nlls(
-        self, model: nn.Module, windows: Windows, examples: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """((R,) nats of each window, (R,) its tokens)."""
-        sums, counts = [], []
-        for part in chunks(len(examples), EVALUATION_BATCH):
-            ids, valid = windows.batch(examples[part], np.zeros(len(part)))
-            nll, mask = self.token_nll(model, ids, valid)
-            sums.append((nll * mask).sum(1).cpu().numpy())
-            counts.append(valid.sum(1))
-        return np.concatenate(sums), np.concatenate(counts)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        sums, counts = self.window_nlls(model, self.selection_windows, self._evaluated)
-        return {"nll": float(sums.sum() / counts.sum())}
-
-    def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
-        """Held-out NLL; `nll_half_width` is that of the 95 % interval."""
-        nll = self.estimate(*self.window_nlls(model, self.held_out, np.arange(self.held_out.count)))
-        unigram = self.unigram_nll()
-        metrics = {"nll": nll.value, "nll_half_width": nll.half_width, "unigram_nll": unigram}
-        metrics["bits_per_character"], rows = self.rows("NLL", nll, unigram)
-        return metrics, rows
+    def window_nelbos(
+        self, model: nn.Module, windows: Windows, examples: np.ndarray, draws: int = 1
+    ) -> "WindowNelbos":
+        """NELBO of each of the windows `examples`, with `draws` masks each. R = draws x examples, draw by draw."""
+        parts: list[WindowNelbos] = []
+        repeated = np.tile(examples, draws)  # (R,)
+        for part in chunks(len(repeated), EVALUATION_BATCH):
+            ids, valid = windows.batch(repeated[part], np.zeros(len(part)))
+            batch = mask_batch(self._bound_config, valid, self.seed, "evaluation", part, EVALUATION_BATCH)
+            inputs = np.where(batch.masked, self.mask_id, ids)
+            logits, targets, flat_idx = self.predict(model, inputs, ids, valid, batch.masked)
+            ce = cross_entropies(logits, targets).cpu().numpy()
+            correct = (logits.argmax(-1) == targets).cpu().numpy()
+            row_idx, size, lengths = flat_idx // ids.shape[1], len(part), valid.sum(1)
+            nats = lengths * np.bincount(row_idx, ce * batch.weights.reshape(-1)[flat_idx], size)
+            hits = np.bincount(row_idx, correct, size)
+            parts.append(WindowNelbos(nats, lengths, hits, batch.masked.sum(1)))
+        names = [f.name for f in fields(WindowNelbos)]
+        return WindowNelbos(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 
 
-def causal_nll(
-    model, runtime: Runtime, ids: np.ndarray, valid: np.ndarray, cls_id: int
-) -> tuple[Tensor, Tensor]:
-    """((B, T) nats per token of a causal model, (B, T) validity): every token counts, the first given [CLS]."""
-    inputs = np.concatenate([np.full_like(ids[:, :1], cls_id), ids[:, :-1]], 1)
-    seen = np.concatenate([np.ones_like(valid[:, :1]), valid[:, :-1]], 1)
-    # Without use_cache=False an evaluating model would keep keys and values that nobody asks for
-    logits = forward(model, runtime, inputs, seen, use_cache=False).logits  # (B, T, V)
-    nll = cross_entropies(logits.flatten(0, 1), tensor(ids, runtime).flatten())
-    return nll.view(ids.shape), tensor(valid, runtime).to(torch.float32)
+@dataclass(frozen=True)
+class WindowNelbos:
+    """Figures of windows under one mask each, all (R,)."""
+
+    nats: np.ndarray  # NELBO of the whole window
+    tokens: np.ndarray
+    correct: np.ndarray  # masked tokens for which the clean token is the most likely
+    masked: np.ndarray

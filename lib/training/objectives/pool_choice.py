@@ -1,10 +1,14 @@
-"""`ranker` of tasks with prompts: a score for each of the K candidates of a prompt; the best one is to win.
+"""`ranker` of tasks with prompts: a score for each of the K candidates of a prompt.
 
-What is reported is measured on held-out pools beside what needs no ranker: chance, the first candidate, simple methods
-(`PoolTable.baselines`), and beside the ranker itself where it cannot know: without the question, with the question of
-another page, with the candidates as they would read on another page. Only above all of these has it read anything.
+The report compares the ranker on held-out pools with two kinds of others:
 
-Knows pools of texts and a ranker. Legend: N pools, K candidates, B pools of a batch.
+    baselines  random choice, first candidate, and the simple methods of `PoolTable.baselines`
+    controls   the ranker itself with inputs that hide the answer: no question, the question of another page, or the
+               candidates as they would read for another page (off-page)
+
+A ranker that does not beat its controls has not used the question.
+
+Legend: N pools, K candidates, B pools of a batch.
 """
 
 from collections.abc import Callable
@@ -32,20 +36,25 @@ from lib.ranking.metrics import (
 from lib.runtime import Runtime
 from lib.sections.finqa import RankerConfig
 from lib.training.data import Rows
-from lib.training.objectives.base import ResultRow, chunks, result_row, tensor
+from lib.training.objectives.base import ResultRow, TrainingContext, chunks, result_row, tensor
 from lib.training.pool_table import PoolTable
 
 EVALUATION_BATCH = 32
-REMOVED, SWAPPED, ELSEWHERE = "question removed", "question of another page", "candidates on another page"
+NO_QUESTION, MISMATCHED, OFF_PAGE = (
+    "question removed",
+    "question of another page",
+    "candidates on another page",
+)
+CONTROLS = (NO_QUESTION, MISMATCHED, OFF_PAGE)
 RANDOM, FIRST = "random choice", "first candidate"
 
 
 @dataclass(frozen=True)
 class PoolReader:
-    """Turns prompts and candidates into what a ranker takes.
+    """Turns prompts and candidates into the inputs of a ranker.
 
     Attributes:
-        blind: give every ranker an empty prompt instead.
+        blind: replace every prompt by an empty one.
     """
 
     tokenizer: Any
@@ -60,7 +69,7 @@ class PoolReader:
         """The batch of B prompts and (B, K) candidates, on the device.
 
         Args:
-            hidden_by: (B,) numbers of training rows, which decide the words that `ranker.word_dropout` hides.
+            hidden_by: (B,) global training rows, the key of the words that `ranker.word_dropout` hides; None hides none.
         """
         if self.blind:
             prompts = [""] * len(prompts)
@@ -71,14 +80,11 @@ class PoolReader:
         if hidden_by is not None and self.settings.word_dropout > 0:
             pools = hide_words(pools, self.tokenizer, self.settings.word_dropout, self.seed, hidden_by)
         pools = pools.tensors()
-        moved = (
-            getattr(pools, name).to(self.runtime.device)
-            for name in ("prompt_ids", "prompt_mask", "candidate_ids", "candidate_mask")
-        )
-        return Pools(*moved)
+        names = ("prompt_ids", "prompt_mask", "candidate_ids", "candidate_mask")
+        return Pools(*(getattr(pools, name).to(self.runtime.device) for name in names))
 
     def shortened(self, table: PoolTable) -> dict[str, int]:
-        """How many prompts and candidates of the pools are read in part only, as `ranker.*_tokens` has it."""
+        """Number of prompts and candidates that exceed `ranker.*_tokens`, so that their ends are not read."""
         prompts = [] if self.blind else table.prompts
         texts = table.texts[table.present].tolist()
         budgets = self.settings.prompt_tokens, self.settings.candidate_tokens
@@ -91,27 +97,30 @@ class PoolReader:
         }
 
     def tokens_per_pool(self, table: PoolTable) -> int:
-        """Mean over the first pools, for the speed that is logged."""
-        some = np.arange(min(len(table), 64))
-        pools = self.read([table.prompts[i] for i in some], table.texts[some], table.present[some])
-        return int((pools.prompt_mask.sum() + pools.candidate_mask.sum()) / len(some))
+        """Mean over the first 64 pools, for the logged speed."""
+        first = np.arange(min(len(table), 64))
+        pools = self.read([table.prompts[i] for i in first], table.texts[first], table.present[first])
+        return int((pools.prompt_mask.sum() + pools.candidate_mask.sum()) / len(first))
 
     def scores(
         self,
         model: nn.Module,
         table: PoolTable,
-        which: np.ndarray,
+        index: np.ndarray,
         prompts: list[str] | None = None,
         texts: np.ndarray | None = None,
         hidden_by: np.ndarray | None = None,
     ) -> Tensor:
-        """(B, K) scores of some pools, -inf where there is no candidate; with other prompts or texts if given.
+        """(B, K) scores of the pools `index`, -inf where there is no candidate.
 
-        `hidden_by`: see `read`; for training only.
+        Args:
+            prompts: B other prompts, in place of the table's.
+            texts: (N, K) other candidates, in place of the table's.
+            hidden_by: see `read`; for training only.
         """
-        given = prompts if prompts is not None else [table.prompts[i] for i in which]
-        shown = (table.texts if texts is None else texts)[which]
-        pools = self.read(given, shown, table.present[which], hidden_by)
+        prompts = prompts if prompts is not None else [table.prompts[i] for i in index]
+        texts = (table.texts if texts is None else texts)[index]
+        pools = self.read(prompts, texts, table.present[index], hidden_by)
         with self.runtime.autocast():
             scores = model(pools).float()
         missing = table.present.shape[1] - scores.shape[1]
@@ -119,17 +128,17 @@ class PoolReader:
 
     @torch.no_grad()
     def all_scores(self, model: nn.Module, table: PoolTable, **other: Any) -> np.ndarray:
-        """(N, K) scores of every pool; `prompts` (N) and `texts` (N, K) in place of the table's own."""
+        """(N, K) scores of every pool, with N other `prompts` or (N, K) other `texts` if given."""
         prompts, texts = other.get("prompts"), other.get("texts")
-        found = []
+        scores = []
         for part in chunks(len(table), EVALUATION_BATCH):
-            given = None if prompts is None else [prompts[i] for i in part]
-            found.append(self.scores(model, table, part, given, texts).cpu().numpy())
-        return np.concatenate(found)
+            part_prompts = None if prompts is None else [prompts[i] for i in part]
+            scores.append(self.scores(model, table, part, part_prompts, texts).cpu().numpy())
+        return np.concatenate(scores)
 
 
 def say_shortened(name: str, split: str, reader: PoolReader, tables: list[PoolTable]) -> dict[str, int]:
-    """How many prompts of a split, and candidates of all its draws, are read in part only; says so if any are."""
+    """Count, and log, the prompts of a split and the candidates of all its draws whose ends are not read."""
     found = [reader.shortened(table) for table in tables]
     total = found[0] | {key: sum(one[key] for one in found) for key in ("candidates", "of_candidates")}
     for what, budget in (("prompts", "prompt_tokens"), ("candidates", "candidate_tokens")):
@@ -141,31 +150,36 @@ def say_shortened(name: str, split: str, reader: PoolReader, tables: list[PoolTa
     return total
 
 
-class PoolChoice:
-    """The configured loss over training pools, and how well the ranker chooses on others.
+@dataclass(frozen=True)
+class PoolSplits:
+    """Pools to learn from, to choose the best step by, and to report on.
 
-    The best step is the one with the least regret: how much less the choices earn than the best ones, on average.
-
-    Args:
-        train: pools to learn from; each pass over them takes the next of the list.
-        selection, held_out: pools to choose the best step by, and to report on.
-        evaluated: how many pools of `selection` an evaluation takes, the same ones each time.
+    Attributes:
+        train: draws of the training pools; each epoch takes the next one.
     """
 
-    selection = "regret"  # the loss rises with confidence while the choices still get better
+    train: list[PoolTable]
+    selection: PoolTable
+    held_out: PoolTable
 
-    def __init__(
-        self, label: str, train: list[PoolTable], selection: PoolTable, held_out: PoolTable, reader: PoolReader,
-        seed: int, evaluated: int,
-    ):  # fmt: skip
-        self.label, self.reader, self.seed = label, reader, seed
-        self.train, self.held_out, self._selection = train, held_out, selection
-        self._order = Rows(seed, f"{label} order", len(train[0]))
-        spread = randomness.permutation(seed, "selection pools", 0, len(selection))
-        self._evaluated = np.sort(spread[: max(1, evaluated)])
-        self.tokens_per_row = reader.tokens_per_pool(train[0])
 
-    def _losses(self, scores: Tensor, table: PoolTable, which: np.ndarray) -> Tensor:
+class PoolChoice:
+    """The configured ranking loss over training pools.
+
+    The best step has the lowest regret on the selection pools: the mean reward of the best candidates less that of the
+    chosen ones. The loss would be a worse criterion: it rises with overconfidence while the choices still improve.
+    """
+
+    selection = "regret"
+
+    def __init__(self, context: TrainingContext, splits: PoolSplits, reader: PoolReader):
+        self.label, self.seed, self.splits, self.reader = context.label, context.seed, splits, reader
+        self._order = Rows(context.seed, f"{context.label} order", len(splits.train[0]))
+        shuffled = randomness.permutation(context.seed, "selection pools", 0, len(splits.selection))
+        self.evaluated = np.sort(shuffled[: max(1, context.settings.evaluation_examples)])
+        self.tokens_per_row = reader.tokens_per_pool(splits.train[0])
+
+    def _losses(self, scores: Tensor, table: PoolTable, index: np.ndarray) -> Tensor:
         """(B,) the configured loss of each pool."""
         runtime, settings = self.reader.runtime, self.reader.settings
         extra: dict[str, float] = {}
@@ -173,45 +187,46 @@ class PoolChoice:
             extra["temperature"] = settings.temperature
         if settings.loss == "pairwise":
             extra["margin"] = settings.margin
-        rewards = tensor(table.rewards[which].astype(np.float32), runtime)
-        return LOSSES[settings.loss](scores, rewards, tensor(table.present[which], runtime), **extra)
+        rewards = tensor(table.rewards[index].astype(np.float32), runtime)
+        return LOSSES[settings.loss](scores, rewards, tensor(table.present[index], runtime), **extra)
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        index = np.arange(rows.start, rows.stop)
-        which, draw = self._order.samples(index), index // len(self.train[0]) % len(self.train)
+        tables = self.splits.train
+        row = np.arange(rows.start, rows.stop)
+        samples, draw = self._order.samples(row), row // len(tables[0]) % len(tables)
         losses = []
-        for number in np.unique(draw):  # one, or two where a pass ends within the batch
-            table, here = self.train[number], draw == number
-            scores = self.reader.scores(model, table, which[here], hidden_by=index[here])
-            losses.append(self._losses(scores, table, which[here]))
+        for number in np.unique(draw):  # one draw, or two if an epoch ends within the batch
+            table, of_draw = tables[number], draw == number
+            scores = self.reader.scores(model, table, samples[of_draw], hidden_by=row[of_draw])
+            losses.append(self._losses(scores, table, samples[of_draw]))
         return {"loss": torch.cat(losses).mean()}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        table, scores, losses = self._selection, [], []
-        for part in chunks(len(self._evaluated), EVALUATION_BATCH):
-            which = self._evaluated[part]
-            found = self.reader.scores(model, table, which)
-            losses.append(self._losses(found, table, which).cpu().numpy())
-            scores.append(found.cpu().numpy())
+        table, scores, losses = self.splits.selection, [], []
+        for part in chunks(len(self.evaluated), EVALUATION_BATCH):
+            index = self.evaluated[part]
+            part_scores = self.reader.scores(model, table, index)
+            losses.append(self._losses(part_scores, table, index).cpu().numpy())
+            scores.append(part_scores.cpu().numpy())
         per_pool = ranking_metrics(
-            np.concatenate(scores), table.rewards[self._evaluated], table.present[self._evaluated]
+            np.concatenate(scores), table.rewards[self.evaluated], table.present[self.evaluated]
         )
         values = {n: float(per_pool[n].mean()) for n in ("accuracy", "average_reward", "mrr")}
         regret = float((per_pool["best_reward"] - per_pool["average_reward"]).mean())
         return {"loss": float(np.concatenate(losses).mean()), "regret": regret} | values
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        """All held-out pools: metrics with intervals, controls, baselines, and what the errors are."""
-        table = self.held_out
+        """All held-out pools: metrics with intervals, baselines, controls, and an analysis of the errors."""
+        table = self.splits.held_out
         scores = self.reader.all_scores(model, table)
         values = measure(table, scores, self.seed)
         accuracy = ranking_metrics(scores, table.rewards, table.present)["accuracy"]
         others = {}
-        for name, found in self._others(model).items():
-            others[name] = measure(table, found, self.seed, short=True)
-            control = ranking_metrics(found, table.rewards, table.present)["accuracy"]
-            others[name]["lead"] = paired_difference(accuracy, control, table.groups, self.seed)
+        for name, other_scores in (simple_scores(table) | self._control_scores(model)).items():
+            others[name] = measure(table, other_scores, self.seed, short=True)
+            other = ranking_metrics(other_scores, table.rewards, table.present)["accuracy"]
+            others[name]["lead"] = paired_difference(accuracy, other, table.groups, self.seed)
         values["others"] = others
         rival = max((n for n in others if n not in CONTROLS), key=lambda n: others[n]["accuracy"]["value"])
         row = result_row(
@@ -220,24 +235,22 @@ class PoolChoice:
         )  # fmt: skip
         return values, [row]
 
-    def _others(self, model: nn.Module) -> dict[str, np.ndarray]:
-        """name -> (N, K) scores of baselines, and of the ranker where it cannot know."""
-        table = self.held_out
-        found = simple_scores(table)
-        strangers = [table.prompts[i] for i in table.strangers(self.seed)]
-        blind: Callable = self.reader.all_scores
-        found[REMOVED] = blind(model, table, prompts=[""] * len(table))
-        found[SWAPPED] = blind(model, table, prompts=strangers)
+    def _control_scores(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """name -> (N, K) scores of the ranker with inputs that hide the answer."""
+        table = self.splits.held_out
+        mismatched = [table.prompts[i] for i in table.mismatched(self.seed)]
+        score: Callable = self.reader.all_scores
+        found = {
+            NO_QUESTION: score(model, table, prompts=[""] * len(table)),
+            MISMATCHED: score(model, table, prompts=mismatched),
+        }
         if table.controls is not None:
-            found[ELSEWHERE] = blind(model, table, texts=table.controls)
+            found[OFF_PAGE] = score(model, table, texts=table.controls)
         return found
 
 
-CONTROLS = (REMOVED, SWAPPED, ELSEWHERE)
-
-
 def simple_scores(table: PoolTable) -> dict[str, np.ndarray]:
-    """name -> (N, K) scores of what needs no ranker."""
+    """name -> (N, K) scores of methods without a ranker."""
     return {
         RANDOM: np.zeros(table.present.shape),
         FIRST: np.broadcast_to(-np.arange(table.present.shape[1], dtype=float), table.present.shape),
@@ -245,7 +258,10 @@ def simple_scores(table: PoolTable) -> dict[str, np.ndarray]:
 
 
 def measure(table: PoolTable, scores: np.ndarray, seed: int, short: bool = False) -> dict[str, Any]:
-    """Metrics of (N, K) scores with intervals over groups; unless `short`, broken down and with the winners' terms."""
+    """Metrics of (N, K) scores with intervals over groups.
+
+    Unless `short`, also the accuracy by tag, the kinds of wrong choices, and the reward terms of the winners.
+    """
     per_pool = ranking_metrics(scores, table.rewards, table.present)
     values: dict[str, Any] = summarise(per_pool, table.groups, seed)
     values["pools"] = len(table)
@@ -254,8 +270,8 @@ def measure(table: PoolTable, scores: np.ndarray, seed: int, short: bool = False
     accuracy = per_pool["accuracy"]
     pairs = [(tag, n) for n, tags in enumerate(table.tags) for tag in tags]
     if pairs:
-        labels, which = zip(*pairs, strict=True)
-        values["tags"] = breakdown(accuracy[list(which)], np.asarray(labels))
+        labels, index = zip(*pairs, strict=True)
+        values["tags"] = breakdown(accuracy[list(index)], np.asarray(labels))
     best = table.present & (table.rewards == table.rewards.max(1, keepdims=True))
     values["wrong_choices"] = chosen_kinds(scores, table.kinds, best, table.present)
     values["terms"] = winners(scores, table.rewards, table.present, table.terms)

@@ -1,12 +1,14 @@
-"""`ranker` of tasks without prompts: a score for each of the K candidates of an example; the best one is to win.
+"""`ranker` of tasks without prompts: a score for each of the K candidates of an example.
 
-Knows pools of token sequences and a model that scores each sequence by itself. Legend: N pools, K candidates,
-T positions.
+The model scores each candidate by itself. Training maximises the probability of the best candidate of a pool.
+
+Legend: N pools, K candidates, T positions.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +16,12 @@ from lib import randomness
 from lib.metrics import Estimate
 from lib.ranking.losses import cross_entropy
 from lib.ranking.metrics import ranking_metrics, summarise, winners
-from lib.runtime import Runtime
-from lib.training.data import Rows, Sequences
-from lib.training.objectives.base import ResultRow, chunks, result_row, tensor, with_cls
+from lib.sections.models import ModelSpec
+from lib.training.data import Rows, Sequences, Splits
+from lib.training.lengths import WholeTexts
+from lib.training.objectives.base import ResultRow, TrainingContext, chunks, result_row, tensor, with_cls
+from lib.training.pool_table import decided_pools, say_skipped, terms_of
+from lib.training.stage_inputs import SELECTION, StageInputs, explained
 
 EVALUATION_BATCH = 16
 
@@ -26,10 +31,11 @@ class TokenPools:
     """N pools of up to K sequences.
 
     Attributes:
-        rows: (N, K) numbers of sequences, -1 for none.
-        rewards: (N, K) in [0, 1], anything where there is none; terms: name -> (N, K), each term of the reward.
-        groups: (N,) what is resampled together for intervals.
-        skipped: pools left out because all their rewards are equal.
+        rows: (N, K) sequence indices, -1 for none.
+        rewards: (N, K) in [0, 1]; any value where there is no sequence.
+        terms: name -> (N, K), each term of the reward.
+        groups: (N,) group of each pool. Intervals resample whole groups.
+        skipped: number of pools left out because all their rewards are equal.
     """
 
     rows: np.ndarray
@@ -40,45 +46,75 @@ class TokenPools:
 
     @property
     def present(self) -> np.ndarray:
+        """(N, K) bool."""
         return self.rows >= 0
 
-    def some(self, which: np.ndarray) -> "TokenPools":
-        terms = {name: values[which] for name, values in self.terms.items()}
-        return TokenPools(self.rows[which], self.rewards[which], terms, self.groups[which])
+    def subset(self, index: np.ndarray) -> "TokenPools":
+        terms = {name: values[index] for name, values in self.terms.items()}
+        return TokenPools(self.rows[index], self.rewards[index], terms, self.groups[index])
+
+
+def ranker_objective(
+    context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, context_length: int
+) -> "BestCandidate":
+    """The objective over the pools of the run. Raises BadData for a candidate longer than `context_length`."""
+    pools, columns, first_row = [], [], 0
+    for split in (spec.split, SELECTION, "held_out"):
+        table = stage_inputs.candidates(split)
+        WholeTexts(context.label, context_length, stage_inputs.config).add(table).refuse()
+        with explained(split):
+            rows, skipped = decided_pools(table)  # (N, K)
+        say_skipped(context.label, split, skipped)
+        terms = {term: table[f"term_{term}"].to_numpy()[rows] for term in terms_of(table)}
+        groups = np.asarray(table["group"].to_pylist())[rows[:, 0]]
+        sequence_idx = np.where(rows >= 0, rows + first_row, -1)
+        pools.append(TokenPools(sequence_idx, table["reward"].to_numpy()[rows], terms, groups, skipped))
+        columns.append(table["token_ids"])
+        first_row += table.num_rows
+    # One list of sequences for the three splits
+    token_ids = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
+    tokenizer = stage_inputs.tokenizer
+    sequences = Sequences(token_ids, context_length, tokenizer.pad_token_id)
+    return BestCandidate(context, sequences, Splits(*pools), tokenizer.cls_token_id)
 
 
 class BestCandidate:
-    """Cross-entropy on the best candidates of each pool.
+    """Cross-entropy of the best candidates of each pool.
 
     Args:
-        train, selection, held_out: pools to learn from, to choose the best step by, and to report on.
+        sequences: candidates of all splits, to which the pools refer.
+        cls_id: [CLS], put in front of every sequence.
     """
 
     selection = "loss"
 
-    def __init__(self, label: str, sequences: Sequences, train: TokenPools, selection: TokenPools, held_out: TokenPools,
-                 cls_id: int, runtime: Runtime, seed: int, num_evaluated: int):  # fmt: skip
-        self.label, self.sequences, self.train, self.held_out = label, sequences, train, held_out
-        self.cls_id, self.runtime, self.seed = cls_id, runtime, seed
-        self._order = Rows(seed, f"{label} order", len(train.rows))
-        spread = randomness.permutation(seed, "selection token pools", 0, len(selection.rows))
-        size = train.rows.shape[1]
-        self._evaluated = selection.some(np.sort(spread[: max(1, num_evaluated // size)]))
-        self.tokens_per_row = (sequences.width + 1) * size
+    def __init__(
+        self, context: TrainingContext, sequences: Sequences, splits: Splits[TokenPools], cls_id: int
+    ):
+        self.label, self.runtime, self.seed = context.label, context.runtime, context.seed
+        self.sequences, self.splits, self.cls_id = sequences, splits, cls_id
+        train, selection = splits.train, splits.selection
+        self._order = Rows(context.seed, f"{context.label} order", len(train.rows))
+        shuffled = randomness.permutation(context.seed, "selection token pools", 0, len(selection.rows))
+        pool_size = train.rows.shape[1]
+        num_pools = max(1, context.settings.evaluation_examples // pool_size)
+        self.evaluated = selection.subset(np.sort(shuffled[:num_pools]))
+        self.tokens_per_row = (sequences.width + 1) * pool_size
 
     def scores(self, model: nn.Module, rows: np.ndarray) -> Tensor:
-        """(N, K) scores of sequences by their numbers, -inf where there is no candidate."""
-        ids, valid = with_cls(*self.sequences.batch(rows), self.cls_id)  # (N, K, T)
+        """(N, K) scores of (N, K) sequence indices, -inf where there is no candidate."""
+        ids, valid = with_cls(*self.sequences.batch(rows), self.cls_id)  # (N, K, T + 1)
         with self.runtime.autocast():
             scores = model(tensor(ids, self.runtime), tensor(valid, self.runtime)).float()
         return scores.masked_fill(tensor(rows < 0, self.runtime), -torch.inf)
 
     def _losses(self, scores: Tensor, pools: TokenPools) -> Tensor:
+        """(N,) nats."""
         rewards = tensor(pools.rewards.astype(np.float32), self.runtime)
         return cross_entropy(scores, rewards, tensor(pools.present, self.runtime))
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        pools = self.train.some(self._order.samples(np.arange(rows.start, rows.stop)))
+        pools = self.splits.train.subset(self._order.samples(np.arange(rows.start, rows.stop)))
         return {"loss": self._losses(self.scores(model, pools.rows), pools).mean()}
 
     @torch.no_grad()
@@ -89,13 +125,14 @@ class BestCandidate:
         return scores.cpu().numpy(), float(self._losses(scores, pools).mean())
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        scores, loss = self._predict(model, self._evaluated)
-        per_pool = ranking_metrics(scores, self._evaluated.rewards, self._evaluated.present)
+        pools = self.evaluated
+        scores, loss = self._predict(model, pools)
+        per_pool = ranking_metrics(scores, pools.rewards, pools.present)
         return {"loss": loss} | {n: float(per_pool[n].mean()) for n in ("accuracy", "average_reward", "mrr")}
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        """All held-out pools, beside a random choice."""
-        pools = self.held_out
+        """All held-out pools, against a random choice."""
+        pools = self.splits.held_out
         scores, loss = self._predict(model, pools)
         values = summarise(ranking_metrics(scores, pools.rewards, pools.present), pools.groups, self.seed)
         accuracy, chance = values["accuracy"], values["chance"]

@@ -1,9 +1,13 @@
-"""`sequence_scorer`: one score in [0, 1] per sequence, or one of N classes."""
+"""`sequence_scorer`: one score in [0, 1] per candidate, or one of C classes, read at [CLS].
 
-from collections.abc import Callable
+Legend: B rows, T positions, R sequences, C classes.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from sklearn.isotonic import IsotonicRegression
@@ -11,50 +15,111 @@ from torch import Tensor, nn
 
 from lib import metrics, randomness
 from lib.log import say
-from lib.runtime import Runtime
+from lib.sections.models import ModelSpec
 from lib.training.data import Rows, Sequences
-from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor, with_cls
+from lib.training.objectives.base import (
+    ResultRow,
+    TrainingContext,
+    chunks,
+    forward,
+    result_row,
+    tensor,
+    with_cls,
+)
+from lib.training.objectives.candidates import CandidateSplits, Stream, whole_sequences
+from lib.training.stage_inputs import StageInputs
 
-FreshTargets = Callable[[range], tuple[np.ndarray, np.ndarray, np.ndarray]]
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class ScoredSequences:
+    """R sequences with their targets.
+
+    Attributes:
+        targets: (R,) in [0, 1], or class numbers.
+        changed_fraction: (R,) share of tokens that differ from the original; None if it is not known, or not used.
+    """
+
+    sequences: Sequences
+    targets: np.ndarray
+    changed_fraction: np.ndarray | None = None
+
+
+def sequence_scorer_objective(
+    context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, context_length: int
+) -> "SequenceScore":
+    """The objective over the candidates of the run. Raises BadData for a candidate longer than `context_length`."""
+    read = whole_sequences(context.label, context_length, stage_inputs)
+    tables = stage_inputs.candidate_splits(spec.split)
+    classify = spec.target_type == "classification"
+    # Rewards of the user's own labels say nothing about changed tokens
+    known = stage_inputs.config.labels.path is None and not any(
+        table["changed_fraction"].null_count for table in (tables.train, tables.held_out)
+    )
+
+    def targets_of(table: pa.Table) -> np.ndarray:
+        rewards = table["reward"].to_numpy()
+        return reward_classes(rewards, spec.num_classes) if classify else rewards
+
+    def scored(table: pa.Table) -> ScoredSequences:
+        changed = table["changed_fraction"].to_numpy() if known and not classify else None
+        return ScoredSequences(read(table), targets_of(table), changed)
+
+    splits = CandidateSplits.of(tables, scored)
+    shards = stage_inputs.open_stream(context.label) if spec.split == "train" else None
+
+    def stream(rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        assert shards is not None
+        table = shards.rows(rows)
+        return *read(table).batch(np.arange(table.num_rows)), targets_of(table)
+
+    source = None if shards is None else stream
+    cls_id = stage_inputs.tokenizer.cls_token_id
+    if classify:
+        return SequenceClasses(context, splits, cls_id, source, num_classes=spec.num_classes)
+    return SequenceScore(context, splits, cls_id, source)
+
+
+def reward_classes(rewards: np.ndarray, num_classes: int) -> np.ndarray:
+    """Classes of rewards: equal bands of [0, 1], of which the last includes 1."""
+    return np.minimum((rewards * num_classes).astype(np.int64), num_classes - 1)
 
 
 class SequenceScore:
-    """MSE on targets in [0, 1], read at [CLS]. The model's `logits` are the scores already.
+    """Mean squared error of a score in [0, 1]. The model's `logits` are the scores already.
 
     Args:
-        train, selection, held_out: sequences to learn from, to choose the best step by, and to report on, each with its
-            (N,) targets.
-        groups: (held-out rows,) what is resampled together.
-        confidence: log-probabilities of each held-out sequence's tokens under the masked LM that wrote; their mean is a
-            baseline.
-        changed: share of tokens that differ from the original, of the training and of the held-out sequences, where
-            known: what of the target the text itself can tell.
-        fresh: rows of the training -> ((B, T) ids, (B, T) validity, (B,) targets), in place of `train`.
+        cls_id: [CLS], put in front of every sequence.
+        stream: rows of the training from shards, in place of the train split.
     """
 
     selection = "mse"
 
-    def __init__(self, label, train: Sequences, train_targets: np.ndarray, selection: Sequences,
-                 selection_targets: np.ndarray, held_out: Sequences, held_out_targets: np.ndarray, groups: np.ndarray,
-                 cls_id: int, runtime: Runtime, seed: int, num_evaluated: int, changed: tuple[np.ndarray, np.ndarray] | None = None,
-                 confidence: list[np.ndarray] | None = None, fresh: FreshTargets | None = None):  # fmt: skip
-        self.changed, self.confidence, self.fresh = changed, confidence, fresh
-        self.label, self.runtime, self.cls_id = label, runtime, cls_id
-        self.train, self.train_targets = train, train_targets
-        self._selection, self._selection_targets = selection, selection_targets
-        self.held_out, self.held_out_targets, self._groups = held_out, held_out_targets, groups
-        self._order = Rows(seed, f"{label} order", train.count)
-        spread = randomness.permutation(seed, "selection candidates", 0, selection.count)
-        self._evaluated = np.sort(spread[:num_evaluated])
+    def __init__(
+        self,
+        context: TrainingContext,
+        splits: CandidateSplits[ScoredSequences],
+        cls_id: int,
+        stream: Stream | None = None,
+    ):
+        self.label, self.runtime = context.label, context.runtime
+        self.splits, self.cls_id, self.stream = splits, cls_id, stream
+        train = splits.train.sequences
+        self._order = Rows(context.seed, f"{context.label} order", train.count)
+        count = splits.selection.sequences.count
+        shuffled = randomness.permutation(context.seed, "selection candidates", 0, count)
+        self.evaluated = np.sort(shuffled[: context.settings.evaluation_examples])
         self.tokens_per_row = train.width + 1
 
     def _batch(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids and validity with [CLS], (B,) targets) of rows of the training."""
-        if self.fresh is not None:
-            ids, valid, targets = self.fresh(rows)
+        """((B, T + 1) ids and validity with [CLS] in front, (B,) targets) of global training rows."""
+        if self.stream is not None:
+            ids, valid, targets = self.stream(rows)
         else:
             samples = self._order.samples(np.arange(rows.start, rows.stop))
-            (ids, valid), targets = self.train.batch(samples), self.train_targets[samples]
+            ids, valid = self.splits.train.sequences.batch(samples)
+            targets = self.splits.train.targets[samples]
         return *with_cls(ids, valid, self.cls_id), targets
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
@@ -62,29 +127,34 @@ class SequenceScore:
         scores = forward(model, self.runtime, ids, valid).logits.float().squeeze(-1)  # (B,)
         return {"loss": F.mse_loss(scores, tensor(targets.astype(np.float32), self.runtime))}
 
-    def predict(self, model: nn.Module, sequences: Sequences, rows: np.ndarray) -> np.ndarray:
-        """(R,) scores of some rows of `sequences`."""
+    def predict(self, model: nn.Module, sequences: Sequences, samples: np.ndarray) -> np.ndarray:
+        """(R,) scores of some sequences."""
         scores = []
-        for part in chunks(len(rows), 64):
-            ids, valid = with_cls(*sequences.batch(rows[part]), self.cls_id)
+        for part in chunks(len(samples), EVALUATION_BATCH):
+            ids, valid = with_cls(*sequences.batch(samples[part]), self.cls_id)
             scores.append(forward(model, self.runtime, ids, valid).logits.float().squeeze(-1).cpu().numpy())
         return np.concatenate(scores)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
+        split = self.splits.selection
         return metrics.regression(
-            self.predict(model, self._selection, self._evaluated), self._selection_targets[self._evaluated]
+            self.predict(model, split.sequences, self.evaluated), split.targets[self.evaluated]
         )
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        """All held-out sequences, beside the constant that is the mean of the training targets.
+        """All held-out sequences, against the mean of the training targets as a constant prediction.
 
-        `rewritten` holds the figures of the sequences that are not untouched: those alone are harder to tell apart.
+        `rewritten` has the figures without the untouched sequences, which are the easiest to recognise.
         """
-        target = self.held_out_targets
-        predicted = self.predict(model, self.held_out, np.arange(self.held_out.count))
-        constant = float(self.train_targets.mean())
-        squared, base = metrics.sum_by(self._groups, (predicted - target) ** 2, (constant - target) ** 2)
-        count = metrics.sum_by(self._groups, np.ones_like(target))[0]
+        sequences, target, groups = (
+            self.splits.held_out.sequences,
+            self.splits.held_out.targets,
+            self.splits.groups,
+        )
+        predicted = self.predict(model, sequences, np.arange(sequences.count))
+        constant = float(self.splits.train.targets.mean())
+        squared, base = metrics.sum_by(groups, (predicted - target) ** 2, (constant - target) ** 2)
+        count = metrics.sum_by(groups, np.ones_like(target))[0]
         values: dict[str, Any] = metrics.regression(predicted, target)
         values |= {"constant_mse": float(base.sum() / count.sum())}
         values["reliability"] = metrics.reliability(predicted, target)
@@ -92,68 +162,67 @@ class SequenceScore:
         if 0 < untouched.sum() < len(target):
             values["auroc_untouched"] = metrics.auroc(predicted, untouched)
             values["rewritten"] = metrics.regression(predicted[~untouched], target[~untouched])
-        values |= self._least_error()
+        values |= self._oracle_error()
         mse = metrics.ratio(squared, count)
         row = result_row(self.label, "MSE", mse, "constant", values["constant_mse"], lower_is_better=True)
         if not np.ptp(target):
-            return values, [row]  # nothing to explain: R2 is undefined
-        r2 = metrics.r2_estimate(predicted, target, self._groups)
+            return values, [row]  # R2 is undefined
+        r2 = metrics.r2_estimate(predicted, target, groups)
         baseline, value = "constant", 0.0
-        if self.confidence is not None:
-            values["confidence"] = self._of_confidence(untouched)
+        if self.splits.confidence is not None:
+            values["confidence"] = self._confidence_baseline(self.splits.confidence, untouched)
             baseline, value = "mean confidence", values["confidence"]["r2"]
         return values, [row, result_row(self.label, "R2", r2, baseline, value, lower_is_better=False)]
 
-    def _of_confidence(self, untouched: np.ndarray) -> dict[str, float]:
-        """How well the generator's mean log-probability of a sequence's tokens tells its target.
+    def _confidence_baseline(self, confidence: list[np.ndarray], untouched: np.ndarray) -> dict[str, float]:
+        """How well the generator's mean log-probability of a sequence predicts its target.
 
-        As a rising function, learned on one half of the groups and measured on the other.
+        The prediction is an isotonic (rising) function, fitted on one half of the groups and measured on the other.
         """
-        assert self.confidence is not None
-        mean = np.array([row.mean() for row in self.confidence])
-        half = np.unique(self._groups, return_inverse=True)[1] % 2
-        predicted = np.full(len(mean), self.held_out_targets.mean())
+        target = self.splits.held_out.targets
+        mean = np.array([row.mean() for row in confidence])
+        half = np.unique(self.splits.groups, return_inverse=True)[1] % 2
+        predicted = np.full(len(mean), target.mean())
         if len(np.unique(half)) == 2:
             for fold in (0, 1):
-                known = half != fold
-                model = IsotonicRegression(out_of_bounds="clip").fit(
-                    mean[known], self.held_out_targets[known]
-                )
+                other = half != fold
+                model = IsotonicRegression(out_of_bounds="clip").fit(mean[other], target[other])
                 predicted[half == fold] = model.predict(mean[half == fold])
-        found = metrics.regression(predicted, self.held_out_targets)
-        ranks = metrics.regression(mean, self.held_out_targets)
+        found = metrics.regression(predicted, target)
+        ranks = metrics.regression(mean, target)
         values = {"mse": found["mse"], "r2": found["r2"], "spearman": ranks["spearman"]}
         if 0 < untouched.sum() < len(mean):
             values["auroc_untouched"] = metrics.auroc(mean, untouched)
         return values
 
-    def _least_error(self) -> dict[str, float]:
-        """MSE of one who knows which tokens differ from the original, and the R² that this is.
+    def _oracle_error(self) -> dict[str, float]:
+        """MSE and R2 of an oracle that knows which tokens differ from the original.
 
-        Synthetic tokens that came out as the original ones count in the target and leave no trace in the text. What
-        such a one would say is learned on the training sequences, as a rising or falling function.
+        It cannot see synthetic tokens that equal the original ones, but those count in the target. Its prediction is an
+        isotonic function of the changed share (rising or falling), fitted on the training sequences.
         """
-        if self.changed is None:
+        train, held_out = self.splits.train, self.splits.held_out
+        if train.changed_fraction is None or held_out.changed_fraction is None:
             return {}
-        train, held_out = self.changed
-        rising = bool(np.corrcoef(train, self.train_targets)[0, 1] > 0) if np.ptp(train) else True
-        model = IsotonicRegression(increasing=rising, out_of_bounds="clip").fit(train, self.train_targets)
-        error = float(((model.predict(held_out) - self.held_out_targets) ** 2).mean())
-        spread = float(self.held_out_targets.var())
-        best = 1 - error / spread if spread else 0.0
+        changed = train.changed_fraction
+        rising = bool(np.corrcoef(changed, train.targets)[0, 1] > 0) if np.ptp(changed) else True
+        model = IsotonicRegression(increasing=rising, out_of_bounds="clip").fit(changed, train.targets)
+        error = float(((model.predict(held_out.changed_fraction) - held_out.targets) ** 2).mean())
+        variance = float(held_out.targets.var())
+        best = 1 - error / variance if variance else 0.0
         say(
-            f"{self.label}: who knew which tokens differ from the original would reach MSE {error:.4f}, R2 {best:.3f}"
+            f"{self.label}: upper bound (oracle that knows the changed tokens): MSE {error:.4f}, R2 {best:.3f}"
         )
         return {"irreducible_mse": error, "best_r2": best}
 
 
 class SequenceClasses(SequenceScore):
-    """Cross-entropy over N classes per sequence; targets are class numbers. There is no baseline of confidence."""
+    """Cross-entropy over C classes per sequence. There is no confidence baseline."""
 
     selection = "cross_entropy"
 
-    def __init__(self, *args, num_classes: int, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, num_classes: int):
+        super().__init__(*args)
         self.num_classes = num_classes
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
@@ -161,40 +230,39 @@ class SequenceClasses(SequenceScore):
         logits = forward(model, self.runtime, ids, valid).logits.float()  # (B, C)
         return {"loss": F.cross_entropy(logits, tensor(targets.astype(np.int64), self.runtime))}
 
-    def predict(self, model: nn.Module, sequences: Sequences, rows: np.ndarray) -> np.ndarray:
+    def predict(self, model: nn.Module, sequences: Sequences, samples: np.ndarray) -> np.ndarray:
         """(R, C) log-probabilities."""
         scores = []
-        for part in chunks(len(rows), 64):
-            ids, valid = with_cls(*sequences.batch(rows[part]), self.cls_id)
+        for part in chunks(len(samples), EVALUATION_BATCH):
+            ids, valid = with_cls(*sequences.batch(samples[part]), self.cls_id)
             logits = forward(model, self.runtime, ids, valid).logits.float()
             scores.append(torch.log_softmax(logits, -1).cpu().numpy())
         return np.concatenate(scores)
 
-    def _scores(
-        self, model: nn.Module, sequences: Sequences, targets: np.ndarray, rows: np.ndarray
-    ) -> tuple[np.ndarray, dict]:
-        target = targets[rows].astype(np.int64)
-        scores = self.predict(model, sequences, rows)
+    def _measure(
+        self, model: nn.Module, split: ScoredSequences, samples: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """((R,) cross-entropies, metrics) of some sequences of a split."""
+        target = split.targets[samples].astype(np.int64)
+        scores = self.predict(model, split.sequences, samples)
         pairs = target * self.num_classes + scores.argmax(1)
         confusion = np.bincount(pairs, minlength=self.num_classes**2).reshape(self.num_classes, -1)
         ce = -scores[np.arange(len(target)), target]
         return ce, {"cross_entropy": float(ce.mean()), **metrics.classification(confusion)}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self._scores(model, self._selection, self._selection_targets, self._evaluated)[1]
+        return self._measure(model, self.splits.selection, self.evaluated)[1]
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        rows = np.arange(self.held_out.count)
-        ce, values = self._scores(model, self.held_out, self.held_out_targets, rows)
-        share = (
-            np.bincount(self.train_targets.astype(np.int64), minlength=self.num_classes) / self.train.count
-        )
-        prior = -np.log(np.maximum(share, 1e-9))[self.held_out_targets.astype(np.int64)]
-        total, base, count = metrics.sum_by(self._groups, ce, prior, np.ones_like(ce))
-        constant = float(base.sum() / count.sum())
-        estimate = metrics.ratio(total, count)
+        """All held-out sequences, against the class shares of the train split."""
+        train, held_out = self.splits.train, self.splits.held_out
+        ce, values = self._measure(model, held_out, np.arange(held_out.sequences.count))
+        counts = np.bincount(train.targets.astype(np.int64), minlength=self.num_classes)
+        share = counts / train.sequences.count
+        prior = -np.log(np.maximum(share, 1e-9))[held_out.targets.astype(np.int64)]
+        total, base, count = metrics.sum_by(self.splits.groups, ce, prior, np.ones_like(ce))
+        estimate, constant = metrics.ratio(total, count), float(base.sum() / count.sum())
+        name = "cross-entropy, nats"
         return values, [
-            result_row(
-                self.label, "cross-entropy, nats", estimate, "class shares", constant, lower_is_better=True
-            )
+            result_row(self.label, name, estimate, "class shares", constant, lower_is_better=True)
         ]

@@ -1,7 +1,9 @@
-"""`language_model` by staged unmasking: the masks follow `diffusion.stages`, the report stays the bound.
+"""`language_model` by staged unmasking: training draws masks as `diffusion.stages` configures them.
 
-Knows windows of tokens, the stages and a model. The best model is chosen by the bound, as without stages, so that staged
-and continuous-time models are chosen and compared by one number.
+Evaluation and report still measure the NELBO. So the best step is chosen, and models are compared, by the same number as
+without stages.
+
+Legend: B rows, T positions, S stages.
 """
 
 from dataclasses import replace
@@ -13,17 +15,18 @@ from torch import Tensor, nn
 from lib.diffusion.nelbo import MaskedBatch
 from lib.diffusion.stages import Progress, mask_in_stages
 from lib.log import say
+from lib.training.cross_entropy import cross_entropies
 from lib.training.objectives.base import chunks
 from lib.training.objectives.language_model import EVALUATION_BATCH, MaskedDiffusion
 
-LEAST_CHECKED = 32  # selection windows of each stage's validation loss
+MIN_WINDOWS = 32  # selection windows of each stage's validation loss
 
 
 class StagedUnmasking(MaskedDiffusion):
-    """Masked language modelling by stages.
+    """Masked diffusion by stages.
 
-    `evaluate` also measures every stage on its share of the selection windows, the same windows and masks each time, and
-    moves on to the next stage when the current one's loss is stale.
+    `evaluate` also measures the validation loss of every stage, always on the same windows and masks. It moves on to the
+    next stage when the loss of the current one no longer improves.
     """
 
     def __init__(self, *args, **kwargs):
@@ -36,48 +39,52 @@ class StagedUnmasking(MaskedDiffusion):
 
     @property
     def active(self) -> int:
-        """How many stages batches are split over."""
+        """Number of stages among which the rows of a batch are divided."""
         return len(self.stages) if self.config.use_all_stages else self.progress.current + 1
 
     def mask(
         self, ids: np.ndarray, valid: np.ndarray, purpose: str, rows: np.ndarray, period: int
     ) -> MaskedBatch:
-        return self._masked(ids, valid, purpose, rows, period, np.asarray(rows) % self.active)
+        """Masks for (B, T) ids: row r follows stage r % `active`."""
+        return self._mask(ids, valid, purpose, rows, period, np.asarray(rows) % self.active)
 
-    def _masked(self, ids, valid, purpose, rows, period, of_row) -> MaskedBatch:
+    def _mask(self, ids, valid, purpose, rows, period, stage_of_row) -> MaskedBatch:
         return mask_in_stages(
-            self.stages, of_row, valid, self.seed, purpose, rows, period, self.lines_of(ids)
+            self.stages, stage_of_row, valid, self.seed, purpose, rows, period, self.lines_of(ids)
         )
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The bound, `stage` in which training was until now, and `stage_<n>_loss` of all stages."""
+        """The NELBO, `stage` in which the model was trained until now, and `stage_<n>_loss` of every stage."""
         values = super().evaluate(model) | {"stage": float(self.progress.current)}
         losses = self.stage_losses(model)
         values |= {f"stage_{number}_loss": loss for number, loss in enumerate(losses)}
         if self.progress.note(losses[self.progress.current]):
-            now = self.stages[self.progress.current]
-            say(f"  {self.label}: stage {self.progress.current} of {len(self.stages) - 1}, {now.type}, joins")
+            number = self.progress.current
+            say(
+                f"  {self.label}: stage {number} of 0 to {len(self.stages) - 1} begins: {self.stages[number].type}"
+            )
         return values
 
     @torch.no_grad()
     def stage_losses(self, model: nn.Module) -> list[float]:
-        """(S,) mean cross-entropy over the masked tokens of each stage's selection windows."""
+        """(S,) mean cross-entropy of masked tokens on each stage's selection windows."""
         losses = []
-        size = max(LEAST_CHECKED, len(self._evaluated) // len(self.stages))
+        size = max(MIN_WINDOWS, len(self.evaluated) // len(self.stages))
         for number in range(len(self.stages)):
-            windows = np.resize(np.roll(self._evaluated, -number * size), size)
+            windows = np.resize(np.roll(self.evaluated, -number * size), size)
             total = count = 0.0
             for part in chunks(size, EVALUATION_BATCH):
-                ids, valid = self.selection_windows.batch(windows[part], np.zeros(len(part)))
-                of_row = np.full(len(part), number)
-                batch = self._masked(ids, valid, "stage evaluation", part, size, of_row)
-                ce, at = self.cross_entropies(model, ids, valid, batch)
-                total, count = total + float(ce.sum()), count + len(at)
+                ids, valid = self.splits.selection.batch(windows[part], np.zeros(len(part)))
+                stage_of_row = np.full(len(part), number)
+                batch = self._mask(ids, valid, "stage evaluation", part, size, stage_of_row)
+                inputs = np.where(batch.masked, self.mask_id, ids)
+                logits, targets, _ = self.predict(model, inputs, ids, valid, batch.masked)
+                total, count = total + float(cross_entropies(logits, targets).sum()), count + len(targets)
             losses.append(total / max(count, 1))
         return losses
 
     def state(self) -> dict[str, Tensor]:
-        """The progress, for a checkpoint."""
+        """The progress through the stages, for a checkpoint."""
         now = self.progress
         return {"progress": torch.tensor([now.current, now.best, now.stale], dtype=torch.float64)}
 

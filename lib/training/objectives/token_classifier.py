@@ -1,109 +1,159 @@
-"""`token_classifier`: a class for every token, such as original, random replacement or predicted."""
+"""`token_classifier`: a class for every token of a candidate, such as original, random replacement or predicted.
 
-from collections.abc import Callable
+Legend: B rows, T positions, N valid tokens, C classes.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import metrics, randomness
-from lib.runtime import Runtime
+from lib.errors import BadConfig
+from lib.sections.models import ModelSpec
 from lib.training.data import Rows, Sequences
-from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
+from lib.training.objectives.base import ResultRow, TrainingContext, chunks, forward, result_row, tensor
+from lib.training.objectives.candidates import CandidateSplits, Stream, whole_sequences
+from lib.training.stage_inputs import StageInputs
 
-FreshLabels = Callable[[range], tuple[np.ndarray, np.ndarray, np.ndarray]]
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """Sequences and the classes of their tokens, aligned."""
+
+    sequences: Sequences
+    labels: Sequences
+
+
+def token_classifier_objective(
+    context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, context_length: int
+) -> "TokenClasses":
+    """The objective over the candidates of the run.
+
+    Raises BadData for a candidate longer than `context_length`, BadConfig for a label outside `num_classes`.
+    """
+    read = whole_sequences(context.label, context_length, stage_inputs)
+
+    def labelled(table: pa.Table) -> LabelledTokens:
+        return LabelledTokens(read(table), Sequences(table["token_labels"], context_length, 0))
+
+    splits = CandidateSplits.of(stage_inputs.candidate_splits(spec.split), labelled)
+    labels = [split.labels.ids for split in (splits.train, splits.selection, splits.held_out)]
+    highest = max(int(ids.max()) for ids in labels if len(ids))
+    if highest >= spec.num_classes:
+        raise BadConfig(
+            f"models.{context.label}.num_classes is {spec.num_classes}, but the token labels go up to {highest}; "
+            f"set it to at least {highest + 1}"
+        )
+    shards = stage_inputs.open_stream(context.label) if spec.split == "train" else None
+
+    def stream(rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        assert shards is not None
+        batch = labelled(shards.rows(rows))
+        every = np.arange(batch.sequences.count)
+        return *batch.sequences.batch(every), batch.labels.batch(every)[0]
+
+    source = None if shards is None else stream
+    return TokenClasses(context, splits, spec.num_classes, spec.class_weighting, source)
 
 
 class TokenClasses:
     """Cross-entropy per token.
 
     Args:
-        train, selection, held_out: sequences to learn from, to choose the best step by, and to report on.
-        train_labels, selection_labels, held_out_labels: `Sequences` over the classes, aligned with the ids.
-        groups: (held-out rows,) what is resampled together.
-        num_classes: at least 2.
-        class_weighting: none; inverse_frequency (over the training set); dynamic (over each batch).
-        confidence: log-probabilities of each held-out sequence's tokens under the masked LM that wrote: the baseline.
-        fresh: rows of the training -> (B, T) ids, validity and labels, in place of `train`.
+        num_classes: C, at least 2. Class 0 is the unchanged token.
+        class_weighting: `none`, `inverse_frequency` (over the train split) or `dynamic` (over each batch).
+        stream: rows of the training from shards, in place of the train split.
     """
 
     selection = "cross_entropy"
 
-    def __init__(self, label, train, train_labels, selection, selection_labels, held_out, held_out_labels, groups,
-                 num_classes: int, class_weighting: str, runtime: Runtime, seed: int, num_evaluated: int,
-                 confidence: list[np.ndarray] | None = None, fresh: FreshLabels | None = None):  # fmt: skip
-        self.confidence, self.fresh = confidence, fresh
-        self.label, self.runtime, self.seed, self.num_classes = label, runtime, seed, num_classes
-        self.train: Sequences = train
-        self.train_labels: Sequences = train_labels
-        self._selection: tuple[Sequences, Sequences] = (selection, selection_labels)
-        self._held_out: tuple[Sequences, Sequences] = (held_out, held_out_labels)
-        self._groups = groups
-        self._order = Rows(seed, f"{label} order", train.count)
-        spread = randomness.permutation(seed, "selection candidates", 0, selection.count)
-        self._evaluated = np.sort(spread[:num_evaluated])
-        self.weighting = class_weighting
-        self.frequencies = np.bincount(train_labels.ids, minlength=num_classes) / max(
-            len(train_labels.ids), 1
+    def __init__(
+        self,
+        context: TrainingContext,
+        splits: CandidateSplits[LabelledTokens],
+        num_classes: int,
+        class_weighting: str,
+        stream: Stream | None = None,
+    ):
+        self.label, self.runtime = context.label, context.runtime
+        self.splits, self.num_classes, self.weighting, self.stream = (
+            splits,
+            num_classes,
+            class_weighting,
+            stream,
         )
-        self.tokens_per_row = train.width
+        train = splits.train
+        self._order = Rows(context.seed, f"{context.label} order", train.sequences.count)
+        count = splits.selection.sequences.count
+        shuffled = randomness.permutation(context.seed, "selection candidates", 0, count)
+        self.evaluated = np.sort(shuffled[: context.settings.evaluation_examples])
+        counts = np.bincount(train.labels.ids, minlength=num_classes)
+        self.frequencies = counts / max(len(train.labels.ids), 1)  # (C,)
+        self.tokens_per_row = train.sequences.width
 
     def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        if self.fresh is not None:
-            ids, valid, labels = self.fresh(rows)
+        if self.stream is not None:
+            ids, valid, labels = self.stream(rows)
         else:
             samples = self._order.samples(np.arange(rows.start, rows.stop))
-            (ids, valid), (labels, _) = self.train.batch(samples), self.train_labels.batch(samples)
-        logits = (
-            forward(model, self.runtime, ids, valid).logits[tensor(valid, self.runtime)].float()
-        )  # (N, C)
-        target = labels[valid]
-        weight = self._class_weights(target)
-        return {"loss": F.cross_entropy(logits, tensor(target, self.runtime), weight=weight)}
+            ids, valid = self.splits.train.sequences.batch(samples)  # (B, T) each
+            labels, _ = self.splits.train.labels.batch(samples)  # (B, T)
+        logits = forward(model, self.runtime, ids, valid).logits  # (B, T, C)
+        logits = logits[tensor(valid, self.runtime)].float()  # (N, C)
+        targets = labels[valid]  # (N,)
+        weight = self._class_weights(targets)
+        return {"loss": F.cross_entropy(logits, tensor(targets, self.runtime), weight=weight)}
 
-    def _class_weights(self, target: np.ndarray) -> Tensor | None:
-        """(C,) weights with mean 1 over the tokens; absent classes weigh nothing."""
+    def _class_weights(self, targets: np.ndarray) -> Tensor | None:
+        """(C,) weights with mean 1 over the tokens; the weight of an absent class is 0. None without weighting."""
         if self.weighting == "none":
             return None
         share = self.frequencies
         if self.weighting == "dynamic":
-            share = np.bincount(target, minlength=self.num_classes) / len(target)
+            share = np.bincount(targets, minlength=self.num_classes) / len(targets)
         present = share > 0
         weight = np.where(present, 1.0 / np.maximum(share, 1e-12), 0.0) / present.sum()
         return tensor(weight.astype(np.float32), self.runtime)
 
-    def _predict(self, model: nn.Module, split: tuple[Sequences, Sequences], rows: np.ndarray):
-        """Over `rows` of a split: (N, C) log-probabilities, (N,) classes, (N,) row numbers, for valid tokens."""
-        sequences, labels_of = split
+    def _predict(
+        self, model: nn.Module, split: LabelledTokens, samples: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """((N, C) log-probabilities, (N,) classes, (N,) sample indices) of the valid tokens of some samples."""
         scores, classes, owners = [], [], []
-        for part in chunks(len(rows), 64):
-            ids, valid = sequences.batch(rows[part])
-            labels, _ = labels_of.batch(rows[part])
+        for part in chunks(len(samples), EVALUATION_BATCH):
+            ids, valid = split.sequences.batch(samples[part])
+            labels, _ = split.labels.batch(samples[part])
             logits = forward(model, self.runtime, ids, valid).logits.float()
             scores.append(torch.log_softmax(logits, -1).cpu().numpy()[valid])
             classes.append(labels[valid])
-            owners.append(np.broadcast_to(rows[part][:, None], valid.shape)[valid])
+            owners.append(np.broadcast_to(samples[part][:, None], valid.shape)[valid])
         return np.concatenate(scores), np.concatenate(classes), np.concatenate(owners)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        scores, classes, _ = self._predict(model, self._selection, self._evaluated)
-        ce = -scores[np.arange(len(classes)), classes].mean()
-        return {"cross_entropy": float(ce), **metrics.classification(self._confusion(scores, classes))}
-
     def _confusion(self, scores: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """(C, C) counts: row the true class, column the predicted one."""
         pairs = classes * self.num_classes + scores.argmax(1)
         return np.bincount(pairs, minlength=self.num_classes**2).reshape(self.num_classes, self.num_classes)
 
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        scores, classes, _ = self._predict(model, self.splits.selection, self.evaluated)
+        ce = -scores[np.arange(len(classes)), classes].mean()
+        return {"cross_entropy": float(ce), **metrics.classification(self._confusion(scores, classes))}
+
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        """All held-out candidates: per class scores, the confusion table, AUROC of "not original"."""
-        scores, classes, owners = self._predict(model, self._held_out, np.arange(self._held_out[0].count))
+        """All held-out candidates: scores per class, the confusion matrix, AUROC of "not original"."""
+        held_out, groups = self.splits.held_out, self.splits.groups
+        scores, classes, owners = self._predict(model, held_out, np.arange(held_out.sequences.count))
         confusion = self._confusion(scores, classes)
         ce = -scores[np.arange(len(classes)), classes]
+        # The baseline predicts the class frequencies of the train split
         prior = -np.log(np.maximum(self.frequencies, 1e-9))[classes]
-        # The number of predicted tokens alone may be what a classifier knows; the constant knows the class shares.
-        total, base, count = metrics.sum_by(self._groups[owners], ce, prior, np.ones_like(ce))
-        changed, suspicion = classes > 0, 1 - np.exp(scores[:, 0])
+        total, base, count = metrics.sum_by(groups[owners], ce, prior, np.ones_like(ce))
         constant = float(base.sum() / count.sum())
         values = {
             "cross_entropy": float(ce.mean()),
@@ -111,20 +161,19 @@ class TokenClasses:
             "confusion": confusion.tolist(),
             **metrics.classification(confusion),
         }
-        rows = [
-            result_row(self.label, "cross-entropy, nats/token", metrics.ratio(total, count), "class shares", constant,
-                       lower_is_better=True)
-        ]  # fmt: skip
+        estimate, name = metrics.ratio(total, count), "cross-entropy, nats/token"
+        rows = [result_row(self.label, name, estimate, "class shares", constant, lower_is_better=True)]
+        changed, suspicion = classes > 0, 1 - np.exp(scores[:, 0])
         if changed.all() or not changed.any():
-            return values, rows  # there is nothing to tell apart
-        found = metrics.auroc_estimate(suspicion, changed, self._groups[owners])
-        values["auroc_changed"] = found.value
+            return values, rows  # AUROC is undefined
+        auroc = metrics.auroc_estimate(suspicion, changed, groups[owners])
+        values["auroc_changed"] = auroc.value
         baseline, value = "chance", 0.5
-        if self.confidence is not None:
-            doubt = -np.concatenate(self.confidence)
+        if self.splits.confidence is not None:
+            doubt = -np.concatenate(self.splits.confidence)
             baseline, value = "generator's confidence", metrics.auroc(doubt, changed)
             values["auroc_changed_of_confidence"] = value
         rows.append(
-            result_row(self.label, "AUROC, changed tokens", found, baseline, value, lower_is_better=False)
+            result_row(self.label, "AUROC, changed tokens", auroc, baseline, value, lower_is_better=False)
         )
         return values, rows

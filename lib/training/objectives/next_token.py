@@ -1,0 +1,70 @@
+"""`language_model` of causal models: next-token prediction.
+
+The model reads [CLS] as the beginning of every window, so that the first token counts too. Loss and report are the exact
+negative log-likelihood (NLL) in nats per token.
+
+Legend: B rows, T positions, V vocabulary, R windows.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib.runtime import Runtime
+from lib.training.cross_entropy import cross_entropies
+from lib.training.data import Windows
+from lib.training.objectives.base import ResultRow, TrainingContext, chunks, forward, tensor
+from lib.training.objectives.language_model import EVALUATION_BATCH, WindowObjective, WindowSplits
+
+
+class NextToken(WindowObjective):
+    """The ordinary causal language model over windows of text."""
+
+    selection = "nll"
+
+    def __init__(self, context: TrainingContext, splits: WindowSplits, cls_id: int):
+        super().__init__(context, splits)
+        self.cls_id = cls_id
+
+    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+        _, ids, valid = self.windows(rows)
+        nll, mask = causal_nll(model, self.runtime, ids, valid, self.cls_id)
+        return {"loss": (nll * mask).sum() / mask.sum()}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """NLL of the `evaluated` selection windows."""
+        nats, tokens = self.window_nlls(model, self.splits.selection, self.evaluated)
+        return {"nll": float(nats.sum() / tokens.sum())}
+
+    def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
+        """NLL of all held-out windows; `nll_half_width` is the half-width of the 95 % interval."""
+        every = np.arange(self.splits.held_out.count)
+        nll = self.estimate(*self.window_nlls(model, self.splits.held_out, every))
+        unigram = self.unigram_nll()
+        metrics = {"nll": nll.value, "nll_half_width": nll.half_width, "unigram_nll": unigram}
+        metrics["bits_per_character"], rows = self.result_rows("NLL", nll, unigram)
+        return metrics, rows
+
+    def window_nlls(
+        self, model: nn.Module, windows: Windows, examples: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """((R,) nats, (R,) tokens) of the windows `examples`."""
+        nats, tokens = [], []
+        for part in chunks(len(examples), EVALUATION_BATCH):
+            ids, valid = windows.batch(examples[part], np.zeros(len(part)))
+            nll, mask = causal_nll(model, self.runtime, ids, valid, self.cls_id)
+            nats.append((nll * mask).sum(1).cpu().numpy())
+            tokens.append(valid.sum(1))
+        return np.concatenate(nats), np.concatenate(tokens)
+
+
+def causal_nll(
+    model: nn.Module, runtime: Runtime, ids: np.ndarray, valid: np.ndarray, cls_id: int
+) -> tuple[Tensor, Tensor]:
+    """((B, T) nats of every token given [CLS] and the tokens before it, (B, T) float32 validity)."""
+    inputs = np.concatenate([np.full_like(ids[:, :1], cls_id), ids[:, :-1]], 1)
+    input_valid = np.concatenate([np.ones_like(valid[:, :1]), valid[:, :-1]], 1)
+    # Without use_cache=False a model in evaluation mode would build a key-value cache
+    logits = forward(model, runtime, inputs, input_valid, use_cache=False).logits  # (B, T, V)
+    nll = cross_entropies(logits.flatten(0, 1), tensor(ids, runtime).flatten())
+    return nll.view(ids.shape), tensor(valid, runtime).to(torch.float32)
