@@ -36,7 +36,7 @@ class Reference(Context, Bigrams):
 
 
 def test_a_text_s_likelihood_is_that_of_its_counted_tokens_window_by_window():
-    """Twenty tokens are read eight at a time, each window from [CLS] on; given ones cost nothing."""
+    """Twenty tokens are read in windows of eight with [CLS] in front; tokens that do not count add no nats."""
     model, rng = Reference(), np.random.default_rng(0)
     ids = rng.integers(4, V, (3, 20))
     table = model.table.detach().numpy().astype(np.float64)
@@ -50,7 +50,7 @@ def test_a_text_s_likelihood_is_that_of_its_counted_tokens_window_by_window():
         np.testing.assert_allclose(found, (each * which).sum(1), rtol=1e-4)
 
 
-def test_all_from_the_first_written_token_on_is_measured():
+def test_tokens_from_the_first_generated_one_on_are_measured():
     free = np.array([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], bool)
     assert from_first_gap(free).astype(int).tolist() == [[0, 1, 1, 1], [0] * 4, [1] * 4, [0, 0, 0, 1]]
 
@@ -66,7 +66,7 @@ def test_a_long_text_s_score_is_the_mean_of_its_windows_by_their_tokens():
     np.testing.assert_allclose(sequence_scores(Mean(), CPU, ids, CLS), ids.mean(1), rtol=1e-5)
 
 
-def test_words_are_valid_but_for_the_first_and_last_which_may_be_cut():
+def test_the_first_and_last_word_of_a_text_do_not_count():
     known = {"the", "cat", "sat"}
     found = valid_words(["xx the cat zz sat yy", "the cat"], known)
     assert found is not None and found.value == pytest.approx(3 / 4)
@@ -95,8 +95,8 @@ def test_a_document_s_means_are_over_its_tokens():
     assert lines[1]["judge_score"] == 0.5 and lines[2]["reference_nll_mean"] is None
 
 
-def test_scorers_of_samples_like_what_has_fewer_errors_among_the_written_tokens():
-    """The critic's doubt of given tokens counts nothing, and less doubt is more liked."""
+def test_scorers_prefer_samples_with_fewer_errors_among_generated_tokens():
+    """Only generated tokens count. The lower their probability of error, the higher the score."""
     error = np.array([[0.9, 0.2, 0.4], [0.0, 0.8, 0.8]])
     evaluator: Any = SimpleNamespace(
         tokenizer=SimpleNamespace(cls_token_id=CLS), runtime=CPU, judge=Mean(), ranker=None,

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -301,7 +302,7 @@ def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, q
 
     file = pq.ParquetFile(quick_run / "01_prepare_dataset" / "examples.parquet")
     tokenizer = load_tokenizer(quick_run / "01_prepare_dataset" / "tokenizer")
-    stage = SimpleNamespace(batches=lambda *_: file.iter_batches())
+    stage: Any = SimpleNamespace(batches=lambda *_: file.iter_batches())
     made = critic_objective(stage, quick_config, context("critic"), tokenizer, 64).diffusion.splits
     rows = file.read().to_pylist()
     for split, windows in (

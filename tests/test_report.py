@@ -34,7 +34,7 @@ HOSTILE = '<script>alert("x")</script>&"\''
 
 
 class Page(HTMLParser):
-    """Open tags, links to elsewhere, and the text of a page."""
+    """A parsed page: tags left open, links to other addresses, and the text."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -76,7 +76,7 @@ def page(quick_run) -> tuple[str, Page]:
     return html, Page(html)
 
 
-def test_classifiers_and_scorers_stand_beside_their_baselines(page, quick_run):
+def test_classifiers_and_scorers_are_shown_with_their_baselines(page, quick_run):
     text = page[1].text
     held_out = {
         name: json.loads((quick_run / "04_train" / name / "training_manifest.json").read_text())["held_out"]
@@ -90,7 +90,7 @@ def test_classifiers_and_scorers_stand_beside_their_baselines(page, quick_run):
     assert all(f"{value:.3f}" in scores for value in values)
 
 
-def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page):
+def test_the_page_is_well_formed_and_needs_no_network(page):
     html, parsed = page
     assert not parsed.problems and not parsed.open
     assert not parsed.outside
@@ -107,7 +107,7 @@ def test_the_page_shows_the_numbers_of_metrics_json(quick_run, page):
         assert row["policy"] in parsed.text and f"{row['fourgram_entropy']:.3f}" in parsed.text
 
 
-def test_the_page_reads_in_the_dark_on_paper_and_on_a_phone(page):
+def test_the_page_has_styles_for_dark_mode_paper_and_phones(page):
     html, _ = page
     for needed in ("prefers-color-scheme: dark", "@media print", "width=device-width"):
         assert needed in html, needed
@@ -115,7 +115,7 @@ def test_the_page_reads_in_the_dark_on_paper_and_on_a_phone(page):
 
 
 def made_data(**changes) -> ReportData:
-    """A report's data in which every text is an attack."""
+    """The data of a report whose every text is hostile."""
     ids = list(range(4))
     sample = {
         "policy": HOSTILE, "nfe": 4, "sample_id": 0, "text": HOSTILE, "token_ids": ids,
@@ -161,7 +161,7 @@ def made_data(**changes) -> ReportData:
 def test_hostile_text_stays_text():
     html = build_report(made_data())
     parsed = Page(html)
-    assert parsed.scripts == 1 and not parsed.problems  # its own
+    assert parsed.scripts == 1 and not parsed.problems  # the only script is the page's own
     assert HOSTILE not in html and HOSTILE in parsed.text
 
 
@@ -245,16 +245,16 @@ def test_tables_on_the_screen_are_aligned():
     assert lines[2].endswith("  1.5") and lines[3].endswith("10.25")
 
 
-def test_a_fill_is_judged_together_with_what_stands_behind_it():
+def test_a_fill_is_measured_with_the_text_after_it():
     free = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]], bool)
     assert from_first_gap(free).tolist() == [[False] + [True] * 4, [False] * 5, [True] * 5]
 
 
-# --- any text, scored ------------------------------------------------------------------------------------------------
+# --- scores of a user's text ------------------------------------------------------------------------------------------------
 
 
 def scores_of(file: Path) -> Path:
-    """The table of a text beside the run that scored it."""
+    """The table of scores of a text, in the run beside it."""
     return file.parent / "run_001" / score_stage(file) / "scores.parquet"
 
 
@@ -286,7 +286,7 @@ def test_a_users_text_is_scored_token_by_token(scored):
     assert "held-out" in held_out["document_id"] and rewritten["tokens"] == held_out["tokens"] > 0
     assert (
         rewritten["reference_nll_mean"] > held_out["reference_nll_mean"] + 0.3
-    )  # by a generator that knows nothing yet
+    )  # the generator is hardly trained
 
 
 def test_the_scores_page_is_whole_and_safe(scored):
@@ -297,7 +297,7 @@ def test_the_scores_page_is_whole_and_safe(scored):
 
 
 def test_characters_that_the_run_never_saw_are_scored_as_unknown(quick_run, quick_config, tmp_path, capsys):
-    """Also where samples are longer than the context, and the text is too."""
+    """Here samples and text are longer than the context."""
     shutil.copytree(quick_run, tmp_path / "run_001")
     (tmp_path / "strange.txt").write_text("A \u2603 is true. " * 9, encoding="utf-8")
     longer = quick_config.sampler.model_copy(update={"length": 150})
@@ -344,7 +344,7 @@ def test_a_text_of_one_character_is_scored_and_not_called_too_little(quick_run, 
     assert len(row["critic_error"]) == 1
 
 
-def test_what_is_wrong_with_a_file_to_score_is_said_of_that_flag(quick_run, quick_config, tmp_path):
+def test_errors_of_a_file_to_score_name_the_flag(quick_run, quick_config, tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes(b"x")
     with pytest.raises(MissingInput, match=r"^--score: .*a\.png has the ending '\.png'"):
@@ -392,7 +392,7 @@ def test_a_name_that_no_manifest_may_have_is_refused_before_anything_is_done(tmp
 
 
 def test_files_of_any_name_are_scored_apart_and_again_for_nothing(quick_run, quick_config, tmp_path, capsys):
-    """Names that are not UTF-8, packed files and folders too; `make inspect` shows them."""
+    """Includes names that are not UTF-8, compressed files and folders; `make inspect` lists them."""
     shutil.copytree(quick_run, tmp_path / "run_001")
     odd = os.fsdecode(b"My caf\xe9 (v1)")
     (tmp_path / odd).mkdir()
@@ -422,12 +422,12 @@ def test_files_of_any_name_are_scored_apart_and_again_for_nothing(quick_run, qui
         score(odd)
 
 
-# --- samples from a file, and longer than the context ----------------------------------------------------------------
+# --- samples: infill file, long texts, best of N, prompts ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sampled(quick_run, tmp_path_factory):
-    """Stage 06 again on a copy of the quick run: overrides -> the folder it wrote."""
+    """Run stage 06 again on a copy of the quick run: overrides -> the folder of its outputs."""
 
     def make(*overrides: str):
         folder = tmp_path_factory.mktemp("sampled") / "run_001"
@@ -455,7 +455,7 @@ WHOLE = {
 }
 
 
-def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_path):
+def test_every_row_of_a_file_is_filled_and_compared_with_its_target(sampled, tmp_path):
     rows = [
         {"id": "a", "text": "The value of the " + "[MASK]" * 6 + " is in the text.", "target": WHOLE["a"]},
         {"id": "b", "text": "A " + "[MASK]" * 4 + " of " + "[MASK]" * 5 + ".", "target": WHOLE["b"]},
@@ -483,7 +483,7 @@ def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_pat
     assert metrics["real text"]["infill_accuracy"]["value"] == 1
     parsed = Page((folder / "report.html").read_text())
     assert not parsed.problems and "Infilling" in parsed.text
-    assert "No trace was kept" not in parsed.text  # whichever row is the first of the shortest
+    assert "No trace was kept" not in parsed.text  # the trace is of the first row of the shortest length
     assert f"{metrics['critic']['infill_accuracy']['value']:.1%}" in parsed.text
     manifest = load_manifest(folder)
     assert manifest is not None and "mine.parquet" in manifest["inputs"]
@@ -553,7 +553,7 @@ def test_the_best_of_several_fillings_of_every_row_of_a_file(sampled, tmp_path):
         assert sorted(r["infill_id"] for r in chosen) == ["a", "b", "c"]
         assert len(chosen[0]["text"]) < len(chosen[2]["text"])  # of different lengths
         (row,) = [r for r in record["best_of"] if r["scorer"] == scorer]
-        # From the first gap on every token counts the same, whichever text it stands in
+        # Every token from the first gap on has the same weight, in whichever text it is
         counted = [len(r["given"]) - r["given"].index(False) for r in chosen]
         mean = np.average([r["reference_nll"] for r in chosen], weights=counted)
         assert row["nll"]["value"] == pytest.approx(mean)
@@ -606,7 +606,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused_by_name(sampled):
 
 
 def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
-    """Else what all samples share would make them look alike, and real text easier than it is."""
+    """A shared prompt would lower the diversity of samples and the NLL of real text."""
     prompt = "The value of the object is the value of the "
     folder = sampled("sampler.policies=[ancestral]", "sampler.num_samples=6", f"sampler.prompt={prompt}")
     rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
@@ -617,7 +617,7 @@ def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
 
 
 def test_labels_of_close_marks_stand_apart():
-    """Two marks side by side, then four labels at one place: each has a corner of its own."""
+    """Two neighbouring marks, then four labels of one mark: no two labels overlap."""
     figure = plots.new_figure(6, 4)
     axes = figure.subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))

@@ -45,9 +45,9 @@ def best_of(
     Returns:
         A row per scorer over all starts, and for each start a dict: scorer -> (B, T) the texts that it chose.
 
-        A row has "policy", "nfe", "n", "scorer", "fourgram_entropy", "nll" and "gain". "nll" and "gain" are estimates in
-        nats per token, over samples; the gain is over the first of the N. Both are None without a reference model. The
-        entropy is that of the chosen texts from their first gap on: a gain that costs entropy is worth less.
+        A row has the keys policy, nfe, n, scorer, nll, gain and fourgram_entropy. nll and gain are estimates in nats
+        per token, over samples. The gain is over the first of the N texts. Both are None without a reference model.
+        The entropy is that of the chosen texts from their first gap on: a gain that costs entropy is worth less.
     """
     total = sum(
         len(start.ids) for start in starts

@@ -16,13 +16,13 @@ DETECTION_LABELS = {
     "critic_unknown": "critic, without conditioning mask",
     "critic_blend": "critic and confidence combined",
     "confidence": "confidence when generated",
-    "confidence_fresh": "confidence recomputed",
-    "confidence_given": "confidence from the given text alone",
+    "fresh_confidence": "confidence recomputed",
+    "confidence_first_pass": "confidence in the first pass",
     "critic_partial": "partly masked: critic",
     "critic_partial_calibrated": "partly masked: critic, calibrated",
-    "confidence_of_those": "partly masked: confidence when generated",
-    "whole_text_critic": "any text: critic, calibrated",
-    "whole_text_confidence_fresh": "any text: confidence recomputed",
+    "confidence_visible": "partly masked: confidence when generated",
+    "whole_text_critic": "external text: critic, calibrated",
+    "whole_text_fresh_confidence": "external text: confidence recomputed",
 }
 
 
