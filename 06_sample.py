@@ -180,14 +180,12 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         parts = list(windows(user.texts, tokenizer, context, config.tokenizer.unknown))
         unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
         if unknown:
-            say(
-                f"{unknown:,} tokens of {file} are not in the run's vocabulary; the models read them as [UNK]"
-            )
+            say(f"tokens of {file} outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
         longer = sum(part.number == 1 for part in parts)
         if longer:
             say(
-                f"{longer:,} of {len(user.texts):,} texts have more than {context} tokens; the models read them in "
-                "windows of this length, and a text's score is the mean over its tokens"
+                f"texts of more than {context} tokens: {longer:,} of {len(user.texts):,}; the models read them in windows of "
+                "this length, and a text's score is the mean over its tokens"
             )
 
         # 3. Score the text, and two known texts to compare with

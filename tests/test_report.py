@@ -304,7 +304,7 @@ def test_characters_that_the_run_never_saw_are_scored_as_unknown(quick_run, quic
     config = quick_config.model_copy(update={"sampler": longer})
     args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "strange.txt")
     importlib.import_module("06_sample").main(config, args)
-    assert "9 tokens of" in capsys.readouterr().err
+    assert "outside the run's vocabulary: 9;" in capsys.readouterr().err
     rows = pq.read_table(scores_of(tmp_path / "strange.txt")).to_pylist()
     assert sum(row["token_ids"].count(3) for row in rows) == 9
 
