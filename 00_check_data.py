@@ -1,11 +1,12 @@
 """
-00: look at the raw data and list every problem of it at once, before any compute is spent.
+00: check the raw data. All problems are listed at once, before any compute is spent.
 
-Documents that are fit go on to the next stage; those that are not are named in problems.parquet with the place, what
-was found, what was expected and what to do. Problems that would make training wrong end the run with exit code 65.
+Valid documents go on to the next stage. Every problem becomes a row of problems.parquet: where it is, what was found,
+what was expected and what to do about it. Problems that would make training wrong are errors: the stage then ends with
+exit code 65. All others are warnings.
 
-reads   data.path: .txt, .jsonl, .json, .csv, .tsv, .parquet or a folder of them; by default the text that every CPython
-        carries;
+reads   data.path: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or a folder of such files. The default is the
+        documentation that every CPython installation includes;
         labels.path, if it is set
 writes  documents.parquet, problems.parquet
 
@@ -19,12 +20,11 @@ from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadData
-from lib.labels import files_of, read_labels
+from lib.label_files import files_of, read_labels
 from lib.log import say
-from lib.runs import RunArgs
-from lib.stage_tables import shown_path
+from lib.runs import RunArgs, display_path
 
-SHOWN_PER_KIND = 5
+MAX_LISTED = 5  # problems of each kind that are printed
 ROWS_PER_GROUP = 256
 CHARACTERS_PER_GROUP = 2**24
 
@@ -40,50 +40,57 @@ def main(config: Config, args: RunArgs) -> None:
         if stage.finished:
             return
 
-        # Read everything once: documents to one table, problems to the other
-        documents = characters = 0
-        counters = LabelCounters()
+        # Read everything once: documents go to one table, problems to the other
+        num_documents = num_characters = 0
+        counters = ProblemCounters()
         with (
-            stage.writer("documents", schema.DOCUMENTS) as kept,
+            stage.writer("documents", schema.DOCUMENTS) as documents,
             stage.writer("problems", schema.PROBLEMS) as problems,
         ):
             for items in groups(itertools.chain(task.check(config), label_problems(config))):
-                fit = [item for item in items if isinstance(item, Document)]
-                faults = [item for item in items if not isinstance(item, Document)]
-                documents, characters = documents + len(fit), characters + sum(len(d.content) for d in fit)
-                if fit:
-                    kept.write(as_table(fit, schema.DOCUMENTS))
-                if faults:
-                    counters.add(faults)
-                    problems.write(as_table(faults, schema.PROBLEMS))
+                valid = [item for item in items if isinstance(item, Document)]
+                invalid = [item for item in items if not isinstance(item, Document)]
+                num_documents += len(valid)
+                num_characters += sum(len(document.content) for document in valid)
+                if valid:
+                    documents.write(as_table(valid, schema.DOCUMENTS))
+                if invalid:
+                    counters.add(invalid)
+                    problems.write(as_table(invalid, schema.PROBLEMS))
 
-        # Say what was found; stop here if training on it would be wrong
-        stage.stats |= {"documents": documents, "characters": characters, "problems": counters.by_kind()}
-        say(f"{documents:,} documents, {characters:,} characters")
+        # Report what was found; stop here if training on it would be wrong
+        stage.stats |= {
+            "documents": num_documents,
+            "characters": num_characters,
+            "problems": counters.by_kind(),
+        }
+        say(f"{num_documents:,} documents, {num_characters:,} characters")
         for line in counters.lines():
             say(line)
         errors = counters.count("error")
         if errors:
-            where = shown_path(stage.folder / "problems.parquet")
-            what = "1 problem" if errors == 1 else f"{errors:,} problems"
-            raise BadData(f"{what} in the data must be mended first; see {where} for all that was found")
+            where = display_path(stage.folder / "problems.parquet")
+            what = "1 error" if errors == 1 else f"{errors:,} errors"
+            raise BadData(
+                f"the data has {what}. Fix the data and run this stage again; {where} lists all problems"
+            )
 
 
 def label_problems(config: Config) -> Iterator:
-    """What is wrong with the user's own labels. Whether every example has one shows in stage 03."""
+    """The faults of the user's labels. Stage 03 checks that every example has a label."""
     from lib.tasks import Problem
 
     if config.labels.path is None:
         return
     labels = read_labels(config.labels.path)
-    say(f"{len(labels.by_key):,} labels of your own")
+    say(f"{len(labels.by_key):,} valid labels in labels.path")
     for fault in labels.faults:
-        advice = "mend it in the file, and run this stage again"
+        advice = "fix it in the file, and run this stage again"
         yield Problem("error", fault.kind, fault.source, fault.example, fault.found, fault.expected, advice)
 
 
 def groups(items: Iterator) -> Iterator[list]:
-    """Lists of items, short enough to hold in memory."""
+    """Lists of items that are small enough to hold in memory."""
     group, characters = [], 0
     for item in items:
         group.append(item)
@@ -100,37 +107,37 @@ def as_table(items: list, table_schema):
     return pa.Table.from_pylist([vars(item) for item in items], table_schema.arrow)
 
 
-class LabelCounters:
-    """How many problems of each kind there are, and the first few of them."""
+class ProblemCounters:
+    """The number of problems of each kind, and the first few of them."""
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, str], int] = {}  # (severity, kind)
+        self.counts: dict[tuple[str, str], int] = {}  # (severity, kind) -> problems
         self.first: dict[tuple[str, str], list] = {}
 
     def add(self, problems: list) -> None:
-        for p in problems:
-            kind = (p.severity, p.kind)
+        for problem in problems:
+            kind = (problem.severity, problem.kind)
             self.counts[kind] = self.counts.get(kind, 0) + 1
-            shown = self.first.setdefault(kind, [])
-            if len(shown) < SHOWN_PER_KIND:
-                shown.append(p)
+            first = self.first.setdefault(kind, [])
+            if len(first) < MAX_LISTED:
+                first.append(problem)
 
     def count(self, severity: str) -> int:
-        return sum(n for kind, n in self.counts.items() if kind[0] == severity)
+        return sum(count for kind, count in self.counts.items() if kind[0] == severity)
 
     def by_kind(self) -> dict[str, int]:
-        return {kind: n for (_, kind), n in sorted(self.counts.items())}
+        return {kind: count for (_, kind), count in sorted(self.counts.items())}
 
     def lines(self) -> Iterator[str]:
-        """Errors before warnings; a line per kind, its first few below."""
+        """One line per kind with its first problems below it; errors before warnings."""
         for (severity, kind), count in sorted(self.counts.items()):
             yield f"{severity}: {kind} ({count:,})"
-            shown = self.first[severity, kind]
-            for p in shown:
-                place = f"{p.source} {p.location}".strip()
-                yield f"    {place}: {p.found}; expected {p.expected}; {p.advice}"
-            if count > len(shown):
-                yield f"    ... and {count - len(shown):,} more"
+            first = self.first[severity, kind]
+            for problem in first:
+                where = f"{problem.source} {problem.location}".strip()
+                yield f"    {where}: {problem.found}; expected {problem.expected}; {problem.advice}"
+            if count > len(first):
+                yield f"    ... and {count - len(first):,} more"
 
 
 if __name__ == "__main__":

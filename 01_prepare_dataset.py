@@ -1,8 +1,8 @@
 """
-01: turn the documents into examples in splits, and train the tokenizer.
+01: make examples from the documents, assign them to splits, and train the tokenizer.
 
-An example has a prompt (empty for text), a target, a split and a group; no group is ever in two splits. What was left
-out is kept too, with the reason.
+An example has a prompt (empty for text), a target, a split and a group. A group is never divided between two splits.
+Everything that is left out goes to dropped.parquet, with the reason.
 
 reads   00_check_data: documents
 writes  examples.parquet, dropped.parquet, tokenizer/
@@ -47,11 +47,10 @@ def main(config: Config, args: RunArgs) -> None:
             return
         task = get_task(config.task)
 
-        # First pass: the tokenizer. A character one knows all characters; BPE learns from the train split alone
+        # First pass: the tokenizer. Characters come from all splits; BPE learns from the train split only
         kind = config.tokenizer.kind
-        tokenizer = train_tokenizer(
-            kind, texts(task, config, Documents(stage), kind == "character"), config.tokenizer.vocab_size
-        )
+        texts = tokenizer_texts(task, config, Documents(stage), every_split=kind == "character")
+        tokenizer = train_tokenizer(kind, texts, config.tokenizer.vocab_size)
         with durable.replacing_folder(stage.folder / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)
         stage.add_folder("tokenizer", stage.folder / "tokenizer")
@@ -59,14 +58,15 @@ def main(config: Config, args: RunArgs) -> None:
         # Second pass: the examples
         counters = ExampleCounters(WholeTexts.of(config))
         with (
-            stage.writer("examples", schema.EXAMPLES) as kept,
-            stage.writer("dropped", schema.DROPPED) as dropped,
+            stage.writer("examples", schema.EXAMPLES) as examples_writer,
+            stage.writer("dropped", schema.DROPPED) as dropped_writer,
         ):
-            for examples, left_out in groups(task.prepare(config, Documents(stage)), ROWS_PER_GROUP):
+            for examples, dropped in groups(task.prepare(config, Documents(stage)), ROWS_PER_GROUP):
                 if examples:
-                    kept.write(counters.add(encoded(examples, tokenizer, config.tokenizer.unknown)))
-                if left_out:
-                    dropped.write(counters.drop(left_out))
+                    table = encode_examples(examples, tokenizer, config.tokenizer.unknown)
+                    examples_writer.write(counters.add(table))
+                if dropped:
+                    dropped_writer.write(counters.drop(dropped))
         counters.check(config)
         if counters.whole is not None:
             counters.whole.refuse()
@@ -75,7 +75,7 @@ def main(config: Config, args: RunArgs) -> None:
 
 
 class Documents:
-    """The documents of stage 00 from the disk, as often as they are asked for."""
+    """The documents of stage 00. They are read from the disk again each time they are iterated over."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -85,11 +85,13 @@ class Documents:
         from lib.tasks import Document
 
         for batch in self.stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=16):
-            for i in range(batch.num_rows):  # a document becomes Python text only when it is its turn
+            for i in range(
+                batch.num_rows
+            ):  # one at a time, so that only one document is in memory as Python text
                 yield Document(**batch.slice(i, 1).to_pylist()[0])
 
 
-def texts(task, config: Config, documents: Documents, every_split: bool) -> Iterator[str]:
+def tokenizer_texts(task, config: Config, documents: Documents, every_split: bool) -> Iterator[str]:
     """Prompts and targets to train the tokenizer on."""
     from lib.tasks import Example
 
@@ -99,7 +101,7 @@ def texts(task, config: Config, documents: Documents, every_split: bool) -> Iter
 
 
 def groups(items, size: int):
-    """(examples, dropped) in lists of about `size` together."""
+    """(examples, dropped) in lists of `size` items together."""
     from lib.tasks import Example
 
     examples, dropped = [], []
@@ -111,7 +113,8 @@ def groups(items, size: int):
     yield examples, dropped
 
 
-def encoded(examples: list, tokenizer, unknown: str):
+def encode_examples(examples: list, tokenizer, unknown: str):
+    """A table of schema.EXAMPLES, with the token ids of each target."""
     import pyarrow as pa
 
     from lib import schema
@@ -123,9 +126,9 @@ def encoded(examples: list, tokenizer, unknown: str):
 
 
 class ExampleCounters:
-    """Counts per split and per reason of being left out.
+    """Counts examples per split, and dropped ones per reason.
 
-    `whole` looks whether the models of the config can read the examples that get candidates.
+    `whole`: checks that the models of the config can read the examples from their first to their last token.
     """
 
     def __init__(self, whole) -> None:
@@ -139,6 +142,7 @@ class ExampleCounters:
         import pyarrow.compute as pc
 
         from lib.tasks import SHORTENED
+        from lib.tokenization import UNK
 
         for split in pc.unique(table["split"]).to_pylist():
             part = table.filter(pc.equal(table["split"], split))
@@ -149,7 +153,7 @@ class ExampleCounters:
                 self.whole.add(part)
         self.shortened += sum(SHORTENED in (tags or ()) for tags in table["tags"].to_pylist())
         self.characters += pc.sum(pc.utf8_length(table["target"])).as_py()
-        self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), 3)).as_py() or 0
+        self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), UNK)).as_py() or 0
         return table
 
     def drop(self, items: list):
@@ -162,12 +166,12 @@ class ExampleCounters:
         return pa.Table.from_pylist([vars(i) for i in items], schema.DROPPED.arrow)
 
     def check(self, config: Config) -> None:
-        """Every split with a share must have examples, and so must the one that chooses the best step."""
+        """Raises BadData if a split with a share has no examples. `selection` must have some if train has."""
         shares = config.data.fractions | ({"selection": 1.0} if self.examples.get("train") else {})
         empty = [s for s, share in shares.items() if share > 0 and not self.examples.get(s)]
         if empty:
             raise BadData(
-                f"nothing fell into split {', '.join(empty)} (examples per split: {self.examples}; left out: "
+                f"no examples in split {', '.join(empty)} (examples per split: {self.examples}; left out: "
                 f"{self.left_out()}); {_advice(config)}, or give more data"
             )
 
@@ -185,17 +189,17 @@ class ExampleCounters:
 
     def line(self, vocabulary: int) -> str:
         splits = ", ".join(f"{s} {n:,} ({self.tokens[s]:,} tokens)" for s, n in self.examples.items())
-        short = (
-            f"; {self.shortened:,} prompts hold a part only: ranker.prompt_tokens" if self.shortened else ""
-        )
-        return f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}{short}"
+        line = f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}"
+        if self.shortened:
+            line += f"; {self.shortened:,} prompts were shortened to ranker.prompt_tokens"
+        return line
 
     def left_out(self) -> str:
         return ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items()) or "nothing"
 
 
 def _advice(config: Config) -> str:
-    """What makes more of the splits have examples."""
+    """Settings that give more splits an example."""
     if config.task == "finqa":
         return "set a larger finqa.selection_share or another seed"
     unit = "data.split_unit=block and " if config.data.split_unit == "document" else ""

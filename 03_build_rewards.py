@@ -1,10 +1,12 @@
 """
-03: give every candidate a reward in [0, 1], with its named terms, its rank among its example's, and ties marked.
+03: give every candidate a reward in [0, 1].
 
-For text the reward is authenticity: 1 for untouched text, falling with the share of synthetic tokens.
+Each row has the reward, the terms that it is made of, and the candidate's rank among those of the same example. Equal
+rewards are marked as ties. For text the reward is authenticity: 1 for untouched text, less the more tokens are synthetic.
+With labels.path, your own labels take the place of these rewards.
 
-reads   02_generate_candidates: candidates; your own labels, if labels.path is set
-writes  rewards.parquet, a row per (example_id, candidate_id)
+reads   02_generate_candidates: candidates; labels.path, if it is set
+writes  rewards.parquet, one row per (example_id, candidate_id)
 
 python 03_build_rewards.py --quick_test --run_dir outputs/demo
 """
@@ -12,7 +14,8 @@ python 03_build_rewards.py --quick_test --run_dir outputs/demo
 from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
-from lib.labels import LabelledExamples, files_of, read_labels
+from lib.label_files import files_of, read_labels
+from lib.labels import LabelledExamples
 from lib.log import say
 from lib.runs import RunArgs
 
@@ -36,46 +39,46 @@ def main(config: Config, args: RunArgs) -> None:
         if stage.finished:
             return
         task = get_task(config.task)
-        own = own_labels(stage, config.labels.path) if config.labels.path else None
+        labels = user_labels(stage, config.labels.path) if config.labels.path else None
 
-        # Reward group by group; stage 02 wrote the candidates of one example together
-        kept: dict[str, list] = {"reward": [], "tied": [], "best": []}
+        # Compute the rewards pool by pool: stage 02 writes the candidates of one example together
+        columns: dict[str, list] = {"reward": [], "tied": [], "best": []}
         terms: dict[str, list] = {}
         with stage.writer("rewards", schema.REWARDS) as writer:
             for batch in whole_pools(stage.tables("02_generate_candidates", "candidates", schema.CANDIDATES)):
-                if own is not None:
-                    reward, named, classes = own.rewards(batch.to_pylist())
+                if labels is not None:
+                    reward, batch_terms, classes = labels.rewards(batch.to_pylist())
                 else:
-                    (reward, named), classes = task.rewards(config, batch), None
-                table = reward_table(batch, np.asarray(reward, np.float64), named)
+                    (reward, batch_terms), classes = task.rewards(config, batch), None
+                table = reward_table(batch, np.asarray(reward, np.float64), batch_terms)
                 if classes is not None:
                     table = table.append_column("token_labels", pa.array(classes, pa.list_(pa.int8())))
                 writer.write(table)
-                for name, values in kept.items():
+                for name, values in columns.items():
                     values.append(table[name].to_numpy(zero_copy_only=False))
-                for name, value in named.items():
+                for name, value in batch_terms.items():
                     terms.setdefault(name, []).append(value)
 
-        # What a person asks of rewards
-        reward = np.concatenate(kept["reward"])
+        # Summarise them for the manifest and the screen
+        reward = np.concatenate(columns["reward"])
         stage.stats |= {
             "rewards": len(reward),
             "mean": reward.mean(),
             "standard_deviation": reward.std(),
-            "best": int(np.concatenate(kept["best"]).sum()),
-            "tied": int(np.concatenate(kept["tied"]).sum()),
+            "best": int(np.concatenate(columns["best"]).sum()),
+            "tied": int(np.concatenate(columns["tied"]).sum()),
             "histogram": np.histogram(reward, bins=20, range=(0, 1))[0],
             "terms": {name: float(np.concatenate(values).mean()) for name, values in terms.items()},
         }
-        if own is not None:
-            stage.stats["labels"] = own.summary()
-            say(own.line())
-        tied = f"{stage.stats['tied']:,} of them tied with another of their example"
+        if labels is not None:
+            stage.stats["labels"] = labels.summary()
+            say(labels.line())
+        tied = f"{stage.stats['tied']:,} of them tied with another candidate of the same example"
         say(f"{len(reward):,} rewards, mean {reward.mean():.3f}, {tied}")
 
 
-def own_labels(stage: Stage, path: str) -> LabelledExamples:
-    """The user's labels of the run's examples. Raises BadData for wrong ones and for examples without any."""
+def user_labels(stage: Stage, path: str) -> LabelledExamples:
+    """The user's labels of the run's examples. Raises BadData for invalid labels and for examples without a label."""
     from lib import schema
     from lib.tokenization import load_tokenizer
 
@@ -88,7 +91,7 @@ def own_labels(stage: Stage, path: str) -> LabelledExamples:
 
 
 def whole_pools(batches):
-    """The same rows, cut so that no example's candidates fall into two batches."""
+    """The same rows in other batches: all candidates of one example are in the same batch."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

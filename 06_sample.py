@@ -100,7 +100,7 @@ def sample(config: Config, args: RunArgs) -> None:
         durable.write_text(stage.folder / "report.html", build_report(data))
         stage.add_file("report", stage.folder / "report.html")
         say(samples_summary(metrics))
-        say(f"report: {stage.shown(stage.folder / 'report.html')}")
+        say(f"report: {stage.display_path(stage.folder / 'report.html')}")
 
 
 def rank(config: Config, args: RunArgs) -> None:
@@ -140,7 +140,7 @@ def rank(config: Config, args: RunArgs) -> None:
         stage.add_file("report", stage.folder / "report.html")
         for split, pools in evaluator.tables.items():
             say(f"\n{split}: {len(pools):,} pools\n{ranking_table(evaluator.summary(split))}")
-        say(f"\nreport: {stage.shown(stage.folder / 'report.html')}")
+        say(f"\nreport: {stage.display_path(stage.folder / 'report.html')}")
 
 
 def score_text(config: Config, args: RunArgs, file: Path) -> None:
@@ -199,8 +199,8 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         stage.add_file("page", stage.folder / "scores.html")
         stage.stats |= {"scored": printable(file), "documents": documents[:1000], "known": known}
         say("\n" + scores_table(documents[:MAX_LINES] + known))
-        say(f"\nscores of every token: {stage.shown(stage.folder / 'scores.parquet')}")
-        say(f"the same as a page:    {stage.shown(stage.folder / 'scores.html')}")
+        say(f"\nscores of every token: {stage.display_path(stage.folder / 'scores.parquet')}")
+        say(f"the same as a page:    {stage.display_path(stage.folder / 'scores.html')}")
 
 
 if __name__ == "__main__":

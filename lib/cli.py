@@ -1,7 +1,7 @@
-"""The command line that all seven scripts share, and the way errors become exit codes.
+"""The command line of the seven scripts, and how errors become exit codes.
 
-The flags are frozen: knobs belong into the config (--set changes one). Importing this module imports neither
-torch nor pyarrow, so that --help answers at once.
+No flags are added for settings: these belong into the config, and --set changes one. This module imports neither torch
+nor pyarrow, so that --help answers at once.
 """
 
 import argparse
@@ -28,16 +28,31 @@ from lib.sections.models import MODE_ALIASES, MODES
 
 
 def user_path(text: str) -> Path:
-    """A path as given on the command line; ~ is the home, also where the shell leaves it, as in --score=~/a.txt."""
+    """A path of the command line. `~` is the home folder, also where the shell does not expand it (--score=~/a.txt)."""
     return Path(os.path.expanduser(text))
 
 
+EPILOG = """\
+The scripts 00 to 06 run in order. They share one folder, the run, and need the same --config, --quick_test and --set:
+
+  python 00_check_data.py --quick_test --run_dir outputs/demo
+  python 01_prepare_dataset.py --quick_test --run_dir outputs/demo
+  ...
+
+`make pipeline` runs all of them. A script that has finished does nothing when it is run again; a script that was
+interrupted continues. configs/default.yaml lists all settings.
+"""
+
+
 class _Parser(argparse.ArgumentParser):
-    """Refuses unknown flags with the nearest right one, and never guesses abbreviations."""
+    """Refuses an unknown flag and suggests the closest known one. Abbreviations are not accepted."""
 
     def __init__(self, description: str):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            description=description,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -64,18 +79,20 @@ def make_parser(
         action="append",
         default=[],
         metavar="FILE",
-        help="settings over configs/default.yaml; may be given several times, later ones win",
+        help="a YAML file with the settings that differ from configs/default.yaml; may be given several times, "
+        "later files win",
     )
     add(
         "--run_dir",
         type=user_path,
         metavar="DIR",
-        help="the run's folder (default: 00 continues or starts the newest matching run in outputs/, the others use the newest)",
+        help="the folder of the run. Default: the newest run in outputs/; script 00 continues the newest run with the "
+        "same settings, or starts a new one",
     )
     add(
         "--quick_test",
         action="store_true",
-        help="also apply the configs' quick_test blocks: the same run, small",
+        help="try out the pipeline: small models and little data, by the quick_test blocks of the config files",
     )
     add(
         "--set",
@@ -83,29 +100,38 @@ def make_parser(
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="change one setting, such as training.steps=100; may be given several times",
+        help="change one setting, such as --set training.steps=100; may be given several times",
     )
     add(
         "--overwrite",
         action="store_true",
-        help="make this stage's outputs again; the old ones stay until the new ones are complete",
+        help="make the outputs of this script again; the old outputs stay until the new ones are complete",
     )
-    add("--resume", action="store_true", help="insist on continuing unfinished work (it is continued anyway)")
+    add(
+        "--resume",
+        action="store_true",
+        help="fail if there is no unfinished work to continue (unfinished work is continued without this flag, too)",
+    )
     if with_mode:
-        add("--mode", choices=[*MODES, *MODE_ALIASES], help="train only the models of this mode")
+        add(
+            "--mode",
+            choices=[*MODES, *MODE_ALIASES],
+            metavar="MODE",
+            help=f"train only the models of this mode ({', '.join(MODES)}). Default: all models",
+        )
     if with_stream:
         add(
             "--stream",
             action="store_true",
-            help="go on making shards of fresh candidates while stage 04 trains",
+            help="make new candidates, in shards, while 04_train.py trains on them",
         )
     if with_score:
         add(
             "--score",
             type=user_path,
             metavar="FILE",
-            help="score this text (.txt, .jsonl, .csv, .parquet, ... or a folder of them) token by token instead of sampling; a name "
-            "that begins with a dash is given as --score=-name.txt",
+            help="instead of sampling, score each token of this text: a .txt, .jsonl, .csv, .parquet, ... file or a folder "
+            "of them. Write --score=-name.txt for a name that begins with a dash",
         )
     return parser
 
@@ -118,7 +144,7 @@ def run_stage(
     with_stream: bool = False,
     with_score: bool = False,
 ) -> None:
-    """Parse the command line, load the config, run `main(config, args)`, exit with the documented code."""
+    """Parse the command line, load the config and run `main(config, args)`. Errors end with the exit codes of lib.errors."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         parser = make_parser(
@@ -150,7 +176,7 @@ def run_stage(
             raise
         _fail(str(known), known.exit_code)
     except BaseException as error:
-        # Arrow and safetensors wrap a full disk in errors of their own
+        # Arrow and safetensors raise errors of their own when the disk is full
         cause = as_remask_error(error)
         if cause is None:
             raise
@@ -158,22 +184,22 @@ def run_stage(
 
 
 def as_remask_error(error: BaseException) -> RemaskError | None:
-    """What the operating system refused, in a user's words; None if it is a fault of ours."""
+    """An error of the operating system or of the device as a message for the user. None if it is a bug of this project."""
     number = getattr(error, "errno", None)
     where = getattr(error, "filename", None) or "a file"
     text = str(error)
     if "does not have a deterministic implementation" in text:
         return BadConfig(
-            f"torch has no kernel for this device that gives the same bits each time: {text.splitlines()[0]} Set device=cpu"
+            f"torch has no deterministic kernel for an operation on this device: {text.splitlines()[0]} Set device=cpu"
         )
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return CannotWrite(
-            f"the disk is full while writing {where}; what was complete before still is. Free some space and run the same command again"
+            f"the disk is full, while writing {where}. Complete outputs are intact. Free some space and run the same command again"
         )
     if number in (errno.EIO, errno.EROFS, errno.EFBIG) or "File too large" in text:
         return CannotWrite(f"writing {where} failed: {os.strerror(number) if number else text}")
     if number in (errno.EACCES, errno.EPERM):
-        return CannotCreate(f"no permission for {where}")
+        return CannotCreate(f"no permission to use {where}")
     return None
 
 

@@ -1,7 +1,8 @@
-"""Which code a stage can import: a hash per file, so that results of other code are known and named.
+"""The version of the code that a stage can import: one hash per file.
 
-Comments, docstrings and blank lines do not count, nor does anything outside the scripts and lib/. Imports are followed
-as they are written, also those inside functions; of the tasks only the configured one. Imports nothing heavy.
+Manifests record the hashes, so that results of different code can be recognised. Comments, docstrings and blank lines do
+not count, nor does anything outside the scripts and lib/. Imports are read from the source text, also those inside
+functions. Of the tasks, only the configured one is followed.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import Any
 
 from lib.config import ROOT
 
-SHOWN = 3  # files that a message names
+MAX_NAMED = 3  # files in a message
 
 _STRING = r'"""(?:[^"\\]|\\.|"(?!""))*"""|\'\'\'(?:[^\'\\]|\\.|\'(?!\'\'))*\'\'\'|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\''
 _STRING_OR_END_OF_LINE = re.compile(rf"({_STRING})|(?:[ \t]*(?:#[^\n]*)?\n)+", re.DOTALL)
@@ -25,19 +26,19 @@ _IMPORT = re.compile(
 
 
 def code_files(script: str, task: str, root: Path = ROOT) -> dict[str, str]:
-    """{path below `root`: hash of its code} of a stage's script and of all of lib/ that it can import.
+    """{path below `root`: hash of its code} for a stage's script and everything in lib/ that it can import.
 
     Args:
-        script: a file below `root`, or the name of a stage; one without a file of its own, such as 02_stream, belongs
-            to the numbered script with the same number.
+        script: a file below `root`, or the name of a stage. A stage without a file, such as 02_stream, belongs to the
+            script with the same number.
         task: the configured task, which is imported by its name.
     """
-    own = root / script
-    if not (own.is_relative_to(root) and own.is_file()):
-        own = root / f"{Path(script).stem}.py"
-    if not own.exists():
-        own = next(iter(sorted(root.glob(f"{Path(script).name[:2]}_*.py"))), own)
-    waiting, found = [own, *_files_of(f"lib.tasks.{task}", root)], {}
+    start = root / script
+    if not (start.is_relative_to(root) and start.is_file()):
+        start = root / f"{Path(script).stem}.py"
+    if not start.exists():
+        start = next(iter(sorted(root.glob(f"{Path(script).name[:2]}_*.py"))), start)
+    waiting, found = [start, *_files_of(f"lib.tasks.{task}", root)], {}
     while waiting:
         path = waiting.pop()
         name = path.relative_to(root).as_posix()
@@ -49,40 +50,40 @@ def code_files(script: str, task: str, root: Path = ROOT) -> dict[str, str]:
 
 
 def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The paths that differ, are new or are gone."""
+    """The paths that differ, were added or were removed."""
     return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
 
 
-def shown(files: Iterable[str]) -> str:
-    """`lib/a.py, lib/b.py and 3 more`."""
+def name_files(files: Iterable[str]) -> str:
+    """The files for a message: `lib/a.py, lib/b.py, lib/c.py and 3 more`."""
     files = list(files)
-    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-    return ", ".join(files[:SHOWN]) + more
+    more = f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else ""
+    return ", ".join(files[:MAX_NAMED]) + more
 
 
 def digest(files: Mapping[str, str]) -> str:
-    """One hash over `code_files`."""
+    """One hash of all files of `code_files`."""
     return hashlib.sha256(
         "".join(f"{path} {sha}\n" for path, sha in sorted(files.items())).encode()
     ).hexdigest()
 
 
 def code_only(source: str) -> str:
-    """The source without comments, docstrings in triple quotes, blank lines and blanks at the ends of lines."""
+    """The source without comments, docstrings in triple quotes, blank lines and trailing spaces."""
     text = _STRING_OR_END_OF_LINE.sub(lambda match: match[1] or "\n", source + "\n")
     return _DOCSTRING.sub(r'\1""', text)
 
 
 @cache
 def _read(path: Path, root: Path) -> tuple[str, tuple[str, ...]]:
-    """(hash of a file's code, the modules it may import); once per process, which runs what it read at first."""
+    """(hash of a file's code, modules it may import). Cached: a process runs the code that it read first."""
     text = code_only(path.read_text(encoding="utf-8"))
     package = path.parent.relative_to(root).parts
     return hashlib.sha256(text.encode()).hexdigest(), tuple(sorted(_imports(text, package)))
 
 
 def _imports(text: str, package: tuple[str, ...]) -> set[str]:
-    """Dotted names that the code imports, absolute; a name imported from a package may be a module of it."""
+    """Absolute dotted names that the code imports. A name imported from a package may be a module of it."""
     found = set()
     for origin, names, plain in _IMPORT.findall(text):
         found.update(re.findall(r"[\w.]+", plain))
@@ -97,14 +98,14 @@ def _imports(text: str, package: tuple[str, ...]) -> set[str]:
 
 
 def _files_of(module: str, root: Path) -> list[Path]:
-    """The files that importing a module runs: its own and its packages'."""
+    """The files that run when a module is imported: its own and those of its packages."""
     parts = module.split(".")
     packages = [root.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
     return [path for path in [*packages, root.joinpath(*parts).with_suffix(".py")] if path.exists()]
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the working tree, and whether there are changes on top of it; None where git cannot say."""
+    """The git commit of the working tree and whether there are uncommitted changes. None if git cannot tell."""
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run(

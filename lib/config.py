@@ -1,9 +1,9 @@
-"""The config: files merged and checked. Names, types and limits are in lib/sections/, values in configs/default.yaml.
+"""Merge the config files and check them. lib/sections/ has names, types and limits; configs/default.yaml has the values.
 
-`load_config` merges, later wins: configs/default.yaml < every --config in order < their `quick_test:` blocks
-(with --quick_test) < --set. Unknown keys, wrong types and values out of range are refused together, each with
-file, line and the nearest right name. A loaded Config is frozen and complete: printing it to YAML and loading
-that again gives the same Config.
+`load_config` merges in this order, and later values win: configs/default.yaml, every --config in order, their
+`quick_test:` blocks (with --quick_test), --set. Unknown keys, wrong types and values out of range are reported together,
+each with file, line and the closest known name. A loaded Config is frozen and complete: written to YAML and loaded again,
+it is the same.
 """
 
 import os
@@ -31,8 +31,8 @@ from lib.sections.sampler import SamplerConfig
 from lib.strict_yaml import Location, parse_scalar, parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-CAN_BE_DRAWN_ANEW = ("masked_lm", "random_tokens")
-GIVEN_TEXT = ("sampler.prompt", "sampler.infill")  # to the last blank as a user wrote it
+STREAM_SOURCES = ("masked_lm", "random_tokens")  # can give the same example new candidates in each epoch
+VERBATIM = ("sampler.prompt", "sampler.infill")  # texts that keep the spaces at both ends
 DEFAULTS = ROOT / "configs" / "default.yaml"
 
 
@@ -59,22 +59,24 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.stream.enabled and self.candidates.source not in CAN_BE_DRAWN_ANEW:
+        if self.stream.enabled and self.candidates.source not in STREAM_SOURCES:
             raise ValueError(
-                f"stream.enabled makes candidates again and again, which source {self.candidates.source} cannot; set "
-                f"candidates.source to {' or '.join(CAN_BE_DRAWN_ANEW)}"
+                f"stream.enabled needs new candidates in each epoch, and candidates.source {self.candidates.source} has "
+                f"none; set candidates.source to {' or '.join(STREAM_SOURCES)}"
             )
         if self.labels.path is not None and self.candidates.source != "original_only":
             raise ValueError(
-                "labels.path has labels of texts as they are: set candidates.source to original_only and "
+                "labels.path has labels of unchanged texts: set candidates.source to original_only and "
                 "candidates.per_example to 1"
             )
         names = list(self.models)
         for position, (name, spec) in enumerate(self.models.items()):
             if not name.isidentifier():
-                raise ValueError(f"model name '{name}' must be a plain word: it becomes a folder")
+                raise ValueError(
+                    f"model name '{name}' must consist of letters, digits and _, since it becomes a folder"
+                )
             if spec.start in names and spec.start not in names[:position]:
-                raise ValueError(f"models.{name} starts from '{spec.start}', which must come before it")
+                raise ValueError(f"models.{name} starts from '{spec.start}', which must be listed before it")
             if self.data.fractions.get(spec.split, 0) <= 0:
                 raise ValueError(
                     f"models.{name} trains on split '{spec.split}', whose share in data.fractions is 0"
@@ -82,9 +84,9 @@ class Config(Section):
         return self
 
     def slice(self, uses: Iterable[str]) -> dict[str, Any]:
-        """The named sections, or single keys such as `ranker.prompt`, as plain data: what a stage depends on.
+        """The named sections, or single keys such as `ranker.prompt`, as plain data.
 
-        What this version does not know is None: manifests of another one may name it.
+        An unknown name gives None: the manifest of another version may have it.
         """
         dump = self.model_dump(mode="json")
 
@@ -100,10 +102,12 @@ class Config(Section):
 def load_config(
     paths: Sequence[str | Path] = (), *, quick_test: bool = False, overrides: Sequence[str] = ()
 ) -> Config:
-    """Merge the files and overrides as the module says and validate the result.
+    """Merge the files and overrides in the order that the module describes, and validate the result.
 
-    Raises MissingInput for a file that is not there, BadConfig for anything wrong inside, with all problems
-    at once, and UsageError for an override that is not KEY=VALUE.
+    Raises:
+        MissingInput: a file does not exist.
+        BadConfig: something in a file is wrong. The message lists all problems.
+        UsageError: an override is not KEY=VALUE.
     """
     files = [DEFAULTS, *(Path(os.path.expanduser(p)) for p in paths)]
     merged: dict[str, Any] = {}
@@ -128,15 +132,15 @@ def _read(file: Path) -> tuple[dict, dict]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")))
-        raise MissingInput(f"config file {file} does not exist; shipped ones: {near}") from None
+        existing = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")))
+        raise MissingInput(f"config file {file} does not exist; existing ones: {existing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"config file {file} cannot be read: {error}") from None
     return parse_yaml(text, str(file))
 
 
 def _merge(into: dict, other: dict) -> None:
-    """Deep merge; `data.fractions`, and a masking block of another type, replace the old one as a whole."""
+    """Deep merge. `data.fractions` and a masking block of another type replace the old block as a whole."""
     for name, value in other.items():
         old = into.get(name)
         if isinstance(old, dict) and isinstance(value, dict):
@@ -149,12 +153,12 @@ def _merge(into: dict, other: dict) -> None:
 
 
 def _without_dropped_models(block: dict, merged: dict) -> dict:
-    """An overlay without its changes to models that a config before it has set to null; a `mode` brings one back."""
+    """The block without changes to models that an earlier config set to null. With a `mode`, such a model returns."""
     models = block.get("models")
     if not isinstance(models, dict):
         return block
-    gone = {name for name, spec in merged.get("models", {}).items() if spec is None}
-    kept = {n: s for n, s in models.items() if n not in gone or (isinstance(s, dict) and "mode" in s)}
+    dropped = {name for name, spec in merged.get("models", {}).items() if spec is None}
+    kept = {n: s for n, s in models.items() if n not in dropped or (isinstance(s, dict) and "mode" in s)}
     return block | {"models": kept}
 
 
@@ -174,19 +178,18 @@ def _apply_override(merged: dict, where: dict, text: str) -> None:
             raise BadConfig(f"--set {text}: '{k}' is not a section")
     leaf = parse_scalar(value, f"--set {text}")
     if isinstance(node.get(keys[-1]), str) and not isinstance(leaf, str | None):
-        leaf = value  # what is text stays text: 12 and [MASK] look like a number and a list
-    if path.strip() in GIVEN_TEXT and leaf == value.strip():
-        leaf = value  # not in quotes: blanks at its ends are part of it
+        leaf = value  # a text setting stays text: 12 and [MASK] would be a number and a list
+    if path.strip() in VERBATIM and leaf == value.strip():
+        leaf = value  # without quotes: spaces at both ends belong to the text
     node[keys[-1]] = leaf
     for depth in range(1, len(keys) + 1):
         where[keys[:depth]] = Location("--set " + text, 0)
 
 
 def _expand(merged: dict) -> dict:
-    """Fill the partial `architecture` and `training` of each model from the top-level sections.
+    """Complete `architecture` and `training` of each model from the top-level sections.
 
-    A model set to null is dropped. Keys that the sections do not know stay where they are: the validation
-    reports them once, at their own place.
+    A model that is null is dropped. Unknown keys stay where they are, so that the validation reports each of them once.
     """
     models = merged.get("models")
     if isinstance(models, dict):
@@ -197,9 +200,9 @@ def _expand(merged: dict) -> dict:
         for section, kind in (("architecture", ArchitectureConfig), ("training", TrainingConfig)):
             if not isinstance(owner, dict) or (name, section) == ("critic", "architecture"):
                 continue
-            base, own = merged.get(section), owner.get(section, {})
-            if isinstance(base, dict) and isinstance(own, dict):
-                owner[section] = {k: v for k, v in base.items() if k in kind.model_fields} | own
+            base, changes = merged.get(section), owner.get(section, {})
+            if isinstance(base, dict) and isinstance(changes, dict):
+                owner[section] = {k: v for k, v in base.items() if k in kind.model_fields} | changes
     return merged
 
 
@@ -212,8 +215,8 @@ def _validate(merged: dict, where: dict) -> Config:
 
 
 def _explain(problem: Any, where: dict) -> str:
-    """One line: where, which key, what is wrong, what would be right."""
-    # pydantic puts the tag of a union into the path; it is no key of the user's
+    """One line: file and line, key, what is wrong, what is expected."""
+    # pydantic puts the tag of a union into the path; it is not a key of the config
     loc = problem["loc"]
     path = tuple(p for i, p in enumerate(loc) if not (p in MASKINGS and _is_tag(loc, i)))
     keys = tuple(p for p in path if isinstance(p, str))
@@ -226,16 +229,16 @@ def _explain(problem: Any, where: dict) -> str:
     if kind == "missing":
         if "stages" in path or "modifiers" in path:
             return f"{prefix}{name}: missing"
-        return f"{prefix}{name}: missing; configs/default.yaml has it, so some file replaced its section"
+        return f"{prefix}{name}: missing, although configs/default.yaml has it: another file replaced its section"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{prefix}{name}: {message}" if name else f"{prefix}{message}"
     return f"{prefix}{name} is {given!r}: {message[0].lower()}{message[1:]}"
 
 
-def _is_tag(loc: tuple, at: int) -> bool:
-    """Whether a part of pydantic's path names the type that a masking or a stage was read as."""
-    before = loc[:at]
+def _is_tag(loc: tuple, position: int) -> bool:
+    """Whether part `position` of pydantic's path is the type of a masking or of a stage."""
+    before = loc[:position]
     return before[-1:] == ("masking",) or (before[-2:-1] == ("stages",) and isinstance(before[-1], int))
 
 

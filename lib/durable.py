@@ -1,7 +1,7 @@
-"""Files that are either whole or not there, also after a crash: write, fsync, rename, fsync the folder.
+"""Write files atomically: after a crash a file is either complete or absent.
 
-Knows paths and bytes only. A temporary name ends in `.tmp`; a crash may leave one behind, and nothing ever
-reads it.
+The steps are: write under a temporary name, fsync, rename, fsync the folder. Temporary names end in `.tmp`. A crash may
+leave such a file behind; nothing reads it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NEW, OLD = ".new", ".old"  # beside a folder: what is to take its place, and what stood there a moment ago
+NEW, OLD = ".new", ".old"  # suffixes of a folder's successor, and of the folder that was just replaced
 
 
 def fsync_folder(folder: Path) -> None:
@@ -26,7 +26,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on a clean exit it is synced and takes the place of `path`."""
+    """A temporary path beside `path`. If the block ends without an error, the file is synced and replaces `path`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         yield temporary
@@ -51,7 +51,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder; on a clean exit it takes the place of `folder`, which stays until then."""
+    """A temporary folder. If the block ends without an error, it replaces `folder`, which stays until then."""
     temporary = beside(folder, ".tmp")
     remove(temporary)
     temporary.mkdir(parents=True)
@@ -64,10 +64,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(folder: Path, new: Path) -> None:
-    """Sync every file in `new` and let it take the place of `folder`.
+    """Sync every file in `new`, then replace `folder` by it.
 
-    An older `folder` goes away only after the new one is complete on the disk. Between the two renames the
-    older one stands under `<name>.old`; `recover_folder` puts one of the two there if the process died right then.
+    The old folder is removed only after the new one is complete on the disk. Between the two renames the old one is called
+    `<name>.old`. If the process dies at that moment, `recover_folder` restores it.
     """
     old = beside(folder, OLD)
     for path in sorted(new.rglob("*")):
@@ -86,34 +86,43 @@ def replace_folder(folder: Path, new: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Put back a folder whose replacement was cut off between its two renames."""
+    """Restore a folder whose replacement was interrupted between its two renames."""
     old = beside(folder, OLD)
     if old.exists() and not folder.exists():
         os.replace(old, folder)
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """All files of `source` in `target`, as links where the file system has them; files here are never changed in place."""
+    """Put all files of `source` into `target`: as hard links if the file system has them, otherwise as copies.
 
-    def link_or_copy(one: str, other: str) -> None:
+    Links are safe because no file is ever changed in place.
+    """
+
+    def link_or_copy(file: str, copy: str) -> None:
         try:
-            os.link(one, other)
+            os.link(file, copy)
         except OSError:
-            shutil.copyfile(one, other)
+            shutil.copyfile(file, copy)
 
     shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
 
 
 def beside(folder: Path, suffix: str) -> Path:
+    """The path with `suffix` appended to its name."""
     return folder.with_name(folder.name + suffix)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, or a link to one, if it is there."""
+    """Remove a folder, or a link to one, if it exists."""
     if folder.is_symlink():
         folder.unlink()
     else:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file or of a folder."""
+    return sha256_folder(path) if path.is_dir() else sha256_file(path)
 
 
 def sha256_file(path: Path) -> str:
@@ -122,7 +131,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_folder(folder: Path) -> str:
-    """Hash over the sorted relative names and hashes of all files below `folder`."""
+    """The hash of the relative names and hashes of all files below `folder`, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n".encode())

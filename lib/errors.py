@@ -1,18 +1,18 @@
-"""Errors that a user can cause or mend, each with the exit code that the shell sees.
+"""Errors that a user can cause or fix, each with its exit code.
 
-Anything else that escapes a stage is a fault of ours and keeps its traceback.
+Any other exception is a bug of this project and keeps its traceback.
 
-| code | class           | meaning                                                      |
-|------|-----------------|--------------------------------------------------------------|
-| 2    | UsageError      | the command line is wrong                                    |
-| 65   | BadData         | the data, or a file of an earlier stage, is wrong or damaged |
-| 66   | MissingInput    | an input is not there; the message names the command for it  |
-| 73   | CannotCreate    | a file or folder cannot be created                           |
-| 74   | CannotWrite     | writing failed: disk full, device error                      |
-| 75   | Busy            | another process holds this stage; try again later            |
-| 76   | NonFiniteLoss   | training met NaN or infinity and stopped before the update   |
-| 78   | BadConfig       | a config file or --set is wrong, or disagrees with the run   |
-| 130  | Interrupted     | Ctrl-C (SIGINT); 143 for SIGTERM. Run again to continue      |
+| code | class         | meaning                                                             |
+|------|---------------|---------------------------------------------------------------------|
+| 2    | UsageError    | the command line is wrong                                           |
+| 65   | BadData       | the data, or a file of an earlier stage, is wrong or damaged        |
+| 66   | MissingInput  | an input is missing; the message says how to make it                |
+| 73   | CannotCreate  | a file or folder cannot be created                                  |
+| 74   | CannotWrite   | writing failed: disk full, device error                             |
+| 75   | Busy          | another process is at work on this stage; try again later           |
+| 76   | NonFiniteLoss | the loss became NaN or infinite; training stopped before the update |
+| 78   | BadConfig     | a config file or --set is wrong, or disagrees with the run          |
+| 130  | Interrupted   | Ctrl-C (SIGINT); 143 for SIGTERM. Run again to continue             |
 """
 
 import difflib
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 
 class RemaskError(Exception):
-    """Base class: `str(error)` is the whole message for the user."""
+    """Base class. `str(error)` is the whole message for the user."""
 
     exit_code = 70
 
@@ -58,7 +58,7 @@ class BadConfig(RemaskError):
 
 
 class Interrupted(RemaskError):
-    """Raised at a safe point after SIGINT (130) or SIGTERM (143)."""
+    """SIGINT (exit code 130) or SIGTERM (143), raised at a point where the work can be continued."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -66,7 +66,7 @@ class Interrupted(RemaskError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'steps'?` when a known word is near, else the list of known words."""
+    """`; did you mean 'steps'?` if a known word is similar, otherwise the list of known words."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:

@@ -1,6 +1,6 @@
-"""What people read while a stage runs: lines on the screen and in the stage's log.txt, and a progress bar.
+"""What a stage prints: lines on the screen and in its log.txt, and a progress bar.
 
-On a terminal the bar is tqdm's; elsewhere one line every 30 seconds, so that logs stay small.
+On a terminal the progress bar is tqdm's. Elsewhere it is one line every 30 seconds, so that logs stay small.
 """
 
 import sys
@@ -13,7 +13,7 @@ HEARTBEAT_SECONDS = 30.0
 
 
 def log_to(path: Path | None) -> None:
-    """Also append every line to `path`; None closes the file."""
+    """From now on, append every line to `path`, too. None closes the file."""
     global _file
     if _file is not None:
         _file.close()
@@ -25,7 +25,7 @@ def log_to(path: Path | None) -> None:
 
 
 def say(text: str) -> None:
-    """One line for the user, on standard error, so that results on standard output can be piped."""
+    """Print a line for the user on standard error: standard output is for results, which can be piped."""
     bar = Progress.current
     if bar is not None and bar.on_terminal:
         bar.clear()
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A bar over `total` steps with values beside it.
+    """A progress bar over `total` steps, with values beside it.
 
     with Progress("generator", 700, start=100) as progress:
         progress.update(step, loss="2.31", speed="21k tokens/s")
@@ -77,6 +77,6 @@ class Progress:
         if not self.on_terminal and now - self._last >= HEARTBEAT_SECONDS:
             self._last = now
             done = step - self.start
-            left = (now - self._begin) / max(done, 1) * (self.total - step)
-            shown = "  ".join(f"{k} {v}" for k, v in values.items())
-            say(f"{self.label}: step {step}/{self.total}  {shown}  {left:.0f} s left")
+            seconds_left = (now - self._begin) / max(done, 1) * (self.total - step)
+            text = "  ".join(f"{name} {value}" for name, value in values.items())
+            say(f"{self.label}: step {step}/{self.total}  {text}  {seconds_left:.0f} s left")

@@ -1,7 +1,8 @@
-"""What a stage reads from outside outputs/, by the config: it gives this to lib.artifacts.Stage, so that a change shows.
+"""What each stage reads from outside outputs/, according to the config.
 
-Folders and files count by their content, a model of the Hugging Face hub by its commit. `ranker.encoder` may pin one:
-`owner/name@revision`, where the revision is a commit, a tag or a branch.
+The scripts pass it to lib.artifacts.Stage, which notices changes: of files and folders by their content, of models on the
+Hugging Face hub by their commit. `ranker.encoder` may name a revision: `owner/name@revision`, where the revision is a
+commit, a tag or a branch.
 """
 
 import json
@@ -24,21 +25,21 @@ WEIGHTS = (
     ".msgpack",
     ".onnx",
     ".gguf",
-)  # no tokenizer's files
+)  # endings of weight files; all other files of a model may belong to its tokenizer
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model of the hub at one commit."""
+    """A model on the Hugging Face hub, at one commit."""
 
     name: str
     commit: str
 
 
 def encoder_source(encoder: str) -> Path | HubModel:
-    """The folder that `ranker.encoder` names, or the model of the hub and the commit that this process reads.
+    """The folder that `ranker.encoder` names, or the model on the hub with the commit that this process reads.
 
-    Raises MissingInput when the hub's model cannot be had.
+    Raises MissingInput when the model cannot be downloaded.
     """
     return Path(encoder) if Path(encoder).is_dir() else _on_the_hub(encoder)
 
@@ -53,22 +54,22 @@ def _on_the_hub(encoder: str) -> HubModel:
     try:
         file = hf_hub_download(name, "config.json", revision=revision or None)
     except (OSError, ValueError) as error:
-        raise MissingInput(not_had(encoder, error)) from None
+        raise MissingInput(encoder_not_found(encoder, error)) from None
     return HubModel(name, Path(file).parent.name)  # .../snapshots/<commit>/config.json
 
 
-def not_had(encoder: str | Path, error: Exception) -> str:
-    """What to say of a name that is no folder and cannot be had from the hub."""
+def encoder_not_found(encoder: str | Path, error: Exception) -> str:
+    """The message for an encoder that is neither a folder nor can be downloaded from the hub."""
     reason = str(error).strip().splitlines()[0]
     return (
-        f"encoder {encoder} is no folder here and cannot be had from the hub as safetensors: {reason} "
-        "Give a folder with config.json, model.safetensors and the tokenizer, or, with a network, a name on the hub "
-        "and HF_HUB_OFFLINE=0"
+        f"encoder {encoder} is not a folder, and the hub does not provide it as safetensors: {reason} "
+        "Give a folder with config.json, model.safetensors and the tokenizer. With a network, give a name on the hub "
+        "and set HF_HUB_OFFLINE=0"
     )
 
 
 def of_examples(config: Config) -> list[Path | HubModel]:
-    """Of stage 01: the encoder's tokenizer, where prompts are cut to so many of its tokens. Its weights do not count."""
+    """For stage 01: the tokenizer of the encoder, if prompts are shortened to a number of its tokens; not its weights."""
     if config.ranker.encoder is None or config.ranker.prompt == "question":
         return []
     source = encoder_source(config.ranker.encoder)
@@ -78,12 +79,12 @@ def of_examples(config: Config) -> list[Path | HubModel]:
 
 
 def of_candidates(config: Config) -> list[Path]:
-    """Of stage 02: the masked LM that rewrites, where one is given."""
+    """For stage 02: the masked LM of generator.checkpoint, if it is set."""
     return [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
 
 
 def of_models(config: Config) -> list[Path | HubModel]:
-    """Of stage 04: folders that models start from, the encoder, judges, and the masked LM that fills the stream."""
+    """For stage 04: folders that models start from, the encoder, judges, and the masked LM of the stream."""
     starts = [Path(s.start) for s in config.models.values() if is_folder(s, config)]
     judges = [Path(s.modifiers.judge.model) for s in config.models.values() if s.modifiers.judge is not None]
     adapted = [base for folder in starts for base in _adapted_by(folder)]
@@ -92,28 +93,28 @@ def of_models(config: Config) -> list[Path | HubModel]:
 
 
 def of_rankers(config: Config) -> list[Path | HubModel]:
-    """Of whoever reads trained rankers: the encoder, without which adapters are nothing."""
+    """For stages that load trained rankers: the encoder, which their adapters need."""
     return [] if config.ranker.encoder is None else [encoder_source(config.ranker.encoder)]
 
 
 def of_policies(config: Config) -> list[Path | HubModel]:
-    """Of stages 05 and 06 with critic.method ppo: all that the adapters of stage 04 are for."""
+    """For stages 05 and 06 with critic.method ppo: the encoders that the adapters of stage 04 need."""
     starts = [Path(s.start) for s in config.models.values() if is_folder(s, config)]
     return [*of_rankers(config), *(base for folder in starts for base in _adapted_by(folder))]
 
 
 def of_samples(config: Config) -> list[Path]:
-    """Of stage 06: the texts to fill."""
+    """For stage 06: the texts whose gaps are filled."""
     return [Path(config.sampler.infill_file)] if config.sampler.infill_file else []
 
 
 def is_folder(spec: ModelSpec, config: Config) -> bool:
-    """Whether a model's start is neither scratch nor something of the run."""
+    """Whether a model starts from a folder outside the run, not from scratch or from another model of the run."""
     return spec.start not in ("scratch", "02_generate_candidates", *config.models)
 
 
 def _adapted_by(folder: Path) -> list[Path]:
-    """The folder of the encoder that a ranker's adapters are for."""
+    """The folder of the encoder that the adapters of a ranker were trained on."""
     try:
         record = json.loads((folder / "ranker.json").read_text(encoding="utf-8"))
         base = Path(record["base"]["name"]) if record["lora"] else None

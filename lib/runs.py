@@ -1,4 +1,4 @@
-"""Run folders, outputs/run_NNN, and the manifests of their stages: where they are, what is in them, how they differ.
+"""Run folders, outputs/run_NNN, and the manifests of their stages: find them, read them, compare them.
 
 `python -m lib.runs [RUN]` prints one line per manifest.
 """
@@ -32,22 +32,22 @@ STAGES = (
     "05_train_critic",
     "06_sample",
 )
-SCORE = "06_score_"  # begins the name of a stage that scored a user's text
+SCORE = "06_score_"  # prefix of the stages that score a user's text
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "pyarrow", "numpy")
 MANIFEST_SCHEMA = Path(__file__).with_name("manifest.schema.json")
 
 
 @dataclass(frozen=True)
 class RunArgs:
-    """The flags that mean the same in all seven scripts, without --config and --set."""
+    """The flags of the command line, except --config and --set."""
 
     run_dir: Path | None = None
     quick_test: bool = False
     overwrite: bool = False
     resume: bool = False
     command: tuple[str, ...] = ()
-    only_mode: str | None = None  # 04 only: train the models of this mode and leave the rest
-    stream: bool = False  # 02 only: go on making shards for stage 04
+    only_mode: str | None = None  # 04 only: train the models of this mode and keep the others
+    stream: bool = False  # 02 only: make shards of candidates while stage 04 trains
     score: Path | None = None  # 06 only: score this text instead of sampling
 
 
@@ -63,16 +63,17 @@ def existing_runs(outputs: Path) -> list[Path]:
 
 
 def find_run(stage_name: str, config: Config, args: RunArgs, outputs: Path) -> Path:
-    """--run_dir, or: stage 00 continues the newest run of this very config or starts one; others the newest.
+    """The folder of the run: --run_dir if it is given, otherwise the newest run in `outputs`.
 
-    A new run's folder is made here, with the config in it, so that no two processes start the same one.
+    Stage 00 takes the newest run with exactly this config, or starts a new one. The new folder is created here with the
+    config in it, so that no two processes start the same run.
     """
     if args.run_dir is not None:
         return args.run_dir
     runs = existing_runs(outputs)
     if stage_name != STAGES[0]:
         if not runs:
-            raise MissingInput(f"there is no run in {outputs} yet; start one with `python 00_check_data.py`")
+            raise MissingInput(f"there is no run in {outputs}; start one with `python 00_check_data.py`")
         return runs[-1]
     for run in reversed(runs):
         if _stored_config(run) == config.model_dump(mode="json"):
@@ -81,7 +82,7 @@ def find_run(stage_name: str, config: Config, args: RunArgs, outputs: Path) -> P
 
 
 def _new_run(config: Config, outputs: Path, number: int) -> Path:
-    """Make `run_<number>`, or the next that nobody else has made meanwhile."""
+    """Create `run_<number>`, or the next one if another process has created it meanwhile."""
     try:
         outputs.mkdir(parents=True, exist_ok=True)
         while True:
@@ -96,8 +97,18 @@ def _new_run(config: Config, outputs: Path, number: int) -> Path:
     return run
 
 
+def make_run_dir(run: Path) -> None:
+    """Create the folder of a run if it is missing. Raises CannotCreate."""
+    if run.exists() and not run.is_dir():
+        raise CannotCreate(f"--run_dir {run} is a file; give a folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotCreate(f"cannot create the run folder {run}: {error.strerror}") from None
+
+
 def store_config(run: Path, config: Config) -> None:
-    """Write what stage 00 finds its run by."""
+    """Write the config into the folder of a run. Stage 00 finds its run by it."""
     durable.write_json(run / "config.json", config.model_dump(mode="json"))
 
 
@@ -112,7 +123,7 @@ def _stored_config(run: Path) -> dict | None:
 
 
 def load_manifest(folder: Path) -> dict | None:
-    """The manifest of a stage folder, None if the stage is not complete. Raises BadData when damaged."""
+    """The manifest in the folder of a stage; None if the stage is not complete. Raises BadData if it is damaged."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -131,9 +142,9 @@ def load_manifest(folder: Path) -> dict | None:
 
 
 def score_stage(file: Path) -> str:
-    """`06_score_<readable>_<hash>`: one name for each path, whatever the file or folder is called.
+    """The name of the stage that scores a file or folder: `06_score_<readable>_<hash>`, unique for each path.
 
-    The readable part is what is left of the file's name in small Latin letters and digits; the hash is of the absolute path.
+    The readable part is the file's name in lower-case Latin letters and digits. The hash is of the absolute path.
     """
     path = os.path.abspath(file)
     stem = os.path.basename(path).split(".gz")[0].rpartition(".")
@@ -143,26 +154,31 @@ def score_stage(file: Path) -> str:
 
 
 def printable(text: str | Path) -> str:
-    """A name as JSON and UTF-8 can hold it: what is not UTF-8 becomes an escape."""
+    """A name that JSON and UTF-8 can hold: bytes that are not UTF-8 become escapes."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
+def display_path(path: Path) -> str:
+    """The path as a user would type it: relative to the current folder if it lies below."""
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
 def check_stage_name(name: str) -> None:
-    """Raises ValueError, before anything is computed, for a name that no manifest may have."""
+    """Raises ValueError for a stage name that the schema of manifests does not allow."""
     pattern = json.loads(MANIFEST_SCHEMA.read_text(encoding="utf-8"))["properties"]["stage"]["pattern"]
     if not re.search(pattern, name):
         raise ValueError(f"the stage name {name!r} does not match {pattern}")
 
 
 def validate_manifest(manifest: dict) -> None:
-    """Hold a manifest to the JSON Schema beside this file. Raises jsonschema.ValidationError."""
+    """Check a manifest against the JSON Schema beside this file. Raises jsonschema.ValidationError."""
     import jsonschema
 
     jsonschema.validate(manifest, json.loads(MANIFEST_SCHEMA.read_text(encoding="utf-8")))
 
 
 def changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """`training.steps: 400 -> 500` for every leaf that differs."""
+    """A line such as `training.steps: 400 -> 500` for every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in sorted(old.keys() | new.keys()):
@@ -178,7 +194,7 @@ def _short(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """numpy and torch scalars to Python ones; floats that JSON cannot hold to None."""
+    """The value as JSON can hold it: numpy and torch values as Python ones, NaN and infinity as None."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -193,7 +209,7 @@ def plain(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries whose version may change a result."""
+    """The versions of the libraries that may change a result."""
     found = {}
     for package in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -209,8 +225,10 @@ def environment() -> dict[str, Any]:
 
 
 def inspect(run_dir: Path) -> str:
-    """One line per manifest, also of scored texts: stage, seconds, memory, rows, the stats that are single numbers, and
-    whether --overwrite has begun to make it again."""
+    """One line per stage of a run, also of scored texts: seconds, memory, rows and the stats that are single numbers.
+
+    A line also tells whether the stage is unfinished, or whether --overwrite is making it again.
+    """
     lines = []
     scored = sorted(path.name for path in run_dir.glob(f"{SCORE}*") if path.is_dir() and not path.suffix)
     width = max(map(len, ("02_generate_candidates", *scored))) + 2

@@ -1,7 +1,7 @@
-"""The tables that stages hand to each other: their columns, and the row rules that Arrow does not check.
+"""Schemas of the tables that the stages exchange.
 
-Knows tables only. Columns are required unless marked `nullable`; arrow lets nulls and duplicate keys through,
-so `conform` checks both. A schema marked `open_prefix` admits further columns whose names start so.
+Columns are required unless marked `nullable`. Arrow does not check nulls and duplicate keys; `conform` checks both. With
+`open_prefix`, a schema admits further columns whose names begin with this prefix.
 """
 
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from lib.errors import BadData
 class TableSchema:
     name: str
     arrow: pa.Schema
-    key: tuple[str, ...]  # these columns together name a row
+    key: tuple[str, ...]  # columns that identify a row
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # inclusive limits per column
-    open_prefix: str | None = None  # further columns named like this are kept, as float64
+    open_prefix: str | None = None  # further columns with this prefix are kept, as float64
 
 
 def _columns(*columns: tuple) -> pa.Schema:
@@ -38,7 +38,7 @@ DOCUMENTS = TableSchema(
 PROBLEMS = TableSchema(
     "problems",
     _columns(
-        ("severity", pa.string()),  # error: training would be wrong | warning: left out or mended
+        ("severity", pa.string()),  # error: training would be wrong | warning: left out or corrected
         ("kind", pa.string()),
         ("source", pa.string()),  # the file
         ("location", pa.string()),  # line, row or record in it
@@ -55,12 +55,12 @@ EXAMPLES = TableSchema(
         ("example_id", pa.string()),
         ("prompt", pa.large_string()),
         ("target", pa.large_string()),
-        ("split", pa.string()),  # train | selection (chooses the best step) | held_out | reference | test
-        ("group", pa.string()),  # examples of one group are never in two splits or two folds
-        ("continues", pa.bool_()),  # this target goes on exactly where the row before ended
+        ("split", pa.string()),  # train | selection (to choose the best step) | held_out | reference | test
+        ("group", pa.string()),  # a group is never divided between splits or folds
+        ("continues", pa.bool_()),  # this target begins where the target of the previous row ended
         ("token_ids", _IDS),  # of the target
-        ("record", pa.large_string(), _NULLABLE),  # what the task itself needs later, as it likes
-        ("tags", _TEXTS, _NULLABLE),  # results are also shown for the examples of each tag
+        ("record", pa.large_string(), _NULLABLE),  # private data of the task
+        ("tags", _TEXTS, _NULLABLE),  # results are also reported per tag
     ),
     key=("example_id",),
 )
@@ -79,23 +79,23 @@ CANDIDATES = TableSchema(
         ("example_id", pa.string()),
         ("candidate_id", pa.int32()),
         ("split", pa.string()),
-        ("kind", pa.string()),  # original | masked_lm | random_tokens | what the task calls its own
+        ("kind", pa.string()),  # original | masked_lm | random_tokens | a kind of the task
         ("text", pa.large_string()),  # what a model reads
-        ("program", pa.string(), _NULLABLE),  # of tasks whose candidates compute something
-        ("value", pa.string(), _NULLABLE),  # what it comes to
+        ("program", pa.string(), _NULLABLE),  # for tasks whose candidates are programs
+        ("value", pa.string(), _NULLABLE),  # the result of the program
         (
             "control",
             pa.large_string(),
             _NULLABLE,
-        ),  # the text as it would be elsewhere: nobody can judge by it
+        ),  # the text with off-page content, as a control
         ("mask_ratio", pa.float64(), _NULLABLE),  # as drawn; null for the original
-        ("synthetic_fraction", pa.float64(), _NULLABLE),  # as counted
-        ("changed_fraction", pa.float64(), _NULLABLE),  # of tokens that are not the original's
+        ("synthetic_fraction", pa.float64(), _NULLABLE),  # of tokens whose label is above 0
+        ("changed_fraction", pa.float64(), _NULLABLE),  # of tokens that differ from the original
         (
             "token_confidence",
             _NUMBERS,
             _NULLABLE,
-        ),  # held-out: log-probability of each token, hidden, under the masked LM
+        ),  # held_out: log-probability of each token under the masked LM, with the token masked
         ("token_ids", _IDS, _NULLABLE),
         ("token_labels", _LABELS, _NULLABLE),  # 0 original, 1 random replacement, 2 predicted
     ),
@@ -112,7 +112,7 @@ BASELINES = TableSchema(
     "baselines",
     _columns(("example_id", pa.string()), ("candidate_id", pa.int32())),
     key=("example_id", "candidate_id"),
-    open_prefix="score_",  # what simple methods that learn no words give each candidate
+    open_prefix="score_",  # scores of simple baselines that do not read the words
 )
 
 REWARDS = TableSchema(
@@ -124,7 +124,7 @@ REWARDS = TableSchema(
         ("rank", pa.int32()),  # 1 is best; equal rewards share the better rank
         ("best", pa.bool_()),  # has the highest reward of its example
         ("tied", pa.bool_()),  # shares its reward with another candidate of its example
-        ("token_labels", _LABELS, _NULLABLE),  # the user's own classes, in place of the candidate's
+        ("token_labels", _LABELS, _NULLABLE),  # the user's labels, in place of the candidate's
     ),
     key=("example_id", "candidate_id"),
     ranges={"reward": (0, 1)},
@@ -135,12 +135,12 @@ SCORES = TableSchema(
     "scores",
     _columns(
         ("document_id", pa.string()),
-        ("window", pa.int32()),  # consecutive pieces of the document, each at most the models' context
+        ("window", pa.int32()),  # consecutive pieces of the document, at most the models' context long
         ("text", pa.large_string()),
         ("token_ids", _IDS),
-        ("critic_error", _NUMBERS, _NULLABLE),  # per token: calibrated chance that it is an error
+        ("critic_error", _NUMBERS, _NULLABLE),  # per token: calibrated probability that it is an error
         ("critic_error_mean", pa.float64(), _NULLABLE),
-        ("inspector_changed", _NUMBERS, _NULLABLE),  # per token: chance that it is not the original
+        ("inspector_changed", _NUMBERS, _NULLABLE),  # per token: probability that it is not the original
         ("inspector_changed_mean", pa.float64(), _NULLABLE),
         ("reference_nll", _NUMBERS, _NULLABLE),  # per token: nats under the reference model
         ("reference_nll_mean", pa.float64(), _NULLABLE),
@@ -172,14 +172,14 @@ ANSWERS = TableSchema(
         ("split", pa.string()),
         ("example_id", pa.string()),
         ("prompt", pa.large_string()),
-        ("chosen", pa.large_string()),  # the candidate of the highest score
-        ("value", pa.string(), _NULLABLE),  # what it comes to: the answer
+        ("chosen", pa.large_string()),  # the candidate with the highest score
+        ("value", pa.string(), _NULLABLE),  # the result of its program: the answer
         ("best_value", pa.string(), _NULLABLE),
-        ("probability", pa.float64()),  # of the chosen one among its pool: softmax of the scores
-        ("lead", pa.float64()),  # of its score over the second
+        ("probability", pa.float64()),  # of the chosen candidate: softmax of the scores in its pool
+        ("lead", pa.float64()),  # difference between the highest and the second score
         ("reward", pa.float64()),
         ("best_reward", pa.float64()),
-        ("note", pa.string()),  # the task's words
+        ("note", pa.string()),  # an explanation by the task
     ),
     key=("model", "example_id"),
 )
@@ -193,15 +193,22 @@ SAMPLES = TableSchema(
         ("infill_id", pa.string(), _NULLABLE),  # of the row of sampler.infill_file
         ("text", pa.large_string()),
         ("token_ids", _IDS),
-        ("given", pa.list_(pa.field("item", pa.bool_(), nullable=False))),  # protected positions
-        # nats per token under reference_lm, from the first written one on
+        (
+            "given",
+            pa.list_(pa.field("item", pa.bool_(), nullable=False)),
+        ),  # positions with text of the user; never masked
+        # nats per token under reference_lm, from the first generated token on
         ("reference_nll", pa.float64(), _NULLABLE),
-        ("critic_error", pa.float64(), _NULLABLE),  # mean calibrated chance that a written token is an error
+        (
+            "critic_error",
+            pa.float64(),
+            _NULLABLE,
+        ),  # mean calibrated probability that a generated token is an error
         (
             "token_error",
             pa.list_(pa.field("item", pa.float32(), nullable=False)),
             _NULLABLE,
-        ),  # the same per token
+        ),  # the same, per token
         ("judge_score", pa.float64(), _NULLABLE),
     ),
     key=("policy", "nfe", "sample_id"),
@@ -214,21 +221,21 @@ TRACE = TableSchema(
         ("nfe", pa.int32()),
         ("sample_id", pa.int32()),
         ("iteration", pa.int32()),
-        ("token_ids", _IDS),  # after the round; the mask id where a token is still to be written
+        ("token_ids", _IDS),  # after the step; the mask id where a token is still masked
         (
             "events",
             _LABELS,
-        ),  # 0 as before, 1 written in this round, 2 taken back in this round, 3 still masked
+        ),  # 0 unchanged, 1 unmasked in this step, 2 re-masked in this step, 3 still masked
     ),
     key=("policy", "nfe", "sample_id", "iteration"),
 )
 
 
 def conform(table: pa.Table, schema: TableSchema) -> pa.Table:
-    """The table with exactly the columns and types of `schema`, or BadData that names column and row.
+    """The table with exactly the columns and types of `schema`. Raises BadData that names column and row.
 
-    Nullable columns that are not there are made, empty.
-    Uniqueness of keys over several batches is the writer's business; within this table it is checked here.
+    Missing nullable columns are added with nulls. Keys must be unique in this table; TableWriter checks them over several
+    tables.
     """
     for f in schema.arrow:
         if f.nullable and f.name not in table.column_names:
@@ -260,12 +267,12 @@ def _check_nulls(column: pa.ChunkedArray, f: pa.Field, table: str) -> None:
 
     if not f.nullable and column.null_count:
         row = column.is_null().to_pylist().index(True)
-        raise BadData(f"table {table}, column {f.name}: empty in row {row}; every row needs a value")
+        raise BadData(f"table {table}, column {f.name}: null in row {row}; every row needs a value")
     if pa.types.is_list(f.type) and not f.type.value_field.nullable and pa.types.is_list(column.type):
         inside = pc.list_flatten(column)
         if inside.null_count:
             row = pc.list_parent_indices(column).filter(inside.is_null())[0]
-            raise BadData(f"table {table}, column {f.name}, row {row}: the list holds an empty value")
+            raise BadData(f"table {table}, column {f.name}, row {row}: the list contains a null")
 
 
 def _cast(column: pa.ChunkedArray, f: pa.Field, table: str) -> pa.ChunkedArray:
@@ -275,7 +282,7 @@ def _cast(column: pa.ChunkedArray, f: pa.Field, table: str) -> pa.ChunkedArray:
         return column.cast(f.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError) as error:
         raise BadData(
-            f"table {table}, column {f.name} has the wrong type: {column.type} where {f.type} belongs ({error})"
+            f"table {table}, column {f.name} has type {column.type}; expected {f.type} ({error})"
         ) from None
 
 
@@ -285,7 +292,7 @@ def _check_ranges(table: pa.Table, schema: TableSchema) -> None:
     for name, (low, high) in schema.ranges.items():
         column = table[name]
         inside = pc.and_(pc.greater_equal(column, low), pc.less_equal(column, high))
-        outside = pc.fill_null(pc.invert(inside), False)  # NaN compares false, so it is outside
+        outside = pc.fill_null(pc.invert(inside), False)  # NaN compares false, and counts as outside
         if pc.any(outside).as_py():
             row = outside.to_pylist().index(True)
             raise BadData(
@@ -298,15 +305,13 @@ def _check_keys(table: pa.Table, schema: TableSchema) -> None:
         return
     counts = table.group_by(list(schema.key)).aggregate([([], "count_all")])
     if counts.num_rows != table.num_rows:
-        worst = counts.sort_by([("count_all", "descending")]).slice(0, 1).to_pylist()[0]
-        times = worst.pop("count_all")
-        raise BadData(
-            f"table {schema.name}: {worst} stands in {times} rows; its key {schema.key} must be unique"
-        )
+        key = counts.sort_by([("count_all", "descending")]).slice(0, 1).to_pylist()[0]
+        count = key.pop("count_all")
+        raise BadData(f"table {schema.name}: {key} is in {count} rows; its key {schema.key} must be unique")
 
 
 def key_hashes(table: pa.Table, schema: TableSchema):
-    """(rows,) uint64 hashes of the keys, for uniqueness over batches at 8 bytes a row."""
+    """(rows,) uint64 hashes of the keys. They need 8 bytes per row to check uniqueness over several tables."""
     import numpy as np
     import pandas as pd
 

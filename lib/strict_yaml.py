@@ -1,8 +1,8 @@
-"""YAML as people read it: duplicate keys are errors, `1e-4` is a number, `no` and `12:30` are text.
+"""Strict YAML: duplicate keys are errors, `1e-4` is a number, `no` and `12:30` are text.
 
-PyYAML follows YAML 1.1, in which `1e-4` is a string, `12:30` is 750, `010` is 8, and the last of two equal
-keys wins in silence. Here a mapping's keys are plain words, only `true` and `false` are booleans, and every
-key's line is kept for error messages.
+PyYAML follows YAML 1.1: `1e-4` is a string, `12:30` is 750, `010` is 8, and a repeated key silently replaces the first
+one. Here the keys of a mapping are plain words, and only `true` and `false` are booleans. The line of every key is kept
+for error messages.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from lib.errors import BadConfig
 
 class Location(NamedTuple):
     file: str
-    line: int  # 1-based; 0 when there are no lines, as on the command line
+    line: int  # from 1; 0 for the command line
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
@@ -67,10 +67,10 @@ def parse_yaml(text: str, file: str) -> tuple[dict, dict[tuple, Location]]:
 
 
 def parse_scalar(text: str, source: str):
-    """The value after `=` on the command line, of the same type as in a file.
+    """The value after `=` on the command line, with the same type as in a file.
 
-    What begins as a list, a mapping or quoted text and is whole is read as such. All else is one plain value up
-    to the end, so that `To be: or # not` and `[MASK] is` are the text that they look like.
+    A complete list, mapping or quoted text is read as such. Everything else is one plain value up to the end: `To be: or
+    # not` and `[MASK] is` are text.
     """
     word = text.strip()
     if word[:1] in ("[", "{", '"', "'"):
@@ -90,14 +90,16 @@ def _note_keys(node: yaml.Node, path: tuple, file: str, locations: dict) -> None
             _note_keys(child, path, file, locations)
     if not isinstance(node, yaml.MappingNode):
         return
-    seen: dict[str, int] = {}
+    first_lines: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             raise BadConfig(f"{file}:{line}: a key must be a plain word")
         name = key_node.value
-        if name in seen:
-            raise BadConfig(f"{file}:{line}: '{name}' stands here and on line {seen[name]}; keep one of them")
-        seen[name] = line
+        if name in first_lines:
+            raise BadConfig(
+                f"{file}:{line}: '{name}' is given here and on line {first_lines[name]}; keep one of them"
+            )
+        first_lines[name] = line
         locations[(*path, name)] = Location(file, line)
         _note_keys(value_node, (*path, name), file, locations)

@@ -1,8 +1,13 @@
-"""What each token of a Hugging Face tokenizer writes into a text, and where spaces stand around it.
+"""Token surfaces: the text of each token of a Hugging Face tokenizer, and the spaces around it.
 
-Tokenizers mark spaces in four ways: with a space inside the token (byte-level BPE, SentencePiece's `▁`), with a prefix
-of tokens that continue a word (WordPiece's `##`), with a suffix of tokens that end one (`</w>`), or not at all
-(characters, whole words). `Surfaces` says the same of all four. Knows no model and no text.
+Tokenizers mark spaces in one of four ways:
+
+- a space inside the token: byte-level BPE, `▁` of SentencePiece;
+- a prefix of tokens that continue a word: `##` of WordPiece;
+- a suffix of tokens that end a word: `</w>`;
+- no mark at all: tokenizers of characters or of whole words.
+
+`Surfaces` describes all four in the same way.
 
 Legend: V ids, from 0 to the largest of the vocabulary.
 """
@@ -16,23 +21,26 @@ from typing import Any
 
 import numpy as np
 
-CLOSING = frozenset(".,;:!?%…")  # stand at the word before them, as all closing brackets and quotes
+CLOSING = frozenset(".,;:!?%…")  # no space before these, nor before closing brackets and quotes
 _RESERVED = re.compile(r"[\[<]\W*(unused|extra_id|reserved|dummy)\w*\W*[\]>]|madeupword\d+")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
 class Surfaces:
-    """Attributes of V ids.
+    """The surfaces of all V ids.
 
-    cores: the bytes that a token writes, without the space in front of it; None where nothing may be written: special,
-        added and reserved tokens, and ids without a token.
-    begins: (V,) bool, a space stands in front; ends: (V,) bool, one stands behind; opens: (V,) bool, none stands behind.
-    blank: (V,) bool, the token is white space and nothing else.
-    writable: (V,) bool, the token writes something to be seen, with no white space but single spaces between words.
-    partial: (V,) bool, its bytes are no whole characters.
-    writes_spaces: the space in front of a word is part of its token.
-    says_spaces: the tokens say where spaces stand; False for characters and whole words.
+    Attributes:
+        cores: the bytes of each token without a space in front. None for special, added and reserved tokens, and for ids
+            without a token: these are never generated.
+        begins: (V,) bool, a space precedes the token.
+        ends: (V,) bool, a space follows it.
+        opens: (V,) bool, no space follows it.
+        blank: (V,) bool, the token is only white space.
+        writable: (V,) bool, the token has visible text and no white space other than single spaces between words.
+        partial: (V,) bool, its bytes are not whole characters.
+        writes_spaces: the space before a word is part of its token.
+        says_spaces: tokens determine where spaces are; False for tokenizers of characters and of whole words.
     """
 
     cores: list[bytes | None]
@@ -44,18 +52,18 @@ class Surfaces:
     partial: np.ndarray
     writes_spaces: bool
     says_spaces: bool
-    _readable: dict[frozenset[str], np.ndarray] = field(default_factory=dict, repr=False)  # found once
+    _readable: dict[frozenset[str], np.ndarray] = field(default_factory=dict, repr=False)  # cache
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Surfaces":
-        """Those of a fast tokenizer, kept on it."""
+        """The surfaces of a fast tokenizer, cached on it."""
         if not hasattr(tokenizer, "_remask_surfaces"):
             tokenizer._remask_surfaces = cls._read(tokenizer)
         return tokenizer._remask_surfaces
 
     @classmethod
     def _read(cls, tokenizer: Any) -> "Surfaces":
-        marks = _Marks.of(json.loads(tokenizer.backend_tokenizer.to_str()))
+        marks = _SpaceMarks.of(json.loads(tokenizer.backend_tokenizer.to_str()))
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         closed = closed_ids(tokenizer)
         size = max(vocabulary.values()) + 1
@@ -78,19 +86,19 @@ class Surfaces:
         )  # fmt: skip
 
     def readable_by(self, characters: frozenset[str] | None) -> np.ndarray:
-        """(V,) bool, the writable ids whose characters are among the given ones; None: all characters."""
+        """(V,) bool, the writable ids that consist of these characters; None: of any characters."""
         if characters is None:
             return self.writable
         if characters not in self._readable:
-            known = self.writable.copy()
-            for i in np.flatnonzero(known & ~self.partial):
+            readable = self.writable.copy()
+            for i in np.flatnonzero(readable & ~self.partial):
                 core = self.cores[i]
-                known[i] = core is not None and characters.issuperset(core.decode())
-            self._readable[characters] = known
+                readable[i] = core is not None and characters.issuperset(core.decode())
+            self._readable[characters] = readable
         return self._readable[characters]
 
     def write(self, ids: list[int]) -> str | None:
-        """The text of neighbouring tokens without the space in front; None if their bytes are no whole characters."""
+        """The text of consecutive tokens without the space in front; None if their bytes are not whole characters."""
         parts: list[bytes] = []
         for number, i in enumerate(ids):
             core = self.cores[i]
@@ -106,22 +114,22 @@ class Surfaces:
 
 
 def closed_ids(tokenizer: Any) -> set[int]:
-    """Ids of special and added tokens: no text holds them."""
+    """Ids of special and added tokens, which no text contains."""
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 @dataclass(frozen=True)
-class _Marks:
-    """How a tokenizer writes spaces and bytes into its tokens."""
+class _SpaceMarks:
+    """How a tokenizer represents spaces and bytes in its tokens."""
 
     byte_level: bool
     byte_fallback: bool
-    space: str | None  # the character that stands for a space
+    space: str | None  # the character that represents a space
     prefix: str | None  # of tokens that continue a word
     suffix: str | None  # of tokens that end one
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> "_Marks":
+    def of(cls, state: dict[str, Any]) -> "_SpaceMarks":
         model = state["model"]
         parts = [p for name in ("decoder", "pre_tokenizer", "normalizer") for p in _parts(state.get(name))]
         types = {part["type"] for part in parts}
@@ -144,7 +152,7 @@ class _Marks:
         )
 
     def read(self, token: str) -> tuple[bytes, bool, bool]:
-        """(bytes without the space in front, whether there is one, whether one follows)."""
+        """(bytes without the space in front, whether a space precedes, whether a space follows)."""
         if self.byte_level and all(c in _BYTES for c in token):
             return _without_space(bytes(_BYTES[c] for c in token))
         if self.byte_fallback and (found := _BYTE.fullmatch(token)):
@@ -160,12 +168,12 @@ class _Marks:
         return token.encode(), False, False
 
 
-def _without_space(written: bytes) -> tuple[bytes, bool, bool]:
-    return (written[1:], True, False) if written.startswith(b" ") else (written, False, False)
+def _without_space(surface: bytes) -> tuple[bytes, bool, bool]:
+    return (surface[1:], True, False) if surface.startswith(b" ") else (surface, False, False)
 
 
 def _parts(node: Any) -> Iterator[dict[str, Any]]:
-    """All components of a tokenizer's part, those of sequences too."""
+    """All components of a part of a tokenizer, including those of sequences."""
     if isinstance(node, dict):
         if "type" in node:
             yield node
@@ -185,17 +193,17 @@ def _is_opening(text: str) -> bool:
 
 
 def _is_readable(text: str) -> bool:
-    """Whether a text shows something, and has no white space but single spaces between words."""
+    """Whether a text has a visible character and no white space other than single spaces between words."""
     if " ".join(text.split()) != text or "\ufffd" in text:
         return False
     return any(not unicodedata.category(c).startswith("C") for c in text if c != " ")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for (GPT-2): printable ones for themselves."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in own]
-    return {chr(b): b for b in own} | {chr(256 + n): b for n, b in enumerate(others)}
+    """The byte that each character of a byte-level token represents (GPT-2). Printable characters represent themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 _BYTES = _byte_alphabet()

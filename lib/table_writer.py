@@ -1,4 +1,4 @@
-"""Parquet files as every stage writes them."""
+"""Write Parquet files: one format for the tables of all stages."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class TableWriter:
-    """Parquet with zstd and page checksums, a row group per `write` of rows, keys unique over all of them."""
+    """Writes a Parquet file with zstd and page checksums.
+
+    Each `write` of at least one row makes a row group. Keys must be unique over all of them; `close` checks this.
+    """
 
     def __init__(self, path: Path, schema: "TableSchema", metadata: Mapping[str, str] | None = None):
         self._path, self._schema, self._file, self._metadata = path, schema, None, dict(metadata or {})
@@ -29,7 +32,7 @@ class TableWriter:
             self._open(table.schema)
         assert self._file is not None
         self._keys.append(key_hashes(table, self._schema))
-        if table.num_rows:  # readers such as `datasets` refuse a row group of no rows
+        if table.num_rows:  # readers such as `datasets` refuse an empty row group
             self._file.write_table(table)
         self.num_rows += table.num_rows
 
@@ -38,8 +41,8 @@ class TableWriter:
         import pyarrow.parquet as pq
 
         self.columns = {f.name: str(f.type) for f in arrow_schema}
-        # Least and greatest value of a text column are whole texts: they serve nothing and cost much memory
-        plain_columns = [
+        # No statistics for text columns: their minimum and maximum are whole texts, of no use and large
+        columns_with_statistics = [
             f.name
             for f in arrow_schema
             if not (pa.types.is_large_string(f.type) or pa.types.is_nested(f.type))
@@ -49,11 +52,11 @@ class TableWriter:
             arrow_schema.with_metadata(self._metadata),
             compression="zstd",
             write_page_checksum=True,
-            write_statistics=plain_columns,  # type: ignore[arg-type] - a list is documented
+            write_statistics=columns_with_statistics,  # type: ignore[arg-type] - a list is documented
         )
 
     def close(self) -> None:
-        """Finish the file; a repeated key over several writes is an error here."""
+        """Finish the file. Raises BadData if two rows have the same key."""
         import numpy as np
 
         if self._file is None:

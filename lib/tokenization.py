@@ -1,10 +1,10 @@
-"""Character and BPE tokenizers, kept as Hugging Face tokenizers.
+"""Character and BPE tokenizers, stored as Hugging Face tokenizers.
 
-The special ids are 0 to 3 and collide with nothing: data is encoded without looking for their names, so a text that
-contains "[MASK]" is seven ordinary tokens. Only `encode_with_masks`, for what a user types, reads [MASK] as the mask.
+The special ids are 0 to 3. Data is encoded without looking for the names of special tokens: the text "[MASK]" becomes
+ordinary tokens, such as six characters. Only `encode_with_masks`, for text that a user types, reads [MASK] as the mask.
 
-A run's own tokenizer puts nothing around a text: objectives add [CLS] themselves. `model_tokenizer` makes of it the one
-that lies in a model's folder, whose plain call gives what that model was trained on.
+The tokenizer of a run adds no special tokens: objectives add [CLS] themselves. `model_tokenizer` makes the tokenizer for
+a model's folder. Its plain call gives the input that the model was trained on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ PAD, MASK, CLS, UNK = range(4)
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Any:
-    """A PreTrainedTokenizerFast: `character` (an id per character of the texts) or `bpe` (byte-level)."""
+    """A PreTrainedTokenizerFast of kind `character` (one id per character of the texts) or `bpe` (byte-level)."""
     from transformers import PreTrainedTokenizerFast
 
     core = _character(texts) if kind == "character" else _byte_pairs(texts, vocab_size)
@@ -70,13 +70,13 @@ def _byte_pairs(texts: Iterable[str], vocab_size: int):
 
 
 def model_tokenizer(
-    tokenizer: Any, longest: int, *, cls_in_front: bool, reads_masks: bool, padding_side: str = "right"
+    tokenizer: Any, max_length: int, *, cls_in_front: bool, reads_masks: bool, padding_side: str = "right"
 ) -> Any:
-    """The same tokens as `tokenizer` has, called as a model wants them, for the model's folder.
+    """A tokenizer for a model's folder: the tokens of `tokenizer`, with the special tokens that the model expects.
 
     Args:
-        longest: most tokens that the model reads, [CLS] included; `truncation=True` cuts there.
-        cls_in_front: the model was trained with [CLS] before every text; else nothing is added to a text.
+        max_length: the model's context, [CLS] included; `truncation=True` cuts there.
+        cls_in_front: the model was trained with [CLS] before every text. Otherwise nothing is added to a text.
         reads_masks: "[MASK]" in a text is the mask. Otherwise names of special tokens are ordinary text, as in
             `encode_batch`.
     """
@@ -96,7 +96,7 @@ def model_tokenizer(
     named = {role: str(token) for role in roles if (token := getattr(tokenizer, role)) is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        model_max_length=longest,
+        model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
         padding_side=padding_side,
         split_special_tokens=not reads_masks,
@@ -106,17 +106,17 @@ def model_tokenizer(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a stage's or a model's folder."""
+    """The tokenizer in the folder of a stage or a model. Raises BadData if there is none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise BadData(f"{folder} holds no tokenizer that can be loaded: {error}") from None
+        raise BadData(f"{folder} has no tokenizer that can be loaded: {error}") from None
 
 
 def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -> list[np.ndarray]:
-    """int32 ids of each text. Raises BadData listing every character outside the vocabulary, unless `unknown: unk`."""
+    """int32 ids of each text. Unless `unknown` is unk, raises BadData that lists the characters outside the vocabulary."""
     if not len(texts):
         return []
     table = _code_points(tokenizer)
@@ -126,20 +126,20 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -
         coded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = [np.asarray(i, np.int32) for i in coded]
     if unknown == "error":
-        strange = [text for text, i in zip(texts, ids, strict=True) if (i == UNK).any()]
-        if strange:
+        with_unknown = [text for text, i in zip(texts, ids, strict=True) if (i == UNK).any()]
+        if with_unknown:
             raise BadData(
-                f"{outside(tokenizer, strange)}; leave them out, train the tokenizer on text that has them, or set "
-                "tokenizer.unknown=unk"
+                f"{describe_unknown(tokenizer, with_unknown)}; remove them, train the tokenizer on text that has them, or "
+                "set tokenizer.unknown=unk"
             )
     return ids
 
 
-def outside(tokenizer: Any, texts: Sequence[str]) -> str:
-    """What an error says of texts with characters that the vocabulary has not."""
-    found = sorted(set("".join(texts)) - set(tokenizer.get_vocab()))
-    shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in found[:20])
-    return f"{len(found)} characters are outside the vocabulary: {shown}"
+def describe_unknown(tokenizer: Any, texts: Sequence[str]) -> str:
+    """The characters of the texts that are outside the vocabulary, for a message. At most 20 are listed."""
+    unknown = sorted(set("".join(texts)) - set(tokenizer.get_vocab()))
+    listed = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:20])
+    return f"{len(unknown)} characters are outside the vocabulary: {listed}"
 
 
 def _points(text: str) -> np.ndarray:
@@ -147,7 +147,7 @@ def _points(text: str) -> np.ndarray:
 
 
 def _code_points(tokenizer: Any) -> np.ndarray | None:
-    """Id of every code point for a character tokenizer, kept on it; None for others. The last entry is [UNK]."""
+    """The id of each code point for a character tokenizer, cached on it; None for others. The last entry is [UNK]."""
     if hasattr(tokenizer, "_remask_code_points"):
         return tokenizer._remask_code_points
     words = {t: i for t, i in tokenizer.get_vocab().items() if i > UNK}
@@ -161,13 +161,13 @@ def _code_points(tokenizer: Any) -> np.ndarray | None:
 
 
 def characters_of(tokenizer: Any) -> frozenset[str] | None:
-    """The characters that a character tokenizer reads; None for others, which read all."""
+    """The characters in the vocabulary of a character tokenizer; None for other tokenizers, which read all characters."""
     table = _code_points(tokenizer)
     return None if table is None else frozenset(map(chr, np.flatnonzero(table != UNK)))
 
 
 def decode_batch(tokenizer: Any, sequences: Iterable[Sequence[int] | np.ndarray]) -> list[str]:
-    """The exact text of each sequence of ids; special tokens are shown by their names."""
+    """The exact text of each sequence of ids. Special tokens appear by their names."""
     if _code_points(tokenizer) is not None:
         names = {i: t for t, i in tokenizer.get_vocab().items()}
         return ["".join(names[int(i)] for i in sequence) for sequence in sequences]
@@ -176,13 +176,13 @@ def decode_batch(tokenizer: Any, sequences: Iterable[Sequence[int] | np.ndarray]
 
 
 def newline_ids(tokenizer: Any) -> np.ndarray:
-    """Ids of the tokens that end a line: those whose text holds a line feed."""
+    """Ids of the tokens that end a line: those whose text contains a line feed."""
     size = len(tokenizer)
     return np.flatnonzero(["\n" in text for text in decode_batch(tokenizer, [[i] for i in range(size)])])
 
 
 def encode_with_masks(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -> list[np.ndarray]:
-    """int32 ids of each text, in which [MASK] stands for one token to be written; `unknown` as in `encode_batch`."""
+    """int32 ids of each text, with [MASK] as the mask token. `unknown` as in `encode_batch`."""
     pieces = [text.split("[MASK]") for text in texts]
     coded = iter(encode_batch(tokenizer, [piece for row in pieces for piece in row], unknown))
     mask = np.array([tokenizer.mask_token_id], np.int32)

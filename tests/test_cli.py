@@ -83,7 +83,7 @@ def test_mistakes_end_with_one_line_and_their_code(tmp_path, arguments, code, wo
     assert words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_bad_data_ends_with_65_and_mended_data_goes_on(tmp_path):
+def test_bad_data_ends_with_65_and_fixed_data_continues(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"good words " * 3000 + b"\xff\xfe bad")
     command = ["00_check_data.py", "--run_dir", str(tmp_path / "run"), "--set", f"data.path={text}"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.code_version import _read, changed_files, code_files, code_only, digest, shown
+from lib.code_version import _read, changed_files, code_files, code_only, digest, name_files
 from lib.config import ROOT
 from lib.runs import STAGES
 
@@ -160,7 +160,7 @@ def test_imports_are_those_that_python_sees():
 
 
 def test_files_are_named_a_few_and_the_rest_counted():
-    assert shown(["a", "b"]) == "a, b"
-    assert shown([*"abcde"]) == "a, b, c and 2 more"
+    assert name_files(["a", "b"]) == "a, b"
+    assert name_files([*"abcde"]) == "a, b, c and 2 more"
     assert changed_files({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "3", "d": "4"}) == ["b", "c", "d"]
     assert digest({"a": "1"}) == digest({"a": "1"}) != digest({"a": "2"}) != digest({"b": "2"})

@@ -59,9 +59,9 @@ def test_r2_covers():
     assert 0.92 < share_covered(lambda: metrics.r2_estimate(*draw(30)), truth, 600) < 0.98
 
 
-@pytest.mark.parametrize("most_groups", [256, 24])
-def test_auroc_covers_also_where_groups_are_joined(monkeypatch, most_groups):
-    monkeypatch.setattr(metrics, "MOST_GROUPS", most_groups)
+@pytest.mark.parametrize("max_units", [256, 24])
+def test_auroc_covers_also_where_groups_are_pooled(monkeypatch, max_units):
+    monkeypatch.setattr(metrics, "MAX_AUROC_UNITS", max_units)
     rng = np.random.default_rng(3)
 
     def draw(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -104,10 +104,12 @@ def test_an_empty_split_is_refused_and_another_setting_then_starts_again(folder)
     (folder / "raw" / "novel.txt").write_text(text)
     settings = ["data.passages=paragraph", "data.deduplicate=none"]
     run("00_check_data", folder, *settings)
-    with pytest.raises(BadData, match=r"nothing fell into split train, held_out .*1 x tail of a paragraph"):
+    with pytest.raises(BadData, match=r"no examples in split train, held_out .*1 x tail of a paragraph"):
         run("01_prepare_dataset", folder, *settings)
     assert load_manifest(folder / "run" / "01_prepare_dataset") is None
-    with pytest.raises(BadData, match="nothing fell"):  # not: this stage was begun with another config
+    with pytest.raises(
+        BadData, match="no examples in split"
+    ):  # not: this stage was begun with another config
         run("01_prepare_dataset", folder, *settings, "tokenizer.kind=bpe")
 
 

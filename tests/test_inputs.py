@@ -204,7 +204,7 @@ def test_a_model_of_the_hub_is_pinned_and_another_commit_is_refused(hub, tmp_pat
     with pytest.raises(BadConfig, match=r"input someone/encoder: aaaa.* -> bbbb"):
         enter("someone/encoder", "one")
     enter("someone/encoder@v2", "two")
-    with pytest.raises(MissingInput, match=r"encoder someone/encoder@v3 is no folder here"):
+    with pytest.raises(MissingInput, match=r"encoder someone/encoder@v3 is not a folder"):
         enter("someone/encoder@v3", "four")
 
 
@@ -286,19 +286,19 @@ def test_a_finished_stage_of_other_code_is_used_as_it_is_and_said_in_one_line(tm
     assert code_of(tmp_path, "00_check_data")["files"] == code
     capsys.readouterr()
     assert enter(tmp_path, "00_check_data").finished
-    assert "other code" not in capsys.readouterr().err
+    assert "different code" not in capsys.readouterr().err
     for name in "abcd":
         code[f"lib/{name}.py"] = "1" * 64
     assert enter(tmp_path, "00_check_data").finished
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "is up to date, but was made by other code" in said[0]
+    assert len(said) == 1 and "is up to date, but was made with different code" in said[0]
     assert "(lib/a.py, lib/b.py, lib/c.py and 1 more)" in said[0] and "--overwrite" in said[0]
     assert (tmp_path / "00_check_data" / "manifest.json").read_bytes() == made
 
     enter(tmp_path, "01_prepare_dataset", reads=("00_check_data",))
-    said = [line for line in capsys.readouterr().err.splitlines() if "other code" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "different code" in line]
     assert said == [
-        "made by other code, and used as they are: 00_check_data (lib/a.py, lib/b.py, lib/c.py and 1 more)"
+        "made with different code, and used as they are: 00_check_data (lib/a.py, lib/b.py, lib/c.py and 1 more)"
     ]
     record = code_of(tmp_path, "01_prepare_dataset")
     assert record["upstream_differs"] == {
@@ -308,14 +308,14 @@ def test_a_finished_stage_of_other_code_is_used_as_it_is_and_said_in_one_line(tm
 
     enter(tmp_path, "00_check_data", overwrite=True)
     assert code_of(tmp_path, "00_check_data")["files"] == code
-    assert "other code" not in capsys.readouterr().err
+    assert "different code" not in capsys.readouterr().err
 
 
 def test_other_versions_of_libraries_are_said_and_recorded(tmp_path, code, capsys, monkeypatch):
     enter(tmp_path, "00_check_data")
     real = importlib.import_module("lib.runs").versions()
     assert {"torch", "transformers", "tokenizers", "numpy", "peft"} <= set(real)
-    monkeypatch.setattr("lib.artifacts.versions", lambda: real | {"numpy": "9.9"})
+    monkeypatch.setattr("lib.stage.manifest.versions", lambda: real | {"numpy": "9.9"})
     enter(tmp_path, "01_prepare_dataset", reads=("00_check_data",))
     change = f"numpy {real['numpy']} -> 9.9"
     assert f"00_check_data ({change})" in capsys.readouterr().err
@@ -329,7 +329,9 @@ def test_a_stage_that_holds_nothing_yet_begins_again_under_other_code(tmp_path, 
     code["lib/a.py"] = "1" * 64
     enter(tmp_path, "00_check_data")
     record = code_of(tmp_path, "00_check_data")
-    assert record["files"] == code and record["mixed"] == [] and "other code" not in capsys.readouterr().err
+    assert (
+        record["files"] == code and record["mixed"] == [] and "different code" not in capsys.readouterr().err
+    )
 
 
 def test_work_that_was_begun_by_other_code_is_said_and_recorded_wherever_it_is_read(tmp_path, code, capsys):
@@ -346,8 +348,10 @@ def test_work_that_was_begun_by_other_code_is_said_and_recorded_wherever_it_is_r
     begun("lib/a.py")
     begun("lib/b.py")
     enter(tmp_path, "00_check_data")
-    said = [line for line in capsys.readouterr().err.splitlines() if "other code" in line]
-    assert said == ["00_check_data was begun by other code (lib/b.py); what is complete stays as it is"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "different code" in line]
+    assert said == [
+        f"00_check_data in {tmp_path} was begun with different code (lib/b.py); what is already complete is kept"
+    ]
     assert code_of(tmp_path, "00_check_data")["mixed"] == ["lib/a.py", "lib/b.py"]
     enter(tmp_path, "01_prepare_dataset", reads=("00_check_data",))
     differs = code_of(tmp_path, "01_prepare_dataset")["upstream_differs"]
@@ -361,7 +365,7 @@ def test_a_manifest_that_does_not_say_its_code_counts_as_of_other_code(tmp_path,
     del manifest["code"]["files"], manifest["code"]["mixed"]
     path.write_text(json.dumps(manifest))
     assert enter(tmp_path, "00_check_data").finished
-    assert "made by other code" in capsys.readouterr().err
+    assert "made with different code" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.labels import Label, LabelledExamples, Labels, classes_of, read_labels
+from lib.label_files import read_labels
+from lib.labels import Label, LabelledExamples, Labels, classes_of
 from lib.runs import RunArgs, load_manifest
 from lib.tokenization import decode_batch, encode_batch, train_tokenizer
 from tests.conftest import run_stages
@@ -209,7 +210,7 @@ def test_a_text_that_holds_the_names_of_special_tokens_can_be_labelled(kind):
     assert classes is not None
     marked = [i for i, c in zip(ids, classes[0], strict=True) if c]
     assert "[MASK]" in decode_batch(tokenizer, [marked])[0] and len(marked) > 1
-    with pytest.raises(BadData, match="tokenised in another way"):
+    with pytest.raises(BadData, match="now gives other tokens for"):
         joined.rewards([{"example_id": "a", "text": text, "token_ids": ids.tolist()[1:]}])
 
 
@@ -332,7 +333,7 @@ def test_a_label_that_went_missing_ends_stage_03(labelled, tmp_path):
 def test_stage_00_lists_wrong_labels_and_ends(tmp_path):
     path = write(tmp_path / "labels.json", '{"a": 2, "b": NaN}')
     config = load_config(quick_test=True, overrides=[*OWN, f"labels.path={path}"])
-    with pytest.raises(BadData, match="2 problems"):
+    with pytest.raises(BadData, match="2 errors"):
         run_stages(tmp_path / "run_001", config, ("00_check_data",))
     kinds = pq.read_table(tmp_path / "run_001" / "00_check_data" / "problems.parquet")["kind"].to_pylist()
     assert {"label out of range", "label not finite"} <= set(kinds)

@@ -193,7 +193,7 @@ def test_killed_within_judge_weighting_it_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("model", ["judge", "inspector", "reference_lm", "ranker"])
 def test_modifiers_are_refused_where_they_do_not_fit(model):
-    with pytest.raises(BadConfig, match="modifiers are for the losses of masked language models"):
+    with pytest.raises(BadConfig, match="modifiers change the loss of masked language models"):
         load_config(overrides=[f"models.{model}.modifiers.label_smoothing=0.1"])
 
 

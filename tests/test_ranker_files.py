@@ -231,7 +231,7 @@ def test_encoders_that_cannot_be_trusted_or_had_are_refused(tmp_path, monkeypatc
     with pytest.raises(BadData, match="cannot be loaded"):
         open_encoder(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(MissingInput, match="no folder here and cannot be had from the hub"):
+    with pytest.raises(MissingInput, match="is not a folder, and the hub does not provide it"):
         open_encoder("nobody/such-an-encoder")
 
 

@@ -56,7 +56,7 @@ def test_authenticity_follows_the_curve():
     assert terms["untouched"].tolist() == [1, 0, 0, 0]
     bent = load_config(overrides=["rewards.curve=[[0, 1], [0.5, 0.2], [1, 0]]"])
     assert rewards(bent, table)[0].tolist() == pytest.approx([1, 0.6, 0.2, 0])
-    with pytest.raises(BadConfig, match="must not rise"):
+    with pytest.raises(BadConfig, match="must not increase"):
         load_config(overrides=["rewards.curve=[[0, 0], [1, 1]]"])
 
 

@@ -427,13 +427,13 @@ def test_a_policy_without_a_view_of_error_cannot_have_a_threshold():
             run(oracle_sampler(schedule="threshold"), name, 4)
     assert set(ASKED) == set(WITH_ERROR_VIEW)
     with pytest.raises(
-        BadConfig, match=r"ancestral, random_remask cannot say; policies that can: confidence_order"
+        BadConfig, match=r"ancestral, random_remask cannot\. Policies that can: confidence_order"
     ):
         load_config(
             overrides=["sampler.schedule=threshold", "sampler.policies=[ancestral, critic, random_remask]"]
         )
     load_config(overrides=["sampler.schedule=threshold", "sampler.policies=[critic]"])
-    with pytest.raises(BadConfig, match="must know the right text"):
+    with pytest.raises(BadConfig, match="needs the true text"):
         load_config(overrides=["sampler.policies=[oracle]"])
 
 

@@ -21,11 +21,11 @@ def rewards(count: int = 3) -> pa.Table:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reward": [0.1, None, 0.2]}, "column reward: empty in row 1"),
+        ({"reward": [0.1, None, 0.2]}, "column reward: null in row 1"),
         ({"reward": [0.1, 1.5, 0.2]}, r"row 1: 1\.5 is outside"),
         ({"reward": [0.1, float("nan"), 0.2]}, "row 1: nan is outside"),
-        ({"example_id": ["a", "a", "b"]}, "stands in 2 rows"),
-        ({"reward": ["x", "y", "z"]}, "wrong type"),
+        ({"example_id": ["a", "a", "b"]}, "is in 2 rows"),
+        ({"reward": ["x", "y", "z"]}, "expected double"),
         ({"other": [1, 2, 3]}, r"unknown columns \['other'\]"),
     ],
 )

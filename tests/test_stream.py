@@ -416,7 +416,7 @@ def test_stages_stream_beside_each_other(quick_run, tmp_path):
 
 
 def test_what_cannot_stream_is_refused(tmp_path):
-    with pytest.raises(BadConfig, match=r"stream\.enabled makes candidates again and again"):
+    with pytest.raises(BadConfig, match=r"stream\.enabled needs new candidates"):
         load_config(
             overrides=["stream.enabled=true", "candidates.source=original_only", "candidates.per_example=1"]
         )

@@ -22,7 +22,7 @@ def test_scalars_are_what_they_look_like(text, value):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: 1\nb: 2\na: 3\n", "f:3: 'a' stands here and on line 1"), ("a: {b: 1, b: 2}", "'b' stands here"),
+    [("a: 1\nb: 2\na: 3\n", "f:3: 'a' is given here and on line 1"), ("a: {b: 1, b: 2}", "'b' is given here"),
      ("- 1\n", "expected `key: value` lines"), ("a: [1", "not valid YAML"), ("a: 1\n---\nb: 2\n", "not valid YAML"),
      ("a: !!python/object/apply:os.system ['x']", "not valid YAML"), ("? [1]\n: 2\n", "a key must be a plain word")],
 )  # fmt: skip

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import user_files
 from lib.config import Config, load_config
 from lib.errors import MissingInput
 from lib.tasks import Document, Dropped, Example, Problem, get_task
 from lib.tasks.text import check, prepare, sources
 from lib.tasks.text.check import squeeze
+from lib.user_files import decoding
 
 PROSE = "A sentence that is long enough to stand on its own as a paragraph, number {}.\n\n"
 
@@ -55,8 +55,8 @@ def checked(path: Path, **data) -> tuple[list[Document], list[Problem]]:
         ("a.jsonl", b'"just text"\n', "error", "no text", "str just text"),
         ("a.jsonl", b'{"text": null}\n', "error", "null text", "no value"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', "error", "encoding", "byte 27"),
-        ("a.jsonl", b'{"text": "' + b"words " * 9 + b'\\ud83d"}\n', "warning", "half characters", "1 lone"),
-        ("a.txt", "lost \ufffd ".encode() * 9, "warning", "lost characters", "9 x U+FFFD"),
+        ("a.jsonl", b'{"text": "' + b"words " * 9 + b'\\ud83d"}\n', "warning", "lone surrogates", "1 lone"),
+        ("a.txt", "lost \ufffd ".encode() * 9, "warning", "replacement characters", "9 x U+FFFD"),
         ("a.txt", ("words " * 9).encode("utf-16"), "error", "encoding", "byte 0"),
         ("a.txt", ("words " * 9).encode("utf-16-le"), "error", "encoding", "byte 1"),
         ("a.parquet", b"PAR1 nonsense", "error", "damaged", "arquet"),
@@ -149,14 +149,14 @@ def test_unreadable_files_are_named_beside_other_problems(tmp_path, monkeypatch)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(PROSE.format(name) * 2000)
     (tmp_path / "c.jsonl").write_text("{oops\n")
-    whole = user_files.whole
+    read_bytes = decoding.read_bytes
 
     def refuse(path):
         if path.name == "a.txt":
             raise PermissionError(13, "Permission denied")
-        return whole(path)
+        return read_bytes(path)
 
-    monkeypatch.setattr("lib.tasks.text.raw.whole", refuse)
+    monkeypatch.setattr("lib.tasks.text.raw.read_bytes", refuse)
     documents, problems = checked(tmp_path)
     assert sorted(p.kind for p in problems) == ["not JSON", "unreadable"] and len(documents) == 1
 
@@ -167,13 +167,13 @@ def test_squeezing_equals_its_plain_meaning(text):
     assert squeeze(text) == re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def test_the_digest_of_a_text_minds_words_only(monkeypatch):
+def test_the_digest_of_a_text_ignores_white_space(monkeypatch):
     module = sys.modules["lib.tasks.text.check"]
     text = "one two\n\nthree  four five\n" * 50
-    whole = module.digest(text)
-    assert whole[1] == len(" ".join(text.split())) and module.digest(text.replace(" ", "  ")) == whole
-    monkeypatch.setattr(module, "_PIECE", 7)
-    assert module.digest(text) == whole
+    whole = module.text_digest(text)
+    assert whole[1] == len(" ".join(text.split())) and module.text_digest(text.replace(" ", "  ")) == whole
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    assert module.text_digest(text) == whole
 
 
 @pytest.mark.parametrize("name", ["nothing.txt", "folder", "a.docx", "a.txt.xz"])

@@ -1,4 +1,4 @@
-"""Files of users: found in folders and behind links, unpacked, their encodings named, cut into rows, nothing lost in silence."""
+"""Files of users: found, decompressed, decoded and cut into rows. Every fault is named."""
 
 import csv
 import gzip
@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import user_files
 from lib.config import load_config
 from lib.errors import BadConfig, MissingInput
 from lib.evaluation.infilling import read_infill_file
@@ -24,7 +23,11 @@ from lib.evaluation.starts import starting_ids
 from lib.tasks import Document, Problem
 from lib.tasks.text import check, sources
 from lib.tokenization import decode_batch, train_tokenizer
-from lib.user_files import decoded, kind_of, mended, not_utf8, rows, wide_encoding
+from lib.user_files import decoding
+from lib.user_files.decoding import HEAD_BYTES, clean_text, decode, utf8_fault, wide_encoding
+from lib.user_files.faults import kind_of
+from lib.user_files.folders import find_files
+from lib.user_files.rows import read_rows
 
 PROSE = "A sentence that is long enough to stand on its own as a paragraph, number {}.\n\n"
 NOVEL = "".join(PROSE.format(i) for i in range(2000))
@@ -143,7 +146,7 @@ def test_files_of_a_folder_that_can_only_be_listed_are_named(far, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", refuse)
         patch.setattr(os, "lstat", refuse)
-        found = user_files.find_files(far)
+        found = find_files(far)
     assert [p.name for p in found.files] == ["one.txt"]
     assert [(p.name, fault.kind, fault.severity) for p, fault in found.faults] == [
         ("two.txt", "unreadable", "error")
@@ -153,7 +156,7 @@ def test_files_of_a_folder_that_can_only_be_listed_are_named(far, monkeypatch):
 def test_a_path_that_is_a_dead_link_or_a_pipe_is_said_to_be_one(tmp_path):
     (tmp_path / "a.txt").symlink_to("gone.txt")
     os.mkfifo(tmp_path / "b.txt")
-    with pytest.raises(MissingInput, match=r"a\.txt is a link to gone\.txt, which is not there"):
+    with pytest.raises(MissingInput, match=r"a\.txt is a link to gone\.txt, which does not exist"):
         sources(config_of(tmp_path / "a.txt"))
     with pytest.raises(MissingInput, match=r"b\.txt is a socket, pipe or device"):
         sources(config_of(tmp_path / "b.txt"))
@@ -172,7 +175,7 @@ def test_hidden_files_and_folders_are_named_and_not_read(far):
 
 @pytest.mark.parametrize("mark", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x1f", "\x85"])
 def test_control_characters_that_part_words_become_white_space(mark):
-    text, faults = mended(f"Page 0 ends here{mark}New page starts\x07")
+    text, faults = clean_text(f"Page 0 ends here{mark}New page starts\x07")
     white = " " if mark == "\x1f" else "\n"
     assert text == f"Page 0 ends here{white}New page starts"
     assert [(f.kind, f.found, f.advice) for f in faults] == [
@@ -185,10 +188,10 @@ def test_every_character_that_python_takes_for_space_still_is_one():
     """No two words are ever glued: U+2028 and the like stay as they are."""
     for code in range(0x3001):
         if chr(code).isspace():
-            text, _ = mended(f"a{chr(code)}b")
+            text, _ = clean_text(f"a{chr(code)}b")
             assert len(text.split()) == 2, hex(code)
-    assert mended("a\u2028b\u2029c") == ("a\u2028b\u2029c", [])
-    assert mended("a\r\nb\rc")[0] == "a\nb\nc"
+    assert clean_text("a\u2028b\u2029c") == ("a\u2028b\u2029c", [])
+    assert clean_text("a\r\nb\rc")[0] == "a\nb\nc"
 
 
 def test_pages_of_a_file_stay_apart(tmp_path):
@@ -198,7 +201,7 @@ def test_pages_of_a_file_stay_apart(tmp_path):
     assert problems[0].found == "39: U+000C" and problems[0].advice == "they became white space"
 
 
-def test_gaps_and_prompts_are_mended_as_the_data_is(tmp_path):
+def test_gaps_and_prompts_are_cleaned_as_the_data_is(tmp_path):
     data = "one line\nand another\nmore\n"
     tokenizer = train_tokenizer("character", [data], 0)
     table = {"id": ["a\r"], "text": ["one line\r\nand [MASK]nother\x0cmore"], "target": ["one line\r\nand another\x0cmore"]}  # fmt: skip
@@ -222,7 +225,7 @@ def test_wide_encodings_are_called_by_their_names(text, name):
     data = text.encode(name)
     for head in (data, data[: len(data) // 2 + 1]):  # as the first bytes of a longer file, cut anywhere
         assert wide_encoding(head) == name
-    found, fault = decoded(data)
+    found, fault = decode(data)
     assert found is None and fault is not None and fault.kind == "encoding"
     assert f"`iconv -f {name} -t utf-8`" in fault.advice
 
@@ -270,7 +273,7 @@ def test_files_without_a_mark_are_named_too_where_they_have_rows(tmp_path):
 def test_eight_bit_encodings_are_told_apart(data, words):
     with pytest.raises(UnicodeDecodeError) as error:
         data.decode("utf-8")
-    assert words in not_utf8(error.value).advice
+    assert words in utf8_fault(error.value).advice
 
 
 @pytest.mark.parametrize(
@@ -278,7 +281,7 @@ def test_eight_bit_encodings_are_told_apart(data, words):
     [(gzip.compress(b"x", mtime=0), ".gz"), (b"%PDF-1.7 x", "text"), (b"PK\x03\x04x", "text"), (b"PAR1\x15\x04", ".parquet")],
 )  # fmt: skip
 def test_files_of_other_formats_are_called_by_their_names(data, words):
-    text, fault = decoded(data)
+    text, fault = decode(data)
     assert text is None and fault is not None and fault.kind == "binary" and words in fault.advice
 
 
@@ -315,7 +318,7 @@ FORMS = {
 def test_rows_of_every_form_are_the_records(tmp_path, name, packed):
     path = tmp_path / (name + ".gz" if packed else name)
     path.write_bytes(gzip.compress(FORMS[name]) if packed else FORMS[name])
-    found = list(rows(path, {"text": "data.text_key", "id": "data.id_key"}))
+    found = list(read_rows(path, {"text": "data.text_key", "id": "data.id_key"}))
     assert [row.value for row in found] == RECORDS and all(row.fault is None for row in found)
     assert len({row.location for row in found}) == len(found)
     documents, _ = checked(path, id_key="id", deduplicate="none")
@@ -324,7 +327,7 @@ def test_rows_of_every_form_are_the_records(tmp_path, name, packed):
 
 def test_parquet_is_read_as_the_other_forms(tmp_path):
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
-    assert [r.value for r in rows(tmp_path / "a.parquet")] == RECORDS
+    assert [r.value for r in read_rows(tmp_path / "a.parquet")] == RECORDS
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
     assert kind_of(tmp_path / "a.parquet.gz") == ""
     _, problems = checked(tmp_path)
@@ -339,7 +342,7 @@ def test_a_packed_text_is_read_and_named_by_its_stem(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.gz", "a.json.gz"])
-def test_damaged_packed_files_are_named_and_what_stood_before_is_kept(tmp_path, name):
+def test_damaged_compressed_files_are_named_and_earlier_texts_are_kept(tmp_path, name):
     (tmp_path / "whole.txt").write_text(NOVEL)
     form = NOVEL.encode() if name == "a.txt.gz" else FORMS[name.removesuffix(".gz")]
     for data in (gzip.compress(form)[:-20], gzip.compress(form)[:40] + b"x" * 60, b"no gzip"):
@@ -349,8 +352,8 @@ def test_damaged_packed_files_are_named_and_what_stood_before_is_kept(tmp_path, 
         assert documents[-1].document_id == "whole"
 
 
-def test_what_is_packed_is_never_unpacked_beyond_its_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(user_files, "LONGEST", 2**20)
+def test_a_compressed_file_is_never_decompressed_beyond_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_BYTES", 2**20)
     bomb = gzip.compress(b"word " * 2**22)  # 20 MB
     record = gzip.compress(b'{"text": "' + b"word " * 2**22 + b'"}\n')
     for name, data in (("a.txt.gz", bomb), ("b.jsonl.gz", record), ("c.csv.gz", gzip.compress(b"text\n") + bomb), ("d.json.gz", record)):  # fmt: skip
@@ -364,7 +367,7 @@ def test_what_is_packed_is_never_unpacked_beyond_its_limit(tmp_path, monkeypatch
     with gzip.open(tmp_path / "many.jsonl.gz", "wt") as file:  # rows may be as many as they like
         for i in range(3000):
             file.write(json.dumps({"text": f"{i} " + "word " * 100}) + "\n")
-    assert sum(row.fault is None for row in rows(tmp_path / "many.jsonl.gz")) == 3000
+    assert sum(row.fault is None for row in read_rows(tmp_path / "many.jsonl.gz")) == 3000
 
 
 @pytest.mark.parametrize(
@@ -390,9 +393,9 @@ def test_each_fault_of_a_table_of_text_is_named(tmp_path, content, kind, found):
 
 def test_a_wrong_byte_far_in_a_table_is_counted_from_the_start_of_the_file(tmp_path):
     text = "text\n" + ("é" * 41 + "\r\n") * 1000  # pieces of the file end in mid-character
-    assert (user_files.HEAD - 5) % 84 % 2 and user_files.HEAD < len(text.encode()) < 2 * user_files.HEAD
+    assert (HEAD_BYTES - 5) % 84 % 2 and HEAD_BYTES < len(text.encode()) < 2 * HEAD_BYTES
     (tmp_path / "a.csv").write_bytes(text.encode() + b"caf\xe9\n")
-    found = list(rows(tmp_path / "a.csv"))
+    found = list(read_rows(tmp_path / "a.csv"))
     assert found[-1].fault is not None and f"byte {len(text.encode()) + 3}:" in found[-1].fault.found
     assert sum(row.fault is None for row in found) > 800
 
@@ -424,7 +427,7 @@ def test_any_text_comes_back_from_a_table_as_it_was(tmp_path_factory, records):
     writer.writeheader()
     writer.writerows({"number": i, **record} for i, record in enumerate(records))
     path.write_text(file.getvalue(), encoding="utf-8", newline="")
-    assert [row.value["text"] for row in rows(path)] == [record["text"] for record in records]
+    assert [row.value["text"] for row in read_rows(path)] == [record["text"] for record in records]
 
 
 # ------------------------------------------------------------------------------------------------ rows left out

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from lib.errors import BadData
 from lib.tokenization import UNK, encode_batch, encode_with_masks
-from lib.user_files import mended
+from lib.user_files.decoding import clean_text
 
 MAX_LISTED = 20  # problems in one message
 UNKNOWN = -1  # stands for the target's token in rows without a target
@@ -100,7 +100,7 @@ def _columns(path: Path) -> tuple[list[str], list[str], list[str | None]]:
                 f"sampler.infill_file: {path}, column {name} is {table[name].type}, not text"
             ) from None
         if name != "id":  # as in the data: line ends become line feeds, other white space becomes spaces
-            columns[name] = [None if value is None else mended(value)[0] for value in columns[name]]
+            columns[name] = [None if value is None else clean_text(value)[0] for value in columns[name]]
         if name != "target" and None in columns[name]:
             raise BadData(
                 f"sampler.infill_file: {path}, column {name}: row {columns[name].index(None)} is empty"

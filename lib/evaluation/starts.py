@@ -11,8 +11,8 @@ from lib.diffusion.blocks import blocks_of
 from lib.errors import BadConfig, BadData
 from lib.evaluation.infilling import UNKNOWN, Start, read_infill_file
 from lib.sections.sampler import SamplerConfig
-from lib.tokenization import UNK, encode_with_masks, outside
-from lib.user_files import mended
+from lib.tokenization import UNK, describe_unknown, encode_with_masks
+from lib.user_files.decoding import clean_text
 
 MAX_LISTED = 10  # row names in one message
 
@@ -66,10 +66,10 @@ def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.nd
 
 def _encode(tokenizer: Any, name: str, text: str) -> np.ndarray:
     """(T,) ids of the text of `sampler.<name>`, with a mask for each [MASK]. Line ends are read as in the data."""
-    text, _ = mended(text)
+    text, _ = clean_text(text)
     (ids,) = encode_with_masks(tokenizer, [text], "unk")
     if (ids == UNK).any():
-        unknown = outside(tokenizer, text.split("[MASK]"))
+        unknown = describe_unknown(tokenizer, text.split("[MASK]"))
         raise BadConfig(f"sampler.{name}: {unknown}; the generator has never seen them: write it without")
     return ids.astype(np.int64)
 

@@ -18,7 +18,7 @@ from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models import families as families  # makes our own backbones known to the Auto classes
 from lib.models.backbones import TRUNK_FILE, require_model_files
-from lib.outside import encoder_source, not_had
+from lib.outside import encoder_not_found, encoder_source
 
 transformers_logging.disable_progress_bar()
 
@@ -117,7 +117,7 @@ def _source(name_or_folder: str | Path, revision: str | None) -> dict[str, Any]:
 def _not_had(name: str | Path, error: OSError) -> str:
     if Path(name).is_dir():
         return f"{name} cannot be read as an encoder: {str(error).strip().splitlines()[0]}"
-    return not_had(name, error)
+    return encoder_not_found(name, error)
 
 
 def with_lora(

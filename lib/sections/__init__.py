@@ -1,1 +1,1 @@
-"""The sections of the config: every knob's name, type and limits. How files are merged into one is `lib.config`'s."""
+"""The sections of the config: name, type and limits of every setting. lib/config.py merges the files."""

@@ -1,4 +1,4 @@
-"""What every section of the config is made of."""
+"""The base class of all sections of the config, and types that they share."""
 
 import os
 from typing import Annotated
@@ -18,12 +18,14 @@ AboveZero = Annotated[float, Field(gt=0)]
 def _user_path(text: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError:  # no manifest could hold it
-        raise ValueError("the path is not UTF-8; rename the file, or give the folder that holds it") from None
+    except UnicodeEncodeError:  # a manifest cannot hold such a path
+        raise ValueError(
+            "the path is not UTF-8; rename the file, or give the folder that contains it"
+        ) from None
     return os.path.expanduser(text)
 
 
-# A path, or a name that stands for one; ~ is the home
+# A path or, for some settings, a name; ~ is the home folder
 UserPath = Annotated[str, AfterValidator(_user_path)]
 
 

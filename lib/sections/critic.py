@@ -1,4 +1,4 @@
-"""The critic, and reinforcement learning of the ranker."""
+"""The critic, and reinforcement learning (PPO) of the ranker."""
 
 from typing import Literal
 

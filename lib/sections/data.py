@@ -1,4 +1,4 @@
-"""Texts, tokens, candidates, labels and rewards: what the stages to 03 make the data from."""
+"""Data, tokenizer, candidates, stream, labels and rewards: the settings of stages 00 to 03."""
 
 import itertools
 from typing import Annotated, Literal
@@ -30,7 +30,7 @@ class DataConfig(Section):
         if abs(sum(self.fractions.values()) - 1) > 1e-6:
             raise ValueError(f"fractions {self.fractions} must add up to 1")
         if self.fractions.get("train", 0) <= 0 or self.fractions.get("held_out", 0) <= 0:
-            raise ValueError("fractions of train and held_out must be above 0")
+            raise ValueError("the fractions of train and held_out must be above 0")
         if self.block_characters < self.passage_characters:
             raise ValueError(
                 f"block_characters ({self.block_characters}) must be at least passage_characters "
@@ -67,7 +67,9 @@ class CandidatesConfig(Section):
         if low > high:
             raise ValueError(f"mask_ratio {list(self.mask_ratio)} must be [low, high] with low <= high")
         if self.source == "original_only" and self.per_example != 1:
-            raise ValueError("source original_only has one candidate: set candidates.per_example to 1")
+            raise ValueError(
+                "source original_only gives one candidate per example: set candidates.per_example to 1"
+            )
         return self
 
 
@@ -93,7 +95,7 @@ class RewardWeights(Section):
     @model_validator(mode="after")
     def _check(self):
         if sum(self.model_dump().values()) <= 0:
-            raise ValueError("one of the weights must be above 0")
+            raise ValueError("at least one of the weights must be above 0")
         return self
 
 
@@ -108,7 +110,9 @@ class RewardsConfig(Section):
         if len(points) < 2 or xs[0] != 0 or xs[-1] != 1:
             raise ValueError("curve needs points from x = 0 to x = 1, such as [[0, 1], [1, 0]]")
         if any(b <= a for a, b in itertools.pairwise(xs)):
-            raise ValueError("the x of curve must rise from point to point")
+            raise ValueError("the x values of curve must increase from point to point")
         if any(b > a for a, b in itertools.pairwise(ys)):
-            raise ValueError("curve must not rise: more synthetic text is never worth more")
+            raise ValueError(
+                "the y values of curve must not increase: more synthetic tokens cannot give a higher reward"
+            )
         return points

@@ -1,4 +1,4 @@
-"""Pools of candidate programs, and the ranker that chooses from them."""
+"""FinQA: pools of candidate programs, and the ranker that chooses from them."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative,
 
 
 class ChangesConfig(Section):
-    """Weights of the ways to change a gold program."""
+    """Relative weights of the methods that change a gold program."""
 
     chain: NonNegative
     masked_lm: NonNegative

@@ -1,4 +1,4 @@
-"""Models of stage 04: shape, training, and what each is for."""
+"""The models of stage 04: architecture, training and mode."""
 
 from typing import Annotated, Literal
 
@@ -30,12 +30,12 @@ class ArchitectureConfig(Section):
     def _check(self):
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of 2 x num_attention_heads ({2 * self.num_attention_heads}): RoPE turns pairs"
+                f"hidden_size ({self.hidden_size}) must be a multiple of 2 x num_attention_heads ({2 * self.num_attention_heads}): RoPE rotates pairs of dimensions"
             )
         if self.family == "ltg_bert" and self.context <= self.position_buckets // 2:
             raise ValueError(
-                f"context ({self.context}) must exceed half of position_buckets ({self.position_buckets}): "
-                "nearer distances have a bucket each"
+                f"context ({self.context}) must exceed half of position_buckets ({self.position_buckets}), since each "
+                "distance below that has its own bucket"
             )
         return self
 
@@ -67,11 +67,11 @@ class TrainingConfig(Section):
             raise ValueError("warmup_fraction + decay_fraction must not exceed 1")
         if self.unfreeze_at_step is not None and not self.freeze_backbone:
             raise ValueError(
-                "unfreeze_at_step without freeze_backbone: true has no effect; set both or neither"
+                "unfreeze_at_step has no effect without freeze_backbone: true; set both or neither"
             )
         if self.unfreeze_at_step is not None and not 0 < self.unfreeze_at_step < self.steps:
             raise ValueError(
-                "unfreeze_at_step must lie between 0 and steps; leave it out to keep the backbone frozen"
+                "unfreeze_at_step must be between 0 and steps; set it to null to keep the backbone frozen"
             )
         return self
 
@@ -101,7 +101,7 @@ class MaskRatioModifier(_Limited):
 
 
 class JudgeModifier(_Limited):
-    """`model`: folder of a trained sequence scorer. Its weights count from start_step until before stop_step."""
+    """Weights by the score of a trained sequence scorer, whose folder is `model`. Active in [start_step, stop_step)."""
 
     model: UserPath
     exponent: AboveZero = 1.0
@@ -129,7 +129,7 @@ class ModifiersConfig(Section):
 
 
 class ModelSpec(Section):
-    """One named model of stage 04. `architecture` and `training` in YAML state only what differs."""
+    """One named model of stage 04. In YAML, `architecture` and `training` state only differences from the top level."""
 
     mode: Literal["language_model", "token_classifier", "sequence_scorer", "ranker"]
     attention: Literal["bidirectional", "causal"] = "bidirectional"
@@ -151,19 +151,19 @@ class ModelSpec(Section):
     @model_validator(mode="after")
     def _check(self):
         if self.modifiers.any and (self.mode != "language_model" or self.attention == "causal"):
-            what = "a causal one" if self.mode == "language_model" else self.mode
+            what = "a causal language model" if self.mode == "language_model" else f"a {self.mode}"
             raise ValueError(
-                f"modifiers are for the losses of masked language models, and this is {what}: leave them out"
+                f"modifiers change the loss of masked language models, and this is {what}: remove them"
             )
         if self.training.freeze_backbone and self.start == "scratch":
             raise ValueError(
-                "training.freeze_backbone with start: scratch would keep random weights; give the model a start"
+                "training.freeze_backbone with start: scratch would keep random weights; set start to a trained model"
             )
         return self
 
     @property
     def effective_attention(self) -> str:
-        """Token classifiers and sequence scorers always read both ways."""
+        """The attention that is used: token classifiers and sequence scorers are always bidirectional."""
         return "bidirectional" if self.mode in ("token_classifier", "sequence_scorer") else self.attention
 
 

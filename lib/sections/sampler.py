@@ -1,4 +1,4 @@
-"""Sampling and its policies."""
+"""Sampling and its re-masking policies."""
 
 from typing import Annotated, Literal
 
@@ -53,27 +53,27 @@ class SamplerConfig(Section):
     def _known(cls, names):
         for name in (names,) if isinstance(names, str) else names:
             if name not in POLICIES:
-                raise ValueError(f"no policy '{name}'{did_you_mean(name, POLICIES)}")
+                raise ValueError(f"unknown policy '{name}'{did_you_mean(name, POLICIES)}")
         return names
 
     @field_validator("policies", "nfe")
     @classmethod
     def _once(cls, values):
-        if again := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        if repeated := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
             raise ValueError(
-                f"{', '.join(map(str, again))} more than once; each sample is written once per value"
+                f"{', '.join(map(str, repeated))} more than once; each value gives one set of samples"
             )
         return values
 
     @model_validator(mode="after")
     def _check(self):
         if self.schedule == "custom" and not self.masking_ratios:
-            raise ValueError("schedule custom needs masking_ratios, one for each round after the first")
+            raise ValueError("schedule custom needs masking_ratios, one for each step after the first")
         if self.schedule != "custom" and self.masking_ratios:
-            raise ValueError(f"masking_ratios is for schedule custom; the schedule here is {self.schedule}")
+            raise ValueError(f"masking_ratios needs schedule custom, but the schedule is {self.schedule}")
         if bool(self.prompt) + bool(self.infill) + bool(self.infill_file) > 1:
             raise ValueError(
-                "give one of prompt (continue it), infill (fill its [MASK]s) and infill_file, not several"
+                "give only one of prompt (to continue), infill (to fill its [MASK]s) and infill_file"
             )
         self._check_policies()
         return self
@@ -82,14 +82,10 @@ class SamplerConfig(Section):
         used = [*self.policies, *([self.best_of_policy] if self.best_of > 1 else [])]
         if self.schedule == "threshold" and (others := [n for n in used if n not in WITH_ERROR_VIEW]):
             raise ValueError(
-                f"schedule threshold asks the policy how likely each token is an error; {', '.join(others)} cannot "
-                f"say; policies that can: {', '.join(WITH_ERROR_VIEW)}"
+                f"schedule threshold needs policies that estimate how likely each token is an error; "
+                f"{', '.join(others)} cannot. Policies that can: {', '.join(WITH_ERROR_VIEW)}"
             )
         if self.best_of > 1 and self.best_of_policy == "oracle":
-            raise ValueError(
-                "best_of chooses where the right text is not known; best_of_policy cannot be oracle"
-            )
+            raise ValueError("best_of chooses without the true text, so best_of_policy cannot be oracle")
         if "oracle" in used and not self.infill_file:
-            raise ValueError(
-                "the policy oracle must know the right text: give infill_file with a column target"
-            )
+            raise ValueError("the policy oracle needs the true text: give infill_file with a column target")

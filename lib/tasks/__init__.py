@@ -1,22 +1,22 @@
-"""Tasks: all that stages 00 to 03 need to know about a kind of data. Stages 04 to 06 know no task.
+"""Tasks: everything that is specific to a kind of data, for stages 00 to 03. Stages 04 to 06 are the same for all tasks.
 
-A task is one module, `lib/tasks/<name>.py` or a package of that name, chosen by `task: <name>` in the config.
-It has these functions:
+A task is one module, `lib/tasks/<name>.py` or a package of that name. `task: <name>` in the config selects it. It has
+these functions:
 
-    sources(config)                    -> the files it reads, for hashing
-    check(config)                      -> Document | Problem, one after the other          (stage 00)
-    prepare(config, documents)         -> Example | Dropped, one after the other           (stage 01);
-                                          documents can be gone over more than once
+    sources(config)                    -> the files that it reads, for hashing
+    check(config)                      -> iterator of Document | Problem                   (stage 00)
+    prepare(config, documents)         -> iterator of Example | Dropped                    (stage 01);
+                                          `documents` can be iterated over several times
     candidates(examples, context)      -> a table of schema.CANDIDATES for these examples  (stage 02)
     rewards(config, candidates)        -> (rewards in [0, 1], {name of term: values})      (stage 03)
 
 and may have these:
 
-    plan_candidates(tables, context)   -> what `candidates` needs to know of all examples first, kept in `context.plan`;
-                                          the tables can be gone over more than once
-    review_candidates(context)         -> (figures for the manifest, table of schema.BASELINES or None), when all are made;
-                                          raises BadData when they must not be used
-    explain(row)                       -> a few words about one result row, for the report
+    plan_candidates(tables, context)   -> data about all examples for `candidates`, stored in `context.plan`;
+                                          the tables can be iterated over several times
+    review_candidates(context)         -> (figures for the manifest, table of schema.BASELINES or None), called after the
+                                          last candidate; raises BadData if the candidates must not be used
+    explain(row)                       -> a short explanation of one result row, for the report
 """
 
 import importlib
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
     from lib.synthetic import MaskedLMEngine
 
-SHORTENED = "part of the prompt"  # tag of an example whose prompt was too long to be kept whole
+SHORTENED = "part of the prompt"  # tag of an example whose prompt was shortened
 REQUIRED = ("sources", "check", "prepare", "candidates", "rewards")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One thing as it came: a text, or a record as JSON."""
+    """One document of the raw data: a text, or a record as JSON."""
 
     document_id: str
     content: str
@@ -53,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in the raw data. `error`: training would be wrong; `warning`: left out or mended."""
+    """A problem in the raw data. `severity` is error if training would be wrong; warning if it was left out or corrected."""
 
     severity: str
     kind: str
@@ -66,10 +66,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn from; see schema.EXAMPLES for the columns.
+    """One example; see schema.EXAMPLES for the columns.
 
-    `split`: train; selection, which chooses the best step of every model and must not be empty; held_out, which is
-    reported; or another of schema.EXAMPLES. A group lies in one split as a whole.
+    `split` is one of those in schema.EXAMPLES. `train` is learned; `selection` chooses the best step of every model and must
+    not be empty; `held_out` is reported. A group is never divided between splits.
     """
 
     example_id: str
@@ -84,7 +84,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What `prepare` left out, and why: kept, so that nothing vanishes."""
+    """Something that `prepare` left out, with the reason."""
 
     example_id: str
     reason: str
@@ -93,11 +93,14 @@ class Dropped:
 
 @dataclass
 class CandidateContext:
-    """What stage 02 lends a task: the tokenizer, keyed noise, and masked LMs where the config asks for them.
+    """What stage 02 provides to a task.
 
-    `engines` holds one masked LM, or one per fold when cross-fitting; it is empty for other sources. `dropped` takes
-    the examples for which there are no candidates, with the reason; `counts` takes what a person should know of the
-    others, for the manifest. Of another `draw` the same examples get other candidates.
+    Attributes:
+        engines: masked LMs if the config asks for them: one, or one per fold when cross-fitting.
+        plan: what the task's `plan_candidates` returned.
+        dropped: the task adds examples without candidates here, with the reason.
+        draw: another number gives the same examples other candidates.
+        counts: the task adds figures for the manifest here.
     """
 
     config: Config
@@ -110,7 +113,7 @@ class CandidateContext:
 
     @property
     def seed(self) -> int:
-        """What all noise is keyed by."""
+        """The seed of all random draws."""
         seed = self.config.seed
         return randomness.key(seed, "draw", self.draw) if self.draw else seed
 
@@ -119,7 +122,7 @@ class CandidateContext:
 
     @cached_property
     def same_tokenizer(self) -> bool:
-        """Whether the masked LM reads the run's own tokens."""
+        """Whether the masked LM has the vocabulary of the run's tokenizer."""
         return bool(self.engines) and self.engines[0].tokenizer.get_vocab() == self.tokenizer.get_vocab()
 
     def draw_mask(
@@ -129,9 +132,9 @@ class CandidateContext:
         rows: "np.ndarray",
         ends: "Callable[[], np.ndarray]",
     ) -> "np.ndarray":
-        """(B, T) bool: the share `ratio[b]` of each row's eligible tokens, by the configured kind of masking.
+        """(B, T) bool, the tokens to mask: a fraction `ratio[b]` of the eligible tokens of row b, by candidates.masking.
 
-        `ends`: () -> (B, T) bool, the tokens that end a line; asked only for masking by lines.
+        `ends`: () -> (B, T) bool, the tokens that end a line; called only for masking by lines.
         """
         from lib.diffusion.masking import draw_mask, line_numbers, masked_counts
 
@@ -143,25 +146,25 @@ class CandidateContext:
 
     @cached_property
     def newline_ids(self) -> "np.ndarray":
-        """The run's own tokens that end a line."""
+        """Ids of the tokens that end a line, in the run's tokenizer."""
         from lib.tokenization import newline_ids
 
         return newline_ids(self.tokenizer)
 
     def fold_of(self, groups: list[str], splits: list[str]) -> "np.ndarray":
-        """(N,) which engine rewrites each example: one that did not train on its group."""
+        """(N,) index of the engine that rewrites each example: one that was not trained on its group."""
         import numpy as np
 
         folds = len(self.engines)
-        inside = [
+        engine_of = [
             cross_fit_fold(self.config.seed, g, folds) if s == "train" else 0
             for g, s in zip(groups, splits, strict=True)
         ]
-        return np.asarray(inside)
+        return np.asarray(engine_of)
 
 
 def cross_fit_fold(seed: int, group: str, folds: int) -> int:
-    """The fold of a group; the generator of fold f does not train on the groups of fold f."""
+    """The fold of a group. The generator of fold f is not trained on the groups of fold f."""
     return int(randomness.hash_fraction(seed, "fold", group) * folds) if folds > 1 else 0
 
 
@@ -174,6 +177,6 @@ def get_task(name: str) -> ModuleType:
     missing = [f for f in REQUIRED if not callable(getattr(module, f, None))]
     if missing:
         raise BadConfig(
-            f"lib/tasks/{name} lacks {', '.join(missing)}; lib/tasks/__init__.py says what a task has"
+            f"lib/tasks/{name} lacks {', '.join(missing)}; lib/tasks/__init__.py lists the functions of a task"
         )
     return module

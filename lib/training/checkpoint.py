@@ -83,7 +83,7 @@ def check_fingerprint(
     """
     differing = [f"{k}: {saved.get(k)} -> {now[k]}" for k in now if k != "code" and saved.get(k) != now[k]]
     if changed := code_version.changed_files(saved.get("code", {}), now.get("code", {})):
-        differing.append(f"changed code: {code_version.shown(changed)}")
+        differing.append(f"changed code: {code_version.name_files(changed)}")
     if differing and not allow_inexact:
         raise BadConfig(
             f"{label} was started in another environment ({'; '.join(differing)}), so continuing would not give the same "

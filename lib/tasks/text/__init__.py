@@ -1,4 +1,4 @@
-"""Text: passages of documents are learned, rewritten by a masked LM, and rewarded for being untouched."""
+"""The task `text`: passages of documents, rewritten by a masked LM and rewarded for being authentic."""
 
 from lib.tasks.text.check import check
 from lib.tasks.text.passages import prepare

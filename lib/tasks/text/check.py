@@ -1,4 +1,4 @@
-"""Stage 00 for text: every problem of the raw data, and the documents that are fit to learn from."""
+"""Stage 00 for text: the problems of the raw data, and the valid documents."""
 
 import hashlib
 import re
@@ -8,98 +8,99 @@ from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.tasks import Document, Problem
 from lib.tasks.text.raw import RawText, read
-from lib.user_files import Fault, decoded, mended
+from lib.user_files.decoding import clean_text, decode
+from lib.user_files.faults import Fault
 
-# Errors that `data.drop` may turn into warnings: the row, or the file, is left out
+# Errors that `data.drop` may turn into warnings: the row or the file is then left out
 DROPPABLE = ("null text", "not text", "no text", "not JSON", "malformed row", "encoding", "binary", "damaged", "too long",
              "unreadable", "dead link", "no file")  # fmt: skip
 _SPACE = re.compile(r"\s")
-# Each pattern matches only what it changes: one match per word of a long text would cost gigabytes
-_SQUEEZED = (
+# Each pattern matches only what it changes: one match per word of a long text would need gigabytes
+_SQUEEZE_RULES = (
     (re.compile(r"[ \t]{2,}|\t"), " "),
     (re.compile(r" \n ?|\n "), "\n"),
     (re.compile(r"\n{3,}"), "\n\n"),
 )
-_PIECE = 2**20  # characters looked at together where a whole text would be copied
+_CHUNK = 2**20  # characters that `text_digest` copies at a time
 
 
 def check(config: Config) -> Iterator[Document | Problem]:
-    """Documents with their line ends mended, and problems: errors where training would be wrong.
+    """Valid documents with clean line ends, and problems. A problem is an error if training on it would be wrong.
 
-    What `data.drop` names is left out and a warning. Raises BadConfig for a kind that it cannot name.
+    Kinds that `data.drop` names are left out with a warning. Raises BadConfig for a kind that it cannot name.
     """
     drop = frozenset(config.data.drop)
     for kind in sorted(drop - set(DROPPABLE)):
         raise BadConfig(
-            f"data.drop: '{kind}' is no problem that can be dropped{did_you_mean(kind, DROPPABLE)}"
+            f"data.drop: '{kind}' is not a kind of problem that can be dropped{did_you_mean(kind, DROPPABLE)}"
         )
-    seen: dict[bytes, str] = {}  # digest of a text: the document that has it
-    names: dict[str, int] = {}  # how often a name was asked for
-    characters = kept = errors = 0
+    known_texts: dict[bytes, str] = {}  # digest of a text -> the document that has it
+    name_counts: dict[str, int] = {}
+    num_characters = num_documents = num_errors = 0
     for raw in read(config):
         text, faults = _text_of(raw)
         if text is not None and config.data.whitespace == "squeeze":
             text = squeeze(text)
         if text is not None:
-            mark, length = digest(text)
-            fault = _unfit(mark, length, config, seen)
+            digest, length = text_digest(text)
+            fault = _reason_to_drop(digest, length, config, known_texts)
             if fault is None:
-                document_id, fault = _fresh_name(_printable(raw.document_id), names)
-                seen.setdefault(mark, document_id)
-                kept, characters = kept + 1, characters + len(text)
+                document_id, fault = _unique_name(_printable(raw.document_id), name_counts)
+                known_texts.setdefault(digest, document_id)
+                num_documents, num_characters = num_documents + 1, num_characters + len(text)
                 yield Document(document_id, text, _printable(raw.source))
             faults += [fault] if fault is not None else []
-        for fault in (_judged(fault, drop) for fault in faults):
-            errors += fault.severity == "error"
+        for fault in (_with_drop(fault, drop) for fault in faults):
+            num_errors += fault.severity == "error"
             yield _problem(fault, raw.source, raw.location)
-    # With errors, how much text there is shows only when they are mended
-    for fault in [] if errors else _enough(config, characters, kept):
+    # With errors, the amount of text is known only after they are fixed
+    for fault in [] if num_errors else _too_little_text(config, num_characters, num_documents):
         yield _problem(fault, config.data.path, "")
 
 
 def _problem(fault: Fault, source: str, location: str) -> Problem:
     words = (fault.severity, fault.kind, source, location, fault.found, fault.expected, fault.advice)
-    return Problem(*(_printable(w) for w in words))
+    return Problem(*(_printable(word) for word in words))
 
 
 def _printable(text: str) -> str:
-    """File names and keys may hold what UTF-8 cannot: it is shown as an escape."""
+    """The text with escapes for what UTF-8 cannot hold. File names and keys may contain that."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _text_of(raw: RawText) -> tuple[str | None, list[Fault]]:
-    """The text in clean characters and line ends, with what was wrong."""
+    """(clean text, faults). The text is None if there is none."""
     if raw.fault is not None or raw.data is None:
         return None, [raw.fault] if raw.fault is not None else []
     if isinstance(raw.data, str):
-        return mended(raw.data)
-    text, fault = decoded(raw.data)
+        return clean_text(raw.data)
+    text, fault = decode(raw.data)
     faults = [fault] if fault is not None else []
     if text is None:
         return None, faults
-    text, more = mended(text)
+    text, more = clean_text(text)
     return text, faults + more
 
 
-def _judged(fault: Fault, drop: frozenset[str]) -> Fault:
-    """As a warning where the config says that such rows are to be left out."""
+def _with_drop(fault: Fault, drop: frozenset[str]) -> Fault:
+    """The fault as a warning if `data.drop` names its kind."""
     if fault.kind not in drop or fault.severity != "error":
         return fault
     return fault._replace(severity="warning", advice="it is left out; see data.drop")
 
 
 def squeeze(text: str) -> str:
-    """No indentation, one space between words, at most one blank line."""
-    for pattern, replacement in _SQUEEZED:
+    """The text without indentation, with one space between words and at most one blank line."""
+    for pattern, replacement in _SQUEEZE_RULES:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
-def digest(text: str) -> tuple[bytes, int]:
-    """(digest, length) of the text with every run of white space taken as one space, in flat memory."""
+def text_digest(text: str) -> tuple[bytes, int]:
+    """(digest, length) of the text with each run of white space as one space. Memory does not grow with the text."""
     total, length, start = hashlib.blake2b(digest_size=16), 0, 0
     while start < len(text):
-        space = _SPACE.search(text, start + _PIECE)
+        space = _SPACE.search(text, start + _CHUNK)
         end = space.start() if space else len(text)
         words = " ".join(text[start:end].split())
         if words:
@@ -109,46 +110,48 @@ def digest(text: str) -> tuple[bytes, int]:
     return total.digest(), length
 
 
-def _unfit(mark: bytes, length: int, config: Config, seen: dict[bytes, str]) -> Fault | None:
+def _reason_to_drop(
+    digest: bytes, length: int, config: Config, known_texts: dict[bytes, str]
+) -> Fault | None:
     """Why a document of this digest and length is left out; None if it is kept."""
-    least = config.data.min_document_characters
+    min_length = config.data.min_document_characters
     if not length:
         return Fault("empty", "no text", "text", "it is left out", "warning")
-    if length < least:
+    if length < min_length:
         advice = "it is left out; see data.min_document_characters"
-        return Fault("too short", f"{length} characters", f"at least {least}", advice, "warning")
-    if config.data.deduplicate != "none" and mark in seen:
-        found = f"the same text as {seen[mark]}"
+        return Fault("too short", f"{length} characters", f"at least {min_length}", advice, "warning")
+    if config.data.deduplicate != "none" and digest in known_texts:
+        found = f"the same text as {known_texts[digest]}"
         advice = "it is left out; see data.deduplicate"
-        return Fault("duplicate", found, "a text of its own", advice, "warning")
+        return Fault("duplicate", found, "another text", advice, "warning")
     return None
 
 
-def _fresh_name(name: str, names: dict[str, int]) -> tuple[str, Fault | None]:
-    """A name that no other document has, and the fault if it had to be made."""
-    fresh = name
-    while fresh in names:
-        names[name] += 1
-        fresh = f"{name}~{names[name]}"
-    names[fresh] = 1
-    if fresh == name:
-        return fresh, None
-    advice = f"it is called {fresh} here; give unique values in data.id_key"
-    return fresh, Fault("repeated id", name, "a name of its own", advice, "warning")
+def _unique_name(name: str, counts: dict[str, int]) -> tuple[str, Fault | None]:
+    """A name that no other document has, and a warning if it is not the given one."""
+    unique = name
+    while unique in counts:
+        counts[name] += 1
+        unique = f"{name}~{counts[name]}"
+    counts[unique] = 1
+    if unique == name:
+        return unique, None
+    advice = f"it is called {unique} here; give unique values in data.id_key"
+    return unique, Fault("repeated id", name, "a unique name", advice, "warning")
 
 
-def _enough(config: Config, characters: int, documents: int) -> Iterator[Fault]:
-    """Every split with a share must get text."""
+def _too_little_text(config: Config, num_characters: int, num_documents: int) -> Iterator[Fault]:
+    """An error if the text is too little for every split with a share to get some."""
     data = config.data
-    shares = [f for f in data.fractions.values() if f > 0]
+    shares = [fraction for fraction in data.fractions.values() if fraction > 0]
     unit = data.passage_characters if data.split == "contiguous" else data.block_characters
     need = int(2 * unit / min(shares))
     if data.split == "hash" and data.split_unit == "document":
-        if documents < 2 * len(shares):
+        if num_documents < 2 * len(shares):
             expected = f"at least {2 * len(shares)} documents for {len(shares)} splits"
             advice = "set data.split_unit=block, or give more documents"
-            yield Fault("too little text", f"{documents} documents", expected, advice)
-    elif characters < need:
+            yield Fault("too little text", f"{num_documents} documents", expected, advice)
+    elif num_characters < need:
         expected = f"at least {need} for {len(shares)} splits"
         advice = "give more text, or set smaller data.block_characters and data.passage_characters"
-        yield Fault("too little text", f"{characters} characters", expected, advice)
+        yield Fault("too little text", f"{num_characters} characters", expected, advice)

@@ -1,13 +1,13 @@
-"""Stage 01 for text: documents to passages in splits, with nothing repeated across splits.
+"""Stage 01 for text: divide documents into passages and assign them to splits. No text is in two splits.
 
-A document is a string; everything here is a span (start, end) of it. Repeated paragraphs are taken out, what is left
-is cut into blocks, each of one split, and the blocks into passages. A passage `continues` the one before it when it
-starts where that one ended, in the same split.
+All positions are spans (start, end) of the document. Repeated paragraphs are removed. The remaining stretches are cut into
+blocks, each of one split, and the blocks into passages. A passage `continues` the previous one if it starts where that one
+ended, in the same split.
 
-A share of train, `data.selection_fraction`, is the split `selection`, which chooses the best step of every model: with
-hashed splits whole groups by a hash of their own, so that a document more changes no other's split; with contiguous ones
-the end of train, so that train and held_out begin where they always did. However small the data, one group is there,
-or with contiguous splits one passage, if train has more than that.
+The fraction `data.selection_fraction` of train becomes the split `selection`, which chooses the best step of every model.
+With hashed splits, a separate hash selects whole groups, so that a new document changes no other document's split. With
+contiguous splits, `selection` is the end of train, and the borders of train and held_out stay. Even with little data,
+`selection` has at least one group (or one passage, with contiguous splits) if train has more than that.
 """
 
 import hashlib
@@ -22,24 +22,24 @@ from lib.tasks import Document, Dropped, Example
 
 Span = tuple[int, int]
 
-_PARAGRAPH_END = re.compile(r"\n(?:[ \t]*\n)+")  # indentation belongs to the paragraph that follows
+_PARAGRAPH_END = re.compile(r"\n(?:[ \t]*\n)+")  # indentation belongs to the next paragraph
 _SPACE = re.compile(r"\s+")
-FEWEST_REPEATED = 40  # characters; shorter paragraphs, such as headings, may stand twice
+MIN_REPEATED_CHARACTERS = 40  # shorter paragraphs, such as headings, may be repeated
 _ORDER = ("train", "held_out", "reference")
 
 
 def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example | Dropped]:
-    """Passages of every document in order, each with its split and group, and what was left out with the reason.
+    """Passages of every document in order, with their splits and groups, and what was left out with the reason.
 
-    Contiguous splits need the whole length first, hashed ones the first group for selection: `documents` is gone over
-    twice.
+    `documents` is iterated over twice: first for the total length (contiguous splits) or for the threshold of the split
+    `selection` (hashed splits).
     """
     data = config.data
-    assert not isinstance(documents, Iterator), "an iterator can be read once only"
+    assert not isinstance(documents, Iterator), "an iterator can be read only once"
     total = sum(len(d.content) for d in documents) if data.split == "contiguous" else 0
-    drawn = 0.0 if total else _selection_below(config, documents)
-    paragraphs: set[bytes] = set()
-    passages: dict[bytes, str] = {}
+    threshold = 0.0 if total else _selection_threshold(config, documents)
+    paragraphs: set[bytes] = set()  # digests of all paragraphs
+    split_of_passage: dict[bytes, str] = {}  # digest -> split
     offset = 0
     for document in documents:
         text, name = document.content, document.document_id
@@ -49,15 +49,15 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
         number, end_before, split_before = 0, -1, ""
         for block, span in enumerate(s for stretch in stretches for s in _blocks(text, stretch, data)):
             group = _group(name, block, data)
-            for a, b, fits in _passages(text, span, data):
-                if not fits:
+            for a, b, is_passage in _passages(text, span, data):
+                if not is_passage:
                     yield Dropped(
                         f"{name}@{a}", "tail of a paragraph longer than data.passage_characters", text[a:b]
                     )
                     continue
-                split = _contiguous(data, offset + a, total) if total else _hashed(config, group, drawn)
-                if _elsewhere(text[a:b], split, passages, data):
-                    yield Dropped(f"{name}@{a}", "the same passage stands in another split", text[a:b])
+                split = _contiguous(data, offset + a, total) if total else _hashed(config, group, threshold)
+                if _is_in_other_split(text[a:b], split, split_of_passage, data):
+                    yield Dropped(f"{name}@{a}", "the same passage is in another split", text[a:b])
                     continue
                 continues = a == end_before and split == split_before
                 yield Example(
@@ -73,7 +73,7 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
 
 
 def _spans_of_paragraphs(text: str, span: Span) -> Iterator[Span]:
-    """Paragraphs with the blank lines behind them: together they are the whole span."""
+    """Paragraphs with the blank lines after them. Together they cover the whole span."""
     start = span[0]
     for match in _PARAGRAPH_END.finditer(text, *span):
         yield start, match.end()
@@ -82,20 +82,20 @@ def _spans_of_paragraphs(text: str, span: Span) -> Iterator[Span]:
         yield start, span[1]
 
 
-def _without_repeats(text: str, data: DataConfig, seen: set[bytes]) -> tuple[list[Span], list[Span]]:
-    """(stretches of text with nothing left out inside, repeated paragraphs). `seen` holds digests of paragraphs."""
+def _without_repeats(text: str, data: DataConfig, known: set[bytes]) -> tuple[list[Span], list[Span]]:
+    """(stretches of text between repeated paragraphs, repeated paragraphs). `known` has the digests of earlier ones."""
     if data.deduplicate != "paragraph":
         return [(0, len(text))], []
     stretches: list[Span] = []
     repeated: list[Span] = []
     for a, b in _spans_of_paragraphs(text, (0, len(text))):
         normal = _SPACE.sub(" ", text[a:b]).strip()
-        if len(normal) >= FEWEST_REPEATED:
+        if len(normal) >= MIN_REPEATED_CHARACTERS:
             digest = _digest(normal)
-            if digest in seen:
+            if digest in known:
                 repeated.append((a, b))
                 continue
-            seen.add(digest)
+            known.add(digest)
         if stretches and stretches[-1][1] == a:
             stretches[-1] = (stretches[-1][0], b)
         else:
@@ -108,9 +108,9 @@ def _digest(text: str) -> bytes:
 
 
 def _blocks(text: str, stretch: Span, data: DataConfig) -> Iterator[Span]:
-    """Blocks of about `block_characters`, cut at the last paragraph end that fits in their second half.
+    """Blocks of about `block_characters`, cut at the last paragraph end in their second half.
 
-    If none fits, the cut is in mid-text; passages that must start at paragraphs get a longer block instead.
+    If there is none, the cut is inside a paragraph. With `data.passages: paragraph` the block is longer instead.
     """
     start, end = stretch
     size = data.block_characters
@@ -128,7 +128,7 @@ def _blocks(text: str, stretch: Span, data: DataConfig) -> Iterator[Span]:
 
 
 def _paragraph_end(text: str, first: int, limit: int, end: int) -> int:
-    """The last paragraph end in (first, limit], or else the next one, or else the end of the text."""
+    """The last paragraph end in (first, limit]; if there is none, the next one; if there is none, `end`."""
     cut = 0
     for match in _PARAGRAPH_END.finditer(text, first, end):
         if match.end() > limit:
@@ -138,14 +138,13 @@ def _paragraph_end(text: str, first: int, limit: int, end: int) -> int:
 
 
 def _passages(text: str, span: Span, data: DataConfig) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, whether it is a passage) over a block."""
+    """(start, end, whether it is a passage) for all parts of a block."""
     size = data.passage_characters
     if data.passages == "fixed":
         cuts = [*range(span[0], span[1], size), span[1]]
         if len(cuts) > 2 and not text[cuts[-2] : cuts[-1]].strip():
-            cuts[-2] = (
-                cuts[-3] + cuts[-1]
-            ) // 2  # no passage of white space alone: halve the last two together
+            # The last passage would be only white space: divide the last two evenly
+            cuts[-2] = (cuts[-3] + cuts[-1]) // 2
         yield from ((start, end, True) for start, end in itertools.pairwise(cuts))
         return
     begin = end = span[0]
@@ -163,33 +162,35 @@ def _passages(text: str, span: Span, data: DataConfig) -> Iterator[tuple[int, in
         yield begin, end, True
 
 
-def _hashed(config: Config, group: str, drawn: float) -> str:
-    """The split of a group. `drawn`: groups of train whose hash for selection is not above it are taken out of train."""
+def _hashed(config: Config, group: str, threshold: float) -> str:
+    """The split of a group. Groups of train whose selection hash is at most `threshold` are in `selection`."""
     split = _split_at(config.data, randomness.hash_fraction(config.seed, "split", group))
-    return "selection" if split == "train" and _selection_hash(config, group) <= drawn else split
+    return "selection" if split == "train" and _selection_hash(config, group) <= threshold else split
 
 
 def _selection_hash(config: Config, group: str) -> float:
     return randomness.hash_fraction(config.seed, "selection of text", group)
 
 
-def _selection_below(config: Config, documents: Iterable[Document]) -> float:
-    """The hash for selection up to which groups of train are taken: the configured share, or the lowest one that there
-    is when none lies below it. Ends at the first group that does."""
-    data, lowest = config.data, 1.0
+def _selection_threshold(config: Config, documents: Iterable[Document]) -> float:
+    """Groups of train with a selection hash up to this number are in `selection`.
+
+    It is data.selection_fraction if any group has a smaller hash, otherwise the smallest hash.
+    """
+    data, smallest = config.data, 1.0
     paragraphs: set[bytes] = set()
     for document in documents:
         text = document.content
         stretches, _ = _without_repeats(text, data, paragraphs)
         for block, span in enumerate(s for stretch in stretches for s in _blocks(text, stretch, data)):
             group = _group(document.document_id, block, data)
-            if not any(fits for *_, fits in _passages(text, span, data)):
+            if not any(is_passage for *_, is_passage in _passages(text, span, data)):
                 continue
             if _hashed(config, group, -1.0) == "train":
-                lowest = min(lowest, _selection_hash(config, group))
-                if lowest <= data.selection_fraction:
+                smallest = min(smallest, _selection_hash(config, group))
+                if smallest <= data.selection_fraction:
                     return data.selection_fraction
-    return lowest
+    return smallest
 
 
 def _group(document: str, block: int, data: DataConfig) -> str:
@@ -197,30 +198,30 @@ def _group(document: str, block: int, data: DataConfig) -> str:
 
 
 def _contiguous(data: DataConfig, start: int, total: int) -> str:
-    """The split of a passage that starts at a character of all text; the last part of train is for selection."""
+    """The split of a passage by its start in the concatenated text. The last part of train is `selection`."""
     split = _split_at(data, start / total)
     if split != "train":
         return split
     end = data.fractions["train"] * total
-    length = max(data.selection_fraction * end, data.passage_characters)  # one passage starts there at least
+    length = max(data.selection_fraction * end, data.passage_characters)  # at least one passage starts there
     return "selection" if start >= end - length else "train"
 
 
-def _split_at(data: DataConfig, place: float) -> str:
-    """The split at a place in [0, 1) when the splits lie behind each other."""
+def _split_at(data: DataConfig, position: float) -> str:
+    """The split at a position in [0, 1) when the splits follow each other."""
     edge, last = 0.0, "train"
     for split in _ORDER:
         share = data.fractions.get(split, 0.0)
         if share <= 0:
             continue
         edge, last = edge + share, split
-        if place < edge:
+        if position < edge:
             return split
     return last
 
 
-def _elsewhere(passage: str, split: str, seen: dict[bytes, str], data: DataConfig) -> bool:
-    """Whether the same passage was seen in another split. Short ones may be."""
-    if data.deduplicate != "paragraph" or len(passage) < FEWEST_REPEATED:
+def _is_in_other_split(passage: str, split: str, split_of: dict[bytes, str], data: DataConfig) -> bool:
+    """Whether the same passage occurred in another split. Short passages may."""
+    if data.deduplicate != "paragraph" or len(passage) < MIN_REPEATED_CHARACTERS:
         return False
-    return seen.setdefault(_digest(_SPACE.sub(" ", passage).strip()), split) != split
+    return split_of.setdefault(_digest(_SPACE.sub(" ", passage).strip()), split) != split

@@ -1,4 +1,4 @@
-"""Raw text from files: those of `lib.user_files`, a folder of them, or Python's language reference (`builtin`)."""
+"""Raw text from files: those that lib/user_files/ reads, a folder of them, or Python's own documentation (`builtin`)."""
 
 import os
 from collections.abc import Iterator
@@ -8,23 +8,26 @@ from pathlib import Path
 from lib.config import Config
 from lib.errors import MissingInput, did_you_mean
 from lib.sections.data import DataConfig
-from lib.user_files import KINDS_IN_WORDS, Fault, Faulty, Found, find_files, kind_of, rows, whole
+from lib.user_files.decoding import read_bytes
+from lib.user_files.faults import KINDS_IN_WORDS, Fault, UnreadableFile, kind_of
+from lib.user_files.folders import FolderContents, find_files
+from lib.user_files.rows import read_rows
 
 BUILTIN = ("builtin", "builtin_small")
 SMALL_CHARACTERS = 60_000
-PACKED = {
+UNPACK_COMMANDS = {
     ".xz": "unxz --keep",
     ".gz": "gunzip --keep",
     ".zip": "unzip",
     ".bz2": "bunzip2 --keep",
     ".zst": "unzstd",
 }
-SHOWN = 3
+MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
 class RawText:
-    """One text as found, or the fault that stands in its place."""
+    """One text as it was found, or the fault that it has."""
 
     document_id: str
     source: str
@@ -34,7 +37,7 @@ class RawText:
 
 
 def sources(config: Config) -> list[Path]:
-    """The files to be read. Raises MissingInput when there are none. Unreadable ones are left to `read`."""
+    """The files that are read. Raises MissingInput when there are none. Unreadable files are left to `read`."""
     if config.data.path in BUILTIN:
         from pydoc_data import topics
 
@@ -42,64 +45,66 @@ def sources(config: Config) -> list[Path]:
     return [path for path in _find(config).files if os.access(path, os.R_OK)]
 
 
-def _find(config: Config) -> Found:
-    """What data.path holds. Raises MissingInput when there is no file to be read."""
+def _find(config: Config) -> FolderContents:
+    """What data.path holds. Raises MissingInput when there is no file that can be read."""
     path = Path(config.data.path)
     if path.is_dir():
-        found = find_files(path)
-        if not found.files:
-            packed = [_unpacking(p) for p in found.others if p.suffix.lower() in PACKED]
-            faults = [f"{p}: {f.kind}, {f.found}" for p, f in found.faults[:SHOWN] if f.kind != "hidden"]
-            advice = f"; {packed[0]}" if packed else "; give a folder that does, a file, or `builtin`"
-            advice += f" (what else it holds: {'; '.join(faults)})" if faults else ""
+        contents = find_files(path)
+        if not contents.files:
+            packed = [_how_to_unpack(p) for p in contents.others if p.suffix.lower() in UNPACK_COMMANDS]
+            faults = [
+                f"{p}: {f.kind}, {f.found}" for p, f in contents.faults[:MAX_LISTED] if f.kind != "hidden"
+            ]
+            advice = f"; {packed[0]}" if packed else "; give a folder that has some, a file, or `builtin`"
+            advice += f" (it also holds: {'; '.join(faults)})" if faults else ""
             raise MissingInput(f"data.path: the folder {path} holds no {KINDS_IN_WORDS} file{advice}")
-        return found
+        return contents
     if path.is_symlink() and not path.exists():
-        raise MissingInput(f"data.path: {path} is a link to {os.readlink(path)}, which is not there")
+        raise MissingInput(f"data.path: {path} is a link to {os.readlink(path)}, which does not exist")
     if not path.exists():
         raise MissingInput(f"data.path: {path} does not exist; give a file or folder, or `builtin`")
     if not kind_of(path):
-        if path.suffix.lower() in PACKED:
-            raise MissingInput(f"data.path: {_unpacking(path)}")
+        if path.suffix.lower() in UNPACK_COMMANDS:
+            raise MissingInput(f"data.path: {_how_to_unpack(path)}")
         raise MissingInput(
             f"data.path: {path} has the ending '{path.suffix}'; expected one of {KINDS_IN_WORDS}"
         )
     if not path.is_file():
         raise MissingInput(f"data.path: {path} is a socket, pipe or device; give a file")
-    return Found([path])
+    return FolderContents([path])
 
 
-def _unpacking(path: Path) -> str:
-    return f"{path} is packed; unpack it first: {PACKED[path.suffix.lower()]} {path}"
+def _how_to_unpack(path: Path) -> str:
+    return f"{path} is packed; unpack it first: {UNPACK_COMMANDS[path.suffix.lower()]} {path}"
 
 
 def read(config: Config) -> Iterator[RawText]:
-    """Every text of the sources, one at a time."""
+    """Every text of the sources, one at a time, and the faults of files that give no text."""
     data = config.data
     if data.path in BUILTIN:
         yield from _builtin(small=data.path == "builtin_small")
         return
     root = Path(data.path)
-    found = _find(config)
+    contents = _find(config)
     in_folder = root.is_dir()
-    for path in found.files:
+    for path in contents.files:
         name = path.relative_to(root).as_posix() if in_folder else path.name
         name = name[: -len(kind_of(path))] or name
         try:
             for raw in _texts(path, name, data):
                 if in_folder and raw.fault is not None and raw.fault.kind == "no list":
-                    raw = replace(raw, fault=_other_file("JSON that is no list of records"))
+                    raw = replace(raw, fault=_other_file("JSON that is not a list of records"))
                 yield raw
         except OSError as error:
-            advice = "check the file's rights, or take it out of the folder"
-            fault = Fault("unreadable", str(error.strerror or error), "a file to read", advice)
+            advice = "check the file's permissions, or remove it from the folder"
+            fault = Fault("unreadable", str(error.strerror or error), "a file that can be read", advice)
             yield RawText(name, str(path), "", None, fault)
-    for path in found.others:
+    for path in contents.others:
         fault = _other_file(f"the ending '{path.suffix}'")
-        if packing := PACKED.get(path.suffix.lower()):
-            fault = fault._replace(kind="packed", advice=f"{packing} {path}")
+        if command := UNPACK_COMMANDS.get(path.suffix.lower()):
+            fault = fault._replace(kind="packed", advice=f"{command} {path}")
         yield RawText(path.name, str(path), "", None, fault)
-    for path, fault in found.faults:
+    for path, fault in contents.faults:
         yield RawText(path.name, str(path), "", None, fault)
 
 
@@ -122,29 +127,30 @@ def _texts(path: Path, name: str, data: DataConfig) -> Iterator[RawText]:
     """The texts of one file."""
     if kind_of(path).startswith(".txt"):
         try:
-            yield RawText(name, str(path), "", whole(path))
-        except Faulty as faulty:
-            yield RawText(name, str(path), "", None, faulty.fault)
+            yield RawText(name, str(path), "", read_bytes(path))
+        except UnreadableFile as error:
+            yield RawText(name, str(path), "", None, error.fault)
         return
     columns = {data.text_key: "data.text_key"} | ({data.id_key: "data.id_key"} if data.id_key else {})
-    for row in rows(path, columns):
+    for row in read_rows(path, columns):
         raw = RawText(f"{name}-{row.number}", str(path), row.location, None, row.fault)
         yield raw if row.fault is not None else _from_record(row.value, raw, data)
 
 
 def _from_record(record, raw: RawText, data: DataConfig) -> RawText:
+    """`raw` with the text and the id of a record, or with a fault."""
     if not isinstance(record, dict) or data.text_key not in record:
         keys = list(record) if isinstance(record, dict) else []
         found = f"keys {str(keys)[:200]}" if keys else f"{type(record).__name__} {str(record)[:40]}"
-        advice = f"set data.text_key{did_you_mean(data.text_key, keys)}" if keys else "mend or remove it"
+        advice = f"set data.text_key{did_you_mean(data.text_key, keys)}" if keys else "fix or remove it"
         return replace(raw, fault=Fault("no text", found, f"a key '{data.text_key}'", advice))
     text = record[data.text_key]
-    if text is None or text != text:  # NaN is how tables say null
-        advice = "fill it, leave the row out, or set data.drop=[null text]"
+    if text is None or text != text:  # NaN stands for null in tables
+        advice = "give a text, leave the row out, or set data.drop=[null text]"
         return replace(raw, fault=Fault("null text", "no value", f"a string under '{data.text_key}'", advice))
     if not isinstance(text, str):
         found = f"{type(text).__name__} {str(text)[:40]}"
-        advice = "mend the value, leave the row out, or set data.drop=[not text]"
+        advice = "fix the value, leave the row out, or set data.drop=[not text]"
         return replace(raw, fault=Fault("not text", found, f"a string under '{data.text_key}'", advice))
     name = record.get(data.id_key) if data.id_key is not None else None
     return replace(raw, document_id=raw.document_id if name is None else str(name), data=text)

@@ -1,0 +1,177 @@
+"""The inputs of a stage: outputs of earlier stages, checked against their hashes, and files from outside outputs/."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib import durable
+from lib.config import Config
+from lib.errors import BadConfig, BadData, MissingInput
+from lib.outside import HubModel
+from lib.runs import display_path, load_manifest, printable
+from lib.stage.unfinished import config_changes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from lib.schema import TableSchema
+
+
+def upstream_manifest(run_dir: Path, stage_name: str, config: Config, ignores: Iterable[str]) -> dict:
+    """The manifest of an earlier stage.
+
+    Raises:
+        MissingInput: the stage has not finished.
+        BadConfig: it was made with other settings than `config`, those named in `ignores` aside.
+    """
+    where = display_path(run_dir)
+    manifest = load_manifest(run_dir / stage_name)
+    if manifest is None:
+        raise MissingInput(
+            f"{stage_name} has not finished in {where}, and its outputs are needed; "
+            f"run `python {stage_name}.py --run_dir {where}` first, with the same --config"
+        )
+    differing = [
+        change
+        for change in config_changes(manifest["config"], config.slice(manifest["config"]))
+        if change.split(":")[0] not in tuple(ignores)
+    ]
+    if differing:
+        raise BadConfig(
+            f"{stage_name} in {where} was made with another config:\n  "
+            + "\n  ".join(differing)
+            + "\ngive the same --config, --quick_test and --set as before, or use another --run_dir"
+        )
+    return manifest
+
+
+def describe_inputs(upstream: dict[str, dict], files: Iterable[Path | HubModel]) -> dict[str, dict]:
+    """The inputs for the manifest: all outputs of earlier stages, and outside files with their hashes.
+
+    Args:
+        upstream: stage -> its manifest.
+        files: files and folders, named by their content; models of the hub, named by their commit.
+
+    Raises:
+        MissingInput: a file cannot be read.
+    """
+    inputs: dict[str, dict] = {}
+    for stage_name, manifest in upstream.items():
+        for output, record in manifest["outputs"].items():
+            entry = {
+                "stage": stage_name,
+                "path": f"{stage_name}/{record['path']}",
+                "sha256": record["sha256"],
+            }
+            inputs[f"{stage_name}/{output}"] = entry | ({"rows": record["rows"]} if "rows" in record else {})
+    for path in dict.fromkeys(files):
+        if isinstance(path, HubModel):
+            inputs[path.name] = {"path": path.name, "revision": path.commit}
+            continue
+        try:
+            digest = durable.sha256(path)
+        except OSError as error:
+            raise MissingInput(f"{path} cannot be read: {error.strerror}") from None
+        name, full_name = printable(path.name), printable(path)
+        inputs[name if name not in inputs else full_name] = {"path": full_name, "sha256": digest}
+    return inputs
+
+
+class UpstreamReader:
+    """Reads the outputs of earlier stages. The first access to an output compares its hash with the manifest.
+
+    Attributes:
+        run_dir: the folder of the run.
+    """
+
+    run_dir: Path
+    _upstream: dict[str, dict]  # stage -> its manifest
+    _verified: set[tuple[str, str]]  # (stage, output) whose hash was compared
+
+    def read(
+        self, stage_name: str, output: str, schema: "TableSchema", columns: list[str] | None = None
+    ) -> "pa.Table":
+        """A whole table of an earlier stage, checked against its hash and schema."""
+        import pyarrow as pa
+
+        batches = list(self.batches(stage_name, output, schema, columns))
+        return pa.Table.from_batches(batches) if batches else schema.arrow.empty_table()
+
+    def batches(
+        self,
+        stage_name: str,
+        output: str,
+        schema: "TableSchema",
+        columns: list[str] | None = None,
+        rows: int = 65536,
+    ) -> Iterator["pa.RecordBatch"]:
+        """The same table in batches of at most `rows` rows, so that memory does not grow with it."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self._verified_path(stage_name, output)
+        try:
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            missing = [f.name for f in schema.arrow if f.name not in file.schema_arrow.names]
+            if missing:
+                raise BadData(
+                    f"{path}: columns {missing} are missing; another version of this project wrote the table"
+                )
+            yield from file.iter_batches(batch_size=rows, columns=columns)
+        except pa.ArrowException as error:
+            raise BadData(f"{path} cannot be read: {error}") from None
+
+    def tables(
+        self,
+        stage_name: str,
+        output: str,
+        schema: "TableSchema",
+        columns: list[str] | None = None,
+        rows: int = 65536,
+    ) -> Iterator["pa.Table"]:
+        """Like `batches`, but each batch is a table."""
+        import pyarrow as pa
+
+        for batch in self.batches(stage_name, output, schema, columns, rows):
+            yield pa.Table.from_batches([batch])
+
+    def rows(self, stage_name: str, output: str) -> int:
+        """Number of rows of an earlier stage's table, from its manifest."""
+        return self._upstream[stage_name]["outputs"][output]["rows"]
+
+    def has_output(self, stage_name: str, output: str) -> bool:
+        return output in self._upstream[stage_name]["outputs"]
+
+    def folder_of(self, stage_name: str, output: str) -> Path:
+        """A folder (tokenizer, model) that an earlier stage wrote, checked against its hash."""
+        return self._verified_path(stage_name, output)
+
+    def sha256_of(self, stage_name: str, output: str) -> str:
+        """The hash of an earlier stage's output, from its manifest."""
+        return self._upstream[stage_name]["outputs"][output]["sha256"]
+
+    def table_metadata(self, stage_name: str, output: str) -> dict[str, str]:
+        """The metadata that an earlier stage stored in the file of a table."""
+        import pyarrow.parquet as pq
+
+        found = pq.read_schema(self._verified_path(stage_name, output)).metadata or {}
+        return {k.decode(): v.decode() for k, v in found.items() if not k.startswith(b"ARROW:")}
+
+    def upstream_stats(self, stage_name: str) -> dict:
+        return self._upstream[stage_name]["stats"]
+
+    def _verified_path(self, stage_name: str, output: str) -> Path:
+        record = self._upstream[stage_name]["outputs"].get(output)
+        if record is None:
+            raise MissingInput(f"{stage_name} in {display_path(self.run_dir)} has no output '{output}'")
+        path = self.run_dir / stage_name / record["path"]
+        if (stage_name, output) not in self._verified:
+            if not path.exists():
+                raise MissingInput(f"{path} is missing; run `python {stage_name}.py --overwrite` again")
+            if durable.sha256(path) != record["sha256"]:
+                raise BadData(
+                    f"{path} is damaged or was changed: its sha256 is not the one in {stage_name}/manifest.json; "
+                    f"run `python {stage_name}.py --overwrite` again"
+                )
+            self._verified.add((stage_name, output))
+        return path

@@ -1,0 +1,153 @@
+"""Unfinished work of a stage: what it was started with, and whether a later command may continue it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib import code_version, durable
+from lib.errors import BadConfig, BadData, CannotCreate
+from lib.log import say
+from lib.runs import changes
+
+MARKER = "unfinished.json"
+LOG_FILE = "log.txt"
+NO_RESULT = (".allow_inexact_resume",)  # settings that change no result, and may differ
+
+
+def config_changes(old: Any, new: Any) -> list[str]:
+    """The settings that differ and may change a result, one line each."""
+    return [line for line in changes(old, new) if not line.split(":")[0].endswith(NO_RESULT)]
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What the result of a stage depends on.
+
+    Attributes:
+        config: the slice of the config, as JSON holds it.
+        inputs: name -> path and sha256, or the revision of a model of the hub.
+        code: path -> hash; see lib.code_version.
+    """
+
+    config: dict[str, Any]
+    inputs: dict[str, dict]
+    code: dict[str, str]
+
+    def changes_since(self, config: Any, inputs: Mapping[str, dict]) -> list[str]:
+        """What differs from an earlier config and earlier inputs, one line each. Code does not count."""
+        old, new = (
+            {name: entry.get("sha256", entry.get("revision")) for name, entry in entries.items()}
+            for entries in (inputs, self.inputs)
+        )
+        return config_changes(config, self.config) + [f"input {line}" for line in changes(old, new)]
+
+    def refuse_changes(self, record: Mapping[str, Any], subject: str) -> None:
+        """Raises BadConfig if a manifest, or a record of unfinished work, has another config or other inputs.
+
+        `subject` begins the message: `04_train in outputs/run_001 was made with`.
+        """
+        if differing := self.changes_since(record["config"], record["inputs"]):
+            raise BadConfig(
+                f"{subject} another config or other inputs:\n  "
+                + "\n  ".join(differing)
+                + "\npass --overwrite to make it again, or choose another --run_dir"
+            )
+
+    @property
+    def allow_inexact_resume(self) -> bool:
+        return '"allow_inexact_resume": true' in json.dumps(self.config)
+
+
+class UnfinishedWork:
+    """The file `unfinished.json` of a stage's folder: it is there from the start of the work until it is complete.
+
+    Attributes:
+        mixed_code: files of code that changed while the stage was being made.
+    """
+
+    def __init__(self, folder: Path, dependencies: Dependencies):
+        self.folder, self.path = folder, folder / MARKER
+        self.mixed_code: list[str] = []
+        self._dependencies = dependencies
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def start(self, overwrite: bool) -> None:
+        """Mark the folder as unfinished. `overwrite`: whether the command had this flag."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            durable.write_json(self.path, self._content([], overwrite))
+        except OSError as error:
+            raise self._not_writable(error) from None
+
+    def resume(self, stage: str) -> None:
+        """Continue the work. If the code has changed since, say so and record which files did.
+
+        `stage` is its name for messages. Raises BadConfig if the work was begun with another config or other inputs.
+        """
+        try:
+            record = self._read()
+            self._dependencies.refuse_changes(record, f"{stage} was begun with")
+            self._note_changed_code(record, stage)
+        except (ValueError, KeyError) as error:
+            raise BadData(f"{self.path} is damaged ({error}); run again with --overwrite") from None
+        except OSError as error:
+            raise self._not_writable(error) from None
+
+    def _note_changed_code(self, record: dict[str, Any], stage: str) -> None:
+        changed = code_version.changed_files(record.get("code", {}), self._dependencies.code)
+        kept = [p for p in self.folder.iterdir() if p.name not in (MARKER, LOG_FILE) and p.suffix != ".tmp"]
+        if changed and kept:
+            files = code_version.name_files(changed)
+            say(f"{stage} was begun with different code ({files}); what is already complete is kept")
+            self.mixed_code = sorted({*record.get("mixed", []), *changed})
+        else:
+            self.mixed_code = record.get("mixed", []) if kept else []
+        content = self._content(self.mixed_code, record.get("overwrite", False))
+        if content != record:
+            durable.write_json(self.path, content)
+
+    def _not_writable(self, error: OSError) -> CannotCreate:
+        return CannotCreate(f"cannot write into {self.folder}: {error.strerror}")
+
+    def is_same_attempt(self) -> bool:
+        """Whether the folder holds unfinished work of --overwrite with this config, these inputs and this code."""
+        if (self.folder / "manifest.json").exists():
+            return False
+        now = self._dependencies
+        try:
+            record = self._read()
+            same_code = record["code"] == now.code or now.allow_inexact_resume
+            same_inputs = record["inputs"] == now.inputs
+            same_config = not config_changes(record["config"], now.config)
+            return record["overwrite"] and same_code and same_inputs and same_config
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def finish(self) -> None:
+        """Remove the mark: the work is complete."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text(encoding="utf-8"))
+
+    def _content(self, mixed: list[str], overwrite: bool) -> dict[str, Any]:
+        now = self._dependencies
+        content = {"config": now.config, "inputs": now.inputs, "code": now.code, "mixed": mixed}
+        return json.loads(json.dumps(content | {"overwrite": overwrite}))
+
+
+def choose_folder(final: Path, dependencies: Dependencies, overwrite: bool) -> Path:
+    """The folder to work in: the final one or, with --overwrite, `<stage>.new` beside it.
+
+    `<stage>.new` may hold the same attempt, unfinished; another attempt is removed.
+    """
+    if not overwrite or not final.exists() or UnfinishedWork(final, dependencies).is_same_attempt():
+        return final
+    new = durable.beside(final, durable.NEW)
+    if not UnfinishedWork(new, dependencies).is_same_attempt():
+        durable.remove(new)
+    return new
