@@ -7,7 +7,7 @@ import pytest
 
 from lib.report.data import RankedPool, RankingReportData
 from lib.report.page import page
-from lib.report.pools import HEADINGS, interesting, softmax
+from lib.report.pools import HEADINGS, choose_pools, softmax
 from lib.report.ranking import ranking_page, ranking_table
 from tests.test_report import HOSTILE, Page
 
@@ -58,7 +58,7 @@ def made_page(**changes) -> str:
 
 
 def chosen(pools: list[RankedPool], count: int) -> dict[str, list[str]]:
-    found = interesting(pools, count)
+    found = choose_pools(pools, count)
     return {heading: [pool.example_id for h, pool in found if h == heading] for heading in HEADINGS}
 
 
@@ -70,7 +70,7 @@ def test_wide_and_narrow_margins_on_both_sides_are_chosen():
     assert chosen(pools, 1) == {wide: ["a"], narrow: ["d"], missed: ["e"], lost: ["h"]}
     assert chosen(pools, 2) == {wide: ["a", "b"], narrow: ["d", "c"], missed: ["e", "f"], lost: ["h", "g"]}
     assert chosen(pools, 9) == chosen(pools, 2)
-    assert [heading for heading, _ in interesting(pools, 1)] == list(HEADINGS)
+    assert [heading for heading, _ in choose_pools(pools, 1)] == list(HEADINGS)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
@@ -78,7 +78,7 @@ def test_wide_and_narrow_margins_on_both_sides_are_chosen():
 def test_no_pool_is_shown_twice_and_its_heading_is_true(count, size):
     draw = random.Random(size)
     pools = [made_pool(f"p{i}", draw.gauss(0, 2), group=f"g{i % 4}") for i in range(size)]
-    found = interesting(pools, count)
+    found = choose_pools(pools, count)
     assert len({id(pool) for _, pool in found}) == len(found) <= 4 * count
     for heading, pool in found:
         assert (pool.scores.index(max(pool.scores)) == 2) == heading.startswith("Correct")
@@ -101,7 +101,7 @@ def test_pools_without_a_wrong_or_with_tied_candidates():
     all_right = made_pool("a", 1.0, rewards=[1.0] * 4)
     tied = made_pool("b", 0.0)  # a wrong one scores as much: no right choice
     two_right = made_pool("c", -1.0, rewards=[0.0, 1.0, 1.0, 0.0])
-    assert [(h, p.example_id) for h, p in interesting([all_right, tied, two_right], 2)] == [
+    assert [(h, p.example_id) for h, p in choose_pools([all_right, tied, two_right], 2)] == [
         (HEADINGS[0], "c"),
         (HEADINGS[3], "b"),
     ]

@@ -26,6 +26,8 @@ from lib.metrics import ngram_entropy
 from lib.report import plots
 from lib.report.data import ReportData
 from lib.report.html import build_report
+from lib.report.html_table import interval, table
+from lib.report.results import verdict
 from lib.report.table import aligned, results_table, sampling_table
 from lib.runs import RunArgs, check_stage_name, inspect, load_manifest, score_stage
 
@@ -167,6 +169,35 @@ def test_hostile_text_stays_text():
 
 def test_the_same_data_gives_the_same_bytes():
     assert build_report(made_data()) == build_report(made_data())
+
+
+def test_sections_follow_a_readers_questions_and_have_links():
+    html = build_report(made_data())
+    titles = ["Results", "Samples", "Sampling", "Critic and other scorers", "Training", "Data and synthetic text", "Settings and provenance"]  # fmt: skip
+    assert re.findall(r"<h2>\d+\. ([^<]*)</h2>", html) == titles
+    links, anchors = re.findall(r'href="#([^"]*)"', html), re.findall(r'<section id="([^"]*)"', html)
+    assert links == anchors == [f"section-{i}" for i in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"low": 0.1, "high": 0.4, "beats_baseline": True}, "better"),
+        ({"low": 0.4, "high": 0.6}, "not significant"),
+        ({"low": 0.6, "high": 0.8}, "worse"),
+        ({"low": 0.6, "high": 0.8, "lower_is_better": False, "beats_baseline": True}, "better"),
+        ({"low": 0.1, "high": 0.4, "lower_is_better": False}, "worse"),
+        ({"low": None, "high": None}, "not significant"),
+    ],
+)
+def test_the_verdict_is_that_of_the_interval(changes, expected):
+    row = {"baseline_value": 0.5, "lower_is_better": True, "beats_baseline": False}
+    assert verdict(row | changes) == expected
+
+
+def test_columns_of_numbers_are_aligned_to_the_right():
+    html = table(["name", "share", "interval", "bands"], [["a", "12.5%", interval("0 – 1"), "0.25 to 0.50"], ["b", "–", "", "–"]])  # fmt: skip
+    assert re.findall(r'<th class="(\w+)">', html) == ["text", "number", "text", "text"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def softmax(scores: list[float]) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
-def interesting(pools: Iterable[RankedPool], count: int) -> list[tuple[str, RankedPool]]:
+def choose_pools(pools: Iterable[RankedPool], count: int) -> list[tuple[str, RankedPool]]:
     """At most `count` (heading, pool) for each of HEADINGS, the most extreme first; no pool twice.
 
     Pools without a wrong candidate are skipped. A second pool of a group is only taken when there are too few groups.
@@ -44,7 +44,7 @@ def _spread(pools: list[RankedPool], count: int) -> list[RankedPool]:
 
 def pools_html(pools: list[RankedPool]) -> str:
     """The informative pools, each as a table of its candidates by score."""
-    chosen = interesting(pools, POOLS_PER_HEADING)
+    chosen = choose_pools(pools, POOLS_PER_HEADING)
     if not chosen:
         return "<p>No pool with correct and wrong candidates was ranked.</p>"
     return f'<div class="pools">{"".join(_pool(heading, pool) for heading, pool in chosen)}</div>'
