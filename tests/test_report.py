@@ -175,7 +175,7 @@ def test_sections_follow_a_readers_questions_and_have_links():
     html = build_report(made_data())
     titles = ["Results", "Samples", "Sampling", "Critic and other scorers", "Training", "Data and synthetic text", "Settings and provenance"]  # fmt: skip
     assert re.findall(r"<h2>\d+\. ([^<]*)</h2>", html) == titles
-    links, anchors = re.findall(r'href="#([^"]*)"', html), re.findall(r'<section id="([^"]*)"', html)
+    links, anchors = re.findall(r'<a href="#([^"]*)"', html), re.findall(r'<section id="([^"]*)"', html)
     assert links == anchors == [f"section-{i}" for i in range(1, 8)]
 
 
