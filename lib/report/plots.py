@@ -72,6 +72,7 @@ def loss_curves(curves: dict[str, list[dict]], baselines: dict[str, float]) -> s
             axes.axhline(baselines[name], color="#777777", linestyle=":", linewidth=1, label="baseline")
         axes.set_title(name, fontsize=9, loc="left")
         axes.legend(fontsize=6.5, frameon=False)
+        axes.set_xlabel("step", fontsize=8)
     for axes in figure.axes[len(drawn) :]:
         axes.set_visible(False)
     return svg_of(figure)
