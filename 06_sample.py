@@ -1,26 +1,26 @@
 """
-06: sample text under every re-masking policy at equal cost, or rank pools; measure it, and write the report.
+06: sample text under every re-masking policy at equal cost, measure it, and write the report of the run.
 
-Unconditional samples by default; sampler.prompt continues a text, sampler.infill fills its [MASK]s, sampler.infill_file
-those of a table of texts. Every forward pass of the backbone is counted (NFE), also those of the critic. The quality is
-measured by a causal model that learned from a split of its own.
+Every policy starts from the same masked texts and gets the same budget of forward passes (NFE); those of the critic
+count too. The default is unconditional text. sampler.prompt continues a text, sampler.infill fills its [MASK] tokens,
+sampler.infill_file fills a table of texts. An independent causal model measures the samples.
 
-With --score FILE it scores a text of yours instead: a number per token and for the whole from critic, inspector,
-reference model and judge.
+After critic.method ppo, the stage ranks the candidates of the splits held_out and test by every ranker, policy and
+baseline instead, and answers each question with the best candidate.
 
-After critic.method ppo it ranks the pools of the held-out and the test split instead, by every ranker and policy beside
-the baselines, and answers each question with the winner.
+With --score FILE it scores a text of yours: per token by the critic, the inspector and the reference model, as a whole
+by the judge.
 
 reads   01_prepare_dataset: examples, tokenizer; 04_train: judges and baselines; 05_train_critic: generator and critic
-writes  samples.parquet, trace.parquet, metrics.json, report.html; or scores.parquet, scores.html; or answers.parquet,
-        ranked.parquet, metrics.json, report.html
+writes  samples.parquet, trace.parquet, metrics.json, report.html
+        after ppo: answers.parquet, ranked.parquet, metrics.json, report.html
+        with --score: scores.parquet and scores.html in a folder 06_score_... of its own
 
 python 06_sample.py --quick_test --run_dir outputs/demo
 python 06_sample.py --quick_test --run_dir outputs/demo --set sampler.prompt="The value of " --overwrite
 python 06_sample.py --quick_test --run_dir outputs/demo --score my_text.txt
 """
 
-import os
 from pathlib import Path
 
 from lib.artifacts import Stage
@@ -43,172 +43,164 @@ def main(config: Config, args: RunArgs) -> None:
         sample(config, args)
 
 
-def score_text(config: Config, args: RunArgs, file: Path) -> None:
-    """Every token of a user's text, scored by the models of a finished run."""
-    from lib import durable, schema
-    from lib.errors import BadConfig, BadData, MissingInput, RemaskError
-    from lib.evaluation.sample_evaluator import SampleEvaluator, as_table
-    from lib.evaluation.text_scores import HEAD, cells, documents_of, known_texts, score, scores_page, windows
-    from lib.report.table import aligned
-    from lib.runtime import Runtime
-    from lib.tasks import Document, get_task
-
-    # Whatever the run's task, this is a text; and the least amounts that training needs do not count here
-    small = {
-        "min_document_characters": 1,
-        "passage_characters": 1,
-        "split": "contiguous",
-        "fractions": {"train": 1.0},
-        "deduplicate": "none",
-    }
-    if config.critic.method == "ppo":
-        raise BadConfig(
-            "--score reads a text token by token, and critic.method: ppo trains no model that does"
-        )
-    if not file.exists():
-        raise MissingInput(f"--score {file}: there is no such file or folder")
-    path = (
-        os.path.join(".", file) if str(file).startswith("builtin") else str(file)
-    )  # no name of shipped text
-    reading = config.model_copy(update={"data": config.data.model_copy(update={"path": path, **small})})
-    try:
-        files = get_task("text").sources(reading)
-        found = list(get_task("text").check(reading))
-    except RemaskError as error:  # the task speaks of the setting, the user gave the flag
-        raise type(error)(str(error).replace("data.path", "--score")) from None
-    texts = [(d.document_id, d.content) for d in found if isinstance(d, Document)]
-    faults = [f for f in found if not isinstance(f, Document) and f.kind != "too little text"]
-    for fault in faults:
-        say(f"{fault.source} {fault.location}: {fault.kind}: {fault.found}; {fault.advice}")
-    if not texts:
-        raise BadData(f"--score {file}: there is no text to score")
-    uses = ("seed", "device", "precision", "sampler", "data")
-    with Stage(
-        f"{score_stage(file)}.py",
-        config,
-        args,
-        uses=uses,
-        reads=READS,
-        files=files,
-        restarts=True,
-        ignores=("data.text_key", "data.id_key", "data.drop"),
-    ) as stage:
-        if stage.finished:
-            return
-        runtime = Runtime.detect(config, stage.code)
-        stage.environment |= runtime.fingerprint()
-        evaluator = SampleEvaluator(stage, config, runtime)
-        parts = list(windows(texts, evaluator.tokenizer, evaluator.narrowest, config.tokenizer.unknown))
-        strange = sum(int((part.ids == evaluator.tokenizer.unk_token_id).sum()) for part in parts)
-        if strange:
-            say(f"{strange:,} tokens of {file} are outside the run's vocabulary and stand as [UNK]")
-        longer = sum(part.number == 1 for part in parts)
-        if longer:
-            say(
-                f"{longer:,} of {len(texts):,} texts have more than {evaluator.narrowest} tokens: all models, the judge too, read "
-                "them in consecutive windows of that length, and figures of a whole text are means over its tokens"
-            )
-        rows = score(parts, evaluator)
-        stage.write("scores", as_table(rows, schema.SCORES), schema.SCORES)
-        known = documents_of(score(known_texts(evaluator), evaluator))
-        lines = documents_of(rows)
-        page = scores_page(rows, lines, known, evaluator.token_text, printable(file.name))
-        durable.write_text(stage.folder / "scores.html", page)
-        stage.add_file("page", stage.folder / "scores.html")
-        stage.stats |= {"scored": printable(file), "documents": lines[:1000], "known": known}
-        say("\n" + aligned([HEAD, *(cells(line) for line in lines[:20] + known)]))
-        say(
-            f"\nper token: {stage.display_path(stage.folder / 'scores.parquet')}, as a picture: scores.html beside it"
-        )
-
-
 def sample(config: Config, args: RunArgs) -> None:
-    from lib import durable, outside
-    from lib.evaluation.collect import collect
-    from lib.evaluation.sample_evaluator import Collected, SampleEvaluator, context_of, starts_of
+    """Sample by every policy, measure the samples, and write the report."""
+    from lib import durable, outside, schema
+    from lib.evaluation.collect import collect_samples
+    from lib.evaluation.sample_evaluator import SampleEvaluator
+    from lib.evaluation.sampling import SamplingResults, add_baselines, choose_best_of, sample_policy
+    from lib.evaluation.starts import generator_context, sampling_starts
     from lib.report.html import build_report
+    from lib.report.table import samples_summary
     from lib.runtime import Runtime
     from lib.tokenization import load_tokenizer
 
     def check(stage: Stage) -> None:
+        """Refuse a prompt or a file that cannot be used, while the previous samples are still there."""
         tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
-        starts_of(config.sampler, tokenizer, context_of(stage))
+        sampling_starts(config.sampler, tokenizer, generator_context(stage))
 
-    uses = ("seed", "device", "precision", "sampler")
-    files = outside.of_samples(config)
+    uses, files = ("seed", "device", "precision", "sampler"), outside.of_samples(config)
     with Stage(
         __file__, config, args, uses=uses, reads=READS, files=files, restarts=True, check=check
     ) as stage:
         if stage.finished:
             return
+
+        # 1. Load the models, and make the masked texts that all policies start from
         runtime = Runtime.detect(config, stage.code)
         stage.environment |= runtime.fingerprint()
         evaluator = SampleEvaluator(stage, config, runtime)
+        starts = sampling_starts(config.sampler, evaluator.tokenizer, evaluator.context)
 
-        # Every policy writes the same numbered samples from the same start, at every budget of passes
-        starts = starts_of(config.sampler, evaluator.tokenizer, evaluator.context)
-        table = Collected()
-        plan = [(name, nfe) for nfe in config.sampler.nfe for name in config.sampler.policies]
-        with Progress("samples", len(plan)) as progress:
-            for done, (name, nfe) in enumerate(plan):
-                evaluator.write(starts, name, nfe, table)
-                progress.update(done + 1)
-        table.policies += evaluator.baselines(starts)
-        chosen = evaluator.best_of(starts, table)
+        # 2. Sample by every policy at every budget of forward passes
+        results = SamplingResults()
+        plan = [(policy, nfe) for nfe in config.sampler.nfe for policy in config.sampler.policies]
+        with Progress("policies", len(plan)) as progress:
+            for done, (policy, nfe) in enumerate(plan, start=1):
+                sample_policy(evaluator, starts, policy, nfe, results)
+                progress.update(done)
 
-        # Write
-        from lib import schema
+        # 3. Compare: the causal model, real text, and the best of N samples
+        add_baselines(evaluator, starts, results)
+        choose_best_of(evaluator, starts, results)
 
-        stage.write("samples", table.samples(), schema.SAMPLES)
-        stage.write("trace", table.trace(), schema.TRACE)
-        stage.stats["policies"] = table.policies
+        # 4. Write the tables, the metrics and the report
+        stage.write("samples", results.samples(), schema.SAMPLES)
+        stage.write("trace", results.trace(), schema.TRACE)
+        stage.stats["policies"] = results.policies
         metrics = {
-            "policies": table.policies,
+            "policies": results.policies,
             "results": evaluator.results,
-            "winners": evaluator.winners,
-            "best_of": chosen,
+            "winners": evaluator.ranker_choices,
+            "best_of": results.best_of,
         }
         stage.write_json("metrics", metrics)
-        data = collect(stage, config, table.samples(), table.trace(), table.policies, chosen, evaluator)
+        data = collect_samples(stage, config, evaluator, results)
         durable.write_text(stage.folder / "report.html", build_report(data))
         stage.add_file("report", stage.folder / "report.html")
-        evaluator.say_results(table.policies, chosen)
+        say(samples_summary(metrics))
         say(f"report: {stage.display_path(stage.folder / 'report.html')}")
 
 
 def rank(config: Config, args: RunArgs) -> None:
+    """Rank the pools by every ranker, policy and baseline, and write the report."""
     from lib import durable, outside, schema
+    from lib.evaluation.collect import collect_ranking
     from lib.evaluation.ranking_evaluator import RankingEvaluator
-    from lib.report.ranking import ranking_table
+    from lib.report.ranking import ranking_page, ranking_table
     from lib.runtime import Runtime
 
     uses, files = ("seed", "device", "precision", "ranker"), outside.of_policies(config)
     with Stage(__file__, config, args, uses=uses, reads=READS, files=files) as stage:
         if stage.finished:
             return
+
+        # 1. Read the pools of the splits held_out and test
         runtime = Runtime.detect(config, stage.code)
         stage.environment |= runtime.fingerprint()
         evaluator = RankingEvaluator(stage, config, runtime)
 
-        # Everyone scores the same pools
-        rankers = list(evaluator.models())
+        # 2. Score the same pools by every model, then by the baselines
+        rankers = list(evaluator.rankers())
         with Progress("rankers", len(rankers)) as progress:
-            for done, (name, where, blind) in enumerate(rankers):
-                evaluator.score(name, where, blind)
-                progress.update(done + 1)
-        evaluator.score_simply()
+            for done, ranker in enumerate(rankers, start=1):
+                evaluator.score(ranker)
+                progress.update(done)
+        evaluator.score_baselines()
 
-        # Write
+        # 3. Write the tables, the metrics and the report
         stage.write("ranked", evaluator.ranked(), schema.RANKED)
         stage.write("answers", evaluator.answers(), schema.ANSWERS)
         metrics = {split: evaluator.measured(split) for split in evaluator.tables}
         stage.write_json("metrics", metrics)
         stage.stats |= metrics | {"shortened": evaluator.shortened}
-        durable.write_text(stage.folder / "report.html", evaluator.page())
+        page = ranking_page(collect_ranking(stage, config, evaluator))
+        durable.write_text(stage.folder / "report.html", page)
         stage.add_file("report", stage.folder / "report.html")
-        for split in evaluator.tables:
-            say(f"\n{split}: {len(evaluator.tables[split]):,} pools\n{ranking_table(evaluator.table(split))}")
+        for split, pools in evaluator.tables.items():
+            say(f"\n{split}: {len(pools):,} pools\n{ranking_table(evaluator.summary(split))}")
         say(f"\nreport: {stage.display_path(stage.folder / 'report.html')}")
+
+
+def score_text(config: Config, args: RunArgs, file: Path) -> None:
+    """Score a user's text by the models of a finished run."""
+    import pyarrow as pa
+
+    from lib import durable, schema
+    from lib.errors import BadConfig, BadData
+    from lib.evaluation.sample_evaluator import SampleEvaluator
+    from lib.evaluation.text_scores import documents_of, known_texts, read_user_texts, score, windows
+    from lib.report.text_scores import MAX_LINES, scores_page, scores_table
+    from lib.runtime import Runtime
+
+    # 1. Read the text, and report what cannot be read
+    if config.critic.method == "ppo":
+        raise BadConfig(
+            "--score needs the models of critic.method: token_critic; a run with ppo has no model that reads single tokens"
+        )
+    user = read_user_texts(config, file)
+    for problem in user.problems:
+        say(f"{problem.source} {problem.location}: {problem.kind}: {problem.found}; {problem.advice}")
+    if not user.texts:
+        raise BadData(f"--score {file}: there is no text to score")
+    uses, script = ("seed", "device", "precision", "sampler", "data"), f"{score_stage(file)}.py"
+    ignores = ("data.text_key", "data.id_key", "data.drop")  # the user's file may have other columns
+    with Stage(
+        script, config, args, uses=uses, reads=READS, files=user.files, restarts=True, ignores=ignores
+    ) as stage:
+        if stage.finished:
+            return
+
+        # 2. Load the models, and cut the text into windows that all of them can read
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
+        evaluator = SampleEvaluator(stage, config, runtime)
+        context, tokenizer = evaluator.min_context, evaluator.tokenizer
+        parts = list(windows(user.texts, tokenizer, context, config.tokenizer.unknown))
+        unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
+        if unknown:
+            say(f"tokens of {file} outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
+        longer = sum(part.number == 1 for part in parts)
+        if longer:
+            say(
+                f"texts of more than {context} tokens: {longer:,} of {len(user.texts):,}; the models read them in windows of "
+                "this length, and a text's score is the mean over its tokens"
+            )
+
+        # 3. Score the text, and two known texts to compare with
+        rows = score(parts, evaluator)
+        documents, known = documents_of(rows), documents_of(score(known_texts(evaluator), evaluator))
+
+        # 4. Write the table and the page
+        stage.write("scores", pa.Table.from_pylist(rows, schema.SCORES.arrow), schema.SCORES)
+        page = scores_page(rows, documents, known, evaluator.token_text, printable(file.name))
+        durable.write_text(stage.folder / "scores.html", page)
+        stage.add_file("page", stage.folder / "scores.html")
+        stage.stats |= {"scored": printable(file), "documents": documents[:1000], "known": known}
+        say("\n" + scores_table(documents[:MAX_LINES] + known))
+        say(f"\nscores of every token: {stage.display_path(stage.folder / 'scores.parquet')}")
+        say(f"the same as a page:    {stage.display_path(stage.folder / 'scores.html')}")
 
 
 if __name__ == "__main__":

@@ -513,13 +513,14 @@ def test_a_producer_of_other_shards_is_no_producer(tmp_path):
 
 
 def test_shards_are_made_for_as_long_as_stage_04_is_made_again(tmp_path):
-    stage = importlib.import_module("02_generate_candidates")
+    from lib.candidates.producer import has_streamed
+
     config = load_config(quick_test=True, overrides=["stream.enabled=true"])
     with Hollow("04_train.py", config, RunArgs(run_dir=tmp_path), uses=("stream",)):
         pass
-    assert stage.has_streamed(tmp_path)
+    assert has_streamed(tmp_path)
     (tmp_path / "04_train.new").mkdir()
-    assert not stage.has_streamed(tmp_path)
+    assert not has_streamed(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- locks and new runs

@@ -194,7 +194,7 @@ def test_the_best_of_n_is_measured_over_the_tokens_of_all_samples(monkeypatch):
             (short, np.array([[3.0, 1.0], [2.0, 4.0]])),
         )
     )
-    monkeypatch.setattr(module, "_written", lambda *_: next(pools))
+    monkeypatch.setattr(module, "_generate", lambda *_: next(pools))
     monkeypatch.setattr(module, "decode_batch", lambda tokenizer, rows: ["x"] * len(rows))
     starts: Any = [SimpleNamespace(ids=np.zeros((n, 4))) for n in (3, 2)]
     rows, _ = best_of(SimpleNamespace(tokenizer=None), starts, "ancestral", 4, 2)

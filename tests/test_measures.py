@@ -1,4 +1,4 @@
-"""What stage 06 says of samples and answers, by models whose every probability is known."""
+"""The measures of stage 06, with models whose probabilities are known."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from torch import nn
 
-from lib.evaluation.best_of import _scorers
+from lib.evaluation.best_of import _scores
 from lib.evaluation.quality import (
+    SamplingCost,
     characters,
     describe,
     from_first_gap,
@@ -35,7 +36,7 @@ class Reference(Context, Bigrams):
 
 
 def test_a_text_s_likelihood_is_that_of_its_counted_tokens_window_by_window():
-    """Twenty tokens are read eight at a time, each window from [CLS] on; given ones cost nothing."""
+    """Twenty tokens are read in windows of eight with [CLS] in front; tokens that do not count add no nats."""
     model, rng = Reference(), np.random.default_rng(0)
     ids = rng.integers(4, V, (3, 20))
     table = model.table.detach().numpy().astype(np.float64)
@@ -49,7 +50,7 @@ def test_a_text_s_likelihood_is_that_of_its_counted_tokens_window_by_window():
         np.testing.assert_allclose(found, (each * which).sum(1), rtol=1e-4)
 
 
-def test_all_from_the_first_written_token_on_is_measured():
+def test_tokens_from_the_first_generated_one_on_are_measured():
     free = np.array([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], bool)
     assert from_first_gap(free).astype(int).tolist() == [[0, 1, 1, 1], [0] * 4, [1] * 4, [0, 0, 0, 1]]
 
@@ -65,7 +66,7 @@ def test_a_long_text_s_score_is_the_mean_of_its_windows_by_their_tokens():
     np.testing.assert_allclose(sequence_scores(Mean(), CPU, ids, CLS), ids.mean(1), rtol=1e-5)
 
 
-def test_words_are_valid_but_for_the_first_and_last_which_may_be_cut():
+def test_the_first_and_last_word_of_a_text_do_not_count():
     known = {"the", "cat", "sat"}
     found = valid_words(["xx the cat zz sat yy", "the cat"], known)
     assert found is not None and found.value == pytest.approx(3 / 4)
@@ -74,13 +75,13 @@ def test_words_are_valid_but_for_the_first_and_last_which_may_be_cut():
 
 def test_a_row_of_the_table_is_per_character_over_all_texts():
     texts = ["abab", "ab"]
-    row = describe("ancestral", 4, 3.5, 1.0, texts, {"ab"}, np.array([4.0, 5.0]))
+    row = describe(SamplingCost("ancestral", 4, 3.5, 1.0), texts, {"ab"}, np.array([4.0, 5.0]))
     assert row["reference_nll"]["value"] == pytest.approx(9 / 6)
     assert (
         row["character_entropy"] == pytest.approx(np.log(2)) and row["samples"] == 2 and row["passes"] == 3.5
     )
     assert row["fourgram_entropy"] == pytest.approx(ngram_entropy(characters(texts), 4))
-    assert describe("ancestral", 4, 3.5, 1.0, texts, {"ab"}, None)["reference_nll"] is None
+    assert describe(SamplingCost("ancestral", 4, 3.5, 1.0), texts, {"ab"}, None)["reference_nll"] is None
 
 
 def test_a_document_s_means_are_over_its_tokens():
@@ -94,17 +95,17 @@ def test_a_document_s_means_are_over_its_tokens():
     assert lines[1]["judge_score"] == 0.5 and lines[2]["reference_nll_mean"] is None
 
 
-def test_scorers_of_samples_like_what_has_fewer_errors_among_the_written_tokens():
-    """The critic's doubt of given tokens counts nothing, and less doubt is more liked."""
+def test_scorers_prefer_samples_with_fewer_errors_among_generated_tokens():
+    """Only generated tokens count. The lower their probability of error, the higher the score."""
     error = np.array([[0.9, 0.2, 0.4], [0.0, 0.8, 0.8]])
-    bench: Any = SimpleNamespace(
+    evaluator: Any = SimpleNamespace(
         tokenizer=SimpleNamespace(cls_token_id=CLS), runtime=CPU, judge=Mean(), ranker=None,
         sampler=SimpleNamespace(critic_error=lambda texts: error[texts[:, 0] - 4]),
         pseudo_likelihood=lambda texts, rows: -error[texts[:, 0] - 4],
     )  # fmt: skip
     pool = np.array([[[4, 5, 6]], [[5, 5, 6]]])
     start: Any = SimpleNamespace(number=np.array([0]), free=np.array([[False, True, True]]))
-    found = _scorers(bench, pool, start)
+    found = _scores(evaluator, pool, start)
     for name in ("critic", "generator"):
         np.testing.assert_allclose(found[name], [[-0.3], [-0.8]])
     np.testing.assert_allclose(found["judge"], pool.mean(2))
@@ -115,12 +116,16 @@ def test_an_answer_is_the_candidate_of_the_highest_score_and_its_probability_its
     table = made_table()
     rng = np.random.default_rng(0)
     scores = np.where(table.present, rng.normal(size=table.present.shape), -np.inf)
-    bench: Any = RankingEvaluator.__new__(RankingEvaluator)
-    bench.config = SimpleNamespace(seed=0)
-    bench._explain = lambda seen: f"{seen['chosen_kind']} {seen['reward']}"
-    bench.tables, bench.scores, bench.trained = {"held_out": table}, {("r", "held_out"): scores}, ["r"]
+    evaluator: Any = RankingEvaluator.__new__(RankingEvaluator)
+    evaluator.config = SimpleNamespace(seed=0)
+    evaluator._explain = lambda seen: f"{seen['chosen_kind']} {seen['reward']}"
+    evaluator.tables, evaluator.scores, evaluator.trained = (
+        {"held_out": table},
+        {("r", "held_out"): scores},
+        ["r"],
+    )
     chosen = scores.argmax(1)
-    for n, answer in enumerate(bench.answers().to_pylist()):
+    for n, answer in enumerate(evaluator.answers().to_pylist()):
         ordered = np.sort(scores[n])[::-1]
         shares = np.exp(scores[n]) / np.exp(scores[n]).sum()
         assert (
@@ -129,7 +134,7 @@ def test_an_answer_is_the_candidate_of_the_highest_score_and_its_probability_its
         assert answer["probability"] == pytest.approx(shares.max())
         assert answer["lead"] == pytest.approx(ordered[0] - ordered[1]) and answer["best_reward"] == 1
         assert answer["note"] == f"{table.kinds[n, chosen[n]]} {table.rewards[n, chosen[n]]}"
-    ranked = bench.ranked().to_pylist()
+    ranked = evaluator.ranked().to_pylist()
     assert len(ranked) == table.present.sum()
     for row in ranked:
         n = table.example_ids.index(row["example_id"])
@@ -137,7 +142,7 @@ def test_an_answer_is_the_candidate_of_the_highest_score_and_its_probability_its
         assert row["score"] == own and row["rank"] == 1 + (scores[n] > own).sum()
         assert row["reward"] == table.rewards[n, row["candidate_id"]]
     right = table.rewards[np.arange(len(table)), chosen] == 1
-    assert bench.table("held_out")[0]["accuracy"] == pytest.approx(right.mean())
+    assert evaluator.summary("held_out")[0]["accuracy"] == pytest.approx(right.mean())
 
 
 def test_figures_of_predictions_against_their_formulas():

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -298,13 +299,13 @@ def test_the_critic_killed_and_continued_gives_the_same_bits(copied, coupling, m
 
 def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, quick_config):
     from lib.tokenization import load_tokenizer
+    from lib.training.critic_setup import critic_objective
     from tests.trainings import context
 
     file = pq.ParquetFile(quick_run / "01_prepare_dataset" / "examples.parquet")
     tokenizer = load_tokenizer(quick_run / "01_prepare_dataset" / "tokenizer")
-    stage = SimpleNamespace(batches=lambda *_: file.iter_batches())
-    module = importlib.import_module("05_train_critic")
-    made = module.critic_objective(stage, quick_config, context("critic"), tokenizer, 64).diffusion.splits
+    stage: Any = SimpleNamespace(batches=lambda *_: file.iter_batches())
+    made = critic_objective(stage, quick_config, context("critic"), tokenizer, 64).diffusion.splits
     rows = file.read().to_pylist()
     for split, windows in (
         ("train", made.train),

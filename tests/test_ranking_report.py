@@ -1,21 +1,23 @@
-"""The ranking report: which pools are shown, true to its data, safe with hostile text, and there when parts are missing."""
+"""The ranking report: the choice of pools, correct numbers, hostile text, missing parts."""
 
 import random
 import re
 
 import pytest
 
-from lib.report.html import page
-from lib.report.ranking import HEADINGS, RankedPool, interesting, ranking_page, ranking_table, softmax
+from lib.report.data import RankedPool, RankingReportData
+from lib.report.page import page
+from lib.report.pools import HEADINGS, choose_pools, softmax
+from lib.report.ranking import ranking_page, ranking_table
 from tests.test_report import HOSTILE, Page
 
 
-def made_pool(name: str, lead: float, group: str = "", **changes) -> RankedPool:
-    """Four candidates of which the third is right and scores `lead` more than the best wrong one."""
+def made_pool(name: str, margin: float, group: str = "", **changes) -> RankedPool:
+    """Four candidates. The third is correct and scores `margin` more than the best wrong one."""
     values = {
         "example_id": name, "group": group or name, "prompt": f"what of {name}?\nthe page of {name}",
         "candidates": [f"{name} candidate {i}" for i in range(4)], "kinds": ["page_gold", "chain", "gold", "template"],
-        "scores": [0.5, 1.0, 1.0 + lead, -2.0], "rewards": [0.1, 0.2, 1.0, 0.0], "note": f"note on {name}",
+        "scores": [0.5, 1.0, 1.0 + margin, -2.0], "rewards": [0.1, 0.2, 1.0, 0.0], "note": f"note on {name}",
     }  # fmt: skip
     return RankedPool(**(values | changes))
 
@@ -40,34 +42,35 @@ def made_page(**changes) -> str:
         "baseline": "trees",
         "baseline_value": 0.5,
         "beats_baseline": True,
+        "lower_is_better": False,
     }
     line = {"step": 1, "train": {"loss": 2.0}, "selection": {"loss": 1.0, "accuracy": 0.3}}
     values = {
-        "title": "a run", "settings": "8 questions", "results": [result | estimate],
+        "run": "a run", "settings": "8 questions", "results": [result | estimate],
         "models": [made_model(), made_model("trees", 0.5), {"name": "random choice", "accuracy": 0.25}],
         "breakdowns": {"steps": [{"name": "1 step", "accuracy": 0.7, "low": 0.6, "high": 0.8, "count": 1234}]},
         "curves": {"ranker": [line, line | {"step": 2}]}, "pools": [made_pool("a", 1.0), made_pool("b", -1.0)],
     }  # fmt: skip
-    return ranking_page(**(values | changes))
+    return ranking_page(RankingReportData(**(values | changes)))
 
 
-# Which pools are shown
+# --- the choice of pools
 
 
-def shown(pools: list[RankedPool], count: int) -> dict[str, list[str]]:
-    found = interesting(pools, count)
+def chosen(pools: list[RankedPool], count: int) -> dict[str, list[str]]:
+    found = choose_pools(pools, count)
     return {heading: [pool.example_id for h, pool in found if h == heading] for heading in HEADINGS}
 
 
-def test_the_surest_and_the_narrowest_on_both_sides_are_shown():
-    leads = {"a": 5.0, "b": 3.0, "c": 1.0, "d": 0.1, "e": -0.1, "f": -1.0, "g": -3.0, "h": -5.0}
-    pools = [made_pool(name, lead) for name, lead in leads.items()]
+def test_wide_and_narrow_margins_on_both_sides_are_chosen():
+    margins = {"a": 5.0, "b": 3.0, "c": 1.0, "d": 0.1, "e": -0.1, "f": -1.0, "g": -3.0, "h": -5.0}
+    pools = [made_pool(name, margin) for name, margin in margins.items()]
     random.Random(0).shuffle(pools)
-    sure, just, missed, lost = HEADINGS
-    assert shown(pools, 1) == {sure: ["a"], just: ["d"], missed: ["e"], lost: ["h"]}
-    assert shown(pools, 2) == {sure: ["a", "b"], just: ["d", "c"], missed: ["e", "f"], lost: ["h", "g"]}
-    assert shown(pools, 9) == shown(pools, 2)
-    assert [heading for heading, _ in interesting(pools, 1)] == list(HEADINGS)
+    wide, narrow, missed, lost = HEADINGS
+    assert chosen(pools, 1) == {wide: ["a"], narrow: ["d"], missed: ["e"], lost: ["h"]}
+    assert chosen(pools, 2) == {wide: ["a", "b"], narrow: ["d", "c"], missed: ["e", "f"], lost: ["h", "g"]}
+    assert chosen(pools, 9) == chosen(pools, 2)
+    assert [heading for heading, _ in choose_pools(pools, 1)] == list(HEADINGS)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
@@ -75,10 +78,10 @@ def test_the_surest_and_the_narrowest_on_both_sides_are_shown():
 def test_no_pool_is_shown_twice_and_its_heading_is_true(count, size):
     draw = random.Random(size)
     pools = [made_pool(f"p{i}", draw.gauss(0, 2), group=f"g{i % 4}") for i in range(size)]
-    found = interesting(pools, count)
+    found = choose_pools(pools, count)
     assert len({id(pool) for _, pool in found}) == len(found) <= 4 * count
     for heading, pool in found:
-        assert (pool.scores.index(max(pool.scores)) == 2) == heading.startswith("Right")
+        assert (pool.scores.index(max(pool.scores)) == 2) == heading.startswith("Correct")
     if size:
         assert found
 
@@ -90,15 +93,15 @@ def test_pools_of_one_page_give_way_to_others():
         made_pool("c", 7.0),
         made_pool("d", 6.0, "page"),
     ]
-    assert shown([*pools, *[made_pool(f"z{i}", 0.5) for i in range(4)]], 2)[HEADINGS[0]] == ["a", "c"]
-    assert shown(pools, 2)[HEADINGS[0]] == ["a", "c"] and shown(pools, 2)[HEADINGS[1]] == ["d", "b"]
+    assert chosen([*pools, *[made_pool(f"z{i}", 0.5) for i in range(4)]], 2)[HEADINGS[0]] == ["a", "c"]
+    assert chosen(pools, 2)[HEADINGS[0]] == ["a", "c"] and chosen(pools, 2)[HEADINGS[1]] == ["d", "b"]
 
 
 def test_pools_without_a_wrong_or_with_tied_candidates():
     all_right = made_pool("a", 1.0, rewards=[1.0] * 4)
     tied = made_pool("b", 0.0)  # a wrong one scores as much: no right choice
     two_right = made_pool("c", -1.0, rewards=[0.0, 1.0, 1.0, 0.0])
-    assert [(h, p.example_id) for h, p in interesting([all_right, tied, two_right], 2)] == [
+    assert [(h, p.example_id) for h, p in choose_pools([all_right, tied, two_right], 2)] == [
         (HEADINGS[0], "c"),
         (HEADINGS[3], "b"),
     ]
@@ -116,7 +119,7 @@ def test_shares_sum_to_one_whatever_the_scores():
     assert softmax([1000.0, 1000.0 - 0.6931471805599453]) == pytest.approx([2 / 3, 1 / 3])
 
 
-# The page
+# --- the page
 
 
 def test_the_page_is_whole_and_shows_its_data():
@@ -149,7 +152,7 @@ def test_a_pool_is_a_table_by_score_with_choice_and_best_marked():
     assert (
         rows[0][2] == f"{shares[1]:.1%}" and f"width:{shares[1]:.2%}" in rows[0][1] and rows[0][3] == "0.200"
     )
-    assert "<summary>all of the prompt</summary><pre>the page of b</pre>" in html
+    assert "<summary>whole prompt</summary><pre>the page of b</pre>" in html
 
 
 def test_chance_is_what_the_table_says_or_what_the_pools_give():
@@ -171,7 +174,7 @@ def test_hostile_text_stays_text():
     )
     rows = {HOSTILE: [{"name": HOSTILE, "accuracy": 0.5, "low": 0.4, "high": 0.6, "count": 1}]}
     line = {"step": 1, "train": {"loss": 1.0}, "selection": {"accuracy": 0.5}}
-    names = {"title": HOSTILE, "settings": HOSTILE, "models": [made_model(HOSTILE), made_model("$x^{$")]}
+    names = {"run": HOSTILE, "settings": HOSTILE, "models": [made_model(HOSTILE), made_model("$x^{$")]}
     html = made_page(breakdowns=rows, curves={HOSTILE: [line], "$x_$": [line]}, pools=[pool], **names)
     parsed = Page(html)
     assert parsed.scripts == 1 and not parsed.problems and not parsed.open
@@ -185,16 +188,17 @@ def test_the_same_data_gives_the_same_bytes():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"results": []}, "No model was judged"),
+        ({"results": []}, "No model was evaluated"),
         ({"models": []}, "Nothing was ranked"),
         ({"breakdowns": {}}, "Nothing was broken down"),
         ({"breakdowns": {"steps": []}}, "Nothing was broken down"),
         ({"curves": {}}, "No model was trained"),
         ({"curves": {"ranker": []}}, "No model was trained"),
-        ({"pools": []}, "No pool with right and wrong candidates"),
-        ({"curves": {"policy": [{"step": 1, "train": {"reward": 1.0}, "selection": {}}]}}, "Learning"),
+        ({"pools": []}, "No pool with correct and wrong candidates"),
+        ({"curves": {"policy": [{"step": 1, "train": {"reward": 1.0}, "selection": {}}]}}, "Training"),
         ({"models": [{"name": "lonely", "accuracy": 0.5, "low": None, "high": None}]}, "lonely"),
         ({"models": [made_model(mrr=float("nan"))]}, "ranker"),
+        ({"manifests": {}}, "Nothing is recorded"),
         ({"breakdowns": {"fooled by": [{"name": "chain", "count": 12, "share_of_errors": 0.25}]}}, "share of errors"),
     ],
 )  # fmt: skip
@@ -207,7 +211,7 @@ def test_other_pages_have_no_style_of_this_one():
     assert ".pool" not in page("x", "") and ".pool" in made_page()
 
 
-# The screen
+# --- the screen
 
 
 def test_the_table_on_the_screen_has_a_row_per_model_and_the_known_columns():
@@ -236,5 +240,6 @@ def test_the_table_on_the_screen_has_a_row_per_model_and_the_known_columns():
         "55.0%",
     ]
     assert lines[3].split() == ["random", "choice", "12.5%", "-", "-", "-", "-", "-", "-"]
-    assert lines[2].index("60.0%") == lines[3].index("12.5%") == lines[0].index("accuracy")
+    ends = {line.index(cell) + len(cell) for line, cell in zip(lines[2:], ("60.0%", "12.5%"), strict=True)}
+    assert ends == {lines[0].index("accuracy") + len("accuracy")}  # numbers are aligned to the right
     assert "MRR" not in ranking_table([{"name": "x", "accuracy": 0.5}])

@@ -1,7 +1,4 @@
-"""The report: whole without a network, true to the metrics, safe with hostile text, and there when parts are missing.
-
-Known here: lib.report and what stage 06 leaves. Not known: how samples are drawn or models trained.
-"""
+"""The report of stage 06: no network needed, correct numbers, hostile text, missing parts; scores of a user's text."""
 
 import gzip
 import importlib
@@ -23,12 +20,14 @@ from lib import schema
 from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.evaluation.quality import describe, from_first_gap, lexicon, valid_words
+from lib.evaluation.quality import SamplingCost, describe, from_first_gap, lexicon, valid_words
 from lib.evaluation.sample_evaluator import roles
 from lib.metrics import ngram_entropy
 from lib.report import plots
 from lib.report.data import ReportData
 from lib.report.html import build_report
+from lib.report.html_table import interval, table
+from lib.report.results import verdict
 from lib.report.table import aligned, results_table, sampling_table
 from lib.runs import RunArgs, check_stage_name, inspect, load_manifest, score_stage
 
@@ -37,7 +36,7 @@ HOSTILE = '<script>alert("x")</script>&"\''
 
 
 class Page(HTMLParser):
-    """Open tags, links to elsewhere, and the text of a page."""
+    """A parsed page: tags left open, links to other addresses, and the text."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -79,7 +78,7 @@ def page(quick_run) -> tuple[str, Page]:
     return html, Page(html)
 
 
-def test_classifiers_and_scorers_stand_beside_their_baselines(page, quick_run):
+def test_classifiers_and_scorers_are_shown_with_their_baselines(page, quick_run):
     text = page[1].text
     held_out = {
         name: json.loads((quick_run / "04_train" / name / "training_manifest.json").read_text())["held_out"]
@@ -89,11 +88,11 @@ def test_classifiers_and_scorers_stand_beside_their_baselines(page, quick_run):
     assert all(f"{count:,}" in classes for row in held_out["inspector"]["confusion"] for count in row)
     assert f"{held_out['inspector']['f1_0']:.3f}" in classes
     judge = held_out["judge"]
-    shown = (judge["mse"], judge["confidence"]["spearman"], judge["constant_mse"], judge["best_r2"])
-    assert all(f"{value:.3f}" in scores for value in shown)
+    values = (judge["mse"], judge["confidence"]["spearman"], judge["constant_mse"], judge["best_r2"])
+    assert all(f"{value:.3f}" in scores for value in values)
 
 
-def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page):
+def test_the_page_is_well_formed_and_needs_no_network(page):
     html, parsed = page
     assert not parsed.problems and not parsed.open
     assert not parsed.outside
@@ -110,7 +109,7 @@ def test_the_page_shows_the_numbers_of_metrics_json(quick_run, page):
         assert row["policy"] in parsed.text and f"{row['fourgram_entropy']:.3f}" in parsed.text
 
 
-def test_the_page_reads_in_the_dark_on_paper_and_on_a_phone(page):
+def test_the_page_has_styles_for_dark_mode_paper_and_phones(page):
     html, _ = page
     for needed in ("prefers-color-scheme: dark", "@media print", "width=device-width"):
         assert needed in html, needed
@@ -118,7 +117,7 @@ def test_the_page_reads_in_the_dark_on_paper_and_on_a_phone(page):
 
 
 def made_data(**changes) -> ReportData:
-    """A report's data in which every text is an attack."""
+    """The data of a report whose every text is hostile."""
     ids = list(range(4))
     sample = {
         "policy": HOSTILE, "nfe": 4, "sample_id": 0, "text": HOSTILE, "token_ids": ids,
@@ -164,12 +163,41 @@ def made_data(**changes) -> ReportData:
 def test_hostile_text_stays_text():
     html = build_report(made_data())
     parsed = Page(html)
-    assert parsed.scripts == 1 and not parsed.problems  # its own
+    assert parsed.scripts == 1 and not parsed.problems  # the only script is the page's own
     assert HOSTILE not in html and HOSTILE in parsed.text
 
 
 def test_the_same_data_gives_the_same_bytes():
     assert build_report(made_data()) == build_report(made_data())
+
+
+def test_sections_follow_a_readers_questions_and_have_links():
+    html = build_report(made_data())
+    titles = ["Results", "Samples", "Sampling", "Critic and other scorers", "Training", "Data and synthetic text", "Settings and provenance"]  # fmt: skip
+    assert re.findall(r"<h2>\d+\. ([^<]*)</h2>", html) == titles
+    links, anchors = re.findall(r'<a href="#([^"]*)"', html), re.findall(r'<section id="([^"]*)"', html)
+    assert links == anchors == [f"section-{i}" for i in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"low": 0.1, "high": 0.4, "beats_baseline": True}, "better"),
+        ({"low": 0.4, "high": 0.6}, "not significant"),
+        ({"low": 0.6, "high": 0.8}, "worse"),
+        ({"low": 0.6, "high": 0.8, "lower_is_better": False, "beats_baseline": True}, "better"),
+        ({"low": 0.1, "high": 0.4, "lower_is_better": False}, "worse"),
+        ({"low": None, "high": None}, "not significant"),
+    ],
+)
+def test_the_verdict_is_that_of_the_interval(changes, expected):
+    row = {"baseline_value": 0.5, "lower_is_better": True, "beats_baseline": False}
+    assert verdict(row | changes) == expected
+
+
+def test_columns_of_numbers_are_aligned_to_the_right():
+    html = table(["name", "share", "interval", "bands"], [["a", "12.5%", interval("0 – 1"), "0.25 to 0.50"], ["b", "–", "", "–"]])  # fmt: skip
+    assert re.findall(r'<th class="(\w+)">', html) == ["text", "number", "text", "text"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +236,7 @@ def test_valid_words_leave_out_cut_ones():
 
 
 def test_a_row_of_the_sampling_table_is_computed_from_its_texts():
-    row = describe("p", 8, 8, 1.0, ["abab", "bbbb"], set(), np.array([2.0, 6.0]))
+    row = describe(SamplingCost("p", 8, 8, 1.0), ["abab", "bbbb"], set(), np.array([2.0, 6.0]))
     assert row["reference_nll"]["value"] == pytest.approx(1.0)
     share = np.array([2 / 8, 6 / 8])
     assert row["character_entropy"] == pytest.approx(-(share * np.log(share)).sum())
@@ -248,16 +276,16 @@ def test_tables_on_the_screen_are_aligned():
     assert lines[2].endswith("  1.5") and lines[3].endswith("10.25")
 
 
-def test_a_fill_is_judged_together_with_what_stands_behind_it():
+def test_a_fill_is_measured_with_the_text_after_it():
     free = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]], bool)
     assert from_first_gap(free).tolist() == [[False] + [True] * 4, [False] * 5, [True] * 5]
 
 
-# --- any text, scored ------------------------------------------------------------------------------------------------
+# --- scores of a user's text ------------------------------------------------------------------------------------------------
 
 
 def scores_of(file: Path) -> Path:
-    """The table of a text beside the run that scored it."""
+    """The table of scores of a text, in the run beside it."""
     return file.parent / "run_001" / score_stage(file) / "scores.parquet"
 
 
@@ -289,25 +317,25 @@ def test_a_users_text_is_scored_token_by_token(scored):
     assert "held-out" in held_out["document_id"] and rewritten["tokens"] == held_out["tokens"] > 0
     assert (
         rewritten["reference_nll_mean"] > held_out["reference_nll_mean"] + 0.3
-    )  # by a generator that knows nothing yet
+    )  # the generator is hardly trained
 
 
 def test_the_scores_page_is_whole_and_safe(scored):
     html = (scored[0] / "scores.html").read_text()
     parsed = Page(html)
     assert not parsed.problems and not parsed.open and not parsed.outside
-    assert html.count('class="heat"') >= 2 * len(scored[1].strip()) and "<b>an" not in html
+    assert html.count('class="tint"') >= 2 * len(scored[1].strip()) and "<b>an" not in html
 
 
 def test_characters_that_the_run_never_saw_are_scored_as_unknown(quick_run, quick_config, tmp_path, capsys):
-    """Also where samples are longer than the context, and the text is too."""
+    """Here samples and text are longer than the context."""
     shutil.copytree(quick_run, tmp_path / "run_001")
     (tmp_path / "strange.txt").write_text("A \u2603 is true. " * 9, encoding="utf-8")
     longer = quick_config.sampler.model_copy(update={"length": 150})
     config = quick_config.model_copy(update={"sampler": longer})
     args = RunArgs(run_dir=tmp_path / "run_001", quick_test=True, score=tmp_path / "strange.txt")
     importlib.import_module("06_sample").main(config, args)
-    assert "9 tokens of" in capsys.readouterr().err
+    assert "outside the run's vocabulary: 9;" in capsys.readouterr().err
     rows = pq.read_table(scores_of(tmp_path / "strange.txt")).to_pylist()
     assert sum(row["token_ids"].count(3) for row in rows) == 9
 
@@ -347,7 +375,7 @@ def test_a_text_of_one_character_is_scored_and_not_called_too_little(quick_run, 
     assert len(row["critic_error"]) == 1
 
 
-def test_what_is_wrong_with_a_file_to_score_is_said_of_that_flag(quick_run, quick_config, tmp_path):
+def test_errors_of_a_file_to_score_name_the_flag(quick_run, quick_config, tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes(b"x")
     with pytest.raises(MissingInput, match=r"^--score: .*a\.png has the ending '\.png'"):
@@ -395,7 +423,7 @@ def test_a_name_that_no_manifest_may_have_is_refused_before_anything_is_done(tmp
 
 
 def test_files_of_any_name_are_scored_apart_and_again_for_nothing(quick_run, quick_config, tmp_path, capsys):
-    """Names that are not UTF-8, packed files and folders too; `make inspect` shows them."""
+    """Includes names that are not UTF-8, compressed files and folders; `make inspect` lists them."""
     shutil.copytree(quick_run, tmp_path / "run_001")
     odd = os.fsdecode(b"My caf\xe9 (v1)")
     (tmp_path / odd).mkdir()
@@ -425,12 +453,12 @@ def test_files_of_any_name_are_scored_apart_and_again_for_nothing(quick_run, qui
         score(odd)
 
 
-# --- samples from a file, and longer than the context ----------------------------------------------------------------
+# --- samples: infill file, long texts, best of N, prompts ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sampled(quick_run, tmp_path_factory):
-    """Stage 06 again on a copy of the quick run: overrides -> the folder it wrote."""
+    """Run stage 06 again on a copy of the quick run: overrides -> the folder of its outputs."""
 
     def make(*overrides: str):
         folder = tmp_path_factory.mktemp("sampled") / "run_001"
@@ -458,7 +486,7 @@ WHOLE = {
 }
 
 
-def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_path):
+def test_every_row_of_a_file_is_filled_and_compared_with_its_target(sampled, tmp_path):
     rows = [
         {"id": "a", "text": "The value of the " + "[MASK]" * 6 + " is in the text.", "target": WHOLE["a"]},
         {"id": "b", "text": "A " + "[MASK]" * 4 + " of " + "[MASK]" * 5 + ".", "target": WHOLE["b"]},
@@ -468,7 +496,7 @@ def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_pat
     folder = sampled(f"sampler.infill_file={path}", "sampler.policies=[ancestral, critic, oracle]")
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
     assert sorted({(r["policy"], r["infill_id"]) for r in samples}) == [
-        (p, i) for p in ("critic", "ancestral", "oracle") for i in "abc"
+        (p, i) for p in ("ancestral", "critic", "oracle") for i in "abc"
     ]
     hits: dict[str, list[bool]] = {}
     for row in samples:
@@ -486,7 +514,7 @@ def test_every_row_of_a_file_is_filled_and_judged_by_its_target(sampled, tmp_pat
     assert metrics["real text"]["infill_accuracy"]["value"] == 1
     parsed = Page((folder / "report.html").read_text())
     assert not parsed.problems and "Infilling" in parsed.text
-    assert "No trace was kept" not in parsed.text  # whichever row is the first of the shortest
+    assert "No trace was kept" not in parsed.text  # the trace is of the first row of the shortest length
     assert f"{metrics['critic']['infill_accuracy']['value']:.1%}" in parsed.text
     manifest = load_manifest(folder)
     assert manifest is not None and "mine.parquet" in manifest["inputs"]
@@ -556,7 +584,7 @@ def test_the_best_of_several_fillings_of_every_row_of_a_file(sampled, tmp_path):
         assert sorted(r["infill_id"] for r in chosen) == ["a", "b", "c"]
         assert len(chosen[0]["text"]) < len(chosen[2]["text"])  # of different lengths
         (row,) = [r for r in record["best_of"] if r["scorer"] == scorer]
-        # From the first gap on every token counts the same, whichever text it stands in
+        # Every token from the first gap on has the same weight, in whichever text it is
         counted = [len(r["given"]) - r["given"].index(False) for r in chosen]
         mean = np.average([r["reference_nll"] for r in chosen], weights=counted)
         assert row["nll"]["value"] == pytest.approx(mean)
@@ -578,8 +606,8 @@ def test_a_refused_prompt_leaves_the_samples_that_are_there(sampled):
     assert (folder / "samples.parquet").read_bytes() == before
 
 
-def test_the_judge_of_samples_is_causal():
-    """A model that sees what it judges, on the same split and named before it, is passed over."""
+def test_the_reference_model_is_causal():
+    """A bidirectional model of the same split that comes first in the config is skipped."""
     specs = load_config().models
     seeing = specs["reference_lm"].model_copy(update={"attention": "bidirectional"})
     found = roles({"seeing": seeing, **specs})
@@ -609,7 +637,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused_by_name(sampled):
 
 
 def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
-    """Else what all samples share would make them look alike, and real text easier than it is."""
+    """A shared prompt would lower the diversity of samples and the NLL of real text."""
     prompt = "The value of the object is the value of the "
     folder = sampled("sampler.policies=[ancestral]", "sampler.num_samples=6", f"sampler.prompt={prompt}")
     rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
@@ -620,8 +648,8 @@ def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
 
 
 def test_labels_of_close_marks_stand_apart():
-    """Two marks side by side, then four labels at one place: each has a corner of its own."""
-    figure = plots._figure(6, 4)
+    """Two neighbouring marks, then four labels of one mark: no two labels overlap."""
+    figure = plots.new_figure(6, 4)
     axes = figure.subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     places = [(0.5, 0.5), (0.52, 0.51)]

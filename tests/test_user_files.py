@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from lib.config import load_config
 from lib.errors import BadConfig, MissingInput
-from lib.evaluation.collect import starting_ids
 from lib.evaluation.infilling import read_infill_file
+from lib.evaluation.starts import starting_ids
 from lib.tasks import Document, Problem
 from lib.tasks.text import check, sources
 from lib.tokenization import decode_batch, train_tokenizer

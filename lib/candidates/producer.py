@@ -1,12 +1,15 @@
 """The producer of the stream: it makes the next shard that stage 04 needs."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from lib import durable
 from lib.candidates.rewards import reward_table
 from lib.config import Config
+from lib.runs import load_manifest
 from lib.shards import ShardStore, cut_of
 from lib.tasks import CandidateContext, get_task
 from lib.training.data import Rows
@@ -66,3 +69,10 @@ class Producer:
         reward = np.asarray(reward, np.float64)
         facts = {"epoch": epoch, "examples": len(positions), "mean_reward": float(reward.mean())}
         self.store.write(number, candidates, reward_table(candidates, reward, terms), facts)
+
+
+def has_streamed(run_dir: Path) -> bool:
+    """Whether stage 04 is complete and learned from shards. False while --overwrite makes it again."""
+    folder = run_dir / "04_train"
+    manifest = load_manifest(folder) if not durable.beside(folder, durable.NEW).exists() else None
+    return manifest is not None and manifest["config"].get("stream", {}).get("enabled", False)

@@ -1,7 +1,9 @@
-"""The texts that samples start from; among them a user's file of texts with [MASK]s, checked row by row before any is filled.
+"""Texts with gaps: what the sampler fills, and a user's file of such texts.
 
-Knows the file, the tokenizer's words and the generator's context; no model. Rows of equal length are filled together, so
-that nothing is ever padded.
+Every row of the file is checked before the first one is filled. Rows of equal length are filled together, so that no
+padding is needed.
+
+Legend: B samples, T tokens.
 """
 
 from dataclasses import dataclass
@@ -16,19 +18,20 @@ from lib.errors import BadData
 from lib.tokenization import UNK, encode_batch, encode_with_masks
 from lib.user_files.decoding import clean_text
 
-SHOWN = 20
-UNKNOWN = -1  # in place of the right token where no target is given
+MAX_LISTED = 20  # problems in one message
+UNKNOWN = -1  # stands for the target's token in rows without a target
 
 
 @dataclass(frozen=True)
 class Start:
-    """Texts of one length to be written.
+    """Texts of one length from which samples start.
 
     Attributes:
-        ids: (B, T); free: (B, T) bool, what is to be written; the rest is given.
+        ids: (B, T), [MASK] where a token is to be generated.
+        free: (B, T) bool, the tokens to generate; the others stay as they are.
         number: (B,) numbers of the samples, which key their noise.
-        names: of the rows in the user's file, if that is where they come from.
-        truth: (B, T) the right tokens, UNKNOWN in rows without a target; None if there are no targets at all.
+        names: ids of the rows in the user's file; None for other starts.
+        truth: (B, T) the target's tokens, UNKNOWN in rows without a target; None if no row has a target.
     """
 
     ids: np.ndarray
@@ -44,32 +47,36 @@ class Start:
 
 
 def read_infill_file(path: Path, tokenizer: Any, context: int) -> list[Start]:
-    """The rows of a .parquet with columns id, text and, if there is one, target; shortest first.
+    """Read a .parquet file with the columns id, text and, optionally, target. The shortest texts come first.
+
+    Args:
+        context: tokens that the generator reads, without [CLS].
 
     Raises:
-        BadData: the file cannot be read or a row cannot be filled; every such row is named.
+        BadData: the file cannot be read, or rows cannot be filled; the message names the rows.
     """
     names, texts, targets = _columns(path)
     rows = [row.astype(np.int64) for row in encode_with_masks(tokenizer, texts, "unk")]
-    wanted: list[np.ndarray | None] = [None] * len(rows)
+    target_ids: list[np.ndarray | None] = [None] * len(rows)
     known = [i for i, target in enumerate(targets) if target is not None]
     for i, ids in zip(known, encode_batch(tokenizer, [str(targets[i]) for i in known], "unk"), strict=True):
-        wanted[i] = ids
+        target_ids[i] = ids
     problems = []
-    for i, (row, target) in enumerate(zip(rows, wanted, strict=True)):
+    for i, (row, target) in enumerate(zip(rows, target_ids, strict=True)):
         problems += [f"row {i} (id {names[i]!r}): {p}" for p in _problems(row, target, tokenizer, context)]
-    seen: dict[str, int] = {}
+    first_row: dict[str, int] = {}
     for i, name in enumerate(names):
-        if seen.setdefault(name, i) != i:
-            problems.append(f"row {i} (id {name!r}): row {seen[name]} has this id already")
+        if first_row.setdefault(name, i) != i:
+            problems.append(f"row {i} (id {name!r}): row {first_row[name]} has this id already")
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        shown = "\n  ".join(problems[:SHOWN])
-        raise BadData(f"sampler.infill_file: {path} has rows that cannot be filled:\n  {shown}{more}")
-    return _starts(rows, wanted, names, tokenizer.mask_token_id)
+        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        listed = "\n  ".join(problems[:MAX_LISTED])
+        raise BadData(f"sampler.infill_file: {path} has rows that cannot be filled:\n  {listed}{more}")
+    return _starts(rows, target_ids, names, tokenizer.mask_token_id)
 
 
 def _columns(path: Path) -> tuple[list[str], list[str], list[str | None]]:
+    """(ids, texts, targets) of the file's rows."""
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
@@ -92,7 +99,7 @@ def _columns(path: Path) -> tuple[list[str], list[str], list[str | None]]:
             raise BadData(
                 f"sampler.infill_file: {path}, column {name} is {table[name].type}, not text"
             ) from None
-        if name != "id":  # as in the data: line ends are line feeds, other white space is white space
+        if name != "id":  # as in the data: line ends become line feeds, other white space becomes spaces
             columns[name] = [None if value is None else clean_text(value)[0] for value in columns[name]]
         if name != "target" and None in columns[name]:
             raise BadData(
@@ -102,6 +109,7 @@ def _columns(path: Path) -> tuple[list[str], list[str], list[str | None]]:
 
 
 def _problems(row: np.ndarray, target: np.ndarray | None, tokenizer: Any, context: int) -> list[str]:
+    """Why a row cannot be filled; empty if it can."""
     masked = row == tokenizer.mask_token_id
     found = []
     if not masked.any():
@@ -113,23 +121,27 @@ def _problems(row: np.ndarray, target: np.ndarray | None, tokenizer: Any, contex
     if target is None:
         return found
     if (target == UNK).any():
-        found.append("target has characters outside the vocabulary, which are never written")
+        found.append("target has characters outside the vocabulary, which the generator cannot generate")
     if len(target) != len(row):
         found.append(
-            f"target has {len(target)} tokens, text has {len(row)}: it must be the whole text, filled"
+            f"target has {len(target)} tokens, text has {len(row)}: the target is the whole text with its gaps filled"
         )
     elif (differs := np.flatnonzero((target != row) & ~masked)).size:
         found.append(f"target differs from text at token {differs[0]}, which is given")
     return found
 
 
-def _starts(rows, wanted, names: list[str], mask_id: int) -> list[Start]:
+def _starts(
+    rows: list[np.ndarray], target_ids: list[np.ndarray | None], names: list[str], mask_id: int
+) -> list[Start]:
+    """One `Start` per text length."""
     lengths = np.array([len(row) for row in rows])
     starts = []
     for length in np.unique(lengths):
         here = np.flatnonzero(lengths == length)
         ids = np.stack([rows[i] for i in here])
         blank = np.full(length, UNKNOWN)
-        truth = np.stack([blank if wanted[i] is None else wanted[i] for i in here]).astype(np.int64)
+        targets = [blank if (target := target_ids[i]) is None else target for i in here]
+        truth = np.stack(targets).astype(np.int64)
         starts.append(Start(ids, ids == mask_id, here, [names[i] for i in here], truth))
     return starts

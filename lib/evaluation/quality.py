@@ -1,9 +1,12 @@
-"""How good samples are, measured: likelihood under a causal model that saw other text, diversity, real words.
+"""Measure the quality of samples: likelihood under a reference model, diversity, and the share of real words.
 
-A likelihood alone can be gamed by dull text, so the entropies stand beside it (Zheng et al., 2024).
+Low-diversity text has a high likelihood. Entropies are therefore reported beside it (Zheng et al., 2024).
+
+Legend: B texts, T tokens.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,53 +25,62 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 def reference_nll(
     model: nn.Module, runtime: Runtime, ids: np.ndarray, counted: np.ndarray, cls_id: int
 ) -> np.ndarray:
-    """(B,) nats of the counted tokens of each text under a causal model, every token given all before it.
+    """(B,) nats of the counted tokens of each text under a causal model.
 
-    A text longer than the model's context is read in consecutive windows, and nothing crosses a window.
+    A text longer than the model's context is read in consecutive windows; the model does not see beyond a window.
+
+    Args:
+        ids: (B, T); counted: (B, T) bool, the tokens whose nats are added up.
     """
     sums = np.zeros(len(ids))
     for part in chunks(len(ids), 64):
-        for seen in _windows(model, ids):
-            here, valid = ids[part, seen], np.ones_like(counted[part, seen])
-            nll, _ = causal_nll(model, runtime, here, valid, cls_id)
-            sums[part] += (nll.cpu().numpy() * counted[part, seen]).sum(1)
+        for window in _windows(model, ids):
+            read, valid = ids[part, window], np.ones_like(counted[part, window])
+            nll, _ = causal_nll(model, runtime, read, valid, cls_id)
+            sums[part] += (nll.cpu().numpy() * counted[part, window]).sum(1)
     return sums
 
 
 def from_first_gap(free: np.ndarray) -> np.ndarray:
-    """(B, T) bool: the written tokens (B, T) and all behind the first of them.
+    """(B, T) bool: the first generated token of each row, and all tokens after it. `free`: (B, T) bool, generated tokens.
 
-    What a fill is judged by: a causal model's likelihood of the written tokens alone would not mind whether they join up
-    with the given text behind them.
+    These tokens measure a fill. The likelihood of the generated tokens alone would ignore whether they fit the text
+    that follows them.
     """
     return np.logical_or.accumulate(free, axis=1)
 
 
 @torch.no_grad()
 def sequence_scores(model: nn.Module, runtime: Runtime, ids: np.ndarray, cls_id: int) -> np.ndarray:
-    """(B,) what a judge or ranker gives each whole text, [CLS] in front; the mean over windows of a longer one."""
+    """(B,) score of each text (B, T) by a judge or ranker, with [CLS] in front.
+
+    The score of a text longer than the model's context is the mean over its windows, weighted by their tokens.
+    """
     scores = np.zeros(len(ids))
     for part in chunks(len(ids), 64):
-        for seen in _windows(model, ids):
-            here = ids[part, seen]
-            front = with_cls(here, np.ones_like(here, bool), cls_id)
-            found = forward(model, runtime, *front).logits.float().squeeze(-1).cpu().numpy()
-            scores[part] += found * (here.shape[1] / ids.shape[1])
+        for window in _windows(model, ids):
+            read = ids[part, window]
+            with_front = with_cls(read, np.ones_like(read, bool), cls_id)
+            found = forward(model, runtime, *with_front).logits.float().squeeze(-1).cpu().numpy()
+            scores[part] += found * (read.shape[1] / ids.shape[1])
     return scores
 
 
 def _windows(model: Any, ids: np.ndarray) -> list[slice]:
-    width = model.config.max_position_embeddings - 1  # [CLS] stands in front
-    return [slice(start, start + width) for start in range(0, ids.shape[1], width)]
+    context = model.config.max_position_embeddings - 1  # [CLS] takes one position
+    return [slice(start, start + context) for start in range(0, ids.shape[1], context)]
 
 
 def lexicon(texts) -> set[str]:
-    """Lower-case words of texts."""
+    """The lower-case words of texts."""
     return {word for text in texts for word in _WORD.findall(text.lower())}
 
 
 def valid_words(texts: list[str], known: set[str]) -> metrics.Estimate | None:
-    """Share of words that are in the lexicon. A text's first and last word are left out: they may be cut."""
+    """Share of words that are in the lexicon `known`; None without words.
+
+    The first and the last word of a text do not count, because they may be cut off.
+    """
     pairs = []
     for text in texts:
         words = _WORD.findall(text.lower())[1:-1]
@@ -78,24 +90,46 @@ def valid_words(texts: list[str], known: set[str]) -> metrics.Estimate | None:
 
 
 def characters(texts: list[str]) -> list[np.ndarray]:
-    """Code points of each text."""
+    """The code points of each text."""
     return [np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) for text in texts]
 
 
-def describe(policy: str, nfe: int, passes: float, seconds: float, texts: list[str], known: set[str],
-             nll: np.ndarray | None) -> dict:  # fmt: skip
-    """One row of the sampling table. `texts`: what was written, from the first gap on; `nll`: nats of each."""
+@dataclass(frozen=True)
+class SamplingCost:
+    """How samples were made, and what they cost.
+
+    Attributes:
+        policy: the re-masking policy, or the name of a baseline.
+        nfe: the budget of forward passes (NFE).
+        passes: mean number of forward passes that a sample took.
+        seconds: time for all samples.
+    """
+
+    policy: str
+    nfe: int
+    passes: float
+    seconds: float
+
+
+def describe(cost: SamplingCost, texts: list[str], known: set[str], nll: np.ndarray | None) -> dict:
+    """One row of the table of policies.
+
+    Args:
+        texts: the samples from their first gap on.
+        known: the lexicon for the share of real words.
+        nll: (B,) nats of each text under the reference model; None without that model.
+    """
     codes = characters(texts)
     words = valid_words(texts, known)
     likelihood = (
         None if nll is None else metrics.ratio(nll, np.array([len(t) for t in texts], float))._asdict()
     )
     return {
-        "policy": policy,
-        "nfe": nfe,
-        "passes": passes,
+        "policy": cost.policy,
+        "nfe": cost.nfe,
+        "passes": cost.passes,
         "samples": len(texts),
-        "seconds": seconds,
+        "seconds": cost.seconds,
         "reference_nll": likelihood,
         "character_entropy": metrics.ngram_entropy(codes, 1),
         "fourgram_entropy": metrics.ngram_entropy(codes, 4),

@@ -1,30 +1,78 @@
-"""Any text scored token by token: what critic, inspector and reference model say of it, as rows and as a page.
+"""Score a text token by token with the critic, the inspector and the reference model, and as a whole with the judge.
 
-A text is read in consecutive windows of the models' context; nothing crosses a window. Windows of equal length go
-through the models together, so that no padding is ever scored.
+A text is read in consecutive windows of the models' context; no model sees beyond its window. Windows of equal length
+are scored together, so that no padding is needed.
+
+Legend: B windows, T tokens.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lib import randomness
+from lib.config import Config
 from lib.diffusion.policies import POLICIES
 from lib.diffusion.samples import MaskedTexts
+from lib.errors import MissingInput, RemaskError
 from lib.evaluation.quality import sequence_scores
-from lib.report.html import page
-from lib.report.html_table import table
+from lib.tasks import Document, Problem, get_task
 from lib.tokenization import decode_batch, encode_batch
 from lib.training.objectives.base import chunks, forward
 from lib.training.objectives.next_token import causal_nll
 
 BATCH = 64
-SHOWN_WINDOWS, SHOWN_DOCUMENTS = 60, 200  # on the page; the table has all
-HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same, half of it rewritten)"
+HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same text, half of it rewritten)"
+
+# Settings under which every text is read whole. The minimum amounts are for training
+READ_WHOLE: dict[str, Any] = {
+    "min_document_characters": 1,
+    "passage_characters": 1,
+    "split": "contiguous",
+    "fractions": {"train": 1.0},
+    "deduplicate": "none",
+}
+
+
+@dataclass(frozen=True)
+class UserTexts:
+    """What a user gave to --score.
+
+    Attributes:
+        texts: (document id, text) of each document.
+        problems: what could not be read, or was changed.
+        files: the files that were read.
+    """
+
+    texts: list[tuple[str, str]]
+    problems: list[Problem]
+    files: list[Path]
+
+
+def read_user_texts(config: Config, path: Path) -> UserTexts:
+    """Read the texts of a file or folder, as task text does, whatever the run's task is.
+
+    Raises:
+        MissingInput: there is no such file or folder.
+    """
+    if not path.exists():
+        raise MissingInput(f"--score {path}: there is no such file or folder")
+    # A file whose name begins with "builtin" is a file, not a text that the project ships
+    name = os.path.join(".", path) if str(path).startswith("builtin") else str(path)
+    data = config.data.model_copy(update={"path": name, **READ_WHOLE})
+    config, task = config.model_copy(update={"data": data}), get_task("text")
+    try:
+        files, items = task.sources(config), list(task.check(config))
+    except RemaskError as error:  # the message names the setting, but the user gave the flag
+        raise type(error)(str(error).replace("data.path", "--score")) from None
+    texts = [(d.document_id, d.content) for d in items if isinstance(d, Document)]
+    problems = [p for p in items if isinstance(p, Problem) and p.kind != "too little text"]
+    return UserTexts(texts, problems, files)
 
 
 @dataclass(frozen=True)
@@ -53,17 +101,17 @@ def score(parts: list[Window], evaluator: Any) -> list[dict]:
         for chosen in chunks(len(same), BATCH):
             index = same[chosen]
             found = _score_equal(np.stack([parts[i].ids for i in index]), evaluator)
-            for place, i in enumerate(index):
-                rows[i] = _row(parts[i], evaluator, {name: v[place] for name, v in found.items()})
+            for b, i in enumerate(index):
+                rows[i] = _row(parts[i], evaluator, {name: v[b] for name, v in found.items()})
     return [row for row in rows if row is not None]
 
 
 def known_texts(evaluator: Any, count: int = BATCH) -> list[Window]:
-    """What the scores of a text may be held against: the run's own held-out text, and the same with a half rewritten.
+    """Texts to compare a score with: held-out text of the run, and the same text with half of it rewritten.
 
-    Up to `count` windows of each; every second token on average is masked and drawn anew by the generator.
+    Up to `count` windows of each. On average every second token is masked and sampled again by the generator.
     """
-    real = evaluator.real_text(count)[:, : evaluator.narrowest]
+    real = evaluator.real_text(count)[:, : evaluator.min_context]
     rows = np.arange(len(real))
     free = (
         randomness.uniform(randomness.key(evaluator.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5
@@ -80,13 +128,13 @@ def known_texts(evaluator: Any, count: int = BATCH) -> list[Window]:
 
 @torch.no_grad()
 def _score_equal(ids: np.ndarray, evaluator: Any) -> dict[str, np.ndarray]:
-    """Scores of (B, T) ids: (B, T) per token, (B,) for the judge. Models that the run has not are left out."""
+    """Scores of (B, T) ids: (B, T) per token, (B,) of the judge. Models that the run lacks are skipped."""
     runtime, cls_id = evaluator.runtime, evaluator.tokenizer.cls_token_id
     valid = np.ones_like(ids, bool)
     found = {"critic_error": evaluator.sampler.critic_error(ids)}
     if evaluator.inspector is not None:
-        shares = torch.softmax(forward(evaluator.inspector, runtime, ids, valid).logits.float(), -1)
-        found["inspector_changed"] = (1 - shares[..., 0]).cpu().numpy()
+        probabilities = torch.softmax(forward(evaluator.inspector, runtime, ids, valid).logits.float(), -1)
+        found["inspector_changed"] = (1 - probabilities[..., 0]).cpu().numpy()
     if evaluator.reference is not None:
         found["reference_nll"] = causal_nll(evaluator.reference, runtime, ids, valid, cls_id)[0].cpu().numpy()
     if evaluator.judge is not None:
@@ -110,59 +158,16 @@ def _row(window: Window, evaluator: Any, found: dict[str, np.ndarray]) -> dict:
 
 
 def documents_of(rows: list[dict]) -> list[dict]:
-    """Means over each document, weighted by tokens: a line per document."""
+    """One row per document: means over its windows, weighted by their tokens."""
     windows_of: dict[str, list[dict]] = {}
     for row in rows:
         windows_of.setdefault(row["document_id"], []).append(row)
-    lines = []
+    documents = []
     for name, these in windows_of.items():
         weights = np.array([len(row["token_ids"]) for row in these])
-        line: dict = {"document_id": name, "tokens": int(weights.sum())}
+        document: dict = {"document_id": name, "tokens": int(weights.sum())}
         for key in ("critic_error_mean", "inspector_changed_mean", "reference_nll_mean", "judge_score"):
             values = [row[key] for row in these]
-            line[key] = None if values[0] is None else float(np.average(values, weights=weights))
-        lines.append(line)
-    return lines
-
-
-HEAD = ("document", "tokens", "critic: wrong", "inspector: changed", "reference NLL", "judge")
-
-
-def cells(line: dict) -> tuple[str, ...]:
-    """A document's line as text."""
-    numbers = [
-        line[k] for k in ("critic_error_mean", "inspector_changed_mean", "reference_nll_mean", "judge_score")
-    ]
-    return line["document_id"], f"{line['tokens']:,}", *("-" if n is None else f"{n:.3f}" for n in numbers)
-
-
-def scores_page(
-    rows: list[dict], documents: list[dict], known: list[dict], token_text: Any, source: str
-) -> str:
-    """The heat maps: the text once per model that scores tokens, every token tinted by its number.
-
-    `documents`, `known`: the lines of `documents_of`, and of the texts that one may hold it against.
-    """
-    lines = [[escape(c) for c in cells(line)] for line in (*documents[:SHOWN_DOCUMENTS], *known)]
-    body = f"<header><h1>{escape(source)}</h1><p class='hint'>Every token as the models of this run see it. "
-    body += "Critic: chance that it is wrong. Inspector: chance that it was changed. The redder, the likelier.</p></header>"
-    more = len(documents) - SHOWN_DOCUMENTS
-    rest = f"<p class='hint'>And {more:,} more; scores.parquet has all.</p>" if more > 0 else ""
-    body += "<section><h2>Whole texts</h2>" + table(list(HEAD), lines) + rest + "</section>"
-    for key, title in (("critic_error", "Critic"), ("inspector_changed", "Inspector")):
-        if rows and rows[0][key] is not None:
-            shown = "".join(_heat(row, key, token_text) for row in rows[:SHOWN_WINDOWS])
-            body += f"<section><h2>{title}</h2>{shown}</section>"
-    if len(rows) > SHOWN_WINDOWS:
-        body += (
-            f"<p class='hint'>The first {SHOWN_WINDOWS} of {len(rows)} windows; scores.parquet has all.</p>"
-        )
-    return page(f"Remask: {source}", body)
-
-
-def _heat(row: dict, key: str, token_text: Any) -> str:
-    parts = [
-        f'<span class="heat" style="--p:{value:.2f}" title="{value:.2f}">{escape(token_text(token))}</span>'
-        for token, value in zip(row["token_ids"], row[key], strict=True)
-    ]
-    return f"<h3>{escape(row['document_id'])}, window {row['window']}</h3><pre>{''.join(parts)}</pre>"
+            document[key] = None if values[0] is None else float(np.average(values, weights=weights))
+        documents.append(document)
+    return documents

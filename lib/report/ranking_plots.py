@@ -1,23 +1,23 @@
-"""Figures of the ranking report: who finds the right candidate how often, and how rankers learned."""
+"""Figures of the ranking report: the accuracy of every ranker, and training curves."""
 
 from collections.abc import Sequence
 
-from lib.report.plots import PALETTE, _figure, _svg
+from lib.report.plots import PALETTE, new_figure, svg_of
 
-SHOWN = ("accuracy", "average_reward")  # of a line of metrics.jsonl the first that is there
+SELECTION = ("accuracy", "average_reward")  # the first of these in a line of metrics.jsonl is drawn
 
 
-def accuracies(models: list[dict], chance: float | None, rivals: Sequence[str] = ()) -> str:
-    """A dot with its 95 % interval for each row, the first on top, and a line at chance.
+def accuracies(models: list[dict], chance: float | None, baselines: Sequence[str] = ()) -> str:
+    """A mark with its 95 % interval for each row, the first row on top, and a line at chance.
 
     Args:
         models: rows with "name", "accuracy" and, if known, "low" and "high".
-        rivals: names of rows that are no model of this run: hollow dots.
+        baselines: names of rows that are not trained models: hollow marks.
     """
-    figure = _figure(7.2, 0.75 + 0.27 * len(models))
+    figure = new_figure(7.2, 0.75 + 0.27 * len(models))
     axes = figure.subplots()
     for height, row in enumerate(reversed(models)):
-        value, hollow = row["accuracy"], row["name"] in rivals
+        value, hollow = row["accuracy"], row["name"] in baselines
         low, high = row.get("low"), row.get("high")
         error = None if low is None or high is None else [[max(value - low, 0)], [max(high - value, 0)]]
         color = "#666666" if hollow else PALETTE[0]
@@ -36,21 +36,21 @@ def accuracies(models: list[dict], chance: float | None, rivals: Sequence[str] =
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
-    return _svg(figure)
+    return svg_of(figure)
 
 
-def _short(name: str, most: int = 44) -> str:
-    """The name as plain text of a tick: no dollar sign starts a formula."""
-    return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", r"\$")
+def _short(name: str, max_length: int = 44) -> str:
+    """The name as plain text of a tick. Dollar signs are escaped, since they would start a formula."""
+    return (name if len(name) <= max_length else f"{name[: max_length - 1]}…").replace("$", r"\$")
 
 
 def learning(curves: dict[str, list[dict]], chance: float | None) -> str:
-    """Two panels per model: the training loss, and below it how often it chose right on pools kept apart."""
-    shown = {name: lines for name, lines in curves.items() if lines}
-    columns = len(shown)
-    figure = _figure(max(3.2, 2.9 * columns), 3.6)
+    """Two panels per model: the training loss, and below it the accuracy on the pools of the selection split."""
+    drawn = {name: lines for name, lines in curves.items() if lines}
+    columns = len(drawn)
+    figure = new_figure(max(3.2, 2.9 * columns), 3.6)
     panels = figure.subplots(2, columns, squeeze=False, sharex="col")
-    for (above, below), (name, lines) in zip(panels.T, shown.items(), strict=True):
+    for (above, below), (name, lines) in zip(panels.T, drawn.items(), strict=True):
         steps = [line["step"] for line in lines]
         for axes, part, color in ((above, "train", PALETTE[0]), (below, "selection", PALETTE[1])):
             key = _key(lines, part)
@@ -59,9 +59,9 @@ def learning(curves: dict[str, list[dict]], chance: float | None) -> str:
                 continue
             values = [line[part].get(key, float("nan")) for line in lines]
             axes.plot(steps, values, color=color, linestyle="-" if part == "train" else "--",
-                      marker=None if part == "train" else "o", markersize=3)  # fmt: skip
+                      marker=None if part == "train" and len(steps) > 1 else "o", markersize=3)  # fmt: skip
             axes.set_ylabel(
-                f"{'training' if part == 'train' else 'kept apart:'} {_short(key.replace('_', ' '), 20)}",
+                f"{'training' if part == 'train' else 'selection'} {_short(key.replace('_', ' '), 20)}",
                 fontsize=8,
             )
             if key == "accuracy" and chance is not None:
@@ -70,11 +70,11 @@ def learning(curves: dict[str, list[dict]], chance: float | None) -> str:
                               textcoords="offset points", fontsize=7, color="#555555")  # fmt: skip
         above.set_title(_short(name, 30), fontsize=9, loc="left")
         below.set_xlabel("step", fontsize=8)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _key(lines: list[dict], part: str) -> str | None:
-    """Which number of the lines is drawn: the loss in training, what is best known elsewhere."""
+    """The metric to draw: the loss in training, on the selection split the first known one of SELECTION."""
     known = lines[0].get(part, {})
-    wanted = ("loss",) if part == "train" else SHOWN
+    wanted = ("loss",) if part == "train" else SELECTION
     return next((name for name in (*wanted, *known) if name in known), None)

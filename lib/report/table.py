@@ -1,24 +1,52 @@
-"""The results table on the screen: every model beside what doing nothing clever gives."""
+"""Tables of results as aligned text for the screen, and the cells that they share with the HTML reports."""
 
 from collections.abc import Mapping
 from typing import Any
 
 INTERVALS = (
-    "Intervals are 95 % intervals; ± is half the width of one. Whole groups are resampled: documents or blocks of held-out "
-    "text for models, samples for policies, pages for questions. Where a table is over seeds, so is the interval."
+    "Intervals are 95 % intervals; ± is half the width of one. The bootstrap resamples whole groups: documents or blocks "
+    "of held-out text for models, samples for policies, pages for questions. Tables over several seeds have intervals "
+    "over seeds."
 )
+
+# Plain names of the scores that stage 05 compares
+DETECTION_LABELS = {
+    "critic": "critic",
+    "critic_calibrated": "critic, calibrated",
+    "critic_unknown": "critic, without conditioning mask",
+    "critic_blend": "critic and confidence combined",
+    "confidence": "confidence when generated",
+    "fresh_confidence": "confidence recomputed",
+    "confidence_first_pass": "confidence in the first pass",
+    "critic_partial": "partly masked: critic",
+    "critic_partial_calibrated": "partly masked: critic, calibrated",
+    "confidence_visible": "partly masked: confidence when generated",
+    "whole_text_critic": "external text: critic, calibrated",
+    "whole_text_fresh_confidence": "external text: confidence recomputed",
+}
+
+
+def has_interval(estimate: Mapping[str, Any]) -> bool:
+    """Whether an estimate has an interval. A single group gives none; manifests hold None for NaN."""
+    return all(end is not None and end == end for end in (estimate["low"], estimate["high"]))
 
 
 def interval_text(estimate: Mapping[str, Any], percent: bool = False, between: str = " .. ") -> str:
-    """The ends of an estimate's interval; `-` where one group alone gives none."""
-    ends = (estimate["low"], estimate["high"])
-    if any(end is None or end != end for end in ends):  # manifests hold None for NaN
+    """The ends of an estimate's interval; `-` if it has none."""
+    if not has_interval(estimate):
         return "-"
-    return between.join(f"{end:.1%}" if percent else f"{end:.3f}" for end in ends)
+    return between.join(
+        f"{estimate[end]:.1%}" if percent else f"{estimate[end]:.3f}" for end in ("low", "high")
+    )
+
+
+def detection_label(name: str) -> str:
+    """The plain name of a score that stage 05 compares."""
+    return DETECTION_LABELS.get(name, name)
 
 
 def results_table(rows: list[dict]) -> str:
-    """Aligned text of result rows (lib.training.objectives.base.ResultRow as dictionaries)."""
+    """Every model and metric beside its baseline. `rows`: lib.training.objectives.base.ResultRow as dictionaries."""
     head = ("model", "metric", "value", "95 % interval", "baseline", "", "beats it")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
@@ -37,7 +65,7 @@ def results_table(rows: list[dict]) -> str:
 
 
 def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Columns of equal width, numbers to the right, a rule below the head."""
+    """Lines of cells as text: columns of equal width, numbers to the right, a rule below the first line."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     numeric = [all(_is_number(line[i]) for line in lines[1:]) for i in range(len(widths))]
     text = [
@@ -50,21 +78,22 @@ def aligned(lines: list[tuple[str, ...]]) -> str:
 
 
 def _is_number(text: str) -> bool:
+    """Whether a cell is a number, such as 1.5, 1,234 or 12.5%, or stands for a missing one."""
     try:
-        float(text)
+        float(text.replace(",", "").removesuffix("%"))
     except ValueError:
         return text in ("", "-")
     return True
 
 
 def detection_table(detection: dict[str, dict]) -> str:
-    """How well each score tells wrong tokens from right ones."""
-    lines = [("error detection", "AUROC", "95 % interval", "average precision", "ECE", "Brier")]
+    """How well each score separates wrong tokens from correct ones."""
+    lines = [("error detection by", "AUROC", "95 % interval", "average precision", "ECE", "Brier score")]
     for name, found in detection.items():
         auroc = found["auroc"]
         lines.append(
             (
-                name,
+                detection_label(name),
                 f"{auroc['value']:.3f}",
                 interval_text(auroc),
                 f"{found['average_precision']:.3f}",
@@ -75,24 +104,25 @@ def detection_table(detection: dict[str, dict]) -> str:
     return aligned(lines)
 
 
-BANDS_HEAD = ("calibration", "masked share", "tokens", "wrong", "ECE raw", "one curve", "by band", "Brier raw", "one curve", "by band")  # fmt: skip
+BANDS_HEAD = ("calibration", "masked share", "tokens", "wrong", "ECE raw", "ECE one curve", "ECE by band", "Brier raw", "Brier one curve", "Brier by band")  # fmt: skip
 
 
 def bands_cells(row: dict) -> tuple[str, ...]:
-    """A band of the masked share as text: how honest the critic is, raw, with one curve for all, with curves by band."""
+    """The calibration error in one band of the masked share: raw, with one curve for all bands, with a curve per band."""
     kinds = ("raw", "one_curve", "by_band")
     numbers = [f"{row[f'{measure}_{kind}']:.3f}" for measure in ("ece", "brier") for kind in kinds]
-    share = f"{row['low']:.2f} to {row['high']:.2f}" + ("" if row["own"] else " (no curve of its own)")
+    share = f"{row['low']:.2f} to {row['high']:.2f}" + ("" if row["own"] else " (no curve)")
     return (row["reading"], share, f"{row['tokens']:,}", f"{row['error_rate']:.1%}", *numbers)
 
 
 def bands_table(rows: list[dict]) -> str:
+    """The calibration error by masked share. `(no curve)`: the band has too few tokens for a curve of its own."""
     return aligned([BANDS_HEAD, *(bands_cells(row) for row in rows)])
 
 
 def winners_table(ranker: str, terms: dict[str, dict[str, float]]) -> str:
-    """What the ranker's choice is worth: mean of each reward term of the winner, beside a random and the best choice."""
-    lines: list[tuple[str, ...]] = [(f"chosen by {ranker}", "winner", "random choice", "best choice")]
+    """Mean of each reward term over held-out examples: of the ranker's choice, a random choice and the best choice."""
+    lines: list[tuple[str, ...]] = [(f"chosen by {ranker}", "its choice", "random choice", "best choice")]
     for name, values in terms.items():
         lines.append((name, *(f"{values[key]:.3f}" for key in ("winner", "random", "best"))))
     return aligned(lines)
@@ -102,7 +132,7 @@ BEST_OF_HEAD = ("NLL, nats/token", "gain over one sample", "95 % interval", "4-g
 
 
 def best_of_cells(row: dict) -> tuple[str, ...]:
-    """What a scorer's choice among N samples gains over the first of them, under the reference model, and its variety."""
+    """The gain of a scorer's choice among N samples over the first one, and the diversity of its choices."""
     gain, entropy = row["gain"], f"{row['fourgram_entropy']:.3f}"
     if gain is None:
         return "-", "-", "-", entropy
@@ -110,23 +140,24 @@ def best_of_cells(row: dict) -> tuple[str, ...]:
 
 
 def best_of_table(rows: list[dict]) -> str:
+    """The gain of choosing among N samples, a line per scorer."""
     first = rows[0]
     lines = [
         (f"best of {first['n']} by", *BEST_OF_HEAD),
         *((row["scorer"], *best_of_cells(row)) for row in rows),
     ]
-    return f"policy {first['policy']}, {first['nfe']} passes a sample\n{aligned(lines)}"
+    return f"policy {first['policy']}, NFE {first['nfe']} per text\n{aligned(lines)}"
 
 
 def sampling_table(policies: list[dict]) -> str:
-    """Quality of samples per policy and budget, real text last."""
-    lines = [("policy", "NFE", "seconds", "NLL, nats/char", "95 % interval", "char entropy", "4-gram entropy", "valid words")]  # fmt: skip
+    """Quality of the samples by policy and budget; real text comes last."""
+    lines = [("policy", "NFE", "seconds", "NLL, nats/char", "95 % interval", "char entropy", "4-gram entropy", "real words")]  # fmt: skip
     for row in policies:
         nll, words = row["reference_nll"], row["valid_words"]
         lines.append(
             (
                 row["policy"],
-                passes_text(row["passes"]) or "-",
+                nfe_text(row["passes"]) or "-",
                 f"{row['seconds']:.1f}" if row["seconds"] else "-",
                 f"{nll['value']:.3f}" if nll else "-",
                 interval_text(nll) if nll else "-",
@@ -139,18 +170,29 @@ def sampling_table(policies: list[dict]) -> str:
 
 
 def infilling_table(policies: list[dict]) -> str:
-    """Share of the filled tokens that are the target's, per policy and budget."""
-    lines: list[tuple[str, ...]] = [("infilling", "NFE", "right tokens", "95 % interval")]
+    """Share of the generated tokens that equal the target's, by policy and budget."""
+    lines: list[tuple[str, ...]] = [("infilling", "NFE", "correct tokens", "95 % interval")]
     for row in policies:
         found = row["infill_accuracy"]
         if found is not None:
             interval = interval_text(found, percent=True)
-            lines.append(
-                (row["policy"], passes_text(row["passes"]) or "-", f"{found['value']:.1%}", interval)
-            )
+            lines.append((row["policy"], nfe_text(row["passes"]) or "-", f"{found['value']:.1%}", interval))
     return aligned(lines)
 
 
-def passes_text(passes: float) -> str:
-    """`32`, or `12.4` where samples finished early; nothing for none."""
+def samples_summary(metrics: dict) -> str:
+    """All tables of stage 06 for the screen. `metrics`: the content of its metrics.json."""
+    policies, best_of = metrics["policies"], metrics["best_of"]
+    tables = [results_table(metrics["results"])]
+    tables += [winners_table(name, terms) for name, terms in metrics["winners"].items()]
+    tables.append(sampling_table(policies))
+    if any(row["infill_accuracy"] for row in policies):
+        tables.append(infilling_table(policies))
+    if best_of:
+        tables.append(best_of_table(best_of))
+    return "".join(f"\n{text}\n" for text in tables)
+
+
+def nfe_text(passes: float) -> str:
+    """`32`; `12.4` if samples were complete early; "" for no forward pass."""
     return f"{passes:.1f}".removesuffix(".0") if passes else ""

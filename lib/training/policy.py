@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lib import durable
 from lib.config import Config
+from lib.errors import BadConfig, did_you_mean
 from lib.metrics import Estimate
 from lib.models.ranker import CandidateRanker, width_of
 from lib.models.ranker_files import load_ranker, save_ranker
@@ -184,3 +185,17 @@ def compare(found: dict[str, dict[str, Any]], groups: np.ndarray, seed: int) -> 
 def remember(folder: Path, values: dict[str, Any]) -> None:
     """Store the figures of a finished method, so that an interrupted stage does not train it again."""
     durable.write_json(folder / "training_manifest.json", plain(values))
+
+
+def check_policy(config: Config) -> None:
+    """Raise BadConfig if the config names no ranker that can become a policy, or freezes its backbone."""
+    name = config.critic.ppo.ranker
+    rankers = [n for n, s in config.models.items() if s.mode == "ranker" and not s.blind]
+    if name not in rankers:
+        raise BadConfig(
+            f"critic.ppo.ranker is '{name}', which is not a ranker of `models`{did_you_mean(name, rankers)}"
+        )
+    if config.critic.training.freeze_backbone:
+        raise BadConfig(
+            "critic.training.freeze_backbone must be false with critic.method ppo: a policy's backbone must learn"
+        )
