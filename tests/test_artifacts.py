@@ -1,4 +1,4 @@
-"""Stages: whole or not there, locked, hashed; runs are found by the documented rules."""
+"""Stages are complete or absent, locked and hashed. Runs are found by the documented rules."""
 
 import fcntl
 import json
@@ -80,7 +80,7 @@ def test_resume_insists_on_unfinished_work(tmp_path):
         pass
 
 
-def test_a_second_process_is_told_to_wait(tmp_path):
+def test_a_second_process_is_refused_with_a_message(tmp_path):
     finish(tmp_path)
     with open(tmp_path / "run" / ".locks" / "00_check_data") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -148,7 +148,7 @@ def test_a_disk_that_fills_up_at_any_write_of_a_stage_never_makes_it_complete(tm
             patch.setattr(os, call, full)
             try:
                 finish(tmp_path, name="01_prepare_dataset", reads=("00_check_data",), overwrite=True)
-                done = next(countdown, 0) != 0  # fewer calls than that: every place has had its turn
+                done = next(countdown, 0) != 0  # fewer calls than that: every call has failed once
             except (OSError, CannotCreate):
                 manifest = load_manifest(tmp_path / "run" / "01_prepare_dataset")
                 assert manifest is None or set(manifest["outputs"]) == {"rewards"}

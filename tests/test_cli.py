@@ -163,7 +163,7 @@ run_stage(main, "test")
 
 
 def act(tmp_path, what: str, run: str = "run") -> subprocess.CompletedProcess:
-    """A stage in a process of its own in which something happens before it writes."""
+    """A stage in another process that runs `what` before it writes."""
     return shell("-c", STAGE.replace("ACT", what), "--run_dir", str(tmp_path / run))
 
 

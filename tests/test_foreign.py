@@ -206,7 +206,7 @@ def write(
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_token_in_place_of_itself_leaves_the_text_unchanged(name):
-    """Of every unit alone and of all together; units and what stands between them are the text."""
+    """For every unit alone and for all together. The units and the gaps between them are the text."""
     reader = Reader.of(make(name))
     for text in TEXTS:
         read = reader.read([text])

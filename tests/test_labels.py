@@ -224,12 +224,12 @@ def test_all_faults_come_together(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", "3"])
-def test_what_is_no_map_is_refused(tmp_path, text):
+def test_a_file_without_a_map_is_refused(tmp_path, text):
     with pytest.raises(BadData, match=r"labels\.path"):
         read_labels(write(tmp_path / "labels.json", text))
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(MissingInput, match="does not exist"):
         read_labels(str(tmp_path / "none.json"))
     with pytest.raises(MissingInput, match=r"lacks train_labels\.json, held_out_labels\.json"):

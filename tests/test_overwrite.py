@@ -1,4 +1,4 @@
-"""--overwrite: what is there stays, usable, until what takes its place is complete; whatever happens on the way."""
+"""--overwrite: the old outputs stay usable until the new ones are complete, whatever interrupts the stage."""
 
 import importlib
 import json
@@ -63,7 +63,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_the_new_takes_the_place_of_the_old_when_it_is_complete(tmp_path):
+def test_the_new_folder_replaces_the_old_one_when_it_is_complete(tmp_path):
     make(tmp_path, 3)
     stage = make(tmp_path, 4, overwrite=True)
     assert read(tmp_path) == 4 and stage.folder == tmp_path / NAME
@@ -88,7 +88,7 @@ def test_an_attempt_that_fails_leaves_the_old_as_it_was(tmp_path, error, capsys)
     assert content(tmp_path / NAME) == before
 
 
-def test_the_same_command_goes_on_and_another_begins_again(tmp_path):
+def test_the_same_command_continues_and_another_starts_again(tmp_path):
     make(tmp_path, 3)
     with pytest.raises(Killed):
         make(tmp_path, 4, OTHER, Killed(), overwrite=True)
@@ -128,7 +128,7 @@ def test_other_code_or_inputs_begin_the_attempt_again(tmp_path, monkeypatch):
     assert attempt(allowed)
 
 
-def test_unfinished_work_stands_aside_too_and_the_first_attempt_is_made_in_place(tmp_path):
+def test_unfinished_work_is_kept_too_and_the_first_attempt_is_made_in_place(tmp_path):
     with pytest.raises(Killed):
         make(tmp_path, 3, fail=Killed())
     before = content(tmp_path / NAME)
@@ -146,10 +146,8 @@ def test_unfinished_work_stands_aside_too_and_the_first_attempt_is_made_in_place
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("call", "found"), [("replace", {3, 4}), ("unlink", {4})])
-def test_killed_at_any_step_of_the_change_of_places_one_of_the_two_stands_whole(
-    tmp_path, monkeypatch, call, found
-):
-    """The n-th call ends the process, for every n. Later stages then read the old or the new, and nothing in between."""
+def test_killed_at_any_step_of_a_replacement_one_of_the_two_is_complete(tmp_path, monkeypatch, call, found):
+    """The n-th call ends the process, for every n. Later stages then read the old or the new outputs, never a mixture."""
     make(tmp_path / "old", 3)
     seen, done = set(), False
     for number in range(1, 40):
@@ -165,7 +163,7 @@ def test_killed_at_any_step_of_the_change_of_places_one_of_the_two_stands_whole(
             patch.setattr(os, call, killed)
             try:
                 make(run, 4, overwrite=True)
-                done = next(count, None) is not None  # fewer calls than that: every place has had its turn
+                done = next(count, None) is not None  # fewer calls than that: every call has failed once
             except Killed:
                 done = False
         rows = read(run)
@@ -189,7 +187,7 @@ def test_a_linked_stage_is_replaced_and_what_it_links_to_stays(tmp_path):
     assert not (tmp_path / "two" / f"{NAME}.old").is_symlink()
 
 
-# ---------------------------------------------------------------------------------- what users met, on a whole run
+# ---------------------------------------------------------------------------------- faults that users met, on a complete run
 
 
 FEW = ["models.reference_lm=null", "models.ar_baseline=null", "models.judge=null", "models.ranker=null",
@@ -266,4 +264,4 @@ def test_models_made_again_are_those_that_a_first_run_makes(run, quick_run, tmp_
     assert found[0] is not None and found[1] is not None
     assert found[0]["outputs"] == found[1]["outputs"]
     texts = [p for p in (run / "04_train").rglob("*.json*") if durable.NEW.encode() in p.read_bytes()]
-    assert not texts, "the name of a moment stands in what stays"
+    assert not texts, "a temporary name is stored in an output"

@@ -1,4 +1,4 @@
-"""Shards of fresh candidates: each a function of its number, whatever happens to those who make and read them."""
+"""Shards of new candidates: each is a function of its number, also when the producer or the trainer is killed."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def names(table: pa.Table) -> list[str]:
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5))
-def test_every_row_lies_in_one_shard(examples, per_shard, per_example):
+def test_every_row_is_in_one_shard(examples, per_shard, per_example):
     cut = Cut(examples, per_shard, per_example)
     shards, within = cut.find(np.arange(3 * examples * per_example))
     assert (np.diff(shards) >= 0).all()
@@ -98,7 +98,7 @@ def test_a_shard_is_a_function_of_its_number(make_producer, tmp_path):
     assert (one.store.path(0) / files[0]).read_bytes() != (one.store.path(1) / files[0]).read_bytes()
 
 
-def test_an_epoch_has_every_example_and_rewrites_it_anew(make_producer, tmp_path):
+def test_an_epoch_has_every_example_with_new_candidates(make_producer, tmp_path):
     producer = make_producer(tmp_path, backlog=8)
     while producer.step() is not None:
         pass

@@ -95,7 +95,7 @@ def test_columns_and_ids_of_records(tmp_path):
     assert "did you mean 'body'?" in problems[0].advice
 
 
-def test_what_a_folder_holds_besides_is_said_and_hidden_files_are_not_read(tmp_path):
+def test_other_files_of_a_folder_are_named_and_hidden_files_are_not_read(tmp_path):
     (tmp_path / "A.TXT").write_text("".join(PROSE.format(i) for i in range(2000)))
     for name in ("notes.md", "more.txt.xz", ".hidden.txt"):
         (tmp_path / name).write_text("x")
@@ -178,7 +178,7 @@ def test_the_digest_of_a_text_ignores_white_space(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["nothing.txt", "folder", "a.docx", "a.txt.xz"])
-def test_missing_input_is_said_before_anything_else(tmp_path, name):
+def test_missing_input_is_reported_first(tmp_path, name):
     if name != "nothing.txt":
         (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).write_text("x")
     with pytest.raises(MissingInput, match=r"data\.path"):
@@ -268,7 +268,7 @@ def test_a_paragraph_longer_than_a_block_never_makes_a_passage_start_in_its_midd
     st.sampled_from(["fixed", "paragraph"]),
     st.sampled_from(["hash", "contiguous"]),
 )
-def test_with_repeats_left_out_no_long_text_stands_in_two_splits(numbers, size, block, passages, split):
+def test_without_repeats_no_long_text_is_in_two_splits(numbers, size, block, passages, split):
     texts = ["".join(PROSE.format(n) for n in numbers[start::2]) for start in (0, 1)]
     documents = [Document(f"d{i}", text, "f") for i, text in enumerate(texts) if text]
     settings_of_data = config(passages=passages, passage_characters=size, block_characters=block, split=split)

@@ -102,7 +102,7 @@ def test_special_ids_are_shown_by_name_between_exact_texts(kind):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(BadData, match="holds no tokenizer"):
+    with pytest.raises(BadData, match="has no tokenizer"):
         load_tokenizer(tmp_path)
 
 

@@ -270,7 +270,7 @@ def test_files_without_a_mark_are_named_too_where_they_have_rows(tmp_path):
         ("naïve café ".encode() * 9 + b"caf\xe9 " + "déjà vu".encode(), "do not convert the whole"),
     ],
 )
-def test_eight_bit_encodings_are_told_apart(data, words):
+def test_eight_bit_encodings_are_distinguished(data, words):
     with pytest.raises(UnicodeDecodeError) as error:
         data.decode("utf-8")
     assert words in utf8_fault(error.value).advice

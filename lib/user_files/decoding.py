@@ -67,7 +67,9 @@ def format_fault(head: bytes) -> Fault | None:
         has_mark = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
         zero = head.find(b"\x00")
         found = f"byte 0: {head[:10]!r}" if has_mark else f"a zero byte at byte {zero}"
-        return Fault("encoding", found, "UTF-8", f"convert it: `iconv -f {encoding} -t utf-8`")
+        return Fault(
+            "encoding", found, "UTF-8", f"convert it, for example with `iconv -f {encoding} -t utf-8`"
+        )
     if b"\x00" in head:
         return Fault("binary", f"a zero byte at byte {head.index(0)}", "text", "give a text file")
     return None
@@ -130,7 +132,7 @@ def utf8_fault(error: UnicodeDecodeError, offset: int = 0) -> Fault:
     """
     data, position = error.object, error.start
     around = data[max(0, position - 2**15) : position + 2**15]
-    advice = f"convert it, such as `iconv -f {_eight_bit_encoding(around)} -t utf-8`"
+    advice = f"convert it, for example with `iconv -f {_eight_bit_encoding(around)} -t utf-8`"
     text = around.decode("utf-8", "replace")
     wrong = text.count("\ufffd")
     if sum(c > "\x7f" for c in text) - wrong > wrong:
