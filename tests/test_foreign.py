@@ -695,7 +695,7 @@ def test_folders_that_are_no_masked_lm_are_refused_in_one_line(tmp_path):
     cut = tmp_path / "cut"
     save("bert", cut)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
-    refused(BadData, "no masked LM that transformers can load", cut)
+    refused(BadData, "not a masked LM that transformers can load", cut)
 
     own = train_tokenizer("character", ["abc"], 0)
     for mode, attention in (("language_model", "causal"), ("token_classifier", "bidirectional")):
