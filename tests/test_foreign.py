@@ -674,7 +674,7 @@ def test_folders_that_are_no_masked_lm_are_refused_in_one_line(tmp_path):
     causal = tmp_path / "causal"
     hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=200, n_embd=8, n_layer=1, n_head=1)).save_pretrained(causal)
     make("word_piece").save_pretrained(causal)
-    refused(BadData, "no masked LM", causal)
+    refused(BadData, "not a masked LM", causal)
 
     decoder = tmp_path / "decoder"
     save("bert", decoder)
