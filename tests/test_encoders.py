@@ -83,7 +83,7 @@ class Shifted(BertModel):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [(Deaf, "when candidates share a row"), (Shifted, "reads a row otherwise")]
+    ("kind", "words"), [(Deaf, "when candidates share a row"), (Shifted, "change with a custom mask")]
 )
 def test_an_encoder_that_misreads_masks_or_positions_is_refused(kind, words):
     with pytest.raises(BadConfig, match=words):

@@ -189,7 +189,7 @@ def test_what_cannot_be_published_is_refused(ltg_run, tmp_path):
     weights = ltg_run / "04_train" / "judge" / "best_model" / "config.json"
     before = weights.read_bytes()
     weights.write_bytes(before + b" ")
-    with pytest.raises(BadData, match="is not what"):
+    with pytest.raises(BadData, match="differs from"):
         publish(ltg_run, "judge", tmp_path / "out")
     weights.write_bytes(before)
     assert not (tmp_path / "out").exists()

@@ -675,7 +675,7 @@ def test_folders_that_are_no_masked_lm_are_refused_in_one_line(tmp_path):
     causal = tmp_path / "causal"
     hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=200, n_embd=8, n_layer=1, n_head=1)).save_pretrained(causal)
     make("word_piece").save_pretrained(causal)
-    refused(BadData, "no masked LM", causal)
+    refused(BadData, "not a masked LM", causal)
 
     decoder = tmp_path / "decoder"
     save("bert", decoder)
@@ -696,7 +696,7 @@ def test_folders_that_are_no_masked_lm_are_refused_in_one_line(tmp_path):
     cut = tmp_path / "cut"
     save("bert", cut)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
-    refused(BadData, "no masked LM that transformers can load", cut)
+    refused(BadData, "not a masked LM that transformers can load", cut)
 
     own = train_tokenizer("character", ["abc"], 0)
     for mode, attention in (("language_model", "causal"), ("token_classifier", "bidirectional")):

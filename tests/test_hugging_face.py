@@ -1,7 +1,6 @@
 """What both model families promise as Hugging Face models: masks, padding, labels, saving, and the tools around them.
 
-Known here: the public behaviour of `lib.models.hugging_face`. What only one of them has
-is tested in its own file.
+It tests the public behaviour of `lib.models.hugging_face`. What only one family has is tested in its own file.
 """
 
 import copy

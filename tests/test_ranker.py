@@ -358,7 +358,7 @@ def test_too_long_inputs_are_refused(name):
     model(Pools(fits * 5, fits, candidate * 5, candidate))
     long = np.ones((1, LONGEST - 7), bool)
     with pytest.raises(
-        BadData, match=f"{LONGEST + 1} tokens together, but this backbone has {LONGEST} positions"
+        BadData, match=f"{LONGEST + 1} tokens together, but this backbone has only {LONGEST} positions"
     ):
         model(Pools(long * 5, long, candidate * 5, candidate))
 

@@ -224,7 +224,7 @@ def test_encoders_that_cannot_be_trusted_or_had_are_refused(tmp_path, monkeypatc
         open_encoder(folder)
     (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
     weights = (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BadData, match=r"only in pytorch_model\.bin, a pickle"):
+    with pytest.raises(BadData, match=r"only in pytorch_model\.bin; it is a pickle"):
         open_encoder(folder)
     weights.write_bytes(b"")
     weights.rename(folder / "model.safetensors")

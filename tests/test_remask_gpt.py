@@ -1,6 +1,6 @@
 """The backbone as a transformers model: shapes, losses, masks, batches, saving, and the tools around it.
 
-Known here: the public behaviour of `lib.models.hugging_face.modeling_remask_gpt`.
+It tests the public behaviour of `lib.models.hugging_face.modeling_remask_gpt`.
 """
 
 import pytest

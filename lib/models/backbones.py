@@ -103,12 +103,12 @@ def _compare(backbone: Any) -> str | None:
     packed, alone = pack(pools), pack(pools.separate())
     shared, single = read(packed, ordinary=False)[0], read(alone, ordinary=causal)
     together = [shared[packed.owner[0] == number] for number in (1, 2)]
-    apart = [states[owner == 1] for states, owner in zip(single, alone.owner, strict=True)]
+    separate = [states[owner == 1] for states, owner in zip(single, alone.owner, strict=True)]
     tolerance = TOLERANCE.get(next(backbone.parameters()).dtype, TOLERANCE_OF_HALF)
-    off = _relative(torch.cat(together), torch.cat(apart))
-    if not off <= tolerance:
+    difference = _relative(torch.cat(together), torch.cat(separate))
+    if not difference <= tolerance:
         return (
-            f"its states change when candidates share a row: they differ by {off:.1e} of their size, allowed is "
+            f"its states change when candidates share a row: they differ by {difference:.1e} of their size, allowed is "
             f"{tolerance:.0e}"
         )
     if causal:  # the separate rows were already read without a custom mask
@@ -118,10 +118,10 @@ def _compare(backbone: Any) -> str | None:
             words[None], torch.ones(1, 9, dtype=torch.bool), words[None, None, :1], mask[None, :1, :1] & False
         )
     )
-    off = _relative(read(one, ordinary=False), read(one, ordinary=True))
-    if not off <= tolerance:
+    difference = _relative(read(one, ordinary=False), read(one, ordinary=True))
+    if not difference <= tolerance:
         return (
-            f"its states change with a custom mask and positions: they differ by {off:.1e} of their "
+            f"its states change with a custom mask and positions: they differ by {difference:.1e} of their "
             f"size, allowed is {tolerance:.0e}"
         )
     return None

@@ -161,26 +161,26 @@ def start_model(
     config = family.restarted(source, backbone.dropout, **heads)
     model = make_model(mode, config, seed, label)
     inner = model.encoder if isinstance(model, SequenceRanker) else model
-    return model, _load_fitting(inner, tensors, family.backbone, start)
+    return model, _load_matching(inner, tensors, family.backbone, start)
 
 
-def _load_fitting(
+def _load_matching(
     model: nn.Module, tensors: dict[str, torch.Tensor], backbone: tuple[str, ...], start: Path
 ) -> Transfer:
     report = Transfer(start=str(start))
-    own = model.state_dict()
+    targets = model.state_dict()
     tied = set(getattr(model, "_tied_weights_keys", None) or ())  # the embedding, under a second name
     with torch.no_grad():
-        for name, value in own.items():
-            given = tensors.get(name)
-            if given is not None and given.shape == value.shape:
-                value.copy_(given)
+        for name, value in targets.items():
+            source = tensors.get(name)
+            if source is not None and source.shape == value.shape:
+                value.copy_(source)
                 report.loaded.append(name)
             elif name.startswith(backbone):
                 problem = (
                     "is missing"
-                    if given is None
-                    else f"has shape {tuple(given.shape)}, not {tuple(value.shape)}"
+                    if source is None
+                    else f"has shape {tuple(source.shape)}, not {tuple(value.shape)}"
                 )
                 raise BadData(f"{start}: tensor {name} {problem}; the whole backbone must match")
             elif name not in tied:

@@ -64,7 +64,7 @@ def open_encoder(
         backbone.pooler = None
     if missing:
         raise BadData(
-            f"{name_or_folder} lacks {len(missing)} tensors of the backbone, such as {', '.join(missing[:3])}; "
+            f"{name_or_folder} lacks {len(missing)} of the backbone's tensors, such as {', '.join(missing[:3])}; "
             "give a complete model"
         )
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:

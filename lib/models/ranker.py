@@ -176,13 +176,13 @@ class CandidateRanker(nn.Module):
             with torch.autocast(next(self.parameters()).device.type, enabled=False):
                 packed, separate = self._packed_features(pack(pools)), self._separate_features(pools)
                 present = pools.present().to(packed.device)
-                apart = (self.head(packed) - self.head(separate))[present].abs().max()
+                difference = (self.head(packed) - self.head(separate))[present].abs().max()
         finally:
             for module, mode in modes.items():
                 module.training = mode
         packed, separate = packed[present], separate[present]  # (M, D)
         size = separate.norm(dim=-1).clamp_min(1e-12)
-        return float(apart), float(((packed - separate).norm(dim=-1) / size).max())
+        return float(difference), float(((packed - separate).norm(dim=-1) / size).max())
 
     # --- the backbone ---------------------------------------------------------------------------------------------------
 

@@ -112,13 +112,13 @@ def _classifier(model: CandidateRanker, backbone: Any) -> Any:
         config.pooling = {"cls": "first", "last": "last"}[model.pooling]
     with torch.random.fork_rng(devices=[]):
         classifier = AutoModelForSequenceClassification.from_config(config)
-    own = getattr(classifier, classifier.base_model_prefix)
+    inner = getattr(classifier, classifier.base_model_prefix)
     tensors = {
         k: v
         for k, v in backbone.state_dict().items()
         if not k.startswith("pooler.") or kind in POOLER_THEN_LINEAR
     }
-    own.load_state_dict(tensors)
+    inner.load_state_dict(tensors)
     head = getattr(classifier, "score", None) or classifier.classifier
     with torch.no_grad():
         if kind in DENSE_THEN_LINEAR:
@@ -140,16 +140,16 @@ def _compare(model: CandidateRanker, classifier: Any, tokenizer: Any) -> None:
     device = next(classifier.parameters()).device
     pools = collate(tokenizer, prompts, candidates, limit, limit)
     was_training = model.training
-    ours = _scores(model.eval(), pools)
+    expected = _scores(model.eval(), pools)
     model.train(was_training)
     pairs = [(p, c) for p, row in zip(prompts, candidates, strict=True) for c in row]
     inputs = tokenizer(*zip(*pairs, strict=True), padding=True, return_tensors="pt")
-    theirs = classifier(**inputs.to(device)).logits.squeeze(-1)
-    apart = float((ours - theirs).abs().max()) / (1 + float(ours.abs().max()))
-    half = theirs.dtype not in (torch.float32, torch.float64)
-    if apart > (TOLERANCE_OF_HALF if half else TOLERANCE):
+    found = classifier(**inputs.to(device)).logits.squeeze(-1)
+    difference = float((expected - found).abs().max()) / (1 + float(expected.abs().max()))
+    half = found.dtype not in (torch.float32, torch.float64)
+    if difference > (TOLERANCE_OF_HALF if half else TOLERANCE):
         raise BadConfig(
-            f"{type(classifier).__name__} with this tokenizer has scores that differ from the ranker's by {apart:.1e}: they "
+            f"{type(classifier).__name__} with this tokenizer has scores that differ from the ranker's by {difference:.1e}: they "
             "read pairs differently. The padding token may also end texts, or the tokenizer may not make segments; "
             "give the tokenizer a separate padding token"
         )

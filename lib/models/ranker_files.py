@@ -110,10 +110,10 @@ def _with_saved_lora(folder: Path, origin: dict[str, Any], dtype: torch.dtype, l
         backbone = PeftModel.from_pretrained(backbone, str(folder), is_trainable=learning)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise BadData(f"the adapters in {folder} cannot be loaded: {error}") from None
-    apart = set(tensors) ^ set(get_peft_model_state_dict(backbone, save_embedding_layers=False))
-    if apart:
+    differing = set(tensors) ^ set(get_peft_model_state_dict(backbone, save_embedding_layers=False))
+    if differing:
         raise BadData(
-            f"{folder / ADAPTER_FILE} does not match {name}: {len(apart)} tensors differ, such as {min(apart)}"
+            f"{folder / ADAPTER_FILE} does not match {name}: {len(differing)} tensors differ, such as {min(differing)}"
         )
     return backbone
 
