@@ -4,8 +4,9 @@
     python benchmarks/backbone_speed.py --causal            # causal LM, 4 layers x 128, context 64, batch 32
     python benchmarks/backbone_speed.py --precision bf16 --profile
 
-Precisions: `fp32`; `autocast` (bfloat16 products under torch.autocast, float32 weights); `bf16` (a bfloat16 working copy of
-the model; each step copies float32 master weights into it, and its gradients back as float32).
+Precisions: `fp32`; `autocast` (bfloat16 products under torch.autocast, float32 weights); `bf16`
+(a bfloat16 working copy of the model). With `bf16`, each step copies the float32 master weights into the model and its
+gradients back as float32.
 The best of several short runs counts, because other work on the machine can only make a run slower.
 """
 

@@ -111,14 +111,14 @@ def main() -> None:
     own, other = RESULTS / kind, RESULTS / f"{kind}_other_generator"
     config = load_config(["configs/judge.yaml"], overrides=given)
     run(own, config, STAGES[:5])
-    elsewhere = load_config(["configs/judge.yaml"], overrides=[*OTHER, *given])
-    run(other, elsewhere, STAGES[:4])
+    other_config = load_config(["configs/judge.yaml"], overrides=[*OTHER, *given])
+    run(other, other_config, STAGES[:4])
 
     records = {
         name: json.loads((own / "04_train" / name / "training_manifest.json").read_text(encoding="utf-8"))
         for name in NAMES
     }
-    rows = {OWN: figures_of(records), ANOTHER: figures_of(on_other_run(own, other, elsewhere))}
+    rows = {OWN: figures_of(records), ANOTHER: figures_of(on_other_run(own, other, other_config))}
     say(rows)
     write(options.out, "judge", {"rows": rows})
 

@@ -1,13 +1,13 @@
 """
 Does re-masking pay, and does a learned critic? All policies at equal NFE, on text and on a language with exact answers.
 
-E1 detection of wrong tokens in held-out fills: critic, stored and fresh confidence, entropy, chance, and the upper bound
-E2 infilling of sticky spans of held-out text: correct tokens, likelihood, and the oracle as the upper bound
-E3 whole samples: likelihood under two judges at equal 4-gram entropy, beside an autoregressive model; words, repetition,
-   copying
-E4 sums in brackets, which are decided exactly: share of correct sentences, and how many of them differ
-E5 ablations: how the critic is trained and used, and what it costs the generator
-E6 seconds per sample, and equality of samples at any batch size
+* E1: detection of wrong tokens in held-out fills: critic, stored and fresh confidence, entropy, chance, and the upper bound.
+* E2: infilling of sticky spans of held-out text: correct tokens, likelihood, and the oracle as the upper bound.
+* E3: whole samples: likelihood under two judges at equal 4-gram entropy, beside an autoregressive model; words, repetition,
+  copying.
+* E4: sums in brackets, which are decided exactly: share of correct sentences, and how many of them differ.
+* E5: ablations: how the critic is trained and used, and what it costs the generator.
+* E6: seconds per sample, and equality of samples at any batch size.
 
 Policies that re-mask use the second half of their steps as corrector steps at a low temperature. E3 sweeps the temperature.
 In E2 and E5, lines named "cold" use that low temperature without re-masking. E4 has no corrector steps, except in lines that
@@ -17,7 +17,7 @@ Per seed: generator, reference model and critics, trained by the project's own s
 experiment, setting) is a line of OUT/results.jsonl with its provenance: code, date, command, library versions, machine. An
 interrupted benchmark continues where it stopped. It writes tables to OUT/summary.md, and OUT/passes.svg and OUT/pareto.svg.
 
-Full: 3 seeds, 4 layers x 128 with context 128; 2,000 steps for the generator, 800 for the reference model, 2,000 for the
+Full: 3 seeds, 4 layers x 128 with context 128. Steps: 2,000 for the generator, 800 for the reference model, 2,000 for the
 critic, 240 for each critic of the ablations. Sums: 4 x 128 with context 64, 6,000 and 1,000 steps. 256 texts per setting (128
 in E2, E3 and E5, 64 in E6). About seven and a half hours on two cores. --quick: 1 seed, 2 x 64 with context 64, a few
 hundred steps, 24 texts, the main policies; under 5 minutes.

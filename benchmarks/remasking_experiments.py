@@ -124,8 +124,8 @@ def around_real_text(
 ) -> tuple[float, list[dict[str, Any]]]:  # fmt: skip
     """(4-gram entropy of as many real texts, quality of the samples at the temperatures around that entropy).
 
-    Starts at the temperature closest to `start`: lower while samples are more diverse than real text, higher while they are
-    less diverse; then lower still, until the curve has MIN_TEMPERATURES points.
+    Starts at the temperature closest to `start`. It goes lower while samples are more diverse than real text, and higher
+    while they are less diverse. Then it goes lower still, until the curve has MIN_TEMPERATURES points.
     """
     ladder = sorted(temperatures)
     goal = metrics.ngram_entropy(characters(trained.texts(trained.held_out[:count])), 4)

@@ -90,7 +90,7 @@ def commit_of(record: Record) -> str:
 # ------------------------------------------------------------------------------------------- helpers
 
 
-def shown(value: dict[str, Any] | None, percent: bool = False, signed: bool = False) -> str:
+def format_estimate(value: dict[str, Any] | None, percent: bool = False, signed: bool = False) -> str:
     """`0.71 [0.69, 0.73]`. A difference whose interval excludes zero is bold. The value alone where there is no interval."""
     if value is None:
         return "–"
@@ -130,9 +130,9 @@ def detection(records: list[Record]) -> str:
         for view in results[0]["views"]:
             found = [r["views"][view] for r in results]
             rows.append([
-                setting["masks"], f"{setting['ratio']:.0%}", str(setting["passes"]), view, str(len(found)), shown(mean_of(found, "auroc")),
-                shown(mean_of(found, "auroc_over_confidence"), signed=True), shown(mean_of(found, "average_precision")),
-                shown(mean_of(found, "precision"), percent=True), shown(mean_of(found, "ece")),
+                setting["masks"], f"{setting['ratio']:.0%}", str(setting["passes"]), view, str(len(found)), format_estimate(mean_of(found, "auroc")),
+                format_estimate(mean_of(found, "auroc_over_confidence"), signed=True), format_estimate(mean_of(found, "average_precision")),
+                format_estimate(mean_of(found, "precision"), percent=True), format_estimate(mean_of(found, "ece")),
             ])  # fmt: skip
     head = [
         "masks", "masked", "filled in", "view", "seeds", "AUROC", "over confidence",
@@ -149,8 +149,8 @@ def infilling(records: list[Record]) -> str:
             found = [r["policies"][policy] for r in results]
             rows.append([
                 f"{setting['ratio']:.0%}", str(setting["nfe"]), policy, str(len(found)), passes_of(found), seconds_of(found),
-                shown(mean_of(found, "accuracy"), percent=True), shown(mean_of(found, f"over_{against}"), percent=True, signed=True),
-                shown(mean_of(found, "reference_over_truth"), signed=True), shown(mean_of(found, "ngram_over_truth"), signed=True),
+                format_estimate(mean_of(found, "accuracy"), percent=True), format_estimate(mean_of(found, f"over_{against}"), percent=True, signed=True),
+                format_estimate(mean_of(found, "reference_over_truth"), signed=True), format_estimate(mean_of(found, "ngram_over_truth"), signed=True),
             ])  # fmt: skip
     head = [
         "masked", "NFE", "policy", "seeds", "passes", "seconds", "correct tokens, %", f"over {against}, %",
@@ -166,10 +166,10 @@ def samples(records: list[Record]) -> str:
         temperature = f"{setting['temperature']:.2f}" if "temperature" in setting else "–"
         rows.append([
             setting["policy"], str(setting.get("nfe", "–")), str(len(results)), passes_of(results), temperature,
-            *(shown(mean_of(results, name)) for name in (
+            *(format_estimate(mean_of(results, name)) for name in (
                 "reference_nll", "ngram_nll", "character_entropy", "fourgram_entropy")),
-            shown(mean_of(results, "valid_words"), percent=True), shown(mean_of(results, "repetition"), percent=True),
-            shown(mean_of(results, "divergence")), f"{np.max([r['longest_copy'] for r in results]):.0f}",
+            format_estimate(mean_of(results, "valid_words"), percent=True), format_estimate(mean_of(results, "repetition"), percent=True),
+            format_estimate(mean_of(results, "divergence")), f"{np.max([r['longest_copy'] for r in results]):.0f}",
             seconds_of(results),
         ])  # fmt: skip
     head = ["policy", "NFE", "seeds", "passes", "temperature", "NLL, reference", "NLL, n-grams", "character entropy",
@@ -190,11 +190,13 @@ def matched_table(records: list[Record], judge: str, name: str) -> str:
     rows: Table = []
     for policy, nfe in dict.fromkeys(key[:2] for key in read):
         own = read[policy, nfe, 0.0]
-        cells = [shown(over_seeds(list(read[policy, nfe, step].values()))) for step in STEPS_BELOW_REAL]
+        cells = [
+            format_estimate(over_seeds(list(read[policy, nfe, step].values()))) for step in STEPS_BELOW_REAL
+        ]
         for other in BASELINES:
             base = read.get((other, nfe, 0.0), {})
             both = [seed for seed in own if seed in base and other != policy]
-            cells.append(shown(over_seeds([own[s] - base[s] for s in both]), signed=True))
+            cells.append(format_estimate(over_seeds([own[s] - base[s] for s in both]), signed=True))
         rows.append([policy, str(nfe), str(len(own)), *cells])
     head = [
         "policy", "NFE", "seeds",
@@ -221,7 +223,7 @@ def _listed(shared: set[int]) -> str:
 
 
 def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> str:
-    """A row per policy, a column per budget of passes."""
+    """A row per policy, a column per NFE."""
     budgets, policies = sorted({n for _, n in means}), dict.fromkeys(p for p, _ in means)
     lowest = {
         n: min((m["value"] for (_, k), m in means.items() if m and k == n), default=None) for n in budgets
@@ -234,14 +236,14 @@ def _means_by_budget(means: dict[tuple[str, int], dict[str, float] | None]) -> s
             for n, m in found
         ]
         rows.append([policy, *texts])
-    return markdown(["policy", *(f"{n} passes" for n in budgets)], rows)
+    return markdown(["policy", *(f"NFE {n}" for n in budgets)], rows)
 
 
 def valid_strings(records: list[Record]) -> str:
     rows: Table = [
         [setting["policy"], str(setting["nfe"]), f"{setting['temperature']:g}", f"{setting['threshold']:g}" if "threshold" in setting else "–",
-         str(len(results)), passes_of(results), shown(mean_of(results, "valid"), percent=True), shown(mean_of(results, "sentences")),
-         shown(mean_of(results, "different"), percent=True)]
+         str(len(results)), passes_of(results), format_estimate(mean_of(results, "valid"), percent=True), format_estimate(mean_of(results, "sentences")),
+         format_estimate(mean_of(results, "different"), percent=True)]
         for setting, results in by_setting(records).values()
     ]  # fmt: skip
     head = ["policy", "NFE", "temperature", "threshold", "seeds", "passes", "correct sentences, %", "sentences per sample",
@@ -268,7 +270,7 @@ def _wrong_by_budget(records: list[Record]) -> str:
             line[nfe] = found
     budgets = sorted({nfe for line in wrong.values() for nfe in line})
     rows: Table = [
-        [name, *(shown(over_seeds(line.get(n, [])), percent=True) for n in budgets)]
+        [name, *(format_estimate(over_seeds(line.get(n, [])), percent=True) for n in budgets)]
         for name, line in wrong.items()
     ]
 
@@ -288,8 +290,8 @@ def _wrong_by_budget(records: list[Record]) -> str:
             continue
         pairs = zip(wrong[critic][nfe], wrong[other][nfe], strict=True)
         ratio = over_seeds([a / b if b else float("nan") for a, b in pairs])
-        last.append(f"{shown(ratio)}: {critic} / {other}")
-    table = markdown(["policy", *(f"{n} passes" for n in budgets)], [*rows, last])
+        last.append(f"{format_estimate(ratio)}: {critic} / {other}")
+    table = markdown(["policy", *(f"NFE {n}" for n in budgets)], [*rows, last])
     return f"Wrong sentences in %, at the temperature with fewer of them:\n\n{table}"
 
 
@@ -304,10 +306,10 @@ def ablations(records: list[Record]) -> str:
         return mean_of([r["policies"][policy] for r in results], "accuracy")
 
     rows: Table = [
-        [setting["variant"], str(len(results)), shown(mean_of(results, "nelbo")),
-         shown(_difference(results, plain, "nelbo"), signed=True),
-         *(shown(mean_of(results, name)) for name in ("auroc", "auroc_partial", "ece", "ece_raw")),
-         *(shown(right(results, p), percent=True) for p in policies)]
+        [setting["variant"], str(len(results)), format_estimate(mean_of(results, "nelbo")),
+         format_estimate(_difference(results, plain, "nelbo"), signed=True),
+         *(format_estimate(mean_of(results, name)) for name in ("auroc", "auroc_partial", "ece", "ece_raw")),
+         *(format_estimate(right(results, p), percent=True) for p in policies)]
         for setting, results in trained.values()
     ]  # fmt: skip
     head = ["variant", "seeds", "NELBO", "over no critic", "AUROC", "AUROC, partial", "ECE", "ECE, raw"]
@@ -325,7 +327,7 @@ def ablations(records: list[Record]) -> str:
         ]
         rows.append([
             name, str(len(results)),
-            *(text for own, more in cells for text in (shown(own, True), shown(more, True, signed=True))),
+            *(text for own, more in cells for text in (format_estimate(own, True), format_estimate(more, True, signed=True))),
         ])  # fmt: skip
     head = [
         "sampler",
@@ -350,8 +352,8 @@ def _difference(results: list[dict], others: list[dict], *path: str) -> dict[str
 
 def costs(records: list[Record]) -> str:
     rows: Table = [
-        [setting["policy"], str(setting["nfe"]), str(len(results)), passes_of(results), shown(mean_of(results, "seconds_per_sample")),
-         shown(mean_of(results, "bare_share"), percent=True),
+        [setting["policy"], str(setting["nfe"]), str(len(results)), passes_of(results), format_estimate(mean_of(results, "seconds_per_sample")),
+         format_estimate(mean_of(results, "bare_share"), percent=True),
          "yes" if all(r["same_alone"] for r in results) else "**NO**"]
         for setting, results in by_setting(records).values()
     ]  # fmt: skip

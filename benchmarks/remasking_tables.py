@@ -37,7 +37,9 @@ def in_order(line: str) -> int:
     return POLICIES.index(policy) if policy in POLICIES else len(POLICIES)
 
 
-def shown(mean: dict[str, Any] | None, digits: int = 3, percent: bool = False, signed: bool = False) -> str:
+def format_estimate(
+    mean: dict[str, Any] | None, digits: int = 3, percent: bool = False, signed: bool = False
+) -> str:
     """`2.547 ± 0.058`; a dash where a seed has no number."""
     if mean is None:
         return "–"
@@ -68,13 +70,13 @@ def likelihood_table(records: Sequence[Record]) -> str:
         texts = [
             ""
             if mean is ...
-            else f"**{shown(mean)}**"
+            else f"**{format_estimate(mean)}**"
             if mean and mean["value"] == best[nfe]
-            else shown(mean)
+            else format_estimate(mean)
             for nfe, mean in cells
         ]
         rows.append([f"`{policy}`" if policy != AUTOREGRESSIVE else policy, *texts])
-    return markdown(["policy", *(f"{nfe} passes" for nfe in budgets)], rows)
+    return markdown(["policy", *(f"NFE {nfe}" for nfe in budgets)], rows)
 
 
 def seeds_in_words(records: Sequence[Record]) -> str:
@@ -94,9 +96,9 @@ def difference_table(records: Sequence[Record]) -> str:
             own, base = found[LEADER, nfe, 0.0], found.get((other, nfe, 0.0), {})
             both = [seed for seed in own if seed in base]
             seeds |= set(both)
-            cells.append(shown(over_seeds([own[s] - base[s] for s in both]), signed=True))
+            cells.append(format_estimate(over_seeds([own[s] - base[s] for s in both]), signed=True))
         rows.append([f"minus `{other}`", str(len(seeds)), *cells])
-    return markdown([f"`{LEADER}`", "seeds", *(f"{nfe} passes" for nfe in budgets)], rows)
+    return markdown([f"`{LEADER}`", "seeds", *(f"NFE {nfe}" for nfe in budgets)], rows)
 
 
 def real_text_table(records: Sequence[Record]) -> str:
@@ -104,7 +106,8 @@ def real_text_table(records: Sequence[Record]) -> str:
     real = [r["result"] for r in of_experiment(records, "E3") if r["setting"]["policy"] == REAL]
     entropy, nll = (over_seeds([r[key] for r in real]) for key in ("fourgram_entropy", JUDGE))
     return markdown(
-        ["", "4-gram entropy", "NLL, nats/character"], [["real text", shown(entropy), shown(nll)]]
+        ["", "4-gram entropy", "NLL, nats/character"],
+        [["real text", format_estimate(entropy), format_estimate(nll)]],
     )
 
 
@@ -127,7 +130,7 @@ def wrong_by_line(records: Sequence[Record]) -> dict[str, dict[int, list[float]]
 
 
 def best_line(wrong: dict[str, dict[int, list[float]]], nfe: int, has_critic: bool) -> str:
-    """The line with the fewest wrong sentences at a number of passes, of those with or without a critic."""
+    """The line with the fewest wrong sentences at one NFE, of those with or without a critic."""
     lines = [name for name in wrong if nfe in wrong[name] and name.startswith("critic") == has_critic]
     return min(lines, key=lambda name: float(np.mean(wrong[name][nfe])))
 
@@ -137,12 +140,14 @@ def sums_table(records: Sequence[Record]) -> str:
     wrong = wrong_by_line(records)
     budgets = sorted({nfe for line in wrong.values() for nfe in line})
     leaders = {nfe: [best_line(wrong, nfe, critic) for critic in (True, False)] for nfe in budgets}
-    shown_lines = [n for n in wrong if "," not in n or any(n in pair for pair in leaders.values())]
+    line_names = [n for n in wrong if "," not in n or any(n in pair for pair in leaders.values())]
     rows = []
-    for name in sorted(shown_lines, key=in_order):
+    for name in sorted(line_names, key=in_order):
         means = [over_seeds([1 - share for share in wrong[name][nfe]]) for nfe in budgets]
         texts = [
-            f"**{shown(mean, 1, percent=True)}**" if name in leaders[nfe] else shown(mean, 1, percent=True)
+            f"**{format_estimate(mean, 1, percent=True)}**"
+            if name in leaders[nfe]
+            else format_estimate(mean, 1, percent=True)
             for nfe, mean in zip(budgets, means, strict=True)
         ]
         rows.append([f"`{name}`", *texts])
@@ -150,9 +155,9 @@ def sums_table(records: Sequence[Record]) -> str:
     for nfe in budgets:
         critic, other = leaders[nfe]
         ratio = over_seeds([a / b for a, b in zip(wrong[critic][nfe], wrong[other][nfe], strict=True)])
-        ratios.append(shown(ratio, 2))
+        ratios.append(format_estimate(ratio, 2))
     rows.append(["errors of the best with a critic / of the best without", *ratios])
-    return markdown(["policy", *(f"{nfe} passes" for nfe in budgets)], rows)
+    return markdown(["policy", *(f"NFE {nfe}" for nfe in budgets)], rows)
 
 
 # ------------------------------------------------------------------------------- infilling and detection
@@ -167,8 +172,8 @@ def infilling_table(records: Sequence[Record]) -> str:
     rows = []
     for name in sorted(found[budgets[0]][0]["policies"], key=in_order):
         means = [over_seeds([r["policies"][name]["accuracy"] for r in found[nfe]]) for nfe in budgets]
-        rows.append([f"`{name}`", *(shown(mean, 1, percent=True) for mean in means)])
-    return markdown(["policy, correct tokens, %", *(f"{nfe} passes" for nfe in budgets)], rows)
+        rows.append([f"`{name}`", *(format_estimate(mean, 1, percent=True) for mean in means)])
+    return markdown(["policy, correct tokens, %", *(f"NFE {nfe}" for nfe in budgets)], rows)
 
 
 def detection_table(records: Sequence[Record]) -> str:
@@ -185,7 +190,7 @@ def detection_table(records: Sequence[Record]) -> str:
         values = {name: f"{mean['value']:.3f}" if mean else "–" for name, mean in auroc.items()}
         rows.append([
             f"{setting['masks']}, {setting['ratio']:.0%}, {setting['passes']}", values[stored], values[fresh],
-            values[critic], shown(lead[critic], signed=True), values[both], shown(lead[both], signed=True), values[ceiling],
+            values[critic], format_estimate(lead[critic], signed=True), values[both], format_estimate(lead[both], signed=True), values[ceiling],
         ])  # fmt: skip
     head = ["masks, ratio, passes", "stored confidence", "fresh confidence", "critic", "minus stored",
             "critic and stored", "minus stored", "upper bound"]  # fmt: skip

@@ -1,8 +1,9 @@
 """
 docs/results.md and the results table of README, written from stored result files. No figure is typed by hand.
 
-The files are docs/results/*.json and docs/remasking/results.jsonl. A benchmark writes its file with --out, and --store
-extracts the figures of a run: --as default_run for `make pipeline`, --as finqa_adamw or finqa_muon for runs of FinQA.
+The files are docs/results/*.json and docs/remasking/results.jsonl. A benchmark writes its file with --out.
+--store extracts the figures of a run.
+--as default_run is for `make pipeline`, --as finqa_adamw and finqa_muon are for runs of FinQA.
 tests/test_results_page.py fails when a page is not what its files give.
 
 python -m benchmarks.results_page
@@ -66,9 +67,9 @@ and seed. Command: `python -m benchmarks.remasking outputs/remasking --data /pat
 
 ### Likelihood at equal diversity
 
-Low-diversity text has a high likelihood without being better. Therefore policies are compared where their samples are as
-diverse as real text: nats per character under a model trained on another third of the text, at the 4-gram entropy of real
-text. Means over seeds {seeds}, which all policies ran. The best policy is bold; a dash means that samples are less diverse at
+Low-diversity text has a high likelihood without being better. Policies are compared where their samples are as
+diverse as real text, at its 4-gram entropy. The likelihood is in nats per character, under a model trained on another
+third of the text. Means over seeds {seeds}, which all policies ran. The best policy is bold; a dash means that samples are less diverse at
 every temperature, in one seed at least. `plain`: without corrector steps, as in the papers. The autoregressive model needs one
 forward pass per character.
 
@@ -101,7 +102,7 @@ exactly the wrong tokens.
 
 AUROC of wrong tokens in held-out fills. `masks, ratio, passes`: how the text was masked, the share of masked tokens, and the
 number of forward passes that filled them. The upper bound is the generator's confidence that sees the given text alone. A
-critic leads stored confidence where many tokens were filled in many passes.
+critic leads stored confidence where many tokens were filled over many forward passes.
 
 {detection}"""
 
@@ -164,14 +165,16 @@ def provenance_table(files: dict[str, ResultFile]) -> str:
     for name, file in files.items():
         source = file.provenance
         versions = source.get("versions", {})
-        shown = ", ".join(f"{k} {versions[k]}" for k in ("python", "torch", "transformers") if k in versions)
+        versions_text = ", ".join(
+            f"{k} {versions[k]}" for k in ("python", "torch", "transformers") if k in versions
+        )
         machine = ", ".join(f"{k} {v}" for k, v in source.get("machine", {}).items())
         origin = f"{file.source}: {source['transcribed_from']}" if file.transcribed else file.source
         rows.append(
             [
                 f"[{name}.json](results/{name}.json)",
                 origin,
-                shown or "not recorded",
+                versions_text or "not recorded",
                 machine or "not recorded",
             ]
         )

@@ -14,7 +14,7 @@ from benchmarks import remasking
 from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
 from benchmarks.remasking_experiments import next_temperature
 from benchmarks.remasking_numbers import at_entropy, over_seeds, shared_seeds
-from benchmarks.remasking_summary import matched_table, shown, valid_strings
+from benchmarks.remasking_summary import format_estimate, matched_table, valid_strings
 from benchmarks.text_quality import divergence, longest_copy, repeated
 from lib.config import ROOT
 
@@ -119,13 +119,16 @@ def test_intervals_over_seeds_are_students():
     assert found is not None and (found["low"], found["high"]) == pytest.approx((low, high))
     assert over_seeds([{"value": 0.5, "low": 0.4, "high": 0.7}]) == {"value": 0.5, "low": 0.4, "high": 0.7}
     assert over_seeds([0.5, None]) is None and over_seeds([0.5, float("nan")]) is None
-    assert shown({"value": 0.1, "low": 0.05, "high": 0.2}, signed=True) == "**+0.100 [+0.050, +0.200]**"
-    assert shown({"value": 0.1, "low": -0.05, "high": 0.2}, percent=True) == "10.0 [-5.0, 20.0]"
+    assert (
+        format_estimate({"value": 0.1, "low": 0.05, "high": 0.2}, signed=True)
+        == "**+0.100 [+0.050, +0.200]**"
+    )
+    assert format_estimate({"value": 0.1, "low": -0.05, "high": 0.2}, percent=True) == "10.0 [-5.0, 20.0]"
     only = over_seeds(
         [{"value": 0.1, "low": None, "high": None}]
     )  # as a line says that there are too few samples
     assert (
-        shown(only, signed=True) == "+0.100"
+        format_estimate(only, signed=True) == "+0.100"
         and over_seeds([{"value": None, "low": None, "high": None}]) is None
     )
 
@@ -147,16 +150,20 @@ def test_likelihood_is_read_off_between_temperatures_and_not_beyond():
 def test_policies_are_compared_within_a_seed():
     """Seeds far apart, a policy 0.1 below the other in each: no interval of its own is narrow, that of the difference is."""
 
-    def record(seed: int, policy: str, heat: float, likelihood: float) -> dict:
-        result = {"fourgram_entropy": 8 + heat, "reference_nll": {"value": likelihood}}
-        return {"seed": seed, "setting": {"policy": policy, "nfe": 4, "temperature": heat}, "result": result}
+    def record(seed: int, policy: str, temperature: float, likelihood: float) -> dict:
+        result = {"fourgram_entropy": 8 + temperature, "reference_nll": {"value": likelihood}}
+        return {
+            "seed": seed,
+            "setting": {"policy": policy, "nfe": 4, "temperature": temperature},
+            "result": result,
+        }
 
     records = []
     for seed, level in enumerate((2.0, 2.5, 3.1)):
         records.append(record(seed, "real text", 0.5, 0.0))
-        for heat in (0.0, 1.0):
-            records.append(record(seed, "ancestral", heat, level + heat))
-            records.append(record(seed, "critic", heat, level + heat - 0.1 - 0.001 * seed))
+        for temperature in (0.0, 1.0):
+            records.append(record(seed, "ancestral", temperature, level + temperature))
+            records.append(record(seed, "critic", temperature, level + temperature - 0.1 - 0.001 * seed))
     rows = [
         line.split(" | ")
         for line in matched_table(records, "reference_nll", "x").splitlines()
@@ -168,7 +175,7 @@ def test_policies_are_compared_within_a_seed():
 
     larger = records + [r | {"setting": r["setting"] | {"nfe": 8}} for r in records if r["seed"] < 2]
     means = matched_table(larger, "reference_nll", "x").split("\n\n")[2].splitlines()
-    assert means[0].startswith("| policy | 4 passes | 8 passes") and all(" | – |" in row for row in means[2:])
+    assert means[0].startswith("| policy | NFE 4 | NFE 8") and all(" | – |" in row for row in means[2:])
 
     more = records + [
         r | {"seed": 3} for r in records if r["seed"] == 2 and r["setting"]["policy"] != "critic"

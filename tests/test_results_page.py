@@ -60,15 +60,15 @@ def test_stored_files_name_no_folder_of_a_machine():
 
 
 @pytest.mark.parametrize(
-    ("word", "shown"),
+    ("word", "expected"),
     [
         ("--set", "--set"), ("outputs/run_001", "outputs/run_001"), ("data.path=/home/me/finqa", "data.path=/path/to/finqa"),
         ("/srv/a b/c", "/path/to/a b/c"), ("/path/to/x", "/path/to/x"), ("https://a.b/c/d", "https://a.b/c/d"),
         ("ranker.encoder=owner/name", "ranker.encoder=owner/name"),
     ],
 )  # fmt: skip
-def test_commands_are_shown_without_the_folders_of_a_machine(word, shown):
-    assert without_machine(word) == shown
+def test_commands_are_shown_without_the_folders_of_a_machine(word, expected):
+    assert without_machine(word) == expected
 
 
 def test_figures_in_words():

@@ -68,7 +68,7 @@ RULES = [
     _rule(r"\barchitecture\.layers\b", "num_hidden_layers", "architecture"),
     _rule(r"\barchitecture\.width\b", "hidden_size", "architecture"),
     _rule(r"\barchitecture\.heads\b", "num_attention_heads", "architecture"),
-    _rule(r"\bcritic\.layers\b", "critic.num_layers", "critic.layers"),
+    _rule(r"\bcritic\.layers\b(?!\.)", "critic.num_layers", "critic.layers"),
     _rule(r"\bstream\.patience\b", "stream.timeout_seconds", "stream.patience"),
     _rule(r"\brise_epochs\b", "ramp_epochs", "rise_epochs"),
     _rule(r"\bfirst_mask_ratio\b", "initial_mask_ratio", "first_mask_ratio"),
@@ -81,7 +81,7 @@ RULES = [
           "ancestral, random_remask, confidence_remask", "policies"),
     # Plain words that stand for a technical one, or for nothing
     _rule(_word(r"mend(?:s|ed|ing)?"), "fix", "mend"),
-    _rule(_word(r"lends?|lent|lending"), "provide", "lend|lent"),
+    _rule(_word(r"lends?|lent|(?<!home )lending"), "provide", "lend|lent"),
     _rule(_word(r"a hair"), "epsilon", "a hair"),
     _rule(_word(r"of late"), "recently", "of late"),
     _rule(_word(r"so (?:many|often)(?! that)"), "n, this many, this often", "so many|so often"),
