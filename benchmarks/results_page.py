@@ -1,10 +1,9 @@
 """
 docs/results.md and the results table of README, written from stored result files. No figure is typed by hand.
 
-The files are docs/results/*.json and docs/remasking/results.jsonl. A benchmark writes its file with --out.
---store extracts the figures of a run.
---as default_run is for `make pipeline`, --as finqa_adamw and finqa_muon are for runs of FinQA.
-tests/test_results_page.py fails when a page is not what its files give.
+The files are docs/results/*.json and docs/remasking/results.jsonl. A benchmark writes its file with `--out`. The flag
+`--store` extracts the figures of a run: `--as default_run` for `make pipeline`, `--as finqa_adamw` or `--as finqa_muon` for
+FinQA. The test tests/test_results_page.py fails when a page is not what its files give.
 
 python -m benchmarks.results_page
 python -m benchmarks.results_page --store outputs/run_001 --as default_run
