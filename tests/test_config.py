@@ -31,7 +31,7 @@ SELF_EVIDENT = {
 }  # fmt: skip
 
 
-def test_every_setting_is_in_the_defaults_and_is_explained():
+def test_every_knob_stands_in_the_defaults_and_is_explained():
     lines = DEFAULTS.read_text().split("\nquick_test:")[0].splitlines()
     explained = {line.split("#")[0].partition(":")[0].strip() for line in lines if "#" in line}
     inner = keys_of(Config) + keys_of(ModelSpec, "models.")

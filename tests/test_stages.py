@@ -62,7 +62,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def slow_progress(patience, min_improvement, losses):
-    """The rule, one line per check."""
+    """The rule, told in one line per check."""
     current, best, stale, seen = 0, math.inf, 0, []
     for loss in losses:
         if best == math.inf or loss < best - min_improvement * best:
