@@ -10,10 +10,12 @@ import copy
 import difflib
 import functools
 import math
+from typing import TypeVar
 
 from transformers import PreTrainedConfig
 
 SCORE_ACTIVATIONS = ("none", "sigmoid")
+AnyConfig = TypeVar("AnyConfig", bound=PreTrainedConfig)
 
 
 class ConfigProblems:
@@ -120,12 +122,13 @@ def _inherited_keys() -> frozenset[str]:
 
 def require_token_classes(config: PreTrainedConfig) -> int:
     """The number of classes of a token classifier. Raises ValueError for fewer than two."""
-    if (config.num_labels or 0) < 2:
+    num_labels = config.num_labels or 0
+    if num_labels < 2:
         raise ValueError(f"token classification needs num_labels of at least 2, got {config.num_labels}")
-    return config.num_labels
+    return num_labels
 
 
-def sequence_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def sequence_config(config: AnyConfig) -> AnyConfig:
     """The config as a sequence classifier keeps it.
 
     Scores in [0, 1] are a regression: otherwise the text-classification pipeline would apply a second sigmoid. The caller's

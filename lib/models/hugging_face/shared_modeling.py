@@ -162,7 +162,7 @@ def token_outputs(
     if isinstance(logits_at, Tensor):
         if labels.shape[:2] == (batch, length):  # one label per position of the batch
             labels = labels.flatten(0, 1).index_select(0, logits_at)
-        elif labels.shape[0] != logits_at.shape[0]:
+        elif labels.shape[0] != logits_at.shape[0] or labels.dim() != 1 + labels.is_floating_point():
             expected = f"{(batch, length)}, or with the {logits_at.shape[0]} positions of logits_at"
             raise ValueError(f"labels are {tuple(labels.shape)}, expected to begin with {expected}")
         logits = head.score(rows_at(hidden, logits_at))
@@ -249,17 +249,18 @@ def sequence_loss(logits: Tensor, labels: Tensor, config: PreTrainedConfig) -> T
     Raises:
         ValueError: labels whose type, shape or range contradicts the problem.
     """
-    problem = config.problem_type or _inferred_problem(labels, config.num_labels)
-    batch, exact = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    batch, num_labels = logits.shape
+    problem = config.problem_type or _inferred_problem(labels, num_labels)
+    exact = torch.promote_types(logits.dtype, torch.float32)
     if problem == "single_label_classification":
-        if config.num_labels < 2:
+        if num_labels < 2:
             raise ValueError(f"{problem} needs num_labels of at least 2 to tell labels apart, got 1")
         if labels.is_floating_point() or labels.shape != (batch,):
             shape = tuple(labels.shape)
             raise ValueError(
                 f"{problem} takes integer labels of shape ({batch},), got {labels.dtype} {shape}"
             )
-        _refuse_classes_outside(labels, config.num_labels)
+        _refuse_classes_outside(labels, num_labels)
         return class_loss(logits, labels)
     if labels.numel() != logits.numel() or labels.shape[0] != batch:
         raise ValueError(f"{problem} takes labels of shape {tuple(logits.shape)}, got {tuple(labels.shape)}")
