@@ -42,9 +42,9 @@ An unknown key is an error that suggests the closest known key. `--set models.ju
 MASKING_TEXT = """The keys `diffusion.masking` and `candidates.masking` take one of these, such as
 `{type: sticky, p1: 0.05, p2: 0.5}`. A masking of another type replaces the default as a whole."""
 
-STAGES_TEXT = """`diffusion.stages` takes a list of these. `configs/staged.yaml` is an example. A stage ends after
+STAGES_TEXT = """`diffusion.stages` takes a list of these phases. `configs/staged.yaml` is an example. A phase ends after
 `val_loss_stale_count` evaluations in a row in which the validation loss fell by less than the share `min_improvement` of
-itself; then the next stage joins."""
+itself. Then the next phase joins."""
 
 
 # ------------------------------------------------------------------------------------------------ comments
@@ -111,7 +111,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         if all(isinstance(a, type) and a in MASKINGS.values() for a in arguments):
             return "a [masking](#masking)"
         if all(isinstance(a, type) and a in STAGES_OF.values() for a in arguments):
-            return "a [stage](#stages-of-unmasking)"
+            return "[phases](#phases-of-staged-unmasking)"
         names = [type_text(a, metadata) for a in arguments if a is not NoneType]
         return " or ".join([*names, *(["`null`"] if NoneType in arguments else [])])
     if origin is Literal:
@@ -130,7 +130,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 def _plain_text(annotation: Any, metadata: tuple[Any, ...]) -> str:
     if annotation is str and any(isinstance(m, AfterValidator) for m in metadata):
         return "path or name"
-    names = {bool: "`true`, `false`", str: "text", int: "integer", float: "number"}
+    names = {bool: "`true`, `false`", str: "string", int: "integer", float: "number"}
     if annotation not in names:
         raise TypeError(
             f"no words for the type {annotation} of a setting: add them to lib/config_reference.py"
@@ -207,7 +207,7 @@ def page() -> str:
         elif _is_section(field):
             parts += _section((name,), field.annotation, defaults[name], meanings)  # type: ignore[arg-type]
     parts += ["## Masking", MASKING_TEXT, _kinds_table(MASKINGS)]
-    parts += ["## Stages of unmasking", STAGES_TEXT, _kinds_table(STAGES_OF)]
+    parts += ["## Phases of staged unmasking", STAGES_TEXT, _kinds_table(STAGES_OF)]
     parts += ["## Shipped configs", _shipped()]
     return "\n\n".join(parts) + "\n"
 

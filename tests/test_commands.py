@@ -47,7 +47,7 @@ SMALLER = {
     "benchmarks.speed": "--steps 2",
     "benchmarks.ltg_attention": "--size xs --length 16 --batch 1 --steps 1 --rounds 1",
     "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
-    "benchmarks/backbone_speed.py": "--seconds 0.01 --runs 1 --batch 2",
+    "benchmarks.backbone_speed": "--seconds 0.01 --runs 1 --batch 2",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.over_seeds": "",
     "benchmarks.results_page": "--quick",
@@ -235,6 +235,7 @@ def _slug(arguments: list[str]) -> str:
     text = " ".join(arguments)
     parts = re.findall(r"configs/(?:models/)?([a-z0-9_-]+)\.yaml", text)
     parts += ["text"] if "text.txt" in text and parts else []
+    parts += ["data"] if "finqa_data" in text else []
     parts += [name for key, name in RUNS_OF_THEIR_OWN.items() if f"{key}=" in text]
     return "_".join(parts) or "default"
 
