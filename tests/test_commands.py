@@ -26,6 +26,7 @@ STAND_INS = {
     "/path/to/text.txt": "text.txt",
     "/path/to/FinQA/dataset": "finqa_data",
     "FinQA/dataset": "finqa_data",
+    "/path/to/dataset": "finqa_data",
     "/path/to/all-MiniLM-L6-v2": "encoder",
     "/path/to/masked-lm": "masked_lm",
     "CHECKPOINT": "checkpoint/model.safetensors",
@@ -37,7 +38,12 @@ STAND_INS = {
     "outputs/demo": "outputs/default",
 }
 # Settings under which commands with the same configs need another run
-RUNS_OF_THEIR_OWN = {"labels.path": "labels", "data.drop": "drop", "generator.checkpoint": "masked_lm"}
+RUNS_OF_THEIR_OWN = {
+    "labels.path": "labels",
+    "data.drop": "drop",
+    "generator.checkpoint": "masked_lm",
+    "finqa.pools.same_operators": "operators",
+}
 # Words of single programs that make them small; a program of benchmarks/ without an entry fails its test
 SMALLER = {
     "benchmarks.nelbo": "--set data.path=text.txt --set models.generator.training.steps=4 --set architecture.num_hidden_layers=1",
