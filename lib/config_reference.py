@@ -99,7 +99,7 @@ def _trailing_comments(text: str) -> dict[int, str]:
 
 
 def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """A field's type and limits in words, such as `integer ≥ 1` or `list of number in [0, 1]`."""
+    """A field's type and limits in words, such as `integer ≥ 1` or `list of numbers in [0, 1]`."""
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
         return type_text(inner, (*metadata, *_limits_of(more)))
@@ -117,7 +117,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if origin is Literal:
         return ", ".join(f"`{a}`" for a in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
-        return f"list of {type_text(arguments[0])}" + _length_text(metadata)
+        return f"list of {_plural(type_text(arguments[0]))}" + _length_text(metadata)
     if origin is tuple:
         return "[" + ", ".join(map(type_text, arguments)) + "]"
     if origin is dict:
@@ -125,6 +125,10 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return inline(annotation)
     return _plain_text(annotation, metadata)
+
+
+def _plural(text: str) -> str:
+    return re.sub(r"^(string|integer|number)\b", r"\1s", text)
 
 
 def _plain_text(annotation: Any, metadata: tuple[Any, ...]) -> str:
