@@ -1,8 +1,8 @@
 """Training speed of the backbone: tokens per second of forward, backward and weight copies, without the optimizer.
 
-    python benchmarks/backbone_speed.py                     # masked LM, 6 layers x 192, context 128, batch 32
-    python benchmarks/backbone_speed.py --causal            # causal LM, 4 layers x 128, context 64, batch 32
-    python benchmarks/backbone_speed.py --precision bf16 --profile
+    python -m benchmarks.backbone_speed                     # masked LM, 6 layers x 192, context 128, batch 32
+    python -m benchmarks.backbone_speed --causal            # causal LM, 4 layers x 128, context 64, batch 32
+    python -m benchmarks.backbone_speed --precision bf16 --profile
 
 Precisions: `fp32`; `autocast` (bfloat16 products under torch.autocast, float32 weights); `bf16`
 (a bfloat16 working copy of the model). With `bf16`, each step copies the float32 master weights into the model and its
@@ -13,13 +13,10 @@ The best of several short runs counts, because other work on the machine can onl
 import argparse
 import contextlib
 import ctypes
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.provenance import say_provenance
 from lib.models.hugging_face import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
 

@@ -18,12 +18,14 @@ class Row:
         what: what is measured.
         figure: the figures in words.
         detail: a table of its own below, or nothing.
+        legend: what the columns of that table mean.
     """
 
     name: str
     what: str
     figure: Callable[[Figures], str]
     detail: Callable[[Figures], str] | None = None
+    legend: str = ""
 
 
 def benchmark_table(files: dict[str, ResultFile]) -> str:
@@ -41,9 +43,17 @@ def benchmark_table(files: dict[str, ResultFile]) -> str:
 
 
 def details(files: dict[str, ResultFile]) -> list[str]:
-    """A heading and a table for each benchmark with more figures than fit into a row."""
+    """A heading, an explanation and a table for each benchmark with more figures than fit into a row."""
     return [
-        f"### {row.what[0].upper()}{row.what[1:]}\n\n{row.detail(files[row.name].figures)}"
+        "\n\n".join(
+            part
+            for part in (
+                f"### {row.what[0].upper()}{row.what[1:]}",
+                row.legend,
+                row.detail(files[row.name].figures),
+            )
+            if part
+        )
         for row in BENCHMARKS
         if row.detail is not None and row.name in files
     ]
@@ -92,7 +102,7 @@ def _judge(f: Figures) -> str:
 
 
 JUDGE_COLUMNS = {
-    "rewritten_r2": "rewritten alone", "confidence_r2": "mean confidence R²", "best_r2": "oracle R²",
+    "rewritten_r2": "judge R², rewritten only", "confidence_r2": "mean confidence R²", "best_r2": "oracle R²",
     "spearman": "judge Spearman",
 }  # fmt: skip
 
@@ -132,7 +142,7 @@ def _staging_detail(f: Figures) -> str:
         each = ", ".join(number(value) for value in row["nelbo"])
         rows.append([name, each, number(row["mean"]), difference, joined])
     return markdown(
-        ["masks", "NELBO of each seed", "mean", "minus continuous", "stages joined at steps"], rows
+        ["masks", "NELBO of each seed", "mean", "minus continuous", "phases joined at steps"], rows
     )
 
 
@@ -189,15 +199,20 @@ BENCHMARKS = (
     Row("nelbo", "masked diffusion on tinyshakespeare characters, contiguous 90/10 split", _nelbo),
     Row("causal_speedrun", "training time of a causal model on tinyshakespeare, against the plain recipe (GPT-2 of "
         "transformers, AdamW, fp32, 2,000 steps)", _speedrun),
-    Row("judge", "judge and inspector, tinyshakespeare, passages of 256 characters", _judge, _judge_detail),
-    Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail),
+    Row("judge", "judge and inspector, tinyshakespeare, passages of 256 characters", _judge, _judge_detail,
+        "\"Rewritten only\" leaves out the original passages, which are the easiest to recognise."),
+    Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail,
+        "`continuous` trains on the bound itself. `random` draws all mask ratios from the start, with equal weights of masked "
+        "tokens in a row. The last column has the steps at which phases joined, for each seed."),
     Row("speed_trainer", "training speed, 6 layers x 192, against `Trainer` + `BertForMaskedLM` of transformers", _trainer),
     Row("speed_logits", "training step with logits at masked positions only, vocabulary 8k", _logits),
     Row("speed_generation", "synthetic generation against the bare forward pass", lambda f: f"{f['share']:.0%}".replace("%", " %")),
-    Row("speed_overhead", "keyed noise, hashing and fsync, as a share of a training stage", lambda f: number(f["share"], 1, percent=True)),
+    Row("speed_overhead", "counter-based random numbers, hashing and fsync, as a share of a training stage", lambda f: number(f["share"], 1, percent=True)),
     Row("speed_masking", "masks of 64 x 1,024 tokens, any type", _masking),
     Row("speed_int8", "generator in 8 bits on the CPU, against bf16 and fp32", _int8),
-    Row("ltg_attention", "LTG-BERT small, forward and backward, 512 tokens, batch size 8, against the formula written down", _attention),
-    Row("ranker_speed", "training step of a ranker, all candidates behind one copy of the prompt", _ranker, _ranker_detail),
+    Row("ltg_attention", "LTG-BERT small, forward and backward, 512 tokens, batch size 8, against a direct implementation of the formula", _attention),
+    Row("ranker_speed", "training step of a ranker, all candidates behind one copy of the prompt", _ranker, _ranker_detail,
+        "\"One by one\": one padded row per candidate and the published encoder; \"without dropout\": without its attention "
+        "dropout. Each ratio is the time relative to packed candidates."),
     Row("finqa_leak", "FinQA: gold programs found without the question", _leak),
 )  # fmt: skip

@@ -65,7 +65,9 @@ class ResultFile:
         source = self.provenance
         day = str(source["date"])[:10]
         if not self.transcribed:
-            return f"{str(source['commit'])[:7]}{' with changes' if source['dirty'] else ''}, {day}"
+            return (
+                f"{str(source['commit'])[:7]}{' with uncommitted changes' if source['dirty'] else ''}, {day}"
+            )
         how = "measured at" if "commit" in source else "published in"
         return f"transcribed ({how} {str(source.get('commit') or source['published_commit'])[:7]}, {day})"
 

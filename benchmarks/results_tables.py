@@ -9,7 +9,7 @@ Figures = dict[str, Any]
 NAMES = {
     "adamw": "AdamW",
     "muon": "Muon",
-    "ar_baseline": "autoregressive",
+    "ar_baseline": "`ar_baseline`",
     "report new": "report not in train",
 }
 
@@ -57,9 +57,9 @@ def policies_table(file: ResultFile) -> str:
 FINQA_ROWS = (
     ("ranker_blind", "a ranker trained without the question"),
     ("question_removed", "this ranker, question removed"),
-    ("question_of_another_page", "this ranker, question of another page"),
-    ("candidates_on_another_page", "this ranker, candidates worded as on another page"),
-    ("overlap", "words shared by question and labels"),
+    ("question_of_another_page", "mismatched-prompt control: question of another page"),
+    ("candidates_on_another_page", "off-page control: candidates described with the words of another page"),
+    ("overlap", "word overlap of question and descriptions"),
     ("trees", "boosted trees on features of question and candidate"),
     ("ranker", "**ranker**"),
 )
@@ -72,18 +72,18 @@ def finqa_table(file: ResultFile, leak: ResultFile | None) -> str:
     rows = [["chance", number(figures["chance"], 1, percent=True), "", "0"]]
     if best := figures.get("without_question"):
         rows.append(
-            [f"best of {best['scorers']} scorers without the question (stage 02)", *percent_cells(best), ""]
+            [f"best of {best['scorers']} question-blind scorers (stage 02)", *percent_cells(best), ""]
         )
     if leak is not None and best:
         naive = leak.figures["naive"]
-        rows.append(["… on naive pools, which are single edits of the gold program: one candidate", *percent_cells(naive["one candidate"]), ""])  # fmt: skip
+        rows.append(["… on naive pools (single edits of the gold program): one candidate", *percent_cells(naive["one candidate"]), ""])  # fmt: skip
         rows.append(["… on naive pools: whole pool", *percent_cells(naive["whole pool"]), ""])
     for key, text in FINQA_ROWS:
         if (row := figures["rows"].get(key)) is not None:
             reward = number(row["reward"]["value"], 2) if "reward" in row else ""
             accuracy, around = percent_cells(row["accuracy"])
             rows.append([text, f"**{accuracy}**" if key == "ranker" else accuracy, around, reward])
-    return markdown(["chosen by", "accuracy", "95 % interval", "normalised reward"], rows)
+    return markdown(["selected by", "accuracy", "95 % interval", "normalised reward"], rows)
 
 
 def finqa_text(file: ResultFile) -> str:

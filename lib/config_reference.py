@@ -42,9 +42,9 @@ An unknown key is an error that suggests the closest known key. `--set models.ju
 MASKING_TEXT = """The keys `diffusion.masking` and `candidates.masking` take one of these, such as
 `{type: sticky, p1: 0.05, p2: 0.5}`. A masking of another type replaces the default as a whole."""
 
-STAGES_TEXT = """`diffusion.stages` takes a list of these. `configs/staged.yaml` is an example. A stage ends after
+STAGES_TEXT = """`diffusion.stages` takes a list of these phases. `configs/staged.yaml` is an example. A phase ends after
 `val_loss_stale_count` evaluations in a row in which the validation loss fell by less than the share `min_improvement` of
-itself; then the next stage joins."""
+itself. Then the next phase joins."""
 
 
 # ------------------------------------------------------------------------------------------------ comments
@@ -99,7 +99,7 @@ def _trailing_comments(text: str) -> dict[int, str]:
 
 
 def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """A field's type and limits in words, such as `integer ≥ 1` or `list of number in [0, 1]`."""
+    """A field's type and limits in words, such as `integer ≥ 1` or `list of numbers in [0, 1]`."""
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
         return type_text(inner, (*metadata, *_limits_of(more)))
@@ -111,13 +111,13 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         if all(isinstance(a, type) and a in MASKINGS.values() for a in arguments):
             return "a [masking](#masking)"
         if all(isinstance(a, type) and a in STAGES_OF.values() for a in arguments):
-            return "a [stage](#stages-of-unmasking)"
+            return "[phases](#phases-of-staged-unmasking)"
         names = [type_text(a, metadata) for a in arguments if a is not NoneType]
         return " or ".join([*names, *(["`null`"] if NoneType in arguments else [])])
     if origin is Literal:
         return ", ".join(f"`{a}`" for a in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
-        return f"list of {type_text(arguments[0])}" + _length_text(metadata)
+        return f"list of {_plural(type_text(arguments[0]))}" + _length_text(metadata)
     if origin is tuple:
         return "[" + ", ".join(map(type_text, arguments)) + "]"
     if origin is dict:
@@ -127,10 +127,14 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     return _plain_text(annotation, metadata)
 
 
+def _plural(text: str) -> str:
+    return re.sub(r"^(string|integer|number)\b", r"\1s", text)
+
+
 def _plain_text(annotation: Any, metadata: tuple[Any, ...]) -> str:
     if annotation is str and any(isinstance(m, AfterValidator) for m in metadata):
         return "path or name"
-    names = {bool: "`true`, `false`", str: "text", int: "integer", float: "number"}
+    names = {bool: "`true`, `false`", str: "string", int: "integer", float: "number"}
     if annotation not in names:
         raise TypeError(
             f"no words for the type {annotation} of a setting: add them to lib/config_reference.py"
@@ -207,7 +211,7 @@ def page() -> str:
         elif _is_section(field):
             parts += _section((name,), field.annotation, defaults[name], meanings)  # type: ignore[arg-type]
     parts += ["## Masking", MASKING_TEXT, _kinds_table(MASKINGS)]
-    parts += ["## Stages of unmasking", STAGES_TEXT, _kinds_table(STAGES_OF)]
+    parts += ["## Phases of staged unmasking", STAGES_TEXT, _kinds_table(STAGES_OF)]
     parts += ["## Shipped configs", _shipped()]
     return "\n\n".join(parts) + "\n"
 

@@ -32,7 +32,7 @@ OWN_PACKAGES = ("lib", "tests", "benchmarks")
 _START = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|make) \S")
 _IN_PROSE = ("make a ", "make the ", "make it ", "make them ", "make sure ")
 _WORDS = re.compile(r"""[;&|]+|(?:"[^"]*"|'[^']*'|[^\s;&|"'])+""")  # with their quotes
-_SEPARATORS = {"&", "&&", ";", "|", "do", "done", "then"}
+_SEPARATORS = {"&", "&&", ";", "|", "||", "do", "done", "then"}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ STAND_INS = {
     "/path/to/text.txt": "text.txt",
     "/path/to/FinQA/dataset": "finqa_data",
     "FinQA/dataset": "finqa_data",
+    "/path/to/dataset": "finqa_data",
     "/path/to/all-MiniLM-L6-v2": "encoder",
     "/path/to/masked-lm": "masked_lm",
     "CHECKPOINT": "checkpoint/model.safetensors",
@@ -37,7 +38,12 @@ STAND_INS = {
     "outputs/demo": "outputs/default",
 }
 # Settings under which commands with the same configs need another run
-RUNS_OF_THEIR_OWN = {"labels.path": "labels", "data.drop": "drop", "generator.checkpoint": "masked_lm"}
+RUNS_OF_THEIR_OWN = {
+    "labels.path": "labels",
+    "data.drop": "drop",
+    "generator.checkpoint": "masked_lm",
+    "finqa.pools.same_operators": "operators",
+}
 # Words of single programs that make them small; a program of benchmarks/ without an entry fails its test
 SMALLER = {
     "benchmarks.nelbo": "--set data.path=text.txt --set models.generator.training.steps=4 --set architecture.num_hidden_layers=1",
@@ -47,7 +53,7 @@ SMALLER = {
     "benchmarks.speed": "--steps 2",
     "benchmarks.ltg_attention": "--size xs --length 16 --batch 1 --steps 1 --rounds 1",
     "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
-    "benchmarks/backbone_speed.py": "--seconds 0.01 --runs 1 --batch 2",
+    "benchmarks.backbone_speed": "--seconds 0.01 --runs 1 --batch 2",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.over_seeds": "",
     "benchmarks.results_page": "--quick",
@@ -115,7 +121,7 @@ def make_data(root: Path) -> None:
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+    shape: Any = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                  max_position_embeddings=512)  # fmt: skip
     BertModel(BertConfig(vocab_size=30522, **shape)).save_pretrained(root / "encoder")
     BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(root / "masked_lm")
@@ -235,6 +241,7 @@ def _slug(arguments: list[str]) -> str:
     text = " ".join(arguments)
     parts = re.findall(r"configs/(?:models/)?([a-z0-9_-]+)\.yaml", text)
     parts += ["text"] if "text.txt" in text and parts else []
+    parts += ["data"] if "finqa_data" in text else []
     parts += [name for key, name in RUNS_OF_THEIR_OWN.items() if f"{key}=" in text]
     return "_".join(parts) or "default"
 

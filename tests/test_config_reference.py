@@ -102,7 +102,7 @@ class Example(Section):
     ("name", "text"),
     [
         ("whole", "integer ≥ 1"), ("between", "integer in [1, 64]"), ("share", "number in [0, 1)"),
-        ("above", "number > 0 or `null`"), ("word", "`a`, `b`"), ("many", "list of integer ≥ 2, not empty"),
+        ("above", "number > 0 or `null`"), ("word", "`a`, `b`"), ("many", "list of integers ≥ 2, not empty"),
         ("pair", "[number > 0, number > 0]"), ("by_split", "map from `train` to number > 0"),
         ("path", "path or name or `null`"), ("masking", "a [masking](#masking)"),
         ("training", "settings of [`training`](#training)"), ("flag", "`true`, `false`"),

@@ -241,11 +241,11 @@ def test_models_made_again_are_those_that_a_first_run_makes(run, quick_run, tmp_
     config = load_config(quick_test=True, overrides=[*FEW, "models.inspector.start=generator"])
     real, calls = train_model.train, []
 
-    def train(*args, **kwargs):
-        calls.append(kwargs["label"])
+    def train(model, objective, context, *args, **kwargs):
+        calls.append(context.label)
         if len(calls) == 2:
             raise Killed
-        return real(*args, **kwargs)
+        return real(model, objective, context, *args, **kwargs)
 
     monkeypatch.setattr(train_model, "train", train)
     args = RunArgs(run_dir=run, quick_test=True, overwrite=True)

@@ -137,11 +137,11 @@ def test_killed_between_models_stage_04_goes_on_and_ends_with_the_same_bits(
     class Killed(BaseException):
         pass
 
-    def train(*args, **kwargs):
-        calls.append(kwargs["label"])
+    def train(model, objective, context, *args, **kwargs):
+        calls.append(context.label)
         if len(calls) == 3:
             raise Killed
-        return real(*args, **kwargs)
+        return real(model, objective, context, *args, **kwargs)
 
     monkeypatch.setattr(train_model, "train", train)
     with pytest.raises(Killed):

@@ -79,9 +79,11 @@ def test_draws_of_two_purposes_or_seeds_have_nothing_in_common():
 
 TWICE = {  # what several places have on purpose
     "selection candidates",  # inspector and judge are evaluated on the same ones
-    "purpose + ' ratio",  # one or the other draws a batch's masks, each for the purpose of its caller
     "f'{label} weights",  # one or the other makes a model, each of its own label
     "f'{label} order",  # the same
+    "f'{context.label} order",  # the same
+    "ratio",  # of a BatchDraw, which puts the purpose of its caller in front; one or the other draws a batch's masks
+    "mask",  # of a BatchDraw, and of stage 02, whose context puts the stage in front
 }
 
 

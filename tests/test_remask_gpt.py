@@ -234,7 +234,7 @@ def test_only_the_cpu_takes_the_code_that_is_written_for_its_cache(monkeypatch):
         assert node(here) == written != node(function(away))
         (gradient,) = torch.autograd.grad(here.square().sum(), x)
         with monkeypatch.context() as patch:
-            patch.setattr(modeling, "_takes_native_code", lambda tensor: True)
+            patch.setattr(modeling, "_use_native_kernels", lambda tensor: True)
             native = function(x)
             assert node(native) != written
             torch.testing.assert_close(native, here)

@@ -167,7 +167,7 @@ def test_policies_are_compared_within_a_seed():
     rows = [
         line.split(" | ")
         for line in matched_table(records, "reference_nll", "x").splitlines()
-        if "4 |" in line
+        if "| 4 |" in line
     ]
     none, critic = ({"own": row[3], "over ancestral": row[5], "over random_remask": row[6]} for row in rows)
     assert none["own"].startswith("3.033 [") and none["over ancestral"] == "–" == critic["over random_remask"]

@@ -50,7 +50,7 @@ def test_figures_without_a_result_file_are_marked(files):
     for file in files.values():
         assert file.transcribed == file.source.startswith("transcribed")
         assert file.transcribed or file.provenance["machine"]
-    assert '"Transcribed" marks figures' in results_page.OPENING
+    assert "Figures marked *transcribed*" in results_page.OPENING
 
 
 def test_stored_files_name_no_folder_of_a_machine():

@@ -348,7 +348,7 @@ def test_signs_of_life(make_producer, tmp_path, monkeypatch):
     with store.alive("producer"):
         time.sleep(0.05)
         assert store.is_alive("producer") and not store.is_alive("trainer")
-    monkeypatch.setattr("lib.shards.SILENCE", 0.0)
+    monkeypatch.setattr("lib.shards.MAX_SILENCE_SECONDS", 0.0)
     assert not store.is_alive("producer")
 
 

@@ -16,7 +16,7 @@ def masked_shares(config: SamplerConfig, rounds: int, remasks: bool = True) -> n
 
     - linear: evenly from `start_ratio` to `end_ratio`.
     - cosine: cos(pi/2 x done), which unmasks slowly at first (MaskGIT, Chang et al. 2022).
-    - custom: `masking_ratios`, one for each round after the first. For another number of rounds they are interpolated.
+    - custom: `masking_ratios`, one for each round but the last. For another number of rounds they are interpolated.
     - threshold: the shares of linear, as an upper limit.
 
     All but custom end with corrector steps: `corrector_share` of the rounds keep one share masked. Each step re-masks a few

@@ -68,7 +68,7 @@ class SamplerConfig(Section):
     @model_validator(mode="after")
     def _check(self):
         if self.schedule == "custom" and not self.masking_ratios:
-            raise ValueError("schedule custom needs masking_ratios, one for each step after the first")
+            raise ValueError("schedule custom needs masking_ratios, one for each round but the last")
         if self.schedule != "custom" and self.masking_ratios:
             raise ValueError(f"masking_ratios needs schedule custom, but the schedule is {self.schedule}")
         if bool(self.prompt) + bool(self.infill) + bool(self.infill_file) > 1:

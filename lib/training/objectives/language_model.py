@@ -2,7 +2,7 @@
 
 Training masks a part of each window of text and learns to predict the masked tokens (Sahoo et al., MDLM, 2024; Nie et
 al., LLaDA, 2025). The loss estimates the NELBO, a bound on the negative log-likelihood, see `lib/diffusion/nelbo.py`.
-It is in nats per token, summed over tokens, so that the way a text is cut into windows changes nothing.
+It is in nats per token, over all tokens; each token counts once, so short windows weigh less than long ones.
 
     MaskedDiffusion.loss      one training step, in numbered steps
     MaskedDiffusion.evaluate  NELBO on the selection split, which chooses the best step
