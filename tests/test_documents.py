@@ -47,7 +47,7 @@ def named(command: Command) -> str:
 def test_the_documents_commands_are_found():
     """At least this many commands of each kind are found."""
     counts = {kind: len(commands_of(kind)) for kind in ("script", "module", "make", "file")}
-    assert counts["script"] >= 30 and counts["module"] >= 30 and counts["make"] >= 10 and counts["file"] >= 3
+    assert counts["script"] >= 30 and counts["module"] >= 30 and counts["make"] >= 10 and counts["file"] >= 1
     assert {c.target for c in commands_of("script")} == {script.name for script in SCRIPTS}
 
 
