@@ -44,7 +44,7 @@ def at_entropy(rows: list[tuple[float, float]], entropy: float) -> float:
     return float(PchipInterpolator(x, y)(entropy))
 
 
-def by_setting(records: list[Record]) -> dict[str, tuple[dict, list[dict]]]:
+def by_setting(records: Sequence[Record]) -> dict[str, tuple[dict, list[dict]]]:
     """Setting as text -> (setting, the results of its seeds in their order)."""
     found: dict[str, tuple[dict, list[dict]]] = {}
     for record in sorted(records, key=lambda r: r["seed"]):
@@ -103,3 +103,21 @@ def likelihoods_at_entropy(records: list[Record], judge: str) -> Likelihoods:
         for (policy, nfe), seeds in curves.items()
         for step in STEPS_BELOW_REAL
     }
+
+
+def of_experiment(records: Sequence[Record], name: str) -> list[Record]:
+    return [record for record in records if record["experiment"] == name]
+
+
+def wrong_by_line(sums: Sequence[Record]) -> dict[str, dict[int, list[float]]]:
+    """Line -> NFE -> share of wrong sentences of each seed, at the temperature with fewer of them. `sums`: lines of E4."""
+    seeds = {record["seed"] for record in sums}
+    wrong: dict[str, dict[int, list[float]]] = {}
+    for setting, results in by_setting(sums).values():
+        if "threshold" in setting or len(results) < len(seeds):
+            continue
+        line, nfe = wrong.setdefault(setting["policy"], {}), setting["nfe"]
+        found = [1 - result["valid"]["value"] for result in results]
+        if nfe not in line or np.mean(found) < np.mean(line[nfe]):
+            line[nfe] = found
+    return wrong

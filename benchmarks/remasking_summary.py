@@ -21,6 +21,7 @@ from benchmarks.remasking_numbers import (
     mean_of,
     over_seeds,
     shared_seeds,
+    wrong_by_line,
 )
 from benchmarks.remasking_pictures import budget_picture, pareto_picture
 from lib import durable
@@ -259,15 +260,7 @@ def _wrong_by_budget(records: list[Record]) -> str:
 
     The last row: errors of the best line with a critic, relative to the best one without.
     """
-    seeds = {r["seed"] for r in records}
-    wrong: dict[str, dict[int, list[float]]] = {}
-    for setting, results in by_setting(records).values():
-        if "threshold" in setting or len(results) < len(seeds):
-            continue
-        line, nfe = wrong.setdefault(setting["policy"], {}), setting["nfe"]
-        found = [1 - result["valid"]["value"] for result in results]
-        if nfe not in line or np.mean(found) < np.mean(line[nfe]):
-            line[nfe] = found
+    wrong = wrong_by_line(records)
     budgets = sorted({nfe for line in wrong.values() for nfe in line})
     rows: Table = [
         [name, *(format_estimate(over_seeds(line.get(n, [])), percent=True) for n in budgets)]

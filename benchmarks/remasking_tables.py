@@ -15,8 +15,10 @@ from benchmarks.remasking_numbers import (
     apart,
     by_setting,
     likelihoods_at_entropy,
+    of_experiment,
     over_seeds,
     shared_seeds,
+    wrong_by_line,
 )
 from benchmarks.remasking_summary import BASELINES
 from benchmarks.result_files import markdown
@@ -27,17 +29,13 @@ LEADER = "critic_origin"  # the policy that the others are compared with
 DETECTORS = ("confidence", "fresh_confidence", "critic", "critic_blend", "confidence_given")
 
 
-def of_experiment(records: Sequence[Record], name: str) -> list[Record]:
-    return [record for record in records if record["experiment"] == name]
-
-
 def in_order(line: str) -> int:
     """Place of a line in the order of the policies; `critic, plain` is a line of `critic`."""
     policy = line.split(",")[0]
     return POLICIES.index(policy) if policy in POLICIES else len(POLICIES)
 
 
-def format_estimate(
+def format_half_width(
     mean: dict[str, Any] | None, digits: int = 3, percent: bool = False, signed: bool = False
 ) -> str:
     """`2.547 ± 0.058`; a dash where a seed has no number."""
@@ -70,9 +68,9 @@ def likelihood_table(records: Sequence[Record]) -> str:
         texts = [
             ""
             if mean is ...
-            else f"**{format_estimate(mean)}**"
+            else f"**{format_half_width(mean)}**"
             if mean and mean["value"] == best[nfe]
-            else format_estimate(mean)
+            else format_half_width(mean)
             for nfe, mean in cells
         ]
         rows.append([f"`{policy}`" if policy != AUTOREGRESSIVE else policy, *texts])
@@ -96,7 +94,7 @@ def difference_table(records: Sequence[Record]) -> str:
             own, base = found[LEADER, nfe, 0.0], found.get((other, nfe, 0.0), {})
             both = [seed for seed in own if seed in base]
             seeds |= set(both)
-            cells.append(format_estimate(over_seeds([own[s] - base[s] for s in both]), signed=True))
+            cells.append(format_half_width(over_seeds([own[s] - base[s] for s in both]), signed=True))
         rows.append([f"minus `{other}`", str(len(seeds)), *cells])
     return markdown([f"`{LEADER}`", "seeds", *(f"NFE {nfe}" for nfe in budgets)], rows)
 
@@ -107,26 +105,11 @@ def real_text_table(records: Sequence[Record]) -> str:
     entropy, nll = (over_seeds([r[key] for r in real]) for key in ("fourgram_entropy", JUDGE))
     return markdown(
         ["", "4-gram entropy", "NLL, nats/character"],
-        [["real text", format_estimate(entropy), format_estimate(nll)]],
+        [["real text", format_half_width(entropy), format_half_width(nll)]],
     )
 
 
 # -------------------------------------------------------------------------------------------------- sums
-
-
-def wrong_by_line(records: Sequence[Record]) -> dict[str, dict[int, list[float]]]:
-    """Line -> passes -> share of wrong sentences of each seed, at the temperature with fewer of them."""
-    sums = of_experiment(records, "E4")
-    seeds = {record["seed"] for record in sums}
-    wrong: dict[str, dict[int, list[float]]] = {}
-    for setting, results in by_setting(sums).values():
-        if "threshold" in setting or len(results) < len(seeds):
-            continue
-        line, nfe = wrong.setdefault(setting["policy"], {}), setting["nfe"]
-        found = [1 - result["valid"]["value"] for result in results]
-        if nfe not in line or np.mean(found) < np.mean(line[nfe]):
-            line[nfe] = found
-    return wrong
 
 
 def best_line(wrong: dict[str, dict[int, list[float]]], nfe: int, has_critic: bool) -> str:
@@ -137,7 +120,7 @@ def best_line(wrong: dict[str, dict[int, list[float]]], nfe: int, has_critic: bo
 
 def sums_table(records: Sequence[Record]) -> str:
     """Share of correct sentences; then the errors of the best line with a critic, relative to the best one without."""
-    wrong = wrong_by_line(records)
+    wrong = wrong_by_line(of_experiment(records, "E4"))
     budgets = sorted({nfe for line in wrong.values() for nfe in line})
     leaders = {nfe: [best_line(wrong, nfe, critic) for critic in (True, False)] for nfe in budgets}
     line_names = [n for n in wrong if "," not in n or any(n in pair for pair in leaders.values())]
@@ -145,9 +128,9 @@ def sums_table(records: Sequence[Record]) -> str:
     for name in sorted(line_names, key=in_order):
         means = [over_seeds([1 - share for share in wrong[name][nfe]]) for nfe in budgets]
         texts = [
-            f"**{format_estimate(mean, 1, percent=True)}**"
+            f"**{format_half_width(mean, 1, percent=True)}**"
             if name in leaders[nfe]
-            else format_estimate(mean, 1, percent=True)
+            else format_half_width(mean, 1, percent=True)
             for nfe, mean in zip(budgets, means, strict=True)
         ]
         rows.append([f"`{name}`", *texts])
@@ -155,7 +138,7 @@ def sums_table(records: Sequence[Record]) -> str:
     for nfe in budgets:
         critic, other = leaders[nfe]
         ratio = over_seeds([a / b for a, b in zip(wrong[critic][nfe], wrong[other][nfe], strict=True)])
-        ratios.append(format_estimate(ratio, 2))
+        ratios.append(format_half_width(ratio, 2))
     rows.append(["errors of the best with a critic / of the best without", *ratios])
     return markdown(["policy", *(f"NFE {nfe}" for nfe in budgets)], rows)
 
@@ -172,7 +155,7 @@ def infilling_table(records: Sequence[Record]) -> str:
     rows = []
     for name in sorted(found[budgets[0]][0]["policies"], key=in_order):
         means = [over_seeds([r["policies"][name]["accuracy"] for r in found[nfe]]) for nfe in budgets]
-        rows.append([f"`{name}`", *(format_estimate(mean, 1, percent=True) for mean in means)])
+        rows.append([f"`{name}`", *(format_half_width(mean, 1, percent=True) for mean in means)])
     return markdown(["policy, correct tokens, %", *(f"NFE {nfe}" for nfe in budgets)], rows)
 
 
@@ -190,7 +173,7 @@ def detection_table(records: Sequence[Record]) -> str:
         values = {name: f"{mean['value']:.3f}" if mean else "–" for name, mean in auroc.items()}
         rows.append([
             f"{setting['masks']}, {setting['ratio']:.0%}, {setting['passes']}", values[stored], values[fresh],
-            values[critic], format_estimate(lead[critic], signed=True), values[both], format_estimate(lead[both], signed=True), values[ceiling],
+            values[critic], format_half_width(lead[critic], signed=True), values[both], format_half_width(lead[both], signed=True), values[ceiling],
         ])  # fmt: skip
     head = ["masks, ratio, passes", "stored confidence", "fresh confidence", "critic", "minus stored",
             "critic and stored", "minus stored", "upper bound"]  # fmt: skip

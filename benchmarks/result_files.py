@@ -12,8 +12,10 @@ The page marks them, and the next measurement replaces the file.
 """
 
 import argparse
+import itertools
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,10 @@ class ResultFile:
 
     @property
     def command(self) -> str:
-        """The command to paste, without `--out FILE`."""
+        """The command to paste: without `--out FILE`, and all stages in place of the one that was recorded of a run."""
         words = list(self.provenance["command"])
+        if words[1:2] == ["04_train.py"]:
+            return _pipeline(words[2:])
         if "--out" in words:
             at = words.index("--out")
             del words[at : at + 2]
@@ -70,6 +74,19 @@ class ResultFile:
             )
         how = "measured at" if "commit" in source else "published in"
         return f"transcribed ({how} {str(source.get('commit') or source['published_commit'])[:7]}, {day})"
+
+
+def _pipeline(flags: list[str]) -> str:
+    """`make pipeline` with the configs and settings of a script's flags."""
+    pairs = list(itertools.pairwise(flags))
+    configs = [value for flag, value in pairs if flag == "--config"]
+    settings = [value for flag, value in pairs if flag == "--set"]
+    words = ["make pipeline"]
+    if configs:
+        words.append(f"CONFIG={shlex.quote(' '.join(configs))}")
+    if settings:
+        words.append(f"SET={shlex.quote(' '.join(map(shlex.quote, settings)))}")
+    return " ".join(words)
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +153,8 @@ def _check(content: dict[str, Any], path: Path) -> None:
 
 def number(value: float, digits: int = 3, percent: bool = False) -> str:
     """`0.878` or `87.8 %`."""
-    return f"{100 * value:.{digits}f} %" if percent else f"{value:.{digits}f}"
+    rounded = round(100 * value if percent else value, digits) + 0.0  # no "-0.00"
+    return f"{rounded:.{digits}f}" + " %" * percent
 
 
 def interval(estimate: dict[str, Any], digits: int = 3, percent: bool = False) -> str:
