@@ -116,4 +116,4 @@ def training_manifest(folder: Path) -> dict | None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__, with_mode=True)
+    run_stage(main, __doc__, with_mode=True, with_processes=True)

@@ -73,7 +73,8 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
         with torch.no_grad():
             values, rows, calibration = objective.report(best)
             nelbo, _ = objective.diffusion.report(best)
-        calibration.save(stage.folder / "calibration.json")
+        if runtime.processes.is_main:
+            calibration.save(stage.folder / "calibration.json")
 
         # 4. Record the outputs and the figures
         for name in ("best_model", "final_model"):
@@ -95,15 +96,14 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
 
 def train_policy(config: Config, args: RunArgs) -> None:
     """Train the ranker further by PPO, and by two other methods from the same start."""
-    import json
-
     from lib import outside
     from lib.errors import BadConfig
     from lib.report.table import results_table
     from lib.runtime import Runtime
     from lib.training.data import Splits
-    from lib.training.policy import METHODS, START, PolicyTraining, check_policy, compare, remember
+    from lib.training.policy import METHODS, START, PolicyTraining, check_policy, compare
     from lib.training.stage_inputs import read_stage_inputs
+    from lib.training.train_model import recorded
 
     check_policy(config)
     reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
@@ -133,10 +133,9 @@ def train_policy(config: Config, args: RunArgs) -> None:
         # 2. Train by each method: the same start, pools and number of steps. Skip a method that is complete
         measured = {START: training.before()}
         for method in METHODS:
-            record = stage.folder / method / "training_manifest.json"
-            if not record.exists():
-                remember(stage.folder / method, training.run(method))
-            measured[method] = json.loads(record.read_text(encoding="utf-8"))
+            measured[method] = recorded(
+                stage.folder / method, lambda method=method: training.run(method), runtime
+            )
 
         # 3. Compare each method with the start on the same held-out pools
         gains, rows = compare(measured, pools.held_out.groups, config.seed)
@@ -153,4 +152,4 @@ def train_policy(config: Config, args: RunArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage(main, __doc__, with_processes=True)

@@ -8,6 +8,9 @@ to refuse it: one line names the changed files, and the manifests of the stages 
 folder replaces the old one. A crash may interrupt this at any point: the next command finishes it. If the same command
 is given again after a failure, it continues the failed attempt.
 
+If several processes run a stage (torchrun), the main process does all of this. The others take its decisions, read the
+same inputs, and write nothing.
+
 The parts of a stage are in lib/stage/: locks, inputs, outputs, unfinished work and manifest.
 """
 
@@ -21,6 +24,7 @@ from typing import Any
 
 from lib import code_version, durable, runs
 from lib.config import Config
+from lib.engine.processes import current
 from lib.errors import UsageError
 from lib.log import log_to, say
 from lib.outside import HubModel
@@ -72,17 +76,41 @@ class Stage(UpstreamReader, OutputWriter):
     def __enter__(self) -> "Stage":
         self.name = Path(self.script).stem
         runs.check_stage_name(self.name)
+        self._outputs, self._verified = {}, set()
+        self.processes = current()
+        decided = self._enter_main() if self.processes.is_main else None
+        self._follow(self.processes.from_main(decided))
+        return self
+
+    def _enter_main(self) -> dict[str, Any]:
+        """Lock the stage and begin. Returns what the other processes need to know."""
         self.run_dir = runs.find_run(self.name, self.config, self.args, self.outputs_root)
         runs.make_run_dir(self.run_dir)
         self._final_folder = self.run_dir / self.name
-        self._outputs, self._verified = {}, set()
         self._locks = StageLocks(self.run_dir)
         try:
             self._enter_locked()
         except BaseException:
             self._locks.close()
             raise
-        return self
+        return {
+            "run_dir": str(self.run_dir),
+            "folder": str(self.folder),
+            "finished": self.finished,
+            "resuming": self.resuming,
+        }
+
+    def _follow(self, decided: dict[str, Any]) -> None:
+        """What the main process has decided, for the others. It holds the locks for all."""
+        if self.processes.is_main:
+            return
+        self.run_dir, self.folder = Path(decided["run_dir"]), Path(decided["folder"])
+        self.finished, self.resuming = decided["finished"], decided["resuming"]
+        self._final_folder = self.run_dir / self.name
+        self.code = code_version.code_files(self.script, self.config.task)
+        self._upstream = {
+            name: upstream_manifest(self.run_dir, name, self.config, self.ignores) for name in self.reads
+        }
 
     def _enter_locked(self) -> None:
         # 1. Lock the stage and what it reads, and repair what a crash left
@@ -111,6 +139,8 @@ class Stage(UpstreamReader, OutputWriter):
         self._begin()
 
     def __exit__(self, kind, error, traceback) -> None:
+        if not self.processes.is_main:
+            return
         try:
             if kind is None and not self.finished and not self._incomplete:
                 self._complete()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.config import Config, load_config
+from lib.engine.processes import current, start
 from lib.errors import (
     BadConfig,
     CannotCreate,
@@ -23,6 +24,7 @@ from lib.errors import (
     UsageError,
     did_you_mean,
 )
+from lib.log import silence
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
@@ -157,10 +159,15 @@ def run_stage(
     with_mode: bool = False,
     with_stream: bool = False,
     with_score: bool = False,
+    with_processes: bool = False,
 ) -> None:
-    """Parse the command line, load the config and run `main(config, args)`. Errors end with the exit codes of lib.errors."""
+    """Parse the command line, load the config and run `main(config, args)`. Errors end with the exit codes of lib.errors.
+
+    `with_processes`: a launcher such as torchrun may start the script several times, as one training.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _join_processes(with_processes)
         parser = make_parser(
             description or "", with_mode=with_mode, with_stream=with_stream, with_score=with_score
         )
@@ -180,6 +187,7 @@ def run_stage(
             score=getattr(options, "score", None),
         )
         main(config, args)
+        current().close()
     except RemaskError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -217,8 +225,19 @@ def as_remask_error(error: BaseException) -> RemaskError | None:
     return None
 
 
+def _join_processes(allowed: bool) -> None:
+    """Join the other processes of a launcher. Raises UsageError for a script that runs in one process."""
+    if not allowed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "this script runs in one process; torchrun is for 04_train.py and 05_train_critic.py. Start it with python"
+        )
+    if allowed and not start().is_main:
+        silence()
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    if current().first_to_fail(message):
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

@@ -20,6 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 
 from lib.config import Config
+from lib.engine.processes import Processes, current
 from lib.errors import BadConfig
 from lib.runs import versions
 
@@ -31,6 +32,7 @@ class Runtime:
     device: torch.device
     precision: str  # fp32 | bf16
     code: Mapping[str, str] = field(default_factory=dict, compare=False)  # hashes; see lib.code_version
+    processes: Processes = field(default_factory=Processes, compare=False)  # that train together
 
     @classmethod
     def detect(cls, config: Config, code: Mapping[str, str] | None = None) -> "Runtime":
@@ -38,13 +40,18 @@ class Runtime:
         cuda = torch.cuda.is_available()
         if config.device == "cuda" and not cuda:
             raise BadConfig("device is cuda, but torch sees no CUDA device here; set device: cpu or auto")
-        device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+        processes = current()
+        device = (
+            torch.device("cuda", processes.local_rank)
+            if cuda and config.device != "cpu"
+            else torch.device("cpu")
+        )
         native = _has_native_bf16(device)
         precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
         torch.set_flush_denormal(True)  # denormals are 40 times slower and do not matter here
         if device.type == "cuda":
             _make_deterministic()
-        return cls(device, precision, code or {})
+        return cls(device, precision, code or {}, processes)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

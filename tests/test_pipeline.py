@@ -318,14 +318,14 @@ def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, q
 
 
 def kill_once(monkeypatch, objective, at: int) -> None:
-    real = objective.loss
+    real = objective.part
 
-    def loss(self, model, step, rows):
+    def part(self, model, step, rows):
         if step == at:
             raise RuntimeError("killed")
         return real(self, model, step, rows)
 
-    monkeypatch.setattr(objective, "loss", loss)
+    monkeypatch.setattr(objective, "part", part)
 
 
 def test_no_stage_of_a_run_leaves_an_empty_row_group(quick_run):

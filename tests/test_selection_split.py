@@ -28,7 +28,7 @@ from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, nelbo_and_auroc
 from lib.training.pool_table import PoolTable
 from lib.training.stage_inputs import StageInputs
-from tests.trainings import CPU, TOKENS, context, fingerprint, settings, splits, windows
+from tests.trainings import CPU, TOKENS, MeanOfRows, context, fingerprint, settings, splits, windows
 
 LETTERS = "abcdefghij"
 SPLITS = ("train", "selection", "held_out")
@@ -175,7 +175,7 @@ def test_the_critics_calibration_is_fitted_on_the_selection_split_alone(monkeypa
 # ------------------------------------------------------------------------------------ generator and critic
 
 
-class Planted:
+class Planted(MeanOfRows):
     """An objective whose evaluations are given; its weights count the steps."""
 
     selection, tokens_per_row = "nelbo_and_auroc", 1

@@ -31,7 +31,7 @@ from lib.training.data import Sequences
 from lib.training.preemption import StopRequest
 from lib.training.streaming_dataset import StreamingDataset
 from tests.conftest import run_stages
-from tests.trainings import Killed, settings, train_tiny
+from tests.trainings import Killed, MeanOfRows, settings, train_tiny
 
 SETTINGS = ["candidates.source=random_tokens", "stream.enabled=true", "stream.shard_examples=5",
             "stream.max_backlog=3"]  # fmt: skip
@@ -160,7 +160,7 @@ def test_a_damaged_or_foreign_shard_is_made_again(make_producer, tmp_path, capsy
     assert foreign.manifest(0) is None and foreign.read(0) is None
 
 
-class Consumer:
+class Consumer(MeanOfRows):
     """An objective that learns from fresh rows, and notes what each step saw."""
 
     selection, tokens_per_row = "loss", WIDTH

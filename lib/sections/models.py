@@ -43,6 +43,7 @@ class ArchitectureConfig(Section):
 class TrainingConfig(Section):
     steps: Positive
     batch_size: Positive
+    parts: Positive
     optimizer: Literal["muon", "adamw"]
     muon_learning_rate: AboveZero
     muon_momentum: BelowOne

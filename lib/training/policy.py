@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lib import durable
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.metrics import Estimate
@@ -30,7 +29,6 @@ from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.ranking.metrics import paired_difference, ranking_metrics
 from lib.ranking.policy_gradient import LoopSettings, PolicyGradient, TrainingPools
 from lib.ranking.ppo import PpoSettings
-from lib.runs import plain
 from lib.runtime import Runtime
 from lib.training.data import Splits
 from lib.training.loop import train
@@ -127,6 +125,8 @@ class PolicyTraining:
                 selection="regret",
                 tokens_per_row=reader.tokens_per_pool(table),
                 label=method,
+                parts=self.config.critic.training.parts,
+                processes=self.runtime.processes,
             ),
         )
 
@@ -180,11 +180,6 @@ def compare(found: dict[str, dict[str, Any]], groups: np.ndarray, seed: int) -> 
         if method != START
     ]  # fmt: skip
     return gains, rows
-
-
-def remember(folder: Path, values: dict[str, Any]) -> None:
-    """Store the figures of a finished method, so that an interrupted stage does not train it again."""
-    durable.write_json(folder / "training_manifest.json", plain(values))
 
 
 def check_policy(config: Config) -> None:

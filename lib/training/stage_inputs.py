@@ -174,6 +174,11 @@ def streaming(stage: Stage, config: Config, stage_inputs: StageInputs) -> Iterat
     if not config.stream.enabled:
         yield
         return
+    if stage.processes.size > 1:
+        raise BadConfig(
+            f"stream.enabled is true, and a training from a stream runs in one process, not in {stage.processes.size}; start "
+            "04_train.py without torchrun, or set stream.enabled=false"
+        )
     store, datasets = open_store(stage, config), []
     cut = cut_of(config, stage_inputs.examples("train").num_rows)
 

@@ -23,6 +23,7 @@ from lib.models.build import Checkpoint, heads_of, load_model, save_model, start
 from lib.models.ranker import SequenceRanker
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.runs import plain
+from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
 from lib.training.loop import train
 from lib.training.objectives.base import ReportingObjective, TrainingContext
@@ -54,11 +55,29 @@ def train_model(
         The record, as written to `folder/training_manifest.json`. It has the transferred tensors, the optimizer's
         groups, the best step, held-out metrics, and rows of the results table.
     """
-    record_file = folder / RECORD
-    if record_file.exists():
-        say(f"{name}: already trained")
-        return json.loads(record_file.read_text(encoding="utf-8"))
+    return recorded(folder, lambda: _train(name, spec, stage_inputs, folder, start), stage_inputs.runtime)
 
+
+def recorded(folder: Path, make: Callable[[], dict[str, Any]], runtime: Runtime) -> dict[str, Any]:
+    """The record of a training in `folder`. If there is none, the training `make` makes it, and it is written.
+
+    So an interrupted stage does not repeat a training that is complete. All processes call this together.
+    """
+    file, processes = folder / RECORD, runtime.processes
+    known = json.loads(file.read_text(encoding="utf-8")) if processes.is_main and file.exists() else None
+    if (known := processes.from_main(known)) is not None:
+        say(f"{folder.name}: already trained")
+        return known
+    record = plain(make())
+    if processes.is_main:
+        durable.write_json(file, record)
+    processes.barrier()  # the others may read the record now
+    return json.loads(json.dumps(record))
+
+
+def _train(
+    name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
+) -> dict[str, Any]:
     # 1. The model, from its start, and what it learns
     context = context_of(name, spec, stage_inputs)
     setup = set_up(context, spec, stage_inputs, folder, start)
@@ -72,7 +91,7 @@ def train_model(
         values, rows = setup.objective.report(best)
 
     # 4. Record
-    record = {
+    return {
         "name": name,
         "mode": spec.mode,
         "parameters": sum(p.numel() for p in best.parameters()),
@@ -86,8 +105,6 @@ def train_model(
         "held_out": values,
         "table": [row.as_dict() for row in rows],
     }
-    durable.write_json(record_file, plain(record))
-    return record
 
 
 def context_of(name: str, spec: ModelSpec, stage_inputs: StageInputs) -> TrainingContext:

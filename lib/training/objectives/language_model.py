@@ -4,7 +4,7 @@ Training masks a part of each window of text and learns to predict the masked to
 al., LLaDA, 2025). The loss estimates the NELBO, a bound on the negative log-likelihood, see `lib/diffusion/nelbo.py`.
 It is in nats per token, over all tokens; each token counts once, so short windows weigh less than long ones.
 
-    MaskedDiffusion.loss      one training step, in numbered steps
+    MaskedDiffusion.part      one training step, in numbered steps
     MaskedDiffusion.evaluate  NELBO on the selection split, which chooses the best step
     MaskedDiffusion.report    NELBO on the held-out split, with an interval over groups (documents or blocks)
 
@@ -13,7 +13,8 @@ It is in nats per token, over all tokens; each token counts once, so short windo
 Legend: B rows, T positions, N masked positions of a batch, V vocabulary, W windows, G groups.
 """
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,20 @@ from torch import Tensor, nn
 from lib import randomness
 from lib.diffusion.masking import BatchDraw, corrupt_80_10_10, line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, weights_per_token
+from lib.engine.parts import Part
 from lib.metrics import Estimate, ratio, sum_by
 from lib.sections.masking import DiffusionConfig, RandomMasking
 from lib.tokenization import newline_ids
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Rows, Splits, Windows
-from lib.training.objectives.base import ResultRow, TrainingContext, chunks, forward, result_row, tensor
+from lib.training.objectives.base import (
+    ResultRow,
+    TrainingContext,
+    chunks,
+    forward,
+    result_row,
+    tensor,
+)
 from lib.training.objectives.modifiers import MaskedPredictions, Modifiers
 
 EVALUATION_BATCH = 64  # also the number of rows over which evaluation spreads the masking ratios evenly
@@ -170,12 +179,12 @@ class MaskedDiffusion(WindowObjective):
 
     # ------------------------------------------------------------------ training
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        """The training loss of the global batch `rows`, in nats per token.
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The training loss of some rows of the global batch, in nats per token of the batch.
 
         It estimates the NELBO if masks are of type `random` and no modifier is configured.
         """
-        # 1. Take a batch of windows: B rows of at most T tokens
+        # 1. Take the windows of the rows: B rows of at most T tokens
         index, ids, valid = self.windows(rows)  # (B,), (B, T), (B, T)
         purpose = f"{self.label} diffusion"
 
@@ -191,23 +200,34 @@ class MaskedDiffusion(WindowObjective):
         else:
             inputs = np.where(batch.masked, self.mask_id, ids)  # (B, T)
 
-        # 5. Forward pass, with logits at the masked positions only: (N, V), (N,), (N,)
-        logits, targets, flat_idx = self.predict(model, inputs, ids, valid, batch.masked)
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            # 5. Forward pass, with logits at the masked positions only: (N, V), (N,), (N,)
+            logits, targets, flat_idx = self.predict(model, inputs, ids, valid, batch.masked)
 
-        # 6. Cross-entropy of the clean tokens
-        ce = cross_entropies(logits, targets)  # (N,) nats
+            # 6. Cross-entropy of the clean tokens
+            ce = cross_entropies(logits, targets)  # (N,) nats
 
-        # 7. Weights of the bound, so that the sum is in nats per token of the batch
-        weights = tensor(weights_per_token(batch, valid).reshape(-1)[flat_idx], self.runtime)  # (N,)
-        if self.modifiers is None:
-            return {"loss": (ce * weights).sum()}
+            # 7. Weights of the bound, so that the sum over all parts is in nats per token of the global batch
+            per_token = weights_per_token(batch, valid, totals["tokens"])  # (B, T)
+            weights = tensor(per_token.reshape(-1)[flat_idx], self.runtime)  # (N,)
+            if self.modifiers is None:
+                return {"loss": (ce * weights).sum()}
 
-        # 8. Optional modifiers: other targets, and a weight for each row
-        row_idx = tensor(flat_idx // ids.shape[1], self.runtime)  # (N,)
-        predictions = MaskedPredictions(logits, targets, row_idx, ids, valid, flat_idx, batch.ratios, index)
-        modified, row_weights, terms = self.modifiers.apply(ce, predictions, step)  # (N,), (B,)
-        loss = (modified * weights * row_weights[row_idx]).sum()
-        return {"loss": loss, "plain_loss": (ce.detach() * weights).sum(), **terms}
+            # 8. Optional modifiers: other targets, and a weight for each row
+            row_idx = tensor(flat_idx // ids.shape[1], self.runtime)  # (N,)
+            predictions = MaskedPredictions(
+                logits, targets, row_idx, ids, valid, flat_idx, batch.ratios, index
+            )
+            modified, row_weights, terms = self.modifiers.apply(ce, predictions, step)  # (N,), (B,)
+            terms = {name: values.sum() / totals["rows"] for name, values in terms.items()}
+            loss = (modified * weights * row_weights[row_idx]).sum()
+            return {"loss": loss, "plain_loss": (ce.detach() * weights).sum(), **terms}
+
+        return Part({"tokens": int(valid.sum()), "rows": len(index)}, losses)
+
+    def finish(self, terms: dict[str, float]) -> tuple[dict[str, float], float]:
+        """Scale the row weights of the modifiers to mean 1 over the global batch."""
+        return (terms, 1.0) if self.modifiers is None else self.modifiers.finish(terms)
 
     def mask(
         self, ids: np.ndarray, valid: np.ndarray, purpose: str, rows: np.ndarray, period: int
@@ -275,9 +295,9 @@ class MaskedDiffusion(WindowObjective):
         self, model: nn.Module, windows: Windows, examples: np.ndarray, draws: int = 1
     ) -> "WindowNelbos":
         """NELBO of each of the windows `examples`, with `draws` masks each. R = draws x examples, draw by draw."""
-        parts: list[WindowNelbos] = []
         repeated = np.tile(examples, draws)  # (R,)
-        for part in chunks(len(repeated), EVALUATION_BATCH):
+
+        def measure(part: np.ndarray) -> tuple[np.ndarray, ...]:
             ids, valid = windows.batch(repeated[part], np.zeros(len(part)))
             batch = mask_batch(
                 self._bound_config, valid, BatchDraw(self.seed, "evaluation", part, EVALUATION_BATCH)
@@ -289,9 +309,10 @@ class MaskedDiffusion(WindowObjective):
             row_idx, size, lengths = flat_idx // ids.shape[1], len(part), valid.sum(1)
             nats = lengths * np.bincount(row_idx, ce * batch.weights.reshape(-1)[flat_idx], size)
             hits = np.bincount(row_idx, correct, size)
-            parts.append(WindowNelbos(nats, lengths, hits, batch.masked.sum(1)))
-        names = [f.name for f in fields(WindowNelbos)]
-        return WindowNelbos(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+            return nats, lengths, hits, batch.masked.sum(1)
+
+        found = self.runtime.processes.share(measure, list(chunks(len(repeated), EVALUATION_BATCH)))
+        return WindowNelbos(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)

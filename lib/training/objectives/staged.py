@@ -73,15 +73,18 @@ class StagedUnmasking(MaskedDiffusion):
         size = max(MIN_WINDOWS, len(self.evaluated) // len(self.stages))
         for number in range(len(self.stages)):
             windows = np.resize(np.roll(self.evaluated, -number * size), size)
-            total = count = 0.0
-            for part in chunks(size, EVALUATION_BATCH):
+
+            def measure(part: np.ndarray, windows=windows, number=number) -> tuple[np.ndarray]:
                 ids, valid = self.splits.selection.batch(windows[part], np.zeros(len(part)))
                 stage_of_row = np.full(len(part), number)
                 batch = self._mask(ids, valid, "stage evaluation", part, size, stage_of_row)
                 inputs = np.where(batch.masked, self.mask_id, ids)
                 logits, targets, _ = self.predict(model, inputs, ids, valid, batch.masked)
-                total, count = total + float(cross_entropies(logits, targets).sum()), count + len(targets)
-            losses.append(total / max(count, 1))
+                return (np.array([float(cross_entropies(logits, targets).sum()), len(targets)]),)
+
+            found = self.runtime.processes.share(measure, list(chunks(size, EVALUATION_BATCH)))
+            total, count = sum(sums for (sums,) in found)
+            losses.append(float(total / max(count, 1)))
         return losses
 
     def state(self) -> dict[str, Tensor]:
