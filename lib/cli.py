@@ -236,6 +236,7 @@ def _join_processes(allowed: bool) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one process has failed
     if current().first_to_fail(message):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)

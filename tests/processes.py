@@ -1,35 +1,48 @@
-"""Start several processes of one training without a launcher: torch is imported once, and the processes are forked.
+"""Run scripts in several processes without a launcher: torch is imported once, and the processes are forked.
 
-    python -m tests.processes SIZE PORT 04_train.py --run_dir ...
+    python -m tests.processes JOBS.json
 
-They get the variables that torchrun sets. As with torchrun, the end of one process by an error or a signal ends the
-others. The exit code is that of the first process that failed.
+A job is {"size": processes, "argv": ["04_train.py", "--run_dir", ...]}, and may have "kill": {"rank": r, "after": seconds}, a
+SIGKILL of one process, or "env": variables that replace those of the launcher. The processes get the variables that
+torchrun sets. As with torchrun, the end of one process by an error or a signal ends the others. Each job prints a line:
+its exit codes, its seconds, and what its processes wrote to standard error.
 """
 
 import importlib
+import json
 import os
 import signal
+import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+GRACE_SECONDS = 30  # from SIGTERM to SIGKILL, as with torchrun
+FLAGS: dict[str, dict[str, bool]] = {
+    "02_generate_candidates": {"with_stream": True},
+    "04_train": {"with_mode": True, "with_processes": True},
+    "05_train_critic": {"with_processes": True},
+}
 
-def start(rank: int, size: int, port: int, argv: list[str]) -> int:
-    """Fork a process that runs a script with the variables of a launcher. Returns its process id."""
-    pid = os.fork()
-    if pid:
+
+def fork(rank: int, job: dict, port: int, errors: int) -> int:
+    """A process that runs the job's script as `rank`, with standard error in the file `errors`. Returns its id."""
+    if pid := os.fork():
         return pid
     code = 1
     try:
+        os.dup2(errors, 2)
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }  # fmt: skip
-        sys.argv = argv
-        module = importlib.import_module(Path(argv[0]).stem)
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["size"]),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        } | job.get("env", {})  # fmt: skip
+        sys.argv = job["argv"]
+        name = Path(job["argv"][0]).stem
+        module = importlib.import_module(name)
         from lib.cli import run_stage
 
-        run_stage(module.main, module.__doc__, **FLAGS[module.__name__])
+        run_stage(module.main, module.__doc__, **FLAGS[name])
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
@@ -42,42 +55,54 @@ def start(rank: int, size: int, port: int, argv: list[str]) -> int:
         os._exit(code)
 
 
-FLAGS: dict[str, dict[str, bool]] = {
-    "04_train": {"with_mode": True, "with_processes": True},
-    "05_train_critic": {"with_processes": True},
-}
-
-
-def wait_for(pids: list[int]) -> int:
-    """The exit code of the first process that failed, 0 if none did. The others are then told to stop."""
-    failed, left = 0, set(pids)
-    deadline = None
-    while left:
+def wait_for(pids: list[int], kill: dict | None) -> list[int]:
+    """The exit code of each process, in order of the ranks. If one fails, the others are told to stop."""
+    codes: dict[int, int] = {}
+    begin, deadline = time.monotonic(), None
+    while len(codes) < len(pids):
+        if kill is not None and time.monotonic() - begin > kill["after"]:
+            victim, kill = pids[kill["rank"]], None
+            if victim not in codes:
+                os.kill(victim, signal.SIGKILL)
+        if deadline is not None and time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
         pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid == 0:
+        if not pid:
             time.sleep(0.005)
-            if deadline is not None and time.monotonic() > deadline:
-                for other in left:
-                    os.kill(other, signal.SIGKILL)
-                deadline = None
             continue
-        left.discard(pid)
-        code = os.waitstatus_to_exitcode(status)
-        if code and not failed:
-            failed, deadline = code, time.monotonic() + 30
-            for other in left:
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+            for other in set(pids) - set(codes):
                 os.kill(other, signal.SIGTERM)
-    return failed
+    return [codes[pid] for pid in pids]
+
+
+def run(job: dict) -> dict:
+    """Exit codes, seconds and messages of a job."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryFile() as errors:
+        begin = time.monotonic()
+        pids = [fork(rank, job, port, errors.fileno()) for rank in range(job["size"])]
+        codes = wait_for(pids, job.get("kill"))
+        errors.seek(0)
+        text = errors.read().decode(errors="replace")
+    return {"codes": codes, "seconds": time.monotonic() - begin, "errors": text}
 
 
 def main() -> int:
-    size, port, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     import torch
 
+    import lib.training.policy
+    import lib.training.train_model  # noqa: F401 - so that no fork has to import it
+
     torch.set_num_threads(1)
-    pids = [start(rank, size, port, argv) for rank in range(size)]
-    print("pids", *pids, flush=True)
-    return wait_for(pids)
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        print(json.dumps(run(job)), flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -130,8 +130,8 @@ class Processes:
                 .decode()
                 .startswith(f"{self.rank}: ")
             )
-        except Exception:  # the store is gone with the process that held it
-            return True
+        except Exception:  # process 0 held the store, and is gone; it may have been killed without a message
+            return self.rank == 1
 
 
 _current = Processes()
@@ -205,10 +205,11 @@ def exchange(name: str, *arguments: Any) -> Any:
     try:
         return getattr(dist, name)(*arguments)
     except RuntimeError as error:
-        text = str(error).strip().splitlines()
+        text = str(error)
+        reason = "connection closed" if "closed by peer" in text else " ".join(text.split())[:200]
         raise ProcessLost(
             "another process of this training has ended, so this one ends, too. Nothing is lost: run the same command "
-            f"again to continue ({text[0] if text else 'no connection'})"
+            f"again to continue ({reason})"
         ) from None
 
 
