@@ -56,7 +56,7 @@ def fork(rank: int, job: dict, port: int, errors: int) -> int:
 
 
 def wait_for(pids: list[int], kill: dict | None) -> list[int]:
-    """The exit code of each process, in order of the ranks. If one fails, the others are told to stop."""
+    """The exit code of each process, in order of the ranks. If one fails, the others get SIGTERM."""
     codes: dict[int, int] = {}
     begin, deadline = time.monotonic(), None
     while len(codes) < len(pids):

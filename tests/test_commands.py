@@ -178,7 +178,7 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
                 before.append(["python", STAGES[2], *_without(given, "--overwrite"), "--stream"])
                 return f"RUN={run}", [*before, ["python", command.target, *given]]
             given = [*_without(given, "--stream"), "--stream"]
-        return f"RUN={run}", [*before, ["python", command.target, *given]]
+        return f"RUN={run}", [*before, [*_start(command), command.target, *given]]
     if command.target == "benchmarks.remasking":
         return "remasking", [small_remasking(arguments)]
     if command.target.startswith("benchmarks"):
@@ -211,6 +211,14 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
     arguments = [{"config.json": "checkpoint/config.json", "tokenizer.json": "checkpoint/tokenizer.json",
                   "OUT.safetensors": f"out_{number}.safetensors"}.get(a, a) for a in arguments]  # fmt: skip
     return ("RUN=outputs/default" if before else "modules"), [*before, ["python", *kind, *arguments]]
+
+
+def _start(command: Command) -> list[str]:
+    """`python`, or torchrun with two processes."""
+    if not command.launcher:
+        return ["python"]
+    at = command.launcher.index("--nproc-per-node") + 1
+    return ["torchrun", *command.launcher[:at], "2", *command.launcher[at + 1 :]]
 
 
 def small_remasking(arguments: list[str]) -> list[str]:

@@ -55,7 +55,7 @@ def parser_of(script: str, monkeypatch) -> argparse.ArgumentParser:
     """The parser that a script makes when it starts."""
     made = {}
 
-    def catch(main, description, **kinds):
+    def catch(main, description, with_processes=False, **kinds):
         made["parser"] = cli.make_parser(description or "", **kinds)
 
     monkeypatch.setattr(cli, "run_stage", catch)
@@ -162,6 +162,8 @@ def test_every_flag_that_a_message_or_a_document_names_exists():
         declared |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[a-z][a-z_-]*)"', text))
     assert {"--mode", "--stream", "--score", "--config", "--run_dir"} <= declared
     outside = {"--porcelain", "--keep", "--from", "--to"}  # of git, iconv
+    outside |= {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # of torchrun
+    outside |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # of Slurm
     wrong = [
         f"{where}: {flag}"
         for where, text in [*messages(), *documents()]

@@ -106,7 +106,7 @@ def _add(left: Gradients, right: Gradients) -> Gradients:
 def _across(own: Gradients, parameters: list[nn.Parameter], processes: Processes) -> Gradients:
     """The sum of all processes' gradients, the same bits in each of them."""
     # 1. Parameters that have a gradient in some process. In the others theirs is 0, which changes no sum
-    present = processes.gather(np.array([g is not None for g in own], np.float64)).any(0)
+    present = processes.all_gather(np.array([g is not None for g in own], np.float64)).any(0)
     kept = [
         torch.zeros_like(p) if g is None else g
         for g, p, some in zip(own, parameters, present, strict=True)

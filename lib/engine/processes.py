@@ -3,7 +3,7 @@
 A launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process. Without WORLD_SIZE there is one
 process, and nothing here imports torch. Process 0 is the main process: it alone writes files and messages.
 
-All processes run the same code on the same inputs. They exchange gradients (`gradients.py`), numbers (`gather`),
+All processes run the same code on the same inputs. They exchange gradients (`gradients.py`), numbers (`all_gather`),
 results of an evaluation (`share`) and decisions of the main process (`from_main`).
 """
 
@@ -61,7 +61,7 @@ class Processes:
 
     # ------------------------------------------------------------------ exchange
 
-    def gather(self, values: np.ndarray) -> np.ndarray:
+    def all_gather(self, values: np.ndarray) -> np.ndarray:
         """(size, N) float64: the (N,) numbers of every process, in the order of their ranks."""
         values = np.ascontiguousarray(values, np.float64)
         if self.size == 1:
@@ -89,12 +89,12 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait until every process is here, such as before files are read that process 0 wrote."""
-        self.gather(np.zeros(1))
+        self.all_gather(np.zeros(1))
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
         import torch
 
-        lengths = self.gather(np.array([len(data)]))[:, 0].astype(np.int64)
+        lengths = self.all_gather(np.array([len(data)]))[:, 0].astype(np.int64)
         width = int(lengths.max())
         own = torch.zeros(width, dtype=torch.uint8)
         if data:
