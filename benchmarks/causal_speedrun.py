@@ -70,8 +70,8 @@ def run(config: Config, stage_inputs: StageInputs, plain: bool) -> dict[str, Any
         found, _ = objective.report(model.eval())
     return {
         "nll": {"value": found["nll"], "half_width": found["nll_half_width"]},
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
+        "seconds": result.speed["seconds"],
+        "tokens_per_second": result.speed["tokens_per_second"],
     }
 
 

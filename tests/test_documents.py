@@ -162,7 +162,13 @@ def test_every_flag_that_a_message_or_a_document_names_exists():
         declared |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[a-z][a-z_-]*)"', text))
     assert {"--mode", "--stream", "--score", "--config", "--run_dir"} <= declared
     outside = {"--porcelain", "--keep", "--from", "--to"}  # of git, iconv
-    outside |= {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # of torchrun
+    outside |= {
+        "--standalone",
+        "--nproc-per-node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+    }  # of torchrun
     outside |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # of Slurm
     wrong = [
         f"{where}: {flag}"
@@ -185,7 +191,7 @@ def test_every_import_is_declared_in_a_requirements_file():
         return {normal(Requirement(x).name) for x in lines if x and not x.startswith(("#", "-"))}
 
     main, extra = declared("requirements.txt"), declared("requirements-benchmarks.txt")
-    optional = {"tensorboard"}  # asked for by training.tensorboard, with the command that installs it
+    optional = {"tensorboard"}  # asked for by training.tracker, with the command that installs it
     own = {"lib", "tests", "benchmarks"} | {s.stem for s in SCRIPTS}
     missing = []
     for source in [*SOURCES, *(ROOT / "tests").glob("*.py"), *(ROOT / "docs").rglob("*.py")]:

@@ -59,7 +59,7 @@ class TrainingConfig(Section):
     evaluate_every: Positive
     evaluation_examples: Positive
     checkpoint_every: Positive
-    tensorboard: bool
+    tracker: Literal["tensorboard", "trackio", "wandb", "mlflow"] | None
     allow_inexact_resume: bool
 
     @model_validator(mode="after")
