@@ -2,15 +2,20 @@
 
     python -m tests.processes JOBS.json
 
-A job is {"size": processes, "argv": ["04_train.py", "--run_dir", ...]}, and may have "kill": {"rank": r, "after": seconds}, a
-SIGKILL of one process, or "env": variables that replace those of the launcher. The processes get the variables that
-torchrun sets. As with torchrun, the end of one process by an error or a signal ends the others. Each job prints a line:
-its exit codes, its seconds, and what its processes wrote to standard error.
+A job is {"size": processes, "argv": ["04_train.py", "--run_dir", ...]}. It may also have
+
+    "kill"        {"rank": r, "after": seconds, "signal": number}: a signal to one process, by default SIGKILL
+    "env"         variables that replace those of the launcher
+    "file_limit"  bytes: process 0 cannot write longer files, as on a full disk
+
+The processes get the variables that torchrun sets. As with torchrun, the end of one process by an error or a signal ends
+the others. Each job prints a line: its exit codes, its seconds, and what its processes wrote to standard error.
 """
 
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-GRACE_SECONDS = 30  # from SIGTERM to SIGKILL, as with torchrun
+GRACE_SECONDS = 10  # from SIGTERM to SIGKILL
 FLAGS: dict[str, dict[str, bool]] = {
     "02_generate_candidates": {"with_stream": True},
     "04_train": {"with_mode": True, "with_processes": True},
@@ -37,6 +42,9 @@ def fork(rank: int, job: dict, port: int, errors: int) -> int:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["size"]),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         } | job.get("env", {})  # fmt: skip
+        if rank == 0 and "file_limit" in job:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
         sys.argv = job["argv"]
         name = Path(job["argv"][0]).stem
         module = importlib.import_module(name)
@@ -61,9 +69,10 @@ def wait_for(pids: list[int], kill: dict | None) -> list[int]:
     begin, deadline = time.monotonic(), None
     while len(codes) < len(pids):
         if kill is not None and time.monotonic() - begin > kill["after"]:
-            victim, kill = pids[kill["rank"]], None
+            victim, number = pids[kill["rank"]], kill.get("signal", signal.SIGKILL)
+            kill = None
             if victim not in codes:
-                os.kill(victim, signal.SIGKILL)
+                os.kill(victim, number)
         if deadline is not None and time.monotonic() > deadline:
             for pid in set(pids) - set(codes):
                 os.kill(pid, signal.SIGKILL)

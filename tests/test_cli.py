@@ -34,7 +34,7 @@ OWN = {"02_generate_candidates.py": {"--stream"}, "04_train.py": {"--mode"}, "06
 def test_the_flags_of_each_script_are_frozen(script, monkeypatch):
     made = []
 
-    def catch(main, description, **kinds):
+    def catch(main, description, with_processes=False, **kinds):
         made.append(make_parser(description or "", **kinds))
 
     monkeypatch.setattr("lib.cli.run_stage", catch)

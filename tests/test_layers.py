@@ -8,7 +8,7 @@ from lib.config import ROOT
 
 FLOORS = [
     {"errors"},
-    {"strict_yaml", "randomness", "durable", "log", "user_files"},
+    {"strict_yaml", "randomness", "durable", "log", "user_files", "engine"},
     {"labels", "label_files"},
     {"sections"},
     {"config"},
@@ -84,6 +84,21 @@ def test_the_ground_floor_imports_torch_nowhere_at_the_top(name):
     top = [n for n in bodies if isinstance(n, ast.Import | ast.ImportFrom)]
     assert files
     assert not [i for node in top for i in imports(node) if i.split(".")[0] in ("torch", "transformers")]
+
+
+def test_the_processes_are_known_without_torch_and_numpy():
+    """The command line asks who this process is, and must answer --help at once."""
+    body = ast.parse((ROOT / "lib" / "engine" / "processes.py").read_text()).body
+    top = {i for n in body if isinstance(n, ast.Import | ast.ImportFrom) for i in imports(n)}
+    assert not {i.split(".")[0] for i in top} & {"torch", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, *sorted(ROOT.glob("0*.py"))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_the_engine_alone_knows_torch_distributed(path):
+    if room(path) != "engine" if path.is_relative_to(ROOT / "lib") else True:
+        assert not [i for i in imports(ast.parse(path.read_text())) if i.startswith("torch.distributed")]
 
 
 @pytest.mark.parametrize(

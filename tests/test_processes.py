@@ -3,10 +3,12 @@
 The processes are forked by `tests/processes.py`, which sets the variables of a launcher. One test uses torchrun itself.
 """
 
+import fcntl
 import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -147,22 +149,27 @@ def test_every_mode_was_trained(trained):
 
 def test_a_killed_training_continues_in_any_number_of_processes(trained, prepared, tmp_path):
     """Random processes are killed at random moments; each attempt has another number of processes."""
-    random.seed(5)
-    flags = [*TEXT, "--set", "precision=fp32"]
-    [plain] = run_jobs(tmp_path, [{"size": 1, "argv": ["04_train.py", *flags, "--run_dir",
-                                                       str(copy_of(prepared["text", "fp32"], "timed"))]}])  # fmt: skip
-    kills = 0
-    for attempt in range(20):
-        run = copy_of(prepared["text", "fp32"], f"killed_{attempt}")
-        argv = ["04_train.py", *flags, "--run_dir", str(run)]
-        jobs = []
-        for _ in range(3):
-            size = random.choice(SIZES)
-            after = random.uniform(0.05, 1.0) * plain["seconds"]
+    draw = random.Random(5)
+    argv = ["04_train.py", *TEXT, "--set", "precision=fp32", "--run_dir"]
+    [plain] = run_jobs(
+        tmp_path, [{"size": 1, "argv": [*argv, str(copy_of(prepared["text", "fp32"], "timed"))]}]
+    )
+    kills, attempts = 0, 0
+    while kills < 20:
+        attempts += 1
+        assert attempts <= 20, f"only {kills} processes were killed in time"
+        run = copy_of(prepared["text", "fp32"], f"killed_{attempts}")
+        jobs: list[dict] = []
+        for _ in range(4):
+            size, after = draw.choice(SIZES), draw.uniform(0.05, 0.8) * plain["seconds"]
             jobs.append(
-                {"size": size, "argv": argv, "kill": {"rank": random.randrange(size), "after": after}}
+                {
+                    "size": size,
+                    "argv": [*argv, str(run)],
+                    "kill": {"rank": draw.randrange(size), "after": after},
+                }
             )
-        jobs.append({"size": random.choice(SIZES), "argv": argv})
+        jobs.append({"size": draw.choice(SIZES), "argv": [*argv, str(run)]})
         done = run_jobs(tmp_path, jobs)
         killed = [job for job in done if -9 in job["codes"]]
         assert all(0 not in job["codes"] for job in killed), (
@@ -170,12 +177,91 @@ def test_a_killed_training_continues_in_any_number_of_processes(trained, prepare
         )
         assert set(done[-1]["codes"]) == {0}, done[-1]["errors"]
         kills += len(killed)
-        of_run = {name: data for name, data in results_of_04(run).items()}
-        assert_equal(of_run, results_of_04(trained["text", "fp32", 1]))
+        assert_equal(results_of_04(run), results_of_04(trained["text", "fp32", 1]))
         shutil.rmtree(run)
-        if kills >= 20:
-            break
-    assert kills >= 20
+
+
+def test_torchrun_starts_the_processes(trained, prepared, tmp_path):
+    run = copy_of(prepared["text", "fp32"], "torchrun")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "04_train.py", *TEXT, "--set", "precision=fp32", "--run_dir", str(run)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("04_train: starting") == 1  # one process speaks
+    assert_equal(results_of_04(run), results_of_04(trained["text", "fp32", 1]))
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def argv(prepared, request) -> list[str]:
+    run = copy_of(prepared["text", "fp32"], request.node.name.partition("[")[0])
+    return ["04_train.py", *TEXT, "--set", "precision=fp32", "--run_dir", str(run)]
+
+
+def said(done: dict) -> list[str]:
+    """The error messages of a job. None of its processes may end without an error, or with a traceback."""
+    assert 0 not in done["codes"] and "Traceback" not in done["errors"], done["errors"]
+    return [line for line in done["errors"].splitlines() if "error:" in line]
+
+
+def test_processes_that_do_not_divide_the_parts_are_refused(argv, tmp_path):
+    [done] = run_jobs(tmp_path, [{"size": 3, "argv": argv}])
+    [message] = [line for line in said(done) if "cannot divide" in line]
+    assert "start 2 processes (possible: 1, 2, 4)" in message and done["codes"][0] == 78
+
+
+def test_a_process_that_is_lost_is_reported_and_ends_all(argv, trained, prepared, tmp_path):
+    run = Path(argv[-1])
+    jobs = [{"size": 4, "argv": argv, "kill": {"rank": rank, "after": 4.0}} for rank in (2, 0)]
+    for done in run_jobs(tmp_path, jobs):
+        messages = said(done)
+        assert messages and all("another process of this training has ended" in m for m in messages), messages
+        assert -9 in done["codes"] and 75 in done["codes"]
+    run_jobs(tmp_path, [{"size": 1, "argv": argv}])
+    assert_equal(results_of_04(run), results_of_04(trained["text", "fp32", 1]))
+
+
+def test_one_process_that_is_told_to_stop_stops_all_at_the_same_step(argv, trained, tmp_path):
+    run = Path(argv[-1])
+    [done] = run_jobs(tmp_path, [{"size": 2, "argv": argv, "kill": {"rank": 1, "after": 4.0, "signal": 15}}])
+    [message] = said(done)
+    assert "run the same command again to continue" in message and set(done["codes"]) == {143}
+    run_jobs(tmp_path, [{"size": 4, "argv": argv}])
+    assert_equal(results_of_04(run), results_of_04(trained["text", "fp32", 1]))
+
+
+def test_a_full_disk_of_the_main_process_ends_all(argv, trained, tmp_path):
+    run = Path(argv[-1])
+    [done] = run_jobs(tmp_path, [{"size": 2, "argv": argv, "file_limit": 50_000}])
+    assert any("writing" in m or "disk is full" in m for m in said(done)) and done["codes"][0] == 74
+    run_jobs(tmp_path, [{"size": 2, "argv": argv}])
+    assert_equal(results_of_04(run), results_of_04(trained["text", "fp32", 1]))
+
+
+def test_a_port_that_is_taken_is_named(argv, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        [done] = run_jobs(tmp_path, [{"size": 2, "argv": argv, "env": {"MASTER_PORT": port}}])
+    [message] = [m for m in said(done) if "is taken" in m]
+    assert f"port {port}" in message and "torchrun --standalone" in message and done["codes"][0] == 75
+
+
+def test_a_second_training_in_the_same_folder_is_refused(argv, tmp_path):
+    folder = Path(argv[-1]) / ".locks"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "04_train", "a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        [done] = run_jobs(tmp_path, [{"size": 2, "argv": argv}])
+    assert any("another process is at work on 04_train" in m for m in said(done)) and done["codes"][0] == 75
+
+
+def test_other_scripts_run_in_one_process(argv, tmp_path):
+    [done] = run_jobs(tmp_path, [{"size": 2, "argv": ["02_generate_candidates.py", *argv[1:]]}])
+    assert all("this script runs in one process" in m for m in said(done)) and set(done["codes"]) == {2}
 
 
 def results_of_04(run: Path) -> dict[str, bytes]:

@@ -11,14 +11,15 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.errors import BadConfig, Busy, ProcessLost
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Item = TypeVar("Item")
-Arrays = tuple[np.ndarray, ...]
+Arrays = tuple["np.ndarray", ...]
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FAILURE = "remask/failure"  # in the store that the processes share
@@ -61,8 +62,10 @@ class Processes:
 
     # ------------------------------------------------------------------ exchange
 
-    def all_gather(self, values: np.ndarray) -> np.ndarray:
+    def all_gather(self, values: "np.ndarray") -> "np.ndarray":
         """(size, N) float64: the (N,) numbers of every process, in the order of their ranks."""
+        import numpy as np
+
         values = np.ascontiguousarray(values, np.float64)
         if self.size == 1:
             return values[None]
@@ -89,9 +92,13 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait until every process is here, such as before files are read that process 0 wrote."""
-        self.all_gather(np.zeros(1))
+        if self.size > 1:
+            import numpy as np
+
+            self.all_gather(np.zeros(1))
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
+        import numpy as np
         import torch
 
         lengths = self.all_gather(np.array([len(data)]))[:, 0].astype(np.int64)
@@ -215,6 +222,8 @@ def exchange(name: str, *arguments: Any) -> Any:
 
 def _pack(results: list[Arrays]) -> bytes:
     """Tuples of arrays as bytes. numpy's own format holds their types and shapes, and runs no code when read."""
+    import numpy as np
+
     buffer = io.BytesIO()
     for arrays in results:
         buffer.write(len(arrays).to_bytes(4, "little"))
@@ -224,6 +233,8 @@ def _pack(results: list[Arrays]) -> bytes:
 
 
 def _unpack(data: bytes) -> list[Arrays]:
+    import numpy as np
+
     buffer, results = io.BytesIO(data), []
     while buffer.tell() < len(data):
         count = int.from_bytes(buffer.read(4), "little")
