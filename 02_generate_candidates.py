@@ -166,7 +166,9 @@ def make_shards(config: Config, args: RunArgs) -> None:
                         else "shards are ready, but stage 04 is not running: run 04_train.py with the same settings"
                     )
                 time.sleep(POLL_SECONDS)
-        stage.leave_incomplete(f"stage 04 is complete; `python {SCRIPT}` made {num_shards} shards")
+        stage.leave_incomplete(
+            f"all models that learn from shards are trained; `python {SCRIPT}` made {num_shards} shards"
+        )
 
 
 if __name__ == "__main__":

@@ -359,6 +359,7 @@ def test_unfinished_work_of_other_settings_is_refused_before_any_other_model_is_
     assert not trainings.made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["replace", "unlink"])
 def test_killed_at_any_step_a_model_is_made_again_whole_and_the_summary_heals(
     run, tmp_path, monkeypatch, call

@@ -189,7 +189,7 @@ def streaming(stage: Unit, config: Config, stage_inputs: StageInputs) -> Iterato
 
     Waiting times go to the statistics of the unit. Raises Busy if another process trains on the shards of this run.
     """
-    if not (config.stream.enabled and config.models[stage.unit].learns_from_shards):
+    if not (config.models[stage.unit].learns_from_shards and config.stream.enabled):
         yield
         return
     stage.lock_alone(
