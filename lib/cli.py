@@ -135,6 +135,13 @@ def make_parser(
             metavar="MODE",
             help=f"train only the models of this mode ({', '.join(MODES)}). Default: all models",
         )
+        add(
+            "--only",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="train only the model of this name; may be given several times. With --overwrite, no other model changes",
+        )
     if with_stream:
         add(
             "--stream",
@@ -176,6 +183,8 @@ def run_stage(
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
         mode = getattr(options, "mode", None)
+        if mode and options.only:
+            raise UsageError("--mode and --only both select models; give one of them")
         args = RunArgs(
             run_dir=options.run_dir,
             quick_test=options.quick_test,
@@ -183,6 +192,7 @@ def run_stage(
             resume=options.resume,
             command=tuple([Path(sys.argv[0]).name, *sys.argv[1:]]),
             only_mode=MODE_ALIASES.get(mode, mode) if mode else None,
+            only=tuple(dict.fromkeys(getattr(options, "only", ()))),
             stream=getattr(options, "stream", False),
             score=getattr(options, "score", None),
         )

@@ -27,7 +27,11 @@ COMMON = {
     "--overwrite",
     "--resume",
 }
-OWN = {"02_generate_candidates.py": {"--stream"}, "04_train.py": {"--mode"}, "06_sample.py": {"--score"}}
+OWN = {
+    "02_generate_candidates.py": {"--stream"},
+    "04_train.py": {"--mode", "--only"},
+    "06_sample.py": {"--score"},
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -13,7 +13,7 @@ FLOORS = [
     {"sections"},
     {"config"},
     {"config_reference", "schema", "runs", "table_writer", "code_version", "outside"},
-    {"stage", "artifacts", "cli", "metrics", "runtime", "tokenization", "surfaces"},
+    {"stage", "artifacts", "units", "units_summary", "cli", "metrics", "runtime", "tokenization", "surfaces"},
     {"models"},
     {"diffusion", "synthetic", "ranking", "shards"},
     {"training"},
@@ -42,6 +42,8 @@ NO_TORCH = {
     "outside",
     "stage",
     "artifacts",
+    "units",
+    "units_summary",
     "cli",
 }
 FILES = sorted((ROOT / "lib").rglob("*.py"))

@@ -24,21 +24,29 @@ def manifests(quick_run) -> dict[str, dict]:
     return {name: m for name, m in found.items() if m is not None}
 
 
-def test_every_stage_has_a_manifest_that_keeps_to_the_schema(manifests):
-    for name, manifest in manifests.items():
+@pytest.fixture(scope="module")
+def with_models(quick_run, quick_config, manifests) -> dict[str, dict]:
+    """The manifests of all stages, and those of the models of stage 04."""
+    units = {f"04_train/{name}": load_manifest(quick_run / "04_train" / name) for name in quick_config.models}
+    assert all(units.values())
+    return manifests | {name: m for name, m in units.items() if m is not None}
+
+
+def test_every_stage_has_a_manifest_that_keeps_to_the_schema(with_models):
+    for name, manifest in with_models.items():
         validate_manifest(manifest)
         assert manifest["stage"] == name and manifest["quick_test"] is True
 
 
-def test_the_hashes_of_outputs_and_inputs_form_a_chain(quick_run, manifests):
-    for name, manifest in manifests.items():
+def test_the_hashes_of_outputs_and_inputs_form_a_chain(quick_run, with_models):
+    for name, manifest in with_models.items():
         for output in manifest["outputs"].values():
             path = quick_run / name / output["path"]
             actual = durable.sha256_folder(path) if path.is_dir() else durable.sha256_file(path)
             assert actual == output["sha256"], path
         for key, record in manifest["inputs"].items():
             if "stage" in record:
-                source = manifests[record["stage"]]["outputs"][key.partition("/")[2]]
+                source = with_models[record["stage"]]["outputs"][key.removeprefix(f"{record['stage']}/")]
                 assert record["sha256"] == source["sha256"]
 
 

@@ -19,6 +19,8 @@ from lib.sections.models import ModelSpec
 from lib.synthetic import MaskedLMEngine
 from lib.tokenization import decode_batch, load_tokenizer
 from lib.training.data import Windows, select_split
+from lib.training.model_plans import trained_models, unit_of
+from lib.units_summary import stats_of
 
 
 class SampleEvaluator:
@@ -32,6 +34,7 @@ class SampleEvaluator:
         min_context: the same of the model that reads fewest.
         held_out: windows of held-out text, as long as the samples.
         words: lower-case words of all other splits.
+        models: figures of all trained models, and their rows of the results table.
         results: rows of the results table of stages 04 and 05.
     """
 
@@ -56,16 +59,15 @@ class SampleEvaluator:
         self.held_out, self.words = self._real_text()
         readers = (model, self.reference, self.inspector, self.judge)
         self.min_context = min(m.config.max_position_embeddings for m in readers if m is not None) - 1
-        self.results = (
-            stage.upstream_stats("04_train")["table"] + stage.upstream_stats("05_train_critic")["table"]
-        )
+        self.models = stats_of(trained_models(stage, config))
+        self.results = self.models["table"] + stage.upstream_stats("05_train_critic")["table"]
 
     @property
     def ranker_choices(self) -> dict[str, dict]:
         """Ranker -> reward term -> its mean over the candidates that the ranker chooses on held-out examples."""
-        stats = self.stage.upstream_stats("04_train")
         rankers = [name for name, spec in self.config.models.items() if spec.mode == "ranker"]
-        return {name: terms for name in rankers if (terms := stats[name]["held_out"].get("terms"))}
+        trained = {name: self.models[name] for name in rankers if name in self.models}
+        return {name: terms for name, m in trained.items() if (terms := m["held_out"].get("terms"))}
 
     def token_text(self, token_id: int) -> str:
         """The characters of a token; the name of a special token."""
@@ -89,7 +91,7 @@ class SampleEvaluator:
         return ids[valid.all(1)][:count]
 
     def _load(self, name: str) -> Any:
-        return load_model(self.stage.folder_of("04_train", f"{name}/best_model")).to(self.runtime.device)
+        return load_model(self.stage.folder_of(unit_of(name), "best_model")).to(self.runtime.device)
 
     def _real_text(self) -> tuple[Windows, set[str]]:
         """(windows of held-out text, words of all other splits)."""
@@ -104,6 +106,11 @@ class SampleEvaluator:
             words |= lexicon(text for text, split in rows if split != "held_out")
         length = max(self.context, self.config.sampler.length or 0)  # of a sample
         return Windows(held_out, length, self.tokenizer.pad_token_id).tiled(), words
+
+
+def units_of_roles(config: Config) -> list[str]:
+    """The models of stage 04 that have a role in stage 06, for what the stage reads."""
+    return [unit_of(name) for name in dict.fromkeys(roles(config.models).values()) if name is not None]
 
 
 def roles(models: Mapping[str, ModelSpec]) -> dict[str, str | None]:

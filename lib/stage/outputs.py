@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lib import durable
 from lib.engine.processes import Processes
 from lib.errors import BadData
-from lib.runs import plain
+from lib.runs import command, plain
 from lib.table_writer import TableWriter
 
 if TYPE_CHECKING:
@@ -89,5 +89,5 @@ def check_sizes(folder: Path, manifest: dict) -> None:
         if size != record["bytes"]:
             raise BadData(
                 f"{path}, output '{name}' of the finished {manifest['stage']}, is missing or was changed; "
-                "run the stage again with --overwrite"
+                f"run `{command(manifest['stage'], '--overwrite')}`"
             )

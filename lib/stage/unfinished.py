@@ -29,11 +29,13 @@ class Dependencies:
         config: the slice of the config, as JSON holds it.
         inputs: name -> path and sha256, or the revision of a model of the hub.
         code: path -> hash; see lib.code_version.
+        again: the flags that make the stage again, for messages.
     """
 
     config: dict[str, Any]
     inputs: dict[str, dict]
     code: dict[str, str]
+    again: str = "--overwrite"
 
     def changes_since(self, config: Any, inputs: Mapping[str, dict]) -> list[str]:
         """What differs from an earlier config and earlier inputs, one line each. Code does not count."""
@@ -52,7 +54,7 @@ class Dependencies:
             raise BadConfig(
                 f"{subject} another config or other inputs:\n  "
                 + "\n  ".join(differing)
-                + "\npass --overwrite to make it again, or choose another --run_dir"
+                + f"\npass {self.again} to make it again, or choose another --run_dir"
             )
 
     @property
@@ -93,7 +95,9 @@ class UnfinishedWork:
             self._dependencies.refuse_changes(record, f"{stage} was begun with")
             self._note_changed_code(record, stage)
         except (ValueError, KeyError) as error:
-            raise BadData(f"{self.path} is damaged ({error}); run again with --overwrite") from None
+            raise BadData(
+                f"{self.path} is damaged ({error}); run again with {self._dependencies.again}"
+            ) from None
         except OSError as error:
             raise self._not_writable(error) from None
 

@@ -8,6 +8,7 @@ from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.models.build import Checkpoint, Transfer, start_model
 from lib.training.data import Splits, select_split
+from lib.training.model_plans import unit_of
 from lib.training.objectives.base import TrainingContext
 from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
 from lib.training.objectives.token_critic import TokenCritic
@@ -32,7 +33,7 @@ def critic_model(stage: Stage, config: Config, tokenizer: Any) -> tuple[Any, Tra
 
     With `critic.coupling: decoupled` only the critic's weights are trainable; otherwise all are.
     """
-    source = stage.folder_of("04_train", f"{config.critic.generator}/best_model")
+    source = stage.folder_of(unit_of(config.critic.generator), "best_model")
     spec = config.models[config.critic.generator]
     model, transfer = start_model(
         "language_model", Checkpoint(source, spec.architecture.dropout), "bidirectional", len(tokenizer), config.seed, "critic",

@@ -21,6 +21,7 @@ from lib.training.lengths import WHOLE_READERS, WholeTexts, contexts_of
 from lib.training.pool_table import PoolTable
 from lib.training.reward_join import with_rewards
 from lib.training.streaming_dataset import StreamingDataset
+from lib.units import Unit
 
 SELECTION = "selection"  # the split that chooses the best step of every model, and nothing else
 
@@ -35,6 +36,7 @@ class StageInputs:
         read_baselines: table of schema.BASELINES; None if stage 02 wrote none.
         pool_size: candidates per pool as stage 02 made them; None if it is not known.
         open_stream: name of a model -> its training rows from shards; None if it learns from the table.
+        tables: (kind, split) -> a table that was read. Models that are trained in one process share it.
     """
 
     config: Config
@@ -45,7 +47,7 @@ class StageInputs:
     read_baselines: Callable[[], pa.Table | None] = lambda: None
     pool_size: int | None = None
     open_stream: Callable[[str], StreamingDataset | None] = lambda name: None
-    _tables: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
+    tables: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     def examples(self, split: str) -> pa.Table:
         return self._get("examples", split, self.read_examples)
@@ -93,13 +95,13 @@ class StageInputs:
             return self.pools(SELECTION)
 
     def _get(self, kind: str, split: str, read: Callable[[str], pa.Table]) -> pa.Table:
-        if (kind, split) not in self._tables:
-            self._tables[kind, split] = read(split)
-            if not self._tables[kind, split].num_rows:
+        if (kind, split) not in self.tables:
+            self.tables[kind, split] = read(split)
+            if not self.tables[kind, split].num_rows:
                 raise BadData(
                     f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}"
                 )
-        return self._tables[kind, split]
+        return self.tables[kind, split]
 
 
 _ADVICE = {
@@ -122,13 +124,19 @@ def explained(split: str) -> Iterator[None]:
         raise BadData(f"split '{split}': {error}" + (f"; {advice}" if advice else "")) from None
 
 
-def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageInputs:
-    """The inputs of a stage that trains or measures models."""
+def read_stage_inputs(
+    stage: Stage, config: Config, runtime: Runtime, tables: dict[tuple[str, str], pa.Table] | None = None
+) -> StageInputs:
+    """The inputs of a stage that trains or measures models. A stage that does not read stage 02 has no candidates.
+
+    `tables`: those that an earlier call for the same run has read.
+    """
 
     def examples(split: str) -> pa.Table:
         return select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
 
-    metadata = stage.table_metadata("02_generate_candidates", "candidates")
+    with_candidates = stage.reads_stage("02_generate_candidates")
+    metadata = stage.table_metadata("02_generate_candidates", "candidates") if with_candidates else {}
 
     def candidates(split: str) -> pa.Table:
         if metadata.get("tokenizer_sha256") != stage.sha256_of("01_prepare_dataset", "tokenizer"):
@@ -150,7 +158,14 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
     tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
     size = metadata.get("per_example")
     return StageInputs(
-        config, tokenizer, runtime, examples, candidates, baselines, None if size is None else int(size)
+        config,
+        tokenizer,
+        runtime,
+        examples,
+        candidates,
+        baselines,
+        None if size is None else int(size),
+        tables={} if tables is None else tables,
     )
 
 
@@ -169,9 +184,12 @@ def refuse_longer_candidates(config: Config, names: Iterable[str], stage_inputs:
 
 
 @contextlib.contextmanager
-def streaming(stage: Stage, config: Config, stage_inputs: StageInputs) -> Iterator[None]:
-    """While active, models learn from shards if `stream.enabled` is set. Waiting times go to the stage's statistics."""
-    if not config.stream.enabled:
+def streaming(stage: Unit, config: Config, stage_inputs: StageInputs) -> Iterator[None]:
+    """While active, the model of a unit learns from shards if `stream.enabled` is set and its mode can.
+
+    Waiting times go to the statistics of the unit. Raises Busy if another process trains on the shards of this run.
+    """
+    if not (config.models[stage.unit].learns_from_shards and config.stream.enabled):
         yield
         return
     if stage.processes.size > 1:
@@ -179,12 +197,15 @@ def streaming(stage: Stage, config: Config, stage_inputs: StageInputs) -> Iterat
             f"stream.enabled is true, and a training from a stream runs in one process, not in {stage.processes.size}; start "
             "04_train.py without torchrun, or set stream.enabled=false"
         )
+    stage.lock_alone(
+        "02_stream.trainer", "the shards of 02_stream, from which one model at a time can learn,"
+    )
     store, datasets = open_store(stage, config), []
     cut = cut_of(config, stage_inputs.examples("train").num_rows)
 
     def open_stream(name: str) -> StreamingDataset:
-        folder, timeout = stage.folder / name, config.stream.timeout_seconds
-        datasets.append(StreamingDataset(store, cut, config.seed, name, folder, timeout))
+        timeout = config.stream.timeout_seconds
+        datasets.append(StreamingDataset(store, cut, config.seed, name, stage.folder, timeout))
         return datasets[-1]
 
     stage_inputs.open_stream = open_stream
