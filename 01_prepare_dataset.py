@@ -5,7 +5,7 @@ An example has a prompt (empty for text), a target, a split and a group. A group
 Everything that is left out goes to dropped.parquet, with the reason.
 
 reads   00_check_data: documents
-writes  examples.parquet, dropped.parquet, tokenizer/
+writes  examples.parquet, dropped.parquet, tokenizer/; tokens/<split>, the tokens for language models (lib/token_store.py)
 
 python 01_prepare_dataset.py --quick_test --run_dir outputs/demo
 """
@@ -25,6 +25,7 @@ ROWS_PER_GROUP = 8192
 def main(config: Config, args: RunArgs) -> None:
     from lib import durable, outside, schema
     from lib.tasks import get_task
+    from lib.token_store import TokenStoreWriter
     from lib.tokenization import train_tokenizer
     from lib.training.lengths import WholeTexts
 
@@ -55,18 +56,25 @@ def main(config: Config, args: RunArgs) -> None:
             tokenizer.save_pretrained(folder)
         stage.add_folder("tokenizer", stage.folder / "tokenizer")
 
-        # Second pass: the examples
+        # Second pass: the examples, as a table and as one token store per split
         counters = ExampleCounters(WholeTexts.of(config))
         with (
             stage.writer("examples", schema.EXAMPLES) as examples_writer,
             stage.writer("dropped", schema.DROPPED) as dropped_writer,
+            durable.replacing_folder(stage.folder / "tokens") as tokens_folder,
+            TokenStoreWriter(
+                tokens_folder, len(tokenizer), stage.output_sha256("tokenizer")
+            ) as tokens_writer,
         ):
             for examples, dropped in groups(task.prepare(config, Documents(stage)), ROWS_PER_GROUP):
                 if examples:
                     table = encode_examples(examples, tokenizer, config.tokenizer.unknown)
                     examples_writer.write(counters.add(table))
+                    tokens_writer.add(table)
                 if dropped:
                     dropped_writer.write(counters.drop(dropped))
+        for split in tokens_writer.splits:
+            stage.add_folder(f"tokens/{split}", stage.folder / "tokens" / split)
         counters.check(config)
         if counters.whole is not None:
             counters.whole.refuse()

@@ -9,6 +9,7 @@ from lib.config import ROOT, Config, load_config
 from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
+from lib.token_store import open_store
 from lib.tokenization import load_tokenizer
 from lib.training.stage_inputs import StageInputs
 from lib.training.train_model import train_model
@@ -47,7 +48,11 @@ def prepare(name: str, configs: list[str], overrides: list[str]) -> tuple[Config
 
         return table.filter(pc.equal(table["split"], split))
 
-    return config, StageInputs(config, tokenizer, Runtime.detect(config), examples, examples), folder
+    def text(split: str):
+        return open_store(folder / "01_prepare_dataset" / "tokens" / split)
+
+    stage_inputs = StageInputs(config, tokenizer, Runtime.detect(config), examples, examples, open_text=text)
+    return config, stage_inputs, folder
 
 
 def _matches(folder: Path, script: str, config: Config) -> bool:

@@ -18,7 +18,8 @@ from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
 from lib.synthetic import MaskedLMEngine
 from lib.tokenization import decode_batch, load_tokenizer
-from lib.training.data import Windows, select_split
+from lib.training.data import Windows
+from lib.training.stage_inputs import open_text
 
 
 class SampleEvaluator:
@@ -93,9 +94,7 @@ class SampleEvaluator:
 
     def _real_text(self) -> tuple[Windows, set[str]]:
         """(windows of held-out text, words of all other splits)."""
-        held_out = select_split(
-            self.stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), "held_out"
-        )
+        held_out = open_text(self.stage, "held_out")
         words: set[str] = set()
         for batch in self.stage.tables(
             "01_prepare_dataset", "examples", schema.EXAMPLES, ["target", "split"]

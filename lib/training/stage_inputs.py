@@ -11,10 +11,12 @@ import pyarrow as pa
 from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
-from lib.errors import BadConfig, BadData
+from lib.errors import BadConfig, BadData, MissingInput
 from lib.log import say
 from lib.runtime import Runtime
-from lib.shards import cut_of, open_store
+from lib.shards import cut_of
+from lib.shards import open_store as open_shards
+from lib.token_store import TokenStore, of_table, open_store
 from lib.tokenization import load_tokenizer
 from lib.training.data import Splits, select_split
 from lib.training.lengths import WHOLE_READERS, WholeTexts, contexts_of
@@ -35,6 +37,7 @@ class StageInputs:
         read_baselines: table of schema.BASELINES; None if stage 02 wrote none.
         pool_size: candidates per pool as stage 02 made them; None if it is not known.
         open_stream: name of a model -> its training rows from shards; None if it learns from the table.
+        open_text: split -> its token store; None: the tokens of the examples are held in memory, for small data.
     """
 
     config: Config
@@ -45,6 +48,7 @@ class StageInputs:
     read_baselines: Callable[[], pa.Table | None] = lambda: None
     pool_size: int | None = None
     open_stream: Callable[[str], StreamingDataset | None] = lambda name: None
+    open_text: Callable[[str], TokenStore] | None = None
     _tables: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     def examples(self, split: str) -> pa.Table:
@@ -53,9 +57,13 @@ class StageInputs:
     def candidates(self, split: str) -> pa.Table:
         return self._get("candidates", split, self.read_candidates)
 
-    def example_splits(self, train: str) -> Splits[pa.Table]:
-        """The examples of the split `train`, of the selection split and of the held-out split."""
-        return Splits(self.examples(train), self.examples(SELECTION), self.examples("held_out"))
+    def text(self, split: str) -> TokenStore:
+        """The tokens of a split, for language models. Raises BadData if it has none."""
+        return of_table(self.examples(split)) if self.open_text is None else self.open_text(split)
+
+    def text_splits(self, train: str) -> Splits[TokenStore]:
+        """The tokens of the split `train`, of the selection split and of the held-out split."""
+        return Splits(self.text(train), self.text(SELECTION), self.text("held_out"))
 
     def candidate_splits(self, train: str) -> Splits[pa.Table]:
         """The candidates of the split `train`, of the selection split and of the held-out split."""
@@ -96,10 +104,24 @@ class StageInputs:
         if (kind, split) not in self._tables:
             self._tables[kind, split] = read(split)
             if not self._tables[kind, split].num_rows:
-                raise BadData(
-                    f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}"
-                )
+                raise _empty(kind, split)
         return self._tables[kind, split]
+
+
+def open_text(stage: Stage, split: str) -> TokenStore:
+    """The token store of a split of stage 01. Raises BadData if the split has no examples, or the store is damaged."""
+    if stage.has_output("01_prepare_dataset", f"tokens/{split}"):
+        return open_store(stage.folder_of("01_prepare_dataset", f"tokens/{split}"))
+    if split in stage.upstream_stats("01_prepare_dataset")["examples"]:
+        raise MissingInput(
+            f"01_prepare_dataset has no token store of split '{split}', because an earlier version of this project made "
+            "it; run `python 01_prepare_dataset.py --overwrite`, and the stages after it"
+        )
+    raise _empty("examples", split)
+
+
+def _empty(kind: str, split: str) -> BadData:
+    return BadData(f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}")
 
 
 _ADVICE = {
@@ -150,8 +172,9 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
     tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
     size = metadata.get("per_example")
     return StageInputs(
-        config, tokenizer, runtime, examples, candidates, baselines, None if size is None else int(size)
-    )
+        config, tokenizer, runtime, examples, candidates, baselines, None if size is None else int(size),
+        open_text=lambda split: open_text(stage, split),
+    )  # fmt: skip
 
 
 def refuse_longer_candidates(config: Config, names: Iterable[str], stage_inputs: StageInputs) -> None:
@@ -174,7 +197,7 @@ def streaming(stage: Stage, config: Config, stage_inputs: StageInputs) -> Iterat
     if not config.stream.enabled:
         yield
         return
-    store, datasets = open_store(stage, config), []
+    store, datasets = open_shards(stage, config), []
     cut = cut_of(config, stage_inputs.examples("train").num_rows)
 
     def open_stream(name: str) -> StreamingDataset:
