@@ -92,7 +92,7 @@ class Documents:
         from lib import schema
         from lib.tasks import Document
 
-        for batch in self.stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=16):
+        for batch in self.stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=4):
             # One at a time, so that only one document is in memory as Python text
             for i in range(batch.num_rows):
                 yield Document(**batch.slice(i, 1).to_pylist()[0])
