@@ -19,13 +19,13 @@ def digest(text: str) -> bytes:
 
 
 class DigestTable:
-    """Values by digest. A value is a text or an integer.
+    """Values by digest. A value is a text or an integer. Threads may use the table one after the other.
 
     Raises CannotWrite if the temporary file cannot be written.
     """
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None)
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_BYTES // 1024}"):
             self._run(f"PRAGMA {setting}")
         self._run("CREATE TABLE known (digest BLOB PRIMARY KEY, value) WITHOUT ROWID")

@@ -8,7 +8,7 @@ from lib.config import ROOT
 
 FLOORS = [
     {"errors"},
-    {"strict_yaml", "randomness", "durable", "digest_table", "log", "user_files"},
+    {"strict_yaml", "randomness", "durable", "digest_table", "processes", "log", "user_files"},
     {"labels", "label_files"},
     {"sections"},
     {"config"},
@@ -29,6 +29,7 @@ NO_TORCH = {
     "randomness",
     "durable",
     "digest_table",
+    "processes",
     "log",
     "user_files",
     "labels",
