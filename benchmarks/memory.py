@@ -37,7 +37,7 @@ TRAINING = (  # of the one model, which is small: its memory must not hide that 
     "architecture.hidden_size=64",
     "architecture.num_hidden_layers=1",
     "architecture.num_attention_heads=2",
-    "training.steps=20",
+    "models.generator.training.steps=20",
     "training.evaluate_every=10",
     "training.checkpoint_every=10",
 )
