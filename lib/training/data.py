@@ -278,6 +278,17 @@ def select_split(batches: Iterable[pa.RecordBatch], split: str) -> pa.Table:
     return pa.Table.from_batches(kept)
 
 
+def select_rows(batches: Iterable[pa.RecordBatch], column: str, values: pa.ChunkedArray) -> pa.Table:
+    """The rows whose value in a column is one of some values, in order."""
+    import pyarrow.compute as pc
+
+    wanted = pc.unique(values)
+    kept = [batch.filter(pc.is_in(batch[column], value_set=wanted)) for batch in batches]
+    if not kept:
+        raise BadData(f"a table with the column {column} has no rows; run the stage that writes it again")
+    return pa.Table.from_batches(kept)
+
+
 def pools(example_ids: np.ndarray) -> np.ndarray:
     """(N, K) row index of each example's candidates, -1 where it has fewer than the largest pool.
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib import schema
 from lib.artifacts import Stage
@@ -18,13 +19,23 @@ from lib.shards import cut_of
 from lib.shards import open_store as open_shards
 from lib.token_store import TokenStore, of_table, open_store
 from lib.tokenization import load_tokenizer
-from lib.training.data import Splits, select_split
+from lib.training.data import Splits, select_rows, select_split
 from lib.training.lengths import WHOLE_READERS, WholeTexts, contexts_of
 from lib.training.pool_table import PoolTable
 from lib.training.reward_join import with_rewards
 from lib.training.streaming_dataset import StreamingDataset
 
 SELECTION = "selection"  # the split that chooses the best step of every model, and nothing else
+EXAMPLE_COLUMNS = ["example_id", "prompt", "split", "group", "tags"]
+TOKEN_COLUMNS = [  # of candidates, for models that read tokens and no texts
+    "example_id",
+    "candidate_id",
+    "split",
+    "changed_fraction",
+    "token_confidence",
+    "token_ids",
+    "token_labels",
+]
 
 
 @dataclass
@@ -32,8 +43,9 @@ class StageInputs:
     """What models learn from. Tables are read when they are first needed.
 
     Attributes:
-        read_examples: split -> table of schema.EXAMPLES.
-        read_candidates: split -> candidates joined with their rewards and with the group of their example.
+        read_examples: split -> table of schema.EXAMPLES, with the `EXAMPLE_COLUMNS` at least.
+        read_candidates: split -> candidates joined with their rewards and with the group of their example; with the
+            `TOKEN_COLUMNS` at least, and all columns if examples have prompts.
         read_baselines: table of schema.BASELINES; None if stage 02 wrote none.
         pool_size: candidates per pool as stage 02 made them; None if it is not known.
         open_stream: name of a model -> its training rows from shards; None if it learns from the table.
@@ -72,7 +84,8 @@ class StageInputs:
     @cached_property
     def have_prompts(self) -> bool:
         """Whether examples have prompts."""
-        return any(self.examples("held_out")["prompt"].to_pylist())
+        lengths = pc.binary_length(self.examples("held_out")["prompt"])
+        return bool(pc.any(pc.greater(lengths, 0)).as_py())
 
     def pools(self, split: str) -> PoolTable:
         """The candidates of a split as pools; the first draw of them, if there are several.
@@ -148,7 +161,9 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
     """The inputs of a stage that trains or measures models."""
 
     def examples(split: str) -> pa.Table:
-        return select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
+        return select_split(
+            stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES, EXAMPLE_COLUMNS), split
+        )
 
     metadata = stage.table_metadata("02_generate_candidates", "candidates")
 
@@ -158,10 +173,17 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
                 "candidates.parquet was written with another tokenizer than this run's, so its token ids mean other "
                 "text; run 02_generate_candidates.py --overwrite"
             )
-        table = select_split(stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES), split)
-        rewards = stage.read("03_build_rewards", "rewards", schema.REWARDS)
-        columns = ["example_id", "group"]
-        groups = stage.read("01_prepare_dataset", "examples", schema.EXAMPLES, columns)
+        columns = None if stage_inputs.have_prompts else TOKEN_COLUMNS
+        table = select_split(
+            stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES, columns), split
+        )
+        rewards = select_rows(
+            stage.batches("03_build_rewards", "rewards", schema.REWARDS), "example_id", table["example_id"]
+        )
+        columns = ["example_id", "group", "split"]
+        groups = select_split(
+            stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES, columns), split
+        )
         return with_rewards(table, rewards, groups)
 
     def baselines() -> pa.Table | None:
@@ -171,10 +193,11 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
 
     tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
     size = metadata.get("per_example")
-    return StageInputs(
+    stage_inputs = StageInputs(
         config, tokenizer, runtime, examples, candidates, baselines, None if size is None else int(size),
         open_text=lambda split: open_text(stage, split),
     )  # fmt: skip
+    return stage_inputs
 
 
 def refuse_longer_candidates(config: Config, names: Iterable[str], stage_inputs: StageInputs) -> None:
@@ -198,7 +221,7 @@ def streaming(stage: Stage, config: Config, stage_inputs: StageInputs) -> Iterat
         yield
         return
     store, datasets = open_shards(stage, config), []
-    cut = cut_of(config, stage_inputs.examples("train").num_rows)
+    cut = cut_of(config, stage.upstream_stats("01_prepare_dataset")["examples"]["train"])
 
     def open_stream(name: str) -> StreamingDataset:
         folder, timeout = stage.folder / name, config.stream.timeout_seconds
