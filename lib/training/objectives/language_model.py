@@ -36,7 +36,7 @@ EVALUATION_BATCH = 64  # also the number of rows over which evaluation spreads t
 REPORT_DRAWS = 4  # masks per held-out window
 MAX_REPORTED_WINDOWS = (
     2**16
-)  # a report reads at most so many held-out windows; more hardly narrow its interval
+)  # a report reads at most this number of held-out windows; more hardly narrow its interval
 
 
 @dataclass(frozen=True)
