@@ -26,7 +26,7 @@ from lib.runs import RunArgs, display_path
 
 MAX_LISTED = 5  # problems of each kind that are printed
 ROWS_PER_GROUP = 256
-CHARACTERS_PER_GROUP = 2**24
+CHARACTERS_PER_GROUP = 2**22
 
 
 def main(config: Config, args: RunArgs) -> None:
@@ -50,7 +50,7 @@ def main(config: Config, args: RunArgs) -> None:
             for items in groups(itertools.chain(task.check(config), label_problems(config))):
                 valid = [item for item in items if isinstance(item, Document)]
                 invalid = [item for item in items if not isinstance(item, Document)]
-                num_documents += len(valid)
+                num_documents += sum(not document.piece for document in valid)
                 num_characters += sum(len(document.content) for document in valid)
                 if valid:
                     documents.write(as_table(valid, schema.DOCUMENTS))

@@ -13,13 +13,15 @@ from lib.diffusion.sampler import Sampler
 from lib.evaluation.quality import lexicon
 from lib.evaluation.starts import generator_context
 from lib.models.build import load_model
-from lib.randomness import permutation
+from lib.randomness import Permutation
 from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
 from lib.synthetic import MaskedLMEngine
 from lib.tokenization import decode_batch, load_tokenizer
-from lib.training.data import Windows, select_split
+from lib.training.data import Windows
 from lib.training.model_plans import trained_models, unit_of
+from lib.training.objectives.base import chunks
+from lib.training.stage_inputs import open_text
 from lib.units_summary import stats_of
 
 
@@ -86,18 +88,20 @@ class SampleEvaluator:
 
     def real_text(self, count: int) -> np.ndarray:
         """(up to `count`, T) full windows of held-out text; every call returns the same windows."""
-        some = permutation(self.config.seed, "real text", 0, self.held_out.count)
-        ids, valid = self.held_out.batch(some, np.zeros(len(some)))
-        return ids[valid.all(1)][:count]
+        order, found = Permutation(self.config.seed, "real text", 0, self.held_out.count), []
+        for part in chunks(self.held_out.count, max(count, 64)):
+            ids, valid = self.held_out.batch(order[part], np.zeros(len(part)))
+            found.append(ids[valid.all(1)])
+            if sum(map(len, found)) >= count:
+                break
+        return np.concatenate(found)[:count]
 
     def _load(self, name: str) -> Any:
         return load_model(self.stage.folder_of(unit_of(name), "best_model")).to(self.runtime.device)
 
     def _real_text(self) -> tuple[Windows, set[str]]:
         """(windows of held-out text, words of all other splits)."""
-        held_out = select_split(
-            self.stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), "held_out"
-        )
+        held_out = open_text(self.stage, "held_out")
         words: set[str] = set()
         for batch in self.stage.tables(
             "01_prepare_dataset", "examples", schema.EXAMPLES, ["target", "split"]

@@ -59,6 +59,10 @@ class OutputWriter:
         durable.write_json(self.folder / f"{name}.json", plain(value))
         self.add_file(name, self.folder / f"{name}.json")
 
+    def output_sha256(self, name: str) -> str:
+        """The hash of an output that this stage has declared."""
+        return self._outputs[name]["sha256"]
+
     def add_file(self, name: str, path: Path) -> None:
         """Declare a file that was already written in the stage's folder as an output."""
         if not self.processes.is_main:

@@ -7,16 +7,19 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
-from lib.errors import BadConfig, BadData
+from lib.errors import BadConfig, BadData, MissingInput
 from lib.log import say
 from lib.runtime import Runtime
-from lib.shards import cut_of, open_store
+from lib.shards import cut_of
+from lib.shards import open_store as open_shards
+from lib.token_store import TokenStore, of_table, open_store
 from lib.tokenization import load_tokenizer
-from lib.training.data import Splits, select_split
+from lib.training.data import Splits, select_rows, select_split
 from lib.training.lengths import WHOLE_READERS, WholeTexts, contexts_of
 from lib.training.pool_table import PoolTable
 from lib.training.reward_join import with_rewards
@@ -24,6 +27,16 @@ from lib.training.streaming_dataset import StreamingDataset
 from lib.units import Unit
 
 SELECTION = "selection"  # the split that chooses the best step of every model, and nothing else
+EXAMPLE_COLUMNS = ["example_id", "prompt", "split", "group", "tags"]
+TOKEN_COLUMNS = [  # of candidates, for models that read tokens and no texts
+    "example_id",
+    "candidate_id",
+    "split",
+    "changed_fraction",
+    "token_confidence",
+    "token_ids",
+    "token_labels",
+]
 
 
 @dataclass
@@ -31,12 +44,14 @@ class StageInputs:
     """What models learn from. Tables are read when they are first needed.
 
     Attributes:
-        read_examples: split -> table of schema.EXAMPLES.
-        read_candidates: split -> candidates joined with their rewards and with the group of their example.
+        read_examples: split -> table of schema.EXAMPLES, with the `EXAMPLE_COLUMNS` at least.
+        read_candidates: split -> candidates joined with their rewards and with the group of their example; with the
+            `TOKEN_COLUMNS` at least, and all columns if examples have prompts.
         read_baselines: table of schema.BASELINES; None if stage 02 wrote none.
         pool_size: candidates per pool as stage 02 made them; None if it is not known.
         open_stream: name of a model -> its training rows from shards; None if it learns from the table.
         tables: (kind, split) -> a table that was read. Models that are trained in one process share it.
+        open_text: split -> its token store; None: the tokens of the examples are held in memory, for small data.
     """
 
     config: Config
@@ -47,6 +62,7 @@ class StageInputs:
     read_baselines: Callable[[], pa.Table | None] = lambda: None
     pool_size: int | None = None
     open_stream: Callable[[str], StreamingDataset | None] = lambda name: None
+    open_text: Callable[[str], TokenStore] | None = None
     tables: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     def examples(self, split: str) -> pa.Table:
@@ -55,9 +71,13 @@ class StageInputs:
     def candidates(self, split: str) -> pa.Table:
         return self._get("candidates", split, self.read_candidates)
 
-    def example_splits(self, train: str) -> Splits[pa.Table]:
-        """The examples of the split `train`, of the selection split and of the held-out split."""
-        return Splits(self.examples(train), self.examples(SELECTION), self.examples("held_out"))
+    def text(self, split: str) -> TokenStore:
+        """The tokens of a split, for language models. Raises BadData if it has none."""
+        return of_table(self.examples(split)) if self.open_text is None else self.open_text(split)
+
+    def text_splits(self, train: str) -> Splits[TokenStore]:
+        """The tokens of the split `train`, of the selection split and of the held-out split."""
+        return Splits(self.text(train), self.text(SELECTION), self.text("held_out"))
 
     def candidate_splits(self, train: str) -> Splits[pa.Table]:
         """The candidates of the split `train`, of the selection split and of the held-out split."""
@@ -66,7 +86,8 @@ class StageInputs:
     @cached_property
     def have_prompts(self) -> bool:
         """Whether examples have prompts."""
-        return any(self.examples("held_out")["prompt"].to_pylist())
+        lengths = pc.binary_length(self.examples("held_out")["prompt"])
+        return bool(pc.any(pc.greater(lengths, 0)).as_py())
 
     def pools(self, split: str) -> PoolTable:
         """The candidates of a split as pools; the first draw of them, if there are several.
@@ -98,10 +119,24 @@ class StageInputs:
         if (kind, split) not in self.tables:
             self.tables[kind, split] = read(split)
             if not self.tables[kind, split].num_rows:
-                raise BadData(
-                    f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}"
-                )
+                raise _empty(kind, split)
         return self.tables[kind, split]
+
+
+def open_text(stage: Stage, split: str) -> TokenStore:
+    """The token store of a split of stage 01. Raises BadData if the split has no examples, or the store is damaged."""
+    if stage.has_output("01_prepare_dataset", f"tokens/{split}"):
+        return open_store(stage.folder_of("01_prepare_dataset", f"tokens/{split}"))
+    if split in stage.upstream_stats("01_prepare_dataset")["examples"]:
+        raise MissingInput(
+            f"01_prepare_dataset has no token store of split '{split}', because an earlier version of this project made "
+            "it; run `python 01_prepare_dataset.py --overwrite`, and the stages after it"
+        )
+    raise _empty("examples", split)
+
+
+def _empty(kind: str, split: str) -> BadData:
+    return BadData(f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}")
 
 
 _ADVICE = {
@@ -133,7 +168,9 @@ def read_stage_inputs(
     """
 
     def examples(split: str) -> pa.Table:
-        return select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
+        return select_split(
+            stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES, EXAMPLE_COLUMNS), split
+        )
 
     with_candidates = stage.reads_stage("02_generate_candidates")
     metadata = stage.table_metadata("02_generate_candidates", "candidates") if with_candidates else {}
@@ -144,10 +181,17 @@ def read_stage_inputs(
                 "candidates.parquet was written with another tokenizer than this run's, so its token ids mean other "
                 "text; run 02_generate_candidates.py --overwrite"
             )
-        table = select_split(stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES), split)
-        rewards = stage.read("03_build_rewards", "rewards", schema.REWARDS)
-        columns = ["example_id", "group"]
-        groups = stage.read("01_prepare_dataset", "examples", schema.EXAMPLES, columns)
+        columns = None if stage_inputs.have_prompts else TOKEN_COLUMNS
+        table = select_split(
+            stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES, columns), split
+        )
+        rewards = select_rows(
+            stage.batches("03_build_rewards", "rewards", schema.REWARDS), "example_id", table["example_id"]
+        )
+        columns = ["example_id", "group", "split"]
+        groups = select_split(
+            stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES, columns), split
+        )
         return with_rewards(table, rewards, groups)
 
     def baselines() -> pa.Table | None:
@@ -157,7 +201,7 @@ def read_stage_inputs(
 
     tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
     size = metadata.get("per_example")
-    return StageInputs(
+    stage_inputs = StageInputs(
         config,
         tokenizer,
         runtime,
@@ -165,8 +209,10 @@ def read_stage_inputs(
         candidates,
         baselines,
         None if size is None else int(size),
+        open_text=lambda split: open_text(stage, split),
         tables={} if tables is None else tables,
     )
+    return stage_inputs
 
 
 def refuse_longer_candidates(config: Config, names: Iterable[str], stage_inputs: StageInputs) -> None:
@@ -200,8 +246,8 @@ def streaming(stage: Unit, config: Config, stage_inputs: StageInputs) -> Iterato
     stage.lock_alone(
         "02_stream.trainer", "the shards of 02_stream, from which one model at a time can learn,"
     )
-    store, datasets = open_store(stage, config), []
-    cut = cut_of(config, stage_inputs.examples("train").num_rows)
+    store, datasets = open_shards(stage, config), []
+    cut = cut_of(config, stage.upstream_stats("01_prepare_dataset")["examples"]["train"])
 
     def open_stream(name: str) -> StreamingDataset:
         timeout = config.stream.timeout_seconds

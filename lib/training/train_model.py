@@ -187,7 +187,7 @@ def make_objective(
 
     # language_model: next tokens for causal models, masked diffusion for bidirectional ones
     tokenizer = stage_inputs.tokenizer
-    splits = WindowSplits.of(stage_inputs.example_splits(spec.split), context_length, tokenizer.pad_token_id)
+    splits = WindowSplits.of(stage_inputs.text_splits(spec.split), context_length, tokenizer.pad_token_id)
     if spec.effective_attention == "causal":
         return NextToken(context, splits, tokenizer.cls_token_id)
     tokens, diffusion = MaskingTokens.of(tokenizer), stage_inputs.config.diffusion
