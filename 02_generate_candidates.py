@@ -8,7 +8,7 @@ Task finqa: one candidate is the correct program. The others are wrong programs 
 question. The stage measures how well this holds and fails if it does not.
 
 reads   01_prepare_dataset: examples, tokenizer
-writes  candidates.parquet, one row per (example_id, candidate_id); dropped.parquet, examples without candidates;
+writes  candidates/, a table in parts, one row per (example_id, candidate_id); dropped/, examples without candidates;
         generator/ if a model was trained here; baselines.parquet if the task scores candidates by simple methods
 
 With --stream the stage then makes shards of new candidates in 02_stream/ until stage 04 is complete.
@@ -23,7 +23,7 @@ from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import UsageError
-from lib.log import Progress, say
+from lib.log import say
 from lib.runs import OUTPUTS, RunArgs, find_run, load_manifest
 
 POLL_SECONDS = 0.2  # time between two looks at which shard stage 04 needs next
@@ -50,16 +50,12 @@ def table_exists(config: Config, args: RunArgs) -> bool:
 
 def make_table(config: Config, args: RunArgs) -> None:
     """Make the table of candidates."""
-    import pyarrow as pa
-
     from lib import outside, schema
-    from lib.candidates.counters import CandidateCounters
     from lib.candidates.generators import masked_language_models
-    from lib.candidates.table import ExampleGroups, candidate_context, candidate_groups
+    from lib.candidates.table import CandidateWork, ExampleGroups, merged_counters, plan
     from lib.runtime import Runtime
-    from lib.tasks import get_task
+    from lib.tasks import CandidateContext, get_task
     from lib.tokenization import load_tokenizer
-    from lib.training.lengths import WholeTexts
 
     files = outside.of_candidates(config)
     uses = ("seed", "task", "device", "precision", "diffusion", "generator", "candidates", "finqa.pools")
@@ -72,36 +68,28 @@ def make_table(config: Config, args: RunArgs) -> None:
         stage.environment |= runtime.fingerprint()
         tokenizer_folder = stage.folder_of("01_prepare_dataset", "tokenizer")
         tokenizer = load_tokenizer(tokenizer_folder)
-        generators = masked_language_models(stage, config, runtime, tokenizer)
+        with stage.alone("generator"):
+            generators = masked_language_models(stage, config, runtime, tokenizer)
 
-        # 2. Give the task what it needs; some tasks plan over all examples before the first candidate
-        examples = ExampleGroups(stage, config)
-        context = candidate_context(config, tokenizer, generators, runtime, examples)
-
-        # 3. Make the candidates group by group. Token ids mean nothing without their tokenizer: the table names it
+        # 2. Say what the parts depend on. Token ids mean nothing without their tokenizer: the table names it
         metadata = {
             "tokenizer_sha256": stage.sha256_of("01_prepare_dataset", "tokenizer"),
             "per_example": str(config.candidates.per_example),
         }
-        counters, lengths = CandidateCounters(config.candidates.label_rule == "origin"), WholeTexts.of(config)
-        with (
-            stage.writer("candidates", schema.CANDIDATES, metadata) as writer,
-            Progress("candidates", stage.rows("01_prepare_dataset", "examples")) as progress,
-        ):
-            done = 0
-            for num_examples, table in candidate_groups(context, examples, generators, tokenizer_folder):
-                if table.num_rows:
-                    writer.write(table)
-                    counters.add(table)
-                    if lengths is not None:
-                        lengths.add(table)
-                done += num_examples
-                progress.update(done)
+        tables = {"candidates": schema.CANDIDATES, "dropped": schema.DROPPED}
+        parts = stage.parts(tables, metadata, also=stage.trained(generators))
+        groups = ExampleGroups.of(stage, config)
+        work = CandidateWork(config, parts, groups, tokenizer_folder, generators)
 
-        # 4. Record the counts, and every example without candidates with its reason
-        counters.drop(context.dropped)
-        dropped = [vars(d) for d in context.dropped]
-        stage.write("dropped", pa.Table.from_pylist(dropped, schema.DROPPED.arrow), schema.DROPPED)
+        # 3. Make the parts that are absent; some tasks plan over all examples before the first candidate
+        context = plan(config, work)
+        made = stage.make_parts(parts, replace(work, planned=context), len(groups), "candidates")
+        if made is None:
+            return
+        stage.add_parts(made)
+
+        # 4. Record the counts of all parts
+        counters, lengths, task_counts = merged_counters(config, made.counters)
         stage.stats |= counters.summary()
         stage.stats["source"] = config.candidates.source
         say(counters.line())
@@ -113,6 +101,8 @@ def make_table(config: Config, args: RunArgs) -> None:
         # 5. Let the task review the candidates; it raises BadData if they must not be used
         task = get_task(config.task)
         if hasattr(task, "review_candidates"):
+            context = context or CandidateContext(config, tokenizer, [])
+            context.counts = task_counts
             figures, baselines = task.review_candidates(context)
             stage.stats |= figures
             if baselines is not None:
@@ -172,4 +162,4 @@ def make_shards(config: Config, args: RunArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__, with_stream=True)
+    run_stage(main, __doc__, with_stream=True, with_parts=True)

@@ -19,6 +19,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,16 @@ from lib.log import log_to, say
 from lib.outside import HubModel
 from lib.stage.inputs import UpstreamReader, describe_inputs, upstream_manifest
 from lib.stage.locks import StageLocks, with_stages
+from lib.stage.making import PartsMaker
 from lib.stage.manifest import Clock, code_differences, describe, make_manifest, upstream_differences
 from lib.stage.outputs import OutputWriter, check_sizes
 from lib.stage.unfinished import LOG_FILE, Dependencies, UnfinishedWork, choose_folder
 
+PART_LOG = "log_{}_of_{}.txt"  # of a command with --part: several may run at the same time
+
 
 @dataclass
-class Stage(UpstreamReader, OutputWriter):
+class Stage(UpstreamReader, OutputWriter, PartsMaker):
     """One stage of one run, as a context manager. The body begins with `if stage.finished: return`.
 
     Args:
@@ -88,9 +92,12 @@ class Stage(UpstreamReader, OutputWriter):
             self._lock()
             self._find_upstream()
             self._find_dependencies()
-            self._decide()
-            if not self.finished:
-                self._begin()
+            # Commands with --part share the lock of the stage. They begin one after the other
+            one_by_one = self._locks.alone(f"{self.name}.beginning") if self.args.part else nullcontext()
+            with one_by_one:
+                self._decide()
+                if not self.finished:
+                    self._begin()
         except BaseException:
             self._locks.close()
             raise
@@ -145,7 +152,7 @@ class Stage(UpstreamReader, OutputWriter):
         reads = with_stages(self.reads)
         for name in reads:
             self._locks.lock(name, shared=True)
-        self._locks.lock(self.name, shared=False)
+        self._locks.lock(self.name, shared=self.args.part is not None)  # of one table, several may make parts
         for name in (*reads, self.name):
             self._locks.recover(name)
 
@@ -202,7 +209,7 @@ class Stage(UpstreamReader, OutputWriter):
         if self.name == runs.STAGES[0]:
             runs.store_config(self.run_dir, self.config)
         self._clock = Clock()
-        log_to(self.folder / LOG_FILE)
+        log_to(self.folder / (LOG_FILE if self.args.part is None else PART_LOG.format(*self.args.part)))
         verb = "continuing" if self.resuming else "starting"
         detail = f" ({self.folder.name} until it is complete)" if self.folder != self._final_folder else ""
         say(f"{self.name}: {verb} in {where}{detail}")

@@ -34,6 +34,16 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def share_of_parts(text: str) -> tuple[int, int]:
+    """(i, n) of `i/n`, with 0 <= i < n."""
+    share, _, shares = text.partition("/")
+    if not (share.isdecimal() and shares.isdecimal() and int(share) < int(shares)):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not I/N with 0 <= I < N, such as 0/4, 1/4, 2/4 and 3/4"
+        )
+    return int(share), int(shares)
+
+
 EPILOG = """\
 The scripts 00 to 06 run in order. They share one folder, the run, and need the same --config, --quick_test and --set:
 
@@ -85,7 +95,12 @@ class _Version(argparse.Action):
 
 
 def make_parser(
-    description: str, *, with_mode: bool = False, with_stream: bool = False, with_score: bool = False
+    description: str,
+    *,
+    with_mode: bool = False,
+    with_stream: bool = False,
+    with_score: bool = False,
+    with_parts: bool = False,
 ) -> _Parser:
     parser = _Parser(description)
     add = parser.add_argument
@@ -142,6 +157,14 @@ def make_parser(
             metavar="NAME",
             help="train only the model of this name; may be given several times. With --overwrite, no other model changes",
         )
+    if with_parts:
+        add(
+            "--part",
+            type=share_of_parts,
+            metavar="I/N",
+            help="make only every N-th part of the tables, from part I on (0 to N - 1). For job arrays: the last of N commands "
+            "completes the stage",
+        )
     if with_stream:
         add(
             "--stream",
@@ -167,6 +190,7 @@ def run_stage(
     with_stream: bool = False,
     with_score: bool = False,
     with_processes: bool = False,
+    with_parts: bool = False,
 ) -> None:
     """Parse the command line, load the config and run `main(config, args)`. Errors end with the exit codes of lib.errors.
 
@@ -176,12 +200,22 @@ def run_stage(
     try:
         _join_processes(with_processes)
         parser = make_parser(
-            description or "", with_mode=with_mode, with_stream=with_stream, with_score=with_score
+            description or "",
+            with_mode=with_mode,
+            with_stream=with_stream,
+            with_score=with_score,
+            with_parts=with_parts,
         )
         options = parser.parse(sys.argv[1:])
         config = load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
+        part = getattr(options, "part", None)
+        if part and (options.overwrite or getattr(options, "stream", False)):
+            raise UsageError(
+                f"--part cannot be used with {'--overwrite' if options.overwrite else '--stream'}: several commands work on the "
+                "same stage. Use another --run_dir, or run without --part"
+            )
         mode = getattr(options, "mode", None)
         if mode and options.only:
             raise UsageError("--mode and --only both select models; give one of them")
@@ -194,6 +228,7 @@ def run_stage(
             only_mode=MODE_ALIASES.get(mode, mode) if mode else None,
             only=tuple(dict.fromkeys(getattr(options, "only", ()))),
             stream=getattr(options, "stream", False),
+            part=part,
             score=getattr(options, "score", None),
         )
         main(config, args)

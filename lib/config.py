@@ -24,6 +24,7 @@ from lib.sections.data import (
     StreamConfig,
     TokenizerConfig,
 )
+from lib.sections.executor import ExecutorConfig
 from lib.sections.finqa import FinqaConfig, RankerConfig
 from lib.sections.masking import MASKINGS, STAGES_OF, DiffusionConfig
 from lib.sections.models import (
@@ -47,6 +48,7 @@ class Config(Section):
     task: str
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]
+    executor: ExecutorConfig
     data: DataConfig
     tokenizer: TokenizerConfig
     architecture: ArchitectureConfig

@@ -49,6 +49,7 @@ class RunArgs:
     only_mode: str | None = None  # 04 only: train the models of this mode and keep the others
     only: tuple[str, ...] = ()  # 04 only: train the models of these names and keep the others
     stream: bool = False  # 02 only: make shards of candidates while stage 04 trains
+    part: tuple[int, int] | None = None  # 01 to 03: (i, n), make parts i, i + n, i + 2 n and so on
     score: Path | None = None  # 06 only: score this text instead of sampling
 
 

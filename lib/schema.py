@@ -70,6 +70,12 @@ EXAMPLES = TableSchema(
     key=("example_id",),
 )
 
+CUT_EXAMPLES = TableSchema(  # before they are tokenized
+    "cut examples",
+    pa.schema([f for f in EXAMPLES.arrow if f.name != "token_ids"]),
+    key=("example_id",),
+)
+
 DROPPED = TableSchema(
     "dropped",
     _columns(("example_id", pa.string()), ("reason", pa.string()), ("text", pa.large_string())),

@@ -5,7 +5,7 @@ import pyarrow.compute as pc
 
 
 class CandidateCounters:
-    """Counts candidates, table by table.
+    """Counts candidates, table by table and part by part.
 
     Args:
         labels_tell_origin: class 2 is every predicted token (`candidates.label_rule: origin`). Otherwise class 2 is only
@@ -15,7 +15,7 @@ class CandidateCounters:
     def __init__(self, labels_tell_origin: bool = True) -> None:
         self.labels_tell_origin = labels_tell_origin
         self.candidates = self.rewritten = self.unchanged = 0
-        self.fractions: list = []
+        self.histogram: np.ndarray | None = None  # (20,) of the synthetic fractions of rewritten candidates
         self.kinds: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self.predicted: dict[str, int] = {}
@@ -30,13 +30,32 @@ class CandidateCounters:
         fraction = table["synthetic_fraction"].to_numpy()
         original = np.asarray(table["kind"].to_pylist()) == "original"
         self.rewritten += int((~original).sum())
-        self.fractions.append(np.histogram(fraction[~original], bins=20, range=(0, 1))[0])
+        self._add_histogram(np.histogram(fraction[~original], bins=20, range=(0, 1))[0])
         if not table["token_labels"].null_count and not table["token_ids"].null_count:
             self._compare(table, original)
 
     def drop(self, items: list) -> None:
         for item in items:
             self.dropped[item.reason] = self.dropped.get(item.reason, 0) + 1
+
+    def state(self) -> dict:
+        """The counts as JSON can hold them, for `merge`."""
+        counts = {name: value for name, value in vars(self).items() if name != "labels_tell_origin"}
+        return counts | {"histogram": None if self.histogram is None else self.histogram.tolist()}
+
+    def merge(self, state: dict) -> None:
+        """Add the counts of other candidates."""
+        for name in ("candidates", "rewritten", "unchanged"):
+            setattr(self, name, getattr(self, name) + state[name])
+        for name in ("kinds", "dropped", "predicted", "correct"):
+            own = getattr(self, name)
+            for key, count in state[name].items():
+                own[key] = own.get(key, 0) + count
+        if state["histogram"] is not None:
+            self._add_histogram(np.asarray(state["histogram"]))
+
+    def _add_histogram(self, counts: np.ndarray) -> None:
+        self.histogram = counts if self.histogram is None else self.histogram + counts
 
     def _compare(self, table, original) -> None:
         """Count the predicted tokens that equal the original's, per split."""
@@ -53,9 +72,9 @@ class CandidateCounters:
 
     def summary(self) -> dict:
         counts = {"candidates": self.candidates, "kinds": self.kinds, "dropped": self.dropped}
-        if not self.fractions:
+        if self.histogram is None:
             return counts
-        histogram = np.sum(self.fractions, axis=0)
+        histogram = self.histogram
         bin_centre = (np.arange(20) + 0.5) / 20
         accuracy = {s: self.correct[s] / n for s, n in self.predicted.items() if n}
         return counts | {
@@ -69,7 +88,7 @@ class CandidateCounters:
     def line(self) -> str:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.kinds.items()))
         line = f"{self.candidates:,} candidates ({kinds})"
-        if self.fractions:
+        if self.histogram is not None:
             accuracy = {s: f"{self.correct[s] / n:.1%}" for s, n in self.predicted.items() if n}
             line += (
                 f", {self.unchanged:,} of the rewritten ones equal the original; predicted tokens that equal the "

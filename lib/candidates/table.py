@@ -1,9 +1,11 @@
-"""Make the candidates of stage 02's table group by group, in one process or in several.
+"""The parts of stage 02's table of candidates. One group of examples makes one part.
 
-Memory holds one group of examples and its candidates, whatever the size of the data.
+Memory holds one group and its candidates, whatever the size of the data.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,77 +14,139 @@ import pyarrow.compute as pc
 
 from lib import schema
 from lib.artifacts import Stage
-from lib.candidates.parallel import made_by_processes
+from lib.candidates.counters import CandidateCounters
 from lib.config import Config
-from lib.errors import BadConfig
-from lib.runtime import Runtime
+from lib.stage.parts import Parts
+from lib.stage.table_files import TableFiles
 from lib.synthetic import MaskedLMEngine
 from lib.tasks import CandidateContext, get_task
+from lib.training.lengths import WholeTexts
 
 WITHOUT_CANDIDATES = "reference"  # the split of the independent reference model
 
 
+@dataclass(frozen=True)
 class ExampleGroups:
-    """The examples that get candidates, as tables of schema.EXAMPLES. They can be iterated over several times.
+    """The examples that get candidates, in groups. They can be iterated over several times.
 
     A group has as many examples as give `candidates.rows_per_group` candidates.
     """
 
-    def __init__(self, stage: Stage, config: Config) -> None:
-        self.stage = stage
-        self.num_examples = max(1, config.candidates.rows_per_group // config.candidates.per_example)
+    examples: TableFiles
+    num_examples: int  # per group, with those that get no candidates
+
+    @classmethod
+    def of(cls, stage: Stage, config: Config) -> "ExampleGroups":
+        number = max(1, config.candidates.rows_per_group // config.candidates.per_example)
+        return cls(stage.table("01_prepare_dataset", "examples"), number)
+
+    def __len__(self) -> int:
+        return -(-self.examples.rows // self.num_examples)
+
+    def group(self, number: int) -> pa.Table | None:
+        """A table of schema.EXAMPLES; None if none of the group gets candidates."""
+        start, stop = number * self.num_examples, (number + 1) * self.num_examples
+        tables = self.examples.tables(schema.EXAMPLES, None, self.num_examples, start, stop)
+        group = pa.concat_tables(tables)
+        kept = group.filter(pc.not_equal(group["split"], WITHOUT_CANDIDATES))
+        return kept if kept.num_rows else None
 
     def __iter__(self) -> Iterator[pa.Table]:
-        for group in self.stage.tables(
-            "01_prepare_dataset", "examples", schema.EXAMPLES, rows=self.num_examples
-        ):
-            kept = group.filter(pc.not_equal(group["split"], WITHOUT_CANDIDATES))
-            if kept.num_rows:
-                yield kept
+        for number in range(len(self)):
+            if (group := self.group(number)) is not None:
+                yield group
 
 
-def candidate_context(
-    config: Config, tokenizer: Any, generators: list[Path], runtime: Runtime, examples: ExampleGroups
-) -> CandidateContext:
-    """What the task needs to make candidates. Some tasks look at all examples here before any candidate is made.
+@dataclass(frozen=True)
+class CandidateWork:
+    """Makes the parts of the table of candidates.
 
-    Args:
-        generators: folders of the masked language models. Worker processes load their own.
-
-    Raises:
-        BadConfig: the task needs all examples at once, but the config asks for several processes.
+    Attributes:
+        tokenizer, generators: folders that each worker loads.
+        planned: the context of a task that has planned all candidates at once; its parts are made in this process.
     """
-    processes, task = config.candidates.processes, get_task(config.task)
-    here = generators if processes == 1 else []
-    engines = [MaskedLMEngine.load(folder, runtime, int8=config.candidates.int8) for folder in here]
-    context = CandidateContext(config, tokenizer, engines)
-    if hasattr(task, "plan_candidates"):
-        if processes > 1:
-            raise BadConfig(
-                f"candidates.processes must be 1: task {config.task} makes candidates of all examples at once"
+
+    config: Config
+    parts: Parts
+    groups: ExampleGroups
+    tokenizer: Path
+    generators: list[Path]
+    planned: CandidateContext | None = field(default=None, compare=False)
+
+    @property
+    def uses_device(self) -> bool:
+        return bool(self.generators)
+
+    @property
+    def only_here(self) -> bool:
+        return self.planned is not None
+
+    def open(self, threads: int | None):
+        """Load the tokenizer and the masked LMs. Returns a function that makes the part of a number."""
+        context = self.planned or self.new_context(threads)
+        first = (list(context.dropped), Counter(context.counts))  # what a plan has left out
+
+        def make(number: int) -> None:
+            context.dropped[:], context.counts = (
+                first[0] * (not number),
+                Counter(first[1] if not number else {}),
             )
-        task.plan_candidates(examples, context)
+            self._make(number, context)
+
+        return make
+
+    def new_context(self, threads: int | None = None) -> CandidateContext:
+        """A context with the tokenizer and the masked LMs."""
+        import torch
+
+        from lib.runtime import Runtime
+        from lib.tokenization import load_tokenizer
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        runtime = Runtime.detect(self.config)
+        int8 = self.config.candidates.int8
+        engines = [MaskedLMEngine.load(folder, runtime, int8=int8) for folder in self.generators]
+        return CandidateContext(self.config, load_tokenizer(self.tokenizer), engines)
+
+    def _make(self, number: int, context: CandidateContext) -> None:
+        counters = CandidateCounters(self.config.candidates.label_rule == "origin")
+        lengths = WholeTexts.of(self.config)
+        with self.parts.writing(number) as part:
+            group = self.groups.group(number)
+            table = None if group is None else get_task(self.config.task).candidates(group, context)
+            if table is not None and table.num_rows:
+                part.write("candidates", table)
+                counters.add(table)
+                if lengths is not None:
+                    lengths.add(table)
+            counters.drop(context.dropped)
+            dropped = [vars(d) for d in context.dropped]
+            part.write("dropped", pa.Table.from_pylist(dropped, schema.DROPPED.arrow))
+            part.counters = {"candidates": counters.state(), "task": dict(context.counts)}
+            if lengths is not None:
+                part.counters["lengths"] = lengths.state()
+
+
+def plan(config: Config, work: CandidateWork) -> CandidateContext | None:
+    """The context in which the task has planned the candidates of all examples; None if the task plans none."""
+    task = get_task(config.task)
+    if not hasattr(task, "plan_candidates"):
+        return None
+    context = work.new_context()
+    task.plan_candidates(work.groups, context)
     return context
 
 
-def candidate_groups(
-    context: CandidateContext, examples: ExampleGroups, generators: list[Path], tokenizer: Path
-) -> Iterator[tuple[int, pa.Table]]:
-    """Yield (number of examples, their candidates as a table of schema.CANDIDATES) group by group.
-
-    `context.dropped` and `context.counts` are complete when all groups have been made.
-
-    Args:
-        generators, tokenizer: folders that worker processes load.
-    """
-    config = context.config
-    if config.candidates.processes == 1:
-        task = get_task(config.task)
-        for group in examples:
-            yield group.num_rows, task.candidates(group, context)
-        return
-    groups = made_by_processes(config, tokenizer, generators, examples, config.candidates.processes)
-    for num_examples, table, dropped, counts in groups:
-        context.dropped += dropped
-        context.counts.update(counts)
-        yield num_examples, table
+def merged_counters(
+    config: Config, parts: Iterator[dict[str, Any]]
+) -> tuple[CandidateCounters, WholeTexts | None, Counter[str]]:
+    """The counters of all parts together: of candidates, of their lengths, and of the task."""
+    counters = CandidateCounters(config.candidates.label_rule == "origin")
+    lengths, task = WholeTexts.of(config), Counter()
+    for part in parts:
+        counters.merge(part["candidates"])
+        task.update(part["task"])
+        if lengths is not None:
+            lengths.merge(part["lengths"])
+    return counters, lengths, task

@@ -24,6 +24,7 @@ class DataConfig(Section):
     block_characters: Positive
     fractions: dict[Literal["train", "held_out", "reference"], Fraction]
     selection_fraction: Annotated[float, Field(gt=0, le=0.5)]
+    examples_per_part: Positive
 
     @model_validator(mode="after")
     def _check(self):
@@ -44,7 +45,6 @@ class TokenizerConfig(Section):
     vocab_size: Annotated[int, Field(ge=16)]
     unknown: Literal["error", "unk"]
     sample_characters: Positive
-    processes: Positive
 
 
 class CandidatesConfig(Section):
@@ -60,7 +60,6 @@ class CandidatesConfig(Section):
     cross_fit_folds: Positive
     batch_size: Positive
     rows_per_group: Positive
-    processes: Positive
     int8: bool
 
     @model_validator(mode="after")

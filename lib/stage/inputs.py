@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lib import durable
 from lib.config import Config
-from lib.errors import BadConfig, BadData, MissingInput
+from lib.errors import BadConfig, MissingInput
 from lib.outside import HubModel
 from lib.runs import (
     command,
@@ -16,6 +16,8 @@ from lib.runs import (
     refuse_without_units,
     stage_of,
 )
+from lib.stage.parts import file_name
+from lib.stage.table_files import TableFile, TableFiles, Verified
 from lib.stage.unfinished import config_changes
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def describe_inputs(
 
 
 class UpstreamReader:
-    """Reads the outputs of earlier stages. The first access to an output compares its hash with the manifest.
+    """Reads the outputs of earlier stages. The first access to a file compares its hash with the manifest.
 
     Attributes:
         run_dir: the folder of the run.
@@ -101,7 +103,7 @@ class UpstreamReader:
 
     run_dir: Path
     _upstream: dict[str, dict]  # stage -> its manifest
-    _verified: set[tuple[str, str, str]]  # (stage, output, hash) that were compared
+    _verified: Verified
 
     def folder_of_stage(self, stage_name: str) -> Path:
         """The folder of an earlier stage or unit."""
@@ -120,6 +122,18 @@ class UpstreamReader:
         batches = list(self.batches(stage_name, output, schema, columns))
         return pa.Table.from_batches(batches) if batches else schema.arrow.empty_table()
 
+    def table(self, stage_name: str, output: str) -> "TableFiles":
+        """The files of a table of an earlier stage, which worker processes can read, too."""
+        record = self._record(stage_name, output)
+        path = self.folder_of_stage(stage_name) / record["path"]
+        files = (TableFile(path, record["sha256"], record["rows"]),)
+        if "parts" in record:
+            files = tuple(
+                TableFile(path / file_name(number), part["sha256"], part["rows"])
+                for number, part in enumerate(record["parts"])
+            )
+        return TableFiles(stage_name, output, files, command(stage_name, "--overwrite"), self._verified)
+
     def batches(
         self,
         stage_name: str,
@@ -128,21 +142,8 @@ class UpstreamReader:
         columns: list[str] | None = None,
         rows: int = 65536,
     ) -> Iterator["pa.RecordBatch"]:
-        """The same table in batches of at most `rows` rows, so that memory does not grow with it."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self._verified_path(stage_name, output)
-        try:
-            file = pq.ParquetFile(path, page_checksum_verification=True)
-            missing = [f.name for f in schema.arrow if f.name not in file.schema_arrow.names]
-            if missing:
-                raise BadData(
-                    f"{path}: columns {missing} are missing; another version of this project wrote the table"
-                )
-            yield from file.iter_batches(batch_size=rows, columns=columns)
-        except pa.ArrowException as error:
-            raise BadData(f"{path} cannot be read: {error}") from None
+        """The same table in batches of `rows` rows, so that memory does not grow with it. The last one may have fewer."""
+        return self.table(stage_name, output).batches(schema, columns, rows)
 
     def tables(
         self,
@@ -153,10 +154,7 @@ class UpstreamReader:
         rows: int = 65536,
     ) -> Iterator["pa.Table"]:
         """Like `batches`, but each batch is a table."""
-        import pyarrow as pa
-
-        for batch in self.batches(stage_name, output, schema, columns, rows):
-            yield pa.Table.from_batches([batch])
+        return self.table(stage_name, output).tables(schema, columns, rows)
 
     def rows(self, stage_name: str, output: str) -> int:
         """Number of rows of an earlier stage's table, from its manifest."""
@@ -175,26 +173,18 @@ class UpstreamReader:
 
     def table_metadata(self, stage_name: str, output: str) -> dict[str, str]:
         """The metadata that an earlier stage stored in the file of a table."""
-        import pyarrow.parquet as pq
-
-        found = pq.read_schema(self._verified_path(stage_name, output)).metadata or {}
-        return {k.decode(): v.decode() for k, v in found.items() if not k.startswith(b"ARROW:")}
+        return self.table(stage_name, output).metadata()
 
     def upstream_stats(self, stage_name: str) -> dict:
         return self._upstream[stage_name]["stats"]
 
-    def _verified_path(self, stage_name: str, output: str) -> Path:
+    def _record(self, stage_name: str, output: str) -> dict[str, Any]:
         record = self._upstream[stage_name]["outputs"].get(output)
         if record is None:
             raise MissingInput(f"{stage_name} in {display_path(self.run_dir)} has no output '{output}'")
-        path = self.folder_of_stage(stage_name) / record["path"]
-        if (stage_name, output, record["sha256"]) not in self._verified:
-            if not path.exists():
-                raise MissingInput(f"{path} is missing; run `{command(stage_name, '--overwrite')}` again")
-            if durable.sha256(path) != record["sha256"]:
-                raise BadData(
-                    f"{path} is damaged or was changed: its sha256 is not the one in {stage_name}/manifest.json; "
-                    f"run `{command(stage_name, '--overwrite')}` again"
-                )
-            self._verified.add((stage_name, output, record["sha256"]))
-        return path
+        return record
+
+    def _verified_path(self, stage_name: str, output: str) -> Path:
+        record = self._record(stage_name, output)
+        files = TableFiles(stage_name, output, (), command(stage_name, "--overwrite"), self._verified)
+        return files.check(self.folder_of_stage(stage_name) / record["path"], record["sha256"])

@@ -8,9 +8,11 @@ import contextlib
 import fcntl
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from lib import durable
 from lib.errors import Busy, CannotCreate
+from lib.log import say
 from lib.runs import display_path, stage_of
 from lib.stage.unfinished import MARKER
 
@@ -30,6 +32,7 @@ class StageLocks:
         self._run_dir = run_dir
         self._folder = run_dir / ".locks"
         self._held = contextlib.ExitStack()
+        self._files: dict[str, IO[str]] = {}
 
     def lock(self, stage_name: str, *, shared: bool, subject: str = "") -> None:
         """Lock a stage or a unit: shared to read it, exclusive to make it. Raises Busy if another process forbids that.
@@ -42,6 +45,7 @@ class StageLocks:
             handle = self._held.enter_context(open(file, "a+"))  # noqa: SIM115
         except OSError as error:
             raise CannotCreate(f"cannot create {file}: {error.strerror}") from None
+        self._files[stage_name] = handle
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -50,15 +54,36 @@ class StageLocks:
                 "wait until it has finished, or use another --run_dir"
             ) from None
 
+    def make_exclusive(self, stage_name: str) -> None:
+        """Turn a shared lock into an exclusive one. Raises Busy, and gives up the lock, if others hold it, too.
+
+        The lock is released in between. So of several processes that do this at the end of their work, the last one
+        succeeds: at that time nobody else holds the lock.
+        """
+        handle = self._files[stage_name]
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another process is at work on {stage_name}") from None
+
     def close(self) -> None:
         """Release all locks."""
         self._held.close()
 
     @contextlib.contextmanager
-    def alone(self, what: str) -> Iterator[None]:
-        """Wait for the lock file `what`, and hold it while the block runs. For work of an instant."""
+    def alone(self, what: str, waiting: str = "") -> Iterator[None]:
+        """Wait for the lock file `what`, and hold it while the block runs.
+
+        `waiting` is said if another process holds it; give it if the block may take long.
+        """
         with open(self._file(what), "a+") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    say(waiting)
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
     def _file(self, name: str) -> Path:

@@ -1,5 +1,6 @@
 """Unfinished work of a stage: what it was started with, and whether a later command may continue it."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class Dependencies:
                 + "\n  ".join(differing)
                 + f"\npass {self.again} to make it again, or choose another --run_dir"
             )
+
+    @property
+    def digest(self) -> str:
+        """One hash of everything: what was made under it is the same."""
+        content = json.dumps([self.config, self.inputs, self.code], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def allow_inexact_resume(self) -> bool:

@@ -8,6 +8,7 @@ Language models read windows instead.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -64,6 +65,17 @@ class WholeTexts:
             self.longest = int(lengths.max())
             self.name = table["example_id"][int(lengths.argmax())].as_py()
         return self
+
+    def state(self) -> dict[str, int | str]:
+        """The counts, for `merge`."""
+        return {name: getattr(self, name) for name in ("total", "longer", "longest", "name")}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Add the counts of other texts, which come after these."""
+        self.total += state["total"]
+        self.longer += state["longer"]
+        if state["longest"] > self.longest:
+            self.longest, self.name = state["longest"], state["name"]
 
     def problem(self) -> str | None:
         """What is wrong and what to do next; None if every text fits."""

@@ -1,0 +1,206 @@
+"""The examples of stage 01: cut into parts, tokenized part by part, and counted.
+
+To cut documents takes one pass in order, since repeated text and splits depend on all earlier documents. It writes the texts
+of every part to a folder, which is removed when the stage is complete. Tokenizing takes longer, and its parts are independent.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lib import durable, schema
+from lib.config import Config
+from lib.errors import BadData
+from lib.stage.parts import Parts
+from lib.tasks import SHORTENED, Dropped, Example
+from lib.tokenization import UNK, encode_batch, load_tokenizer
+from lib.training.lengths import WholeTexts
+
+FOLDER = "cut"  # of the cut texts, in the stage's folder
+
+
+def cut_parts(parts: Parts) -> Parts:
+    """Where the texts of the parts are until they are tokenized."""
+    return Parts(
+        parts.folder / FOLDER, parts.key, {"examples": schema.CUT_EXAMPLES, "dropped": schema.DROPPED}
+    )
+
+
+def cut(config: Config, items: Iterable[Example | Dropped], cut: Parts) -> int:
+    """Write the texts of every part that is absent. Returns the number of parts.
+
+    Nothing is read from `items` if all parts are there.
+    """
+    note = cut.folder / "count.json"
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["key"] == cut.key and not cut.missing(range(known["count"])):
+            return known["count"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    cut.folder.mkdir(exist_ok=True)
+    count = 0
+    for count, (examples, dropped) in enumerate(groups(items, config.data.examples_per_part), start=1):
+        if cut.manifest(count - 1) is None:
+            with cut.writing(count - 1) as part:
+                part.write("examples", pa.Table.from_pylist([vars(e) for e in examples], _CUT_COLUMNS))
+                part.write("dropped", pa.Table.from_pylist([vars(d) for d in dropped], schema.DROPPED.arrow))
+    durable.write_json(note, {"key": cut.key, "count": count})
+    return count
+
+
+_CUT_COLUMNS = schema.CUT_EXAMPLES.arrow
+
+
+def groups(items: Iterable[Example | Dropped], size: int) -> Iterator[tuple[list[Example], list[Dropped]]]:
+    """(examples, dropped) in lists of `size` items together. There is at least one group."""
+    examples: list[Example] = []
+    dropped: list[Dropped] = []
+    is_first = True
+    for item in items:
+        if isinstance(item, Example):
+            examples.append(item)
+        else:
+            dropped.append(item)
+        if len(examples) + len(dropped) >= size:
+            yield examples, dropped
+            examples, dropped, is_first = [], [], False
+    if examples or dropped or is_first:
+        yield examples, dropped
+
+
+@dataclass(frozen=True)
+class ExampleWork:
+    """Makes the parts of the table of examples from the cut texts.
+
+    Attributes:
+        tokenizer: its folder, which each worker loads.
+    """
+
+    config: Config
+    parts: Parts
+    tokenizer: Path
+
+    uses_device = False
+    only_here = False
+
+    def open(self, threads: int | None):
+        """Load the tokenizer. Returns a function that makes the part of a number."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        return lambda number: self._make(number, tokenizer)
+
+    def _make(self, number: int, tokenizer: Any) -> None:
+        texts = cut_parts(self.parts)
+        examples, dropped = (pq.read_table(texts.path(name, number)) for name in ("examples", "dropped"))
+        ids = encode_batch(tokenizer, examples["target"].to_pylist(), self.config.tokenizer.unknown)
+        position = schema.EXAMPLES.arrow.names.index("token_ids")
+        column = pa.array(ids, schema.EXAMPLES.arrow.field("token_ids").type)
+        table = examples.add_column(position, schema.EXAMPLES.arrow.field("token_ids"), column)
+        counters = ExampleCounters(WholeTexts.of(self.config))
+        with self.parts.writing(number) as part:
+            part.write("examples", table)
+            part.write("dropped", dropped)
+            counters.add(table)
+            counters.drop(dropped["reason"].to_pylist())
+            part.counters = counters.state()
+
+
+class ExampleCounters:
+    """Counts examples per split, and dropped ones per reason, table by table and part by part.
+
+    `whole`: checks that the models of the config can read the examples from their first to their last token.
+    """
+
+    def __init__(self, whole: WholeTexts | None) -> None:
+        self.whole = whole
+        self.examples: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
+        self.characters = self.unknown = self.shortened = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Count a table of schema.EXAMPLES."""
+        for split in pc.unique(table["split"]).to_pylist():
+            part = table.filter(pc.equal(table["split"], split))
+            count = pc.sum(pc.list_value_length(part["token_ids"])).as_py() or 0
+            _add(self.examples, {split: part.num_rows})
+            _add(self.tokens, {split: count})
+            if self.whole is not None and split != "reference":
+                self.whole.add(part)
+        self.shortened += sum(SHORTENED in (tags or ()) for tags in table["tags"].to_pylist())
+        self.characters += pc.sum(pc.utf8_length(table["target"])).as_py() or 0
+        self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), UNK)).as_py() or 0
+
+    def drop(self, reasons: Iterable[str]) -> None:
+        """Count what was left out, by its reason."""
+        for reason in reasons:
+            _add(self.dropped, {reason: 1})
+
+    def state(self) -> dict[str, Any]:
+        """The counts as JSON can hold them, for `merge`."""
+        return vars(self) | {"whole": None if self.whole is None else self.whole.state()}
+
+    def merge(self, state: dict[str, Any]) -> "ExampleCounters":
+        """Add the counts of other examples, which come after these."""
+        for name in ("examples", "tokens", "dropped"):
+            _add(getattr(self, name), state[name])
+        for name in ("characters", "unknown", "shortened"):
+            setattr(self, name, getattr(self, name) + state[name])
+        if self.whole is not None:
+            self.whole.merge(state["whole"])
+        return self
+
+    def check(self, config: Config) -> None:
+        """Raises BadData if a split with a share has no examples. `selection` must have some if train has."""
+        shares = config.data.fractions | ({"selection": 1.0} if self.examples.get("train") else {})
+        empty = [s for s, share in shares.items() if share > 0 and not self.examples.get(s)]
+        if empty:
+            raise BadData(
+                f"no examples in split {', '.join(empty)} (examples per split: {self.examples}; left out: "
+                f"{self.left_out()}); {_advice(config)}, or give more data"
+            )
+        if self.whole is not None:
+            self.whole.refuse()
+
+    def summary(self, vocabulary: int) -> dict[str, Any]:
+        """Figures for the manifest."""
+        total = sum(self.tokens.values())
+        return {
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "dropped": self.dropped,
+            "shortened_prompts": self.shortened,
+            "vocabulary": vocabulary,
+            "unknown_share": self.unknown / max(total, 1),
+            "characters_per_token": self.characters / max(total, 1),
+        }
+
+    def line(self, vocabulary: int) -> str:
+        """The same figures as a line for the user."""
+        splits = ", ".join(f"{s} {n:,} ({self.tokens[s]:,} tokens)" for s, n in self.examples.items())
+        line = f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}"
+        if self.shortened:
+            line += f"; {self.shortened:,} prompts were shortened to ranker.prompt_tokens"
+        return line
+
+    def left_out(self) -> str:
+        return ", ".join(f"{n:,} x {reason}" for reason, n in self.dropped.items()) or "nothing"
+
+
+def _add(counts: dict[str, int], other: dict[str, int]) -> None:
+    for name, count in other.items():
+        counts[name] = counts.get(name, 0) + count
+
+
+def _advice(config: Config) -> str:
+    """Settings that give more splits an example."""
+    if config.task == "finqa":
+        return "set a larger finqa.selection_share or another seed"
+    unit = "data.split_unit=block and " if config.data.split_unit == "document" else ""
+    return f"set {unit}a smaller data.block_characters, another seed"
