@@ -113,40 +113,32 @@ def make_shards(config: Config, args: RunArgs) -> None:
     """Keep shards of new candidates ready until stage 04 has trained all models that learn from them."""
     import time
 
-    from lib import schema
     from lib.candidates.generators import generator_folders
-    from lib.candidates.producer import Producer, has_streamed
-    from lib.runtime import Runtime
-    from lib.shards import SCRIPT, open_store
-    from lib.synthetic import MaskedLMEngine
-    from lib.tasks import CandidateContext
-    from lib.tokenization import load_tokenizer
-    from lib.training.data import select_split
+    from lib.candidates.producer import ShardWork, has_streamed
+    from lib.executors import open_executor
+    from lib.shards import SCRIPT, cut_of, open_store
 
     uses = ("seed", "task", "device", "precision", "candidates", "rewards", "stream")
     reads = ("01_prepare_dataset", "02_generate_candidates")
     with Stage("02_stream.py", config, args, uses=uses, reads=reads, restarts=True) as stage:
-        # 1. Load the train examples and the masked language models that made the table
-        runtime = Runtime.detect(config, stage.code)
-        tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
-        examples = select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), "train")
-        folders = generator_folders(stage, config)
-        engines = [MaskedLMEngine.load(folder, runtime, int8=config.candidates.int8) for folder in folders]
+        # 1. What makes a shard: the train examples, and the masked language models that made the table
+        store, examples = open_store(stage, config), stage.table("01_prepare_dataset", "examples")
+        tokenizer = stage.folder_of("01_prepare_dataset", "tokenizer")
+        work = ShardWork(config, store, examples, tokenizer, generator_folders(stage, config))
+        cut = cut_of(config, stage.upstream_stats("01_prepare_dataset")["examples"]["train"])
 
-        # 2. Make the next shard that stage 04 needs; wait while all of them are ready
-        store = open_store(stage, config)
-        producer = Producer(
-            store, config, examples, lambda at, draw: CandidateContext(at, tokenizer, engines, draw=draw)
-        )
+        # 2. Make the next shards that stage 04 needs; wait while all of them are ready
+        workers = 1 if config.executor.type == "local" else config.executor.workers
         num_shards, trainer_is_alive = 0, True
-        with store.alive("producer"):
+        with store.alive("producer"), open_executor(config.executor, work) as executor:
             while not has_streamed(stage.run_dir, config):
-                if (number := producer.step()) is not None:
-                    num_shards += 1
-                    epoch, positions = producer.cut.of_shard(number)
-                    say(
-                        f"shard {number}: {positions.size} examples, epoch {epoch}; stage 04 reads shard {store.cursor}"
-                    )
+                if missing := store.missing()[:workers]:
+                    for number in executor.make(missing):
+                        num_shards += 1
+                        epoch, positions = cut.of_shard(number)
+                        say(
+                            f"shard {number}: {positions.size} examples, epoch {epoch}; stage 04 reads shard {store.cursor}"
+                        )
                     continue
                 if trainer_is_alive != store.is_alive("trainer"):
                     trainer_is_alive = not trainer_is_alive

@@ -149,7 +149,7 @@ class Trained:
 
     @cached_property
     def _table(self):
-        file = self.folder / "01_prepare_dataset" / "examples.parquet"
+        file = self.folder / "01_prepare_dataset" / "examples"
         return pq.read_table(file, schema=schema.EXAMPLES.arrow)
 
     @cached_property

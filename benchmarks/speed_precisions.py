@@ -20,7 +20,7 @@ from lib.synthetic import MaskedLMEngine
 
 def compare_precisions(run: Path, texts: int = 256) -> dict[str, Any]:
     """A run's generator on its held-out text, half of it masked: tokens per second and nats per masked token."""
-    table = pq.read_table(run / "01_prepare_dataset" / "examples.parquet", columns=["token_ids", "split"])
+    table = pq.read_table(run / "01_prepare_dataset" / "examples", columns=["token_ids", "split"])
     held_out = table.filter(pc.equal(table["split"], "held_out"))["token_ids"].to_pylist()
     folder = run / "02_generate_candidates" / "generator" / "best_model"
     engines = {

@@ -10,7 +10,7 @@
 | a folder              | train_labels.json, held_out_labels.json: maps of the n-th example of the split -> score;    |
 |                       | the examples of the split `selection` are numbered as part of train                        |
 
-All but .parquet may be compressed with gzip (.json.gz). Example ids are those of examples.parquet, such as "novel:12".
+All but .parquet may be compressed with gzip (.json.gz). Example ids are those of the table examples, such as "novel:12".
 
 Spans count characters of the passage; `end` is exclusive. Classes count from 1, and class 0 is what no span covers. An
 empty list of spans means "checked, nothing found". null, {} and an empty cell are not labels.

@@ -100,6 +100,17 @@ class ShardStore:
             return None
         return found if found.get("key") == self.key else None
 
+    def missing(self) -> list[int]:
+        """The wanted shards that are absent: from the cursor on, as many as `backlog`.
+
+        Shards outside of this window are deleted. The first shards stay, since the next model starts with them.
+        """
+        wanted = range(self.cursor, self.cursor + self.backlog)
+        for number in self.numbers():
+            if number not in wanted and number >= self.backlog:
+                self.remove(number)
+        return [number for number in wanted if self.manifest(number) is None]
+
     def read(self, number: int) -> tuple[pa.Table, dict[str, Any]] | None:
         """(candidates with a column `reward`, manifest) of a shard; None if it is missing. A damaged shard is removed."""
         manifest = self.manifest(number)

@@ -75,7 +75,7 @@ def test_examples_are_the_text_and_the_figures_add_up(folder):
     run("00_check_data", folder)
     manifest = run("01_prepare_dataset", folder)
     stats, stage = manifest["stats"], folder / "run" / "01_prepare_dataset"
-    examples = pq.read_table(stage / "examples.parquet")
+    examples = pq.read_table(stage / "examples")
     assert sum(stats["examples"].values()) == examples.num_rows
     assert sum(stats["tokens"].values()) == pc.sum(pc.list_value_length(examples["token_ids"])).as_py()
     assert set(stats["examples"]) == {"train", "selection", "held_out", "reference"}
@@ -98,7 +98,7 @@ def test_byte_pairs_are_learned_from_the_train_split_alone(folder, monkeypatch):
     monkeypatch.setattr(module, "train_tokenizer", spy)
     run("00_check_data", folder)
     manifest = run("01_prepare_dataset", folder, "tokenizer.kind=bpe", "tokenizer.vocab_size=320")
-    examples = pq.read_table(folder / "run" / "01_prepare_dataset" / "examples.parquet")
+    examples = pq.read_table(folder / "run" / "01_prepare_dataset" / "examples")
     train = examples.filter(pc.equal(examples["split"], "train"))["target"].to_pylist()
     assert learned == train and manifest["stats"]["characters_per_token"] > 2
     assert manifest["stats"]["vocabulary"] <= 320
@@ -119,37 +119,30 @@ def test_an_empty_split_is_refused_and_another_setting_then_starts_again(folder)
 
 
 @pytest.mark.slow
-def test_processes_that_tokenize_give_the_same_bytes(folder, monkeypatch):
-    module = importlib.import_module("01_prepare_dataset")
-    monkeypatch.setattr(module, "ROWS_PER_GROUP", 100)
-    settings = ["tokenizer.kind=bpe", "tokenizer.vocab_size=320"]
-    run("00_check_data", folder)
+def test_processes_that_tokenize_give_the_same_bytes(folder):
+    settings = ["tokenizer.kind=bpe", "tokenizer.vocab_size=320", "data.examples_per_part=100"]
+    run("00_check_data", folder, *settings)
     outputs = []
-    for processes in (1, 3):
-        manifest = run(
-            "01_prepare_dataset", folder, *settings, f"tokenizer.processes={processes}", overwrite=True
-        )
+    for executor in ("local", "processes"):
+        manifest = run("01_prepare_dataset", folder, *settings, f"executor.type={executor}", overwrite=True)
         outputs.append({name: record["sha256"] for name, record in manifest["outputs"].items()})
     assert outputs[0] == outputs[1] and {"examples", "tokens/train", "tokens/held_out"} <= set(outputs[0])
 
 
 @pytest.mark.slow
 def test_an_unknown_character_in_a_worker_process_is_the_same_error(folder, monkeypatch):
-    module, tokenization = (
-        importlib.import_module("01_prepare_dataset"),
-        importlib.import_module("lib.tokenization"),
-    )
+    tokenization = importlib.import_module("lib.tokenization")
     real = tokenization.train_tokenizer
     monkeypatch.setattr(
         tokenization,
         "train_tokenizer",
         lambda kind, texts, size: real(kind, (t.replace("7", "8") for t in texts), size),
     )
-    monkeypatch.setattr(module, "ROWS_PER_GROUP", 100)
-    run("00_check_data", folder)
-    for processes in (1, 2):
+    settings = ["data.examples_per_part=100", "tokenizer.unknown=error"]
+    run("00_check_data", folder, *settings)
+    for executor in ("local", "processes"):
         with pytest.raises(BadData, match=r"1 characters are outside the vocabulary: '7' \(U\+0037\)"):
-            run("01_prepare_dataset", folder, "tokenizer.unknown=error", f"tokenizer.processes={processes}")
+            run("01_prepare_dataset", folder, *settings, f"executor.type={executor}")
         stage = folder / "run" / "01_prepare_dataset"
         assert load_manifest(stage) is None and not (stage / "tokens").exists()
 
@@ -176,7 +169,7 @@ def test_the_token_store_has_the_tokens_of_the_examples(folder):
     run("00_check_data", folder, "data.block_characters=700")
     manifest = run("01_prepare_dataset", folder, "data.block_characters=700")
     stage = folder / "run" / "01_prepare_dataset"
-    examples = pq.read_table(stage / "examples.parquet")
+    examples = pq.read_table(stage / "examples")
     for split, count in manifest["stats"]["tokens"].items():
         part = examples.filter(pc.equal(examples["split"], split))
         store, facts = open_store(stage / "tokens" / split), manifest["outputs"][f"tokens/{split}"]
@@ -252,7 +245,7 @@ def test_real_text_is_split_for_comparisons_as_others_split_it(tmp_path):
                 "data.whitespace=keep", "data.deduplicate=none"]  # fmt: skip
     run("00_check_data", tmp_path, *settings)
     stats = run("01_prepare_dataset", tmp_path, *settings)["stats"]
-    examples = pq.read_table(tmp_path / "run" / "01_prepare_dataset" / "examples.parquet")
+    examples = pq.read_table(tmp_path / "run" / "01_prepare_dataset" / "examples")
     assert "".join(examples["target"].to_pylist()) == data.read_text()
     assert stats["vocabulary"] == 65 + 4
     tokens = stats["tokens"]

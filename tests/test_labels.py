@@ -282,7 +282,7 @@ def labelled(tmp_path_factory):
     run = folder / "run_001"
     run_stages(run, config, ("00_check_data", "01_prepare_dataset"))
     labels = {}
-    for row in pq.read_table(run / "01_prepare_dataset" / "examples.parquet").to_pylist():
+    for row in pq.read_table(run / "01_prepare_dataset" / "examples").to_pylist():
         spans = [[i, i + 1, 1] for i, c in enumerate(row["target"]) if c in "aeiou"]
         labels[row["example_id"]] = {"score": len(spans) / len(row["target"]), "spans": spans}
     write(folder / "labels.json", labels)
@@ -294,8 +294,8 @@ def labelled(tmp_path_factory):
 
 def test_own_labels_are_rewards_and_token_classes(labelled):
     run, labels, _ = labelled
-    texts = {r["example_id"]: r["text"] for r in pq.read_table(run / "02_generate_candidates" / "candidates.parquet").to_pylist()}  # fmt: skip
-    rows = pq.read_table(run / "03_build_rewards" / "rewards.parquet").to_pylist()
+    texts = {r["example_id"]: r["text"] for r in pq.read_table(run / "02_generate_candidates" / "candidates").to_pylist()}  # fmt: skip
+    rows = pq.read_table(run / "03_build_rewards" / "rewards").to_pylist()
     assert {r["example_id"] for r in rows} == set(texts) and len(rows) == len(texts)
     for row in rows:
         assert row["reward"] == row["term_label"] == labels[row["example_id"]]["score"]

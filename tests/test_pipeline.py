@@ -105,11 +105,11 @@ def test_what_was_changed_upstream_is_noticed_downstream(copied, quick_config):
 
 def test_a_damaged_table_is_named(copied, quick_config):
     run_dir = copied()
-    file = run_dir / "02_generate_candidates" / "candidates.parquet"
+    file = run_dir / "02_generate_candidates" / "candidates" / "part_00000.parquet"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(BadData, match=r"candidates\.parquet is damaged"):
+    with pytest.raises(BadData, match=r"part_00000\.parquet is damaged"):
         run_stages(run_dir, quick_config, ["03_build_rewards"], overwrite=True)
 
 
@@ -173,7 +173,7 @@ def test_mode_trains_only_its_models(copied, quick_config):
 
 
 def test_no_text_is_in_two_splits(quick_run):
-    rows = pq.read_table(quick_run / "01_prepare_dataset" / "examples.parquet").to_pylist()
+    rows = pq.read_table(quick_run / "01_prepare_dataset" / "examples").to_pylist()
     splits: dict[str, set] = {}
     for r in rows:
         splits.setdefault(r["group"], set()).add(r["split"])
@@ -184,7 +184,7 @@ def test_no_text_is_in_two_splits(quick_run):
 
 
 def test_generator_accuracy_is_counted_from_the_candidates(quick_run, manifests):
-    rows = pq.read_table(quick_run / "02_generate_candidates" / "candidates.parquet").to_pylist()
+    rows = pq.read_table(quick_run / "02_generate_candidates" / "candidates").to_pylist()
     truth = {r["example_id"]: np.array(r["token_ids"]) for r in rows if r["kind"] == "original"}
     right = total = 0
     for r in rows:
@@ -241,7 +241,7 @@ def test_byte_pairs_go_end_to_end(tmp_path):
     manifest = load_manifest(tmp_path / "run_001" / "01_prepare_dataset")
     assert manifest is not None and manifest["stats"]["characters_per_token"] > 1.1
     trained = load_manifest(tmp_path / "run_001" / "04_train")
-    examples = pq.read_table(tmp_path / "run_001" / "01_prepare_dataset" / "examples.parquet").to_pylist()
+    examples = pq.read_table(tmp_path / "run_001" / "01_prepare_dataset" / "examples").to_pylist()
     held_out = [r for r in examples if r["split"] == "held_out"]
     characters, tokens = (sum(len(r[name]) for r in held_out) for name in ("target", "token_ids"))
     assert trained is not None and characters > tokens
@@ -310,11 +310,11 @@ def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, q
     from lib.training.critic_setup import critic_objective
     from tests.trainings import context
 
-    file = pq.ParquetFile(quick_run / "01_prepare_dataset" / "examples.parquet")
+    table = pq.read_table(quick_run / "01_prepare_dataset" / "examples")
     tokenizer = load_tokenizer(quick_run / "01_prepare_dataset" / "tokenizer")
-    stage: Any = SimpleNamespace(batches=lambda *_: file.iter_batches())
+    stage: Any = SimpleNamespace(batches=lambda *_: iter(table.to_batches()))
     made = critic_objective(stage, quick_config, context("critic"), tokenizer, 64).diffusion.splits
-    rows = file.read().to_pylist()
+    rows = table.to_pylist()
     for split, windows in (
         ("train", made.train),
         ("selection", made.selection),
@@ -340,4 +340,4 @@ def test_no_stage_of_a_run_leaves_an_empty_row_group(quick_run):
     for path in quick_run.rglob("*.parquet"):
         metadata = pq.read_metadata(path)
         assert all(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), path
-    assert pq.read_metadata(quick_run / "02_generate_candidates" / "dropped.parquet").num_row_groups == 0
+    assert pq.read_metadata(quick_run / "02_generate_candidates" / "dropped" / "part_00000.parquet").num_row_groups == 0

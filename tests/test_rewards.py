@@ -1,6 +1,5 @@
 """Stage 03: ranks, ties, whole pools, the authenticity curve."""
 
-import importlib
 import json
 
 import numpy as np
@@ -9,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import schema
+from lib.candidates.reward_parts import RewardStatistics, merged_statistics, whole_pools
 from lib.candidates.rewards import reward_table
 from lib.config import load_config
 from lib.errors import BadConfig, BadData
 from lib.tasks.text.rewriting import rewards
 from lib.training.reward_join import with_rewards
 
-stage = importlib.import_module("03_build_rewards")
 
 
 def pool_table(ids: list[str]) -> pa.Table:
@@ -43,7 +42,7 @@ def test_sums_that_differ_in_the_last_bit_are_ties():
 def test_no_pool_is_cut_in_two(size):
     ids = ["a"] * 4 + ["b"] * 1 + ["c"] * 7 + ["d"] * 3
     whole = pool_table(ids)
-    pieces = list(stage.whole_pools(whole.slice(i, size) for i in range(0, len(ids), size)))
+    pieces = list(whole_pools(whole.slice(i, size) for i in range(0, len(ids), size)))
     assert pa.concat_tables(pieces).to_pylist() == whole.to_pylist()
     owners = [set(p["example_id"].to_pylist()) for p in pieces]
     assert sum(len(o) for o in owners) == 4
@@ -77,9 +76,9 @@ def test_joins_go_by_key_and_name_what_is_missing():
 def test_the_winners_terms_are_means_over_the_chosen_candidates(quick_run):
     metrics = json.loads((quick_run / "06_sample" / "metrics.json").read_text())
     (terms,) = metrics["winners"].values()
-    rewards = pq.read_table(quick_run / "03_build_rewards" / "rewards.parquet").to_pandas()
+    rewards = pq.read_table(quick_run / "03_build_rewards" / "rewards").to_pandas()
     assert set(terms) == {"reward", *(c.removeprefix("term_") for c in rewards if c.startswith("term_"))}
-    candidates = pq.read_table(quick_run / "02_generate_candidates" / "candidates.parquet").to_pandas()
+    candidates = pq.read_table(quick_run / "02_generate_candidates" / "candidates").to_pandas()
     held_out = candidates.loc[candidates["split"] == "held_out", "example_id"].unique()
     pools = rewards[rewards["example_id"].isin(held_out)].groupby("example_id")["reward"]
     decided = pools.max() > pools.min()
@@ -89,6 +88,6 @@ def test_the_winners_terms_are_means_over_the_chosen_candidates(quick_run):
 
 
 def test_candidates_carry_the_hash_of_their_tokenizer(quick_run):
-    written = pq.read_schema(quick_run / "02_generate_candidates" / "candidates.parquet").metadata
+    written = pq.read_schema(quick_run / "02_generate_candidates" / "candidates" / "part_00000.parquet").metadata
     manifest = json.loads((quick_run / "01_prepare_dataset" / "manifest.json").read_text())
     assert written[b"tokenizer_sha256"].decode() == manifest["outputs"]["tokenizer"]["sha256"]

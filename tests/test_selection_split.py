@@ -261,7 +261,7 @@ def test_pools_for_selection_come_from_the_selection_split_or_not_at_all():
 
 def test_an_error_of_another_kind_is_not_taken_for_a_missing_split():
     def read(split: str) -> pa.Table:
-        raise BadData("candidates.parquet was written with another tokenizer")
+        raise BadData("the table candidates was written with another tokenizer")
 
     with pytest.raises(BadData, match="another tokenizer"):
         replace(pools({}), read_candidates=read).pools_for_selection()

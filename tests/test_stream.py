@@ -47,7 +47,7 @@ def config() -> Config:
 @pytest.fixture(scope="module")
 def make_producer(quick_run, config):
     """folder -> its producer, over a few training examples."""
-    table = pq.read_table(quick_run / "01_prepare_dataset" / "examples.parquet")
+    table = pq.read_table(quick_run / "01_prepare_dataset" / "examples")
     examples = table.filter(pa.compute.equal(table["split"], "train")).slice(0, EXAMPLES)
     tokenizer = load_tokenizer(quick_run / "01_prepare_dataset" / "tokenizer")
 

@@ -1,18 +1,23 @@
 """The producer of the stream: it makes the next shard that stage 04 needs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from lib import durable
+from lib import durable, schema
 from lib.candidates.rewards import reward_table
 from lib.config import Config
 from lib.runs import load_manifest
+from lib.runtime import Runtime
 from lib.shards import ShardStore, cut_of
+from lib.stage.table_files import TableFiles
+from lib.synthetic import MaskedLMEngine
 from lib.tasks import CandidateContext, get_task
-from lib.training.data import Rows
+from lib.tokenization import load_tokenizer
+from lib.training.data import Rows, select_split
 from lib.training.model_plans import STAGE, unit_of
 
 
@@ -45,16 +50,8 @@ class Producer:
         self._order = Rows(config.seed, "stream order", examples.num_rows)
 
     def step(self) -> int | None:
-        """Make the next wanted shard and return its number; None if all wanted shards exist.
-
-        Shards outside the wanted window are deleted first. The first shards stay, since the next model starts with them.
-        """
-        cursor = self.store.cursor
-        wanted = range(cursor, cursor + self.store.backlog)
-        for number in self.store.numbers():
-            if number not in wanted and number >= self.store.backlog:
-                self.store.remove(number)
-        missing = next((number for number in wanted if self.store.manifest(number) is None), None)
+        """Make the next wanted shard and return its number; None if all wanted shards exist."""
+        missing = next(iter(self.store.missing()), None)
         if missing is not None:
             self.make(missing)
         return missing
@@ -70,6 +67,45 @@ class Producer:
         reward = np.asarray(reward, np.float64)
         facts = {"epoch": epoch, "examples": len(positions), "mean_reward": float(reward.mean())}
         self.store.write(number, candidates, reward_table(candidates, reward, terms), facts)
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """Makes shards in the workers of an executor.
+
+    Attributes:
+        examples: of all splits.
+        tokenizer, generators: folders that each worker loads.
+    """
+
+    config: Config
+    store: ShardStore
+    examples: TableFiles
+    tokenizer: Path
+    generators: list[Path]
+
+    only_here = False
+
+    @property
+    def uses_device(self) -> bool:
+        return bool(self.generators)
+
+    def open(self, threads: int | None) -> Callable[[int], None]:
+        """Load the train examples and the masked LMs. Returns a function that makes the shard of a number."""
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        runtime, tokenizer = Runtime.detect(self.config), load_tokenizer(self.tokenizer)
+        int8 = self.config.candidates.int8
+        engines = [MaskedLMEngine.load(folder, runtime, int8=int8) for folder in self.generators]
+        examples = select_split(self.examples.batches(schema.EXAMPLES), "train")
+        return Producer(
+            self.store,
+            self.config,
+            examples,
+            lambda at, draw: CandidateContext(at, tokenizer, engines, draw=draw),
+        ).make
 
 
 def has_streamed(run_dir: Path, config: Config) -> bool:

@@ -298,6 +298,6 @@ def pools(example_ids: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(first)
     sizes = np.diff(np.append(starts, len(example_ids)))
     if len(np.unique(example_ids[starts])) != len(starts):
-        raise BadData("the candidates of one example are not consecutive in candidates.parquet")
+        raise BadData("the candidates of one example are not consecutive in the table candidates")
     column = np.arange(sizes.max())
     return np.where(column < sizes[:, None], starts[:, None] + column, -1)

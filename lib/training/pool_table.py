@@ -21,7 +21,7 @@ class PoolTable:
     Attributes:
         example_ids, prompts, tags: lists of N.
         groups: (N,) group of each pool. Intervals resample whole groups.
-        candidate_ids: (N, K) int, as in candidates.parquet.
+        candidate_ids: (N, K) int, as in the table candidates.
         texts, kinds, values: (N, K) strings.
         controls: (N, K) the texts as they would read for another page; None if the task gives none.
         rewards: (N, K) in [0, 1].

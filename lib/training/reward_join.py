@@ -30,7 +30,7 @@ def with_rewards(candidates: pa.Table, rewards: pa.Table, examples: pa.Table) ->
     if joined["group"].isna().any():
         first = joined.loc[joined["group"].isna(), "example_id"].iloc[0]
         raise BadData(
-            f"candidates refer to example {first}, which is not in examples.parquet; run 02_generate_candidates again"
+            f"candidates refer to example {first}, which is not in the table examples; run 02_generate_candidates again"
         )
     assert isinstance(joined, pd.DataFrame)
     table = candidates

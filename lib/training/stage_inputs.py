@@ -178,7 +178,7 @@ def read_stage_inputs(
     def candidates(split: str) -> pa.Table:
         if metadata.get("tokenizer_sha256") != stage.sha256_of("01_prepare_dataset", "tokenizer"):
             raise BadData(
-                "candidates.parquet was written with another tokenizer than this run's, so its token ids mean other "
+                "the table candidates was written with another tokenizer than this run's, so its token ids mean other "
                 "text; run 02_generate_candidates.py --overwrite"
             )
         columns = None if stage_inputs.have_prompts else TOKEN_COLUMNS

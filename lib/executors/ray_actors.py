@@ -1,0 +1,152 @@
+"""The parts are made by actors of Ray: on this machine, or on a cluster that RAY_ADDRESS names.
+
+Ray restarts an actor that is lost, and gives it its part again. All machines of a cluster see the run's folder and this
+project at the same paths. Ray is optional: requirements-cluster.txt has its version.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lib.errors import BadConfig, MissingInput
+from lib.executors.base import MAX_LOSSES, Make, Work, answer_of, lost, portable, threads_of_each
+from lib.log import say, silence
+
+VERSION = "2.60.0"  # as in requirements-cluster.txt
+ADVICE = "run `pip install -r requirements-cluster.txt`, or set executor.type to local or processes"
+
+
+class RayExecutor:
+    """Makes parts in `workers` actors. They start with the first part, and end with the block.
+
+    A Ray that runs already in this process is used, and stays. One that is started here listens on the loopback address only,
+    and ends with the block.
+    """
+
+    def __init__(self, work: Work, workers: int):
+        self._work, self._workers = work, workers
+        self._actors: list[Any] = []
+        self._owns_ray = False
+
+    def __enter__(self) -> "RayExecutor":
+        self._ray = _import_ray()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for actor in self._actors:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                self._ray.kill(actor)
+        self._actors = []
+        if self._owns_ray:
+            self._ray.shutdown()
+            self._owns_ray = False
+
+    def make(self, numbers: Iterable[int]) -> Iterator[int]:
+        waiting = deque(numbers)
+        if waiting and not self._actors:
+            self._start(min(self._workers, len(waiting)))
+        running: dict[Any, tuple[Any, int]] = {}  # future -> actor and part
+        for actor in self._actors:
+            if waiting:
+                running[actor.make.remote(waiting[0])] = (actor, waiting.popleft())
+        while running:
+            (done,), _ = self._ray.wait(list(running), num_returns=1)
+            actor, number = running.pop(done)
+            if waiting:
+                running[actor.make.remote(waiting[0])] = (actor, waiting.popleft())
+            try:
+                _, error = self._ray.get(done)
+            except self._ray.exceptions.RayError:
+                raise lost(number) from None
+            if error is not None:
+                raise error
+            yield number
+
+    def _start(self, count: int) -> None:
+        """Join or start Ray, and start the actors."""
+        ray = self._ray
+        if not ray.is_initialized():
+            _init(ray, self._workers)
+            self._owns_ray = True
+        resources = ray.cluster_resources()
+        cores, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)
+        if "RAY_ADDRESS" in os.environ:
+            threads = max(1, cores // self._workers)
+        else:
+            threads = threads_of_each(self._workers)
+        share = min(1.0, gpus / self._workers) if self._work.uses_device else 0
+        options = {
+            "num_cpus": threads,
+            "num_gpus": share,
+            "max_restarts": -1,
+            "max_task_retries": MAX_LOSSES - 1,
+        }
+        actor_class = ray.remote(**options)(_Actor)
+        work = ray.put(self._work)
+        self._actors = [actor_class.remote(work, threads) for _ in range(count)]
+
+
+class _Actor:
+    """A worker. It loads what all parts need when the first part is made."""
+
+    def __init__(self, work: Work, threads: int):
+        silence()  # the main process speaks for all
+        self._work, self._threads = work, threads
+        self._make: Make | None = None
+
+    def make(self, number: int) -> tuple[int, Exception | None]:
+        try:
+            self._make = self._make or self._work.open(self._threads)
+        except Exception as error:
+            return number, portable(error)
+        return answer_of(self._make, number)
+
+
+def _import_ray() -> Any:
+    """The library. Raises MissingInput if it is absent, BadConfig if it has another version."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        found = importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingInput(f"executor.type is ray, but Ray is not installed; {ADVICE}") from None
+    if found != VERSION:
+        raise BadConfig(
+            f"executor.type is ray, and Ray {found} is installed, but {VERSION} is needed; {ADVICE}"
+        )
+    import ray
+
+    return ray
+
+
+def _init(ray: Any, workers: int) -> None:
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine, without a dashboard."""
+    from lib.config import ROOT
+
+    common = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "include_dashboard": None,
+        "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}},
+    }
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise MissingInput(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {text}; start one with `ray start --head`, or unset "
+                "RAY_ADDRESS to start Ray on this machine"
+            ) from None
+        return
+    say("starting Ray on this machine")
+    cores = max(workers * threads_of_each(workers), os.cpu_count() or 1)
+    ray.init(
+        address="local",
+        num_cpus=cores,
+        _node_ip_address="127.0.0.1",
+        **(common | {"include_dashboard": False}),
+    )

@@ -1,0 +1,301 @@
+"""Tables in parts: readers see one table, a part is complete or absent, and every executor writes the same bytes."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lib import durable, schema
+from lib.artifacts import Stage
+from lib.config import load_config
+from lib.errors import BadConfig, BadData, Busy, MissingInput, ProcessLost
+from lib.executors import open_executor, ray_actors
+from lib.executors.ray_actors import RayExecutor
+from lib.runs import RunArgs, load_manifest
+from lib.stage.parts import Parts
+from tests.killed import AlwaysKilled, KilledWork, NumbersWork, numbers
+
+CONFIG = load_config(quick_test=True)
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed; requirements-cluster.txt has it"
+)
+EXECUTORS = ["local", "processes", pytest.param("ray", marks=needs_ray)]
+
+
+def config_of(executor: str, workers: int = 2):
+    return load_config(
+        quick_test=True, overrides=[f"executor.type={executor}", f"executor.workers={workers}"]
+    )
+
+
+def stage(tmp_path, name="00_check_data", config=CONFIG, reads=(), **flags) -> Stage:
+    return Stage(
+        f"{name}.py", config, RunArgs(run_dir=tmp_path / "run", **flags), uses=("seed",), reads=reads
+    )
+
+
+def make(s: Stage, count: int, work=NumbersWork) -> bool:
+    """Make a table of `count` parts. False if other commands make the rest."""
+    parts = s.parts({"rewards": schema.REWARDS}, {"made_by": "a test"})
+    made = s.make_parts(parts, work(parts), count, "numbers")
+    if made is not None:
+        s.add_parts(made)
+    return made is not None
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: durable.sha256_file(p) for p in sorted(folder.rglob("part_*")) if p.is_file()}
+
+
+@pytest.fixture
+def parts(tmp_path) -> Parts:
+    (tmp_path / "table").mkdir()
+    return Parts(tmp_path / "table", "key", {"rewards": schema.REWARDS})
+
+
+# ------------------------------------------------------------------------------------------- one table
+
+
+def test_readers_see_one_table(tmp_path):
+    with stage(tmp_path) as s:
+        assert make(s, 7)
+    record = load_manifest(s.folder)["outputs"]["rewards"]
+    assert record["rows"] == 70 and [part["rows"] for part in record["parts"]] == [10] * 7
+    assert record["sha256"] == durable.sha256_folder(s.folder / "rewards")
+    assert record["bytes"] == durable.folder_bytes(s.folder / "rewards")
+    assert pq.read_table(s.folder / "rewards").num_rows == 70  # also without this project
+    with stage(tmp_path, "01_prepare_dataset", reads=("00_check_data",)) as reader:
+        table = reader.read("00_check_data", "rewards", schema.REWARDS)
+        assert table.equals(schema.conform(numbers(0, 70), schema.REWARDS))
+        assert reader.table_metadata("00_check_data", "rewards") == {"made_by": "a test"}
+        assert reader.rows("00_check_data", "rewards") == 70
+        sizes = [b.num_rows for b in reader.batches("00_check_data", "rewards", schema.REWARDS, rows=32)]
+        assert sizes == [32, 32, 6]  # batches cross the borders of parts
+        files = reader.table("00_check_data", "rewards")
+        for start, stop in ((0, 3), (8, 33), (25, 70), (69, 90), (70, 80)):
+            found = pa.Table.from_batches(
+                files.batches(schema.REWARDS, ["example_id"], 4, start, stop),
+                pa.schema([schema.REWARDS.arrow.field("example_id")]),
+            )
+            assert found["example_id"].to_pylist() == [f"e{i}" for i in range(start, min(stop, 70))]
+
+
+def test_only_the_parts_that_are_read_are_hashed_and_a_damaged_one_is_named(tmp_path):
+    with stage(tmp_path) as s:
+        make(s, 4)
+    damaged = s.folder / "rewards" / "part_00002.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")  # of the same size
+    with stage(tmp_path, "01_prepare_dataset", reads=("00_check_data",)) as reader:
+        files = reader.table("00_check_data", "rewards")
+        assert sum(b.num_rows for b in files.batches(schema.REWARDS, stop=20)) == 20
+        with pytest.raises(BadData, match=r"part_00002\.parquet is damaged.*00_check_data\.py --overwrite"):
+            list(files.batches(schema.REWARDS))
+        damaged.unlink()
+        with pytest.raises(MissingInput, match=r"part_00002\.parquet is missing"):
+            list(files.batches(schema.REWARDS))
+
+
+def test_keys_are_unique_over_all_parts(tmp_path):
+    class Twice(NumbersWork):
+        def _make(self, number: int) -> None:
+            with self.parts.writing(number) as part:
+                part.write("rewards", numbers(10 * (number % 3), 10))
+
+    with pytest.raises(BadData, match="two rows have the same"), stage(tmp_path) as s:
+        make(s, 4, Twice)
+
+
+def test_files_of_a_longer_table_are_removed(tmp_path):
+    with pytest.raises(RuntimeError), stage(tmp_path) as s:
+        make(s, 5)
+        raise RuntimeError
+    with stage(tmp_path) as s:
+        (s.folder / "rewards" / "part_00001.parquet.7.tmp").touch()  # a killed worker left it
+        assert make(s, 3)
+    assert sorted(p.name for p in (s.folder / "rewards").iterdir()) == [
+        f"part_0000{n}.parquet" for n in range(3)
+    ]
+
+
+# ------------------------------------------------------------------------------------------- complete or absent
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failure_at_any_write_leaves_the_part_absent_and_others_as_they_were(parts, monkeypatch, call):
+    work = NumbersWork(parts)
+    work.open(None)(0)
+    first, real, finished = hashes(parts.folder), getattr(os, call), False
+    for number in range(1, 20):
+        countdown = iter(range(number, 0, -1))
+
+        def failing(*arguments, countdown=countdown):
+            if next(countdown, None) == 1:
+                raise OSError(28, "No space left on device")
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            try:
+                work.open(None)(1)
+                finished = True
+            except OSError:  # absent, or whole, if only the last fsync of the folder failed
+                found = parts.manifest(1)
+                file = parts.path("rewards", 1)
+                assert found is None or found["tables"]["rewards"]["sha256"] == durable.sha256_file(file)
+        assert parts.manifest(0) is not None and first.items() <= hashes(parts.folder).items()
+        if finished:
+            break
+        assert not list(parts.folder.rglob("*.tmp"))
+        (parts.folder / "parts" / "part_00001.json").unlink(missing_ok=True)
+    assert finished and number > 2
+
+
+def test_a_part_with_another_key_counts_as_absent(parts):
+    other = Parts(parts.folder, "other", parts.schemas)
+    NumbersWork(parts).open(None)(0)
+    assert parts.missing([0, 1]) == [1] and other.missing([0, 1]) == [0, 1]
+    with pytest.raises(RuntimeError), other.writing(0) as part:
+        part.write("rewards", numbers(5, 2))
+        raise RuntimeError
+    assert parts.missing([0]) == [0]  # its file may have been replaced: nobody takes it for complete
+    NumbersWork(parts).open(None)(0)
+    os.truncate(parts.path("rewards", 0), 10)
+    assert parts.missing([0]) == [0]
+
+
+def test_a_stage_continues_with_the_missing_parts(tmp_path, capsys):
+    with pytest.raises(ValueError, match="part 4 is wrong"), stage(tmp_path) as s:
+        make(s, 6, lambda parts: NumbersWork(parts, fails=4))
+    before = hashes(s.folder)
+    times = {p: p.stat().st_mtime_ns for p in s.folder.rglob("part_*.parquet")}
+    with stage(tmp_path) as s:
+        assert make(s, 6)
+    assert "4 of 6 parts are complete already" in capsys.readouterr().err
+    assert before.items() <= hashes(s.folder).items()
+    assert all(p.stat().st_mtime_ns == time for p, time in times.items())  # they were not made again
+
+
+# ------------------------------------------------------------------------------------------- executors
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_every_executor_makes_all_parts(executor, parts):
+    with open_executor(config_of(executor).executor, NumbersWork(parts)) as opened:
+        assert sorted(opened.make([3, 0, 2])) == [0, 2, 3]
+        assert parts.missing(range(5)) == [1, 4]
+        assert sorted(opened.make([1, 4])) == [1, 4] and not list(opened.make([]))
+    assert parts.missing(range(5)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", EXECUTORS[1:])
+def test_killed_workers_are_replaced_and_the_bytes_are_the_same(executor, parts, tmp_path, capsys):
+    """Each of twelve parts is killed up to twice, at any of its writes."""
+    kills, reference = tmp_path / "kills", Parts(tmp_path / "reference", "key", parts.schemas)
+    for folder in (kills, reference.folder):
+        folder.mkdir()
+    with open_executor(config_of("local").executor, NumbersWork(reference)) as opened:
+        list(opened.make(range(12)))
+    with open_executor(config_of(executor).executor, KilledWork(NumbersWork(parts), kills)) as opened:
+        assert sorted(opened.make(range(12))) == list(range(12))
+    assert len(list(kills.iterdir())) >= 10
+    for number in range(12):
+        assert parts.manifest(number) is not None
+    assert hashes(parts.folder) == hashes(reference.folder)
+    if executor == "processes":
+        assert "a worker process was ended from outside; part " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", EXECUTORS[1:])
+def test_workers_that_are_lost_again_and_again_end_the_work(executor, parts):
+    with (
+        pytest.raises(ProcessLost, match=r"5 times while it made part 1, perhaps because memory ran out"),
+        open_executor(config_of(executor).executor, AlwaysKilled(parts)) as opened,
+    ):
+        list(opened.make(range(3)))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_error_of_a_part_arrives_as_it_is(executor, parts):
+    settings = config_of(executor).executor
+    with (
+        pytest.raises(BadData, match=r"^part 2 is wrong$"),
+        open_executor(settings, NumbersWork(parts, 2, BadData)) as opened,
+    ):
+        list(opened.make(range(3)))
+    with (
+        pytest.raises((ValueError, RuntimeError), match="part 2 is wrong") as raised,
+        open_executor(settings, NumbersWork(parts, 2)) as opened,
+    ):
+        list(opened.make([2]))
+    if executor != "local":  # the traceback of the worker
+        assert "tests/killed.py" in str(raised.value) and "ValueError" in str(raised.value)
+
+
+def test_without_ray_one_message_says_what_to_do(parts, monkeypatch):
+    def absent(name):
+        raise ray_actors.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(ray_actors.importlib.metadata, "version", absent)
+    with pytest.raises(
+        MissingInput, match=r"Ray is not installed; run `pip install -r requirements-cluster.txt`"
+    ):
+        RayExecutor(NumbersWork(parts), 2).__enter__()
+    monkeypatch.setattr(ray_actors.importlib.metadata, "version", lambda name: "2.1.0")
+    with pytest.raises(BadConfig, match=r"Ray 2\.1\.0 is installed, but 2\.60\.0 is needed"):
+        RayExecutor(NumbersWork(parts), 2).__enter__()
+
+
+def test_the_version_of_ray_is_the_pinned_one():
+    lines = (Path(__file__).parent.parent / "requirements-cluster.txt").read_text().splitlines()
+    assert f"ray=={ray_actors.VERSION}" in lines
+
+
+# ------------------------------------------------------------------------------------------- job arrays
+
+
+def test_commands_with_a_share_make_the_table_together(tmp_path, capsys):
+    for share in (2, 0, 3):
+        with stage(tmp_path, part=(share, 4)) as s:
+            assert not make(s, 10)
+        assert load_manifest(s.folder) is None
+    error = capsys.readouterr().err
+    assert "8 of 10 parts are missing; --part 0/4, 1/4, 3/4 makes them" in error
+    assert "3 of 10 parts are missing; --part 1/4 makes them" in error
+    assert "`python 00_check_data.py --run_dir" in error
+    with stage(tmp_path, part=(1, 4)) as s:
+        assert make(s, 10)  # the last one completes the stage
+    assert load_manifest(s.folder)["outputs"]["rewards"]["rows"] == 100
+    with stage(tmp_path, part=(1, 4)) as s:
+        assert s.finished
+    with stage(tmp_path / "plain") as other:
+        make(other, 10)
+    assert hashes(other.folder) == hashes(s.folder)
+
+
+def test_a_plain_command_completes_what_shares_began(tmp_path, capsys):
+    with stage(tmp_path, part=(1, 2)) as s:
+        assert not make(s, 5)
+    with stage(tmp_path) as s:
+        assert make(s, 5)
+    assert "2 of 5 parts are complete already" in capsys.readouterr().err
+
+
+def test_shares_run_at_the_same_time_and_exclude_whole_commands(tmp_path, capsys):
+    with stage(tmp_path, part=(0, 2)) as one:
+        with stage(tmp_path, part=(1, 2)) as other:
+            assert not make(other, 4)
+            with pytest.raises(Busy), stage(tmp_path):
+                pass
+            assert not make(one, 4)  # all parts are there, but the other one still works
+        assert "another process completes the stage" in capsys.readouterr().err
+    with stage(tmp_path, part=(1, 2)) as s:
+        assert make(s, 4)
+    shutil.rmtree(s.folder / "rewards")
+    with pytest.raises(BadData, match="missing or was changed"), stage(tmp_path, part=(0, 2)):
+        pass
