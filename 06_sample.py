@@ -12,7 +12,7 @@ With --score FILE it scores a text of yours: per token by the critic, the inspec
 by the judge.
 
 reads   01_prepare_dataset: examples, tokenizer; 04_train: judges and baselines; 05_train_critic: generator and critic
-writes  samples.parquet, trace.parquet, metrics.json, report.html
+writes  samples/ and trace/, tables in parts; metrics.json, report.html
         after ppo: answers.parquet, ranked.parquet, metrics.json, report.html
         with --score: scores.parquet and scores.html in a folder 06_score_... of its own
 
@@ -43,10 +43,10 @@ def main(config: Config, args: RunArgs) -> None:
 
 def sample(config: Config, args: RunArgs) -> None:
     """Sample by every policy, measure the samples, and write the report."""
-    from lib import durable, outside, schema
+    from lib import durable, outside
     from lib.evaluation.collect import collect_samples
     from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
-    from lib.evaluation.sampling import SamplingResults, add_baselines, choose_best_of, sample_policy
+    from lib.evaluation.sample_parts import TABLES, SampleWork, results_of
     from lib.evaluation.starts import generator_context, sampling_starts
     from lib.report.html import build_report
     from lib.report.table import samples_summary
@@ -72,21 +72,18 @@ def sample(config: Config, args: RunArgs) -> None:
         evaluator = SampleEvaluator(stage, config, runtime)
         starts = sampling_starts(config.sampler, evaluator.tokenizer, evaluator.context)
 
-        # 2. Sample by every policy at every budget of forward passes
-        results = SamplingResults()
+        # 2. Sample by every policy at every budget of forward passes: a part of the tables for each. One more part compares
+        #    with the causal model, with real text, and with the best of N samples
         plan = [(policy, nfe) for nfe in config.sampler.nfe for policy in config.sampler.policies]
-        with Progress("policies", len(plan)) as progress:
-            for done, (policy, nfe) in enumerate(plan, start=1):
-                sample_policy(evaluator, starts, policy, nfe, results)
-                progress.update(done)
+        parts = stage.parts(TABLES)
+        work = SampleWork(evaluator, starts, plan, parts)
+        made = stage.make_parts(parts, work, len(work), "policies")
+        if made is None:
+            return
+        stage.add_parts(made)
 
-        # 3. Compare: the causal model, real text, and the best of N samples
-        add_baselines(evaluator, starts, results)
-        choose_best_of(evaluator, starts, results)
-
-        # 4. Write the tables, the metrics and the report
-        stage.write("samples", results.samples(), schema.SAMPLES)
-        stage.write("trace", results.trace(), schema.TRACE)
+        # 3. Write the metrics and the report
+        results = results_of(made)
         stage.stats["policies"] = results.policies
         metrics = {
             "policies": results.policies,

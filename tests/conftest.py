@@ -98,6 +98,8 @@ def run_stages_recorded(run_dir: Path, config: Config) -> dict[str, set[str]]:
     return found
 
 
+NO_RESULT = {"executor"}  # says who makes parts; they are the same under any executor
+
 # Read only to refuse early what a later stage would refuse: these settings change no output
 CHECKED_EARLY = {
     "01_prepare_dataset": {"candidates", "generator", "models"},  # texts longer than a model's context
@@ -117,7 +119,7 @@ def undeclared(reads: dict[str, set[str]], run_dir: Path) -> list[str]:
         declared |= {key.split(".")[0] for key in declared if key.startswith(("models.", "stream."))}
         missing += [
             f"{name}: {key}"
-            for key in sorted(reads[name] - CHECKED_EARLY.get(name, set()))
+            for key in sorted(reads[name] - CHECKED_EARLY.get(name, set()) - NO_RESULT)
             if not {key, key.split(".")[0]} & declared
         ]
     return missing

@@ -18,8 +18,11 @@ CALLS = ("fsync", "replace")
 
 
 @contextmanager
-def killed_once_or_twice(number: int, folder: Path, times: int = 2) -> Iterator[None]:
-    """While the block makes part `number`, this process may be killed. The files of `folder` count the kills of each part."""
+def killed(number: int, folder: Path, times: int) -> Iterator[None]:
+    """While the block makes part `number`, this process may be killed, up to `times` times for each part.
+
+    The files of `folder` count the kills of each part.
+    """
     kill = len(list(folder.glob(f"{number}_*")))
     left = [random.Random(f"{number} {kill}").randrange(POINTS)]
     real = {name: getattr(os, name) for name in CALLS}
@@ -46,10 +49,11 @@ def killed_once_or_twice(number: int, folder: Path, times: int = 2) -> Iterator[
 
 @dataclass(frozen=True)
 class KilledWork:
-    """Another work, whose workers are killed. `kills`: a folder that counts them."""
+    """Another work, whose workers are killed up to `times` times in each part. `kills`: a folder that counts them."""
 
     work: Any
     kills: Path
+    times: int = 2
 
     @property
     def uses_device(self) -> bool:
@@ -63,7 +67,7 @@ class KilledWork:
         make = self.work.open(threads)
 
         def make_or_die(number: int) -> None:
-            with killed_once_or_twice(number, self.kills):
+            with killed(number, self.kills, self.times):
                 make(number)
 
         return make_or_die
@@ -125,3 +129,17 @@ def numbers(start: int, count: int) -> pa.Table:
             "tied": [False] * count,
         }
     )
+
+
+def run_killed(name: str, config: Any, args: Any, kills: Path, times: int = 2) -> None:
+    """Run a stage in this process, in which a worker is killed. In the local executor that is this process."""
+    import importlib
+
+    from lib.stage import making
+
+    real = making.open_executor
+    making.open_executor = lambda settings, work: real(settings, KilledWork(work, kills, times))
+    try:
+        importlib.import_module(name).main(config, args)
+    finally:
+        making.open_executor = real

@@ -1,5 +1,6 @@
 """Stage 02: the training data of each generator, and the statistics of the candidates."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,9 +23,24 @@ def counted(*rows: tuple, labels_tell_origin: bool = True) -> dict[str, Any]:
         [dict(zip(names, (*row[:5], row[5] / len(row[3])), strict=True)) for row in rows]
     )
     fractions = [float(np.mean(np.array(row[4]) > 0)) for row in rows]
+    table = table.append_column("synthetic_fraction", pa.array(fractions))
     counters = CandidateCounters(labels_tell_origin)
-    counters.add(table.append_column("synthetic_fraction", pa.array(fractions)))
+    counters.add(table)
+    _check_parts(table, counters)
     return counters.summary()
+
+
+def _check_parts(table: pa.Table, whole: CandidateCounters) -> None:
+    """The counters of parts, joined, are those of the whole table. A part has all candidates of its examples."""
+    ids = table["example_id"].to_pylist()
+    cut = next((i for i in range(1, len(ids)) if ids[i] != ids[0]), len(ids))
+    merged = CandidateCounters(whole.labels_tell_origin)
+    for part in (table.slice(0, cut), table.slice(cut)):
+        if part.num_rows:
+            counters = CandidateCounters(whole.labels_tell_origin)
+            counters.add(part)
+            merged.merge(json.loads(json.dumps(counters.state())))
+    assert merged.state() == whole.state()
 
 
 def test_generator_accuracy_counts_generated_tokens_that_equal_the_original():

@@ -198,7 +198,7 @@ def test_generator_accuracy_is_counted_from_the_candidates(quick_run, manifests)
 
 
 def test_samples_are_whole_and_counted(quick_run, quick_config):
-    rows = pq.read_table(quick_run / "06_sample" / "samples.parquet").to_pylist()
+    rows = pq.read_table(quick_run / "06_sample" / "samples").to_pylist()
     assert len(rows) == len(quick_config.sampler.policies) * quick_config.sampler.num_samples
     assert all(min(r["token_ids"]) > 3 for r in rows)
     policies = json.loads((quick_run / "06_sample" / "metrics.json").read_text())["policies"]
@@ -216,7 +216,7 @@ def test_given_text_comes_back_unchanged(copied, given):
         quick_test=True, overrides=[f"sampler.{given}={json.dumps(text)}", "sampler.num_samples=2"]
     )
     run_stages(run_dir, config, ["06_sample"], overwrite=True)
-    rows = pq.read_table(run_dir / "06_sample" / "samples.parquet").to_pylist()
+    rows = pq.read_table(run_dir / "06_sample" / "samples").to_pylist()
     assert rows
     for r in rows:
         assert r["text"].startswith("The value of the ")
@@ -250,7 +250,7 @@ def test_byte_pairs_go_end_to_end(tmp_path):
         nats_per_character = values[metric] * tokens / characters
         assert values["bits_per_character"] == pytest.approx(nats_per_character / np.log(2))
     assert any(row["metric"] == "NELBO, bits/character" for row in trained["stats"]["table"])
-    rows = pq.read_table(tmp_path / "run_001" / "06_sample" / "samples.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "run_001" / "06_sample" / "samples").to_pylist()
     assert all(len(r["text"]) >= len(r["token_ids"]) / 4 for r in rows)
 
 
@@ -340,4 +340,9 @@ def test_no_stage_of_a_run_leaves_an_empty_row_group(quick_run):
     for path in quick_run.rglob("*.parquet"):
         metadata = pq.read_metadata(path)
         assert all(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), path
-    assert pq.read_metadata(quick_run / "02_generate_candidates" / "dropped" / "part_00000.parquet").num_row_groups == 0
+    assert (
+        pq.read_metadata(
+            quick_run / "02_generate_candidates" / "dropped" / "part_00000.parquet"
+        ).num_row_groups
+        == 0
+    )

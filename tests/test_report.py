@@ -1,5 +1,6 @@
 """The report of stage 06: no network needed, correct numbers, hostile text, missing parts; scores of a user's text."""
 
+import functools
 import gzip
 import importlib
 import itertools
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import schema
+from lib import durable, schema
 from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
@@ -494,7 +495,7 @@ def test_every_row_of_a_file_is_filled_and_compared_with_its_target(sampled, tmp
     ]
     path = infill_file(tmp_path, rows)
     folder = sampled(f"sampler.infill_file={path}", "sampler.policies=[ancestral, critic, oracle]")
-    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    samples = pq.read_table(folder / "samples").to_pylist()
     assert sorted({(r["policy"], r["infill_id"]) for r in samples}) == [
         (p, i) for p in ("ancestral", "critic", "oracle") for i in "abc"
     ]
@@ -556,7 +557,7 @@ def test_all_rows_that_cannot_be_filled_are_named_at_once(sampled, tmp_path):
 def test_texts_longer_than_the_context_are_written_in_blocks(sampled):
     overrides = ("sampler.length=150", "sampler.block_tokens=40", "sampler.policies=[ancestral, critic]")
     folder = sampled(*overrides, "sampler.prompt=The value of ")
-    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    samples = pq.read_table(folder / "samples").to_pylist()
     assert all(len(r["token_ids"]) == 150 and r["text"].startswith("The value of ") for r in samples)
     assert all(np.isfinite(r["reference_nll"]) for r in samples)
     rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
@@ -577,7 +578,7 @@ def test_the_best_of_several_fillings_of_every_row_of_a_file(sampled, tmp_path):
         "sampler.best_of=3",
         "sampler.best_of_policy=ancestral",
     )
-    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    samples = pq.read_table(folder / "samples").to_pylist()
     record = json.loads((folder / "metrics.json").read_text())
     for scorer in ("critic", "generator", "judge"):
         chosen = [r for r in samples if r["policy"] == f"ancestral, best of 3 by {scorer}"]
@@ -594,7 +595,7 @@ def test_the_best_of_several_fillings_of_every_row_of_a_file(sampled, tmp_path):
 
 def test_a_refused_prompt_leaves_the_samples_that_are_there(sampled):
     folder = sampled("sampler.policies=[ancestral]")
-    before = (folder / "samples.parquet").read_bytes()
+    before = durable.sha256_folder(folder / "samples")
     overrides = ["sampler.num_samples=3", "sampler.nfe=[4]", "sampler.policies=[ancestral]"]
     stage = importlib.import_module("06_sample")
     for prompt in ("A \u2603", "x" * 64):
@@ -603,7 +604,40 @@ def test_a_refused_prompt_leaves_the_samples_that_are_there(sampled):
             stage.main(config, RunArgs(run_dir=folder.parent, quick_test=True, overwrite=True))
     config = load_config(quick_test=True, overrides=overrides)
     stage.main(config, RunArgs(run_dir=folder.parent, quick_test=True))  # up to date
-    assert (folder / "samples.parquet").read_bytes() == before
+    assert durable.sha256_folder(folder / "samples") == before
+
+
+def test_sampling_that_was_stopped_continues_at_its_part(sampled, capsys):
+    """The second policy fails; the first is not sampled again, and tables and figures are the same."""
+    overrides = ["sampler.num_samples=3", "sampler.nfe=[4]", "sampler.policies=[ancestral, random_remask]"]
+    whole = sampled(*overrides)
+    folder = whole.parent.parent / "stopped" / "run_001"
+    shutil.copytree(whole.parent, folder)
+    module, calls = importlib.import_module("lib.evaluation.sample_parts"), []
+    real, config = module.sample_policy, load_config(quick_test=True, overrides=overrides)
+
+    def sampling(*arguments, fails: bool) -> None:
+        calls.append(arguments[2])
+        if fails and calls[-1] == "random_remask":
+            raise RuntimeError("stopped")
+        real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        args = RunArgs(run_dir=folder, quick_test=True, overwrite=True)
+        patch.setattr(module, "sample_policy", functools.partial(sampling, fails=True))
+        with pytest.raises(RuntimeError, match="stopped"):
+            importlib.import_module("06_sample").main(config, args)
+        patch.setattr(module, "sample_policy", functools.partial(sampling, fails=False))
+        importlib.import_module("06_sample").main(config, args)
+    assert calls == ["ancestral", "random_remask", "random_remask"]
+    assert "policies: 1 of 3 parts are complete already" in capsys.readouterr().err
+    for table in ("samples", "trace"):
+        assert durable.sha256_folder(folder / "06_sample" / table) == durable.sha256_folder(whole / table)
+    found = [json.loads((f / "metrics.json").read_text()) for f in (whole, folder / "06_sample")]
+    for metrics in found:
+        for row in metrics["policies"]:
+            row["seconds"] = 0
+    assert found[0] == found[1]
 
 
 def test_the_reference_model_is_causal():
@@ -619,7 +653,7 @@ def test_the_best_of_several_samples_are_written_and_shown(sampled):
     folder = sampled(
         "sampler.policies=[ancestral]", "sampler.best_of=3", "sampler.best_of_policy=random_remask"
     )
-    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    samples = pq.read_table(folder / "samples").to_pylist()
     chosen = [r for r in samples if r["policy"] == "random_remask, best of 3 by judge"]
     assert [r["sample_id"] for r in chosen] == [0, 1, 2]
     rows = json.loads((folder / "metrics.json").read_text())["best_of"]
@@ -641,7 +675,7 @@ def test_behind_a_prompt_everything_is_measured_from_the_first_gap_on(sampled):
     prompt = "The value of the object is the value of the "
     folder = sampled("sampler.policies=[ancestral]", "sampler.num_samples=6", f"sampler.prompt={prompt}")
     rows = {r["policy"]: r for r in json.loads((folder / "metrics.json").read_text())["policies"]}
-    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    samples = pq.read_table(folder / "samples").to_pylist()
     codes = [np.frombuffer(r["text"][len(prompt) :].encode("utf-32-le"), np.uint32) for r in samples]
     assert rows["ancestral"]["fourgram_entropy"] == pytest.approx(ngram_entropy(codes, 4))
     assert rows["real text"]["fourgram_entropy"] <= np.log(6 * (64 - len(prompt) - 3))

@@ -16,7 +16,6 @@ from lib.tasks.text.rewriting import rewards
 from lib.training.reward_join import with_rewards
 
 
-
 def pool_table(ids: list[str]) -> pa.Table:
     numbers = [ids[:i].count(e) for i, e in enumerate(ids)]
     return pa.table({"example_id": ids, "candidate_id": pa.array(numbers, pa.int32())})
@@ -46,6 +45,27 @@ def test_no_pool_is_cut_in_two(size):
     assert pa.concat_tables(pieces).to_pylist() == whole.to_pylist()
     owners = [set(p["example_id"].to_pylist()) for p in pieces]
     assert sum(len(o) for o in owners) == 4
+
+
+def test_statistics_of_parts_are_those_of_the_whole_table():
+    chance = np.random.default_rng(3)
+    parts, rewards, terms = [], [], []
+    for count in (1, 50, 7, 300):
+        reward, term = chance.random(count), chance.random(count) * 5
+        statistics = RewardStatistics()
+        for part in np.array_split(np.arange(count), 2) if count > 1 else [np.arange(1)]:
+            table = reward_table(pool_table(["a"] * len(part)), reward[part], {})
+            statistics.add(table, {"term": term[part]})
+        parts.append({"rewards": json.loads(json.dumps(statistics.state()))})
+        rewards.append(reward)
+        terms.append(term)
+    found = merged_statistics(parts)[0].summary()
+    whole = np.concatenate(rewards)
+    assert found["rewards"] == len(whole) and found["best"] == 7
+    assert found["mean"] == pytest.approx(whole.mean(), rel=1e-12)
+    assert found["standard_deviation"] == pytest.approx(whole.std(), rel=1e-12)
+    assert found["terms"] == {"term": pytest.approx(np.concatenate(terms).mean(), rel=1e-12)}
+    assert np.array_equal(found["histogram"], np.histogram(whole, bins=20, range=(0, 1))[0])
 
 
 def test_authenticity_follows_the_curve():
@@ -88,6 +108,8 @@ def test_the_winners_terms_are_means_over_the_chosen_candidates(quick_run):
 
 
 def test_candidates_carry_the_hash_of_their_tokenizer(quick_run):
-    written = pq.read_schema(quick_run / "02_generate_candidates" / "candidates" / "part_00000.parquet").metadata
+    written = pq.read_schema(
+        quick_run / "02_generate_candidates" / "candidates" / "part_00000.parquet"
+    ).metadata
     manifest = json.loads((quick_run / "01_prepare_dataset" / "manifest.json").read_text())
     assert written[b"tokenizer_sha256"].decode() == manifest["outputs"]["tokenizer"]["sha256"]
