@@ -631,8 +631,8 @@ def test_sampling_that_was_stopped_continues_at_its_part(sampled, capsys):
         importlib.import_module("06_sample").main(config, args)
     assert calls == ["ancestral", "random_remask", "random_remask"]
     assert "policies: 1 of 3 parts are complete already" in capsys.readouterr().err
-    for table in ("samples", "trace"):
-        assert durable.sha256_folder(folder / "06_sample" / table) == durable.sha256_folder(whole / table)
+    for output in ("samples", "trace"):
+        assert durable.sha256_folder(folder / "06_sample" / output) == durable.sha256_folder(whole / output)
     found = [json.loads((f / "metrics.json").read_text()) for f in (whole, folder / "06_sample")]
     for metrics in found:
         for row in metrics["policies"]:
