@@ -1,12 +1,12 @@
 """
-Peak memory of stages 00 and 01 and of training a language model, on texts of several sizes. It must not grow with the text.
+Peak memory of stages 00 to 03 and of training a language model, on texts of several sizes. It must not grow with the text.
 
 The text is generated: paragraphs of random words, of which none is repeated. Half of it is one .txt file, and half are
 documents of about 2,000 characters in a .jsonl file. Each stage runs in a process of its own. Its peak is the largest
 resident set of that process, memory-mapped files included.
 
 python -m benchmarks.memory                       # 3 MB and 30 MB
-python -m benchmarks.memory --megabytes 30 300    # takes about an hour on two cores
+python -m benchmarks.memory --megabytes 30 300 --stages 00_check_data 01_prepare_dataset 04_train    # about an hour
 """
 
 import argparse
@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-STAGES = ("00_check_data", "01_prepare_dataset", "04_train")
+STAGES = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
 LIMIT = 1.10  # largest ratio of two peaks
 WORDS = 20_000
 SETTINGS = (
@@ -31,6 +31,12 @@ SETTINGS = (
     "tokenizer.kind=bpe",
     "tokenizer.vocab_size=1024",
     "tokenizer.sample_characters=2000000",
+)
+CANDIDATES = (  # several parts also of the smaller text, so that the largest part is the same
+    "data.examples_per_part=2048",
+    "candidates.rows_per_group=2048",
+    "candidates.per_example=2",
+    "generator.training.steps=20",
 )
 TRAINING = (  # of the one model, which is small: its memory must not hide that of the data
     "architecture.context=256",
@@ -119,12 +125,12 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def measure(megabytes: float, folder: Path) -> dict[str, dict[str, float]]:
+def measure(megabytes: float, folder: Path, stages: Sequence[str]) -> dict[str, dict[str, float]]:
     """Stage -> its peak memory in MB and its seconds, on text of that size."""
     make_text(folder / "text", megabytes)
-    overrides = [f"data.path={folder / 'text'}", *SETTINGS, *TRAINING]
+    overrides = [f"data.path={folder / 'text'}", *SETTINGS, *CANDIDATES, *TRAINING]
     found = {}
-    for stage in STAGES:
+    for stage in stages:
         begin = time.monotonic()
         command = [
             sys.executable,
@@ -158,6 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="result file; by default in outputs/benchmarks/"
     )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # in the process of a stage
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
@@ -177,10 +184,10 @@ def report(args: argparse.Namespace) -> None:
     say_provenance()
     with tempfile.TemporaryDirectory() as temporary:
         root = args.folder or Path(temporary)
-        found = {f"{size:g}": measure(size, root / f"{size:g}") for size in args.megabytes}
+        found = {f"{size:g}": measure(size, root / f"{size:g}", args.stages) for size in args.megabytes}
     small, large = found.values()
     rows = [("stage", *(f"{size} MB of text" for size in found), "ratio")]
-    for stage in STAGES:
+    for stage in args.stages:
         peaks = [part[stage]["peak_mb"] for part in (small, large)]
         rows.append((stage, *(f"{peak:.0f} MB" for peak in peaks), f"{peaks[1] / peaks[0]:.3f}"))
     print(aligned(rows))
