@@ -8,8 +8,8 @@ Task finqa: one candidate is the correct program. The others are wrong programs 
 question. The stage measures how well this holds and fails if it does not.
 
 reads   01_prepare_dataset: examples, tokenizer
-writes  candidates/, a table in parts, one row per (example_id, candidate_id); dropped/, examples without candidates;
-        generator/ if a model was trained here; baselines.parquet if the task scores candidates by simple methods
+writes  candidates/, a table in parts, and dropped/, the examples without candidates; generator/ if a model was
+        trained here; baselines.parquet if the task scores candidates by simple methods
 
 With --stream the stage then makes shards of new candidates in 02_stream/ until stage 04 is complete.
 

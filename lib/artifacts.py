@@ -201,7 +201,8 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
         """Start the work, or continue unfinished work of the same config and inputs."""
         where = runs.display_path(self.run_dir)
         self._work = UnfinishedWork(self.folder, self._dependencies)
-        self.resuming = self._work.exists() and not self.restarts
+        # A command with --part may run beside others, which must have the same settings
+        self.resuming = self._work.exists() and not (self.restarts and self.args.part is None)
         if self.resuming:
             self._work.resume(f"{self.name} in {where}")
         else:

@@ -37,6 +37,10 @@ STAND_INS = {
     "outputs/shakespeare": "outputs/default",
     "outputs/run_001": "outputs/default",
     "outputs/demo": "outputs/default",
+    "/shared/outputs/big": "outputs/big",
+    "$SLURM_ARRAY_TASK_ID/64": "0/2",
+    "executor.type=ray": "executor.type=processes",  # Ray is optional
+    "executor.workers=64": "executor.workers=2",
 }
 # Settings under which commands with the same configs need another run
 RUNS_OF_THEIR_OWN = {
@@ -57,6 +61,8 @@ SMALLER = {
     "benchmarks.backbone_speed": "--seconds 0.01 --runs 1 --batch 2",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.over_seeds": "",
+    "benchmarks.executors": "--passages 40 --workers 1 --rounds 1 --set candidates.rows_per_group=40",
+    "benchmarks.memory": "--megabytes 0.2 0.4 --stages 00_check_data",
     "benchmarks.results_page": "--quick",
 }
 NOT_RUN = {
@@ -170,7 +176,9 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         )
         run = "outputs/stream" if "stream.enabled=true" in arguments else run
         given = [*_without(arguments, "--quick_test", "--run_dir="), "--run_dir", run, "--quick_test"]
-        shared = _without(given, "--overwrite", "--stream", "--mode=", "--score=", "--set=sampler.")
+        shared = _without(
+            given, "--overwrite", "--stream", "--mode=", "--score=", "--part=", "--set=sampler."
+        )
         before = [["python", stage, *shared] for stage in STAGES[: STAGES.index(command.target)]]
         if run == "outputs/stream":  # 02 makes shards beside 04
             before = [["python", stage, *shared] for stage in STAGES[:4]]
@@ -261,7 +269,9 @@ def _without(words: list[str], *flags: str) -> list[str]:
     while at < len(words):
         word, following = words[at], words[at + 1] if at + 1 < len(words) else ""
         size = (
-            2 if word in ("--mode", "--score", "--set", "--config", "--run_dir", "--data", "--seeds") else 1
+            2
+            if word in ("--mode", "--score", "--part", "--set", "--config", "--run_dir", "--data", "--seeds")
+            else 1
         )
         gone = word in flags or any(
             "=" in flag and word == flag.partition("=")[0] and following.startswith(flag.partition("=")[2])

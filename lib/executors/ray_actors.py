@@ -125,11 +125,12 @@ def _init(ray: Any, workers: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start Ray on this machine, without a dashboard."""
     from lib.config import ROOT
 
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     common = {
         "log_to_driver": False,
         "logging_level": "ERROR",
         "include_dashboard": None,
-        "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}},
     }
     address = os.environ.get("RAY_ADDRESS")
     if address and address != "local":

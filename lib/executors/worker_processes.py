@@ -50,7 +50,11 @@ class ProcessExecutor:
         idle = [worker for worker in self._crew if worker.number is None]
         while len(idle) < len(waiting) and len(self._crew) < self._workers:
             gpu = len(self._crew) if self._work.uses_device else None
-            idle.append(_Worker(self._work, self._threads, gpu))
+            try:
+                idle.append(_Worker(self._work, self._threads, gpu))
+            except BrokenPipeError:  # it was ended while it started
+                self._count_loss(None)
+                continue
             self._crew.append(idle[-1])
         for worker in idle[: len(waiting)]:
             number = waiting.popleft()
@@ -76,6 +80,9 @@ class ProcessExecutor:
         self._crew.remove(worker)
         if number is not None:
             waiting.appendleft(number)
+        self._count_loss(number)
+
+    def _count_loss(self, number: int | None) -> None:
         self._losses[number] += 1
         if self._losses[number] >= MAX_LOSSES:
             raise lost(number)
