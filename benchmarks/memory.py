@@ -33,7 +33,7 @@ SETTINGS = (
     "tokenizer.sample_characters=2000000",
 )
 CANDIDATES = (  # several parts also of the smaller text, so that the largest part is the same
-    "data.examples_per_part=2048",
+    "tokenizer.examples_per_part=2048",
     "candidates.rows_per_group=2048",
     "candidates.per_example=2",
     "generator.training.steps=20",

@@ -32,26 +32,26 @@ def cut_parts(parts: Parts) -> Parts:
     )
 
 
-def cut(config: Config, items: Iterable[Example | Dropped], cut: Parts) -> int:
+def cut(config: Config, items: Iterable[Example | Dropped], texts: Parts) -> int:
     """Write the texts of every part that is absent. Returns the number of parts.
 
     Nothing is read from `items` if all parts are there.
     """
-    note = cut.folder / "count.json"
+    note = texts.folder / "count.json"
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        if known["key"] == cut.key and not cut.missing(range(known["count"])):
+        if known["key"] == texts.key and not texts.missing(range(known["count"])):
             return known["count"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    cut.folder.mkdir(exist_ok=True)
+    texts.folder.mkdir(exist_ok=True)
     count = 0
-    for count, (examples, dropped) in enumerate(groups(items, config.data.examples_per_part), start=1):
-        if cut.manifest(count - 1) is None:
-            with cut.writing(count - 1) as part:
+    for count, (examples, dropped) in enumerate(groups(items, config.tokenizer.examples_per_part), start=1):
+        if texts.manifest(count - 1) is None:
+            with texts.writing(count - 1) as part:
                 part.write("examples", pa.Table.from_pylist([vars(e) for e in examples], _CUT_COLUMNS))
                 part.write("dropped", pa.Table.from_pylist([vars(d) for d in dropped], schema.DROPPED.arrow))
-    durable.write_json(note, {"key": cut.key, "count": count})
+    durable.write_json(note, {"key": texts.key, "count": count})
     return count
 
 

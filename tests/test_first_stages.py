@@ -120,7 +120,7 @@ def test_an_empty_split_is_refused_and_another_setting_then_starts_again(folder)
 
 @pytest.mark.slow
 def test_processes_that_tokenize_give_the_same_bytes(folder):
-    settings = ["tokenizer.kind=bpe", "tokenizer.vocab_size=320", "data.examples_per_part=100"]
+    settings = ["tokenizer.kind=bpe", "tokenizer.vocab_size=320", "tokenizer.examples_per_part=100"]
     run("00_check_data", folder, *settings)
     outputs = []
     for executor in ("local", "processes"):
@@ -138,7 +138,7 @@ def test_an_unknown_character_in_a_worker_process_is_the_same_error(folder, monk
         "train_tokenizer",
         lambda kind, texts, size: real(kind, (t.replace("7", "8") for t in texts), size),
     )
-    settings = ["data.examples_per_part=100", "tokenizer.unknown=error"]
+    settings = ["tokenizer.examples_per_part=100", "tokenizer.unknown=error"]
     run("00_check_data", folder, *settings)
     for executor in ("local", "processes"):
         with pytest.raises(BadData, match=r"1 characters are outside the vocabulary: '7' \(U\+0037\)"):

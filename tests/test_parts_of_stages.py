@@ -17,7 +17,11 @@ from tests.killed import run_killed
 
 pytestmark = pytest.mark.slow
 STAGES = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
-SETTINGS = ["candidates.source=random_tokens", "data.examples_per_part=250", "candidates.rows_per_group=1024"]
+SETTINGS = [
+    "candidates.source=random_tokens",
+    "tokenizer.examples_per_part=250",
+    "candidates.rows_per_group=1024",
+]
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed; requirements-cluster.txt has it"
 )

@@ -24,7 +24,6 @@ class DataConfig(Section):
     block_characters: Positive
     fractions: dict[Literal["train", "held_out", "reference"], Fraction]
     selection_fraction: Annotated[float, Field(gt=0, le=0.5)]
-    examples_per_part: Positive
 
     @model_validator(mode="after")
     def _check(self):
@@ -45,6 +44,7 @@ class TokenizerConfig(Section):
     vocab_size: Annotated[int, Field(ge=16)]
     unknown: Literal["error", "unk"]
     sample_characters: Positive
+    examples_per_part: Positive
 
 
 class CandidatesConfig(Section):
