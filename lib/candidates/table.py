@@ -84,13 +84,11 @@ class CandidateWork:
     def open(self, threads: int | None):
         """Load the tokenizer and the masked LMs. Returns a function that makes the part of a number."""
         context = self.planned or self.new_context(threads)
-        first = (list(context.dropped), Counter(context.counts))  # what a plan has left out
+        dropped, counts = list(context.dropped), Counter(context.counts)  # by a plan; they count in part 0
 
         def make(number: int) -> None:
-            context.dropped[:], context.counts = (
-                first[0] * (not number),
-                Counter(first[1] if not number else {}),
-            )
+            context.dropped[:] = [] if number else dropped
+            context.counts = Counter() if number else Counter(counts)
             self._make(number, context)
 
         return make

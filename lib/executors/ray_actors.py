@@ -6,6 +6,7 @@ project at the same paths. Ray is optional: requirements-cluster.txt has its ver
 
 import contextlib
 import importlib.metadata
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -59,7 +60,7 @@ class RayExecutor:
                 running[actor.make.remote(waiting[0])] = (actor, waiting.popleft())
             try:
                 _, error = self._ray.get(done)
-            except self._ray.exceptions.RayError:
+            except self._ray.exceptions.RayActorError:
                 raise lost(number) from None
             if error is not None:
                 raise error
@@ -77,7 +78,12 @@ class RayExecutor:
             threads = max(1, cores // self._workers)
         else:
             threads = threads_of_each(self._workers)
-        share = min(1.0, gpus / self._workers) if self._work.uses_device else 0
+        if count * threads > cores:  # an actor without a core would wait, and a part with it
+            count = max(1, cores // threads)
+            say(
+                f"executor.workers is {self._workers}, but Ray has {cores} cores; {count} workers are started"
+            )
+        share = math.floor(min(1.0, gpus / self._workers) * 1e4) / 1e4 if self._work.uses_device else 0
         options = {
             "num_cpus": threads,
             "num_gpus": share,

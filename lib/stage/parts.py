@@ -135,7 +135,7 @@ class MadeParts:
 
     Attributes:
         parts: where they are.
-        manifests: of all parts, in order.
+        count: their number.
     """
 
     parts: Parts
