@@ -48,7 +48,11 @@ def make(s: Stage, count: int, work=NumbersWork) -> bool:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: durable.sha256_file(p) for p in sorted(folder.rglob("part_*")) if p.is_file()}
+    return {
+        p.name: durable.sha256_file(p)
+        for p in sorted(folder.rglob("part_*"))
+        if p.is_file() and p.suffix != ".tmp"
+    }
 
 
 @pytest.fixture
@@ -115,7 +119,9 @@ def test_files_of_a_longer_table_are_removed(tmp_path):
         raise RuntimeError
     with stage(tmp_path) as s:
         (s.folder / "rewards" / "part_00001.parquet.7.tmp").touch()  # a killed worker left it
+        (s.folder / "parts" / "part_00001.json.7.tmp").touch()
         assert make(s, 3)
+    assert sorted(p.name for p in (s.folder / "parts").iterdir()) == [f"part_0000{n}.json" for n in range(3)]
     assert sorted(p.name for p in (s.folder / "rewards").iterdir()) == [
         f"part_0000{n}.parquet" for n in range(3)
     ]

@@ -74,6 +74,7 @@ class PartsMaker:
 
     def add_parts(self, made: MadeParts) -> None:
         """Declare the tables of complete parts as outputs. Raises BadData if two rows of a table have the same key."""
+        made.remove_others()
         for table in made.parts.schemas:
             self._outputs[table] = made.record(table)
 

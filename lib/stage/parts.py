@@ -161,6 +161,13 @@ class MadeParts:
         file = TableFile(path, found["sha256"], found["rows"])
         return TableFiles(path.parts[-3], name, (file,), "the same command")
 
+    def remove_others(self) -> None:
+        """Remove manifests of parts beyond the last one, and what killed workers left."""
+        names = {file_name(number, ".json") for number in range(self.count)}
+        for path in (self.parts.folder / MANIFESTS).glob("part_*"):
+            if path.name not in names:
+                path.unlink()
+
     def record(self, table: str) -> dict[str, Any]:
         """The record of a table for the stage's manifest: its parts, and one hash over theirs.
 
