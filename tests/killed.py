@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from lib.stage.parts import Parts
 
-POINTS = 12  # calls of fsync and rename among which one is drawn; a part of two tables has about that many
+POINTS = 6  # calls of fsync and rename among which one is drawn; a part of one table has that many
 CALLS = ("fsync", "replace")
 
 

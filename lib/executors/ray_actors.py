@@ -50,14 +50,14 @@ class RayExecutor:
         if waiting and not self._actors:
             self._start(min(self._workers, len(waiting)))
         running: dict[Any, tuple[Any, int]] = {}  # future -> actor and part
-        for actor in self._actors:
-            if waiting:
-                running[actor.make.remote(waiting[0])] = (actor, waiting.popleft())
-        while running:
+        idle = list(self._actors)
+        while waiting or running:
+            while waiting and idle:
+                actor, number = idle.pop(), waiting.popleft()
+                running[actor.make.remote(number)] = (actor, number)
             (done,), _ = self._ray.wait(list(running), num_returns=1)
             actor, number = running.pop(done)
-            if waiting:
-                running[actor.make.remote(waiting[0])] = (actor, waiting.popleft())
+            idle.append(actor)
             try:
                 _, error = self._ray.get(done)
             except self._ray.exceptions.RayActorError:
@@ -91,8 +91,7 @@ class RayExecutor:
             "max_task_retries": MAX_LOSSES - 1,
         }
         actor_class = ray.remote(**options)(_Actor)
-        work = ray.put(self._work)
-        self._actors = [actor_class.remote(work, threads) for _ in range(count)]
+        self._actors = [actor_class.remote(self._work, threads) for _ in range(count)]
 
 
 class _Actor:
