@@ -186,26 +186,19 @@ def run_stage(
     main: Callable[[Config, RunArgs], Any],
     description: str | None,
     *,
-    with_mode: bool = False,
-    with_stream: bool = False,
-    with_score: bool = False,
     with_processes: bool = False,
-    with_parts: bool = False,
+    **flags: bool,
 ) -> None:
     """Parse the command line, load the config and run `main(config, args)`. Errors end with the exit codes of lib.errors.
 
-    `with_processes`: a launcher such as torchrun may start the script several times, as one training.
+    Args:
+        with_processes: a launcher such as torchrun may start the script several times, as one training.
+        flags: groups of flags that only some scripts have, such as `with_stream=True`; see `make_parser`.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _join_processes(with_processes)
-        parser = make_parser(
-            description or "",
-            with_mode=with_mode,
-            with_stream=with_stream,
-            with_score=with_score,
-            with_parts=with_parts,
-        )
+        parser = make_parser(description or "", **flags)
         options = parser.parse(sys.argv[1:])
         config = load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
         if options.overwrite and options.resume:

@@ -10,7 +10,7 @@ A unit is a `Stage` with the folder `<stage>/<unit>`: it has its own lock, unfin
 manifest of the stage is a summary. It is made from the manifests of the units alone, and lists their hashes.
 
 Several processes may work on different units of a stage. --overwrite of all units works in `<stage>.new`, which replaces
-the stage when every unit is complete. --overwrite of some units replaces each of them as soon as it is complete.
+the stage when every unit is complete. With some units, --overwrite replaces each of them as soon as it is complete.
 
 lib/training/model_plans.py says what a model reads and uses.
 """

@@ -72,6 +72,12 @@ def recorded_reads() -> Iterator[set[str]]:
         patch.undo()
 
 
+def table_of(run_dir: Path, name: str) -> Path:
+    """The file of a table, or the folder of its parts: `01_prepare_dataset/examples`."""
+    folder = run_dir / name
+    return folder if folder.is_dir() else folder.with_suffix(".parquet")
+
+
 def run_stages(run_dir: Path, config: Config, names=STAGES, **flags) -> None:
     """The main of each stage in order, in this process."""
     for name in names:

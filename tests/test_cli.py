@@ -28,7 +28,9 @@ COMMON = {
     "--resume",
 }
 OWN = {
-    "02_generate_candidates.py": {"--stream"},
+    "01_prepare_dataset.py": {"--part"},
+    "02_generate_candidates.py": {"--stream", "--part"},
+    "03_build_rewards.py": {"--part"},
     "04_train.py": {"--mode", "--only"},
     "06_sample.py": {"--score"},
 }
@@ -53,6 +55,17 @@ def test_mode_reaches_the_stage_under_its_own_name_and_an_alias(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["04_train.py", "--mode", word])
         run_stage(lambda config, args: seen.append(args.only_mode), "test", with_mode=True)
     assert seen == ["sequence_scorer", "sequence_scorer"]
+
+
+@pytest.mark.parametrize("value", ["4/4", "1", "-1/4", "1/0", "a/b", "1/2/3"])
+def test_a_share_of_the_parts_is_i_of_n(value):
+    answer = shell("03_build_rewards.py", f"--part={value}")
+    assert answer.returncode == 2 and f"'{value}' is not I/N with 0 <= I < N" in answer.stderr
+
+
+def test_shares_cannot_replace_a_stage():
+    answer = shell("03_build_rewards.py", "--part", "0/4", "--overwrite")
+    assert answer.returncode == 2 and "--part cannot be used with --overwrite" in answer.stderr
 
 
 def shell(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:

@@ -19,7 +19,7 @@ from lib.errors import BadConfig, Interrupted, MissingInput
 from lib.runs import STAGES, RunArgs, load_manifest, validate_manifest
 from lib.tasks.finqa.program import execute, parse
 from lib.tasks.finqa.record import Record
-from tests.conftest import run_stages_recorded, undeclared
+from tests.conftest import run_stages_recorded, table_of, undeclared
 
 pytestmark = pytest.mark.slow  # all tests read one run of all seven stages
 FINQA = ROOT / "configs" / "finqa.yaml"
@@ -50,7 +50,7 @@ def stats_of(run, stage: str) -> dict:
 
 
 def rows(run, path: str) -> list[dict]:
-    return pq.read_table(run / f"{path}.parquet").to_pylist()
+    return pq.read_table(table_of(run, path)).to_pylist()
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_every_stage_is_complete_and_its_tables_keep_to_their_schemas(run):
         "06_sample/ranked": schema.RANKED,
         "06_sample/answers": schema.ANSWERS,
     }.items():
-        schema.conform(pq.read_table(run / f"{path}.parquet"), table_schema)
+        schema.conform(pq.read_table(table_of(run, path)), table_schema)
 
 
 def test_no_stage_reads_a_setting_that_its_manifest_does_not_have(run, reads):

@@ -1,6 +1,5 @@
 """A text that is too long for a model that must read it as a whole is refused by name, before any training."""
 
-import importlib
 import json
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 
 from lib.config import Config, load_config
 from lib.errors import BadData
+from lib.examples import ExampleCounters
 from lib.tokenization import train_tokenizer
 from lib.training.data import Sequences
 from lib.training.lengths import WholeTexts, contexts_of
@@ -140,9 +140,7 @@ def test_stage_01_refuses_before_any_model_is_made(tmp_path):
 
 
 def test_stage_01_does_not_mind_long_texts_that_get_no_candidates():
-    counters = importlib.import_module("01_prepare_dataset").ExampleCounters(
-        WholeTexts("judge", 8, config_of())
-    )
+    counters = ExampleCounters(WholeTexts("judge", 8, config_of()))
     table = pa.table(
         {
             "example_id": ["a", "b"],

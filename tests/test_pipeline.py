@@ -14,7 +14,7 @@ from lib import durable, schema
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.runs import STAGES, RunArgs, inspect, load_manifest, validate_manifest
-from tests.conftest import run_stages
+from tests.conftest import run_stages, table_of
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_tables_keep_to_their_schemas(quick_run):
         "06_sample/trace": schema.TRACE,
     }
     for path, table_schema in tables.items():
-        schema.conform(pq.read_table(quick_run / f"{path}.parquet"), table_schema)
+        schema.conform(pq.read_table(table_of(quick_run, path)), table_schema)
 
 
 def test_a_second_run_does_nothing(quick_run, quick_config):
