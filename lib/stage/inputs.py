@@ -126,9 +126,12 @@ class UpstreamReader:
         output: str,
         schema: "TableSchema",
         columns: list[str] | None = None,
-        rows: int = 65536,
+        rows: int | None = 65536,
     ) -> Iterator["pa.RecordBatch"]:
-        """The same table in batches of at most `rows` rows, so that memory does not grow with it."""
+        """The same table in batches of at most `rows` rows, so that memory does not grow with it.
+
+        None: one batch for each row group, as the table was written. Their sizes follow the length of the texts.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -140,7 +143,12 @@ class UpstreamReader:
                 raise BadData(
                     f"{path}: columns {missing} are missing; another version of this project wrote the table"
                 )
-            yield from file.iter_batches(batch_size=rows, columns=columns)
+            if rows is not None:
+                yield from file.iter_batches(batch_size=rows, columns=columns)
+                return
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                yield from file.iter_batches(batch_size=size, row_groups=[group], columns=columns)
         except pa.ArrowException as error:
             raise BadData(f"{path} cannot be read: {error}") from None
 
