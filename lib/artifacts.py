@@ -8,8 +8,8 @@ to refuse it: one line names the changed files, and the manifests of the stages 
 folder replaces the old one. A crash may interrupt this at any point: the next command finishes it. If the same command
 is given again after a failure, it continues the failed attempt.
 
-The parts of a stage are in lib/stage/: locks, inputs, outputs, unfinished work and manifest. lib/units.py has the stage
-whose parts are made one by one, each with a folder and a manifest of its own: the models of stage 04.
+The parts of a stage are in lib/stage/: locks, inputs, outputs, unfinished work and manifest. Stage 04 consists of units,
+the models: see lib/units.py.
 """
 
 import json
