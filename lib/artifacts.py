@@ -11,8 +11,8 @@ is given again after a failure, it continues the failed attempt.
 If several processes run a stage (torchrun), the main process does all of this. The others take its decisions, read the
 same inputs, and write nothing.
 
-The parts of a stage are in lib/stage/: locks, inputs, outputs, unfinished work and manifest. lib/units.py has the stage
-whose parts are made one by one, each with a folder and a manifest of its own: the models of stage 04.
+The parts of a stage are in lib/stage/: locks, inputs, outputs, unfinished work and manifest. Stage 04 consists of units,
+the models: see lib/units.py.
 """
 
 import json

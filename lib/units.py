@@ -9,10 +9,11 @@
 A unit is a `Stage` with the folder `<stage>/<unit>`: it has its own lock, unfinished marker, log, inputs and manifest. The
 manifest of the stage is a summary. It is made from the manifests of the units alone, and lists their hashes.
 
-Several processes may work on different units of a stage. --overwrite of all units works in `<stage>.new`, which replaces
-the stage when every unit is complete. --overwrite of some units replaces each of them as soon as it is complete.
+Several processes may work on different units of a stage. If --overwrite makes all units again, it works in
+`<stage>.new`, which replaces the stage when every unit is complete. If it makes some units again, it replaces each of
+them as soon as it is complete.
 
-lib/training/model_plans.py says what a model reads and uses.
+What a model of stage 04 reads and uses is in lib/training/model_plans.py.
 """
 
 import json

@@ -170,7 +170,9 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         )
         run = "outputs/stream" if "stream.enabled=true" in arguments else run
         given = [*_without(arguments, "--quick_test", "--run_dir="), "--run_dir", run, "--quick_test"]
-        shared = _without(given, "--overwrite", "--stream", "--mode=", "--score=", "--set=sampler.")
+        shared = _without(
+            given, "--overwrite", "--stream", "--mode=", "--only=", "--score=", "--set=sampler."
+        )
         before = [["python", stage, *shared] for stage in STAGES[: STAGES.index(command.target)]]
         if run == "outputs/stream":  # 02 makes shards beside 04
             before = [["python", stage, *shared] for stage in STAGES[:4]]
@@ -261,7 +263,9 @@ def _without(words: list[str], *flags: str) -> list[str]:
     while at < len(words):
         word, following = words[at], words[at + 1] if at + 1 < len(words) else ""
         size = (
-            2 if word in ("--mode", "--score", "--set", "--config", "--run_dir", "--data", "--seeds") else 1
+            2
+            if word in ("--mode", "--only", "--score", "--set", "--config", "--run_dir", "--data", "--seeds")
+            else 1
         )
         gone = word in flags or any(
             "=" in flag and word == flag.partition("=")[0] and following.startswith(flag.partition("=")[2])
