@@ -97,13 +97,10 @@ class Stage(UpstreamReader, OutputWriter):
 
     def _share_decisions(self) -> None:
         """Tell the other processes what the main one has decided. It holds the locks for all."""
-        mine = (
-            (str(self.run_dir), str(self.folder), self.finished, self.resuming)
-            if self.processes.is_main
-            else None
-        )
+        main = self.processes.is_main
+        mine = [str(self.run_dir), str(self.folder), self.finished, self.resuming] if main else None
         run_dir, folder, finished, resuming = self.processes.from_main(mine)
-        if not self.processes.is_main:
+        if not main:
             self.args = replace(self.args, run_dir=Path(run_dir))
             self._find_place()
             self._find_upstream()
