@@ -25,8 +25,8 @@ STAGES = ("00_check_data", "01_prepare_dataset", "04_train")
 LIMIT = 1.10  # largest ratio of two peaks
 WORDS = 20_000
 SETTINGS = (
-    "data.fractions={train: 0.98, held_out: 0.01, reference: 0.01}",
-    "data.selection_fraction=0.01",
+    "data.fractions={train: 0.96, held_out: 0.02, reference: 0.02}",
+    "data.selection_fraction=0.02",
     "data.passage_characters=256",
 )
 TRAINING = (  # of the one model, which is small: its memory must not hide that of the data
