@@ -67,7 +67,7 @@ def test_a_token_classifier_is_measured_on_the_sampled_candidates(monkeypatch):
         return real(model, split, samples)
 
     monkeypatch.setattr(target, "_predict", spy)
-    values, _ = target.report(test_objectives.ClassOf())
+    values, _ = test_objectives.report(target, test_objectives.ClassOf())
     (samples,) = seen
     assert len(samples) == count - 1
     lengths = target.splits.held_out.sequences._lengths
