@@ -28,9 +28,6 @@ SETTINGS = (
     "data.fractions={train: 0.96, held_out: 0.02, reference: 0.02}",
     "data.selection_fraction=0.02",
     "data.passage_characters=256",
-    "tokenizer.kind=bpe",
-    "tokenizer.vocab_size=1024",
-    "tokenizer.sample_characters=2000000",
 )
 TRAINING = (  # of the one model, which is small: its memory must not hide that of the data
     "architecture.context=256",

@@ -12,9 +12,7 @@ from pathlib import Path
 from benchmarks import memory
 
 SETTINGS = (
-    "tokenizer.kind=character",
-    "data.passage_characters=256",
-    "architecture.context=256",
+    "data.fractions={train: 0.9, held_out: 0.05, reference: 0.05}",
     "models.generator.training.steps=2",
     "models.generator.training.evaluate_every=2",
     "training.batch_size=4",

@@ -56,6 +56,7 @@ SMALLER = {
     "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
     "benchmarks.backbone_speed": "--seconds 0.01 --runs 1 --batch 2",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
+    "benchmarks.memory": "--megabytes 1 2",
     "benchmarks.over_seeds": "",
     "benchmarks.results_page": "--quick",
 }
