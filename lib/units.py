@@ -16,6 +16,7 @@ them as soon as it is complete.
 What a model of stage 04 reads and uses is in lib/training/model_plans.py.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -66,21 +67,29 @@ class StageOfUnits(Stage):
     chosen: tuple[str, ...] = ()
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self.attempt.finish()
         log_to(None)
         self._locks.close()
 
     def unit(self, name: str) -> "Unit":
         """The unit `name`, to be entered. The units that it reads must be complete."""
         plan = self.plans[name]
-        args = replace(self.args, overwrite=self.args.overwrite and not self._replaces_all, resume=False)
+        args = replace(self.args, overwrite=name in self._to_make_again(), resume=False)
         return Unit(
             self.script, self.config, args, plan.uses, plan.reads, plan.files(), unit=name, whole=self
         )
 
     def unmade(self) -> list[str]:
         """The chosen units that this command has to make."""
-        again = self.args.overwrite and not self._replaces_all
-        return [n for n in self.chosen if again or runs.load_manifest(self.folder / n) is None]
+        again = self._to_make_again()
+        return [n for n in self.chosen if n in again or runs.load_manifest(self.folder / n) is None]
+
+    def _to_make_again(self) -> set[str]:
+        """The complete units that --overwrite has to make again, if it makes only some units again."""
+        if not self.args.overwrite or self._replaces_all:
+            return set()
+        return set(self.chosen) - self.attempt.done
 
     def folder_of_stage(self, stage_name: str) -> Path:
         stage, _, unit = stage_name.partition("/")
@@ -107,6 +116,7 @@ class StageOfUnits(Stage):
 
     def _decide(self) -> None:
         self.folder = self._final_folder
+        self.attempt = Attempt(self.folder, self.chosen, self._dependencies)
         if self._replaces_all:
             self.folder = choose_folder(self._final_folder, self._dependencies, overwrite=True)
             return
@@ -241,6 +251,34 @@ class StageOfUnits(Stage):
         self.folder = self._final_folder
 
 
+class Attempt:
+    """The units that one command with --overwrite has made again. The same command goes on after an interruption.
+
+    The file lies in the folder of the stage until the command has ended. Its name is a digest of all that the units
+    depend on, so that only the same command finds it.
+
+    Attributes:
+        done: the units that are made.
+    """
+
+    def __init__(self, folder: Path, chosen: tuple[str, ...], dependencies: Dependencies):
+        code = {} if dependencies.allow_inexact_resume else dependencies.code
+        key = json.dumps([chosen, dependencies.config, dependencies.inputs, code])
+        self.path = folder / f"overwrite_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        try:
+            self.done = set(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            self.done = set()
+
+    def add(self, name: str) -> None:
+        self.done.add(name)
+        durable.write_json(self.path, sorted(self.done))
+
+    def finish(self) -> None:
+        """Remove the file: the next command makes all units again."""
+        self.path.unlink(missing_ok=True)
+
+
 @dataclass
 class Unit(Stage):
     """One unit of a stage, which `whole` has entered. `StageOfUnits.unit` makes it."""
@@ -254,6 +292,11 @@ class Unit(Stage):
     def lock_alone(self, name: str, subject: str) -> None:
         """Lock something besides the unit until its end. Raises Busy, with `subject`, if another process has it."""
         self._locks.lock(name, shared=False, subject=subject)
+
+    def _complete(self) -> None:
+        super()._complete()
+        if self.args.overwrite:
+            self._whole.attempt.add(self.unit)
 
     @property
     def _whole(self) -> StageOfUnits:

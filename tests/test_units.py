@@ -426,6 +426,25 @@ def test_all_models_made_again_replace_the_old_ones_when_all_are_complete(run, t
     assert trainings.made == NAMES
 
 
+def test_some_models_made_again_go_on_where_the_same_command_was_interrupted(run, trainings):
+    make(run)
+    trainings.made.clear()
+    only = ("inspector", "judge", "ranker")
+    trainings.fail = {"judge": Killed()}
+    for _ in range(2):
+        with pytest.raises(Killed):
+            make(run, "models.ranker.training.steps=7", only=only, overwrite=True)
+    assert trainings.made == ["inspector"], "a model of the first attempt was made twice"
+    with pytest.raises(Killed):  # another command begins at its first model
+        make(run, "models.ranker.training.steps=8", only=only, overwrite=True)
+    assert trainings.made == ["inspector"] * 2
+    trainings.fail = {}
+    make(run, "models.ranker.training.steps=7", only=only, overwrite=True)
+    assert trainings.made == ["inspector", "inspector", "judge", "ranker"] and summary(run) is not None
+    make(run, "models.ranker.training.steps=7", only=only, overwrite=True)  # nothing of it is left
+    assert trainings.made[4:] == list(only)
+
+
 def test_an_attempt_with_other_settings_begins_again(run, trainings):
     make(run)
     trainings.fail = {"ar_baseline": Killed()}
