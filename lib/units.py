@@ -16,7 +16,6 @@ them as soon as it is complete.
 What a model of stage 04 reads and uses is in lib/training/model_plans.py.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from lib.log import log_to, say
 from lib.outside import HubModel
 from lib.stage.inputs import describe_inputs
 from lib.stage.manifest import Clock, make_manifest
-from lib.stage.unfinished import LOG_FILE, MARKER, Dependencies, UnfinishedWork, choose_folder
+from lib.stage.unfinished import LOG_FILE, MARKER, Attempt, Dependencies, UnfinishedWork, choose_folder
 from lib.units_summary import describe_units
 
 Files = Iterable[Path | HubModel]
@@ -103,7 +102,7 @@ class StageOfUnits(Stage):
         self.uses = list(dict.fromkeys(key for plan in plans for key in plan.uses))
         self.reads = [r for r in dict.fromkeys(r for plan in plans for r in plan.reads) if r not in own]
         self.files = [file for plan in plans for file in plan.files()]
-        self._replaces_all = self.args.overwrite and set(self.chosen) == set(self.plans)
+        self._replaces_all = self.args.overwrite and set(self.chosen) == set(self.plans) != set()
         super()._find_place()
 
     def _lock(self) -> None:
@@ -129,6 +128,8 @@ class StageOfUnits(Stage):
     def _begin(self) -> None:
         self._work = UnfinishedWork(self.folder, self._dependencies)
         if not self._replaces_all:
+            if self.folder.is_symlink() and self.unmade():
+                self._replace_link()
             return
         if self._work.exists():
             self._work.resume(f"{self.name} in {runs.display_path(self.run_dir)}")
@@ -136,6 +137,21 @@ class StageOfUnits(Stage):
             self._work.start(overwrite=True)
         if self.folder != self._final_folder:
             say(f"{self.name}: making all of it again in {self.folder.name} until it is complete")
+
+    def _replace_link(self) -> None:
+        """If the stage is a link to that of another run: take its complete units into a folder of this run.
+
+        So the other run does not change. The files are hard links where the file system has them.
+        """
+        with self._locks.alone(f"{self.name}.link"):
+            if not self.folder.is_symlink():
+                return
+            new = durable.beside(self.folder, ".tmp")
+            durable.remove(new)
+            new.mkdir()
+            for manifest in self.folder.glob("*/manifest.json"):
+                durable.link_folder(manifest.parent, new / manifest.parent.name)
+            durable.replace_folder(self.folder, new)
 
     def _refuse_resume(self) -> None:
         """Raises UsageError if --resume was given and the chosen units are all complete, or all untouched."""
@@ -178,15 +194,11 @@ class StageOfUnits(Stage):
         """
         found = {read: runs.load_manifest(self.folder_of_stage(read)) for read in self.plans[name].reads}
         upstream = {read: manifest for read, manifest in found.items() if manifest is not None}
-        before = {
-            k: v
-            for k, v in record["inputs"].items()
-            if v.get("stage") not in (None, *found.keys() - upstream)
-        }
+        left_out = {None, *(read for read, manifest in found.items() if manifest is None)}
+        before = {k: v for k, v in record["inputs"].items() if v.get("stage") not in left_out}
         used = json.loads(json.dumps(self.config.slice(self.plans[name].uses)))
-        return Dependencies(used, describe_inputs(upstream, (), {}), {}).changes_since(
-            record["config"], before
-        )
+        now = Dependencies(used, describe_inputs(upstream, (), {}), {})
+        return now.changes_since(record["config"], before)
 
     # ------------------------------------------------------------------------------ completing
 
@@ -220,6 +232,8 @@ class StageOfUnits(Stage):
 
     def _incomplete_because(self, made: Mapping[str, dict]) -> str:
         """Why the stage has no manifest; empty if all units are complete and belong together."""
+        if not self.plans:
+            return "the config has no models"
         if missing := [name for name in self.plans if name not in made]:
             return f"not trained yet: {', '.join(missing)}; run without --mode and --only to train all models"
         stale = [name for name, manifest in made.items() if self._changes(name, manifest)]
@@ -249,34 +263,6 @@ class StageOfUnits(Stage):
                 durable.link_folder(path, self.folder / path.name)
         durable.replace_folder(self._final_folder, self.folder)
         self.folder = self._final_folder
-
-
-class Attempt:
-    """The units that one command with --overwrite has made again. The same command goes on after an interruption.
-
-    The file lies in the folder of the stage until the command has ended. Its name is a digest of all that the units
-    depend on, so that only the same command finds it.
-
-    Attributes:
-        done: the units that are made.
-    """
-
-    def __init__(self, folder: Path, chosen: tuple[str, ...], dependencies: Dependencies):
-        code = {} if dependencies.allow_inexact_resume else dependencies.code
-        key = json.dumps([chosen, dependencies.config, dependencies.inputs, code])
-        self.path = folder / f"overwrite_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        try:
-            self.done = set(json.loads(self.path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            self.done = set()
-
-    def add(self, name: str) -> None:
-        self.done.add(name)
-        durable.write_json(self.path, sorted(self.done))
-
-    def finish(self) -> None:
-        """Remove the file: the next command makes all units again."""
-        self.path.unlink(missing_ok=True)
 
 
 @dataclass
