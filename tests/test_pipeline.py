@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import durable, schema
-from lib.config import load_config
+from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.runs import STAGES, RunArgs, inspect, load_manifest, validate_manifest
 from tests.conftest import run_stages
@@ -170,6 +172,26 @@ def test_mode_trains_only_its_models(copied, quick_config):
     trained = {p.name for p in (run_dir / "04_train").iterdir() if p.is_dir()}
     assert trained == {"generator", "reference_lm", "ar_baseline"}
     assert load_manifest(run_dir / "04_train") is None
+
+
+@pytest.mark.slow
+def test_two_processes_train_two_models_at_once_and_a_third_ends_the_stage_with_the_same_bits(
+    copied, manifests
+):
+    run_dir = copied()
+    for folder in ("04_train", "05_train_critic", "06_sample"):
+        shutil.rmtree(run_dir / folder)
+    command = [sys.executable, "04_train.py", "--quick_test", "--run_dir", str(run_dir)]
+    together = [
+        subprocess.Popen([*command, "--only", name], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for name in ("reference_lm", "ar_baseline")
+    ]
+    said = [process.communicate(timeout=300)[1] for process in together]
+    assert [process.returncode for process in together] == [0, 0], said
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert last.returncode == 0 and last.stderr.count("is up to date") == 2, last.stderr
+    found = load_manifest(run_dir / "04_train")
+    assert found is not None and found["outputs"] == manifests["04_train"]["outputs"]
 
 
 def test_no_text_is_in_two_splits(quick_run):
