@@ -14,7 +14,7 @@ from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.models.ranker_files import load_ranker
-from lib.runtime import Runtime
+from lib.runtime import Runtime, release_memory
 from lib.tasks import get_task
 from lib.training.objectives.pool_choice import PoolReader, measure, say_shortened, simple_scores
 from lib.training.policy import METHODS
@@ -62,8 +62,9 @@ class RankingEvaluator:
             yield TrainedRanker(method, "05_train_critic")
 
     def score(self, trained: TrainedRanker) -> None:
-        """Score every pool by one trained ranker."""
+        """Score every pool by one trained ranker. The one before has left the memory."""
         name = trained.name
+        release_memory()
         ranker, tokenizer = load_ranker(self.stage.folder_of(trained.stage, f"{name}/best_model"))
         ranker.to(self.runtime.device).eval()
         reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed, trained.blind)

@@ -26,6 +26,7 @@ from lib.engine.gradients import GradientSum
 from lib.engine.parts import Part, Parts
 from lib.errors import BadConfig, Interrupted, NonFiniteLoss
 from lib.log import Progress, say
+from lib.models.checkpointing import checkpoint_activations
 from lib.training import checkpoint
 from lib.training.ema import Ema
 from lib.training.freezing import Freezing
@@ -115,6 +116,8 @@ class _Run:
     ):
         settings = context.settings
         self.model, self.objective = model.to(context.runtime.device), objective
+        if settings.activation_checkpointing:
+            checkpoint_activations(model, context.label)
         self.settings, self.runtime = settings, context.runtime
         self.seed, self.label = context.seed, context.label
         self.folder, self.save = folder, save
