@@ -145,7 +145,7 @@ def critic_of(tampered: str | None) -> TokenCritic:
     parts = splits()
     if tampered is not None:
         other = windows().tiled()
-        other.ids = np.roll(other.ids, 7)[::-1].copy()
+        other.text = replace(other.text, tokens=np.roll(other.ids, 7)[::-1].copy())
         parts = replace(parts, **{tampered: other})
     made = context("critic", batch_size=8, evaluation_examples=8)
     diffusion = MaskedDiffusion(made, parts, config.diffusion, TOKENS)
