@@ -35,6 +35,7 @@ from lib.training.objectives.base import (
     ResultRow,
     TrainingContext,
     chunks,
+    evaluation_rows,
     forward,
     result_row,
     tensor,
@@ -311,7 +312,9 @@ class MaskedDiffusion(WindowObjective):
             hits = np.bincount(row_idx, correct, size)
             return nats, lengths, hits, batch.masked.sum(1)
 
-        found = self.runtime.processes.share(measure, list(chunks(len(repeated), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            measure, list(chunks(len(repeated), evaluation_rows(EVALUATION_BATCH, windows.width)))
+        )
         return WindowNelbos(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
