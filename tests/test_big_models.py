@@ -25,9 +25,13 @@ from lib.runs import RunArgs
 from lib.training import policy, train_model
 from lib.training.ema import Ema
 from lib.training.loop import Result
+from lib.training.objectives import base
+from lib.training.objectives.base import EVALUATION_TOKENS, evaluation_rows
 from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.objectives.next_token import NextToken
 from tests.live_bytes import LiveBytes
 from tests.test_policy import Ranker, tokenizer, training
+from tests.test_pool_choice import Stub, choice_of
 from tests.test_ranker import make_pools
 from tests.test_ranker_files import saved_encoder
 from tests.trainings import TOKENIZER, TOKENS, MeanOfRows, context, settings, splits, train_tiny
@@ -317,3 +321,50 @@ def test_the_critic_leaves_before_its_best_state_is_loaded(quick_run, quick_conf
     before = sum(isinstance(o, RemaskGptForMaskedLM) for o in gc.get_objects())
     importlib.import_module("05_train_critic").main(quick_config, args)
     assert alive == [before]
+
+
+# --- evaluations by tokens ---------------------------------------------------------------------------------------------
+
+
+def test_evaluations_read_fewer_long_rows_and_as_many_short_ones_as_before():
+    for most, contexts in ((64, (64, 128, 256, 512, 513)), (16, (4 * 129, 4 * 513)), (32, (576, 1024))):
+        assert [evaluation_rows(most, tokens) for tokens in contexts] == [most] * len(contexts)
+    for tokens in (514, 2048, 8192, 100_000):
+        rows = evaluation_rows(64, tokens)
+        assert 1 <= rows < 64 and (rows == 1 or rows * tokens <= EVALUATION_TOKENS < (rows + 1) * tokens)
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_an_evaluation_of_long_rows_is_cut_by_tokens_and_measures_the_same(monkeypatch, kind):
+    attention = "causal" if kind == "causal" else "bidirectional"
+    model, _ = start_model("language_model", small(), attention, len(TOKENIZER), 0, "m")
+    objective: Any = (
+        NextToken(context(), splits(), TOKENIZER.cls_token_id)
+        if kind == "causal"
+        else MaskedDiffusion(context(), splits(), load_config().diffusion, TOKENS)
+    )
+    sizes: list[int] = []
+    plain = objective.runtime.processes.share
+
+    def share(function, items):
+        sizes.extend(len(item) for item in items)
+        return plain(function, items)
+
+    monkeypatch.setattr(objective.runtime.processes, "share", share)
+    model.eval()
+    with torch.no_grad():
+        wanted = objective.evaluate(model)
+        assert max(sizes) == 64
+        monkeypatch.setattr(base, "EVALUATION_TOKENS", 16 * 5)  # windows have 16 tokens
+        sizes.clear()
+        found = objective.evaluate(model)
+    assert max(sizes) == 5 and sum(sizes) == len(objective.evaluated)
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_pools_are_counted_with_a_prompt_for_each_candidate_that_is_read_alone(tokenizer):
+    choice = choice_of(tokenizer, prompt_tokens=2000, candidate_tokens=100)
+    stub: Any = Stub(lambda *_: 0.0)
+    for packs, tokens in ((True, 2000 + 4 * 100), (False, 4 * 2100)):
+        stub.packs = packs
+        assert choice.reader.evaluation_pools(stub, choice.splits.held_out) == EVALUATION_TOKENS // tokens

@@ -25,6 +25,8 @@ from lib.metrics import Estimate
 from lib.runtime import Runtime
 from lib.sections.models import TrainingConfig
 
+EVALUATION_TOKENS = 64 * 513  # of a forward pass of an evaluation: 64 texts of 512 tokens behind [CLS]
+
 
 @dataclass(frozen=True)
 class TrainingContext:
@@ -146,6 +148,15 @@ def forward(model: nn.Module, runtime: Runtime, ids: np.ndarray, valid: np.ndarr
     mask = None if valid.all() else tensor(valid, runtime)
     with runtime.autocast():
         return model(input_ids=tensor(ids, runtime), attention_mask=mask, **arguments)
+
+
+def evaluation_rows(most: int, tokens_per_row: int) -> int:
+    """Rows of a forward pass of an evaluation: `most` for short rows, fewer for long ones, at least one.
+
+    So the memory of an evaluation does not grow with the context. The rows of a pass do not change any result except
+    by rounding.
+    """
+    return max(1, min(most, EVALUATION_TOKENS // max(tokens_per_row, 1)))
 
 
 def chunks(count: int, size: int) -> Iterator[np.ndarray]:

@@ -34,6 +34,7 @@ from lib.training.objectives.base import (
     ResultRow,
     TrainingContext,
     chunks,
+    evaluation_rows,
     forward,
     result_row,
     some_of,
@@ -324,7 +325,9 @@ class MaskedDiffusion(WindowObjective):
             hits = np.bincount(row_idx, correct, size)
             return nats, lengths, hits, batch.masked.sum(1)
 
-        found = self.runtime.processes.share(measure, list(chunks(len(repeated), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            measure, list(chunks(len(repeated), evaluation_rows(EVALUATION_BATCH, windows.width)))
+        )
         return WindowNelbos(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 

@@ -21,6 +21,7 @@ from lib.training.objectives.base import (
     ResultRow,
     TrainingContext,
     chunks,
+    evaluation_rows,
     forward,
     result_row,
     some_of,
@@ -157,7 +158,9 @@ class TokenClasses:
             scores = torch.log_softmax(logits, -1).cpu().numpy()[valid]
             return scores, labels[valid], np.broadcast_to(samples[part][:, None], valid.shape)[valid]
 
-        found = self.runtime.processes.share(predict, list(chunks(len(samples), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            predict, list(chunks(len(samples), evaluation_rows(EVALUATION_BATCH, split.sequences.width)))
+        )
         scores, classes, owners = zip(*found, strict=True)
         return np.concatenate(scores), np.concatenate(classes), np.concatenate(owners)
 

@@ -33,7 +33,15 @@ from lib.diffusion.calibration import Calibration
 from lib.engine.parts import Part
 from lib.sections.critic import CriticConfig
 from lib.training.data import Windows
-from lib.training.objectives.base import ResultRow, chunks, forward, result_row, some_of, tensor
+from lib.training.objectives.base import (
+    ResultRow,
+    chunks,
+    evaluation_rows,
+    forward,
+    result_row,
+    some_of,
+    tensor,
+)
 from lib.training.objectives.error_detection import ScoredTokens, bands, detection, fit_calibration
 from lib.training.objectives.fills import Filled, Filler
 from lib.training.objectives.language_model import MaskedDiffusion
@@ -177,7 +185,9 @@ class TokenCritic:
             filled = self.filler.fill(model, ids, valid, part, "critic evaluation", EVALUATION_BATCH)
             return measure(part, filled, self._probabilities(model, filled, conditioned=True)[0])
 
-        found = self.runtime.processes.share(of_batch, list(chunks(len(examples), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            of_batch, list(chunks(len(examples), evaluation_rows(EVALUATION_BATCH, windows.width)))
+        )
         return [np.concatenate(column) for column in zip(*found, strict=True)]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
