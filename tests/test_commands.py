@@ -28,6 +28,8 @@ STAND_INS = {
     "/path/to/FinQA/dataset": "finqa_data",
     "FinQA/dataset": "finqa_data",
     "/path/to/dataset": "finqa_data",
+    "/path/to/finqa": "finqa_data",
+    "/path/to/model": "encoder",
     "/path/to/all-MiniLM-L6-v2": "encoder",
     "/path/to/masked-lm": "masked_lm",
     "CHECKPOINT": "checkpoint/model.safetensors",
@@ -44,6 +46,7 @@ RUNS_OF_THEIR_OWN = {
     "data.drop": "drop",
     "generator.checkpoint": "masked_lm",
     "finqa.pools.same_operators": "operators",
+    "models.ranker.training.optimizer": "muon",
 }
 # Words of single programs that make them small; a program of benchmarks/ without an entry fails its test
 SMALLER = {
