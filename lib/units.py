@@ -66,7 +66,7 @@ class StageOfUnits(Stage):
     chosen: tuple[str, ...] = ()
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
+        if kind is None and self.processes.is_main:
             self.attempt.finish()
         log_to(None)
         self._locks.close()
@@ -74,21 +74,22 @@ class StageOfUnits(Stage):
     def unit(self, name: str) -> "Unit":
         """The unit `name`, to be entered. The units that it reads must be complete."""
         plan = self.plans[name]
-        args = replace(self.args, overwrite=name in self._to_make_again(), resume=False)
+        args = replace(self.args, overwrite=name in self._again_names, resume=False)
         return Unit(
             self.script, self.config, args, plan.uses, plan.reads, plan.files(), unit=name, whole=self
         )
 
     def unmade(self) -> list[str]:
         """The chosen units that this command has to make."""
-        again = self._to_make_again()
-        return [n for n in self.chosen if n in again or runs.load_manifest(self.folder / n) is None]
+        return [
+            n for n in self.chosen if n in self._again_names or runs.load_manifest(self.folder / n) is None
+        ]
 
-    def _to_make_again(self) -> set[str]:
-        """The complete units that --overwrite has to make again, if it makes only some units again."""
-        if not self.args.overwrite or self._replaces_all:
-            return set()
-        return set(self.chosen) - self.attempt.done
+    def _share_decisions(self) -> None:
+        """Also which units --overwrite has to make again, if it makes only some units again."""
+        super()._share_decisions()
+        again = sorted(self._again_names) if self.processes.is_main else None
+        self._again_names = set(self.processes.from_main(again))
 
     def folder_of_stage(self, stage_name: str) -> Path:
         stage, _, unit = stage_name.partition("/")
@@ -116,6 +117,8 @@ class StageOfUnits(Stage):
     def _decide(self) -> None:
         self.folder = self._final_folder
         self.attempt = Attempt(self.folder, self.chosen, self._dependencies)
+        some_again = self.args.overwrite and not self._replaces_all
+        self._again_names = set(self.chosen) - self.attempt.done if some_again else set()
         if self._replaces_all:
             self.folder = choose_folder(self._final_folder, self._dependencies, overwrite=True)
             return

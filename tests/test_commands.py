@@ -55,6 +55,7 @@ SMALLER = {
     "benchmarks.staging": "--steps 4 --seeds 2",
     "benchmarks.causal_speedrun": "--steps 4",
     "benchmarks.speed": "--steps 2",
+    "benchmarks.scaling": "--steps 2",
     "benchmarks.ltg_attention": "--size xs --length 16 --batch 1 --steps 1 --rounds 1",
     "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
     "benchmarks.backbone_speed": "--seconds 0.01 --runs 1 --batch 2",

@@ -337,7 +337,10 @@ def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, q
 
     file = pq.ParquetFile(quick_run / "01_prepare_dataset" / "examples.parquet")
     tokenizer = load_tokenizer(quick_run / "01_prepare_dataset" / "tokenizer")
-    stage: Any = SimpleNamespace(batches=lambda *_: file.iter_batches())
+    stage: Any = SimpleNamespace(
+        has_output=lambda stage, name: True,
+        folder_of=lambda stage, name: quick_run / stage / name,
+    )
     made = critic_objective(stage, quick_config, context("critic"), tokenizer, 64).diffusion.splits
     rows = file.read().to_pylist()
     for split, windows in (
@@ -345,9 +348,16 @@ def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, q
         ("selection", made.selection),
         ("held_out", made.held_out),
     ):
-        assert windows.ids.tolist() == [i for r in rows if r["split"] == split for i in r["token_ids"]]
+        assert windows.text.tokens.tolist() == [
+            i for r in rows if r["split"] == split for i in r["token_ids"]
+        ]
     of_example = [r["group"] for r in rows if r["split"] == "held_out"]
-    assert made.groups.tolist() == [of_example[i] for i in made.held_out.owner]
+    every = np.arange(made.held_out.count)
+    first, _ = made.held_out.spans(every, np.zeros(len(every)))
+    owner = np.searchsorted(made.held_out.text.examples, first, side="right") - 1
+    names = [of_example[i] for i in owner]
+    pairs = set(zip(made.groups[every].tolist(), names, strict=True))
+    assert len(pairs) == len(set(names)) == len({label for label, _ in pairs}) > 1
 
 
 def kill_once(monkeypatch, objective, at: int) -> None:
