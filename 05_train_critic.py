@@ -22,6 +22,7 @@ from lib.cli import run_stage
 from lib.config import Config
 from lib.log import say
 from lib.runs import RunArgs
+from lib.training.model_plans import unit_of
 
 
 def main(config: Config, args: RunArgs) -> None:
@@ -37,14 +38,14 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
 
     from lib.models.build import load_model, save_model
     from lib.report.table import bands_table, detection_table, results_table
-    from lib.runtime import Runtime
+    from lib.runtime import Runtime, release_memory
     from lib.tokenization import load_tokenizer
     from lib.training.critic_setup import check_generator, critic_model, critic_objective
     from lib.training.loop import train
     from lib.training.objectives.base import TrainingContext
 
     check_generator(config)
-    reads = ("01_prepare_dataset", "04_train")
+    reads = ("01_prepare_dataset", unit_of(config.critic.generator))
     uses = ("seed", "device", "precision", "diffusion", "critic")
     with Stage(__file__, config, args, uses=uses, reads=reads) as stage:
         if stage.finished:
@@ -68,12 +69,15 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
             model, objective, context, stage.folder, save=lambda m, path: save_model(m, path, tokenizer)
         )
 
-        # 3. Calibrate the best model on the selection split, and evaluate it on held-out text
+        # 3. Calibrate the best model on the selection split, and evaluate it on held-out text. The trained one is not needed
+        del model
+        release_memory()
         best = load_model(stage.folder / "best_model").to(runtime.device)
         with torch.no_grad():
             values, rows, calibration = objective.report(best)
             nelbo, _ = objective.diffusion.report(best)
-        calibration.save(stage.folder / "calibration.json")
+        if runtime.processes.is_main:
+            calibration.save(stage.folder / "calibration.json")
 
         # 4. Record the outputs and the figures
         for name in ("best_model", "final_model"):
@@ -95,18 +99,18 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
 
 def train_policy(config: Config, args: RunArgs) -> None:
     """Train the ranker further by PPO, and by two other methods from the same start."""
-    import json
-
     from lib import outside
     from lib.errors import BadConfig
     from lib.report.table import results_table
     from lib.runtime import Runtime
     from lib.training.data import Splits
-    from lib.training.policy import METHODS, START, PolicyTraining, check_policy, compare, remember
+    from lib.training.policy import METHODS, START, PolicyTraining, check_policy, compare
     from lib.training.stage_inputs import read_stage_inputs
+    from lib.training.train_model import recorded
 
     check_policy(config)
-    reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
+    ranker = config.critic.ppo.ranker
+    reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", unit_of(ranker))
     uses = ("seed", "device", "precision", "ranker", "critic")
     files = outside.of_policies(config)
     with Stage(__file__, config, args, uses=uses, reads=reads, files=files) as stage:
@@ -122,8 +126,7 @@ def train_policy(config: Config, args: RunArgs) -> None:
                 f"critic.method ppo needs examples with prompts, which task {config.task} does not have; set task: "
                 "finqa, or critic.method: token_critic"
             )
-        ranker = config.critic.ppo.ranker
-        start = stage.folder_of("04_train", f"{ranker}/best_model")
+        start = stage.folder_of(unit_of(ranker), "best_model")
         split = config.models[ranker].split
         pools = Splits(
             stage_inputs.pools(split), stage_inputs.pools_for_selection(), stage_inputs.pools("held_out")
@@ -133,10 +136,9 @@ def train_policy(config: Config, args: RunArgs) -> None:
         # 2. Train by each method: the same start, pools and number of steps. Skip a method that is complete
         measured = {START: training.before()}
         for method in METHODS:
-            record = stage.folder / method / "training_manifest.json"
-            if not record.exists():
-                remember(stage.folder / method, training.run(method))
-            measured[method] = json.loads(record.read_text(encoding="utf-8"))
+            measured[method] = recorded(
+                stage.folder / method, lambda method=method: training.run(method), runtime
+            )
 
         # 3. Compare each method with the start on the same held-out pools
         gains, rows = compare(measured, pools.held_out.groups, config.seed)
@@ -153,4 +155,4 @@ def train_policy(config: Config, args: RunArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage(main, __doc__, with_processes=True)

@@ -37,7 +37,7 @@ from lib.sections.models import TrainingConfig
 from lib.synthetic import MaskedLMEngine, MaskedRows
 from lib.training.cross_entropy import cross_entropies
 from lib.training.loop import train
-from lib.training.objectives.base import TrainingContext
+from lib.training.objectives.base import TrainingContext, batch_losses
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.optimizer import Optimizer
 
@@ -53,7 +53,7 @@ def ours(steps: int, vocabulary: int) -> float:
     tokenizer = tokenizer_of_size(vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         result = train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
-    return result.tokens_per_second
+    return result.speed["tokens_per_second"]
 
 
 def hugging_face(steps: int, vocabulary: int) -> float:
@@ -235,7 +235,7 @@ def _step_seconds(model, objective: MaskedDiffusion, training: TrainingConfig) -
     optimizer = Optimizer(model, training)
 
     def step() -> None:
-        objective.loss(model, 0, range(training.batch_size))["loss"].backward()
+        batch_losses(objective, model, 0, range(training.batch_size))["loss"].backward()
         optimizer.gradient_norm()
         optimizer.step(0)
 

@@ -9,11 +9,13 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.config import Config, load_config
+from lib.engine.processes import current, start
 from lib.errors import (
     BadConfig,
     CannotCreate,
@@ -23,8 +25,14 @@ from lib.errors import (
     UsageError,
     did_you_mean,
 )
+from lib.log import silence
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
+
+
+SECONDS_FOR_OTHERS = (
+    1.0  # a process that fails stays so long, so that the others learn that it has reported the error
+)
 
 
 def user_path(text: str) -> Path:
@@ -133,6 +141,13 @@ def make_parser(
             metavar="MODE",
             help=f"train only the models of this mode ({', '.join(MODES)}). Default: all models",
         )
+        add(
+            "--only",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="train only the model of this name; may be given several times. With --overwrite, no other model changes",
+        )
     if with_stream:
         add(
             "--stream",
@@ -157,10 +172,15 @@ def run_stage(
     with_mode: bool = False,
     with_stream: bool = False,
     with_score: bool = False,
+    with_processes: bool = False,
 ) -> None:
-    """Parse the command line, load the config and run `main(config, args)`. Errors end with the exit codes of lib.errors."""
+    """Parse the command line, load the config and run `main(config, args)`. Errors end with the exit codes of lib.errors.
+
+    `with_processes`: a launcher such as torchrun may start the script several times, as one training.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _join_processes(with_processes)
         parser = make_parser(
             description or "", with_mode=with_mode, with_stream=with_stream, with_score=with_score
         )
@@ -169,6 +189,8 @@ def run_stage(
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
         mode = getattr(options, "mode", None)
+        if mode and options.only:
+            raise UsageError("--mode and --only both select models; give one of them")
         args = RunArgs(
             run_dir=options.run_dir,
             quick_test=options.quick_test,
@@ -176,10 +198,12 @@ def run_stage(
             resume=options.resume,
             command=tuple([Path(sys.argv[0]).name, *sys.argv[1:]]),
             only_mode=MODE_ALIASES.get(mode, mode) if mode else None,
+            only=tuple(dict.fromkeys(getattr(options, "only", ()))),
             stream=getattr(options, "stream", False),
             score=getattr(options, "score", None),
         )
         main(config, args)
+        current().close()
     except RemaskError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -217,8 +241,22 @@ def as_remask_error(error: BaseException) -> RemaskError | None:
     return None
 
 
+def _join_processes(allowed: bool) -> None:
+    """Join the other processes of a launcher. Raises UsageError for a script that runs in one process."""
+    if not allowed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "this script runs in one process; torchrun is for 04_train.py and 05_train_critic.py. Start it with python"
+        )
+    if allowed and not start().is_main:
+        silence()
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one process has failed
+    if current().first_to_fail(message):
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        if current().size > 1:
+            time.sleep(SECONDS_FOR_OTHERS)
     raise SystemExit(code)
 
 

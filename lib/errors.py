@@ -10,6 +10,7 @@ Any other exception is a bug of this project and keeps its traceback.
 | 73   | CannotCreate  | a file or folder cannot be created                                  |
 | 74   | CannotWrite   | writing failed: disk full, device error                             |
 | 75   | Busy          | another process is at work on this stage; try again later           |
+| 75   | ProcessLost   | another process of the same training has ended; run again           |
 | 76   | NonFiniteLoss | the loss became NaN or infinite; training stopped before the update |
 | 78   | BadConfig     | a config file or --set is wrong, or disagrees with the run          |
 | 130  | Interrupted   | Ctrl-C (SIGINT); 143 for SIGTERM. Run again to continue             |
@@ -46,6 +47,12 @@ class CannotWrite(RemaskError):
 
 
 class Busy(RemaskError):
+    exit_code = 75
+
+
+class ProcessLost(RemaskError):
+    """Another process of the same training has ended. The training continues from its checkpoint when it is run again."""
+
     exit_code = 75
 
 

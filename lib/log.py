@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 _file: IO[str] | None = None
+_silent = False
 HEARTBEAT_SECONDS = 30.0
 
 
@@ -24,8 +25,16 @@ def log_to(path: Path | None) -> None:
     _file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - closed above
 
 
+def silence() -> None:
+    """From now on, print nothing: of several processes, the main one speaks for all."""
+    global _silent
+    _silent = True
+
+
 def say(text: str) -> None:
     """Print a line for the user on standard error: standard output is for results, which can be piped."""
+    if _silent:
+        return
     bar = Progress.current
     if bar is not None and bar.on_terminal:
         bar.clear()
@@ -45,7 +54,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, start: int = 0):
         self.label, self.total, self.start, self.step = label, total, start, start
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = sys.stderr.isatty() and not _silent
         self._begin = self._last = time.monotonic()
         self._bar = None
 

@@ -4,6 +4,7 @@ On a GPU only deterministic kernels are used. torch raises an error for an opera
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 
 from lib.config import Config
+from lib.engine.processes import Processes, current
 from lib.errors import BadConfig
 from lib.runs import versions
 
@@ -31,6 +33,7 @@ class Runtime:
     device: torch.device
     precision: str  # fp32 | bf16
     code: Mapping[str, str] = field(default_factory=dict, compare=False)  # hashes; see lib.code_version
+    processes: Processes = field(default_factory=Processes, compare=False)  # that train together
 
     @classmethod
     def detect(cls, config: Config, code: Mapping[str, str] | None = None) -> "Runtime":
@@ -38,13 +41,18 @@ class Runtime:
         cuda = torch.cuda.is_available()
         if config.device == "cuda" and not cuda:
             raise BadConfig("device is cuda, but torch sees no CUDA device here; set device: cpu or auto")
-        device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+        processes = current()
+        device = (
+            torch.device("cuda", processes.local_rank)
+            if cuda and config.device != "cpu"
+            else torch.device("cpu")
+        )
         native = _has_native_bf16(device)
         precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
         torch.set_flush_denormal(True)  # denormals are 40 times slower and do not matter here
         if device.type == "cuda":
             _make_deterministic()
-        return cls(device, precision, code or {})
+        return cls(device, precision, code or {}, processes)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -68,6 +76,17 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "precision": self.precision,
         }
+
+
+def release_memory() -> None:
+    """Free the memory of models that nobody uses any more, before another one is loaded.
+
+    Modules and hooks refer to each other in circles, so Python would free them at some later time. On a GPU the
+    allocator also keeps what was freed in blocks that may not fit.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _make_deterministic() -> None:

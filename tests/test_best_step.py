@@ -12,7 +12,7 @@ from lib.config import load_config
 from lib.shards import Cut
 from lib.training.stage_inputs import StageInputs
 from lib.training.streaming_dataset import StreamingDataset
-from tests.trainings import CPU, settings, train_tiny
+from tests.trainings import CPU, MeanOfRows, settings, train_tiny
 
 K = 4
 
@@ -79,7 +79,7 @@ def test_rows_of_a_shard_come_in_an_order_of_the_training_s_own(tmp_path):
     assert order("inspector")[:50] != judge[:50] != order("judge", 1)[:50]
 
 
-class Scripted:
+class Scripted(MeanOfRows):
     """An objective whose evaluations are given; the model counts its updates."""
 
     selection, tokens_per_row = "regret", 1

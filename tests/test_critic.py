@@ -11,6 +11,7 @@ import torch
 from lib.config import load_config
 from lib.models.build import Checkpoint, heads_of, read_folder, save_model, start_model
 from lib.training.data import Windows
+from lib.training.objectives.base import batch_losses
 from lib.training.objectives.error_detection import (
     ScoredTokens,
     bands,
@@ -19,7 +20,16 @@ from lib.training.objectives.error_detection import (
 )
 from lib.training.objectives.language_model import MaskedDiffusion, WindowSplits
 from lib.training.objectives.token_critic import TokenCritic, without_gradient
-from tests.trainings import TOKENIZER, TOKENS, Killed, context, fingerprint, settings, train_tiny
+from tests.trainings import (
+    TOKENIZER,
+    TOKENS,
+    Killed,
+    context,
+    critic_losses,
+    fingerprint,
+    settings,
+    train_tiny,
+)
 
 
 def objective(coupling: str = "decoupled", **changes) -> TokenCritic:
@@ -59,7 +69,7 @@ def test_written_tokens_are_compared_with_the_clean_text_and_nothing_else_is_an_
                 logits=torch.where(wrong, 20.0, -20.0), origin_logits=torch.where(written, 20.0, -20.0)
             )
 
-    losses = target._critic_losses(Spy(), filled, index, "critic")
+    losses = critic_losses(target, Spy(), filled, index)
     assert seen["head"] == "critic"
     assert max(loss.item() for loss in losses) < 1e-6  # an oracle of the clean text has no loss
     assert (filled.ids != ids)[filled.generated].any()
@@ -99,7 +109,7 @@ def test_expected_labels_are_what_the_generator_said_before_anything_was_written
             logits = torch.from_numpy(np.log(error / (1 - error)))
             return SimpleNamespace(logits=logits, origin_logits=logits)
 
-    best = target._critic_losses(Says(), filled, index, "critic")[0].item()
+    best = critic_losses(target, Says(), filled, index)[0].item()
     share, count = chance[written], (written | valid).sum()
     entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share)).sum() / count
     assert best == pytest.approx(entropy, rel=1e-3)  # the entropy of the labels is the minimum
@@ -137,7 +147,7 @@ def test_padding_counts_nothing():
         def forward(self, **_):
             return SimpleNamespace(logits=logits, origin_logits=logits)
 
-    for loss in target._critic_losses(Wild(), filled, index, "critic"):
+    for loss in critic_losses(target, Wild(), filled, index):
         assert loss.item() == pytest.approx(np.log(2), rel=1e-5)
 
 
@@ -168,7 +178,7 @@ def test_killed_within_the_ramp_it_ends_with_the_same_bits(tmp_path):
 
 def test_joint_loss_is_named_and_selected_on_generator_and_critic():
     target = objective("joint", ramp=(0.0, 0.0))
-    terms = target.loss(model(), 5, range(8))
+    terms = batch_losses(target, model(), 5, range(8))
     generator, error, origin = (
         terms[name].item() for name in ("generator_loss", "critic_loss", "origin_loss")
     )
@@ -184,7 +194,7 @@ def test_a_step_moves_what_it_should(coupling):
     if coupling == "decoupled":
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith("critic."))
-    target.loss(net, 5, range(8))["loss"].backward()
+    batch_losses(target, net, 5, range(8))["loss"].backward()
     moved = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert any(n.startswith("critic.") for n in moved)
     assert any(n.startswith("model.") for n in moved) == (coupling != "decoupled")
@@ -198,7 +208,7 @@ def test_with_stopped_gradient_the_backbone_learns_from_the_generator_alone():
         with torch.no_grad():  # zero-initialised projections would block the gradient
             for number, p in enumerate(net.parameters()):
                 p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
-        target.loss(net, 5, range(8))["loss"].backward()
+        batch_losses(target, net, 5, range(8))["loss"].backward()
         assert all(p.requires_grad for p in net.parameters())
         return {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
 
@@ -275,7 +285,7 @@ def test_the_critic_gets_a_conditioning_mask_as_often_as_asked_and_never_for_a_t
     target = objective(conditioning_fraction=0.5)
     index, ids, valid = target.diffusion.windows(range(8))
     filled = target.filler.fill(model(), ids, valid, index, "critic", 8)
-    target._critic_losses(Spy(), filled, index, "critic")
+    critic_losses(target, Spy(), filled, index)
     flags = masks.pop()
     assert flags is not None
     conditioning = flags.numpy()
@@ -283,9 +293,9 @@ def test_the_critic_gets_a_conditioning_mask_as_often_as_asked_and_never_for_a_t
     assert 0 < rows.sum() < 8
     np.testing.assert_array_equal(conditioning[rows], (valid & ~filled.generated)[rows])
     partly = filled.remask(filled.generated, target.diffusion.mask_id)
-    target._critic_losses(Spy(), partly, index, "critic")
+    critic_losses(target, Spy(), partly, index)
     assert masks.pop() is None
-    objective(conditioning_fraction=0.0)._critic_losses(Spy(), filled, index, "critic")
+    critic_losses(objective(conditioning_fraction=0.0), Spy(), filled, index)
     assert masks.pop() is None
 
 

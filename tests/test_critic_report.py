@@ -11,11 +11,12 @@ import torch
 from lib.config import load_config
 from lib.diffusion.calibration import Calibration
 from lib.training.data import Windows
+from lib.training.objectives.base import batch_losses
 from lib.training.objectives.error_detection import ScoredTokens, brier, detection
 from lib.training.objectives.fills import Filled
 from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
 from lib.training.objectives.token_critic import TokenCritic
-from tests.trainings import context
+from tests.trainings import context, critic_losses
 
 SPECIAL, MASK, COMMON, V = [0, 1, 2, 3], 1, 5, 14
 GENERATOR = np.array([0.0] * 4 + [0.05, 0.6] + [0.35 / 8] * 8)  # mostly the common token
@@ -118,7 +119,7 @@ def test_what_was_masked_again_carries_no_label_and_is_not_called_written():
     assert hidden.any() and (partly.ids[hidden] == MASK).all() and not partly.generated[hidden].any()
     np.testing.assert_array_equal(partly.generated, filled.generated & ~hidden)
     np.testing.assert_array_equal(partly.ids[~hidden], filled.ids[~hidden])
-    for loss in target._critic_losses(Wild(hidden), partly, index, "critic"):
+    for loss in critic_losses(target, Wild(hidden), partly, index):
         assert loss.item() == pytest.approx(np.log(2), rel=1e-5)
 
 
@@ -137,9 +138,9 @@ def test_a_share_of_the_rows_is_read_with_masks():
                 reads.append(input_ids.numpy())
             return super().forward(input_ids, attention_mask, logits_at, head, conditioning_mask)
 
-    whole.loss(Reader(), 0, range(8))
+    batch_losses(whole, Reader(), 0, range(8))
     assert not (reads.pop() == MASK).any()
-    objective(partial_fraction=1.0, coupling="decoupled").loss(Reader(), 0, range(8))
+    batch_losses(objective(partial_fraction=1.0, coupling="decoupled"), Reader(), 0, range(8))
     assert (reads.pop() == MASK).any()
 
 
@@ -158,7 +159,7 @@ def test_given_tokens_count_as_often_as_asked_and_their_clean_label_is_right():
                     logits=torch.from_numpy(logits), origin_logits=torch.from_numpy(logits)
                 )
 
-        loss = target._critic_losses(Sure(), filled, index, "critic")[0].item()
+        loss = critic_losses(target, Sure(), filled, index)[0].item()
         paid[share] = loss / 10 * filled.generated.sum() / (1 - loss / 10) / given.sum()
     assert paid[0.0] == pytest.approx(0, abs=1e-6) and paid[1.0] == pytest.approx(1, rel=1e-3)
     assert paid[0.3] == pytest.approx(0.3, abs=0.1)
@@ -314,7 +315,7 @@ def test_the_loss_weighs_errors_and_origin_as_configured():
                 output.origin_logits = output.origin_logits + 1.5
             return output
 
-    terms = target.loss(Unsure(), 0, range(8))
+    terms = batch_losses(target, Unsure(), 0, range(8))
     assert terms["critic_loss"].item() != pytest.approx(terms["origin_loss"].item(), abs=0.05)
     wanted = terms["critic_loss"] + 0.25 * terms["origin_loss"]
     assert terms["loss"].item() == pytest.approx(wanted.item())

@@ -16,7 +16,7 @@ from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 from lib.training.loop import train
 from lib.training.optimizer import Optimizer
-from tests.trainings import Killed, context, fingerprint, train_tiny
+from tests.trainings import Killed, MeanOfRows, context, fingerprint, train_tiny
 
 CLS = 2
 UNFREEZE, STEPS = 6, 12
@@ -34,7 +34,7 @@ def model_of(mode: str = "sequence_scorer", family: str = "remask_gpt") -> Any:
     return start_model(mode, architecture, "bidirectional", 14, 3, "tiny", **heads_of(mode))[0]
 
 
-class Scores:
+class Scores(MeanOfRows):
     """Squared error of scores that depend on the ids; records the weights before each step."""
 
     selection, tokens_per_row = "loss", 9

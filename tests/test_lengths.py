@@ -12,6 +12,7 @@ from lib.errors import BadData
 from lib.tokenization import train_tokenizer
 from lib.training.data import Sequences
 from lib.training.lengths import WholeTexts, contexts_of
+from lib.training.objectives.base import batch_losses
 from lib.training.stage_inputs import StageInputs, refuse_longer_candidates
 from lib.training.train_model import context_of, make_objective
 from tests.conftest import run_stages
@@ -84,7 +85,7 @@ def test_so_is_one_that_learns_from_fresh_candidates(name):
     fine = {s: candidates(5, s) for s in SPLITS}
     objective = objective_of(name, stage_inputs(config, fine, Fresh()), LONGEST - 1)
     with pytest.raises(BadData, match=rf"models\.{name} reads.*train:3 has 9 tokens"):
-        objective.loss(None, 0, range(4))  # type: ignore[arg-type]
+        batch_losses(objective, None, 0, range(4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("split", SPLITS)

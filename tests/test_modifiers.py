@@ -11,6 +11,7 @@ from lib.config import load_config
 from lib.errors import BadConfig
 from lib.models.build import heads_of, start_model
 from lib.sections.models import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
+from lib.training.objectives.base import batch_losses
 from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.modifiers import (
     MaskedPredictions,
@@ -50,6 +51,15 @@ def modifiers_of(judge=None, /, **config) -> Modifiers:
     return Modifiers(ModifiersConfig(**config), TEXT, context(), judge, cls_id=2)
 
 
+def applied(modifiers: Modifiers, ce: torch.Tensor, masked: MaskedPredictions, step: int):
+    """((N,) losses, (B,) weights with mean 1, name -> logged number) of a batch that is one part."""
+    found, weights, terms = modifiers.apply(ce, masked, step)
+    means = {name: float(values.double().mean()) for name, values in terms.items()}
+    logged, factor = modifiers.finish(means | {"loss": 1.0})
+    assert logged.pop("loss") == factor
+    return found, weights * factor, logged
+
+
 def test_smoothed_targets_leave_special_tokens_out():
     masked, share = masked_of(), 0.2
     target = torch.zeros(len(masked.flat_idx), V)
@@ -57,10 +67,11 @@ def test_smoothed_targets_leave_special_tokens_out():
     target[torch.arange(len(masked.flat_idx)), masked.targets] += 1 - share
     wanted = -(target * torch.log_softmax(masked.logits, -1)).sum(-1)
     ce = torch.nn.functional.cross_entropy(masked.logits, masked.targets, reduction="none")
-    found, weights, terms = modifiers_of(label_smoothing=share).apply(ce, masked, 0)
+    found, weights, terms = applied(modifiers_of(label_smoothing=share), ce, masked, 0)
     assert torch.allclose(found, wanted, atol=1e-5) and torch.equal(weights, torch.ones(B))
     spread = uniform_cross_entropies(masked.logits, torch.from_numpy(TEXT))
-    assert float(terms["modifier_smoothing"]) == pytest.approx(float(spread.detach().mean()))
+    by_row = [float(spread[masked.row_idx == b].detach().mean()) for b in range(B)]
+    assert terms["modifier_smoothing"] == pytest.approx(np.mean(by_row))
 
 
 def test_entropy_weights_are_those_of_the_wrong_answers():
@@ -90,12 +101,21 @@ def test_weights_multiply_and_have_mean_one():
     masked = masked_of()
     both = modifiers_of(entropy=EntropyModifier(), mask_ratio=MaskRatioModifier())
     ce = torch.ones(len(masked.flat_idx))
-    _, weights, terms = both.apply(ce, masked, 0)
+    _, weights, terms = applied(both, ce, masked, 0)
     product = entropy_weights(masked, EntropyModifier(), B) * mask_ratio_weights(
         torch.tensor(masked.ratios, dtype=torch.float32), MaskRatioModifier()
     )
     assert torch.allclose(weights, product / product.mean()) and float(weights.mean()) == pytest.approx(1)
-    assert set(terms) == {"modifier_entropy", "modifier_mask_ratio"}
+    for name, alone in (
+        ("entropy", entropy_weights(masked, EntropyModifier(), B)),
+        (
+            "mask_ratio",
+            mask_ratio_weights(torch.tensor(masked.ratios, dtype=torch.float32), MaskRatioModifier()),
+        ),
+    ):
+        variation = float(alone.std(correction=0) / alone.mean())
+        assert terms.pop(f"modifier_{name}") == pytest.approx(variation, rel=1e-4)
+    assert not terms
 
 
 class ConstantJudge(torch.nn.Module):
@@ -118,16 +138,16 @@ def test_judge_weights_follow_its_opinion_of_a_sampled_completion():
     config = JudgeModifier(model="x", exponent=0.5, min_weight=0.2, max_weight=3, start_step=2, stop_step=4)
     modifiers = modifiers_of(judge, judge=config)
     ce = torch.ones(len(masked.flat_idx))
-    assert torch.equal(modifiers.apply(ce, masked, 1)[1], torch.ones(B))
-    _, weights, terms = modifiers.apply(ce, masked, 2)
+    assert torch.equal(applied(modifiers, ce, masked, 1)[1], torch.ones(B))
+    _, weights, terms = applied(modifiers, ce, masked, 2)
     assert (judge.read >= 4).all() and (judge.read != judge.ids).any()
     outside = np.setdiff1d(np.arange(B * T), masked.flat_idx)
     assert np.array_equal(judge.read.numpy().reshape(-1)[outside], masked.ids.reshape(-1)[outside])
     wrong = (judge.read != judge.ids).float().mean(1).numpy()
     wanted = np.clip((wrong / masked.ratios) ** 0.5, 0.2, 3)
     assert np.allclose(weights.numpy(), wanted / wanted.mean(), rtol=1e-4)
-    assert torch.equal(weights, modifiers.apply(ce, masked, 2)[1]) and "modifier_judge" in terms
-    assert torch.equal(modifiers.apply(ce, masked, 4)[1], torch.ones(B))
+    assert torch.equal(weights, applied(modifiers, ce, masked, 2)[1]) and "modifier_judge" in terms
+    assert torch.equal(applied(modifiers, ce, masked, 4)[1], torch.ones(B))
 
 
 def test_the_judge_reads_the_same_completion_of_a_row_in_any_batch():
@@ -166,10 +186,12 @@ def test_modifiers_change_the_training_loss_and_never_the_evaluation():
         {"label_smoothing": 0.1}, {"entropy": EntropyModifier(threshold=0.01)}, {"mask_ratio": MaskRatioModifier()}
     ):  # fmt: skip
         changed = objective_of(modifiers_of(**config))
-        terms = changed.loss(model, 0, range(8))
-        assert float(terms["loss"].detach()) != float(plain.loss(model, 0, range(8))["loss"].detach())
+        terms = batch_losses(changed, model, 0, range(8))
+        assert float(terms["loss"].detach()) != float(
+            batch_losses(plain, model, 0, range(8))["loss"].detach()
+        )
         assert float(terms["plain_loss"]) == pytest.approx(
-            float(plain.loss(model, 0, range(8))["loss"].detach())
+            float(batch_losses(plain, model, 0, range(8))["loss"].detach())
         )
         with torch.no_grad():
             assert changed.evaluate(model) == plain.evaluate(model)

@@ -20,6 +20,7 @@ from lib.config import load_config
 from lib.models.packing import Pools
 from lib.ranking.losses import LOSSES
 from lib.ranking.metrics import ranking_metrics
+from lib.training.objectives.base import batch_losses
 from lib.training.objectives.pool_choice import (
     CONTROLS,
     FIRST,
@@ -160,7 +161,7 @@ def test_the_configured_loss_with_its_settings_is_what_is_trained_and_evaluated(
     wanted = LOSSES[loss](
         scores, torch.from_numpy(table.rewards).float(), torch.from_numpy(table.present), **arguments
     )
-    assert target.loss(model, 1, range(8, 16))["loss"].item() == pytest.approx(
+    assert batch_losses(target, model, 1, range(8, 16))["loss"].item() == pytest.approx(
         wanted[which].mean().item(), rel=1e-5
     )
     assert target.evaluate(model)["loss"] == pytest.approx(wanted.mean().item(), rel=1e-5)
@@ -181,7 +182,9 @@ def test_absent_candidates_have_no_part_in_a_loss(tokenizer):
     wild = replace(table, rewards=np.where(table.present, table.rewards, 9.0))
     for loss in LOSSES:
         losses = [
-            choice_of(tokenizer, [t], t, loss=loss).loss(Stub(reads_candidate), 0, range(N))["loss"].item()
+            batch_losses(choice_of(tokenizer, [t], t, loss=loss), Stub(reads_candidate), 0, range(N))[
+                "loss"
+            ].item()
             for t in (table, wild)
         ]
         assert losses[0] == losses[1] and np.isfinite(losses[0])
@@ -206,7 +209,7 @@ def test_who_reads_the_prompt_is_right_and_blind_at_chance(tokenizer):
         target, model = choice_of(tokenizer, blind=blind), Stub(reads_prompt)
         assert target.evaluate(model)["accuracy"] == pytest.approx(accuracy)
         assert target.report(model)[0]["accuracy"]["value"] == pytest.approx(accuracy)
-        target.loss(model, 0, range(8))
+        batch_losses(target, model, 0, range(8))
         assert any(pools.prompt_mask.any() for pools in model.read) != blind
 
 
@@ -277,13 +280,13 @@ def test_all_scores_are_those_of_each_pool_by_itself(tokenizer):
 def test_words_are_hidden_in_training_and_never_when_measuring(tokenizer):
     target = choice_of(tokenizer, word_dropout=0.5)
     model = Stub(reads_candidate)
-    target.loss(model, 0, range(N))
+    batch_losses(target, model, 0, range(N))
     hidden = [(p.candidate_ids == MASK).any() and (p.prompt_ids == MASK).any() for p in model.read]
     assert all(hidden)
     one = made_table(count=1, missing=False)  # a pool that comes again has other words hidden
     again, reader = choice_of(tokenizer, [one], word_dropout=0.5), Stub(reads_candidate)
     for row in range(12):
-        again.loss(reader, row, range(row, row + 1))
+        batch_losses(again, reader, row, range(row, row + 1))
     assert len({tuple((p.candidate_ids == MASK).flatten().tolist()) for p in reader.read}) > 4
     model.read.clear()
     target.evaluate(model)
@@ -301,7 +304,7 @@ def test_every_pass_takes_the_next_draw_and_begins_again_after_the_last(tokenize
     for number in range(5 * N // 8):
         model.read.clear()
         rows = range(number * 8, number * 8 + 8)
-        target.loss(model, number, rows)
+        batch_losses(target, model, number, rows)
         words = [p.candidate_ids[..., 0] - 4 for p in model.read]
         seen = sorted(tuple(row.tolist()) for row in torch.cat(words))
         which = target._order.samples(np.arange(rows.start, rows.stop))
@@ -316,7 +319,7 @@ def test_every_pass_takes_the_next_draw_and_begins_again_after_the_last(tokenize
 def test_a_batch_over_the_end_of_a_pass_takes_pools_of_two_draws(tokenizer):
     draws = [made_table(draw=d, missing=False) for d in range(2)]
     target, model = choice_of(tokenizer, draws, loss="cross_entropy"), Stub(reads_candidate)
-    loss = target.loss(model, 2, range(20, 28))["loss"].item()
+    loss = batch_losses(target, model, 2, range(20, 28))["loss"].item()
     which = target._order.samples(np.arange(20, 28))
     each = []
     for row, n in zip(range(20, 28), which, strict=True):

@@ -23,6 +23,7 @@ from lib.ranking.ppo import (
     ppo_loss,
     sample_actions,
 )
+from lib.training.objectives.base import batch_losses
 
 
 def gradient(value: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
@@ -237,7 +238,7 @@ def advance(model, optimiser, goal, steps) -> list[dict[str, float]]:
     seen = []
     for step in steps:
         model.train()
-        terms = goal.loss(model, step, range(step * goal.batch_size, (step + 1) * goal.batch_size))
+        terms = batch_losses(goal, model, step, range(step * goal.batch_size, (step + 1) * goal.batch_size))
         optimiser.zero_grad()
         terms["loss"].backward()
         optimiser.step()
@@ -314,7 +315,7 @@ def test_a_state_is_plain_tensors_that_safetensors_keep(tmp_path):
     other.load_state(load_file(str(tmp_path / "rollout.safetensors")))
     assert all(torch.equal(v, goal.state()[k]) for k, v in other.state().items())
     with pytest.raises(AssertionError, match="load_state"):
-        objective().loss(model, 2, range(16, 24))
+        batch_losses(objective(), model, 2, range(16, 24))
 
 
 def test_advantages_are_over_the_critic_and_of_one_scale():
@@ -323,7 +324,7 @@ def test_advantages_are_over_the_critic_and_of_one_scale():
         model.value.outer.bias.fill_(0.25)
     plain, scaled = objective(normalise_advantages=False), objective()
     for goal in (plain, scaled):
-        goal.loss(model, 0, range(8))
+        batch_losses(goal, model, 0, range(8))
     state = plain.state()
     pools = np.concatenate([plain.pools_of(s) for s in range(4)])
     rewards = torch.from_numpy(REWARDS[pools]).float().gather(1, state["actions"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lib import randomness
 from lib.errors import BadConfig, NonFiniteLoss
 from lib.training import checkpoint, loop
-from tests.trainings import CPU, Killed, context
+from tests.trainings import CPU, Killed, MeanOfRows, context
 
 SEED, LABEL, CLS, BATCH, STEPS = 3, "tiny", 2, 4, 10
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -134,7 +134,7 @@ def no_fsync(monkeypatch):
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-class Objective:
+class Objective(MeanOfRows):
     """`loss_of`, with given values at evaluations; records its arguments."""
 
     selection, tokens_per_row, cls_id = "error", 5, CLS

@@ -28,7 +28,7 @@ from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.token_critic import TokenCritic, nelbo_and_auroc
 from lib.training.pool_table import PoolTable
 from lib.training.stage_inputs import StageInputs
-from tests.trainings import CPU, TOKENS, context, fingerprint, settings, splits, windows
+from tests.trainings import CPU, TOKENS, MeanOfRows, context, fingerprint, settings, splits, windows
 
 LETTERS = "abcdefghij"
 SPLITS = ("train", "selection", "held_out")
@@ -145,7 +145,7 @@ def critic_of(tampered: str | None) -> TokenCritic:
     parts = splits()
     if tampered is not None:
         other = windows().tiled()
-        other.ids = np.roll(other.ids, 7)[::-1].copy()
+        other.text = replace(other.text, tokens=np.roll(other.ids, 7)[::-1].copy())
         parts = replace(parts, **{tampered: other})
     made = context("critic", batch_size=8, evaluation_examples=8)
     diffusion = MaskedDiffusion(made, parts, config.diffusion, TOKENS)
@@ -175,7 +175,7 @@ def test_the_critics_calibration_is_fitted_on_the_selection_split_alone(monkeypa
 # ------------------------------------------------------------------------------------ generator and critic
 
 
-class Planted:
+class Planted(MeanOfRows):
     """An objective whose evaluations are given; its weights count the steps."""
 
     selection, tokens_per_row = "nelbo_and_auroc", 1
@@ -299,6 +299,9 @@ class ByTable:
 
     def scores(self, model, table, which, **_):
         return torch.tensor([[2.0, 0.0]]).repeat(len(which), 1)
+
+    def evaluation_pools(self, model, table):
+        return 4
 
     def all_scores(self, model, table, **_):
         return np.tile([2.0, 0.0], (len(table), 1))

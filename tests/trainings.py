@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from lib.config import load_config
+from lib.engine.parts import Part
 from lib.models.build import save_model
 from lib.runtime import Runtime
 from lib.sections.models import TrainingConfig
@@ -62,6 +63,24 @@ def context(label: str = "tiny", seed: int = 3, **changes) -> TrainingContext:
     return TrainingContext(label, seed, settings(**changes), CPU)
 
 
+def critic_losses(critic: Any, model: Any, filled: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of (error, origin) of a batch of fills that is one part."""
+    part = critic._critic_part(model, filled, rows, "critic")
+    terms = part.losses(part.weights)
+    return terms["critic_loss"], terms["origin_loss"]
+
+
+class MeanOfRows:
+    """The part of an objective whose `loss(model, step, rows)` gives means over these rows."""
+
+    def part(self, model, step, rows):
+        def losses(totals):
+            share = len(rows) / totals["rows"]
+            return {name: mean * share for name, mean in self.loss(model, step, rows).items()}  # type: ignore[attr-defined]
+
+        return Part({"rows": len(rows)}, losses)
+
+
 def train_tiny(
     model: Any, objective: Any, settings: TrainingConfig, folder: Path, fault: Callable[[int], None] | int | None = None
 ) -> Result:  # fmt: skip
@@ -71,16 +90,16 @@ def train_tiny(
         fault: called with every step before it happens and may raise; a number is a step that raises Killed.
     """
     if fault is not None:
-        plain = objective.loss
+        plain = objective.part
 
-        def loss(model, step, rows):
+        def part(model, step, rows):
             if callable(fault):
                 fault(step)
             elif step == fault:
                 raise Killed
             return plain(model, step, rows)
 
-        objective.loss = loss
+        objective.part = part
     return train(model, objective, TrainingContext("tiny", 3, settings, CPU), folder,
                  lambda m, path: save_model(m, path, TOKENIZER))  # fmt: skip
 

@@ -70,10 +70,13 @@ def mask_batch(
     return MaskedBatch(masked, weights, masked.sum(1) / np.maximum(lengths, 1))
 
 
-def weights_per_token(batch: MaskedBatch, valid: np.ndarray) -> np.ndarray:
+def weights_per_token(batch: MaskedBatch, valid: np.ndarray, total: float) -> np.ndarray:
     """(B, T) float32 weights whose sum of weight x CE over the whole batch is its NELBO in nats per token.
 
     Each row is weighted by its number of tokens: the sum of the rows' nats over the sum of their tokens.
+
+    Args:
+        total: tokens of the whole batch, of which these rows may be a part.
     """
     lengths = valid.sum(1, keepdims=True)
-    return batch.weights * (lengths / max(lengths.sum(), 1)).astype(np.float32)
+    return batch.weights * (lengths / max(total, 1)).astype(np.float32)

@@ -5,8 +5,8 @@ The two estimators and their losses are in `lib/ranking/ppo.py`.
 Legend: B pools of a batch, K candidates, S sampled actions per pool, D features, M pools in all, P pools of a rollout.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.engine.parts import Part
+from lib.engine.processes import Processes
 from lib.errors import BadConfig
 from lib.ranking.actor_critic import ActorCritic
 from lib.ranking.ppo import (
@@ -59,6 +61,8 @@ class LoopSettings:
     Attributes:
         seed, label: every random draw is keyed by them; messages start with the label.
         batch_size: pools of a step.
+        parts: equal parts of a step's pools; each is one forward pass.
+        processes: those among which the forward passes are divided.
         selection: the number of `evaluate` that chooses the best step; it is minimised.
         tokens_per_row: mean number of tokens of a pool, for the logged speed.
     """
@@ -68,6 +72,8 @@ class LoopSettings:
     selection: str
     tokens_per_row: int
     label: str = "ppo"
+    parts: int = 1
+    processes: Processes = field(default_factory=Processes)
 
 
 class PolicyGradient:
@@ -103,11 +109,9 @@ class PolicyGradient:
             )
         self.scores_and_features, self.evaluate, self.settings = scores_and_features, evaluate, settings
         self.estimator, self.seed, self.label = estimator, loop.seed, loop.label
-        self.batch_size, self.selection, self.tokens_per_row = (
-            loop.batch_size,
-            loop.selection,
-            loop.tokens_per_row,
-        )
+        self.batch_size, self.part_size = loop.batch_size, loop.batch_size // loop.parts
+        self.selection, self.tokens_per_row = loop.selection, loop.tokens_per_row
+        self.processes = loop.processes
         self.rewards = torch.from_numpy(np.asarray(pools.rewards, np.float32))
         self.present = torch.from_numpy(np.asarray(pools.present, bool))
         # log_policy leaves log probabilities as they are, normalises scores, and sets absent candidates to -inf
@@ -148,19 +152,34 @@ class PolicyGradient:
 
     # ------------------------------------------------------------------ loss
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        """Named loss terms of a step. The model stays in eval mode."""
-        assert len(rows) == self.batch_size, "the loop's batch size is not the objective's"
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The mean loss of the batch's pools. The model stays in eval mode."""
+        assert len(rows) == self.part_size, "the loop's parts are not the objective's"
         assert isinstance(model, ActorCritic)
         model.eval()
         number, positions = self._minibatch(step)
-        if self.estimator == "exact":
-            return self._exact(model, self._pools(number)[positions])
+        first = rows.start - step * self.batch_size
+        positions = positions[first : first + len(rows)]
+        rollout = self._current_rollout(model, step, number) if self.estimator == "sampled" else None
+
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            pools, share = self._pools(number)[positions], len(rows) / totals["pools"]
+            terms = (
+                self._exact(model, pools)
+                if rollout is None
+                else self._sampled(model, pools, rollout, positions)
+            )
+            return {name: mean * share for name, mean in terms.items()}  # all are means over pools
+
+        return Part({"pools": len(rows)}, losses)
+
+    def _current_rollout(self, model: ActorCritic, step: int, number: int) -> _Rollout:
+        """The rollout that a step belongs to. It is collected at its first step."""
         if self._rollout is None or self._rollout.number != number:
             first = step * self.batch_size % (self.settings.rollout_pools * self.settings.epochs) == 0
             assert first, f"step {step} continues a rollout that is missing: load_state() was not called"
             self._rollout = self._collect(model, number)
-        return self._sampled(model, self._pools(number)[positions], self._rollout, positions)
+        return self._rollout
 
     def _exact(self, model: ActorCritic, pools: np.ndarray) -> dict[str, Tensor]:
         log_p, values = self._forward(model, pools)
@@ -196,9 +215,14 @@ class PolicyGradient:
     def _collect(self, model: ActorCritic, number: int) -> _Rollout:
         """Score all pools of a rollout with the current policy, and sample its actions."""
         pools, draw_key = self._pools(number), randomness.key(self.seed, f"{self.label} actions", number)
-        with torch.no_grad():
-            batches = [self._forward(model, batch) for batch in pools.reshape(-1, self.batch_size)]
-        log_p, values = (torch.cat(column).cpu() for column in zip(*batches, strict=True))
+
+        @torch.no_grad()
+        def score(batch: np.ndarray) -> tuple[np.ndarray, ...]:
+            return tuple(values.cpu().numpy() for values in self._forward(model, batch))
+
+        # In the batches of the first steps, so that the ratios there are exactly 1
+        found = self.processes.share(score, list(pools.reshape(-1, self.part_size)))
+        log_p, values = (torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True))
         uniforms = randomness.uniform(draw_key, self._draws(number), self.settings.samples_per_pool)  # (P, S)
         actions = sample_actions(log_p, torch.from_numpy(uniforms))
         advantages = self.rewards[pools].gather(1, actions) - values.unsqueeze(-1)

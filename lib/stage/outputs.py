@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib import durable
+from lib.engine.processes import Processes
 from lib.errors import BadData
-from lib.runs import plain
+from lib.runs import command, plain
 from lib.table_writer import TableWriter
 
 if TYPE_CHECKING:
@@ -21,9 +22,11 @@ class OutputWriter:
 
     Attributes:
         folder: where the stage writes: `<stage>`, or `<stage>.new` while --overwrite makes it again.
+        processes: those that run the stage. The main one writes; in the others these methods do nothing.
     """
 
     folder: Path
+    processes: Processes
     _outputs: dict[str, dict]  # name -> path, sha256, bytes and, for tables, rows and columns
 
     def write(self, name: str, table: "pa.Table", schema: "TableSchema") -> None:
@@ -51,11 +54,19 @@ class OutputWriter:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `<name>.json` and declare it as an output."""
+        if not self.processes.is_main:
+            return
         durable.write_json(self.folder / f"{name}.json", plain(value))
         self.add_file(name, self.folder / f"{name}.json")
 
+    def output_sha256(self, name: str) -> str:
+        """The hash of an output that this stage has declared."""
+        return self._outputs[name]["sha256"]
+
     def add_file(self, name: str, path: Path) -> None:
         """Declare a file that was already written in the stage's folder as an output."""
+        if not self.processes.is_main:
+            return
         self._outputs[name] = {
             "path": path.relative_to(self.folder).as_posix(),
             "sha256": durable.sha256_file(path),
@@ -64,6 +75,8 @@ class OutputWriter:
 
     def add_folder(self, name: str, folder: Path) -> None:
         """Declare a folder that was already written in the stage's folder as an output."""
+        if not self.processes.is_main:
+            return
         self._outputs[name] = {
             "path": folder.relative_to(self.folder).as_posix(),
             "sha256": durable.sha256_folder(folder),
@@ -80,5 +93,5 @@ def check_sizes(folder: Path, manifest: dict) -> None:
         if size != record["bytes"]:
             raise BadData(
                 f"{path}, output '{name}' of the finished {manifest['stage']}, is missing or was changed; "
-                "run the stage again with --overwrite"
+                f"run `{command(manifest['stage'], '--overwrite')}`"
             )

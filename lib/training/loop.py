@@ -3,11 +3,14 @@
 An objective (`lib/training/objectives/`) provides the batches, the loss and the metrics. A process may be killed at any
 step. The next call of `train` continues from the last checkpoint, and ends with the same weights, metrics and best
 model to the bit.
+
+Several processes may train one model (`lib/engine/`). Each has all weights, and computes its parts of every batch. They
+end with the same bits as one process that computes all parts. Process 0 alone writes files.
 """
 
-import importlib.util
+import contextlib
 import math
-import time
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,17 +21,23 @@ import torch
 from torch import nn
 
 from lib import durable, randomness
-from lib.errors import BadConfig, Interrupted, NonFiniteLoss
+from lib.engine.gradients import GradientSum
+from lib.engine.parts import Part, Parts
+from lib.engine.speed import SpeedMeter, flops_per_token, matmul_peak
+from lib.errors import Interrupted, NonFiniteLoss
 from lib.log import Progress, say
+from lib.models.checkpointing import checkpoint_activations
 from lib.training import checkpoint
 from lib.training.ema import Ema
 from lib.training.freezing import Freezing
 from lib.training.metrics_log import MetricsLog
-from lib.training.objectives.base import Objective, StatefulObjective, TrainingContext
+from lib.training.objectives.base import Objective, ScaledObjective, StatefulObjective, TrainingContext
 from lib.training.optimizer import Optimizer
 from lib.training.preemption import StopRequest
+from lib.training.trackers import open_tracker
 
 BEST = "best_model"
+_STOP = "stop signal"
 
 
 @dataclass
@@ -36,8 +45,7 @@ class Result:
     steps: int
     best_step: int
     metrics: dict[str, float]  # of the best model, on the selection split
-    seconds: float  # in training steps, of this process only
-    tokens_per_second: float
+    speed: dict[str, float]  # of the steps in this process, see lib/engine/speed.py
     optimizer: dict[str, Any]  # parameter groups, and which parameters were frozen until which step
 
 
@@ -71,26 +79,28 @@ def train(
         Interrupted: SIGINT or SIGTERM arrived. The current step was finished and a checkpoint committed.
     """
     settings = context.settings
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise BadConfig(
-            "training.tensorboard is true, but tensorboard is not installed; `pip install tensorboard`"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    durable.recover_folder(folder / BEST)
+    if context.runtime.processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        durable.recover_folder(folder / BEST)
     run = _Run(model, objective, context, folder, save)
     run.restore()
-    with StopRequest() as stop, Progress(context.label, settings.steps, run.state.step) as progress:
+    first = run.state.step
+    with (
+        contextlib.closing(run.log),
+        StopRequest() as stop,
+        Progress(context.label, settings.steps, first) as progress,
+    ):
         while run.state.step < settings.steps:
-            run.step(progress)
+            stopping = run.step(progress, stop)
             if run.due(settings.evaluate_every):
                 run.evaluate()
-            if stop.signal or (run.due(settings.checkpoint_every) and run.state.step < settings.steps):
+            if stopping or (run.due(settings.checkpoint_every) and run.state.step < settings.steps):
                 run.save_checkpoint()
-            if stop.signal:
+            if stopping:
                 message = (
                     f"{run.label}: stopped at step {run.state.step}; run the same command again to continue"
                 )
-                raise Interrupted(message, 128 + stop.signal)
+                raise Interrupted(message, 128 + (stop.signal or signal.SIGTERM))
     return run.finish()
 
 
@@ -107,35 +117,53 @@ class _Run:
     ):
         settings = context.settings
         self.model, self.objective = model.to(context.runtime.device), objective
+        if settings.activation_checkpointing:
+            checkpoint_activations(model, context.label)
         self.settings, self.runtime = settings, context.runtime
         self.seed, self.label = context.seed, context.label
         self.folder, self.save = folder, save
+        self.processes = context.runtime.processes
+        self.parts = Parts(settings.parts, settings.batch_size, self.processes, f"{self.label}.training")
         self.optimizer = Optimizer(model, settings)
+        self.gradients = GradientSum(self.optimizer.parameters.values(), settings.parts, self.processes)
         if settings.optimizer == "muon" and not self.optimizer.has_muon:
             say(f"{self.label}: no hidden matrix is trained, so Muon updates nothing; AdamW updates the rest")
         self.ema = Ema(self.optimizer.parameters, settings.ema_decay)
         self.freezing = Freezing(model, settings, getattr(objective, "cls_id", None))
-        self.log = MetricsLog(folder, settings.tensorboard)
+        tracker = settings.tracker if self.processes.is_main else None
+        self.log = MetricsLog(folder, open_tracker(tracker, folder, self.label, settings.model_dump()))
         self.state = _State()
-        self.trained_seconds, self.trained_steps = 0.0, 0
+        self.speed = self._speed_meter()
+
+    def _speed_meter(self) -> SpeedMeter:
+        row, device = self.objective.tokens_per_row, self.runtime.device
+        peak = matmul_peak(device, self.runtime.precision) * self.processes.size
+        return SpeedMeter(device, self.settings.batch_size * row, flops_per_token(self.model, row), peak)
 
     # ------------------------------------------------------------------ one step
 
-    def step(self, progress: Progress) -> None:
-        begin = time.perf_counter()
-        step, size = self.state.step, self.settings.batch_size
+    def step(self, progress: Progress, stop: StopRequest) -> bool:
+        """One update of the weights. Returns whether some process has received a signal to stop."""
+        self.speed.begin()
+        step = self.state.step
         # 1. Freeze or unfreeze the backbone
         self.freezing.at(step)
         self.model.train()
-        # 2. Seed torch's generator by the step. Only dropout uses it, and nothing else sets it.
-        torch.manual_seed(randomness.key(self.seed, f"{self.label} dropout", step) % 2**63)
-        # 3. Loss of the global batch
-        terms = self.objective.loss(self.model, step, range(step * size, (step + 1) * size))
-        value = terms["loss"].detach().item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss(self._non_finite("loss", value))
-        # 4. Gradients, clipped to `gradient_clip`
-        terms["loss"].backward()
+        # 2. Data of this process's parts, and their weights summed over the global batch
+        parts = [self.objective.part(self.model, step, self.parts.rows(step, n)) for n in self.parts.own]
+        totals = self.parts.sum([part.weights for part in parts])
+        self.speed.data_is_there()
+        # 3. Losses and gradients, part by part
+        found = [self._backward(step, n, part, totals) for n, part in zip(self.parts.own, parts, strict=True)]
+        terms = self.parts.sum([values | {_STOP: stop.signal} for values in found])
+        stopping = bool(terms.pop(_STOP))
+        factor = 1.0
+        if isinstance(self.objective, ScaledObjective):
+            terms, factor = self.objective.finish(terms)
+        if not math.isfinite(terms["loss"]):
+            raise NonFiniteLoss(self._non_finite("loss", terms["loss"]))
+        # 4. Gradients of the global batch, clipped to `gradient_clip`
+        self.gradients.reduce(factor)
         norm = self.optimizer.gradient_norm()
         if not math.isfinite(norm):
             raise NonFiniteLoss(self._non_finite("gradient norm", norm))
@@ -144,27 +172,34 @@ class _Run:
         self.ema.update(step)
         # 6. Sums for the next line of metrics.jsonl
         for name, term in terms.items():
-            self.state.sums[name] = self.state.sums.get(name, 0.0) + float(term.detach())
+            self.state.sums[name] = self.state.sums.get(name, 0.0) + term
         self.state.sums["gradient_norm"] = self.state.sums.get("gradient_norm", 0.0) + norm
         self.state.summed_steps += 1
         self.state.step += 1
-        self.trained_seconds += time.perf_counter() - begin
-        self.trained_steps += 1
-        progress.update(self.state.step, loss=f"{value:.3f}", speed=f"{self.tokens_per_second:,.0f} tokens/s")
+        self.speed.end()
+        loss, speed = f"{terms['loss']:.3f}", f"{self.speed.tokens_per_second:,.0f} tokens/s"
+        progress.update(self.state.step, loss=loss, speed=speed)
+        return stopping
+
+    def _backward(self, step: int, number: int, part: Part, totals: dict[str, float]) -> dict[str, float]:
+        """The named shares of one part. Its gradients go to `gradients`."""
+        # Only dropout uses torch's generator, and nothing else seeds it
+        draw = step * self.parts.count + number
+        torch.manual_seed(randomness.key(self.seed, f"{self.label} dropout", draw) % 2**63)
+        terms = part.losses(totals)
+        terms["loss"].backward()
+        self.gradients.push()
+        return {name: float(term.detach()) for name, term in terms.items()}
 
     def _non_finite(self, what: str, value: float) -> str:
         size, step = self.settings.batch_size, self.state.step
         bundle = {"step": step, "rows": [step * size, (step + 1) * size], "seed": self.seed, what: str(value)}
-        durable.write_json(self.folder / "non_finite.json", bundle)
+        if self.processes.is_main:
+            durable.write_json(self.folder / "non_finite.json", bundle)
         return (
             f"{self.label}: the {what} at step {step} is {value}; training stopped before the update. Try lower learning "
             f"rates or precision=fp32. The batch is described in {self.folder / 'non_finite.json'}"
         )
-
-    @property
-    def tokens_per_second(self) -> float:
-        tokens = self.trained_steps * self.settings.batch_size * self.objective.tokens_per_row
-        return tokens / self.trained_seconds if self.trained_seconds else 0.0
 
     def due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.settings.steps
@@ -188,18 +223,23 @@ class _Run:
                 )
             if state.best_value is None or value < state.best_value:
                 state.best_value, state.best_step, state.best_metrics = value, state.step, metrics
-                with durable.replacing_folder(self.folder / BEST) as temporary:
-                    self.save(self.model, temporary)
+                self._save_model(BEST)
         line = {"step": state.step, "train": terms, "selection": metrics}
-        self.log.write(line, self.trained_seconds, self.tokens_per_second)
+        if self.processes.is_main:
+            self.log.write(line, self.speed.figures())
         loss = terms.get("loss", math.nan)
         say(f"  {self.label} {state.step}/{self.settings.steps}: loss {loss:.4f}, {selection} {value:.4f}")
+
+    def _save_model(self, name: str) -> None:
+        if self.processes.is_main:
+            with durable.replacing_folder(self.folder / name) as temporary:
+                self.save(self.model, temporary)
 
     # ------------------------------------------------------------------ checkpoints
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        return self.runtime.fingerprint() | {"code": dict(self.runtime.code)}
+        return self.runtime.fingerprint() | {"parts": self.parts.count, "code": dict(self.runtime.code)}
 
     @cached_property
     def frozen_digest(self) -> str:
@@ -207,6 +247,8 @@ class _Run:
         return checkpoint.frozen_digest(self.model, self.optimizer.parameters)
 
     def save_checkpoint(self) -> None:
+        if not self.processes.is_main:
+            return
         self.state.metrics_bytes = self.log.sync()
         stateful = isinstance(self.objective, StatefulObjective)
         tensors = {
@@ -225,9 +267,13 @@ class _Run:
         Metrics and a best model that were written after it are discarded: their steps run again. With
         `allow_inexact_resume` these steps may give other results.
         """
+        if self.processes.is_main:  # first alone: it repairs what a crash has left
+            checkpoint.load(self.folder)
+        self.processes.barrier()
         loaded = checkpoint.load(self.folder)
         if loaded is None:
-            self.log.clear()
+            if self.processes.is_main:
+                self.log.clear()
             return
         tensors, state = loaded
         checkpoint.check_fingerprint(
@@ -246,19 +292,22 @@ class _Run:
         self.optimizer.load_state(tensors.get("optimizer", {}))
         if isinstance(self.objective, StatefulObjective):
             self.objective.load_state(tensors.get("objective", {}))
-        checkpoint.restore_folder(self.folder, BEST)
-        self.log.truncate(self.state.metrics_bytes)
+        if self.processes.is_main:
+            checkpoint.restore_folder(self.folder, BEST)
+            self.log.truncate(self.state.metrics_bytes)
         say(f"{self.label}: continuing from step {self.state.step}")
 
     def finish(self) -> Result:
-        with self.ema.swapped(), durable.replacing_folder(self.folder / "final_model") as temporary:
-            self.save(self.model, temporary)
+        with self.ema.swapped():
+            self._save_model("final_model")
+        self.processes.barrier()  # the others may read the models now
+        if self.speed.steps:
+            say(f"{self.label}: {self.speed.line()}")
         state = self.state
         return Result(
             state.step,
             state.best_step,
             state.best_metrics,
-            self.trained_seconds,
-            self.tokens_per_second,
+            self.speed.figures(),
             {"groups": self.optimizer.groups(), "frozen": self.freezing.record()},
         )

@@ -23,6 +23,7 @@ from lib.models.build import Checkpoint, heads_of, load_model, save_model, start
 from lib.models.ranker import SequenceRanker
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.runs import plain
+from lib.runtime import Runtime, release_memory
 from lib.sections.models import ModelSpec
 from lib.training.loop import train
 from lib.training.objectives.base import ReportingObjective, TrainingContext
@@ -54,29 +55,49 @@ def train_model(
         The record, as written to `folder/training_manifest.json`. It has the transferred tensors, the optimizer's
         groups, the best step, held-out metrics, and rows of the results table.
     """
-    record_file = folder / RECORD
-    if record_file.exists():
-        say(f"{name}: already trained")
-        return json.loads(record_file.read_text(encoding="utf-8"))
+    return recorded(folder, lambda: _train(name, spec, stage_inputs, folder, start), stage_inputs.runtime)
 
+
+def recorded(folder: Path, make: Callable[[], dict[str, Any]], runtime: Runtime) -> dict[str, Any]:
+    """The record of a training in `folder`. If there is none, the training `make` makes it, and it is written.
+
+    So an interrupted stage does not repeat a training that is complete. All processes call this together.
+    """
+    file, processes = folder / RECORD, runtime.processes
+    known = json.loads(file.read_text(encoding="utf-8")) if processes.is_main and file.exists() else None
+    if (known := processes.from_main(known)) is not None:
+        say(f"{folder.name}: already trained")
+        return known
+    record = plain(make())
+    if processes.is_main:
+        durable.write_json(file, record)
+    processes.barrier()  # the others may read the record now
+    return json.loads(json.dumps(record))
+
+
+def _train(
+    name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
+) -> dict[str, Any]:
     # 1. The model, from its start, and what it learns
     context = context_of(name, spec, stage_inputs)
     setup = set_up(context, spec, stage_inputs, folder, start)
+    learning = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
 
     # 2. Train; the best step is chosen on the selection split
-    result = train(setup.model, setup.objective, context, folder, setup.save)
+    result = train(setup.take_model(), setup.objective, context, folder, setup.save)
 
-    # 3. Measure the best model on the held-out split
+    # 3. Measure the best model on the held-out split, when the trained one has left the memory
+    release_memory()
     best: Any = setup.load(folder / "best_model").to(context.runtime.device).eval()
     with torch.no_grad():
         values, rows = setup.objective.report(best)
 
     # 4. Record
-    record = {
+    return {
         "name": name,
         "mode": spec.mode,
         "parameters": sum(p.numel() for p in best.parameters()),
-        "learning_parameters": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
+        "learning_parameters": learning,
         "transfer": setup.transfer,
         **setup.facts,
         "optimizer": result.optimizer,
@@ -86,8 +107,6 @@ def train_model(
         "held_out": values,
         "table": [row.as_dict() for row in rows],
     }
-    durable.write_json(record_file, plain(record))
-    return record
 
 
 def context_of(name: str, spec: ModelSpec, stage_inputs: StageInputs) -> TrainingContext:
@@ -112,6 +131,12 @@ class TrainerSetup:
     transfer: dict[str, Any]
     facts: dict[str, Any]
 
+    def take_model(self) -> nn.Module:
+        """The model, which from now on is the caller's alone: its memory is free when the caller drops it."""
+        model = self.model
+        del self.model
+        return model
+
 
 def set_up(
     context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
@@ -122,14 +147,17 @@ def set_up(
     name, config, tokenizer = context.label, stage_inputs.config, stage_inputs.tokenizer
     if spec.attention != spec.effective_attention:
         say(f"{name}: mode {spec.mode} needs bidirectional attention; {spec.attention} is ignored")
+    own_labels = spec.mode == "token_classifier" and config.labels.path is not None
     model, transfer = start_model(
         spec.mode,
-        spec.architecture if start is None else Checkpoint(start, spec.architecture.dropout),
+        spec.architecture
+        if start is None
+        else Checkpoint(start, spec.architecture.dropout, spec.architecture.dtype),
         spec.effective_attention,
         len(tokenizer),
         config.seed,
         name,
-        **heads_of(spec.mode, spec.target_type, spec.num_classes, config.labels.path is not None),
+        **heads_of(spec.mode, spec.target_type, spec.num_classes, own_labels),
     )
     if start is not None:
         say(f"{name}: {len(transfer.loaded)} tensors loaded from {os.path.relpath(start)}; "
@@ -168,11 +196,11 @@ def make_objective(
         return ranker_objective(context, spec, stage_inputs, context_length)
 
     # language_model: next tokens for causal models, masked diffusion for bidirectional ones
-    tokenizer, diffusion = stage_inputs.tokenizer, stage_inputs.config.diffusion
-    splits = WindowSplits.of(stage_inputs.example_splits(spec.split), context_length, tokenizer.pad_token_id)
+    tokenizer = stage_inputs.tokenizer
+    splits = WindowSplits.of(stage_inputs.text_splits(spec.split), context_length, tokenizer.pad_token_id)
     if spec.effective_attention == "causal":
         return NextToken(context, splits, tokenizer.cls_token_id)
-    tokens = MaskingTokens.of(tokenizer)
+    tokens, diffusion = MaskingTokens.of(tokenizer), stage_inputs.config.diffusion
     modifiers = load_modifiers(spec.modifiers, context, tokenizer, tokens.text_ids, context_length)
     kind = StagedUnmasking if diffusion.stages else MaskedDiffusion
     return kind(context, splits, diffusion, tokens, modifiers)

@@ -1,5 +1,12 @@
 """What the training loop and the objectives agree on, and the helpers that the objectives share.
 
+A step learns from a global batch of rows, which is divided into parts (`lib/engine/parts.py`). The loss of the batch
+is a sum over its rows, divided by a sum of weights, such as the number of tokens. So it is computed in two stages:
+
+    1. `Objective.part` draws the data of a part's rows, and says what they weigh
+    2. the weights are summed over all parts, also those of other processes
+    3. `Part.losses` computes the part's share of the loss; the shares of all parts add up to the loss of the batch
+
 Legend: B rows, T positions, V vocabulary.
 """
 
@@ -11,9 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib import randomness
+from lib.engine.parts import Part
+from lib.log import say
 from lib.metrics import Estimate
 from lib.runtime import Runtime
 from lib.sections.models import TrainingConfig
+
+EVALUATION_TOKENS = 64 * 513  # of a forward pass of an evaluation: 64 texts of 512 tokens behind [CLS]
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,8 @@ class Objective(Protocol):
     selection: str
     tokens_per_row: int
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        """Named scalars of the global batch `rows`. The loop minimises the one called `loss` and logs all."""
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The data of some rows of a step's global batch. No gradient flows through the model here."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -86,12 +98,32 @@ class ReportingObjective(Objective, Protocol):
 
 
 @runtime_checkable
+class ScaledObjective(Protocol):
+    """An objective whose loss is divided by a number that is known after the forward passes only."""
+
+    def finish(self, terms: dict[str, float]) -> tuple[dict[str, float], float]:
+        """(the terms to log, the factor of the gradients) from the summed shares of a batch."""
+        ...
+
+
+@runtime_checkable
 class StatefulObjective(Protocol):
     """An objective with state of its own, which must be part of a checkpoint."""
 
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+def batch_losses(objective: Objective, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+    """The named scalars of a global batch that is one part: what the training loop computes with `parts: 1`."""
+    part = objective.part(model, step, rows)
+    terms = part.losses(part.weights)
+    if isinstance(objective, ScaledObjective):
+        logged, factor = objective.finish({name: float(term.detach()) for name, term in terms.items()})
+        others = {name: torch.tensor(value) for name, value in logged.items() if name != "loss"}
+        return {"loss": terms["loss"] * factor} | others
+    return terms
 
 
 def result_row(
@@ -118,10 +150,32 @@ def forward(model: nn.Module, runtime: Runtime, ids: np.ndarray, valid: np.ndarr
         return model(input_ids=tensor(ids, runtime), attention_mask=mask, **arguments)
 
 
+def evaluation_rows(most: int, tokens_per_row: int) -> int:
+    """Rows of a forward pass of an evaluation: `most` for short rows, fewer for long ones, at least one.
+
+    So the memory of an evaluation does not grow with the context. The rows of a pass do not change any result except
+    by rounding.
+    """
+    return max(1, min(most, EVALUATION_TOKENS // max(tokens_per_row, 1)))
+
+
 def chunks(count: int, size: int) -> Iterator[np.ndarray]:
     """Consecutive index arrays of at most `size`, from 0 to `count`."""
     for start in range(0, count, size):
         yield np.arange(start, min(start + size, count))
+
+
+def some_of(seed: int, label: str, what: str, count: int, limit: int) -> np.ndarray:
+    """Sorted indices of all or, if there are more than `limit`, of a random sample of that size. A line says so.
+
+    Args:
+        label: of the model.
+        what: the things that a report reads, such as `held-out windows`.
+    """
+    if count <= limit:
+        return np.arange(count)
+    say(f"{label}: the report reads a random sample of {limit:,} of {count:,} {what}")
+    return randomness.sample(seed, f"reported {what}", count, limit)
 
 
 def with_cls(ids: np.ndarray, valid: np.ndarray, cls_id: int) -> tuple[np.ndarray, np.ndarray]:

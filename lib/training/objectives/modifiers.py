@@ -1,8 +1,9 @@
 """Optional modifiers of the masked-diffusion loss: other targets for tokens, and weights for rows.
 
 Each is off unless the config names it, and they can be combined. They change the training loss only; evaluation always
-measures the plain NELBO. The row weights of several modifiers are multiplied, then scaled to mean 1 over the batch, so
-that they do not change the effective learning rate.
+measures the plain NELBO. The row weights of several modifiers are multiplied, then scaled to mean 1 over the global
+batch, so that they do not change the effective learning rate. Their mean is known after the forward passes of all parts,
+so `finish` scales the gradients.
 
 Legend: B rows, T positions, N masked positions of the batch, V vocabulary, A ids of text.
 """
@@ -21,6 +22,8 @@ from lib.errors import BadConfig
 from lib.models.build import load_model
 from lib.sections.models import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
 from lib.training.objectives.base import TrainingContext, forward, tensor, with_cls
+
+_WEIGHT, _SQUARE = "row_weight", "_square"  # of terms that `Modifiers.finish` uses up
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Modifiers:
     def apply(
         self, ce: Tensor, masked: MaskedPredictions, step: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """((N,) losses of the positions, (B,) weights of the rows, one logged term per modifier).
+        """((N,) losses of the positions, (B,) weights of the rows, name -> (B,) numbers for `finish`).
 
         Args:
             ce: (N,) plain cross-entropies.
@@ -82,7 +85,7 @@ class Modifiers:
         size = len(masked.rows)
         if config.label_smoothing:
             spread = uniform_cross_entropies(masked.logits, self.text_ids)
-            terms["modifier_smoothing"] = spread.detach().mean()
+            terms["modifier_smoothing"] = _mean_by_row(spread.detach(), masked.row_idx, size)
             ce = (1 - config.label_smoothing) * ce + config.label_smoothing * spread
         weights = torch.ones(size, device=ce.device)
         if config.entropy is not None:
@@ -92,13 +95,29 @@ class Modifiers:
             weights = weights * self._log("mask_ratio", terms, mask_ratio_weights(ratios, config.mask_ratio))
         if config.judge is not None and config.judge.start_step <= step < config.judge.stop_step:
             weights = weights * self._log("judge", terms, self._judge_weights(masked, config.judge))
-        return ce, weights / weights.mean(), terms
+        terms[_WEIGHT] = weights
+        return ce, weights, terms
 
     @staticmethod
     def _log(name: str, terms: dict[str, Tensor], weights: Tensor) -> Tensor:
-        """Add the coefficient of variation of the weights to the terms: 0 means no effect. Returns the weights."""
-        terms[f"modifier_{name}"] = weights.std(correction=0) / weights.mean()
+        """Add what the coefficient of variation of the weights needs to the terms. Returns the weights."""
+        terms[f"modifier_{name}"], terms[f"modifier_{name}{_SQUARE}"] = weights, weights.double().square()
         return weights
+
+    @staticmethod
+    def finish(terms: dict[str, float]) -> tuple[dict[str, float], float]:
+        """(the terms to log, the factor of the gradients) from the means over the rows of a global batch.
+
+        The term of a modifier of row weights is their coefficient of variation: 0 means no effect.
+        """
+        factor = 1.0 / terms[_WEIGHT]
+        logged = {}
+        for name, value in terms.items():
+            if name + _SQUARE in terms:
+                value = max(terms[name + _SQUARE] - value**2, 0.0) ** 0.5 / value
+            if name != _WEIGHT and not name.endswith(_SQUARE):
+                logged[name] = value
+        return logged | {"loss": terms["loss"] * factor}, factor
 
     @torch.no_grad()
     def _judge_weights(self, masked: MaskedPredictions, config: JudgeModifier) -> Tensor:
@@ -121,6 +140,12 @@ class Modifiers:
         return ((1 - score) / ratios).pow(config.exponent).clamp(config.min_weight, config.max_weight)
 
 
+def _mean_by_row(values: Tensor, row_idx: Tensor, size: int) -> Tensor:
+    """(B,) mean over each row's masked positions, of (N,) values."""
+    count = torch.bincount(row_idx, minlength=size).clamp(min=1)
+    return torch.zeros(size, device=values.device, dtype=values.dtype).index_add_(0, row_idx, values) / count
+
+
 def uniform_cross_entropies(logits: Tensor, text_ids: Tensor) -> Tensor:
     """(N,) cross-entropies of a target that is uniform over the ids of text (label smoothing, Szegedy et al., 2016)."""
     logits = logits.float()
@@ -137,8 +162,7 @@ def entropy_weights(masked: MaskedPredictions, config: EntropyModifier, size: in
         wrong = masked.logits.float().scatter(1, masked.targets[:, None], -torch.inf)
         logs = torch.log_softmax(wrong, -1)  # (N, V), -inf at the target
         entropy = -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(-1) / np.log(wrong.shape[1] - 1)
-        count = torch.bincount(masked.row_idx, minlength=size).clamp(min=1)
-        mean = torch.zeros(size, device=entropy.device).index_add_(0, masked.row_idx, entropy) / count
+        mean = _mean_by_row(entropy, masked.row_idx, size)
         return config.weight / mean.clamp(min=config.threshold)
 
 

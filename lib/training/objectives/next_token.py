@@ -6,14 +6,17 @@ exact negative log-likelihood (NLL) in nats per token.
 Legend: B rows, T positions, V vocabulary, R windows.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib.engine.parts import Part
 from lib.runtime import Runtime
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Windows
-from lib.training.objectives.base import ResultRow, TrainingContext, chunks, forward, tensor
+from lib.training.objectives.base import ResultRow, TrainingContext, chunks, evaluation_rows, forward, tensor
 from lib.training.objectives.language_model import EVALUATION_BATCH, WindowObjective, WindowSplits
 
 
@@ -26,10 +29,15 @@ class NextToken(WindowObjective):
         super().__init__(context, splits)
         self.cls_id = cls_id
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The mean NLL of the batch's tokens."""
         _, ids, valid = self.windows(rows)
-        nll, mask = causal_nll(model, self.runtime, ids, valid, self.cls_id)
-        return {"loss": (nll * mask).sum() / mask.sum()}
+
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            nll, mask = causal_nll(model, self.runtime, ids, valid, self.cls_id)
+            return {"loss": (nll * mask).sum() / totals["tokens"]}
+
+        return Part({"tokens": int(valid.sum())}, losses)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """NLL of the `evaluated` selection windows."""
@@ -37,9 +45,8 @@ class NextToken(WindowObjective):
         return {"nll": float(nats.sum() / tokens.sum())}
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
-        """NLL of all held-out windows; `nll_half_width` is the half-width of the 95 % interval."""
-        every = np.arange(self.splits.held_out.count)
-        nll = self.estimate(*self.window_nlls(model, self.splits.held_out, every))
+        """NLL of the `reported` windows; `nll_half_width` is the half-width of the 95 % interval."""
+        nll = self.estimate(*self.window_nlls(model, self.splits.held_out, self.reported))
         unigram = self.unigram_nll()
         metrics = {"nll": nll.value, "nll_half_width": nll.half_width, "unigram_nll": unigram}
         metrics["bits_per_character"], rows = self.result_rows("NLL", nll, unigram)
@@ -49,12 +56,16 @@ class NextToken(WindowObjective):
         self, model: nn.Module, windows: Windows, examples: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """((R,) nats, (R,) tokens) of the windows `examples`."""
-        nats, tokens = [], []
-        for part in chunks(len(examples), EVALUATION_BATCH):
+
+        def measure(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             ids, valid = windows.batch(examples[part], np.zeros(len(part)))
             nll, mask = causal_nll(model, self.runtime, ids, valid, self.cls_id)
-            nats.append((nll * mask).sum(1).cpu().numpy())
-            tokens.append(valid.sum(1))
+            return (nll * mask).sum(1).cpu().numpy(), valid.sum(1)
+
+        found = self.runtime.processes.share(
+            measure, list(chunks(len(examples), evaluation_rows(EVALUATION_BATCH, windows.width)))
+        )
+        nats, tokens = zip(*found, strict=True)
         return np.concatenate(nats), np.concatenate(tokens)
 
 

@@ -11,7 +11,7 @@ A ranker that does not beat its controls has not used the question.
 Legend: N pools, K candidates, B pools of a batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.engine.parts import Part
 from lib.log import say
 from lib.metrics import Estimate
 from lib.models.collation import collate, hide_words, too_long
@@ -36,7 +37,14 @@ from lib.ranking.metrics import (
 from lib.runtime import Runtime
 from lib.sections.finqa import RankerConfig
 from lib.training.data import Rows
-from lib.training.objectives.base import ResultRow, TrainingContext, chunks, result_row, tensor
+from lib.training.objectives.base import (
+    ResultRow,
+    TrainingContext,
+    chunks,
+    evaluation_rows,
+    result_row,
+    tensor,
+)
 from lib.training.pool_table import PoolTable
 
 EVALUATION_BATCH = 32
@@ -98,6 +106,13 @@ class PoolReader:
         pools = self.read([table.prompts[i] for i in first], table.texts[first], table.present[first])
         return int((pools.prompt_mask.sum() + pools.candidate_mask.sum()) / len(first))
 
+    def evaluation_pools(self, model: nn.Module, table: PoolTable) -> int:
+        """Pools of a forward pass of an evaluation. Without packing each candidate has its own copy of the prompt."""
+        pool_size, settings = table.present.shape[1], self.settings
+        prompts = 1 if getattr(model, "packs", True) else pool_size
+        tokens = prompts * settings.prompt_tokens + pool_size * settings.candidate_tokens
+        return evaluation_rows(EVALUATION_BATCH, tokens)
+
     def scores(
         self,
         model: nn.Module,
@@ -126,11 +141,15 @@ class PoolReader:
     def all_scores(self, model: nn.Module, table: PoolTable, **other: Any) -> np.ndarray:
         """(N, K) scores of every pool, with N other `prompts` or (N, K) other `texts` if given."""
         prompts, texts = other.get("prompts"), other.get("texts")
-        scores = []
-        for part in chunks(len(table), EVALUATION_BATCH):
+
+        def score(part: np.ndarray) -> tuple[np.ndarray]:
             part_prompts = None if prompts is None else [prompts[i] for i in part]
-            scores.append(self.scores(model, table, part, part_prompts, texts).cpu().numpy())
-        return np.concatenate(scores)
+            return (self.scores(model, table, part, part_prompts, texts).cpu().numpy(),)
+
+        found = self.runtime.processes.share(
+            score, list(chunks(len(table), self.evaluation_pools(model, table)))
+        )
+        return np.concatenate([scores for (scores,) in found])
 
 
 def say_shortened(name: str, split: str, reader: PoolReader, tables: list[PoolTable]) -> dict[str, int]:
@@ -186,25 +205,34 @@ class PoolChoice:
         rewards = tensor(table.rewards[index].astype(np.float32), runtime)
         return LOSSES[settings.loss](scores, rewards, tensor(table.present[index], runtime), **extra)
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The mean loss of the batch's pools."""
         tables = self.splits.train
         row = np.arange(rows.start, rows.stop)
         samples, draw = self._order.samples(row), row // len(tables[0]) % len(tables)
-        losses = []
-        for number in np.unique(draw):  # one draw, or two if an epoch ends within the batch
-            table, of_draw = tables[number], draw == number
-            scores = self.reader.scores(model, table, samples[of_draw], hidden_by=row[of_draw])
-            losses.append(self._losses(scores, table, samples[of_draw]))
-        return {"loss": torch.cat(losses).mean()}
+
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            found = []
+            for number in np.unique(draw):  # one draw, or two if an epoch ends within these rows
+                table, of_draw = tables[number], draw == number
+                scores = self.reader.scores(model, table, samples[of_draw], hidden_by=row[of_draw])
+                found.append(self._losses(scores, table, samples[of_draw]))
+            return {"loss": torch.cat(found).sum() / totals["pools"]}
+
+        return Part({"pools": len(row)}, losses)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        table, scores, losses = self.splits.selection, [], []
-        for part in chunks(len(self.evaluated), EVALUATION_BATCH):
+        table = self.splits.selection
+
+        def score(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             index = self.evaluated[part]
-            part_scores = self.reader.scores(model, table, index)
-            losses.append(self._losses(part_scores, table, index).cpu().numpy())
-            scores.append(part_scores.cpu().numpy())
+            scores = self.reader.scores(model, table, index)
+            return scores.cpu().numpy(), self._losses(scores, table, index).cpu().numpy()
+
+        size = self.reader.evaluation_pools(model, table)
+        found = self.reader.runtime.processes.share(score, list(chunks(len(self.evaluated), size)))
+        scores, losses = zip(*found, strict=True)
         per_pool = ranking_metrics(
             np.concatenate(scores), table.rewards[self.evaluated], table.present[self.evaluated]
         )

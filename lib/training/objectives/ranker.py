@@ -5,6 +5,7 @@ The model scores each candidate by itself. Training maximises the probability of
 Legend: N pools, K candidates, T positions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.engine.parts import Part
 from lib.metrics import Estimate
 from lib.ranking.losses import cross_entropy
 from lib.ranking.metrics import ranking_metrics, summarise, winners
 from lib.sections.models import ModelSpec
 from lib.training.data import Rows, Sequences, Splits
 from lib.training.lengths import WholeTexts
-from lib.training.objectives.base import ResultRow, TrainingContext, chunks, result_row, tensor, with_cls
+from lib.training.objectives.base import (
+    ResultRow,
+    TrainingContext,
+    chunks,
+    evaluation_rows,
+    result_row,
+    tensor,
+    with_cls,
+)
 from lib.training.pool_table import decided_pools, say_skipped, terms_of
 from lib.training.stage_inputs import SELECTION, StageInputs, explained
 
@@ -113,16 +123,27 @@ class BestCandidate:
         rewards = tensor(pools.rewards.astype(np.float32), self.runtime)
         return cross_entropy(scores, rewards, tensor(pools.present, self.runtime))
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The mean loss of the batch's pools."""
         pools = self.splits.train.subset(self._order.samples(np.arange(rows.start, rows.stop)))
-        return {"loss": self._losses(self.scores(model, pools.rows), pools).mean()}
+
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            return {"loss": self._losses(self.scores(model, pools.rows), pools).sum() / totals["pools"]}
+
+        return Part({"pools": len(rows)}, losses)
 
     @torch.no_grad()
     def _predict(self, model: nn.Module, pools: TokenPools) -> tuple[np.ndarray, float]:
         """((N, K) scores, mean loss)."""
-        parts = [self.scores(model, pools.rows[part]) for part in chunks(len(pools.rows), EVALUATION_BATCH)]
-        scores = torch.cat(parts)
-        return scores.cpu().numpy(), float(self._losses(scores, pools).mean())
+
+        def score(part: np.ndarray) -> tuple[np.ndarray]:
+            return (self.scores(model, pools.rows[part]).cpu().numpy(),)
+
+        found = self.runtime.processes.share(
+            score, list(chunks(len(pools.rows), evaluation_rows(EVALUATION_BATCH, self.tokens_per_row)))
+        )
+        scores = np.concatenate([part for (part,) in found])
+        return scores, float(self._losses(tensor(scores, self.runtime), pools).mean())
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         pools = self.evaluated

@@ -3,6 +3,7 @@
 Legend: B rows, T positions, R sequences, C classes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 
 from lib import metrics, randomness
+from lib.engine.parts import Part
 from lib.log import say
 from lib.sections.models import ModelSpec
 from lib.training.data import Rows, Sequences
@@ -21,6 +23,7 @@ from lib.training.objectives.base import (
     ResultRow,
     TrainingContext,
     chunks,
+    evaluation_rows,
     forward,
     result_row,
     tensor,
@@ -122,18 +125,36 @@ class SequenceScore:
             targets = self.splits.train.targets[samples]
         return *with_cls(ids, valid, self.cls_id), targets
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The mean loss of the batch's sequences."""
         ids, valid, targets = self._batch(rows)
-        scores = forward(model, self.runtime, ids, valid).logits.float().squeeze(-1)  # (B,)
-        return {"loss": F.mse_loss(scores, tensor(targets.astype(np.float32), self.runtime))}
+
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            logits = forward(model, self.runtime, ids, valid).logits.float()
+            return {"loss": self._mean_loss(logits, targets) * (len(targets) / totals["rows"])}
+
+        return Part({"rows": len(targets)}, losses)
+
+    def _mean_loss(self, logits: Tensor, targets: np.ndarray) -> Tensor:
+        """The mean over (B, 1) logits and (B,) targets."""
+        return F.mse_loss(logits.squeeze(-1), tensor(targets.astype(np.float32), self.runtime))
 
     def predict(self, model: nn.Module, sequences: Sequences, samples: np.ndarray) -> np.ndarray:
-        """(R,) scores of some sequences."""
-        scores = []
-        for part in chunks(len(samples), EVALUATION_BATCH):
+        """(R,) scores of some sequences; (R, C) log-probabilities of classes."""
+
+        def score(part: np.ndarray) -> tuple[np.ndarray]:
             ids, valid = with_cls(*sequences.batch(samples[part]), self.cls_id)
-            scores.append(forward(model, self.runtime, ids, valid).logits.float().squeeze(-1).cpu().numpy())
-        return np.concatenate(scores)
+            logits = forward(model, self.runtime, ids, valid).logits.float()
+            return (self._scores(logits).cpu().numpy(),)
+
+        found = self.runtime.processes.share(
+            score, list(chunks(len(samples), evaluation_rows(EVALUATION_BATCH, sequences.width + 1)))
+        )
+        return np.concatenate([scores for (scores,) in found])
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """What `predict` gives for (B, 1) logits."""
+        return logits.squeeze(-1)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         split = self.splits.selection
@@ -225,19 +246,12 @@ class SequenceClasses(SequenceScore):
         super().__init__(*args)
         self.num_classes = num_classes
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        ids, valid, targets = self._batch(rows)
-        logits = forward(model, self.runtime, ids, valid).logits.float()  # (B, C)
-        return {"loss": F.cross_entropy(logits, tensor(targets.astype(np.int64), self.runtime))}
+    def _mean_loss(self, logits: Tensor, targets: np.ndarray) -> Tensor:
+        """The mean over (B, C) logits and (B,) classes."""
+        return F.cross_entropy(logits, tensor(targets.astype(np.int64), self.runtime))
 
-    def predict(self, model: nn.Module, sequences: Sequences, samples: np.ndarray) -> np.ndarray:
-        """(R, C) log-probabilities."""
-        scores = []
-        for part in chunks(len(samples), EVALUATION_BATCH):
-            ids, valid = with_cls(*sequences.batch(samples[part]), self.cls_id)
-            logits = forward(model, self.runtime, ids, valid).logits.float()
-            scores.append(torch.log_softmax(logits, -1).cpu().numpy())
-        return np.concatenate(scores)
+    def _scores(self, logits: Tensor) -> Tensor:
+        return torch.log_softmax(logits, -1)
 
     def _measure(
         self, model: nn.Module, split: ScoredSequences, samples: np.ndarray

@@ -17,7 +17,7 @@ from lib.diffusion.nelbo import MaskedBatch
 from lib.diffusion.stages import Progress, mask_in_stages
 from lib.log import say
 from lib.training.cross_entropy import cross_entropies
-from lib.training.objectives.base import chunks
+from lib.training.objectives.base import chunks, evaluation_rows
 from lib.training.objectives.language_model import EVALUATION_BATCH, MaskedDiffusion
 
 MIN_WINDOWS = 32  # selection windows of each stage's validation loss
@@ -73,15 +73,20 @@ class StagedUnmasking(MaskedDiffusion):
         size = max(MIN_WINDOWS, len(self.evaluated) // len(self.stages))
         for number in range(len(self.stages)):
             windows = np.resize(np.roll(self.evaluated, -number * size), size)
-            total = count = 0.0
-            for part in chunks(size, EVALUATION_BATCH):
+
+            def measure(part: np.ndarray, windows=windows, number=number) -> tuple[np.ndarray]:
                 ids, valid = self.splits.selection.batch(windows[part], np.zeros(len(part)))
                 stage_of_row = np.full(len(part), number)
                 batch = self._mask(ids, valid, "stage evaluation", part, size, stage_of_row)
                 inputs = np.where(batch.masked, self.mask_id, ids)
                 logits, targets, _ = self.predict(model, inputs, ids, valid, batch.masked)
-                total, count = total + float(cross_entropies(logits, targets).sum()), count + len(targets)
-            losses.append(total / max(count, 1))
+                return (np.array([float(cross_entropies(logits, targets).sum()), len(targets)]),)
+
+            found = self.runtime.processes.share(
+                measure, list(chunks(size, evaluation_rows(EVALUATION_BATCH, self.splits.selection.width)))
+            )
+            total, count = sum(sums for (sums,) in found)
+            losses.append(float(total / max(count, 1)))
         return losses
 
     def state(self) -> dict[str, Tensor]:

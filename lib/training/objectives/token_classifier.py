@@ -3,6 +3,7 @@
 Legend: B rows, T positions, N valid tokens, C classes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,14 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import metrics, randomness
+from lib.engine.parts import Part
 from lib.errors import BadConfig
 from lib.sections.models import ModelSpec
 from lib.training.data import Rows, Sequences
-from lib.training.objectives.base import ResultRow, TrainingContext, chunks, forward, result_row, tensor
+from lib.training.objectives.base import (
+    ResultRow,
+    TrainingContext,
+    chunks,
+    evaluation_rows,
+    forward,
+    result_row,
+    some_of,
+    tensor,
+)
 from lib.training.objectives.candidates import CandidateSplits, Stream, whole_sequences
 from lib.training.stage_inputs import StageInputs
 
 EVALUATION_BATCH = 64
+MAX_REPORTED = (
+    2**16
+)  # held-out candidates that a report reads; the log-probabilities of their tokens are held in memory
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class TokenClasses:
         class_weighting: str,
         stream: Stream | None = None,
     ):
-        self.label, self.runtime = context.label, context.runtime
+        self.label, self.seed, self.runtime = context.label, context.seed, context.runtime
         self.splits, self.num_classes, self.weighting, self.stream = (
             splits,
             num_classes,
@@ -97,42 +111,57 @@ class TokenClasses:
         self.frequencies = counts / max(len(train.labels.ids), 1)  # (C,)
         self.tokens_per_row = train.sequences.width
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The weighted mean cross-entropy of the batch's tokens."""
         if self.stream is not None:
             ids, valid, labels = self.stream(rows)
         else:
             samples = self._order.samples(np.arange(rows.start, rows.stop))
             ids, valid = self.splits.train.sequences.batch(samples)  # (B, T) each
             labels, _ = self.splits.train.labels.batch(samples)  # (B, T)
-        logits = forward(model, self.runtime, ids, valid).logits  # (B, T, C)
-        logits = logits[tensor(valid, self.runtime)].float()  # (N, C)
         targets = labels[valid]  # (N,)
-        weight = self._class_weights(targets)
-        return {"loss": F.cross_entropy(logits, tensor(targets, self.runtime), weight=weight)}
+        counts = np.bincount(targets, minlength=self.num_classes)  # (C,)
 
-    def _class_weights(self, targets: np.ndarray) -> Tensor | None:
-        """(C,) weights with mean 1 over the tokens; the weight of an absent class is 0. None without weighting."""
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            logits = forward(model, self.runtime, ids, valid).logits  # (B, T, C)
+            logits = logits[tensor(valid, self.runtime)].float()  # (N, C)
+            batch_counts = np.array([totals[f"class {c}"] for c in range(self.num_classes)])
+            weight = self._class_weights(batch_counts)  # (C,)
+            total = F.cross_entropy(
+                logits, tensor(targets, self.runtime), weight=tensor(weight, self.runtime), reduction="sum"
+            )
+            return {"loss": total / float((weight.astype(np.float64) * batch_counts).sum())}
+
+        return Part({f"class {c}": int(n) for c, n in enumerate(counts)}, losses)
+
+    def _class_weights(self, counts: np.ndarray) -> np.ndarray:
+        """(C,) float32 weights with mean 1 over the tokens; the weight of an absent class is 0.
+
+        `counts`: (C,) tokens of each class in the global batch, for `dynamic` weights.
+        """
         if self.weighting == "none":
-            return None
-        share = self.frequencies
-        if self.weighting == "dynamic":
-            share = np.bincount(targets, minlength=self.num_classes) / len(targets)
+            return np.ones(self.num_classes, np.float32)
+        share = self.frequencies if self.weighting == "inverse_frequency" else counts / counts.sum()
         present = share > 0
         weight = np.where(present, 1.0 / np.maximum(share, 1e-12), 0.0) / present.sum()
-        return tensor(weight.astype(np.float32), self.runtime)
+        return weight.astype(np.float32)
 
     def _predict(
         self, model: nn.Module, split: LabelledTokens, samples: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """((N, C) log-probabilities, (N,) classes, (N,) sample indices) of the valid tokens of some samples."""
-        scores, classes, owners = [], [], []
-        for part in chunks(len(samples), EVALUATION_BATCH):
+
+        def predict(part: np.ndarray) -> tuple[np.ndarray, ...]:
             ids, valid = split.sequences.batch(samples[part])
             labels, _ = split.labels.batch(samples[part])
             logits = forward(model, self.runtime, ids, valid).logits.float()
-            scores.append(torch.log_softmax(logits, -1).cpu().numpy()[valid])
-            classes.append(labels[valid])
-            owners.append(np.broadcast_to(samples[part][:, None], valid.shape)[valid])
+            scores = torch.log_softmax(logits, -1).cpu().numpy()[valid]
+            return scores, labels[valid], np.broadcast_to(samples[part][:, None], valid.shape)[valid]
+
+        found = self.runtime.processes.share(
+            predict, list(chunks(len(samples), evaluation_rows(EVALUATION_BATCH, split.sequences.width)))
+        )
+        scores, classes, owners = zip(*found, strict=True)
         return np.concatenate(scores), np.concatenate(classes), np.concatenate(owners)
 
     def _confusion(self, scores: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -146,9 +175,13 @@ class TokenClasses:
         return {"cross_entropy": float(ce), **metrics.classification(self._confusion(scores, classes))}
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        """All held-out candidates: scores per class, the confusion matrix, AUROC of "not original"."""
-        held_out, groups = self.splits.held_out, self.splits.groups
-        scores, classes, owners = self._predict(model, held_out, np.arange(held_out.sequences.count))
+        """All held-out candidates: scores per class, the confusion matrix, AUROC of "not original".
+
+        Of more than `MAX_REPORTED` candidates, a random sample.
+        """
+        held_out, groups = self.splits.held_out, np.unique(self.splits.groups, return_inverse=True)[1]
+        some = some_of(self.seed, self.label, "held-out candidates", held_out.sequences.count, MAX_REPORTED)
+        scores, classes, owners = self._predict(model, held_out, some)
         confusion = self._confusion(scores, classes)
         ce = -scores[np.arange(len(classes)), classes]
         # The baseline predicts the class frequencies of the train split
@@ -170,7 +203,7 @@ class TokenClasses:
         values["auroc_changed"] = auroc.value
         baseline, value = "chance", 0.5
         if self.splits.confidence is not None:
-            doubt = -np.concatenate(self.splits.confidence)
+            doubt = -np.concatenate([self.splits.confidence[i] for i in some])
             baseline, value = "generator's confidence", metrics.auroc(doubt, changed)
             values["auroc_changed_of_confidence"] = value
         rows.append(

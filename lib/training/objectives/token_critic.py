@@ -19,8 +19,9 @@ the generator's probabilities; only sampled labels can teach the critic more tha
 Legend: B rows, T positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -29,15 +30,28 @@ from torch import Tensor, nn
 
 from lib import metrics, randomness
 from lib.diffusion.calibration import Calibration
+from lib.engine.parts import Part
 from lib.sections.critic import CriticConfig
 from lib.training.data import Windows
-from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
+from lib.training.objectives.base import (
+    ResultRow,
+    chunks,
+    evaluation_rows,
+    forward,
+    result_row,
+    some_of,
+    tensor,
+)
 from lib.training.objectives.error_detection import ScoredTokens, bands, detection, fit_calibration
 from lib.training.objectives.fills import Filled, Filler
 from lib.training.objectives.language_model import MaskedDiffusion
 
 EVALUATION_BATCH = 64
 REPORT_DRAWS = 4  # fills of each window
+MAX_SCORED_TOKENS = 2**22  # of a split, all draws together; about 100 bytes each are held in memory
+
+# (indices of a batch, its fills, (B, T) raw probability of error) -> arrays that are concatenated over the batches
+Measure = Callable[[np.ndarray, Filled, np.ndarray], tuple[np.ndarray, ...]]
 
 
 class TokenCritic:
@@ -64,29 +78,32 @@ class TokenCritic:
         start, end = (share * self.config.training.steps for share in self.config.ramp)
         return self.config.alpha * float(np.clip((step - start) / max(end - start, 1e-9), 0, 1))
 
-    def loss(self, model: nn.Module, step: int, rows: range) -> dict[str, Tensor]:
-        # 1. A batch of clean text; 2. mask and fill it; 3. re-mask a part of the fills in some rows
+    def part(self, model: nn.Module, step: int, rows: range) -> Part:
+        """The loss of the critic, and of its generator if both learn."""
+        # 1. Rows of clean text; 2. mask and fill them; 3. re-mask a part of the fills in some rows
         index, ids, valid = self.diffusion.windows(rows)  # (B,), (B, T), (B, T)
         filled = self.filler.fill(model, ids, valid, index, "critic", self.diffusion.batch_size)
         filled = self.filler.remask_some(filled, index, "critic", self.config.partial_fraction)
 
         # 4. Losses of the critic: errors, and origin
-        stopped = without_gradient(model) if self.config.coupling == "stop_gradient" else nullcontext()
-        with stopped:
-            error, origin = self._critic_losses(model, filled, index, "critic")
-        critic = error + self.config.origin_weight * origin
-        terms = {"critic_loss": error, "origin_loss": origin}
+        critic = self._critic_part(model, filled, index, "critic")
         if not self.joint:
-            return {"loss": critic} | terms
+            return critic
 
         # 5. Loss of the generator on its own masks of the same rows
-        generator = self.diffusion.loss(model, step, rows)["loss"]
-        return {"loss": generator + self.alpha(step) * critic, "generator_loss": generator} | terms
+        generator = self.diffusion.part(model, step, rows)
 
-    def _critic_losses(
-        self, model: nn.Module, filled: Filled, rows: np.ndarray, purpose: str
-    ) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropies of (error, origin).
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            stopped = without_gradient(model) if self.config.coupling == "stop_gradient" else nullcontext()
+            with stopped:
+                terms = critic.losses(totals)
+            own = generator.losses(totals)["loss"]
+            return terms | {"loss": own + self.alpha(step) * terms["loss"], "generator_loss": own}
+
+        return Part(critic.weights | generator.weights, losses)
+
+    def _critic_part(self, model: nn.Module, filled: Filled, rows: np.ndarray, purpose: str) -> Part:
+        """Binary cross-entropies of errors and of origin.
 
         The error loss is over the generated tokens and a share of the conditioning tokens. The origin loss is over the
         rows without a conditioning mask: with it, the origin is known. It is 0 if there are no such rows.
@@ -98,20 +115,30 @@ class TokenCritic:
         # A text with masks in it is read without a conditioning mask, as in the middle of sampling
         complete = visible.all(1, keepdims=True, where=filled.valid)
         conditioned = complete & (noise < self.config.conditioning_fraction)  # (B, 1)
-        error, origin = self._critic_logits(model, filled, conditioned)
         wrong = filled.ids != filled.clean
         if self.config.labels == "expected":
             wrong = np.where(filled.generated, 1 - filled.expected, wrong)
-        error_loss = self._cross_entropy(error, labelled, wrong)
-        if not self.config.origin_weight or conditioned.all():
-            return error_loss, error_loss.new_zeros(())
-        return error_loss, self._cross_entropy(origin, visible & ~conditioned, filled.generated)
+        unknown = visible & ~conditioned
 
-    def _cross_entropy(self, logits: Tensor, positions: np.ndarray, labels: np.ndarray) -> Tensor:
-        """Mean over the true `positions` (B, T), of log-odds (B T,) against labels (B, T) in [0, 1]."""
+        def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
+            error_logits, origin_logits = self._critic_logits(model, filled, conditioned)
+            error = self._cross_entropy(error_logits, labelled, wrong, totals["labelled"])
+            origin = error.new_zeros(())
+            if self.config.origin_weight and unknown.any():
+                origin = self._cross_entropy(origin_logits, unknown, filled.generated, totals["unknown"])
+            loss = error + self.config.origin_weight * origin
+            return {"loss": loss, "critic_loss": error, "origin_loss": origin}
+
+        return Part({"labelled": int(labelled.sum()), "unknown": int(unknown.sum())}, losses)
+
+    def _cross_entropy(
+        self, logits: Tensor, positions: np.ndarray, labels: np.ndarray, total: float
+    ) -> Tensor:
+        """Sum over the true `positions` (B, T), of log-odds (B T,) against labels (B, T) in [0, 1], divided by `total`."""
         flat_idx = np.flatnonzero(positions)
         targets = tensor(labels.reshape(-1)[flat_idx].astype(np.float32), self.runtime)
-        return F.binary_cross_entropy_with_logits(logits[tensor(flat_idx, self.runtime)], targets)
+        chosen = logits[tensor(flat_idx, self.runtime)]
+        return F.binary_cross_entropy_with_logits(chosen, targets, reduction="sum") / max(total, 1)
 
     def _visible(self, filled: Filled) -> np.ndarray:
         """(B, T) bool: neither padding nor [MASK]."""
@@ -144,14 +171,24 @@ class TokenCritic:
 
     # ------------------------------------------------------------------ selection and report
 
-    def _fills(
-        self, model: nn.Module, windows: Windows, examples: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, Filled, np.ndarray]]:
-        """Batches of the windows `examples`: (indices into `examples`, fills, (B, T) raw probability of error)."""
-        for part in chunks(len(examples), EVALUATION_BATCH):
+    def _of_fills(
+        self, model: nn.Module, windows: Windows, examples: np.ndarray, measure: Measure
+    ) -> list[np.ndarray]:
+        """Fill the windows `examples` in batches, and concatenate what `measure` gives for each batch.
+
+        Args:
+            measure: (indices into `examples`, fills, (B, T) raw probability of error) -> arrays.
+        """
+
+        def of_batch(part: np.ndarray) -> tuple[np.ndarray, ...]:
             ids, valid = windows.batch(examples[part], np.zeros(len(part)))
             filled = self.filler.fill(model, ids, valid, part, "critic evaluation", EVALUATION_BATCH)
-            yield part, filled, self._probabilities(model, filled, conditioned=True)[0]
+            return measure(part, filled, self._probabilities(model, filled, conditioned=True)[0])
+
+        found = self.runtime.processes.share(
+            of_batch, list(chunks(len(examples), evaluation_rows(EVALUATION_BATCH, windows.width)))
+        )
+        return [np.concatenate(column) for column in zip(*found, strict=True)]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Error detection on fills of the selection windows.
@@ -159,16 +196,17 @@ class TokenCritic:
         If the generator learns too: also its NELBO, and `nelbo_and_auroc`, which weighs both and chooses the best step.
         """
         windows, examples = self.diffusion.splits.selection, self.diffusion.evaluated
-        raw, wrong, origin, generated = [], [], [], []
-        for _, filled, probability in self._fills(model, windows, examples):
-            raw.append(probability[filled.generated])
-            wrong.append((filled.ids != filled.clean)[filled.generated])
-            origin.append(self._probabilities(model, filled, conditioned=False)[1][filled.valid])
-            generated.append(filled.generated[filled.valid])
-        p, y = np.concatenate(raw), np.concatenate(wrong)
+
+        def measure(_, filled: Filled, probability: np.ndarray) -> tuple[np.ndarray, ...]:
+            origin = self._probabilities(model, filled, conditioned=False)[1]
+            wrong = filled.ids != filled.clean
+            made = filled.generated
+            return probability[made], wrong[made], origin[filled.valid], made[filled.valid]
+
+        p, y, origin, generated = self._of_fills(model, windows, examples, measure)
         clipped = np.clip(p, 1e-7, 1 - 1e-7)
         loss = float(-np.where(y, np.log(clipped), np.log(1 - clipped)).mean())
-        auroc_origin = metrics.auroc(np.concatenate(origin), np.concatenate(generated))
+        auroc_origin = metrics.auroc(origin, generated)
         values = {
             "critic_loss": loss,
             "auroc": metrics.auroc(p, y),
@@ -184,13 +222,15 @@ class TokenCritic:
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow], Calibration]:
         """(metrics, rows of the results table, calibration): error detection on held-out fills.
 
-        The calibration is fitted on fills of the selection windows only. Baselines are the generator's own confidences.
+        Splits of more than `MAX_SCORED_TOKENS` are measured on a random sample of windows. The calibration is fitted on fills of the selection windows only. Baselines are the generator's own confidences.
         """
         selection, held_out = self.diffusion.splits.selection, self.diffusion.splits.held_out
-        calibration = fit_calibration(
-            self.score_fills(model, selection, np.arange(selection.count), REPORT_DRAWS)
-        )
-        scored = self.score_fills(model, held_out, self.diffusion.splits.groups, REPORT_DRAWS)
+        limit = max(1, MAX_SCORED_TOKENS // (REPORT_DRAWS * held_out.width))
+        chosen = some_of(self.seed, self.label, "selection windows", selection.count, limit)
+        calibration = fit_calibration(self.score_fills(model, selection, chosen, chosen, REPORT_DRAWS))
+        chosen = some_of(self.seed, self.label, "held-out windows", held_out.count, limit)
+        groups = self.diffusion.splits.groups[chosen]
+        scored = self.score_fills(model, held_out, chosen, groups, REPORT_DRAWS)
         found = detection(scored, calibration)
         filled = scored.reading("filled")
         calibrated = calibration(filled.probability, "filled", filled.share)
@@ -221,16 +261,19 @@ class TokenCritic:
             row("AUROC, external text", "whole_text_critic", "fresh confidence", fresh),
         ]
 
-    def score_fills(self, model: nn.Module, windows: Windows, groups: np.ndarray, draws: int) -> ScoredTokens:
-        """Fill all windows `draws` times, and score every token in every way. `groups`: one per window."""
-        examples = np.tile(np.arange(windows.count), draws)
-        parts = []
-        for part, filled, probability in self._fills(model, windows, examples):
+    def score_fills(
+        self, model: nn.Module, windows: Windows, examples: np.ndarray, groups: np.ndarray, draws: int
+    ) -> ScoredTokens:
+        """Fill the windows `examples` `draws` times, and score every token in every way. `groups`: one per example."""
+        examples, groups = np.tile(examples, draws), np.tile(groups, draws)
+        names = [f.name for f in fields(ScoredTokens)]
+
+        def measure(part: np.ndarray, filled: Filled, probability: np.ndarray) -> tuple[np.ndarray, ...]:
             partial, partial_share = self._partial(model, filled, part)
             columns = {
                 "wrong": filled.ids != filled.clean,
                 "generated": filled.generated,
-                "group": groups[examples[part]][:, None],
+                "group": part[:, None],
                 "critic": probability,
                 "unknown": self._probabilities(model, filled, conditioned=False)[0],
                 "share": filled.share[:, None],
@@ -241,8 +284,10 @@ class TokenCritic:
                 "first_pass": 1 - filled.expected,
             }
             valid = filled.valid
-            parts.append({n: np.broadcast_to(v, valid.shape)[valid] for n, v in columns.items()})
-        return ScoredTokens(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+            return tuple(np.broadcast_to(columns[name], valid.shape)[valid] for name in names)
+
+        found = dict(zip(names, self._of_fills(model, windows, examples, measure), strict=True))
+        return ScoredTokens(**found | {"group": groups[found["group"]]})
 
     @torch.no_grad()
     def _partial(self, model: nn.Module, filled: Filled, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

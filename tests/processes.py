@@ -1,0 +1,118 @@
+"""Run scripts in several processes without a launcher: torch is imported once, and the processes are forked.
+
+    python -m tests.processes JOBS.json
+
+A job is {"size": processes, "argv": ["04_train.py", "--run_dir", ...]}. It may also have
+
+    "kill"        {"rank": r, "after": seconds, "signal": number}: a signal to one process, by default SIGKILL
+    "env"         variables that replace those of the launcher
+    "file_limit"  bytes: process 0 cannot write longer files, as on a full disk
+
+The processes get the variables that torchrun sets. As with torchrun, the end of one process by an error or a signal ends
+the others. Each job prints a line: its exit codes, its seconds, and what its processes wrote to standard error.
+"""
+
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GRACE_SECONDS = 10  # from SIGTERM to SIGKILL
+FLAGS: dict[str, dict[str, bool]] = {
+    "02_generate_candidates": {"with_stream": True},
+    "04_train": {"with_mode": True, "with_processes": True},
+    "05_train_critic": {"with_processes": True},
+}
+
+
+def fork(rank: int, job: dict, port: int, errors: int) -> int:
+    """A process that runs the job's script as `rank`, with standard error in the file `errors`. Returns its id."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.dup2(errors, 2)
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["size"]),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        } | job.get("env", {})  # fmt: skip
+        if rank == 0 and "file_limit" in job:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+        sys.argv = job["argv"]
+        name = Path(job["argv"][0]).stem
+        module = importlib.import_module(name)
+        from lib.cli import run_stage
+
+        run_stage(module.main, module.__doc__, **FLAGS[name])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(pids: list[int], kill: dict | None) -> list[int]:
+    """The exit code of each process, in order of the ranks. If one fails, the others get SIGTERM."""
+    codes: dict[int, int] = {}
+    begin, deadline = time.monotonic(), None
+    while len(codes) < len(pids):
+        if kill is not None and time.monotonic() - begin > kill["after"]:
+            victim, number = pids[kill["rank"]], kill.get("signal", signal.SIGKILL)
+            kill = None
+            if victim not in codes:
+                os.kill(victim, number)
+        if deadline is not None and time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            time.sleep(0.005)
+            continue
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+            for other in set(pids) - set(codes):
+                os.kill(other, signal.SIGTERM)
+    return [codes[pid] for pid in pids]
+
+
+def run(job: dict) -> dict:
+    """Exit codes, seconds and messages of a job."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryFile() as errors:
+        begin = time.monotonic()
+        pids = [fork(rank, job, port, errors.fileno()) for rank in range(job["size"])]
+        codes = wait_for(pids, job.get("kill"))
+        errors.seek(0)
+        text = errors.read().decode(errors="replace")
+    return {"codes": codes, "seconds": time.monotonic() - begin, "errors": text}
+
+
+def main() -> int:
+    import torch
+
+    import lib.training.policy
+    import lib.training.train_model  # noqa: F401 - so that no fork has to import it
+
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        print(json.dumps(run(job)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
