@@ -109,7 +109,7 @@ class Documents:
 
         done = 0
         with Progress(self.label, self.stage.rows("00_check_data", "documents")) as progress:
-            for batch in self.stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=4):
+            for batch in self.stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=None):
                 # One at a time, so that only one document is in memory as Python text
                 for i in range(batch.num_rows):
                     yield Document(**batch.slice(i, 1).to_pylist()[0])

@@ -38,7 +38,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
 
     from lib.models.build import load_model, save_model
     from lib.report.table import bands_table, detection_table, results_table
-    from lib.runtime import Runtime
+    from lib.runtime import Runtime, release_memory
     from lib.tokenization import load_tokenizer
     from lib.training.critic_setup import check_generator, critic_model, critic_objective
     from lib.training.loop import train
@@ -69,7 +69,9 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
             model, objective, context, stage.folder, save=lambda m, path: save_model(m, path, tokenizer)
         )
 
-        # 3. Calibrate the best model on the selection split, and evaluate it on held-out text
+        # 3. Calibrate the best model on the selection split, and evaluate it on held-out text. The trained one is not needed
+        del model
+        release_memory()
         best = load_model(stage.folder / "best_model").to(runtime.device)
         with torch.no_grad():
             values, rows, calibration = objective.report(best)

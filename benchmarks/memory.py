@@ -28,9 +28,6 @@ SETTINGS = (
     "data.fractions={train: 0.96, held_out: 0.02, reference: 0.02}",
     "data.selection_fraction=0.02",
     "data.passage_characters=256",
-    "tokenizer.kind=bpe",
-    "tokenizer.vocab_size=1024",
-    "tokenizer.sample_characters=2000000",
 )
 CANDIDATES = (  # several parts also of the smaller text, so that the largest part is the same
     "tokenizer.examples_per_part=2048",

@@ -11,8 +11,8 @@ is given again after a failure, it continues the failed attempt.
 If several processes run a stage (torchrun), the main process does all of this. The others take its decisions, read the
 same inputs, and write nothing.
 
-The modules of lib/stage/ are what a stage consists of: locks, inputs, outputs, parts, unfinished work and manifest. The
-stage of lib/units.py makes units one by one, each with a folder and a manifest of its own: the models of stage 04.
+The modules of lib/stage/ are what a stage consists of: locks, inputs, outputs, parts, unfinished work and manifest. Stage
+04 consists of units, the models: see lib/units.py.
 """
 
 import json
@@ -104,13 +104,10 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
 
     def _share_decisions(self) -> None:
         """Tell the other processes what the main one has decided. It holds the locks for all."""
-        mine = (
-            (str(self.run_dir), str(self.folder), self.finished, self.resuming)
-            if self.processes.is_main
-            else None
-        )
+        main = self.processes.is_main
+        mine = [str(self.run_dir), str(self.folder), self.finished, self.resuming] if main else None
         run_dir, folder, finished, resuming = self.processes.from_main(mine)
-        if not self.processes.is_main:
+        if not main:
             self.args = replace(self.args, run_dir=Path(run_dir))
             self._find_place()
             self._find_upstream()

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,10 @@ from lib.errors import (
 from lib.log import silence
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
+
+SECONDS_FOR_OTHERS = (
+    1.0  # a process that fails stays so long, so that the others learn that it has reported the error
+)
 
 
 def user_path(text: str) -> Path:
@@ -277,6 +282,8 @@ def _fail(message: str, code: int) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one process has failed
     if current().first_to_fail(message):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        if current().size > 1:
+            time.sleep(SECONDS_FOR_OTHERS)
     raise SystemExit(code)
 
 

@@ -89,7 +89,7 @@ def of_model(spec: ModelSpec, config: Config) -> list[Path | HubModel]:
     encoders = of_rankers(config) if spec.mode == "ranker" else []
     adapted = [base for folder in starts for base in _adapted_by(folder)]
     judges = [] if spec.modifiers.judge is None else [Path(spec.modifiers.judge.model)]
-    stream = of_candidates(config) if config.stream.enabled and spec.learns_from_shards else []
+    stream = of_candidates(config) if spec.learns_from_shards and config.stream.enabled else []
     return [*starts, *encoders, *adapted, *judges, *stream]
 
 

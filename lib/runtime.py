@@ -4,6 +4,7 @@ On a GPU only deterministic kernels are used. torch raises an error for an opera
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -75,6 +76,17 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "precision": self.precision,
         }
+
+
+def release_memory() -> None:
+    """Free the memory of models that nobody uses any more, before another one is loaded.
+
+    Modules and hooks refer to each other in circles, so Python would free them at some later time. On a GPU the
+    allocator also keeps what was freed in blocks that may not fit.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _make_deterministic() -> None:

@@ -250,10 +250,6 @@ class _File:
     def __init__(self, path: Path, item_bytes: int):
         self._file, self._item_bytes = open(path, "rb", buffering=0), item_bytes  # noqa: SIM115 - open as long as the store
 
-    def document_sizes(self, first: int, last: int) -> np.ndarray:
-        """(last - first,) tokens of some documents."""
-        return np.asarray(self.document_ends[first:last]) - np.asarray(self.document_starts[first:last])
-
     def read(self, start: int, end: int) -> bytearray:
         data = bytearray((end - start) * self._item_bytes)
         view, at = memoryview(data), start * self._item_bytes

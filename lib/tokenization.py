@@ -17,6 +17,9 @@ from lib.errors import BadData
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[CLS]", "[UNK]")
 PAD, MASK, CLS, UNK = range(4)
+TEXTS_AT_A_TIME = (
+    512  # the tokenizers library needs about 100 bytes per token of the texts that it encodes together
+)
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Any:
@@ -123,8 +126,11 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -
     if table is not None:
         ids = [table[np.minimum(_points(text), len(table) - 1)] for text in texts]
     else:
-        coded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = [np.asarray(i, np.int32) for i in coded]
+        ids = []
+        for start in range(0, len(texts), TEXTS_AT_A_TIME):
+            part = list(texts[start : start + TEXTS_AT_A_TIME])
+            coded = tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids += [np.asarray(i, np.int32) for i in coded]
     if unknown == "error":
         with_unknown = [text for text, i in zip(texts, ids, strict=True) if (i == UNK).any()]
         if with_unknown:

@@ -9,10 +9,11 @@
 A unit is a `Stage` with the folder `<stage>/<unit>`: it has its own lock, unfinished marker, log, inputs and manifest. The
 manifest of the stage is a summary. It is made from the manifests of the units alone, and lists their hashes.
 
-Several processes may work on different units of a stage. --overwrite of all units works in `<stage>.new`, which replaces
-the stage when every unit is complete. With some units, --overwrite replaces each of them as soon as it is complete.
+Several processes may work on different units of a stage. If --overwrite makes all units again, it works in
+`<stage>.new`, which replaces the stage when every unit is complete. If it makes some units again, it replaces each of
+them as soon as it is complete.
 
-lib/training/model_plans.py says what a model reads and uses.
+What a model of stage 04 reads and uses is in lib/training/model_plans.py.
 """
 
 import json
@@ -28,7 +29,7 @@ from lib.log import log_to, say
 from lib.outside import HubModel
 from lib.stage.inputs import describe_inputs
 from lib.stage.manifest import Clock, make_manifest
-from lib.stage.unfinished import LOG_FILE, MARKER, Dependencies, UnfinishedWork, choose_folder
+from lib.stage.unfinished import LOG_FILE, MARKER, Attempt, Dependencies, UnfinishedWork, choose_folder
 from lib.units_summary import describe_units
 
 Files = Iterable[Path | HubModel]
@@ -65,21 +66,30 @@ class StageOfUnits(Stage):
     chosen: tuple[str, ...] = ()
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is None and self.processes.is_main:
+            self.attempt.finish()
         log_to(None)
         self._locks.close()
 
     def unit(self, name: str) -> "Unit":
         """The unit `name`, to be entered. The units that it reads must be complete."""
         plan = self.plans[name]
-        args = replace(self.args, overwrite=self.args.overwrite and not self._replaces_all, resume=False)
+        args = replace(self.args, overwrite=name in self._again_names, resume=False)
         return Unit(
             self.script, self.config, args, plan.uses, plan.reads, plan.files(), unit=name, whole=self
         )
 
     def unmade(self) -> list[str]:
         """The chosen units that this command has to make."""
-        again = self.args.overwrite and not self._replaces_all
-        return [n for n in self.chosen if again or runs.load_manifest(self.folder / n) is None]
+        return [
+            n for n in self.chosen if n in self._again_names or runs.load_manifest(self.folder / n) is None
+        ]
+
+    def _share_decisions(self) -> None:
+        """Also which units --overwrite has to make again, if it makes only some units again."""
+        super()._share_decisions()
+        again = sorted(self._again_names) if self.processes.is_main else None
+        self._again_names = set(self.processes.from_main(again))
 
     def folder_of_stage(self, stage_name: str) -> Path:
         stage, _, unit = stage_name.partition("/")
@@ -93,7 +103,7 @@ class StageOfUnits(Stage):
         self.uses = list(dict.fromkeys(key for plan in plans for key in plan.uses))
         self.reads = [r for r in dict.fromkeys(r for plan in plans for r in plan.reads) if r not in own]
         self.files = [file for plan in plans for file in plan.files()]
-        self._replaces_all = self.args.overwrite and set(self.chosen) == set(self.plans)
+        self._replaces_all = self.args.overwrite and set(self.chosen) == set(self.plans) != set()
         super()._find_place()
 
     def _lock(self) -> None:
@@ -106,6 +116,9 @@ class StageOfUnits(Stage):
 
     def _decide(self) -> None:
         self.folder = self._final_folder
+        self.attempt = Attempt(self.folder, self.chosen, self._dependencies)
+        some_again = self.args.overwrite and not self._replaces_all
+        self._again_names = set(self.chosen) - self.attempt.done if some_again else set()
         if self._replaces_all:
             self.folder = choose_folder(self._final_folder, self._dependencies, overwrite=True)
             return
@@ -118,6 +131,8 @@ class StageOfUnits(Stage):
     def _begin(self) -> None:
         self._work = UnfinishedWork(self.folder, self._dependencies)
         if not self._replaces_all:
+            if self.folder.is_symlink() and self.unmade():
+                self._replace_link()
             return
         if self._work.exists():
             self._work.resume(f"{self.name} in {runs.display_path(self.run_dir)}")
@@ -125,6 +140,21 @@ class StageOfUnits(Stage):
             self._work.start(overwrite=True)
         if self.folder != self._final_folder:
             say(f"{self.name}: making all of it again in {self.folder.name} until it is complete")
+
+    def _replace_link(self) -> None:
+        """If the stage is a link to that of another run: take its complete units into a folder of this run.
+
+        So the other run does not change. The files are hard links where the file system has them.
+        """
+        with self._locks.alone(f"{self.name}.link"):
+            if not self.folder.is_symlink():
+                return
+            new = durable.beside(self.folder, ".tmp")
+            durable.remove(new)
+            new.mkdir()
+            for manifest in self.folder.glob("*/manifest.json"):
+                durable.link_folder(manifest.parent, new / manifest.parent.name)
+            durable.replace_folder(self.folder, new)
 
     def _refuse_resume(self) -> None:
         """Raises UsageError if --resume was given and the chosen units are all complete, or all untouched."""
@@ -167,15 +197,11 @@ class StageOfUnits(Stage):
         """
         found = {read: runs.load_manifest(self.folder_of_stage(read)) for read in self.plans[name].reads}
         upstream = {read: manifest for read, manifest in found.items() if manifest is not None}
-        before = {
-            k: v
-            for k, v in record["inputs"].items()
-            if v.get("stage") not in (None, *found.keys() - upstream)
-        }
+        left_out = {None, *(read for read, manifest in found.items() if manifest is None)}
+        before = {k: v for k, v in record["inputs"].items() if v.get("stage") not in left_out}
         used = json.loads(json.dumps(self.config.slice(self.plans[name].uses)))
-        return Dependencies(used, describe_inputs(upstream, (), {}), {}).changes_since(
-            record["config"], before
-        )
+        now = Dependencies(used, describe_inputs(upstream, (), {}), {})
+        return now.changes_since(record["config"], before)
 
     # ------------------------------------------------------------------------------ completing
 
@@ -212,6 +238,8 @@ class StageOfUnits(Stage):
 
     def _incomplete_because(self, made: Mapping[str, dict]) -> str:
         """Why the stage has no manifest; empty if all units are complete and belong together."""
+        if not self.plans:
+            return "the config has no models"
         if missing := [name for name in self.plans if name not in made]:
             return f"not trained yet: {', '.join(missing)}; run without --mode and --only to train all models"
         stale = [name for name, manifest in made.items() if self._changes(name, manifest)]
@@ -256,6 +284,11 @@ class Unit(Stage):
     def lock_alone(self, name: str, subject: str) -> None:
         """Lock something besides the unit until its end. Raises Busy, with `subject`, if another process has it."""
         self._locks.lock(name, shared=False, subject=subject)
+
+    def _complete(self) -> None:
+        super()._complete()
+        if self.args.overwrite:
+            self._whole.attempt.add(self.unit)
 
     @property
     def _whole(self) -> StageOfUnits:

@@ -172,7 +172,7 @@ def main(config, args):
     with Stage("00_check_data.py", config, args, uses=("seed",)) as stage:
         ACT
         text = os.urandom(400_000).hex()
-        rows = {"document_id": ["a"], "content": [text], "source": ["s"]}
+        rows = {"document_id": ["a"], "content": [text], "source": ["s"], "piece": [0]}
         stage.write("documents", pa.table(rows), schema.DOCUMENTS)
 
 run_stage(main, "test")

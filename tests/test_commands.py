@@ -59,13 +59,14 @@ SMALLER = {
     "benchmarks.staging": "--steps 4 --seeds 2",
     "benchmarks.causal_speedrun": "--steps 4",
     "benchmarks.speed": "--steps 2",
+    "benchmarks.scaling": "--steps 2",
     "benchmarks.ltg_attention": "--size xs --length 16 --batch 1 --steps 1 --rounds 1",
     "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
     "benchmarks.backbone_speed": "--seconds 0.01 --runs 1 --batch 2",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
+    "benchmarks.memory": "--megabytes 1 2",
     "benchmarks.over_seeds": "",
     "benchmarks.executors": "--passages 40 --workers 1 --rounds 1 --set candidates.rows_per_group=40",
-    "benchmarks.memory": "--megabytes 0.2 0.4 --stages 00_check_data",
     "benchmarks.results_page": "--quick",
 }
 NOT_RUN = {
@@ -180,7 +181,7 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         run = "outputs/stream" if "stream.enabled=true" in arguments else run
         given = [*_without(arguments, "--quick_test", "--run_dir="), "--run_dir", run, "--quick_test"]
         shared = _without(
-            given, "--overwrite", "--stream", "--mode=", "--score=", "--part=", "--set=sampler."
+            given, "--overwrite", "--stream", "--mode=", "--only=", "--score=", "--part=", "--set=sampler."
         )
         before = [["python", stage, *shared] for stage in STAGES[: STAGES.index(command.target)]]
         if run == "outputs/stream":  # 02 makes shards beside 04
@@ -273,7 +274,18 @@ def _without(words: list[str], *flags: str) -> list[str]:
         word, following = words[at], words[at + 1] if at + 1 < len(words) else ""
         size = (
             2
-            if word in ("--mode", "--score", "--part", "--set", "--config", "--run_dir", "--data", "--seeds")
+            if word
+            in (
+                "--mode",
+                "--only",
+                "--score",
+                "--part",
+                "--set",
+                "--config",
+                "--run_dir",
+                "--data",
+                "--seeds",
+            )
             else 1
         )
         gone = word in flags or any(

@@ -160,7 +160,7 @@ def test_every_flag_that_a_message_or_a_document_names_exists():
     for source in SOURCES:
         text = source.read_text(encoding="utf-8")
         declared |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[a-z][a-z_-]*)"', text))
-    assert {"--mode", "--stream", "--score", "--config", "--run_dir"} <= declared
+    assert {"--mode", "--only", "--stream", "--score", "--config", "--run_dir"} <= declared
     outside = {"--porcelain", "--keep", "--from", "--to"}  # of git, iconv
     outside |= {
         "--standalone",

@@ -483,10 +483,10 @@ def test_another_code_stops_a_real_training(quick_run, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.code_version.code_files", lambda script, task: dict(files))
     args, real = RunArgs(run_dir=tmp_path, quick_test=True), _Run.step
 
-    def step(self, progress):
+    def step(self, progress, stop):
         if self.label == "judge" and self.state.step == 2:
             raise Killed
-        real(self, progress)
+        return real(self, progress, stop)
 
     monkeypatch.setattr(_Run, "step", step)
     with pytest.raises(Killed):

@@ -187,7 +187,7 @@ def test_torchrun_starts_the_processes(trained, prepared, tmp_path):
     command = [*launcher, "04_train.py", *TEXT, "--set", "precision=fp32", "--run_dir", str(run)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("04_train: starting") == 1  # one process speaks
+    assert done.stderr.count("04_train/generator: starting") == 1  # one process speaks
     assert_equal(results_of_04(run), results_of_04(trained["text", "fp32", 1]))
 
 
@@ -217,8 +217,9 @@ def test_a_process_that_is_lost_is_reported_and_ends_all(argv, trained, prepared
     jobs = [{"size": 4, "argv": argv, "kill": {"rank": rank, "after": 4.0}} for rank in (2, 0)]
     for done in run_jobs(tmp_path, jobs):
         messages = said(done)
-        assert messages and all("another process of this training has ended" in m for m in messages), messages
-        assert -9 in done["codes"] and 75 in done["codes"]
+        ended = ("another process of this training has ended", "stopped by SIGTERM")  # it notices, or is told
+        assert messages and all(any(words in m for words in ended) for m in messages), messages
+        assert -9 in done["codes"] and {75, 143} & set(done["codes"])
     run_jobs(tmp_path, [{"size": 1, "argv": argv}])
     assert_equal(results_of_04(run), results_of_04(trained["text", "fp32", 1]))
 

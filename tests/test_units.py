@@ -401,6 +401,22 @@ def test_killed_at_any_step_a_model_is_made_again_whole_and_the_summary_heals(
     assert done and "7" in seen
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_between_the_last_model_and_the_summary_the_next_command_writes_it(
+    run, trainings, monkeypatch, overwrite
+):
+    make(run)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("lib.units.make_manifest", lambda *_: (_ for _ in ()).throw(Killed()))
+        make(run, "models.judge.training.steps=7", only=() if overwrite else ("judge",), overwrite=True)
+    trainings.made.clear()
+    make(run, "models.judge.training.steps=7", overwrite=overwrite)
+    found = summary(run)
+    assert not trainings.made and found is not None and weights(run, "judge").startswith("judge 7")
+    assert found["units"]["judge"] == durable.sha256_file(run / "04_train" / "judge" / "manifest.json")
+    assert not (run / "04_train.new").exists()
+
+
 # ------------------------------------------------------------------------------------------------- all models again
 
 
@@ -424,6 +440,25 @@ def test_all_models_made_again_replace_the_old_ones_when_all_are_complete(run, t
     assert summary(run) is not None and not texts
     make(run, *changed)
     assert trainings.made == NAMES
+
+
+def test_some_models_made_again_go_on_where_the_same_command_was_interrupted(run, trainings):
+    make(run)
+    trainings.made.clear()
+    only = ("inspector", "judge", "ranker")
+    trainings.fail = {"judge": Killed()}
+    for _ in range(2):
+        with pytest.raises(Killed):
+            make(run, "models.ranker.training.steps=7", only=only, overwrite=True)
+    assert trainings.made == ["inspector"], "a model of the first attempt was made twice"
+    with pytest.raises(Killed):  # another command begins at its first model
+        make(run, "models.ranker.training.steps=8", only=only, overwrite=True)
+    assert trainings.made == ["inspector"] * 2
+    trainings.fail = {}
+    make(run, "models.ranker.training.steps=7", only=only, overwrite=True)
+    assert trainings.made == ["inspector", "inspector", "judge", "ranker"] and summary(run) is not None
+    make(run, "models.ranker.training.steps=7", only=only, overwrite=True)  # nothing of it is left
+    assert trainings.made[4:] == list(only)
 
 
 def test_an_attempt_with_other_settings_begins_again(run, trainings):
@@ -452,6 +487,26 @@ def test_a_first_command_with_overwrite_works_in_place_and_goes_on(run, training
     trainings.fail = {}
     make(run, overwrite=True)
     assert trainings.made == NAMES and not (run / "04_train.new").exists()
+
+
+def test_models_made_in_a_run_that_links_to_another_leave_the_other_as_it_is(run, tmp_path, trainings):
+    make(run, only=tuple(NAMES[:5]))
+    before, second = state(run), tmp_path / "second"
+    second.mkdir()
+    for name in (*BEFORE, "04_train"):
+        (second / name).symlink_to(run / name)
+    make(second, only=tuple(NAMES[:5]))  # nothing to make: the link stays
+    assert (second / "04_train").is_symlink() and trainings.made == NAMES[:5]
+    make(second)
+    assert trainings.made == NAMES and summary(second) is not None and summary(run) is None
+    make(second, "models.judge.training.steps=7", only=("judge",), overwrite=True)
+    assert weights(second, "judge").startswith("judge 7") and state(run) == before
+
+
+def test_a_config_without_models_trains_nothing(run, capsys):
+    for overwrite in (False, True):
+        make(run, *[f"models.{name}=null" for name in NAMES], overwrite=overwrite)
+        assert "the config has no models" in capsys.readouterr().err and summary(run) is None
 
 
 # ------------------------------------------------------------------------------------------------- several processes

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.engine.processes import Processes, exchange
+from lib.engine.processes import ALL_GATHER, Processes, exchange
 
 Node = TypeVar("Node")
 Gradients = list[Tensor | None]  # None: the parameter took no part in the loss
@@ -131,5 +131,5 @@ def _sum_flat(own: Tensor, size: int) -> Tensor:
     exchange("all_to_all_single", received, padded)
     piece = pairwise_sum(received.view(size, -1).unbind(), torch.Tensor.add_)
     found = torch.empty_like(padded)
-    exchange("all_gather_into_tensor", found, piece.contiguous())
+    exchange(ALL_GATHER, found, piece.contiguous())
     return found[:count]

@@ -22,6 +22,8 @@ Item = TypeVar("Item")
 Arrays = tuple["np.ndarray", ...]
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALL_GATHER = "all_gather_single"
+OLDER_NAMES = {ALL_GATHER: "all_gather_into_tensor"}  # before torch 2.13
 _FAILURE = "remask/failure"  # in the store that the processes share
 
 
@@ -72,7 +74,7 @@ class Processes:
         import torch
 
         found = torch.empty(self.size * len(values), dtype=torch.float64)
-        exchange("all_gather_into_tensor", found, torch.from_numpy(values))
+        exchange(ALL_GATHER, found, torch.from_numpy(values))
         return found.numpy().reshape(self.size, -1)
 
     def from_main(self, value: Any) -> Any:
@@ -107,7 +109,7 @@ class Processes:
         if data:
             own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         found = torch.empty(self.size * width, dtype=torch.uint8)
-        exchange("all_gather_into_tensor", found, own)
+        exchange(ALL_GATHER, found, own)
         rows = found.numpy().reshape(self.size, width)
         return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
@@ -209,8 +211,9 @@ def exchange(name: str, *arguments: Any) -> Any:
     """A collective operation of torch.distributed. Raises ProcessLost if another process has ended."""
     import torch.distributed as dist
 
+    operation = getattr(dist, name if hasattr(dist, name) else OLDER_NAMES[name])
     try:
-        return getattr(dist, name)(*arguments)
+        return operation(*arguments)
     except RuntimeError as error:
         text = str(error)
         reason = "connection closed" if "closed by peer" in text else " ".join(text.split())[:200]

@@ -14,7 +14,7 @@ from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.models.ranker_files import load_ranker
-from lib.runtime import Runtime
+from lib.runtime import Runtime, release_memory
 from lib.tasks import get_task
 from lib.training.model_plans import unit_of
 from lib.training.objectives.pool_choice import PoolReader, measure, say_shortened, simple_scores
@@ -64,8 +64,9 @@ class RankingEvaluator:
             yield TrainedRanker(method, "05_train_critic", f"{method}/best_model")
 
     def score(self, trained: TrainedRanker) -> None:
-        """Score every pool by one trained ranker."""
+        """Score every pool by one trained ranker. The one before has left the memory."""
         name = trained.name
+        release_memory()
         ranker, tokenizer = load_ranker(self.stage.folder_of(trained.stage, trained.output))
         ranker.to(self.runtime.device).eval()
         reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed, trained.blind)

@@ -27,10 +27,11 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved model whose backbone a new model starts from, and the dropout of the new model."""
+    """A saved model whose backbone a new model starts from, and dropout and type of the weights of the new model."""
 
     folder: Path
     dropout: float
+    dtype: str = "float32"
 
 
 @dataclass
@@ -86,7 +87,7 @@ def fresh_backbone(spec: ModelSpec, vocab_size: int, seed: int, label: str) -> n
     config = model_config(spec.architecture, spec.effective_attention, vocab_size)
     with torch.random.fork_rng():
         torch.manual_seed(randomness.key(seed, f"{label} weights") % 2**63)
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config).to(getattr(torch, spec.architecture.dtype))
 
 
 def heads_of(
@@ -146,7 +147,8 @@ def start_model(
     """
     if isinstance(backbone, ArchitectureConfig):
         config = model_config(backbone, attention, vocab_size, **heads)
-        return make_model(mode, config, seed, label), Transfer(created=["everything"])
+        model = make_model(mode, config, seed, label).to(getattr(torch, backbone.dtype))
+        return model, Transfer(created=["everything"])
     start = backbone.folder
     source, tensors = read_folder(start)
     if source.vocab_size != vocab_size:
@@ -159,7 +161,7 @@ def start_model(
     if "causal_lm" in family.heads:
         heads["attention"] = attention
     config = family.restarted(source, backbone.dropout, **heads)
-    model = make_model(mode, config, seed, label)
+    model = make_model(mode, config, seed, label).to(getattr(torch, backbone.dtype))
     inner = model.encoder if isinstance(model, SequenceRanker) else model
     return model, _load_matching(inner, tensors, family.backbone, start)
 

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative, Positive, Section, UserPath
+from lib.sections.models import DTYPES
 
 
 class ChangesConfig(Section):
@@ -43,6 +44,7 @@ class LoraConfig(Section):
 
 class RankerConfig(Section):
     encoder: UserPath | None
+    dtype: DTYPES
     prompt: Literal["question", "question_page"]
     prompt_tokens: Positive
     candidate_tokens: Positive
@@ -57,3 +59,12 @@ class RankerConfig(Section):
     loss: Literal["cross_entropy", "listwise", "list_mle", "pairwise", "regression"]
     temperature: AboveZero
     margin: NonNegative
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.dtype == "bfloat16" and self.adapter == "none":
+            raise ValueError(
+                "dtype bfloat16 is for an encoder that does not learn, because most updates of bfloat16 weights are lost in "
+                "rounding; set adapter to lora, or dtype to float32"
+            )
+        return self

@@ -16,6 +16,9 @@ MODE_ALIASES = {  # names of earlier versions
 }
 
 
+DTYPES = Literal["float32", "bfloat16"]  # of weights
+
+
 class ArchitectureConfig(Section):
     family: Literal["remask_gpt", "ltg_bert"]
     num_hidden_layers: Positive
@@ -26,6 +29,7 @@ class ArchitectureConfig(Section):
     dropout: BelowOne
     bias: bool
     position_buckets: Annotated[int, Field(ge=2)]
+    dtype: DTYPES
 
     @model_validator(mode="after")
     def _check(self):
@@ -45,6 +49,7 @@ class TrainingConfig(Section):
     steps: Positive
     batch_size: Positive
     parts: Positive
+    activation_checkpointing: bool
     optimizer: Literal["muon", "adamw"]
     muon_learning_rate: AboveZero
     muon_momentum: BelowOne

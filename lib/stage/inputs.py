@@ -140,9 +140,12 @@ class UpstreamReader:
         output: str,
         schema: "TableSchema",
         columns: list[str] | None = None,
-        rows: int = 65536,
+        rows: int | None = 65536,
     ) -> Iterator["pa.RecordBatch"]:
-        """The same table in batches of `rows` rows, so that memory does not grow with it. The last one may have fewer."""
+        """The same table in batches of `rows` rows, so that memory does not grow with it. The last one may have fewer.
+
+        None: one batch for each row group, as the table was written. Their sizes follow the length of the texts.
+        """
         return self.table(stage_name, output).batches(schema, columns, rows)
 
     def tables(

@@ -78,13 +78,19 @@ class TableFiles:
         self,
         schema: "TableSchema",
         columns: list[str] | None = None,
-        rows: int = 65536,
+        rows: int | None = 65536,
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator["pa.RecordBatch"]:
-        """The rows [start, stop) in batches of `rows` rows; the last one may have fewer. Memory holds about one batch."""
+        """The rows [start, stop) in batches of `rows` rows; the last one may have fewer. Memory holds about one batch.
+
+        `rows` None: one batch for each row group.
+        """
         import pyarrow as pa
 
+        if rows is None:
+            yield from self._pieces(schema, columns, rows, start, stop)
+            return
         waiting: list[pa.RecordBatch] = []
         missing = rows
         for batch in self._pieces(schema, columns, rows, start, stop):
@@ -123,7 +129,7 @@ class TableFiles:
         return {k.decode(): v.decode() for k, v in found.items() if not k.startswith(b"ARROW:")}
 
     def _pieces(
-        self, schema: "TableSchema", columns: list[str] | None, rows: int, start: int, stop: int | None
+        self, schema: "TableSchema", columns: list[str] | None, rows: int | None, start: int, stop: int | None
     ) -> Iterator["pa.RecordBatch"]:
         """The rows [start, stop) as the files give them."""
         import pyarrow as pa
@@ -149,7 +155,7 @@ class TableFiles:
 
 
 def _sliced(
-    file: "pq.ParquetFile", columns: list[str] | None, rows: int, low: int, high: int
+    file: "pq.ParquetFile", columns: list[str] | None, rows: int | None, low: int, high: int
 ) -> Iterator["pa.RecordBatch"]:
     """The rows [low, high) of a file. Row groups without such rows are not read."""
     groups, before, begin = [], 0, 0
@@ -160,11 +166,22 @@ def _sliced(
             groups.append(number)
         begin += count
     at = before
-    for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=columns):
+    for batch in _batches(file, columns, rows, groups):
         kept = batch.slice(max(low - at, 0), max(min(high - at, batch.num_rows) - max(low - at, 0), 0))
         at += batch.num_rows
         if kept.num_rows:
             yield kept
+
+
+def _batches(
+    file: "pq.ParquetFile", columns: list[str] | None, rows: int | None, groups: list[int]
+) -> Iterator["pa.RecordBatch"]:
+    if rows is not None:
+        yield from file.iter_batches(batch_size=rows, row_groups=groups, columns=columns)
+        return
+    for group in groups:
+        size = file.metadata.row_group(group).num_rows
+        yield from file.iter_batches(batch_size=size, row_groups=[group], columns=columns)
 
 
 def _joined(batches: list["pa.RecordBatch"]) -> list["pa.RecordBatch"]:

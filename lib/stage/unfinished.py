@@ -162,3 +162,31 @@ def choose_folder(final: Path, dependencies: Dependencies, overwrite: bool) -> P
     if not UnfinishedWork(new, dependencies).is_same_attempt():
         durable.remove(new)
     return new
+
+
+class Attempt:
+    """The units that one command with --overwrite has made again. The same command goes on after an interruption.
+
+    The file lies in the folder of the stage until the command has ended. Its name is a digest of all that the units
+    depend on, so that only the same command finds it.
+
+    Attributes:
+        done: the units that are made.
+    """
+
+    def __init__(self, folder: Path, chosen: tuple[str, ...], dependencies: Dependencies):
+        code = {} if dependencies.allow_inexact_resume else dependencies.code
+        key = json.dumps([chosen, dependencies.config, dependencies.inputs, code])
+        self.path = folder / f"overwrite_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        try:
+            self.done = set(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            self.done = set()
+
+    def add(self, name: str) -> None:
+        self.done.add(name)
+        durable.write_json(self.path, sorted(self.done))
+
+    def finish(self) -> None:
+        """Remove the file: the next command makes all units again."""
+        self.path.unlink(missing_ok=True)

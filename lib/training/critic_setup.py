@@ -35,7 +35,7 @@ def critic_model(stage: Stage, config: Config, tokenizer: Any) -> tuple[Any, Tra
     source = stage.folder_of(unit_of(config.critic.generator), "best_model")
     spec = config.models[config.critic.generator]
     model, transfer = start_model(
-        "language_model", Checkpoint(source, spec.architecture.dropout), "bidirectional", len(tokenizer), config.seed, "critic",
+        "language_model", Checkpoint(source, spec.architecture.dropout, spec.architecture.dtype), "bidirectional", len(tokenizer), config.seed, "critic",
         critic_layers=config.critic.num_layers,
     )  # fmt: skip
     if config.critic.coupling == "decoupled":

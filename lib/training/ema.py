@@ -17,18 +17,18 @@ class Ema:
         decay: in [0, 1). 0 turns the EMA off, and `params` is empty.
 
     Attributes:
-        params: name -> averaged values.
+        params: name -> averaged values, in float32 at least: in bfloat16 an average would ignore small changes.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float):
         self.parameters, self.decay = parameters, decay
-        self.params = {n: p.detach().clone() for n, p in parameters.items()} if decay else {}
+        self.params = {n: _exact(p).clone() for n, p in parameters.items()} if decay else {}
 
     def update(self, step: int) -> None:
         """Include the weights after optimizer step number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.params.items():
-            average.lerp_(self.parameters[name].detach(), 1 - decay)
+            average.lerp_(_exact(self.parameters[name]), 1 - decay)
 
     def load(self, params: Mapping[str, Tensor]) -> None:
         """Take the averages from a checkpoint."""
@@ -51,3 +51,8 @@ class Ema:
             finally:
                 for name, value in current.items():
                     self.parameters[name].copy_(value)
+
+
+def _exact(parameter: Tensor) -> Tensor:
+    """The values of a parameter, in float32 at least."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))

@@ -26,6 +26,7 @@ from lib.engine.parts import Part, Parts
 from lib.engine.speed import SpeedMeter, flops_per_token, matmul_peak
 from lib.errors import Interrupted, NonFiniteLoss
 from lib.log import Progress, say
+from lib.models.checkpointing import checkpoint_activations
 from lib.training import checkpoint
 from lib.training.ema import Ema
 from lib.training.freezing import Freezing
@@ -116,6 +117,8 @@ class _Run:
     ):
         settings = context.settings
         self.model, self.objective = model.to(context.runtime.device), objective
+        if settings.activation_checkpointing:
+            checkpoint_activations(model, context.label)
         self.settings, self.runtime = settings, context.runtime
         self.seed, self.label = context.seed, context.label
         self.folder, self.save = folder, save

@@ -29,9 +29,9 @@ from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.ranking.metrics import paired_difference, ranking_metrics
 from lib.ranking.policy_gradient import LoopSettings, PolicyGradient, TrainingPools
 from lib.ranking.ppo import PpoSettings
-from lib.runtime import Runtime
+from lib.runtime import Runtime, release_memory
 from lib.training.data import Splits
-from lib.training.loop import train
+from lib.training.loop import Result, train
 from lib.training.objectives.base import ResultRow, TrainingContext, result_row
 from lib.training.objectives.pool_choice import PoolChoice, PoolReader, PoolSplits, measure
 from lib.training.pool_table import PoolTable
@@ -58,6 +58,13 @@ class PolicyTraining:
 
     def run(self, method: str) -> dict[str, Any]:
         """Train with one method, and measure its best model on the held-out pools."""
+        result = self._learn(method)
+        release_memory()  # of the trained ranker, before its best state is loaded
+        scores = self._held_out_scores(self.folder / method / "best_model")
+        return {"best_step": result.best_step, "optimizer": result.optimizer, **self._measure(scores)}
+
+    def _learn(self, method: str) -> Result:
+        """Train with one method. The models are in the folder, and no longer in memory."""
         config, folder = self.config, self.folder / method
         ranker, tokenizer = load_ranker(self.start, learning=True)
         ranker.to(self.runtime.device)
@@ -76,17 +83,19 @@ class PolicyTraining:
             value = ValueHead(width_of(ranker.base), seed=config.seed).to(self.runtime.device)
             model = ActorCritic(ranker, value)
             objective = self._policy_gradient(method, ranker, reader)
-        result = train(model, objective, context, folder, lambda m, path: save_policy(m, path, tokenizer))
-        best, _ = load_ranker(folder / "best_model")
-        scores = reader.all_scores(best.to(self.runtime.device).eval(), self.pools.held_out)
-        return {"best_step": result.best_step, "optimizer": result.optimizer, **self._measure(scores)}
+        return train(model, objective, context, folder, lambda m, path: save_policy(m, path, tokenizer))
 
     def before(self) -> dict[str, Any]:
         """The ranker before this training, measured in the same way."""
-        ranker, tokenizer = load_ranker(self.start)
+        found = self._measure(self._held_out_scores(self.start))
+        release_memory()
+        return found
+
+    def _held_out_scores(self, folder: Path) -> np.ndarray:
+        """(N, K) scores of a saved ranker on the held-out pools."""
+        ranker, tokenizer = load_ranker(folder)
         reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed)
-        scores = reader.all_scores(ranker.to(self.runtime.device), self.pools.held_out)
-        return self._measure(scores)
+        return reader.all_scores(ranker.to(self.runtime.device), self.pools.held_out)
 
     def _measure(self, scores: np.ndarray) -> dict[str, Any]:
         """Metrics of (N, K) scores on the held-out pools, and the (N,) accuracy of each pool."""

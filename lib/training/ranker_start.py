@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lib import durable
 from lib.config import Config
 from lib.models.build import fresh_backbone
@@ -24,16 +26,16 @@ def start_ranker(
     Args:
         folder: of the ranker to be trained; the origin is named relative to its run.
     """
-    settings = config.ranker
+    settings, dtype = config.ranker, getattr(torch, config.ranker.dtype)
     if start is not None and (start / RANKER_FILE).exists():
         model, tokenizer = load_ranker(start, learning=True)
         return model, tokenizer, f"ranker in {start_in_run(start, folder)}"
     if start is not None:
-        backbone, tokenizer = open_encoder(str(start))
+        backbone, tokenizer = open_encoder(str(start), dtype)
         origin = f"backbone of {start_in_run(start, folder)}"
     elif settings.encoder is not None:
         source, revision = configured(settings.encoder)
-        backbone, tokenizer = open_encoder(source, revision=revision)
+        backbone, tokenizer = open_encoder(source, dtype, revision)
         origin = source if revision is None else f"{source}@{revision}"
     else:
         backbone, tokenizer = fresh_backbone(spec, len(run_tokenizer), config.seed, name), run_tokenizer

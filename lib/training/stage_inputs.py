@@ -185,9 +185,11 @@ def read_stage_inputs(
         table = select_split(
             stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES, columns), split
         )
-        rewards = select_rows(
-            stage.batches("03_build_rewards", "rewards", schema.REWARDS), "example_id", table["example_id"]
-        )
+        batches = stage.batches("03_build_rewards", "rewards", schema.REWARDS)
+        if config.labels.path is None:
+            rewards = select_rows(batches, "example_id", table["example_id"])
+        else:  # whether any candidate has token labels decides for all of them
+            rewards = pa.Table.from_batches(list(batches))
         columns = ["example_id", "group", "split"]
         groups = select_split(
             stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES, columns), split

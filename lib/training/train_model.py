@@ -23,7 +23,7 @@ from lib.models.build import Checkpoint, heads_of, load_model, save_model, start
 from lib.models.ranker import SequenceRanker
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.runs import plain
-from lib.runtime import Runtime
+from lib.runtime import Runtime, release_memory
 from lib.sections.models import ModelSpec
 from lib.training.loop import train
 from lib.training.objectives.base import ReportingObjective, TrainingContext
@@ -81,11 +81,13 @@ def _train(
     # 1. The model, from its start, and what it learns
     context = context_of(name, spec, stage_inputs)
     setup = set_up(context, spec, stage_inputs, folder, start)
+    learning = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
 
     # 2. Train; the best step is chosen on the selection split
-    result = train(setup.model, setup.objective, context, folder, setup.save)
+    result = train(setup.take_model(), setup.objective, context, folder, setup.save)
 
-    # 3. Measure the best model on the held-out split
+    # 3. Measure the best model on the held-out split, when the trained one has left the memory
+    release_memory()
     best: Any = setup.load(folder / "best_model").to(context.runtime.device).eval()
     with torch.no_grad():
         values, rows = setup.objective.report(best)
@@ -95,7 +97,7 @@ def _train(
         "name": name,
         "mode": spec.mode,
         "parameters": sum(p.numel() for p in best.parameters()),
-        "learning_parameters": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
+        "learning_parameters": learning,
         "transfer": setup.transfer,
         **setup.facts,
         "optimizer": result.optimizer,
@@ -129,6 +131,12 @@ class TrainerSetup:
     transfer: dict[str, Any]
     facts: dict[str, Any]
 
+    def take_model(self) -> nn.Module:
+        """The model, which from now on is the caller's alone: its memory is free when the caller drops it."""
+        model = self.model
+        del self.model
+        return model
+
 
 def set_up(
     context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
@@ -142,7 +150,9 @@ def set_up(
     own_labels = spec.mode == "token_classifier" and config.labels.path is not None
     model, transfer = start_model(
         spec.mode,
-        spec.architecture if start is None else Checkpoint(start, spec.architecture.dropout),
+        spec.architecture
+        if start is None
+        else Checkpoint(start, spec.architecture.dropout, spec.architecture.dtype),
         spec.effective_attention,
         len(tokenizer),
         config.seed,

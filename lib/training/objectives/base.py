@@ -18,10 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib import randomness
 from lib.engine.parts import Part
+from lib.log import say
 from lib.metrics import Estimate
 from lib.runtime import Runtime
 from lib.sections.models import TrainingConfig
+
+EVALUATION_TOKENS = 64 * 513  # of a forward pass of an evaluation: 64 texts of 512 tokens behind [CLS]
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,32 @@ def forward(model: nn.Module, runtime: Runtime, ids: np.ndarray, valid: np.ndarr
         return model(input_ids=tensor(ids, runtime), attention_mask=mask, **arguments)
 
 
+def evaluation_rows(most: int, tokens_per_row: int) -> int:
+    """Rows of a forward pass of an evaluation: `most` for short rows, fewer for long ones, at least one.
+
+    So the memory of an evaluation does not grow with the context. The rows of a pass do not change any result except
+    by rounding.
+    """
+    return max(1, min(most, EVALUATION_TOKENS // max(tokens_per_row, 1)))
+
+
 def chunks(count: int, size: int) -> Iterator[np.ndarray]:
     """Consecutive index arrays of at most `size`, from 0 to `count`."""
     for start in range(0, count, size):
         yield np.arange(start, min(start + size, count))
+
+
+def some_of(seed: int, label: str, what: str, count: int, limit: int) -> np.ndarray:
+    """Sorted indices of all or, if there are more than `limit`, of a random sample of that size. A line says so.
+
+    Args:
+        label: of the model.
+        what: the things that a report reads, such as `held-out windows`.
+    """
+    if count <= limit:
+        return np.arange(count)
+    say(f"{label}: the report reads a random sample of {limit:,} of {count:,} {what}")
+    return randomness.sample(seed, f"reported {what}", count, limit)
 
 
 def with_cls(ids: np.ndarray, valid: np.ndarray, cls_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,6 @@ from lib import randomness
 from lib.diffusion.masking import BatchDraw, corrupt_80_10_10, line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, weights_per_token
 from lib.engine.parts import Part
-from lib.log import say
 from lib.metrics import Estimate, ratio, sum_by
 from lib.sections.masking import DiffusionConfig, RandomMasking
 from lib.token_store import TokenStore
@@ -35,8 +34,10 @@ from lib.training.objectives.base import (
     ResultRow,
     TrainingContext,
     chunks,
+    evaluation_rows,
     forward,
     result_row,
+    some_of,
     tensor,
 )
 from lib.training.objectives.modifiers import MaskedPredictions, Modifiers
@@ -126,7 +127,7 @@ class WindowObjective:
         self.evaluated = randomness.sample(
             seed, "selection windows", splits.selection.count, context.settings.evaluation_examples
         )
-        self.reported = some_windows(seed, label, "held-out", splits.held_out.count, MAX_REPORTED_WINDOWS)
+        self.reported = some_of(seed, label, "held-out windows", splits.held_out.count, MAX_REPORTED_WINDOWS)
 
     def windows(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """((B,) row numbers, (B, T) ids, (B, T) validity) of global training rows."""
@@ -162,14 +163,6 @@ class WindowObjective:
             baseline, name = unigram / self._nats_per_bit, f"{metric}, bits/character"
             rows.append(result_row(self.label, name, bits, "unigram", baseline, lower_is_better=True))
         return bits.value, rows
-
-
-def some_windows(seed: int, label: str, split: str, count: int, limit: int) -> np.ndarray:
-    """Sorted indices of all windows of a split or, if it has more than `limit`, of a random sample of that size."""
-    if count <= limit:
-        return np.arange(count)
-    say(f"{label}: the report reads a random sample of {limit:,} of {count:,} {split} windows")
-    return randomness.sample(seed, f"reported {split} windows", count, limit)
 
 
 class MaskedDiffusion(WindowObjective):
@@ -332,7 +325,9 @@ class MaskedDiffusion(WindowObjective):
             hits = np.bincount(row_idx, correct, size)
             return nats, lengths, hits, batch.masked.sum(1)
 
-        found = self.runtime.processes.share(measure, list(chunks(len(repeated), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            measure, list(chunks(len(repeated), evaluation_rows(EVALUATION_BATCH, windows.width)))
+        )
         return WindowNelbos(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 

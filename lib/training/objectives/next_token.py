@@ -16,7 +16,7 @@ from lib.engine.parts import Part
 from lib.runtime import Runtime
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Windows
-from lib.training.objectives.base import ResultRow, TrainingContext, chunks, forward, tensor
+from lib.training.objectives.base import ResultRow, TrainingContext, chunks, evaluation_rows, forward, tensor
 from lib.training.objectives.language_model import EVALUATION_BATCH, WindowObjective, WindowSplits
 
 
@@ -62,7 +62,9 @@ class NextToken(WindowObjective):
             nll, mask = causal_nll(model, self.runtime, ids, valid, self.cls_id)
             return (nll * mask).sum(1).cpu().numpy(), valid.sum(1)
 
-        found = self.runtime.processes.share(measure, list(chunks(len(examples), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            measure, list(chunks(len(examples), evaluation_rows(EVALUATION_BATCH, windows.width)))
+        )
         nats, tokens = zip(*found, strict=True)
         return np.concatenate(nats), np.concatenate(tokens)
 

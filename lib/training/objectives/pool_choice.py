@@ -37,7 +37,14 @@ from lib.ranking.metrics import (
 from lib.runtime import Runtime
 from lib.sections.finqa import RankerConfig
 from lib.training.data import Rows
-from lib.training.objectives.base import ResultRow, TrainingContext, chunks, result_row, tensor
+from lib.training.objectives.base import (
+    ResultRow,
+    TrainingContext,
+    chunks,
+    evaluation_rows,
+    result_row,
+    tensor,
+)
 from lib.training.pool_table import PoolTable
 
 EVALUATION_BATCH = 32
@@ -99,6 +106,13 @@ class PoolReader:
         pools = self.read([table.prompts[i] for i in first], table.texts[first], table.present[first])
         return int((pools.prompt_mask.sum() + pools.candidate_mask.sum()) / len(first))
 
+    def evaluation_pools(self, model: nn.Module, table: PoolTable) -> int:
+        """Pools of a forward pass of an evaluation. Without packing each candidate has its own copy of the prompt."""
+        pool_size, settings = table.present.shape[1], self.settings
+        prompts = 1 if getattr(model, "packs", True) else pool_size
+        tokens = prompts * settings.prompt_tokens + pool_size * settings.candidate_tokens
+        return evaluation_rows(EVALUATION_BATCH, tokens)
+
     def scores(
         self,
         model: nn.Module,
@@ -132,7 +146,9 @@ class PoolReader:
             part_prompts = None if prompts is None else [prompts[i] for i in part]
             return (self.scores(model, table, part, part_prompts, texts).cpu().numpy(),)
 
-        found = self.runtime.processes.share(score, list(chunks(len(table), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            score, list(chunks(len(table), self.evaluation_pools(model, table)))
+        )
         return np.concatenate([scores for (scores,) in found])
 
 
@@ -214,9 +230,8 @@ class PoolChoice:
             scores = self.reader.scores(model, table, index)
             return scores.cpu().numpy(), self._losses(scores, table, index).cpu().numpy()
 
-        found = self.reader.runtime.processes.share(
-            score, list(chunks(len(self.evaluated), EVALUATION_BATCH))
-        )
+        size = self.reader.evaluation_pools(model, table)
+        found = self.reader.runtime.processes.share(score, list(chunks(len(self.evaluated), size)))
         scores, losses = zip(*found, strict=True)
         per_pool = ranking_metrics(
             np.concatenate(scores), table.rewards[self.evaluated], table.present[self.evaluated]

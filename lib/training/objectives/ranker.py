@@ -25,6 +25,7 @@ from lib.training.objectives.base import (
     ResultRow,
     TrainingContext,
     chunks,
+    evaluation_rows,
     result_row,
     tensor,
     with_cls,
@@ -138,7 +139,9 @@ class BestCandidate:
         def score(part: np.ndarray) -> tuple[np.ndarray]:
             return (self.scores(model, pools.rows[part]).cpu().numpy(),)
 
-        found = self.runtime.processes.share(score, list(chunks(len(pools.rows), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            score, list(chunks(len(pools.rows), evaluation_rows(EVALUATION_BATCH, self.tokens_per_row)))
+        )
         scores = np.concatenate([part for (part,) in found])
         return scores, float(self._losses(tensor(scores, self.runtime), pools).mean())
 

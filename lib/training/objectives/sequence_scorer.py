@@ -23,6 +23,7 @@ from lib.training.objectives.base import (
     ResultRow,
     TrainingContext,
     chunks,
+    evaluation_rows,
     forward,
     result_row,
     tensor,
@@ -146,7 +147,9 @@ class SequenceScore:
             logits = forward(model, self.runtime, ids, valid).logits.float()
             return (self._scores(logits).cpu().numpy(),)
 
-        found = self.runtime.processes.share(score, list(chunks(len(samples), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            score, list(chunks(len(samples), evaluation_rows(EVALUATION_BATCH, sequences.width + 1)))
+        )
         return np.concatenate([scores for (scores,) in found])
 
     def _scores(self, logits: Tensor) -> Tensor:

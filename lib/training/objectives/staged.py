@@ -17,7 +17,7 @@ from lib.diffusion.nelbo import MaskedBatch
 from lib.diffusion.stages import Progress, mask_in_stages
 from lib.log import say
 from lib.training.cross_entropy import cross_entropies
-from lib.training.objectives.base import chunks
+from lib.training.objectives.base import chunks, evaluation_rows
 from lib.training.objectives.language_model import EVALUATION_BATCH, MaskedDiffusion
 
 MIN_WINDOWS = 32  # selection windows of each stage's validation loss
@@ -82,7 +82,9 @@ class StagedUnmasking(MaskedDiffusion):
                 logits, targets, _ = self.predict(model, inputs, ids, valid, batch.masked)
                 return (np.array([float(cross_entropies(logits, targets).sum()), len(targets)]),)
 
-            found = self.runtime.processes.share(measure, list(chunks(size, EVALUATION_BATCH)))
+            found = self.runtime.processes.share(
+                measure, list(chunks(size, evaluation_rows(EVALUATION_BATCH, self.splits.selection.width)))
+            )
             total, count = sum(sums for (sums,) in found)
             losses.append(float(total / max(count, 1)))
         return losses

@@ -33,10 +33,18 @@ from lib.diffusion.calibration import Calibration
 from lib.engine.parts import Part
 from lib.sections.critic import CriticConfig
 from lib.training.data import Windows
-from lib.training.objectives.base import ResultRow, chunks, forward, result_row, tensor
+from lib.training.objectives.base import (
+    ResultRow,
+    chunks,
+    evaluation_rows,
+    forward,
+    result_row,
+    some_of,
+    tensor,
+)
 from lib.training.objectives.error_detection import ScoredTokens, bands, detection, fit_calibration
 from lib.training.objectives.fills import Filled, Filler
-from lib.training.objectives.language_model import MaskedDiffusion, some_windows
+from lib.training.objectives.language_model import MaskedDiffusion
 
 EVALUATION_BATCH = 64
 REPORT_DRAWS = 4  # fills of each window
@@ -177,7 +185,9 @@ class TokenCritic:
             filled = self.filler.fill(model, ids, valid, part, "critic evaluation", EVALUATION_BATCH)
             return measure(part, filled, self._probabilities(model, filled, conditioned=True)[0])
 
-        found = self.runtime.processes.share(of_batch, list(chunks(len(examples), EVALUATION_BATCH)))
+        found = self.runtime.processes.share(
+            of_batch, list(chunks(len(examples), evaluation_rows(EVALUATION_BATCH, windows.width)))
+        )
         return [np.concatenate(column) for column in zip(*found, strict=True)]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -216,9 +226,9 @@ class TokenCritic:
         """
         selection, held_out = self.diffusion.splits.selection, self.diffusion.splits.held_out
         limit = max(1, MAX_SCORED_TOKENS // (REPORT_DRAWS * held_out.width))
-        chosen = some_windows(self.seed, self.label, "selection", selection.count, limit)
+        chosen = some_of(self.seed, self.label, "selection windows", selection.count, limit)
         calibration = fit_calibration(self.score_fills(model, selection, chosen, chosen, REPORT_DRAWS))
-        chosen = some_windows(self.seed, self.label, "held-out", held_out.count, limit)
+        chosen = some_of(self.seed, self.label, "held-out windows", held_out.count, limit)
         groups = self.diffusion.splits.groups[chosen]
         scored = self.score_fills(model, held_out, chosen, groups, REPORT_DRAWS)
         found = detection(scored, calibration)
