@@ -49,11 +49,16 @@ def killed(number: int, folder: Path, times: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KilledWork:
-    """Another work, whose workers are killed up to `times` times in each part. `kills`: a folder that counts them."""
+    """Another work, whose workers are killed up to `times` times in every n-th part.
+
+    Attributes:
+        kills: a folder that counts them.
+    """
 
     work: Any
     kills: Path
     times: int = 2
+    every: int = 1
 
     @property
     def uses_device(self) -> bool:
@@ -67,7 +72,7 @@ class KilledWork:
         make = self.work.open(threads)
 
         def make_or_die(number: int) -> None:
-            with killed(number, self.kills, self.times):
+            with killed(number, self.kills, 0 if number % self.every else self.times):
                 make(number)
 
         return make_or_die
@@ -131,14 +136,14 @@ def numbers(start: int, count: int) -> pa.Table:
     )
 
 
-def run_killed(name: str, config: Any, args: Any, kills: Path, times: int = 2) -> None:
+def run_killed(name: str, config: Any, args: Any, kills: Path, times: int = 2, every: int = 1) -> None:
     """Run a stage in this process, in which a worker is killed. In the local executor that is this process."""
     import importlib
 
     from lib.stage import making
 
     real = making.open_executor
-    making.open_executor = lambda settings, work: real(settings, KilledWork(work, kills, times))
+    making.open_executor = lambda settings, work: real(settings, KilledWork(work, kills, times, every))
     try:
         importlib.import_module(name).main(config, args)
     finally:

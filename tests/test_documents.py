@@ -160,7 +160,7 @@ def test_every_flag_that_a_message_or_a_document_names_exists():
     for source in SOURCES:
         text = source.read_text(encoding="utf-8")
         declared |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[a-z][a-z_-]*)"', text))
-    assert {"--mode", "--only", "--stream", "--score", "--config", "--run_dir"} <= declared
+    assert {"--mode", "--only", "--stream", "--score", "--part", "--config", "--run_dir"} <= declared
     outside = {"--porcelain", "--keep", "--from", "--to"}  # of git, iconv
     outside |= {
         "--standalone",
@@ -169,7 +169,15 @@ def test_every_flag_that_a_message_or_a_document_names_exists():
         "--rdzv-backend",
         "--rdzv-endpoint",
     }  # of torchrun
-    outside |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # of Slurm
+    outside |= {
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--signal",
+        "--array",
+        "--gpus",
+    }  # of Slurm
+    outside |= {"--head", "--port", "--address"}  # of ray start
     wrong = [
         f"{where}: {flag}"
         for where, text in [*messages(), *documents()]
@@ -180,7 +188,7 @@ def test_every_flag_that_a_message_or_a_document_names_exists():
 
 
 def test_every_import_is_declared_in_a_requirements_file():
-    """`pip install -r` installs what the code imports; benchmarks have a file of their own."""
+    """`pip install -r` installs what the code imports; Ray and benchmarks have files of their own."""
     distributions = importlib.metadata.packages_distributions()
 
     def normal(name: str) -> str:
@@ -190,7 +198,8 @@ def test_every_import_is_declared_in_a_requirements_file():
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         return {normal(Requirement(x).name) for x in lines if x and not x.startswith(("#", "-"))}
 
-    main, extra = declared("requirements.txt"), declared("requirements-benchmarks.txt")
+    main = declared("requirements.txt") | declared("requirements-cluster.txt")
+    extra = declared("requirements-benchmarks.txt")
     optional = {"tensorboard"}  # asked for by training.tracker, with the command that installs it
     own = {"lib", "tests", "benchmarks"} | {s.stem for s in SCRIPTS}
     missing = []

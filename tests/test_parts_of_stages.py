@@ -95,7 +95,8 @@ def test_workers_that_are_killed(run, reference, tmp_path, executor):
     config = config_of(f"executor.type={executor}", f"executor.workers={3 if executor == 'processes' else 2}")
     for name in STAGES:
         (kills := tmp_path / f"kills {name}").mkdir()
-        run_killed(name, config, RunArgs(run_dir=run, quick_test=True, command=(name,)), kills, times=1)
+        args = RunArgs(run_dir=run, quick_test=True, command=(name,))
+        run_killed(name, config, args, kills, times=1, every=2)
         assert len(list(kills.iterdir())) > 1
     assert contents(run) == contents(reference)
 
