@@ -29,7 +29,6 @@ from lib.log import silence
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
-
 SECONDS_FOR_OTHERS = (
     1.0  # a process that fails stays so long, so that the others learn that it has reported the error
 )
