@@ -88,7 +88,7 @@ class _SplitWriter:
         names = ("tokens", *_POSITIONS, "group_names", "group_name_ends")
         self._files = {name: open(folder / f"{name}.bin", "wb") for name in names}  # noqa: SIM115 - see `close_files`
         self._counts = np.zeros(vocabulary, POSITION)
-        self._sizes = dict.fromkeys(("tokens", *_POSITIONS, "characters"), 0)
+        self._sizes: dict[str, int] = dict.fromkeys(("tokens", *_POSITIONS, "characters"), 0)
         self._name_end, self._group = 0, None
         self._is_pending = True  # a document has begun, and none of its tokens was written
 

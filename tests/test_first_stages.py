@@ -150,7 +150,7 @@ def test_an_unknown_character_in_a_worker_process_is_the_same_error(folder, monk
 def test_byte_pairs_learn_from_a_sample_that_does_not_depend_on_the_order():
     module = importlib.import_module("01_prepare_dataset")
     config = load_config(overrides=["tokenizer.kind=bpe", "tokenizer.sample_characters=40000"])
-    items = [
+    items: list[Example | Dropped] = [
         Example(f"d:{i}", "", f"{i:05d}" + "x" * 95, "train" if i % 2 else "held_out", "g")
         for i in range(4000)
     ]

@@ -72,7 +72,8 @@ class TableWindows:
             cut = start + shortest[d] + int(np.floor(cut_position[d] * (longest[d] - shortest[d] + 1)))
             edges = [start, *(min(cut + n * self.width, start + size) for n in range(windows[d]))]
             found += [(d, a, b) for a, b in itertools.pairwise(edges)]
-        return tuple(np.array(column) for column in zip(*found, strict=True))
+        document, first, end = (np.array(column) for column in zip(*found, strict=True))
+        return document, first, end
 
 
 @pytest.mark.parametrize(("block", "rows"), [(256, 37), (4, 1), (1, 400)])

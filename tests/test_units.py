@@ -572,8 +572,8 @@ def test_one_model_at_a_time_learns_from_shards(run):
         judge.lock_alone("02_stream.trainer", "the shards of 02_stream")
         with (
             pytest.raises(Busy, match="the shards of 02_stream"),
-            streaming(inspector, config, SimpleNamespace()),
-        ):  # pyright: ignore[reportArgumentType]
+            streaming(inspector, config, SimpleNamespace()),  # pyright: ignore[reportArgumentType]
+        ):
             pass
         for unit in (judge, inspector):
             unit.leave_incomplete("only looked")

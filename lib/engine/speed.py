@@ -43,7 +43,7 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     length for attention. An embedding counts if it is also the output layer.
     """
     config: Any = getattr(model, "config", None)
-    matrices: dict[int, nn.Parameter] = {}
+    matrices: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             matrices[id(module.weight)] = module.weight

@@ -62,7 +62,7 @@ class Objective(Protocol):
         """The data of some rows of a step's global batch. No gradient flows through the model here."""
         ...
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, /) -> dict[str, float]:
         """Metrics on the selection split."""
         ...
 
