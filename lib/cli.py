@@ -9,7 +9,6 @@ import errno
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,9 +28,7 @@ from lib.log import silence
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
-SECONDS_FOR_OTHERS = (
-    1.0  # a process that fails stays so long, so that the others learn that it has reported the error
-)
+SECONDS_FOR_OTHERS = 3.0  # how long the process that reports an error waits for the others to fail, too
 
 
 def user_path(text: str) -> Path:
@@ -283,7 +280,7 @@ def _fail(message: str, code: int) -> NoReturn:
     if current().first_to_fail(message):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         if current().size > 1:
-            time.sleep(SECONDS_FOR_OTHERS)
+            current().wait_for_failures(SECONDS_FOR_OTHERS)
     raise SystemExit(code)
 
 

@@ -10,6 +10,7 @@ results of an evaluation (`share`) and decisions of the main process (`from_main
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,9 @@ Arrays = tuple["np.ndarray", ...]
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALL_GATHER = "all_gather_single"
 OLDER_NAMES = {ALL_GATHER: "all_gather_into_tensor"}  # before torch 2.13
-_FAILURE = "remask/failure"  # in the store that the processes share
+# Keys of the store that the processes share
+_FAILED = "remask/failed"  # number of processes
+_FAILURE = "remask/failure"  # the first message
 
 
 class Processes:
@@ -132,15 +135,25 @@ class Processes:
             return True
         import torch.distributed as dist
 
+        own = f"{self.rank}: "
         try:
             store = dist.distributed_c10d._get_default_store()
-            return (
-                store.compare_set(_FAILURE, "", f"{self.rank}: {message}")
-                .decode()
-                .startswith(f"{self.rank}: ")
-            )
+            store.add(_FAILED, 1)
+            return store.compare_set(_FAILURE, "", own + message).decode().startswith(own)
         except Exception:  # process 0 held the store, and is gone; it may have been killed without a message
             return self.rank == 1
+
+    def wait_for_failures(self, seconds: float) -> None:
+        """Wait until all processes have failed, `seconds` at most, so that they learn which of them has reported it."""
+        import torch.distributed as dist
+
+        end = time.monotonic() + seconds
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            while time.monotonic() < end and store.add(_FAILED, 0) < self.size:
+                time.sleep(0.05)
+        except Exception:  # process 0 held the store, and is gone
+            return
 
 
 _current = Processes()
