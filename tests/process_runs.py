@@ -37,18 +37,24 @@ def environment() -> dict[str, str]:
 @functools.cache
 def starter() -> subprocess.Popen:
     """The process that forks all others. It has imported torch."""
-    command = [sys.executable, "-m", "tests.processes"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.processes"],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def run_jobs(jobs: list[dict]) -> list[dict]:
     """The jobs one after the other: exit codes, seconds and messages of each (`tests/processes.py`)."""
-    done = []
+    done, process = [], starter()
+    assert process.stdin and process.stdout
     for job in jobs:
-        starter().stdin.write(json.dumps(job) + "\n")
-        starter().stdin.flush()
-        done.append(json.loads(starter().stdout.readline()))
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        done.append(json.loads(process.stdout.readline()))
     return done
 
 
