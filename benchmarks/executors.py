@@ -48,7 +48,7 @@ def make_run(root: Path, passages: int, settings: list[str]) -> tuple[Any, Path]
 
 
 def passages_per_second(
-    config: Any, run: Path, folder: Path, passages: int, executor: str, workers: int
+    config: Any, run: Path, folder: Path, passages: int, executor: Any, workers: int
 ) -> float:
     """Make the parts of that many passages. The first parts, one for each worker, are not counted."""
     from lib import schema

@@ -78,6 +78,13 @@ def table_of(run_dir: Path, name: str) -> Path:
     return folder if folder.is_dir() else folder.with_suffix(".parquet")
 
 
+def manifest_of(folder: Path) -> dict:
+    """The manifest of a complete stage."""
+    found = load_manifest(folder)
+    assert found is not None, f"{folder} is not complete"
+    return found
+
+
 def run_stages(run_dir: Path, config: Config, names=STAGES, **flags) -> None:
     """The main of each stage in order, in this process."""
     for name in names:

@@ -151,6 +151,7 @@ def test_stage_01_does_not_mind_long_texts_that_get_no_candidates():
         }
     )
     counters.add(table)
+    assert counters.whole is not None
     assert counters.whole.problem() is None and counters.whole.total == 1
     counters.add(table.set_column(1, "split", pa.array(["reference", "selection"])))
     assert "1 of 2 texts" in (counters.whole.problem() or "") and "b has 9 tokens" in (

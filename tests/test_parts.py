@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,10 +14,11 @@ from lib import durable, schema
 from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, Busy, MissingInput, ProcessLost
-from lib.executors import open_executor, ray_actors
+from lib.executors import Work, open_executor, ray_actors
 from lib.executors.ray_actors import RayExecutor
 from lib.runs import RunArgs, load_manifest
 from lib.stage.parts import Parts
+from tests.conftest import manifest_of
 from tests.killed import AlwaysKilled, KilledWork, NumbersWork, numbers
 
 CONFIG = load_config(quick_test=True)
@@ -38,7 +40,7 @@ def stage(tmp_path, name="00_check_data", config=CONFIG, reads=(), **flags) -> S
     )
 
 
-def make(s: Stage, count: int, work=NumbersWork) -> bool:
+def make(s: Stage, count: int, work: Callable[[Parts], Work] = NumbersWork) -> bool:
     """Make a table of `count` parts. False if other commands make the rest."""
     parts = s.parts({"rewards": schema.REWARDS}, {"made_by": "a test"})
     made = s.make_parts(parts, work(parts), count, "numbers")
@@ -67,7 +69,7 @@ def parts(tmp_path) -> Parts:
 def test_readers_see_one_table(tmp_path):
     with stage(tmp_path) as s:
         assert make(s, 7)
-    record = load_manifest(s.folder)["outputs"]["rewards"]
+    record = manifest_of(s.folder)["outputs"]["rewards"]
     assert record["rows"] == 70 and [part["rows"] for part in record["parts"]] == [10] * 7
     assert record["sha256"] == durable.sha256_folder(s.folder / "rewards")
     assert record["bytes"] == durable.folder_bytes(s.folder / "rewards")
@@ -277,7 +279,7 @@ def test_commands_with_a_share_make_the_table_together(tmp_path, capsys):
     assert "`python 00_check_data.py --run_dir" in error
     with stage(tmp_path, part=(1, 4)) as s:
         assert make(s, 10)  # the last one completes the stage
-    assert load_manifest(s.folder)["outputs"]["rewards"]["rows"] == 100
+    assert manifest_of(s.folder)["outputs"]["rewards"]["rows"] == 100
     with stage(tmp_path, part=(1, 4)) as s:
         assert s.finished
     with stage(tmp_path / "plain") as other:

@@ -12,7 +12,7 @@ import pytest
 from lib import durable
 from lib.config import Config, load_config
 from lib.runs import RunArgs, load_manifest
-from tests.conftest import run_stages
+from tests.conftest import manifest_of, run_stages
 from tests.killed import run_killed
 
 pytestmark = pytest.mark.slow
@@ -35,8 +35,7 @@ def contents(run: Path) -> dict[str, str]:
     """The hashes of all outputs, and the figures of the stages."""
     found = {}
     for name in STAGES:
-        manifest = load_manifest(run / name)
-        assert manifest is not None, name
+        manifest = manifest_of(run / name)
         found[f"{name} stats"] = json.dumps(manifest["stats"], sort_keys=True)
         for output, record in manifest["outputs"].items():
             assert durable.sha256(run / name / record["path"]) == record["sha256"]
@@ -76,7 +75,7 @@ def until_complete(make: Callable[[], None]) -> int:
 
 def test_the_reference_has_several_parts(reference):
     for name, table in zip(STAGES, ("examples", "candidates", "rewards"), strict=True):
-        assert len(load_manifest(reference / name)["outputs"][table]["parts"]) == 4
+        assert len(manifest_of(reference / name)["outputs"][table]["parts"]) == 4
 
 
 def test_a_killed_command_continues_at_the_missing_part(run, reference, tmp_path):

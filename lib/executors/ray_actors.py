@@ -5,6 +5,7 @@ project at the same paths. Ray is optional: requirements-cluster.txt has its ver
 """
 
 import contextlib
+import importlib
 import importlib.metadata
 import math
 import os
@@ -121,9 +122,7 @@ def _import_ray() -> Any:
         raise BadConfig(
             f"executor.type is ray, and Ray {found} is installed, but {VERSION} is needed; {ADVICE}"
         )
-    import ray
-
-    return ray
+    return importlib.import_module("ray")
 
 
 def _init(ray: Any, workers: int) -> None:
