@@ -1,5 +1,8 @@
 """The parts of a batch, the tree in which they are added, and what one process does of it."""
 
+import ctypes
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib.engine.allocator import release_free_memory
 from lib.engine.gradients import GradientSum, PairwiseSum, pairwise_sum
 from lib.engine.parts import Parts, check_parts, good_sizes
 from lib.engine.processes import Processes, _join, _pack, _unpack
@@ -202,3 +206,20 @@ def test_parts_have_the_gradients_of_the_whole_batch_in_less_memory(tmp_path, mo
     for a, b in zip(whole, parted, strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-6 and float(a.norm()) > 0
     assert 0 < less <= memory / 6
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_memory_between_kept_results_goes_back_to_the_system():
+    """Blocks are freed between blocks that stay, so that the heap cannot shrink from its end."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [
+        bytearray(b"x" * 100_000) for _ in range(2000)
+    ]  # below the size from which glibc maps each block alone
+    kept = blocks[::20]
+    before = resident()
+    del blocks
+    release_free_memory()
+    assert before - resident() > 0.8 * 1900 * 100_000 and len(kept) == 100

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lib.engine.allocator import release_free_memory
 from lib.errors import BadConfig, Busy, ProcessLost
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ Item = TypeVar("Item")
 Arrays = tuple["np.ndarray", ...]
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ITEMS_PER_RELEASE = 8  # forward passes of an evaluation: more would let memory grow, fewer would cost time
 ALL_GATHER = "all_gather_single"
 OLDER_NAMES = {ALL_GATHER: "all_gather_into_tensor"}  # before torch 2.13
 # Keys of the store that the processes share
@@ -58,7 +60,11 @@ class Processes:
         Args:
             function: gives a tuple of numpy arrays. It must not exchange anything with other processes.
         """
-        own = [function(items[i]) for i in self.run_of(len(items))]
+        own = []
+        for i in self.run_of(len(items)):
+            own.append(function(items[i]))
+            if len(own) % ITEMS_PER_RELEASE == 0:
+                release_free_memory()
         if self.size == 1:
             return own
         found = [result for packed in self._gather_bytes(_pack(own)) for result in _unpack(packed)]
