@@ -1,7 +1,7 @@
 """Memory that the C library keeps after it was freed.
 
-An evaluation makes tensors of many sizes. Between them glibc keeps gaps that are too small for the next tensor, so the
-process grows for as long as the evaluation lasts: measured, 300 MB more on 300 MB of text than on 30 MB.
+An evaluation makes tensors of many sizes. Between them glibc keeps gaps that are too small for the next tensor. So the
+process grows for as long as the evaluation lasts. Without this module, 300 MB of text needed 220 MB more than 30 MB.
 """
 
 import ctypes
