@@ -68,35 +68,37 @@ class TableWriter:
 
 
 class KeyHashes:
-    """The hashes of all keys of a table, in a temporary file: 8 bytes per row, of which memory holds a part."""
+    """The hashes of all keys of a table, in temporary files: 8 bytes per row.
 
-    AT_A_TIME = 2**20  # hashes that are compared at a time
+    Equal hashes are in the same file, by their highest bits. So each file is compared alone, and memory holds one of them.
+    """
+
+    BITS = 6  # 64 files
+    IN_MEMORY = 2**17  # bytes of each file that stay in memory
 
     def __init__(self) -> None:
-        # In memory up to this size; the file has no name and vanishes with the process
-        self._file = tempfile.SpooledTemporaryFile(8 * self.AT_A_TIME)  # noqa: SIM115 - closed in `are_repeated`
-        self._count = 0
+        # The files have no names and vanish with the process
+        self._files = [tempfile.SpooledTemporaryFile(self.IN_MEMORY) for _ in range(2**self.BITS)]  # noqa: SIM115
 
     def add(self, hashes: "np.ndarray") -> None:
         """(R,) uint64."""
-        self._file.write(hashes.astype("<u8").tobytes())
-        self._count += len(hashes)
-
-    def are_repeated(self) -> bool:
-        """Whether two hashes are equal. Closes the file."""
         import numpy as np
 
-        # Equal hashes are in the same part, by their highest bits. Each pass over the file looks at one part
-        parts = -(-self._count // self.AT_A_TIME)
-        shift = np.uint64(64 - max(parts - 1, 0).bit_length())
-        with self._file as file:
-            for part in range(1 if parts < 2 else 2 ** (64 - int(shift))):
+        files = (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
+        by_file = hashes.astype("<u8")[np.argsort(files)]
+        ends = np.cumsum(np.bincount(files, minlength=len(self._files)))
+        for file, own in zip(self._files, np.split(by_file, ends[:-1]), strict=True):
+            if len(own):
+                file.write(own.tobytes())
+
+    def are_repeated(self) -> bool:
+        """Whether two hashes are equal. Closes the files."""
+        import numpy as np
+
+        repeated = False
+        for opened in self._files:
+            with opened as file:
                 file.seek(0)
-                found = []
-                while data := file.read(8 * self.AT_A_TIME):
-                    hashes = np.frombuffer(data, "<u8")
-                    found.append(hashes if parts < 2 else hashes[hashes >> shift == part])
-                together = np.sort(np.concatenate(found)) if found else np.empty(0)
-                if (together[1:] == together[:-1]).any():
-                    return True
-        return False
+                hashes = np.sort(np.frombuffer(file.read(), "<u8")) if not repeated else np.empty(0)
+                repeated = repeated or bool((hashes[1:] == hashes[:-1]).any())
+        return repeated

@@ -1,4 +1,4 @@
-"""Runs stages 00, 01 and a training on generated text in this process, and prints the peak memory of each.
+"""Runs stages 00 to 03 and a training on generated text in this process, and prints the peak memory of each.
 
 The limits that keep memory flat are lowered, so that a few megabytes of text exceed them all.
 
@@ -17,6 +17,10 @@ SETTINGS = (
     "models.generator.training.evaluate_every=2",
     "training.batch_size=4",
     "training.evaluation_examples=16",
+    "tokenizer.examples_per_part=256",
+    "candidates.source=random_tokens",
+    "candidates.rows_per_group=256",
+    "candidates.per_example=2",
 )
 
 
@@ -29,12 +33,11 @@ def lower_limits() -> None:
     from lib.training.objectives import language_model
     from lib.user_files import decoding, long_text
 
-    check, prepare = (importlib.import_module(name) for name in memory.STAGES[:2])
+    check = importlib.import_module(memory.STAGES[0])
     check.CHARACTERS_PER_GROUP = long_text.PIECE_CHARACTERS = raw.PIECE_CHARACTERS = 2**16
     decoding.PIECE_BYTES = 2**14
     digest_table.CACHE_BYTES = 2**18
-    prepare.ROWS_PER_GROUP = 256
-    table_writer.KeyHashes.AT_A_TIME = 2**10
+    table_writer.KeyHashes.IN_MEMORY = 2**7
     token_store.SCAN = data.SCAN = 2**10
     language_model.MAX_REPORTED_WINDOWS = 64
 

@@ -208,8 +208,9 @@ def test_a_store_of_an_earlier_version_or_of_no_split_is_named(folder):
 
 def test_two_rows_of_one_key_are_found_in_tables_of_any_length(monkeypatch):
     hashes = np.random.default_rng(0).integers(0, 2**64, 1000, np.uint64)
-    for at_a_time in (2000, 1000, 999, 300, 64):
-        monkeypatch.setattr(KeyHashes, "AT_A_TIME", at_a_time)
+    for bits, in_memory in ((6, 2**17), (6, 16), (1, 64), (1, 2**17)):
+        monkeypatch.setattr(KeyHashes, "BITS", bits)
+        monkeypatch.setattr(KeyHashes, "IN_MEMORY", in_memory)
         for repeated in (False, True):
             keys = KeyHashes()
             for part in np.array_split(hashes, 7):

@@ -1,4 +1,4 @@
-"""The memory of stages 00 and 01 and of training a language model does not grow with the text."""
+"""The memory of stages 00 to 03 and of training a language model does not grow with the text."""
 
 import json
 import subprocess

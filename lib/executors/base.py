@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+from lib.engine.allocator import release_free_memory
 from lib.errors import ProcessLost, RemaskError
 
 MAX_LOSSES = 5  # workers that may be lost while they make the same part
@@ -50,6 +51,8 @@ def answer_of(make: Make, number: int) -> tuple[int, Exception | None]:
         return number, None
     except Exception as error:
         return number, portable(error)
+    finally:
+        release_free_memory()
 
 
 def portable(error: Exception) -> Exception:

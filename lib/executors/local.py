@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from lib.engine.allocator import release_free_memory
 from lib.executors.base import Make, Work
 
 
@@ -22,4 +23,5 @@ class LocalExecutor:
         for number in numbers:
             self._make = self._make or self._work.open(None)
             self._make(number)
+            release_free_memory()
             yield number
