@@ -21,12 +21,12 @@ from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadData
 from lib.label_files import files_of, read_labels
-from lib.log import say
+from lib.log import Progress, say
 from lib.runs import RunArgs, display_path
 
 MAX_LISTED = 5  # problems of each kind that are printed
 ROWS_PER_GROUP = 256
-CHARACTERS_PER_GROUP = 2**24
+CHARACTERS_PER_GROUP = 2**22
 
 
 def main(config: Config, args: RunArgs) -> None:
@@ -42,16 +42,19 @@ def main(config: Config, args: RunArgs) -> None:
 
         # Read everything once: documents go to one table, problems to the other
         num_documents = num_characters = 0
+        num_bytes = sum(file.stat().st_size for file in files)
         counters = ProblemCounters()
         with (
             stage.writer("documents", schema.DOCUMENTS) as documents,
             stage.writer("problems", schema.PROBLEMS) as problems,
+            Progress("characters", num_bytes) as progress,
         ):
             for items in groups(itertools.chain(task.check(config), label_problems(config))):
                 valid = [item for item in items if isinstance(item, Document)]
                 invalid = [item for item in items if not isinstance(item, Document)]
-                num_documents += len(valid)
+                num_documents += sum(not document.piece for document in valid)
                 num_characters += sum(len(document.content) for document in valid)
+                progress.update(min(num_characters, num_bytes))  # of compressed files, it is an estimate
                 if valid:
                     documents.write(as_table(valid, schema.DOCUMENTS))
                 if invalid:

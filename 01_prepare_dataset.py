@@ -5,7 +5,7 @@ An example has a prompt (empty for text), a target, a split and a group. A group
 Everything that is left out goes to dropped.parquet, with the reason.
 
 reads   00_check_data: documents
-writes  examples.parquet, dropped.parquet, tokenizer/
+writes  examples.parquet, dropped.parquet, tokenizer/; tokens/<split>, the tokens for language models (lib/token_store.py)
 
 python 01_prepare_dataset.py --quick_test --run_dir outputs/demo
 """
@@ -16,7 +16,7 @@ from lib.artifacts import Stage
 from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadData
-from lib.log import say
+from lib.log import Progress, say
 from lib.runs import RunArgs
 
 ROWS_PER_GROUP = 8192
@@ -25,6 +25,7 @@ ROWS_PER_GROUP = 8192
 def main(config: Config, args: RunArgs) -> None:
     from lib import durable, outside, schema
     from lib.tasks import get_task
+    from lib.token_store import TokenStoreWriter
     from lib.tokenization import train_tokenizer
     from lib.training.lengths import WholeTexts
 
@@ -47,26 +48,37 @@ def main(config: Config, args: RunArgs) -> None:
             return
         task = get_task(config.task)
 
-        # First pass: the tokenizer. Characters come from all splits; BPE learns from the train split only
-        kind = config.tokenizer.kind
-        texts = tokenizer_texts(task, config, Documents(stage), every_split=kind == "character")
-        tokenizer = train_tokenizer(kind, texts, config.tokenizer.vocab_size)
+        # First pass: the tokenizer. Characters come from all splits; BPE learns from a sample of the train split
+        documents = Documents(stage, "tokenizer")
+        if config.tokenizer.kind == "character":
+            texts = (e.prompt + e.target for e in only_examples(task.prepare(config, documents)))
+        else:
+            texts = sampled_texts(config, task.prepare(config, documents), documents.num_characters)
+        tokenizer = train_tokenizer(config.tokenizer.kind, texts, config.tokenizer.vocab_size)
         with durable.replacing_folder(stage.folder / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)
         stage.add_folder("tokenizer", stage.folder / "tokenizer")
 
-        # Second pass: the examples
+        # Second pass: the examples, as a table and as one token store per split
         counters = ExampleCounters(WholeTexts.of(config))
         with (
             stage.writer("examples", schema.EXAMPLES) as examples_writer,
             stage.writer("dropped", schema.DROPPED) as dropped_writer,
+            durable.replacing_folder(stage.folder / "tokens") as tokens_folder,
+            TokenStoreWriter(
+                tokens_folder, len(tokenizer), stage.output_sha256("tokenizer")
+            ) as tokens_writer,
         ):
-            for examples, dropped in groups(task.prepare(config, Documents(stage)), ROWS_PER_GROUP):
+            items = groups(task.prepare(config, Documents(stage, "examples")), ROWS_PER_GROUP)
+            for (examples, dropped), ids in encoded(items, config, tokenizer, stage.folder / "tokenizer"):
                 if examples:
-                    table = encode_examples(examples, tokenizer, config.tokenizer.unknown)
+                    table = as_table(examples, ids)
                     examples_writer.write(counters.add(table))
+                    tokens_writer.add(table)
                 if dropped:
                     dropped_writer.write(counters.drop(dropped))
+        for split in tokens_writer.splits:
+            stage.add_folder(f"tokens/{split}", stage.folder / "tokens" / split)
         counters.check(config)
         if counters.whole is not None:
             counters.whole.refuse()
@@ -75,27 +87,53 @@ def main(config: Config, args: RunArgs) -> None:
 
 
 class Documents:
-    """The documents of stage 00. They are read from the disk again each time they are iterated over."""
+    """The documents of stage 00. They are read from the disk again each time they are iterated over, with progress."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, label: str) -> None:
+        self.stage, self.label = stage, label
+
+    @property
+    def num_characters(self) -> int:
+        return self.stage.upstream_stats("00_check_data")["characters"]
 
     def __iter__(self) -> Iterator:
         from lib import schema
         from lib.tasks import Document
 
-        for batch in self.stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=16):
-            # One at a time, so that only one document is in memory as Python text
-            for i in range(batch.num_rows):
-                yield Document(**batch.slice(i, 1).to_pylist()[0])
+        done = 0
+        with Progress(self.label, self.stage.rows("00_check_data", "documents")) as progress:
+            for batch in self.stage.batches("00_check_data", "documents", schema.DOCUMENTS, rows=None):
+                # One at a time, so that only one document is in memory as Python text
+                for i in range(batch.num_rows):
+                    yield Document(**batch.slice(i, 1).to_pylist()[0])
+                done += batch.num_rows
+                progress.update(done)
 
 
-def tokenizer_texts(task, config: Config, documents: Documents, every_split: bool) -> Iterator[str]:
-    """Prompts and targets to train the tokenizer on."""
+def only_examples(items) -> Iterator:
     from lib.tasks import Example
 
-    for item in task.prepare(config, documents):
-        if isinstance(item, Example) and (every_split or item.split == "train"):
+    return (item for item in items if isinstance(item, Example))
+
+
+def sampled_texts(config: Config, items, num_characters: int) -> Iterator[str]:
+    """Prompts and targets of train: all, or a sample if the documents have more than `tokenizer.sample_characters`.
+
+    A hash of its name decides whether an example is in the sample. So the sample does not depend on the order.
+    """
+    from lib.randomness import hash_fraction
+
+    share = config.tokenizer.sample_characters / max(num_characters, 1)
+    if share < 1:
+        say(
+            f"the tokenizer learns from {share:.1%} of the train examples, because the documents have "
+            f"{num_characters:,} characters; see tokenizer.sample_characters"
+        )
+    for item in only_examples(items):
+        name = item.example_id
+        if item.split == "train" and (
+            share >= 1 or hash_fraction(config.seed, "tokenizer sample", name) < share
+        ):
             yield item.prompt + item.target
 
 
@@ -112,14 +150,29 @@ def groups(items, size: int):
     yield examples, dropped
 
 
-def encode_examples(examples: list, tokenizer, unknown: str):
+def encoded(items, config: Config, tokenizer, folder) -> Iterator[tuple]:
+    """((examples, dropped), token ids of each example) for all items, in order. `folder` has the tokenizer."""
+    from lib.tokenization import encode_batch, encode_by_processes
+
+    processes, unknown = config.tokenizer.processes, config.tokenizer.unknown
+    if processes > 1:
+        yield from encode_by_processes(folder, unknown, items, targets, processes)
+        return
+    for group in items:
+        yield group, encode_batch(tokenizer, targets(group), unknown)
+
+
+def targets(group: tuple) -> list[str]:
+    examples, _ = group
+    return [example.target for example in examples]
+
+
+def as_table(examples: list, ids: list):
     """A table of schema.EXAMPLES, with the token ids of each target."""
     import pyarrow as pa
 
     from lib import schema
-    from lib.tokenization import encode_batch
 
-    ids = encode_batch(tokenizer, [e.target for e in examples], unknown)
     rows = [vars(e) | {"token_ids": i} for e, i in zip(examples, ids, strict=True)]
     return pa.Table.from_pylist(rows, schema.EXAMPLES.arrow)
 

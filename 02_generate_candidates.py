@@ -120,7 +120,7 @@ def make_table(config: Config, args: RunArgs) -> None:
 
 
 def make_shards(config: Config, args: RunArgs) -> None:
-    """Keep shards of new candidates ready until stage 04 is complete."""
+    """Keep shards of new candidates ready until stage 04 has trained all models that learn from them."""
     import time
 
     from lib import schema
@@ -150,7 +150,7 @@ def make_shards(config: Config, args: RunArgs) -> None:
         )
         num_shards, trainer_is_alive = 0, True
         with store.alive("producer"):
-            while not has_streamed(stage.run_dir):
+            while not has_streamed(stage.run_dir, config):
                 if (number := producer.step()) is not None:
                     num_shards += 1
                     epoch, positions = producer.cut.of_shard(number)
@@ -166,7 +166,9 @@ def make_shards(config: Config, args: RunArgs) -> None:
                         else "shards are ready, but stage 04 is not running: run 04_train.py with the same settings"
                     )
                 time.sleep(POLL_SECONDS)
-        stage.leave_incomplete(f"stage 04 is complete; `python {SCRIPT}` made {num_shards} shards")
+        stage.leave_incomplete(
+            f"all models that learn from shards are trained; `python {SCRIPT}` made {num_shards} shards"
+        )
 
 
 if __name__ == "__main__":

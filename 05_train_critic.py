@@ -22,6 +22,7 @@ from lib.cli import run_stage
 from lib.config import Config
 from lib.log import say
 from lib.runs import RunArgs
+from lib.training.model_plans import unit_of
 
 
 def main(config: Config, args: RunArgs) -> None:
@@ -44,7 +45,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
     from lib.training.objectives.base import TrainingContext
 
     check_generator(config)
-    reads = ("01_prepare_dataset", "04_train")
+    reads = ("01_prepare_dataset", unit_of(config.critic.generator))
     uses = ("seed", "device", "precision", "diffusion", "critic")
     with Stage(__file__, config, args, uses=uses, reads=reads) as stage:
         if stage.finished:
@@ -108,7 +109,8 @@ def train_policy(config: Config, args: RunArgs) -> None:
     from lib.training.train_model import recorded
 
     check_policy(config)
-    reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
+    ranker = config.critic.ppo.ranker
+    reads = ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", unit_of(ranker))
     uses = ("seed", "device", "precision", "ranker", "critic")
     files = outside.of_policies(config)
     with Stage(__file__, config, args, uses=uses, reads=reads, files=files) as stage:
@@ -124,8 +126,7 @@ def train_policy(config: Config, args: RunArgs) -> None:
                 f"critic.method ppo needs examples with prompts, which task {config.task} does not have; set task: "
                 "finqa, or critic.method: token_critic"
             )
-        ranker = config.critic.ppo.ranker
-        start = stage.folder_of("04_train", f"{ranker}/best_model")
+        start = stage.folder_of(unit_of(ranker), "best_model")
         split = config.models[ranker].split
         pools = Splits(
             stage_inputs.pools(split), stage_inputs.pools_for_selection(), stage_inputs.pools("held_out")

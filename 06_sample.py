@@ -29,9 +29,7 @@ from lib.config import Config
 from lib.log import Progress, say
 from lib.runs import RunArgs, printable, score_stage
 
-READS = (
-    "00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train", "05_train_critic",
-)  # fmt: skip
+READS = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
 
 
 def main(config: Config, args: RunArgs) -> None:
@@ -47,7 +45,7 @@ def sample(config: Config, args: RunArgs) -> None:
     """Sample by every policy, measure the samples, and write the report."""
     from lib import durable, outside, schema
     from lib.evaluation.collect import collect_samples
-    from lib.evaluation.sample_evaluator import SampleEvaluator
+    from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
     from lib.evaluation.sampling import SamplingResults, add_baselines, choose_best_of, sample_policy
     from lib.evaluation.starts import generator_context, sampling_starts
     from lib.report.html import build_report
@@ -60,9 +58,10 @@ def sample(config: Config, args: RunArgs) -> None:
         tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
         sampling_starts(config.sampler, tokenizer, generator_context(stage))
 
+    reads = (*READS, *units_of_roles(config), "05_train_critic")
     uses, files = ("seed", "device", "precision", "sampler"), outside.of_samples(config)
     with Stage(
-        __file__, config, args, uses=uses, reads=READS, files=files, restarts=True, check=check
+        __file__, config, args, uses=uses, reads=reads, files=files, restarts=True, check=check
     ) as stage:
         if stage.finished:
             return
@@ -107,12 +106,13 @@ def rank(config: Config, args: RunArgs) -> None:
     """Rank the pools by every ranker, policy and baseline, and write the report."""
     from lib import durable, outside, schema
     from lib.evaluation.collect import collect_ranking
-    from lib.evaluation.ranking_evaluator import RankingEvaluator
+    from lib.evaluation.ranking_evaluator import RankingEvaluator, units_of_rankers
     from lib.report.ranking import ranking_page, ranking_table
     from lib.runtime import Runtime
 
+    reads = (*READS, *units_of_rankers(config), "05_train_critic")
     uses, files = ("seed", "device", "precision", "ranker"), outside.of_policies(config)
-    with Stage(__file__, config, args, uses=uses, reads=READS, files=files) as stage:
+    with Stage(__file__, config, args, uses=uses, reads=reads, files=files) as stage:
         if stage.finished:
             return
 
@@ -149,7 +149,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
 
     from lib import durable, schema
     from lib.errors import BadConfig, BadData
-    from lib.evaluation.sample_evaluator import SampleEvaluator
+    from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
     from lib.evaluation.text_scores import documents_of, known_texts, read_user_texts, score, windows
     from lib.report.text_scores import MAX_LINES, scores_page, scores_table
     from lib.runtime import Runtime
@@ -165,9 +165,10 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     if not user.texts:
         raise BadData(f"--score {file}: there is no text to score")
     uses, script = ("seed", "device", "precision", "sampler", "data"), f"{score_stage(file)}.py"
+    reads = (*READS, *units_of_roles(config), "05_train_critic")
     ignores = ("data.text_key", "data.id_key", "data.drop")  # the user's file may have other columns
     with Stage(
-        script, config, args, uses=uses, reads=READS, files=user.files, restarts=True, ignores=ignores
+        script, config, args, uses=uses, reads=reads, files=user.files, restarts=True, ignores=ignores
     ) as stage:
         if stage.finished:
             return

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.prepared import prepare, shakespeare
+from benchmarks.prepared import prepare, shakespeare, stage_inputs_of
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, full, write
 from lib.config import Config
@@ -70,8 +70,8 @@ def run(config: Config, stage_inputs: StageInputs, plain: bool) -> dict[str, Any
         found, _ = objective.report(model.eval())
     return {
         "nll": {"value": found["nll"], "half_width": found["nll_half_width"]},
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
+        "seconds": result.speed["seconds"],
+        "tokens_per_second": result.speed["tokens_per_second"],
     }
 
 
@@ -95,8 +95,9 @@ def main() -> None:
         plain = name == "plain"
         configs = ["configs/speedrun.yaml"] + (["configs/speedrun_plain.yaml"] if plain else [])
         changed = overrides[:2] + ([] if plain else options.overrides) + overrides[2:]
-        config, stage_inputs, _ = prepare("speedrun", configs, changed)
-        recipes[name] = run(config, stage_inputs, plain)
+        config, folder = prepare("speedrun", configs, changed)
+        with stage_inputs_of(config, folder) as stage_inputs:
+            recipes[name] = run(config, stage_inputs, plain)
     say(recipes)
     write(options.out, "causal_speedrun", {"goal": GOAL, "recipes": recipes})
 

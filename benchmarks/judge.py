@@ -59,7 +59,7 @@ def on_other_run(own: Path, other: Path, config: Config) -> dict[str, dict[str, 
     """Figures of the models of run `own` on the held-out candidates of run `other`: held-out figures and table rows."""
     reads = STAGES[1:4]
     with Stage(
-        "04_train.py", config, RunArgs(run_dir=other), uses=("seed",), reads=reads, restarts=True
+        "04_benchmark.py", config, RunArgs(run_dir=other), uses=("seed",), reads=reads, restarts=True
     ) as stage:
         stage_inputs = read_stage_inputs(stage, config, Runtime.detect(config))
         found = {}

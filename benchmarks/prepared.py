@@ -1,17 +1,20 @@
-"""Shared by the benchmarks: data from stages 00 and 01, and the training of one model by name."""
+"""Shared by the benchmarks: stages 00, 01 and 04 in a folder of benchmarks/results/, and tinyshakespeare."""
 
+import contextlib
 import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lib import schema
+from lib.artifacts import Stage
 from lib.config import ROOT, Config, load_config
-from lib.runs import RunArgs, load_manifest
+from lib.errors import BadConfig
+from lib.runs import RunArgs
 from lib.runtime import Runtime
-from lib.sections.models import ModelSpec
-from lib.tokenization import load_tokenizer
-from lib.training.stage_inputs import StageInputs
-from lib.training.train_model import train_model
+from lib.training.stage_inputs import StageInputs, read_stage_inputs
+from lib.training.train_model import RECORD
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -29,36 +32,36 @@ def shakespeare() -> Path:
     )
 
 
-def prepare(name: str, configs: list[str], overrides: list[str]) -> tuple[Config, StageInputs, Path]:
-    """Run stages 00 and 01 in benchmarks/results/<name>. Returns the config, the inputs of training and the folder."""
-    import pyarrow.parquet as pq
-
-    config = load_config(configs, overrides=overrides)
-    folder = RESULTS / name
+def prepare(name: str, configs: list[str], overrides: list[str]) -> tuple[Config, Path]:
+    """Run stages 00 and 01 in benchmarks/results/<name>. Returns the config and the folder."""
+    config, folder = load_config(configs, overrides=overrides), RESULTS / name
     for script in ("00_check_data", "01_prepare_dataset"):
-        importlib.import_module(script).main(
-            config, RunArgs(run_dir=folder, overwrite=not _matches(folder, script, config))
-        )
-    table = pq.read_table(folder / "01_prepare_dataset" / "examples.parquet", schema=schema.EXAMPLES.arrow)
-    tokenizer = load_tokenizer(folder / "01_prepare_dataset" / "tokenizer")
-
-    def examples(split: str):
-        import pyarrow.compute as pc
-
-        return table.filter(pc.equal(table["split"], split))
-
-    return config, StageInputs(config, tokenizer, Runtime.detect(config), examples, examples), folder
+        run_stage(script, config, RunArgs(run_dir=folder))
+    return config, folder
 
 
-def _matches(folder: Path, script: str, config: Config) -> bool:
-    """Whether a stage in the folder was made with the same settings."""
-    manifest = load_manifest(folder / script)
-    return manifest is not None and manifest["config"] == config.slice(manifest["config"])
+def train_one(model: str, config: Config, folder: Path, *, again: bool = False) -> dict[str, Any]:
+    """Run `04_train.py --only MODEL` in a folder of `prepare`. Returns the model's training manifest.
+
+    `again`: train it also when it is complete.
+    """
+    run_stage("04_train", config, RunArgs(run_dir=folder, only=(model,), overwrite=again))
+    return json.loads((folder / "04_train" / model / RECORD).read_text(encoding="utf-8"))
 
 
-def train_one(name: str, spec: ModelSpec, stage_inputs: StageInputs, folder: Path) -> dict[str, Any]:
-    """Train a model from scratch in an empty folder; returns its training manifest."""
-    import shutil
+def run_stage(script: str, config: Config, args: RunArgs) -> None:
+    """Run a stage; make it again if the folder holds what other settings made."""
+    main = importlib.import_module(script).main
+    try:
+        main(config, args)
+    except BadConfig:
+        main(config, replace(args, overwrite=True))
 
-    shutil.rmtree(folder / name, ignore_errors=True)
-    return train_model(name, spec, stage_inputs, folder / name, start=None)
+
+@contextlib.contextmanager
+def stage_inputs_of(config: Config, folder: Path) -> Iterator[StageInputs]:
+    """What a language model learns from, in a folder of `prepare`, for models that stage 04 cannot train."""
+    args, reads = RunArgs(run_dir=folder), ("01_prepare_dataset",)
+    with Stage("04_benchmark.py", config, args, uses=("seed",), reads=reads, restarts=True) as stage:
+        yield read_stage_inputs(stage, config, Runtime.detect(config, stage.code))
+        stage.leave_incomplete("the models of the benchmark are measured")

@@ -31,6 +31,7 @@ from lib.evaluation.quality import lexicon, reference_nll
 from lib.models.build import load_model
 from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
+from lib.token_store import open_store
 from lib.tokenization import decode_batch, load_tokenizer
 from lib.training.data import Windows
 
@@ -143,9 +144,8 @@ class Trained:
 
     def windows(self, split: str) -> Windows:
         """Windows of a split, as long as the context."""
-        table = self._table
-        chosen = table.filter(pc.equal(table["split"], split))
-        return Windows(chosen, self.context, self.tokenizer.pad_token_id)
+        text = open_store(self.folder / "01_prepare_dataset" / "tokens" / split)
+        return Windows(text, self.context, self.tokenizer.pad_token_id)
 
     @cached_property
     def _table(self):
@@ -162,7 +162,7 @@ class Trained:
 
     @cached_property
     def train_ids(self) -> np.ndarray:
-        return self.windows("train").ids
+        return np.asarray(self.windows("train").ids)
 
     @cached_property
     def ngram(self) -> NgramJudge:

@@ -53,7 +53,7 @@ def ours(steps: int, vocabulary: int) -> float:
     tokenizer = tokenizer_of_size(vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         result = train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
-    return result.tokens_per_second
+    return result.speed["tokens_per_second"]
 
 
 def hugging_face(steps: int, vocabulary: int) -> float:

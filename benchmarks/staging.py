@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.prepared import prepare, shakespeare
+from benchmarks.prepared import prepare, shakespeare, train_one
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
 from lib.report.table import aligned
-from lib.training.train_model import RECORD, train_model
 
 CHECKS = 40  # evaluations per run; a stage can end at each of them
 METHODS = {  # config files beside configs/nelbo.yaml, and settings
@@ -39,12 +38,11 @@ def run(method: str, seed: int, steps: int) -> dict:
     overrides = [
         *settings, f"data.path={shakespeare()}", f"seed={seed}", f"models.generator.training.steps={steps}", f"models.generator.training.evaluate_every={max(1, steps // CHECKS)}",
     ]  # fmt: skip
-    config, stage_inputs, folder = prepare(f"staging_{seed}", ["configs/nelbo.yaml", *files], overrides)
-    own = folder / f"{method}_{steps}"
-    if not (own / RECORD).exists():
-        train_model("generator", config.models["generator"], stage_inputs, own, start=None)
-    record = json.loads((own / RECORD).read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    configs, name = ["configs/nelbo.yaml", *files], f"staging_{seed}_{method}_{steps}"
+    config, folder = prepare(name, configs, overrides)
+    record = train_one("generator", config, folder)
+    text = (folder / "04_train" / "generator" / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     stages = [(line["step"], int(line["selection"].get("stage", 0))) for line in lines]
     joined = {stage: step for step, stage in reversed(stages)}
     return record["held_out"] | {"joined": [joined[s] for s in sorted(joined)][1:]}

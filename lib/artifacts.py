@@ -11,14 +11,15 @@ is given again after a failure, it continues the failed attempt.
 If several processes run a stage (torchrun), the main process does all of this. The others take its decisions, read the
 same inputs, and write nothing.
 
-The parts of a stage are in lib/stage/: locks, inputs, outputs, unfinished work and manifest.
+The parts of a stage are in lib/stage/: locks, inputs, outputs, unfinished work and manifest. Stage 04 consists of units,
+the models: see lib/units.py.
 """
 
 import json
 import os
 import shlex
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lib.errors import UsageError
 from lib.log import log_to, say
 from lib.outside import HubModel
 from lib.stage.inputs import UpstreamReader, describe_inputs, upstream_manifest
-from lib.stage.locks import StageLocks
+from lib.stage.locks import StageLocks, with_stages
 from lib.stage.manifest import Clock, code_differences, describe, make_manifest, upstream_differences
 from lib.stage.outputs import OutputWriter, check_sizes
 from lib.stage.unfinished import LOG_FILE, Dependencies, UnfinishedWork, choose_folder
@@ -43,7 +44,7 @@ class Stage(UpstreamReader, OutputWriter):
         script: `__file__` of the numbered script; its stem names the stage.
         config, args: as loaded by lib.cli.
         uses: the sections of the config that the result depends on, or single keys of them.
-        reads: earlier stages whose outputs are read.
+        reads: earlier stages, or units of them such as 04_train/judge, whose outputs are read.
         files: what is read from outside outputs/ (raw data, checkpoints, models of the hub); see lib.outside.
         restarts: start again instead of continuing unfinished work, also when config or inputs have changed.
         check: called before any work; an error that it raises leaves all files as they were.
@@ -74,75 +75,42 @@ class Stage(UpstreamReader, OutputWriter):
     _incomplete: bool = False
 
     def __enter__(self) -> "Stage":
-        self.name = Path(self.script).stem
-        runs.check_stage_name(self.name)
-        self._outputs, self._verified = {}, set()
         self.processes = current()
-        decided = self._enter_main() if self.processes.is_main else None
-        self._follow(self.processes.from_main(decided))
+        if self.processes.is_main:
+            self._enter_main()
+        self._share_decisions()
         return self
 
-    def _enter_main(self) -> dict[str, Any]:
-        """Lock the stage and begin. Returns what the other processes need to know."""
-        self.run_dir = runs.find_run(self.name, self.config, self.args, self.outputs_root)
-        runs.make_run_dir(self.run_dir)
-        self._final_folder = self.run_dir / self.name
+    def _enter_main(self) -> None:
+        self._find_place()
         self._locks = StageLocks(self.run_dir)
         try:
-            self._enter_locked()
+            self._lock()
+            self._find_upstream()
+            self._find_dependencies()
+            self._decide()
+            if not self.finished:
+                self._begin()
         except BaseException:
             self._locks.close()
             raise
-        return {
-            "run_dir": str(self.run_dir),
-            "folder": str(self.folder),
-            "finished": self.finished,
-            "resuming": self.resuming,
-        }
 
-    def _follow(self, decided: dict[str, Any]) -> None:
-        """What the main process has decided, for the others. It holds the locks for all."""
-        if self.processes.is_main:
-            return
-        self.run_dir, self.folder = Path(decided["run_dir"]), Path(decided["folder"])
-        self.finished, self.resuming = decided["finished"], decided["resuming"]
-        self._final_folder = self.run_dir / self.name
-        self.code = code_version.code_files(self.script, self.config.task)
-        self._upstream = {
-            name: upstream_manifest(self.run_dir, name, self.config, self.ignores) for name in self.reads
-        }
-
-    def _enter_locked(self) -> None:
-        # 1. Lock the stage and what it reads, and repair what a crash left
-        for name in self.reads:
-            self._locks.lock(name, shared=True)
-        self._locks.lock(self.name, shared=False)
-        for name in (*self.reads, self.name):
-            self._locks.recover(name)
-
-        # 2. Find out what the result depends on
-        self.code = code_version.code_files(self.script, self.config.task)
-        self._upstream = {
-            name: upstream_manifest(self.run_dir, name, self.config, self.ignores) for name in self.reads
-        }
-        inputs = describe_inputs(self._upstream, self.files)
-        used = json.loads(json.dumps(self.config.slice(self.uses)))
-        self._dependencies = Dependencies(used, inputs, self.code)
-
-        # 3. Is there anything to do, and where?
-        self.folder = choose_folder(self._final_folder, self._dependencies, self.args.overwrite)
-        self.finished = not self.args.overwrite and self._is_finished()
-        if self.finished:
-            return
-        if self.check is not None:
-            self.check(self)
-        self._begin()
+    def _share_decisions(self) -> None:
+        """Tell the other processes what the main one has decided. It holds the locks for all."""
+        main = self.processes.is_main
+        mine = [str(self.run_dir), str(self.folder), self.finished, self.resuming] if main else None
+        run_dir, folder, finished, resuming = self.processes.from_main(mine)
+        if not main:
+            self.args = replace(self.args, run_dir=Path(run_dir))
+            self._find_place()
+            self._find_upstream()
+            self._locks = StageLocks(self.run_dir)  # none is held
+            self.folder, self.finished, self.resuming = Path(folder), finished, resuming
 
     def __exit__(self, kind, error, traceback) -> None:
-        if not self.processes.is_main:
-            return
+        complete = kind is None and not self.finished and not self._incomplete
         try:
-            if kind is None and not self.finished and not self._incomplete:
+            if complete and self.processes.is_main:
                 self._complete()
         finally:
             log_to(None)
@@ -159,6 +127,46 @@ class Stage(UpstreamReader, OutputWriter):
 
     # ------------------------------------------------------------------------------ steps of entering
 
+    def _find_place(self) -> None:
+        """The name of the stage and its folder."""
+        self.name = Path(self.script).stem
+        runs.check_stage_name(self.name)
+        self.run_dir = runs.find_run(self.name, self.config, self.args, self.outputs_root)
+        runs.make_run_dir(self.run_dir)
+        self._final_folder = self.run_dir / self.name
+        self._outputs, self._verified, self._digests = {}, set(), {}
+        self._again = "--overwrite"  # the flags that make this stage again
+
+    def _lock(self) -> None:
+        """Lock the stage and what it reads, and repair what a crash left."""
+        reads = with_stages(self.reads)
+        for name in reads:
+            self._locks.lock(name, shared=True)
+        self._locks.lock(self.name, shared=False)
+        for name in (*reads, self.name):
+            self._locks.recover(name)
+
+    def _find_upstream(self) -> None:
+        """The code, and the manifests of what the stage reads."""
+        self.code = code_version.code_files(self.script, self.config.task)
+        self._upstream = {
+            name: upstream_manifest(self.run_dir, name, self.folder_of_stage(name), self.config, self.ignores)
+            for name in self.reads
+        }
+
+    def _find_dependencies(self) -> None:
+        """What the result depends on."""
+        inputs = describe_inputs(self._upstream, self.files, self._digests)
+        used = json.loads(json.dumps(self.config.slice(self.uses)))
+        self._dependencies = Dependencies(used, inputs, self.code, self._again)
+
+    def _decide(self) -> None:
+        """Is there anything to do, and in which folder?"""
+        self.folder = choose_folder(self._final_folder, self._dependencies, self.args.overwrite)
+        self.finished = not self.args.overwrite and self._is_finished()
+        if not self.finished and self.check is not None:
+            self.check(self)
+
     def _is_finished(self) -> bool:
         """Whether the stage is complete under this config and these inputs. Raises BadConfig under others."""
         where = runs.display_path(self.run_dir)
@@ -173,9 +181,9 @@ class Stage(UpstreamReader, OutputWriter):
             raise UsageError(f"--resume: {self.name} has finished in {where}; nothing to resume")
         line = f"{self.name} in {where} is up to date"
         if differences := code_differences(manifest, self.code):
-            line += f", but was made with different code ({describe(differences)}); it is kept. --overwrite makes it again"
+            line += f", but was made with different code ({describe(differences)}); it is kept. {self._again} makes it again"
         if durable.beside(self._final_folder, durable.NEW).exists():
-            line += f" (an attempt to make it again is unfinished in {self.name}{durable.NEW}; --overwrite continues it)"
+            line += f" (an attempt to make it again is unfinished in {self.name}{durable.NEW}; {self._again} continues it)"
         say(line)
         return True
 
@@ -221,6 +229,10 @@ class Stage(UpstreamReader, OutputWriter):
             durable.replace_folder(self._final_folder, self.folder)
             self.folder = self._final_folder
         say(f"{self.name}: done in {manifest['seconds']:.1f} s")
+        self._say_next()
+
+    def _say_next(self) -> None:
+        """Name the command of the stage after this one."""
         following = runs.STAGES.index(self.name) + 1 if self.name in runs.STAGES else len(runs.STAGES)
         if following < len(runs.STAGES) and os.environ.get("REMASK_MAKE") is None:
             where = shlex.quote(runs.display_path(self.run_dir))

@@ -28,6 +28,8 @@ from lib.log import silence
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
+SECONDS_FOR_OTHERS = 3.0  # how long the process that reports an error waits for the others to fail, too
+
 
 def user_path(text: str) -> Path:
     """A path of the command line. `~` is the home folder, also where the shell does not expand it (--score=~/a.txt)."""
@@ -135,6 +137,13 @@ def make_parser(
             metavar="MODE",
             help=f"train only the models of this mode ({', '.join(MODES)}). Default: all models",
         )
+        add(
+            "--only",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="train only the model of this name; may be given several times. With --overwrite, no other model changes",
+        )
     if with_stream:
         add(
             "--stream",
@@ -176,6 +185,8 @@ def run_stage(
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
         mode = getattr(options, "mode", None)
+        if mode and options.only:
+            raise UsageError("--mode and --only both select models; give one of them")
         args = RunArgs(
             run_dir=options.run_dir,
             quick_test=options.quick_test,
@@ -183,6 +194,7 @@ def run_stage(
             resume=options.resume,
             command=tuple([Path(sys.argv[0]).name, *sys.argv[1:]]),
             only_mode=MODE_ALIASES.get(mode, mode) if mode else None,
+            only=tuple(dict.fromkeys(getattr(options, "only", ()))),
             stream=getattr(options, "stream", False),
             score=getattr(options, "score", None),
         )
@@ -239,6 +251,8 @@ def _fail(message: str, code: int) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one process has failed
     if current().first_to_fail(message):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        if current().size > 1:
+            current().wait_for_failures(SECONDS_FOR_OTHERS)
     raise SystemExit(code)
 
 

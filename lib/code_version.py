@@ -34,6 +34,16 @@ def code_files(script: str, task: str, root: Path = ROOT) -> dict[str, str]:
             script with the same number.
         task: the configured task, which is imported by its name.
     """
+    return dict(_own_code(script, task) if root == ROOT else _find_code(script, task, root))
+
+
+@cache
+def _own_code(script: str, task: str) -> dict[str, str]:
+    """`code_files` of this project. Cached: a process runs the code that it read first."""
+    return _find_code(script, task, ROOT)
+
+
+def _find_code(script: str, task: str, root: Path) -> dict[str, str]:
     start = root / script
     if not (start.is_relative_to(root) and start.is_file()):
         start = root / f"{Path(script).stem}.py"
@@ -77,7 +87,7 @@ def code_only(source: str) -> str:
 
 @cache
 def _read(path: Path, root: Path) -> tuple[str, tuple[str, ...]]:
-    """(hash of a file's code, modules it may import). Cached: a process runs the code that it read first."""
+    """(hash of a file's code, modules it may import), cached."""
     text = code_only(path.read_text(encoding="utf-8"))
     package = path.parent.relative_to(root).parts
     return hashlib.sha256(text.encode()).hexdigest(), tuple(sorted(_imports(text, package)))

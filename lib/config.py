@@ -26,7 +26,13 @@ from lib.sections.data import (
 )
 from lib.sections.finqa import FinqaConfig, RankerConfig
 from lib.sections.masking import MASKINGS, STAGES_OF, DiffusionConfig
-from lib.sections.models import ArchitectureConfig, GeneratorConfig, ModelSpec, TrainingConfig
+from lib.sections.models import (
+    ArchitectureConfig,
+    GeneratorConfig,
+    ModelSpec,
+    TrainingConfig,
+    dependency_order,
+)
 from lib.sections.sampler import SamplerConfig
 from lib.strict_yaml import Location, parse_scalar, parse_yaml
 
@@ -69,14 +75,12 @@ class Config(Section):
                 "labels.path has labels of unchanged texts: set candidates.source to original_only and "
                 "candidates.per_example to 1"
             )
-        names = list(self.models)
-        for position, (name, spec) in enumerate(self.models.items()):
+        dependency_order(self.models)  # refuses models that start from each other
+        for name, spec in self.models.items():
             if not name.isidentifier():
                 raise ValueError(
                     f"model name '{name}' must consist of letters, digits and _, since it becomes a folder"
                 )
-            if spec.start in names and spec.start not in names[:position]:
-                raise ValueError(f"models.{name} starts from '{spec.start}', which must be listed before it")
             if self.data.fractions.get(spec.split, 0) <= 0:
                 raise ValueError(
                     f"models.{name} trains on split '{spec.split}', whose share in data.fractions is 0"

@@ -83,13 +83,14 @@ def of_candidates(config: Config) -> list[Path]:
     return [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
 
 
-def of_models(config: Config) -> list[Path | HubModel]:
-    """For stage 04: folders that models start from, the encoder, judges, and the masked LM of the stream."""
-    starts = [Path(s.start) for s in config.models.values() if is_folder(s, config)]
-    judges = [Path(s.modifiers.judge.model) for s in config.models.values() if s.modifiers.judge is not None]
+def of_model(spec: ModelSpec, config: Config) -> list[Path | HubModel]:
+    """For one model of stage 04: the folder it starts from, its encoder, its judge, and the masked LM of the stream."""
+    starts = [Path(spec.start)] if is_folder(spec, config) else []
+    encoders = of_rankers(config) if spec.mode == "ranker" else []
     adapted = [base for folder in starts for base in _adapted_by(folder)]
-    stream = of_candidates(config) if config.stream.enabled else []
-    return [*starts, *of_rankers(config), *adapted, *judges, *stream]
+    judges = [] if spec.modifiers.judge is None else [Path(spec.modifiers.judge.model)]
+    stream = of_candidates(config) if spec.learns_from_shards and config.stream.enabled else []
+    return [*starts, *encoders, *adapted, *judges, *stream]
 
 
 def of_rankers(config: Config) -> list[Path | HubModel]:

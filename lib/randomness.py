@@ -42,9 +42,73 @@ def uniform(draw_key: int, rows, columns: int) -> np.ndarray:
     return (bits(draw_key, rows, columns) >> np.uint64(11)) * (1.0 / (1 << 53))
 
 
+MAX_SORTED = (
+    10**7
+)  # samples of a permutation that is held in memory; longer ones are computed by a Feistel network
+_ROUNDS = 8
+_CHUNK = 2**16
+
+
+class Permutation:
+    """A random permutation of 0 to count - 1: a pure function of seed, purpose and epoch. `p[index]` are its values.
+
+    Up to `MAX_SORTED` samples it is a sorted array of draws. A longer one is a keyed Feistel network over the next
+    power of two (Luby and Rackoff, SIAM J. Comput. 1988), which needs no memory. A value that is too large is
+    encrypted again until it is below `count` (cycle walking; Black and Rogaway, CT-RSA 2002).
+    """
+
+    def __init__(self, seed: int, purpose: str, epoch: int, count: int):
+        self.count, self._key = count, key(seed, purpose, epoch)
+        self._order = _sorted_draws(self._key, count) if count <= MAX_SORTED else None
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        """(...) int64, the values at some positions from 0 to count - 1."""
+        if self._order is not None:
+            return self._order[index].astype(np.int64)
+        return feistel(self._key, self.count, index)
+
+
+def _sorted_draws(draw_key: int, count: int) -> np.ndarray:
+    """(count,) the order of one draw per sample."""
+    draws = np.empty(count, np.uint64)
+    for start in range(0, count, _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, count))
+        draws[rows] = bits(draw_key, rows, 1)[:, 0]
+    return np.argsort(draws, kind="stable").astype(np.int32)  # of at most MAX_SORTED samples
+
+
+def feistel(draw_key: int, count: int, index: np.ndarray) -> np.ndarray:
+    """(...) int64, the values of a keyed permutation of 0 to count - 1 at some positions."""
+    index = np.asarray(index, np.int64)
+    if index.size and not (index.min() >= 0 and index.max() < count):
+        raise IndexError(f"positions {index.min()} to {index.max()} of a permutation of {count} samples")
+    width = max(int(count - 1).bit_length(), 2)
+    low_bits = np.uint64(width // 2)
+    low_mask = np.uint64((1 << (width // 2)) - 1)
+    high_mask = np.uint64((1 << (width - width // 2)) - 1)
+    keys = bits(draw_key, 0, _ROUNDS)[0]  # (rounds,)
+    result = index.reshape(-1).astype(np.uint64)
+    walking = np.arange(len(result))
+    while len(walking):
+        high, low = result[walking] >> low_bits, result[walking] & low_mask
+        for number, round_key in enumerate(keys):
+            if number % 2:
+                high = high ^ (_mix(low * _ROW + round_key) & high_mask)
+            else:
+                low = low ^ (_mix(high * _ROW + round_key) & low_mask)
+        result[walking] = (high << low_bits) | low
+        walking = walking[result[walking] >= np.uint64(count)]
+    return result.astype(np.int64).reshape(index.shape)
+
+
 def permutation(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
-    """(count,) int64, a random permutation: a pure function of seed, purpose and epoch."""
-    return np.argsort(bits(key(seed, purpose, epoch), np.arange(count), 1)[:, 0], kind="stable")
+    """(count,) int64, all values of `Permutation`."""
+    return Permutation(seed, purpose, epoch, count)[np.arange(count)]
+
+
+def sample(seed: int, purpose: str, count: int, size: int) -> np.ndarray:
+    """(min(size, count),) int64, sorted: samples drawn without repetition, the first of a permutation."""
+    return np.sort(Permutation(seed, purpose, 0, count)[np.arange(min(size, count))])
 
 
 def hash_fraction(seed: int, purpose: str, text: str) -> float:

@@ -47,6 +47,7 @@ class RunArgs:
     resume: bool = False
     command: tuple[str, ...] = ()
     only_mode: str | None = None  # 04 only: train the models of this mode and keep the others
+    only: tuple[str, ...] = ()  # 04 only: train the models of these names and keep the others
     stream: bool = False  # 02 only: make shards of candidates while stage 04 trains
     score: Path | None = None  # 06 only: score this text instead of sampling
 
@@ -163,6 +164,28 @@ def display_path(path: Path) -> str:
     return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
 
 
+def stage_of(name: str) -> str:
+    """The stage that a unit belongs to: `04_train` for `04_train/judge`. A stage itself is returned as it is."""
+    return name.partition("/")[0]
+
+
+def command(name: str, *flags: str) -> str:
+    """The command that makes a stage or a unit: `python 04_train.py --only judge` for `04_train/judge`."""
+    stage, _, unit = name.partition("/")
+    return " ".join(["python", f"{stage}.py", *flags, *(["--only", unit] if unit else [])])
+
+
+def refuse_without_units(run_dir: Path, stage_name: str) -> None:
+    """Raises BadData if an earlier version of the project made the stage: without a manifest for each of its units."""
+    manifest = load_manifest(run_dir / stage_name)
+    if manifest is not None and "units" not in manifest:
+        raise BadData(
+            f"{stage_name} in {display_path(run_dir)} was made by an earlier version of this project, without a manifest "
+            f"for each model; run `{command(stage_name, '--overwrite')}` to make all of them again, or use another "
+            "--run_dir"
+        )
+
+
 def check_stage_name(name: str) -> None:
     """Raises ValueError for a stage name that the schema of manifests does not allow."""
     pattern = json.loads(MANIFEST_SCHEMA.read_text(encoding="utf-8"))["properties"]["stage"]["pattern"]
@@ -240,18 +263,27 @@ def inspect(run_dir: Path) -> str:
     for name in (*STAGES, *scored):
         manifest = load_manifest(run_dir / name)
         if manifest is None:
-            state = "unfinished" if (run_dir / name / "unfinished.json").exists() else "-"
-            lines.append(f"{name:<{width}} {state}")
+            lines.append(f"{name:<{width}} {_state(run_dir / name)}")
             continue
         rows = {k: o["rows"] for k, o in manifest["outputs"].items() if "rows" in o}
         facts = [f"{k}={v} rows" for k, v in rows.items()]
         facts += [f"{k}={v:.4g}" for k, v in manifest["stats"].items() if isinstance(v, int | float)]
         facts += [f"of {manifest['stats']['scored']}"] if "scored" in manifest["stats"] else []
         memory = manifest["environment"].get("peak_memory_mb", 0)
-        if durable.beside(run_dir / name, durable.NEW).exists():
-            facts.append(f"(--overwrite is unfinished: {name}{durable.NEW})")
+        folders = [run_dir / name, *(run_dir / name / unit for unit in manifest.get("units", {}))]
+        attempts = [
+            new.relative_to(run_dir) for f in folders if (new := durable.beside(f, durable.NEW)).exists()
+        ]
+        facts += [f"(--overwrite is unfinished: {new})" for new in attempts]
         lines.append(f"{name:<{width}} {manifest['seconds']:8.1f} s {memory:7.0f} MB  {'  '.join(facts)}")
     return "\n".join(lines)
+
+
+def _state(folder: Path) -> str:
+    """The state of a stage without a manifest; of a stage of units also which of them are complete."""
+    complete = sorted(p.parent.name for p in folder.glob("*/manifest.json") if not p.parent.suffix)
+    begun = complete or any(folder.glob("*/unfinished.json")) or (folder / "unfinished.json").exists()
+    return ("unfinished" if begun else "-") + (f" (complete: {', '.join(complete)})" if complete else "")
 
 
 def main() -> int:

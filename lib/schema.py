@@ -31,8 +31,13 @@ _NULLABLE = "nullable"
 
 DOCUMENTS = TableSchema(
     "documents",
-    _columns(("document_id", pa.string()), ("content", pa.large_string()), ("source", pa.string())),
-    key=("document_id",),
+    _columns(
+        ("document_id", pa.string()),
+        ("content", pa.large_string()),
+        ("source", pa.string()),
+        ("piece", pa.int32()),  # a long text has several rows, in order
+    ),
+    key=("document_id", "piece"),
 )
 
 PROBLEMS = TableSchema(

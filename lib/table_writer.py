@@ -1,5 +1,6 @@
 """Write Parquet files: one format for the tables of all stages."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 from lib.errors import BadData
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
     from lib.schema import TableSchema
@@ -20,7 +22,7 @@ class TableWriter:
 
     def __init__(self, path: Path, schema: "TableSchema", metadata: Mapping[str, str] | None = None):
         self._path, self._schema, self._file, self._metadata = path, schema, None, dict(metadata or {})
-        self._keys: list = []
+        self._keys = KeyHashes()
         self.num_rows = 0
         self.columns: dict[str, str] = {}
 
@@ -31,7 +33,7 @@ class TableWriter:
         if self._file is None:
             self._open(table.schema)
         assert self._file is not None
-        self._keys.append(key_hashes(table, self._schema))
+        self._keys.add(key_hashes(table, self._schema))
         if table.num_rows:  # readers such as `datasets` refuse an empty row group
             self._file.write_table(table)
         self.num_rows += table.num_rows
@@ -57,12 +59,44 @@ class TableWriter:
 
     def close(self) -> None:
         """Finish the file. Raises BadData if two rows have the same key."""
-        import numpy as np
-
         if self._file is None:
             self._open(self._schema.arrow)
         assert self._file is not None
         self._file.close()
-        keys = np.concatenate(self._keys) if self._keys else np.empty(0)
-        if len(np.unique(keys)) != len(keys):
+        if self._keys.are_repeated():
             raise BadData(f"table {self._schema.name}: two rows have the same {self._schema.key}")
+
+
+class KeyHashes:
+    """The hashes of all keys of a table, in a temporary file: 8 bytes per row, of which memory holds a part."""
+
+    AT_A_TIME = 2**20  # hashes that are compared at a time
+
+    def __init__(self) -> None:
+        # In memory up to this size; the file has no name and vanishes with the process
+        self._file = tempfile.SpooledTemporaryFile(8 * self.AT_A_TIME)  # noqa: SIM115 - closed in `are_repeated`
+        self._count = 0
+
+    def add(self, hashes: "np.ndarray") -> None:
+        """(R,) uint64."""
+        self._file.write(hashes.astype("<u8").tobytes())
+        self._count += len(hashes)
+
+    def are_repeated(self) -> bool:
+        """Whether two hashes are equal. Closes the file."""
+        import numpy as np
+
+        # Equal hashes are in the same part, by their highest bits. Each pass over the file looks at one part
+        parts = -(-self._count // self.AT_A_TIME)
+        shift = np.uint64(64 - max(parts - 1, 0).bit_length())
+        with self._file as file:
+            for part in range(1 if parts < 2 else 2 ** (64 - int(shift))):
+                file.seek(0)
+                found = []
+                while data := file.read(8 * self.AT_A_TIME):
+                    hashes = np.frombuffer(data, "<u8")
+                    found.append(hashes if parts < 2 else hashes[hashes >> shift == part])
+                together = np.sort(np.concatenate(found)) if found else np.empty(0)
+                if (together[1:] == together[:-1]).any():
+                    return True
+        return False

@@ -7,16 +7,21 @@ The tokenizer of a run adds no special tokens: objectives add [CLS] themselves. 
 a model's folder. Its plain call gives the input that the model was trained on.
 """
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lib.errors import BadData
+from lib.processes import map_in_order
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[CLS]", "[UNK]")
 PAD, MASK, CLS, UNK = range(4)
+TEXTS_AT_A_TIME = (
+    512  # the tokenizers library needs about 100 bytes per token of the texts that it encodes together
+)
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Any:
@@ -123,8 +128,11 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -
     if table is not None:
         ids = [table[np.minimum(_points(text), len(table) - 1)] for text in texts]
     else:
-        coded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = [np.asarray(i, np.int32) for i in coded]
+        ids = []
+        for start in range(0, len(texts), TEXTS_AT_A_TIME):
+            part = list(texts[start : start + TEXTS_AT_A_TIME])
+            coded = tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids += [np.asarray(i, np.int32) for i in coded]
     if unknown == "error":
         with_unknown = [text for text, i in zip(texts, ids, strict=True) if (i == UNK).any()]
         if with_unknown:
@@ -133,6 +141,37 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -
                 "set tokenizer.unknown=unk"
             )
     return ids
+
+
+def encode_by_processes(
+    folder: Path, unknown: str, groups: Iterable[Any], texts_of: Callable[[Any], list[str]], processes: int
+) -> Iterator[tuple[Any, list[np.ndarray]]]:
+    """Yield (group, ids of each of its texts) in order; the ids are those of `encode_batch`.
+
+    Args:
+        folder: the tokenizer, which each process loads.
+        texts_of: the texts of a group.
+    """
+    begin = (_load_for_encoding, (folder, unknown))
+    for group, (ids, ends) in map_in_order(_encode, groups, processes, texts_of, begin):
+        yield group, np.split(ids, ends[:-1]) if len(ends) else []
+
+
+_encoder: tuple[Any, str] | None = None  # in a worker process: tokenizer and `unknown`
+
+
+def _load_for_encoding(folder: Path, unknown: str) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already share the cores
+    _encoder = load_tokenizer(folder), unknown
+
+
+def _encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(all ids, end of each text in them): two arrays are sent to another process faster than thousands."""
+    assert _encoder is not None
+    tokenizer, unknown = _encoder
+    ids = encode_batch(tokenizer, texts, unknown)
+    return np.concatenate([np.empty(0, np.int32), *ids]), np.cumsum([len(i) for i in ids])
 
 
 def describe_unknown(tokenizer: Any, texts: Sequence[str]) -> str:

@@ -81,11 +81,20 @@ def run_stages(run_dir: Path, config: Config, names=STAGES, **flags) -> None:
 
 
 def run_stages_recorded(run_dir: Path, config: Config) -> dict[str, set[str]]:
-    """All stages, and the settings that each of them read."""
-    found = {}
-    for name in STAGES:
-        with recorded_reads() as found[name]:
-            run_stages(run_dir, config, [name])
+    """All stages, and the settings that each of them and each training of stage 04 read."""
+    found: dict[str, set[str]] = {}
+    module = importlib.import_module("04_train")
+    train = module.train
+
+    def recorded(unit, *args) -> None:
+        with recorded_reads() as found[unit.name]:
+            train(unit, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", recorded)
+        for name in STAGES:
+            with recorded_reads() as found[name]:
+                run_stages(run_dir, config, [name])
     return found
 
 
@@ -97,12 +106,15 @@ CHECKED_EARLY = {
 
 
 def undeclared(reads: dict[str, set[str]], run_dir: Path) -> list[str]:
-    """Settings that a stage read although neither its manifest nor that of a stage it reads has them."""
-    manifests = {name: load_manifest(run_dir / name) or {} for name in STAGES}
+    """Settings that a stage or a model read although neither its manifest nor that of a stage it reads has them."""
     missing = []
-    for name, manifest in manifests.items():
-        before = {entry["stage"] for entry in manifest["inputs"].values() if "stage" in entry}
-        declared = set().union(*(manifests[stage]["config"] for stage in before | {name}))
+    for name in reads:
+        inputs = (load_manifest(run_dir / name) or {})["inputs"].values()
+        before = {entry["stage"] for entry in inputs if "stage" in entry}
+        declared = set().union(
+            *((load_manifest(run_dir / stage) or {})["config"] for stage in before | {name})
+        )
+        declared |= {key.split(".")[0] for key in declared if key.startswith(("models.", "stream."))}
         missing += [
             f"{name}: {key}"
             for key in sorted(reads[name] - CHECKED_EARLY.get(name, set()))

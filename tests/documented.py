@@ -29,7 +29,7 @@ SOURCES = sorted([*SCRIPTS, *(ROOT / "lib").rglob("*.py"), *(ROOT / "benchmarks"
 LOG = ROOT / "LOG.md"
 OWN_PACKAGES = ("lib", "tests", "benchmarks")
 
-_START = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|make) \S")
+_START = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python \S|make \S|torchrun .*\.py)")
 _IN_PROSE = ("make a ", "make the ", "make it ", "make them ", "make sure ")
 _WORDS = re.compile(r"""[;&|]+|(?:"[^"]*"|'[^']*'|[^\s;&|"'])+""")  # with their quotes
 _SEPARATORS = {"&", "&&", ";", "|", "||", "do", "done", "then"}
@@ -44,7 +44,17 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.text)
+        """With `torchrun OPTIONS SCRIPT` as `python SCRIPT`."""
+        words = shlex.split(self.text)
+        return ["python", *words[1 + len(self.launcher) :]] if self.launcher else words
+
+    @property
+    def launcher(self) -> list[str]:
+        """The options of torchrun, if it starts the script."""
+        words = shlex.split(self.text)
+        if words[0] != "torchrun":
+            return []
+        return words[1 : next(n for n, word in enumerate(words) if word.endswith(".py"))]
 
     @property
     def kind(self) -> str:
@@ -115,7 +125,7 @@ def _commands_of(line: str) -> Iterator[str]:
         for value in loop[2].split():
             yield from _commands_of(loop[3].replace(f"${loop[1]}", value))
         return
-    if not re.search(r"(^|[;&] |do )(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(python|make) ", line):
+    if not re.search(r"(^|[;&] |do )(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(python|make|torchrun) ", line):
         return
     try:
         shlex.split(line)

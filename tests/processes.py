@@ -1,16 +1,22 @@
 """Run scripts in several processes without a launcher: torch is imported once, and the processes are forked.
 
-    python -m tests.processes JOBS.json
+    python -m tests.processes
 
-A job is {"size": processes, "argv": ["04_train.py", "--run_dir", ...]}, and may have "kill": {"rank": r, "after": seconds}, a
-SIGKILL of one process, or "env": variables that replace those of the launcher. The processes get the variables that
-torchrun sets. As with torchrun, the end of one process by an error or a signal ends the others. Each job prints a line:
-its exit codes, its seconds, and what its processes wrote to standard error.
+reads one job per line of standard input. A job is {"size": processes, "argv": ["04_train.py", "--run_dir", ...]}. It may also have
+
+    "kill"        {"rank": r, "after": seconds, "signal": number}: a signal to one process, by default SIGKILL;
+                  with "when": PATH, the seconds (default 0) count from the moment at which PATH exists
+    "env"         variables that replace those of the launcher
+    "file_limit"  bytes: process 0 cannot write longer files, as on a full disk
+
+The processes get the variables that torchrun sets. As with torchrun, the end of one process by an error or a signal ends
+the others. Each job prints one line: its exit codes, its seconds, and what its processes wrote to standard error.
 """
 
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-GRACE_SECONDS = 30  # from SIGTERM to SIGKILL, as with torchrun
+GRACE_SECONDS = 10  # from SIGTERM to SIGKILL
 FLAGS: dict[str, dict[str, bool]] = {
     "02_generate_candidates": {"with_stream": True},
     "04_train": {"with_mode": True, "with_processes": True},
@@ -33,16 +39,21 @@ def fork(rank: int, job: dict, port: int, errors: int) -> int:
     code = 1
     try:
         os.dup2(errors, 2)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(0, 1)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["size"]),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         } | job.get("env", {})  # fmt: skip
+        if rank == 0 and "file_limit" in job:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
         sys.argv = job["argv"]
         name = Path(job["argv"][0]).stem
         module = importlib.import_module(name)
         from lib.cli import run_stage
 
-        run_stage(module.main, module.__doc__, **FLAGS[name])
+        run_stage(module.main, module.__doc__, **FLAGS.get(name, {}))
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
@@ -56,14 +67,17 @@ def fork(rank: int, job: dict, port: int, errors: int) -> int:
 
 
 def wait_for(pids: list[int], kill: dict | None) -> list[int]:
-    """The exit code of each process, in order of the ranks. If one fails, the others are told to stop."""
+    """The exit code of each process, in order of the ranks. If one fails, the others get SIGTERM."""
     codes: dict[int, int] = {}
     begin, deadline = time.monotonic(), None
     while len(codes) < len(pids):
-        if kill is not None and time.monotonic() - begin > kill["after"]:
-            victim, kill = pids[kill["rank"]], None
+        if kill is not None and not Path(kill.get("when", "/")).exists():
+            begin = time.monotonic()
+        elif kill is not None and time.monotonic() - begin > kill.get("after", 0):
+            victim, number = pids[kill["rank"]], kill.get("signal", signal.SIGKILL)
+            kill = None
             if victim not in codes:
-                os.kill(victim, signal.SIGKILL)
+                os.kill(victim, number)
         if deadline is not None and time.monotonic() > deadline:
             for pid in set(pids) - set(codes):
                 os.kill(pid, signal.SIGKILL)
@@ -100,8 +114,8 @@ def main() -> int:
     import lib.training.train_model  # noqa: F401 - so that no fork has to import it
 
     torch.set_num_threads(1)
-    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        print(json.dumps(run(job)), flush=True)
+    for line in iter(sys.stdin.readline, ""):
+        print(json.dumps(run(json.loads(line))), flush=True)
     return 0
 
 

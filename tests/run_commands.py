@@ -1,6 +1,6 @@
 """Run documented commands with small models in a copy of the tree. tests/test_commands.py starts this script there.
 
-Standard input is a JSON list of commands. Each is a list of words that begins with `make`, `python FILE` or `python -m MODULE`.
+Standard input is a JSON list of commands. Each is a list of words that begins with `make`, `torchrun`, `python FILE` or `python -m MODULE`.
 Commands run in this process, so that torch is imported once. For `make`, the commands of its recipe run. A command with
 `--stream` runs in a process of its own, beside the next command. For each command, one JSON line goes to standard output: its
 exit status and the end of its output.
@@ -55,6 +55,8 @@ def run(words: list[str]) -> int:
             sys.stderr.write(error.stderr)
             return error.returncode
         return next((code for line in lines if (code := run(line))), 0)
+    if words[0] == "torchrun":
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]]).returncode
     module = words[1] == "-m"
     name, arguments = (words[2], words[3:]) if module else (words[1], words[2:])
     sys.argv = [name, *arguments]

@@ -12,6 +12,7 @@ from lib.candidates.counters import CandidateCounters
 from lib.candidates.generators import train_generators, without_fold
 from lib.config import load_config
 from lib.tasks import cross_fit_fold
+from lib.token_store import TokenStore, of_table
 
 
 def counted(*rows: tuple, labels_tell_origin: bool = True) -> dict[str, Any]:
@@ -75,33 +76,45 @@ def test_the_synthetic_share_is_that_of_rewritten_text():
     assert found["mean_synthetic_fraction"] == pytest.approx(0.75, abs=0.026)  # the middles of bins of 0.05
 
 
-def runs(continues: list[bool]) -> pa.Table:
-    return pa.table({"number": list(range(len(continues))), "continues": continues})
+def text_of(groups: list[str]) -> TokenStore:
+    """One token per example, its number; every example continues the one before it."""
+    ids = pa.array([[i] for i in range(len(groups))], pa.list_(pa.int32()))
+    continues = [i > 0 for i in range(len(groups))]
+    return of_table(pa.table({"token_ids": ids, "group": groups, "continues": continues}))
 
 
-def test_what_follows_a_gap_no_longer_continues_what_stood_before_it():
-    table = runs([False, True, True, True, False, True])
-    left = without_fold(table, [False, False, True, False, False, False])
-    assert left["number"].to_pylist() == [0, 1, 3, 4, 5]
-    assert left["continues"].to_pylist() == [False, True, False, False, True]
-    assert without_fold(table, [False] * 6).equals(table)
-    first = without_fold(table, [True, False, False, False, False, False])
-    assert first["continues"].to_pylist() == [False, True, True, False, True]
+def documents_of(text: TokenStore) -> list[list[int]]:
+    spans = zip(text.document_starts, text.document_ends, strict=True)
+    return [text.read(start, end).tolist() for start, end in spans]
+
+
+def test_what_follows_a_left_out_group_is_another_document():
+    seed, names = 3, [f"g{i // 2}" for i in range(40)]
+    text = text_of(names)
+    for fold in range(3):
+        kept = [cross_fit_fold(seed, name, 3) != fold for name in names]
+        expected: list[list[int]] = []
+        for i, wanted in enumerate(kept):
+            if wanted:
+                expected = [*expected[:-1], [*expected[-1], i]] if i and kept[i - 1] else [*expected, [i]]
+        found = without_fold(text, seed, fold, 3)
+        assert documents_of(found) == expected and 1 < len(expected) < 20
+        assert found.num_tokens == sum(kept) and set(np.flatnonzero(found.counts)) == set(
+            np.flatnonzero(kept)
+        )
 
 
 @pytest.mark.parametrize("folds", [1, 3])
 def test_a_fold_s_generator_learns_from_all_groups_but_its_own(tmp_path, monkeypatch, folds):
     config = load_config(quick_test=True, overrides=[f"candidates.cross_fit_folds={folds}"])
     groups = {"train": [f"g{i // 2}" for i in range(40)], "selection": ["s"] * 4, "held_out": ["h"] * 5}
-    tables = {
-        split: pa.table({"group": names, "continues": [False] * len(names)})
-        for split, names in groups.items()
-    }
-    monkeypatch.setattr(generators, "select_split", lambda batches, split: tables[split])
+    texts = {split: text_of(names) for split, names in groups.items()}
+    monkeypatch.setattr(generators, "open_text", lambda stage, split: texts[split])
     learned: dict[str, list[list]] = {}
 
     def train_model(name, spec, stage_inputs, folder, start):
-        learned[name] = [stage_inputs.examples(split)["group"].to_pylist() for split in groups]
+        documents = {split: documents_of(stage_inputs.text(split)) for split in groups}
+        learned[name] = [[groups[s][i] for ids in found for i in ids] for s, found in documents.items()]
         assert start is None and spec.mode == "language_model"
         return {"parameters": 1, "best_step": 1, "held_out": {}}
 

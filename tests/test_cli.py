@@ -27,14 +27,18 @@ COMMON = {
     "--overwrite",
     "--resume",
 }
-OWN = {"02_generate_candidates.py": {"--stream"}, "04_train.py": {"--mode"}, "06_sample.py": {"--score"}}
+OWN = {
+    "02_generate_candidates.py": {"--stream"},
+    "04_train.py": {"--mode", "--only"},
+    "06_sample.py": {"--score"},
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_flags_of_each_script_are_frozen(script, monkeypatch):
     made = []
 
-    def catch(main, description, **kinds):
+    def catch(main, description, with_processes=False, **kinds):
         made.append(make_parser(description or "", **kinds))
 
     monkeypatch.setattr("lib.cli.run_stage", catch)
@@ -155,7 +159,7 @@ def main(config, args):
     with Stage("00_check_data.py", config, args, uses=("seed",)) as stage:
         ACT
         text = os.urandom(400_000).hex()
-        rows = {"document_id": ["a"], "content": [text], "source": ["s"]}
+        rows = {"document_id": ["a"], "content": [text], "source": ["s"], "piece": [0]}
         stage.write("documents", pa.table(rows), schema.DOCUMENTS)
 
 run_stage(main, "test")

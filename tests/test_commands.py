@@ -28,6 +28,8 @@ STAND_INS = {
     "/path/to/FinQA/dataset": "finqa_data",
     "FinQA/dataset": "finqa_data",
     "/path/to/dataset": "finqa_data",
+    "/path/to/finqa": "finqa_data",
+    "/path/to/model": "encoder",
     "/path/to/all-MiniLM-L6-v2": "encoder",
     "/path/to/masked-lm": "masked_lm",
     "CHECKPOINT": "checkpoint/model.safetensors",
@@ -44,6 +46,7 @@ RUNS_OF_THEIR_OWN = {
     "data.drop": "drop",
     "generator.checkpoint": "masked_lm",
     "finqa.pools.same_operators": "operators",
+    "models.ranker.training.optimizer": "muon",
 }
 # Words of single programs that make them small; a program of benchmarks/ without an entry fails its test
 SMALLER = {
@@ -52,10 +55,12 @@ SMALLER = {
     "benchmarks.staging": "--steps 4 --seeds 2",
     "benchmarks.causal_speedrun": "--steps 4",
     "benchmarks.speed": "--steps 2",
+    "benchmarks.scaling": "--steps 2",
     "benchmarks.ltg_attention": "--size xs --length 16 --batch 1 --steps 1 --rounds 1",
     "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
     "benchmarks.backbone_speed": "--seconds 0.01 --runs 1 --batch 2",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
+    "benchmarks.memory": "--megabytes 1 2",
     "benchmarks.over_seeds": "",
     "benchmarks.results_page": "--quick",
 }
@@ -170,7 +175,9 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         )
         run = "outputs/stream" if "stream.enabled=true" in arguments else run
         given = [*_without(arguments, "--quick_test", "--run_dir="), "--run_dir", run, "--quick_test"]
-        shared = _without(given, "--overwrite", "--stream", "--mode=", "--score=", "--set=sampler.")
+        shared = _without(
+            given, "--overwrite", "--stream", "--mode=", "--only=", "--score=", "--set=sampler."
+        )
         before = [["python", stage, *shared] for stage in STAGES[: STAGES.index(command.target)]]
         if run == "outputs/stream":  # 02 makes shards beside 04
             before = [["python", stage, *shared] for stage in STAGES[:4]]
@@ -178,7 +185,7 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
                 before.append(["python", STAGES[2], *_without(given, "--overwrite"), "--stream"])
                 return f"RUN={run}", [*before, ["python", command.target, *given]]
             given = [*_without(given, "--stream"), "--stream"]
-        return f"RUN={run}", [*before, ["python", command.target, *given]]
+        return f"RUN={run}", [*before, [*_start(command), command.target, *given]]
     if command.target == "benchmarks.remasking":
         return "remasking", [small_remasking(arguments)]
     if command.target.startswith("benchmarks"):
@@ -211,6 +218,14 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
     arguments = [{"config.json": "checkpoint/config.json", "tokenizer.json": "checkpoint/tokenizer.json",
                   "OUT.safetensors": f"out_{number}.safetensors"}.get(a, a) for a in arguments]  # fmt: skip
     return ("RUN=outputs/default" if before else "modules"), [*before, ["python", *kind, *arguments]]
+
+
+def _start(command: Command) -> list[str]:
+    """`python`, or torchrun with two processes."""
+    if not command.launcher:
+        return ["python"]
+    at = command.launcher.index("--nproc-per-node") + 1
+    return ["torchrun", *command.launcher[:at], "2", *command.launcher[at + 1 :]]
 
 
 def small_remasking(arguments: list[str]) -> list[str]:
@@ -253,7 +268,9 @@ def _without(words: list[str], *flags: str) -> list[str]:
     while at < len(words):
         word, following = words[at], words[at + 1] if at + 1 < len(words) else ""
         size = (
-            2 if word in ("--mode", "--score", "--set", "--config", "--run_dir", "--data", "--seeds") else 1
+            2
+            if word in ("--mode", "--only", "--score", "--set", "--config", "--run_dir", "--data", "--seeds")
+            else 1
         )
         gone = word in flags or any(
             "=" in flag and word == flag.partition("=")[0] and following.startswith(flag.partition("=")[2])

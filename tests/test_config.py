@@ -98,7 +98,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path):
         ("sampler.nfe=[]", "sampler.nfe"),
         ("sampler.policies=[]", "sampler.policies"),
         ("sampler.infill_file=''", "sampler.infill_file"),
-        ("models.judge.start=ranker", "must be listed before it"),
+        ("models.judge.start=judge", "models start from each other: judge -> judge"),
         ("training.warmup_fraction=0.9", "must not exceed 1"),
         ("rewards.curve=[[0, 1], [0.5, 2]]", "less than or equal to 1"),
     ],

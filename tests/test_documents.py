@@ -55,7 +55,7 @@ def parser_of(script: str, monkeypatch) -> argparse.ArgumentParser:
     """The parser that a script makes when it starts."""
     made = {}
 
-    def catch(main, description, **kinds):
+    def catch(main, description, with_processes=False, **kinds):
         made["parser"] = cli.make_parser(description or "", **kinds)
 
     monkeypatch.setattr(cli, "run_stage", catch)
@@ -160,8 +160,16 @@ def test_every_flag_that_a_message_or_a_document_names_exists():
     for source in SOURCES:
         text = source.read_text(encoding="utf-8")
         declared |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[a-z][a-z_-]*)"', text))
-    assert {"--mode", "--stream", "--score", "--config", "--run_dir"} <= declared
+    assert {"--mode", "--only", "--stream", "--score", "--config", "--run_dir"} <= declared
     outside = {"--porcelain", "--keep", "--from", "--to"}  # of git, iconv
+    outside |= {
+        "--standalone",
+        "--nproc-per-node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+    }  # of torchrun
+    outside |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}  # of Slurm
     wrong = [
         f"{where}: {flag}"
         for where, text in [*messages(), *documents()]
@@ -183,7 +191,7 @@ def test_every_import_is_declared_in_a_requirements_file():
         return {normal(Requirement(x).name) for x in lines if x and not x.startswith(("#", "-"))}
 
     main, extra = declared("requirements.txt"), declared("requirements-benchmarks.txt")
-    optional = {"tensorboard"}  # asked for by training.tensorboard, with the command that installs it
+    optional = {"tensorboard"}  # asked for by training.tracker, with the command that installs it
     own = {"lib", "tests", "benchmarks"} | {s.stem for s in SCRIPTS}
     missing = []
     for source in [*SOURCES, *(ROOT / "tests").glob("*.py"), *(ROOT / "docs").rglob("*.py")]:

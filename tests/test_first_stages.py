@@ -10,11 +10,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from lib.artifacts import Stage
 from lib.config import Config, load_config
-from lib.errors import BadData
+from lib.errors import BadData, MissingInput
 from lib.runs import RunArgs, load_manifest
+from lib.table_writer import KeyHashes
+from lib.tasks import Dropped, Example
 from lib.tasks.text import check
+from lib.token_store import open_store
 from lib.tokenization import decode_batch, load_tokenizer
+from lib.training.stage_inputs import open_text
 from tests.conftest import SHARED
 
 PROSE = "A sentence that is long enough to stand on its own as a paragraph, number {}.\n\n"
@@ -111,6 +116,114 @@ def test_an_empty_split_is_refused_and_another_setting_then_starts_again(folder)
         BadData, match="no examples in split"
     ):  # not: this stage was begun with another config
         run("01_prepare_dataset", folder, *settings, "tokenizer.kind=bpe")
+
+
+@pytest.mark.slow
+def test_processes_that_tokenize_give_the_same_bytes(folder, monkeypatch):
+    module = importlib.import_module("01_prepare_dataset")
+    monkeypatch.setattr(module, "ROWS_PER_GROUP", 100)
+    settings = ["tokenizer.kind=bpe", "tokenizer.vocab_size=320"]
+    run("00_check_data", folder)
+    outputs = []
+    for processes in (1, 3):
+        manifest = run(
+            "01_prepare_dataset", folder, *settings, f"tokenizer.processes={processes}", overwrite=True
+        )
+        outputs.append({name: record["sha256"] for name, record in manifest["outputs"].items()})
+    assert outputs[0] == outputs[1] and {"examples", "tokens/train", "tokens/held_out"} <= set(outputs[0])
+
+
+@pytest.mark.slow
+def test_an_unknown_character_in_a_worker_process_is_the_same_error(folder, monkeypatch):
+    module, tokenization = (
+        importlib.import_module("01_prepare_dataset"),
+        importlib.import_module("lib.tokenization"),
+    )
+    real = tokenization.train_tokenizer
+    monkeypatch.setattr(
+        tokenization,
+        "train_tokenizer",
+        lambda kind, texts, size: real(kind, (t.replace("7", "8") for t in texts), size),
+    )
+    monkeypatch.setattr(module, "ROWS_PER_GROUP", 100)
+    run("00_check_data", folder)
+    for processes in (1, 2):
+        with pytest.raises(BadData, match=r"1 characters are outside the vocabulary: '7' \(U\+0037\)"):
+            run("01_prepare_dataset", folder, "tokenizer.unknown=error", f"tokenizer.processes={processes}")
+        stage = folder / "run" / "01_prepare_dataset"
+        assert load_manifest(stage) is None and not (stage / "tokens").exists()
+
+
+def test_byte_pairs_learn_from_a_sample_that_does_not_depend_on_the_order():
+    module = importlib.import_module("01_prepare_dataset")
+    config = load_config(overrides=["tokenizer.kind=bpe", "tokenizer.sample_characters=40000"])
+    items: list[Example | Dropped] = [
+        Example(f"d:{i}", "", f"{i:05d}" + "x" * 95, "train" if i % 2 else "held_out", "g")
+        for i in range(4000)
+    ]
+    items.insert(7, Dropped("d@1", "why", "not this"))
+    every = [e.target for e in items if isinstance(e, Example) and e.split == "train"]
+    assert list(module.sampled_texts(config, items, 40_000)) == every  # at the limit: all, in order
+    sample = list(module.sampled_texts(config, items, 400_000))
+    assert set(sample) < set(every) and len(sample) == pytest.approx(0.1 * len(every), rel=0.25)
+    assert set(module.sampled_texts(config, items[::-1], 400_000)) == set(sample)
+    assert set(sample) < set(module.sampled_texts(config, items, 200_000))  # a larger sample has it all
+    other = config.model_copy(update={"seed": 5})
+    assert set(module.sampled_texts(other, items, 400_000)) != set(sample)
+
+
+def test_the_token_store_has_the_tokens_of_the_examples(folder):
+    run("00_check_data", folder, "data.block_characters=700")
+    manifest = run("01_prepare_dataset", folder, "data.block_characters=700")
+    stage = folder / "run" / "01_prepare_dataset"
+    examples = pq.read_table(stage / "examples.parquet")
+    for split, count in manifest["stats"]["tokens"].items():
+        part = examples.filter(pc.equal(examples["split"], split))
+        store, facts = open_store(stage / "tokens" / split), manifest["outputs"][f"tokens/{split}"]
+        assert store.read(0, count).tolist() == np.concatenate(part["token_ids"].to_pylist()).tolist()
+        assert np.diff(store.examples).tolist() == pc.list_value_length(part["token_ids"]).to_pylist()
+        first = [i for i, goes_on in enumerate(part["continues"].to_pylist()) if not (goes_on and i)]
+        assert store.document_starts.tolist() == store.examples[first].tolist() and len(first) > 1
+        names = np.array(sorted(set(part["group"].to_pylist())))
+        assert names[store.groups_at(store.examples[:-1])].tolist() == part["group"].to_pylist()
+        assert store.characters == sum(map(len, part["target"].to_pylist()))
+        assert facts["path"] == f"tokens/{split}" and facts["files"] == 8
+        described = json.loads((stage / "tokens" / split / "store.json").read_text())
+        assert described["tokenizer_sha256"] == manifest["outputs"]["tokenizer"]["sha256"]
+
+
+def test_a_store_of_an_earlier_version_or_of_no_split_is_named(folder):
+    run("00_check_data", folder)
+    run("01_prepare_dataset", folder)
+    config = load_config(overrides=[f"data.path={folder / 'raw'}"])
+    with Stage("05_train_critic.py", config, RunArgs(run_dir=folder / "run"), uses=("seed",),
+               reads=("01_prepare_dataset",)) as stage:  # fmt: skip
+        assert open_text(stage, "train").num_tokens > 0
+        with pytest.raises(BadData, match="there are no examples in split 'test'"):
+            open_text(stage, "test")
+        outputs = stage._upstream["01_prepare_dataset"]["outputs"]
+        del outputs["tokens/train"]
+        with pytest.raises(
+            MissingInput, match=r"no token store of split 'train'.*01_prepare_dataset.py --overwrite"
+        ):
+            open_text(stage, "train")
+        (folder / "run" / "01_prepare_dataset" / "tokens" / "held_out" / "counts.bin").write_bytes(b"x")
+        with pytest.raises(BadData, match="is damaged or was changed: its sha256"):
+            open_text(stage, "held_out")
+        stage.leave_incomplete("a test")
+
+
+def test_two_rows_of_one_key_are_found_in_tables_of_any_length(monkeypatch):
+    hashes = np.random.default_rng(0).integers(0, 2**64, 1000, np.uint64)
+    for at_a_time in (2000, 1000, 999, 300, 64):
+        monkeypatch.setattr(KeyHashes, "AT_A_TIME", at_a_time)
+        for repeated in (False, True):
+            keys = KeyHashes()
+            for part in np.array_split(hashes, 7):
+                keys.add(part)
+            keys.add(hashes[[123]] if repeated else hashes[:0])
+            assert keys.are_repeated() == repeated
+    assert not KeyHashes().are_repeated()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from lib.config import Config, load_config
 from lib.errors import BadConfig, BadData, Busy, MissingInput
 from lib.runs import STAGES, RunArgs, existing_runs, find_run, load_manifest
 from lib.training import checkpoint
+from lib.units import Unit
 from tests.conftest import undeclared
 from tests.trainings import Killed
 
@@ -41,6 +42,27 @@ class Hollow(Stage):
             self._complete()
             self.finished = True
         return self
+
+
+class HollowUnit(Hollow, Unit):
+    """The same for a model of stage 04."""
+
+
+@pytest.fixture
+def hollow(monkeypatch):
+    """Makes a stage hollow: it is complete as soon as it is entered."""
+
+    def make(stage: str):
+        module = importlib.import_module(stage)
+        if stage == "04_train":
+            monkeypatch.setattr("lib.units.Unit", HollowUnit)
+            monkeypatch.setattr("lib.training.stage_inputs.read_stage_inputs", lambda *_: None)
+            monkeypatch.setattr("lib.training.stage_inputs.refuse_longer_candidates", lambda *_: None)
+        else:
+            monkeypatch.setattr(module, "Stage", Hollow)
+        return module
+
+    return make
 
 
 # ------------------------------------------------------------------------------------------------- files from outside
@@ -103,15 +125,14 @@ WIRES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WIRES)
-def test_one_byte_of_any_outside_file_refuses_the_finished_stage(case, outside_files, tmp_path, monkeypatch):
+def test_one_byte_of_any_outside_file_refuses_the_finished_stage(case, outside_files, tmp_path, hollow):
     name, _, way = case.partition(" ")
     labels = [f"labels.path={outside_files['labels']}"] if way == "labels" else []
     config = config_of(outside_files, *WAYS[way], *labels)
     run = tmp_path / "run"
 
     def enter(stage: str) -> None:
-        module = importlib.import_module(stage)
-        monkeypatch.setattr(module, "Stage", Hollow)
+        module = hollow(stage)
         score = outside_files["other"] if way == "score" and stage == name else None
         module.main(config, RunArgs(run_dir=run, quick_test=True, score=score))
 
@@ -187,7 +208,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_model_of_the_hub_is_pinned_and_another_commit_is_refused(hub, tmp_path):
     def enter(encoder: str, run: str) -> dict:
         config = load_config(quick_test=True, overrides=[f"ranker.encoder={encoder}"])
-        files = outside.of_models(config)
+        files = outside.of_model(config.models["ranker"], config)
         with Hollow(
             "00_check_data.py", config, RunArgs(run_dir=tmp_path / run), uses=("ranker",), files=files
         ):
@@ -230,9 +251,10 @@ def test_what_is_read_from_the_hub_is_the_recorded_commit(hub, monkeypatch):
 
 
 def test_no_stage_reads_a_setting_that_its_manifest_does_not_have(quick_run, quick_reads):
-    assert quick_reads["04_train"] >= {"models", "diffusion", "seed"} and not undeclared(
-        quick_reads, quick_run
-    )
+    assert quick_reads["04_train"] >= {"models", "diffusion", "seed"}
+    assert "diffusion" in quick_reads["04_train/generator"]
+    assert not {"diffusion", "ranker", "candidates"} & quick_reads["04_train/reference_lm"]
+    assert {"04_train/judge", "06_sample"} <= quick_reads.keys() and not undeclared(quick_reads, quick_run)
 
 
 def test_a_setting_that_changes_no_result_refuses_nothing(tmp_path):
@@ -461,10 +483,10 @@ def test_another_code_stops_a_real_training(quick_run, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.code_version.code_files", lambda script, task: dict(files))
     args, real = RunArgs(run_dir=tmp_path, quick_test=True), _Run.step
 
-    def step(self, progress):
+    def step(self, progress, stop):
         if self.label == "judge" and self.state.step == 2:
             raise Killed
-        real(self, progress)
+        return real(self, progress, stop)
 
     monkeypatch.setattr(_Run, "step", step)
     with pytest.raises(Killed):
@@ -512,15 +534,27 @@ def test_a_producer_of_other_shards_is_no_producer(tmp_path):
         assert other.is_alive("producer") and not ours.is_alive("producer")
 
 
-def test_shards_are_made_for_as_long_as_stage_04_is_made_again(tmp_path):
+def test_shards_are_made_until_every_model_that_learns_from_them_is_trained(tmp_path, hollow):
     from lib.candidates.producer import has_streamed
 
-    config = load_config(quick_test=True, overrides=["stream.enabled=true"])
-    with Hollow("04_train.py", config, RunArgs(run_dir=tmp_path), uses=("stream",)):
-        pass
-    assert has_streamed(tmp_path)
-    (tmp_path / "04_train.new").mkdir()
-    assert not has_streamed(tmp_path)
+    off, config = CONFIG, load_config(quick_test=True, overrides=["stream.enabled=true"])
+    for stage in STAGES[:4]:
+        with Hollow(f"{stage}.py", config, RunArgs(run_dir=tmp_path), uses=("seed",)):
+            pass
+
+    def train(config: Config, *names: str, **flags) -> None:
+        hollow("04_train").main(config, RunArgs(run_dir=tmp_path, only=names, **flags))
+
+    train(off)
+    assert not has_streamed(tmp_path, config)
+    train(config, "inspector", overwrite=True)
+    assert not has_streamed(tmp_path, config)
+    train(config, "judge", overwrite=True)
+    assert has_streamed(tmp_path, config)
+    for folder in ("04_train.new", "04_train/judge.new"):
+        (tmp_path / folder).mkdir()
+        assert not has_streamed(tmp_path, config)
+        (tmp_path / folder).rmdir()
 
 
 # ------------------------------------------------------------------------------------------------- locks and new runs

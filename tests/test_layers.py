@@ -8,12 +8,12 @@ from lib.config import ROOT
 
 FLOORS = [
     {"errors"},
-    {"strict_yaml", "randomness", "durable", "log", "user_files"},
+    {"strict_yaml", "randomness", "durable", "digest_table", "processes", "log", "user_files", "engine"},
     {"labels", "label_files"},
     {"sections"},
     {"config"},
-    {"config_reference", "schema", "runs", "table_writer", "code_version", "outside"},
-    {"stage", "artifacts", "cli", "metrics", "runtime", "tokenization", "surfaces"},
+    {"config_reference", "schema", "runs", "table_writer", "token_store", "code_version", "outside"},
+    {"stage", "artifacts", "units", "units_summary", "cli", "metrics", "runtime", "tokenization", "surfaces"},
     {"models"},
     {"diffusion", "synthetic", "ranking", "shards"},
     {"training"},
@@ -28,6 +28,8 @@ NO_TORCH = {
     "strict_yaml",
     "randomness",
     "durable",
+    "digest_table",
+    "processes",
     "log",
     "user_files",
     "labels",
@@ -38,10 +40,13 @@ NO_TORCH = {
     "schema",
     "runs",
     "table_writer",
+    "token_store",
     "code_version",
     "outside",
     "stage",
     "artifacts",
+    "units",
+    "units_summary",
     "cli",
 }
 FILES = sorted((ROOT / "lib").rglob("*.py"))
@@ -84,6 +89,21 @@ def test_the_ground_floor_imports_torch_nowhere_at_the_top(name):
     top = [n for n in bodies if isinstance(n, ast.Import | ast.ImportFrom)]
     assert files
     assert not [i for node in top for i in imports(node) if i.split(".")[0] in ("torch", "transformers")]
+
+
+def test_the_processes_are_known_without_torch_and_numpy():
+    """The command line asks who this process is, and must answer --help at once."""
+    body = ast.parse((ROOT / "lib" / "engine" / "processes.py").read_text()).body
+    top = {i for n in body if isinstance(n, ast.Import | ast.ImportFrom) for i in imports(n)}
+    assert not {i.split(".")[0] for i in top} & {"torch", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, *sorted(ROOT.glob("0*.py"))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_the_engine_alone_knows_torch_distributed(path):
+    if room(path) != "engine" if path.is_relative_to(ROOT / "lib") else True:
+        assert not [i for i in imports(ast.parse(path.read_text())) if i.startswith("torch.distributed")]
 
 
 @pytest.mark.parametrize(

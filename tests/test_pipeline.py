@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import durable, schema
-from lib.config import load_config
+from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.runs import STAGES, RunArgs, inspect, load_manifest, validate_manifest
 from tests.conftest import run_stages
@@ -24,21 +26,29 @@ def manifests(quick_run) -> dict[str, dict]:
     return {name: m for name, m in found.items() if m is not None}
 
 
-def test_every_stage_has_a_manifest_that_keeps_to_the_schema(manifests):
-    for name, manifest in manifests.items():
+@pytest.fixture(scope="module")
+def with_models(quick_run, quick_config, manifests) -> dict[str, dict]:
+    """The manifests of all stages, and those of the models of stage 04."""
+    units = {f"04_train/{name}": load_manifest(quick_run / "04_train" / name) for name in quick_config.models}
+    assert all(units.values())
+    return manifests | {name: m for name, m in units.items() if m is not None}
+
+
+def test_every_stage_has_a_manifest_that_keeps_to_the_schema(with_models):
+    for name, manifest in with_models.items():
         validate_manifest(manifest)
         assert manifest["stage"] == name and manifest["quick_test"] is True
 
 
-def test_the_hashes_of_outputs_and_inputs_form_a_chain(quick_run, manifests):
-    for name, manifest in manifests.items():
+def test_the_hashes_of_outputs_and_inputs_form_a_chain(quick_run, with_models):
+    for name, manifest in with_models.items():
         for output in manifest["outputs"].values():
             path = quick_run / name / output["path"]
             actual = durable.sha256_folder(path) if path.is_dir() else durable.sha256_file(path)
             assert actual == output["sha256"], path
         for key, record in manifest["inputs"].items():
             if "stage" in record:
-                source = manifests[record["stage"]]["outputs"][key.partition("/")[2]]
+                source = with_models[record["stage"]]["outputs"][key.removeprefix(f"{record['stage']}/")]
                 assert record["sha256"] == source["sha256"]
 
 
@@ -164,6 +174,26 @@ def test_mode_trains_only_its_models(copied, quick_config):
     assert load_manifest(run_dir / "04_train") is None
 
 
+@pytest.mark.slow
+def test_two_processes_train_two_models_at_once_and_a_third_ends_the_stage_with_the_same_bits(
+    copied, manifests
+):
+    run_dir = copied()
+    for folder in ("04_train", "05_train_critic", "06_sample"):
+        shutil.rmtree(run_dir / folder)
+    command = [sys.executable, "04_train.py", "--quick_test", "--run_dir", str(run_dir)]
+    together = [
+        subprocess.Popen([*command, "--only", name], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for name in ("reference_lm", "ar_baseline")
+    ]
+    said = [process.communicate(timeout=300)[1] for process in together]
+    assert [process.returncode for process in together] == [0, 0], said
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert last.returncode == 0 and last.stderr.count("is up to date") == 2, last.stderr
+    found = load_manifest(run_dir / "04_train")
+    assert found is not None and found["outputs"] == manifests["04_train"]["outputs"]
+
+
 def test_no_text_is_in_two_splits(quick_run):
     rows = pq.read_table(quick_run / "01_prepare_dataset" / "examples.parquet").to_pylist()
     splits: dict[str, set] = {}
@@ -259,9 +289,12 @@ def test_cross_fitting_trains_a_generator_per_fold_that_never_saw_the_fold(tmp_p
     real = generators.train_model
 
     def spy(name, spec, stage_inputs, folder, start):
-        learned[name] = set(stage_inputs.examples("train")["group"].to_pylist())
-        for split in ("train", "selection", "held_out"):
-            assert set(stage_inputs.examples(split)["split"].to_pylist()) == {split}
+        text = stage_inputs.text("train")
+        spans = zip(text.document_starts, text.document_ends, strict=True)
+        tokens = np.concatenate([np.arange(start, end) for start, end in spans])
+        runs = np.searchsorted(text.group_starts, tokens, side="right") - 1
+        names = list(text.group_names())
+        learned[name] = {names[run] for run in np.unique(runs)}
         return real(name, spec, stage_inputs, folder, start)
 
     monkeypatch.setattr(generators, "train_model", spy)
@@ -304,7 +337,10 @@ def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, q
 
     file = pq.ParquetFile(quick_run / "01_prepare_dataset" / "examples.parquet")
     tokenizer = load_tokenizer(quick_run / "01_prepare_dataset" / "tokenizer")
-    stage: Any = SimpleNamespace(batches=lambda *_: file.iter_batches())
+    stage: Any = SimpleNamespace(
+        has_output=lambda stage, name: True,
+        folder_of=lambda stage, name: quick_run / stage / name,
+    )
     made = critic_objective(stage, quick_config, context("critic"), tokenizer, 64).diffusion.splits
     rows = file.read().to_pylist()
     for split, windows in (
@@ -312,9 +348,16 @@ def test_the_critic_is_chosen_and_calibrated_on_the_selection_split(quick_run, q
         ("selection", made.selection),
         ("held_out", made.held_out),
     ):
-        assert windows.ids.tolist() == [i for r in rows if r["split"] == split for i in r["token_ids"]]
+        assert windows.text.tokens.tolist() == [
+            i for r in rows if r["split"] == split for i in r["token_ids"]
+        ]
     of_example = [r["group"] for r in rows if r["split"] == "held_out"]
-    assert made.groups.tolist() == [of_example[i] for i in made.held_out.owner]
+    every = np.arange(made.held_out.count)
+    first, _ = made.held_out.spans(every, np.zeros(len(every)))
+    owner = np.searchsorted(made.held_out.text.examples, first, side="right") - 1
+    names = [of_example[i] for i in owner]
+    pairs = set(zip(made.groups[every].tolist(), names, strict=True))
+    assert len(pairs) == len(set(names)) == len({label for label, _ in pairs}) > 1
 
 
 def kill_once(monkeypatch, objective, at: int) -> None:

@@ -90,7 +90,7 @@ def test_plain_cross_entropy_is_trained_whatever_the_ranker_s_loss_and_the_best_
 
     def train(model, objective, context, folder, save) -> Result:
         caught.update(objective=objective, settings=context.settings, folder=folder)
-        return Result(3, 2, {}, 0.0, 0.0, {})
+        return Result(3, 2, {}, {}, {})
 
     monkeypatch.setattr(policy, "train", train)
     monkeypatch.setattr(policy, "load_ranker", lambda path, learning=False: (Ranker(path), tokenizer))

@@ -1,12 +1,8 @@
-"""One training in several processes: the same bits as in one, also when processes are killed.
+"""One training in several processes: the same bits as in one.
 
 The processes are forked by `tests/processes.py`, which sets the variables of a launcher. One test uses torchrun itself.
 """
 
-import json
-import os
-import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,118 +10,63 @@ from pathlib import Path
 import pytest
 
 from lib.config import ROOT
+from tests.process_runs import (
+    FINQA,
+    SIZES,
+    TEXT,
+    assert_equal,
+    copy_of,
+    environment,
+    first_stages,
+    results,
+    run_jobs,
+)
 
 pytestmark = pytest.mark.slow
 
-PARTS = 4
-SIZES = (1, 2, 4)
-SMALL = [
-    "--quick_test", "--set", f"training.parts={PARTS}", "--set", "training.steps=4", "--set", "training.evaluate_every=2",
-    "--set", "training.checkpoint_every=1", "--set", "training.evaluation_examples=32",
-]  # fmt: skip
-TEXT = [*SMALL, "--set", "critic.training.steps=3"]
-for _model in ("generator", "reference_lm", "ar_baseline", "inspector", "judge", "ranker"):
-    TEXT += ["--set", f"models.{_model}.training.steps=3"]
-TEXT += [
-    "--set", "models.generator.modifiers={label_smoothing: 0.1, entropy: {}, mask_ratio: {power: 0.3, min_weight: 0.1, "
-    "max_weight: 5.0}}", "--set", "models.inspector.class_weighting=dynamic", "--set", "architecture.dropout=0.1",
-]  # fmt: skip
-FINQA = [
-    "--config", "configs/finqa.yaml", *SMALL, "--set", "models.ranker.training.steps=3",
-    "--set", "models.ranker_blind.training.steps=2", "--set", "critic.training.steps=4",
-]  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def run_jobs(folder: Path, jobs: list[dict]) -> list[dict]:
-    """The jobs one after the other, in one process that has imported torch."""
-    file = folder / f"jobs_{len(list(folder.glob('jobs_*')))}.json"
-    file.write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.processes", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def first_stages(run: Path, flags: list[str]) -> Path:
-    """A run with the stages 00 to 03."""
-    for name in ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards"):
-        command = [sys.executable, f"{name}.py", *flags, "--run_dir", str(run)]
-        subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
-    return run
-
-
-def copy_of(run: Path, name: str) -> Path:
-    copy = run.with_name(name)
-    shutil.copytree(run, copy)
-    return copy
-
-
-def results(run: Path) -> dict[str, bytes]:
-    """What must not depend on the processes: weights, metrics, and the best steps and figures of the manifests."""
-    found = {}
-    for path in sorted(run.rglob("*")):
-        stage = path.relative_to(run).parts[0]
-        if stage not in ("04_train", "05_train_critic") or "checkpoint" in path.parts:
-            continue
-        if (
-            path.name in ("metrics.jsonl", "training_manifest.json", "calibration.json")
-            or path.suffix == ".safetensors"
-        ):
-            found[str(path.relative_to(run))] = path.read_bytes()
-    for name in ("04_train", "05_train_critic"):
-        manifest = json.loads((run / name / "manifest.json").read_text(encoding="utf-8"))
-        found[f"{name} stats"] = json.dumps(manifest["stats"], sort_keys=True).encode()
-    return found
-
-
-def assert_equal(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if found[name] != wanted[name]] == []
-
-
 KINDS = {"text": TEXT, "finqa": FINQA, "decoupled": [*TEXT, "--set", "critic.coupling=decoupled"]}
+SIZES_OF = {  # (kind, precision) -> numbers of processes
+    ("text", "fp32"): SIZES,
+    ("finqa", "fp32"): SIZES,
+    ("text", "bf16"): (1, 4),
+    ("finqa", "bf16"): (1, 4),
+    ("decoupled", "fp32"): (1, 4),
+}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """(kind, precision) -> a run with the stages before training."""
-    folder, runs = tmp_path_factory.mktemp("processes"), {}
-    for precision in ("fp32", "bf16"):
-        for kind in ("text", "finqa"):
-            given = [*KINDS[kind], "--set", f"precision={precision}"]
-            runs[kind, precision] = first_stages(folder / f"{kind}_{precision}", given)
-        runs["decoupled", precision] = runs["text", precision]
-    return runs
+    keys = {f"{kind}_{precision}": (kind, precision) for kind, precision in SIZES_OF if kind != "decoupled"}
+    flags = {
+        run: [*KINDS[kind], "--set", f"precision={precision}"] for run, (kind, precision) in keys.items()
+    }
+    made = first_stages(tmp_path_factory.mktemp("processes"), flags)
+    runs = {keys[run]: path for run, path in made.items()}
+    return runs | {("decoupled", "fp32"): runs["text", "fp32"]}
 
 
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory) -> dict[tuple[str, str, int], Path]:
     """(kind, precision, number of processes) -> the run after the stages 04 and 05."""
     jobs, runs = [], {}
-    for kind, flags in KINDS.items():
-        for precision in ("fp32", "bf16") if kind != "decoupled" else ("fp32",):
-            for size in SIZES:
-                run = copy_of(prepared[kind, precision], f"{kind}_{precision}_{size}")
-                runs[kind, precision, size] = run
-                given = [*flags, "--set", f"precision={precision}", "--run_dir", str(run)]
-                jobs += [
-                    {"size": size, "argv": [script, *given]}
-                    for script in ("04_train.py", "05_train_critic.py")
-                ]
-    for job, done in zip(jobs, run_jobs(tmp_path_factory.mktemp("jobs"), jobs), strict=True):
+    for (kind, precision), sizes in SIZES_OF.items():
+        for size in sizes:
+            run = runs[kind, precision, size] = copy_of(
+                prepared[kind, precision], f"{kind}_{precision}_{size}"
+            )
+            given = [*KINDS[kind], "--set", f"precision={precision}", "--run_dir", str(run)]
+            scripts = ("04_train.py", "05_train_critic.py")
+            jobs += [{"size": size, "argv": [script, *given]} for script in scripts]
+    for job, done in zip(jobs, run_jobs(jobs), strict=True):
         assert done["codes"] == [0] * job["size"], done["errors"]
     return runs
 
 
-@pytest.mark.parametrize("size", SIZES[1:])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, precision, size", [(*key, size) for key, sizes in SIZES_OF.items() for size in sizes[1:]]
+)
 def test_several_processes_give_the_bits_of_one(trained, kind, precision, size):
-    if (kind, precision, size) not in trained:
-        pytest.skip("the critic alone is trained in fp32")
     assert_equal(results(trained[kind, precision, size]), results(trained[kind, precision, 1]))
 
 
@@ -145,45 +86,11 @@ def test_every_mode_was_trained(trained):
     assert "05_train_critic/calibration.json" in names
 
 
-def test_a_killed_training_continues_in_any_number_of_processes(trained, prepared, tmp_path):
-    """Random processes are killed at random moments; each attempt has another number of processes."""
-    random.seed(5)
-    flags = [*TEXT, "--set", "precision=fp32"]
-    [plain] = run_jobs(tmp_path, [{"size": 1, "argv": ["04_train.py", *flags, "--run_dir",
-                                                       str(copy_of(prepared["text", "fp32"], "timed"))]}])  # fmt: skip
-    kills = 0
-    for attempt in range(20):
-        run = copy_of(prepared["text", "fp32"], f"killed_{attempt}")
-        argv = ["04_train.py", *flags, "--run_dir", str(run)]
-        jobs = []
-        for _ in range(3):
-            size = random.choice(SIZES)
-            after = random.uniform(0.05, 1.0) * plain["seconds"]
-            jobs.append(
-                {"size": size, "argv": argv, "kill": {"rank": random.randrange(size), "after": after}}
-            )
-        jobs.append({"size": random.choice(SIZES), "argv": argv})
-        done = run_jobs(tmp_path, jobs)
-        killed = [job for job in done if -9 in job["codes"]]
-        assert all(0 not in job["codes"] for job in killed), (
-            "some process did not notice that another was killed"
-        )
-        assert set(done[-1]["codes"]) == {0}, done[-1]["errors"]
-        kills += len(killed)
-        of_run = {name: data for name, data in results_of_04(run).items()}
-        assert_equal(of_run, results_of_04(trained["text", "fp32", 1]))
-        shutil.rmtree(run)
-        if kills >= 20:
-            break
-    assert kills >= 20
-
-
-def results_of_04(run: Path) -> dict[str, bytes]:
-    manifest = json.loads((run / "04_train" / "manifest.json").read_text(encoding="utf-8"))
-    stats = {"stats": json.dumps(manifest["stats"], sort_keys=True).encode()}
-    files = [p for p in sorted((run / "04_train").rglob("*")) if "checkpoint" not in p.parts]
-    return stats | {
-        str(p.relative_to(run)): p.read_bytes()
-        for p in files
-        if p.suffix == ".safetensors" or p.name in ("metrics.jsonl", "training_manifest.json")
-    }
+def test_torchrun_starts_the_processes(trained, prepared):
+    run = copy_of(prepared["text", "fp32"], "torchrun")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "04_train.py", *TEXT, "--set", "precision=fp32", "--run_dir", str(run)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("04_train/generator: starting") == 1  # one process speaks
+    assert_equal(results(run, ("04_train",)), results(trained["text", "fp32", 1], ("04_train",)))

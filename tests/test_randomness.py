@@ -120,3 +120,86 @@ def test_no_two_draws_have_one_purpose():
     assert len(places) > 50
     twice = {p: where for p, where in places.items() if len(where) > 1 and p not in TWICE}
     assert not twice
+
+
+# ------------------------------------------------------------------------------- permutations of many samples
+
+
+def sorted_order(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
+    """The permutation of up to 10^7 samples as it has always been: the order of one draw per sample."""
+    draws = randomness.bits(randomness.key(seed, purpose, epoch), np.arange(count), 1)[:, 0]
+    return np.argsort(draws, kind="stable")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000, 2**16, 2**16 + 1, 200_003])
+def test_a_permutation_that_fits_in_memory_is_the_order_of_its_draws(count):
+    expected = sorted_order(4, "order", 7, count)
+    found = randomness.permutation(4, "order", 7, count)
+    assert found.dtype == np.int64 and np.array_equal(found, expected)
+    index = np.arange(count)[:: max(1, count // 5)]
+    assert np.array_equal(randomness.Permutation(4, "order", 7, count)[index], expected[index])
+    assert np.array_equal(randomness.sample(4, "s", count, 10), np.sort(sorted_order(4, "s", 0, count)[:10]))
+
+
+@pytest.mark.parametrize("draw_key", [0, 1, 2**64 - 1])
+def test_the_feistel_network_visits_every_sample_once(draw_key):
+    """All counts up to 300, and those around powers of two and four: every value occurs exactly once."""
+    powers = [2**k + d for k in range(9, 18) for d in (-1, 0, 1)]
+    for count in [*range(1, 301), *powers]:
+        found = randomness.feistel(draw_key, count, np.arange(count))
+        assert np.array_equal(np.sort(found), np.arange(count)), count
+
+
+def test_the_feistel_network_answers_position_by_position():
+    count = 12_345_678_901
+    index = np.array([[0, 1], [count - 1, 2**31 + 5]])
+    found = randomness.feistel(9, count, index)
+    assert found.shape == (2, 2) and ((found >= 0) & (found < count)).all()
+    assert all(randomness.feistel(9, count, index[i, j]) == found[i, j] for i in (0, 1) for j in (0, 1))
+    for wrong in (-1, count):
+        with pytest.raises(IndexError, match="of a permutation of 12345678901 samples"):
+            randomness.feistel(9, count, np.array([wrong]))
+
+
+def test_values_of_the_feistel_network_are_uniform_and_independent():
+    """Over 4,000 keys: the value of a position, the pair of two positions, and the distance of neighbours."""
+    from scipy.stats import chisquare
+
+    count, keys = 12, 4000
+    values = np.array(
+        [randomness.feistel(k * 7919 + 1, count, np.arange(count)) for k in range(keys)]
+    )  # (keys, 12)
+    for position in range(count):
+        assert chisquare(np.bincount(values[:, position], minlength=count)).pvalue > 1e-5
+    for one, other in ((0, 1), (3, 11), (5, 6)):
+        pairs = np.bincount(values[:, one] * count + values[:, other], minlength=count**2).reshape(
+            count, count
+        )
+        assert not np.diag(pairs).any()
+        assert chisquare(pairs[~np.eye(count, dtype=bool)]).pvalue > 1e-5
+
+
+def test_one_long_order_looks_random():
+    """Values of consecutive positions: evenly spread, without serial correlation, and unlike those of another epoch."""
+    from scipy.stats import chisquare
+
+    count = 3 * 10**8
+    index = np.arange(100_000)
+    first, second = (randomness.Permutation(2, "order", epoch, count)[index] for epoch in (0, 1))
+    assert len(np.unique(first)) == len(index)
+    for values in (first, second):
+        assert chisquare(np.bincount(values * 100 // count, minlength=100)).pvalue > 1e-5
+        assert chisquare(np.bincount(values % 97, minlength=97)).pvalue > 1e-5
+        for lag in (1, 2, 64):
+            assert abs(np.corrcoef(values[:-lag], values[lag:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
+
+
+def test_long_permutations_hold_no_array():
+    import tracemalloc
+
+    tracemalloc.start()
+    order = randomness.Permutation(1, "order", 0, randomness.MAX_SORTED + 1)
+    order[np.arange(64)]
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()

@@ -145,7 +145,7 @@ def critic_of(tampered: str | None) -> TokenCritic:
     parts = splits()
     if tampered is not None:
         other = windows().tiled()
-        other.ids = np.roll(other.ids, 7)[::-1].copy()
+        other.text = replace(other.text, tokens=np.roll(other.ids, 7)[::-1].copy())
         parts = replace(parts, **{tampered: other})
     made = context("critic", batch_size=8, evaluation_examples=8)
     diffusion = MaskedDiffusion(made, parts, config.diffusion, TOKENS)
@@ -299,6 +299,9 @@ class ByTable:
 
     def scores(self, model, table, which, **_):
         return torch.tensor([[2.0, 0.0]]).repeat(len(which), 1)
+
+    def evaluation_pools(self, model, table):
+        return 4
 
     def all_scores(self, model, table, **_):
         return np.tile([2.0, 0.0], (len(table), 1))

@@ -120,7 +120,7 @@ def test_names_and_texts_that_utf8_cannot_hold_become_something_that_it_can(tmp_
     (tmp_path / "b.jsonl").write_bytes(b'{"\\ud800": 1}\n{"text": "' + b"words " * 9 + b'\\ud800 end"}\n')
     documents, problems = checked(tmp_path)
     for value in [v for item in (*documents, *problems) for v in vars(item).values()]:
-        value.encode("utf-8")
+        str(value).encode("utf-8")
     assert documents[0].content.endswith("words \ufffd end")
 
 
@@ -150,14 +150,14 @@ def test_unreadable_files_are_named_beside_other_problems(tmp_path, monkeypatch)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(PROSE.format(name) * 2000)
     (tmp_path / "c.jsonl").write_text("{oops\n")
-    read_bytes = decoding.read_bytes
+    first_bytes = decoding.first_bytes
 
-    def refuse(path):
+    def refuse(path, count):
         if path.name == "a.txt":
             raise PermissionError(13, "Permission denied")
-        return read_bytes(path)
+        return first_bytes(path, count)
 
-    monkeypatch.setattr("lib.tasks.text.raw.read_bytes", refuse)
+    monkeypatch.setattr("lib.user_files.decoding.first_bytes", refuse)
     documents, problems = checked(tmp_path)
     assert sorted(p.kind for p in problems) == ["not JSON", "unreadable"] and len(documents) == 1
 
@@ -171,10 +171,10 @@ def test_squeezing_equals_its_plain_meaning(text):
 def test_the_digest_of_a_text_ignores_white_space(monkeypatch):
     module = sys.modules["lib.tasks.text.check"]
     text = "one two\n\nthree  four five\n" * 50
-    whole = module.text_digest(text)
-    assert whole[1] == len(" ".join(text.split())) and module.text_digest(text.replace(" ", "  ")) == whole
+    whole = module.text_digest([text])
+    assert whole[1] == len(" ".join(text.split())) and module.text_digest([text.replace(" ", "  ")]) == whole
     monkeypatch.setattr(module, "_CHUNK", 7)
-    assert module.text_digest(text) == whole
+    assert module.text_digest([text]) == whole
 
 
 @pytest.mark.parametrize("name", ["nothing.txt", "folder", "a.docx", "a.txt.xz"])

@@ -5,15 +5,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadConfig
 from lib.sections.models import ModelSpec
 from lib.shards import generator_names
 from lib.tasks import cross_fit_fold
-from lib.training.data import select_split
-from lib.training.stage_inputs import SELECTION, StageInputs
+from lib.token_store import TokenStore
+from lib.training.stage_inputs import SELECTION, StageInputs, open_text
 from lib.training.train_model import train_model
 
 
@@ -46,17 +45,12 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
         mode="language_model", architecture=config.generator.architecture, training=config.generator.training
     )
     folds = config.candidates.cross_fit_folds
-    table = {
-        split: select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
-        for split in ("train", SELECTION, "held_out")
-    }
-    fold_of = [cross_fit_fold(config.seed, g, folds) for g in table["train"]["group"].to_pylist()]
+    texts = {split: open_text(stage, split) for split in ("train", SELECTION, "held_out")}
     folders = []
     for fold, name in enumerate(generator_names(config)):
-        kept = without_fold(table["train"], [folds > 1 and f == fold for f in fold_of])
-        examples = table | {"train": kept}
+        kept = texts["train"] if folds == 1 else without_fold(texts["train"], config.seed, fold, folds)
         stage_inputs = StageInputs(
-            config, tokenizer, runtime, examples.__getitem__, lambda split: table[split].slice(0, 0)
+            config, tokenizer, runtime, _no_table, _no_table, open_text=(texts | {"train": kept}).__getitem__
         )
         record = train_model(name, spec, stage_inputs, stage.folder / name, start=None)
         folder = stage.folder / name / "best_model"
@@ -71,9 +65,11 @@ def train_generators(stage: Stage, config: Config, runtime, tokenizer) -> list[P
     return folders
 
 
-def without_fold(table, left_out: list[bool]):
-    """The rows that are not left out. A row whose predecessor is removed no longer continues it."""
-    keep = ~np.asarray(left_out)
-    continues = table["continues"].to_numpy(zero_copy_only=False) & np.append(False, keep[:-1])
-    index = table.column_names.index("continues")
-    return table.set_column(index, table.schema.field(index), pa.array(continues)).filter(pa.array(keep))
+def without_fold(text: TokenStore, seed: int, fold: int, folds: int) -> TokenStore:
+    """The text without the groups of a fold. A document is cut where a group is left out."""
+    in_fold = (cross_fit_fold(seed, group, folds) == fold for group in text.group_names())
+    return text.without(np.fromiter(in_fold, bool))
+
+
+def _no_table(split: str) -> pa.Table:
+    raise AssertionError(f"a generator reads no table, but asked for split '{split}'")

@@ -4,20 +4,17 @@ One process makes all candidates of a group of examples, from random draws that 
 useful where one process does not use all cores: small models on many cores.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
 import torch
 
 from lib.config import Config
+from lib.processes import map_in_order
 from lib.runtime import Runtime
 from lib.tasks import CandidateContext, Dropped, get_task
-
-MAX_PENDING = 2  # groups per process that are being made or wait to be written; it limits memory
 
 _context: CandidateContext | None = None  # in a worker process
 
@@ -27,16 +24,9 @@ def made_by_processes(
 ) -> Iterator[tuple[int, pa.Table, list[Dropped], Counter[str]]]:
     """(number of examples, candidates, examples left out, counts) of every group, in order."""
     threads = max(1, torch.get_num_threads() // processes)
-    arguments = (config, tokenizer, engines, threads)
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, arguments) as pool:
-        waiting: deque = deque()
-        for group in groups:
-            waiting.append((group.num_rows, pool.submit(_make, group)))
-            if len(waiting) >= MAX_PENDING * processes:
-                count, future = waiting.popleft()
-                yield count, *future.result()
-        for count, future in waiting:
-            yield count, *future.result()
+    begin = (_begin, (config, tokenizer, engines, threads))
+    for group, made in map_in_order(_make, groups, processes, begin=begin):
+        yield group.num_rows, *made
 
 
 def _begin(config: Config, tokenizer: Path, engines: list[Path], threads: int) -> None:

@@ -13,6 +13,7 @@ from lib.runs import load_manifest
 from lib.shards import ShardStore, cut_of
 from lib.tasks import CandidateContext, get_task
 from lib.training.data import Rows
+from lib.training.model_plans import STAGE, unit_of
 
 
 def at_epoch(config: Config, epoch: int) -> Config:
@@ -71,8 +72,14 @@ class Producer:
         self.store.write(number, candidates, reward_table(candidates, reward, terms), facts)
 
 
-def has_streamed(run_dir: Path) -> bool:
-    """Whether stage 04 is complete and learned from shards. False while --overwrite makes it again."""
-    folder = run_dir / "04_train"
+def has_streamed(run_dir: Path, config: Config) -> bool:
+    """Whether all models that learn from shards are trained. False while --overwrite makes one of them again."""
+    names = [name for name, spec in config.models.items() if spec.learns_from_shards]
+    return not durable.beside(run_dir / STAGE, durable.NEW).exists() and all(
+        _has_streamed(run_dir / unit_of(name)) for name in names
+    )
+
+
+def _has_streamed(folder: Path) -> bool:
     manifest = load_manifest(folder) if not durable.beside(folder, durable.NEW).exists() else None
     return manifest is not None and manifest["config"].get("stream", {}).get("enabled", False)

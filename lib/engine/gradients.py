@@ -12,19 +12,20 @@ depends on W.
 """
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.engine.processes import Processes, exchange
+from lib.engine.processes import ALL_GATHER, Processes, exchange
 
 Node = TypeVar("Node")
+_TORCH: Any = torch  # operations on lists of tensors have no type stubs
 Gradients = list[Tensor | None]  # None: the parameter took no part in the loss
 
 
-class PairwiseSum:
+class PairwiseSum(Generic[Node]):
     """The sum of nodes that arrive one by one, in a fixed binary tree.
 
     It is held as the sums of complete subtrees, whose sizes are different powers of two. So N nodes need the memory of
@@ -53,7 +54,7 @@ class PairwiseSum:
 
 def pairwise_sum(nodes: Iterable[Node], add: Callable[[Node, Node], Node]) -> Node:
     """The sum of at least one node, in the tree of `PairwiseSum`."""
-    found = PairwiseSum(add)
+    found: PairwiseSum[Node] = PairwiseSum(add)
     for node in nodes:
         found.push(node)
     return found.total()
@@ -73,7 +74,7 @@ class GradientSum:
     def __init__(self, parameters: Iterable[nn.Parameter], parts: int, processes: Processes):
         self.parameters = list(parameters)
         self.parts, self.processes = parts, processes
-        self._sum = PairwiseSum(_add)
+        self._sum: PairwiseSum[Gradients] = PairwiseSum(_add)
 
     def push(self) -> None:
         """Take the gradients of a part, after its backward pass."""
@@ -92,21 +93,22 @@ class GradientSum:
             for p, gradient in zip(self.parameters, total, strict=True):
                 p.grad = gradient
         if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+            _TORCH._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
 
 
 def _add(left: Gradients, right: Gradients) -> Gradients:
     """left + right, into the memory of `left`."""
     both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
     if both:
-        torch._foreach_add_([a for a, _ in both], [b for _, b in both])
+        _TORCH._foreach_add_([a for a, _ in both], [b for _, b in both])
     return [b if a is None else a for a, b in zip(left, right, strict=True)]
 
 
 def _across(own: Gradients, parameters: list[nn.Parameter], processes: Processes) -> Gradients:
     """The sum of all processes' gradients, the same bits in each of them."""
     # 1. Parameters that have a gradient in some process. In the others theirs is 0, which changes no sum
-    present = processes.gather(np.array([g is not None for g in own], np.float64)).any(0)
+    own_flags = np.array([g is not None for g in own], np.float64)
+    present: list[bool] = [bool(flag) for flag in processes.all_gather(own_flags).max(0)]
     kept = [
         torch.zeros_like(p) if g is None else g
         for g, p, some in zip(own, parameters, present, strict=True)
@@ -131,5 +133,5 @@ def _sum_flat(own: Tensor, size: int) -> Tensor:
     exchange("all_to_all_single", received, padded)
     piece = pairwise_sum(received.view(size, -1).unbind(), torch.Tensor.add_)
     found = torch.empty_like(padded)
-    exchange("all_gather_into_tensor", found, piece.contiguous())
+    exchange(ALL_GATHER, found, piece.contiguous())
     return found[:count]

@@ -55,7 +55,7 @@ class Parts:
         """
         names = list(values[0])
         own = np.array([[part[name] for name in names] for part in values], np.float64)  # (parts, names)
-        every = self.processes.gather(own.reshape(-1)).reshape(self.count, len(names))
+        every = self.processes.all_gather(own.reshape(-1)).reshape(self.count, len(names))
         return dict(zip(names, pairwise_sum(every, add).tolist(), strict=True))
 
 

@@ -3,25 +3,31 @@
 A launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process. Without WORLD_SIZE there is one
 process, and nothing here imports torch. Process 0 is the main process: it alone writes files and messages.
 
-All processes run the same code on the same inputs. They exchange gradients (`gradients.py`), numbers (`gather`),
+All processes run the same code on the same inputs. They exchange gradients (`gradients.py`), numbers (`all_gather`),
 results of an evaluation (`share`) and decisions of the main process (`from_main`).
 """
 
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.errors import BadConfig, Busy, ProcessLost
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Item = TypeVar("Item")
-Arrays = tuple[np.ndarray, ...]
+Arrays = tuple["np.ndarray", ...]
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_FAILURE = "remask/failure"  # in the store that the processes share
+ALL_GATHER = "all_gather_single"
+OLDER_NAMES = {ALL_GATHER: "all_gather_into_tensor"}  # before torch 2.13
+# Keys of the store that the processes share
+_FAILED = "remask/failed"  # number of processes
+_FAILURE = "remask/failure"  # the first message
 
 
 class Processes:
@@ -61,15 +67,17 @@ class Processes:
 
     # ------------------------------------------------------------------ exchange
 
-    def gather(self, values: np.ndarray) -> np.ndarray:
+    def all_gather(self, values: "np.ndarray") -> "np.ndarray":
         """(size, N) float64: the (N,) numbers of every process, in the order of their ranks."""
+        import numpy as np
+
         values = np.ascontiguousarray(values, np.float64)
         if self.size == 1:
             return values[None]
         import torch
 
         found = torch.empty(self.size * len(values), dtype=torch.float64)
-        exchange("all_gather_into_tensor", found, torch.from_numpy(values))
+        exchange(ALL_GATHER, found, torch.from_numpy(values))
         return found.numpy().reshape(self.size, -1)
 
     def from_main(self, value: Any) -> Any:
@@ -89,18 +97,22 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait until every process is here, such as before files are read that process 0 wrote."""
-        self.gather(np.zeros(1))
+        if self.size > 1:
+            import numpy as np
+
+            self.all_gather(np.zeros(1))
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
+        import numpy as np
         import torch
 
-        lengths = self.gather(np.array([len(data)]))[:, 0].astype(np.int64)
+        lengths = self.all_gather(np.array([len(data)]))[:, 0].astype(np.int64)
         width = int(lengths.max())
         own = torch.zeros(width, dtype=torch.uint8)
         if data:
             own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         found = torch.empty(self.size * width, dtype=torch.uint8)
-        exchange("all_gather_into_tensor", found, own)
+        exchange(ALL_GATHER, found, own)
         rows = found.numpy().reshape(self.size, width)
         return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
@@ -123,15 +135,25 @@ class Processes:
             return True
         import torch.distributed as dist
 
+        own = f"{self.rank}: "
         try:
             store = dist.distributed_c10d._get_default_store()
-            return (
-                store.compare_set(_FAILURE, "", f"{self.rank}: {message}")
-                .decode()
-                .startswith(f"{self.rank}: ")
-            )
+            store.add(_FAILED, 1)
+            return store.compare_set(_FAILURE, "", own + message).decode().startswith(own)
         except Exception:  # process 0 held the store, and is gone; it may have been killed without a message
             return self.rank == 1
+
+    def wait_for_failures(self, seconds: float) -> None:
+        """Wait until all processes have failed, `seconds` at most, so that they learn which of them has reported it."""
+        import torch.distributed as dist
+
+        end = time.monotonic() + seconds
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            while time.monotonic() < end and store.add(_FAILED, 0) < self.size:
+                time.sleep(0.05)
+        except Exception:  # process 0 held the store, and is gone
+            return
 
 
 _current = Processes()
@@ -202,8 +224,9 @@ def exchange(name: str, *arguments: Any) -> Any:
     """A collective operation of torch.distributed. Raises ProcessLost if another process has ended."""
     import torch.distributed as dist
 
+    operation = getattr(dist, name if hasattr(dist, name) else OLDER_NAMES[name])
     try:
-        return getattr(dist, name)(*arguments)
+        return operation(*arguments)
     except RuntimeError as error:
         text = str(error)
         reason = "connection closed" if "closed by peer" in text else " ".join(text.split())[:200]
@@ -215,6 +238,8 @@ def exchange(name: str, *arguments: Any) -> Any:
 
 def _pack(results: list[Arrays]) -> bytes:
     """Tuples of arrays as bytes. numpy's own format holds their types and shapes, and runs no code when read."""
+    import numpy as np
+
     buffer = io.BytesIO()
     for arrays in results:
         buffer.write(len(arrays).to_bytes(4, "little"))
@@ -224,6 +249,8 @@ def _pack(results: list[Arrays]) -> bytes:
 
 
 def _unpack(data: bytes) -> list[Arrays]:
+    import numpy as np
+
     buffer, results = io.BytesIO(data), []
     while buffer.tell() < len(data):
         count = int.from_bytes(buffer.read(4), "little")

@@ -13,7 +13,10 @@ from lib.evaluation.sampling import SamplingResults
 from lib.report.data import RankedPool, RankingReportData, ReportData
 from lib.runs import STAGES, load_manifest
 from lib.tasks import get_task
+from lib.training.model_plans import STAGE as TRAIN
+from lib.training.model_plans import trained_models
 from lib.training.policy import METHODS
+from lib.units_summary import describe_units, stats_of
 
 DETAILED = METHODS[0]  # the policy whose pools the ranking report shows
 
@@ -35,7 +38,7 @@ def collect_samples(
     return ReportData(
         run=stage.run_dir.name,
         settings=settings,
-        manifests=_manifests(stage),
+        manifests=_manifests(stage, config),
         curves=curves,
         results=evaluator.results,
         policies=results.policies,
@@ -70,20 +73,19 @@ def collect_ranking(stage: Stage, config: Config, evaluator: RankingEvaluator) -
         f"pools of {table.present.shape[1]}; details: {DETAILED}; seed {config.seed}"
     )
     curves = {
-        ranker.name: _lines(stage.run_dir / ranker.stage / ranker.name / "metrics.jsonl")
+        ranker.name: _lines(stage.folder_of(ranker.stage, ranker.output).parent / "metrics.jsonl")
         for ranker in evaluator.rankers()
     }
     return RankingReportData(
         run=stage.run_dir.name,
         settings=settings,
-        results=[
-            row for name in ("04_train", "05_train_critic") for row in stage.upstream_stats(name)["table"]
-        ],
+        results=stats_of(trained_models(stage, config))["table"]
+        + stage.upstream_stats("05_train_critic")["table"],
         models=evaluator.summary(split),
         breakdowns=breakdowns,
         curves=curves,
         pools=[_pool(evaluator, split, n) for n in range(len(table))],
-        manifests=_manifests(stage),
+        manifests=_manifests(stage, config),
     )
 
 
@@ -102,10 +104,15 @@ def _pool(evaluator: RankingEvaluator, split: str, n: int) -> RankedPool:
     )
 
 
-def _manifests(stage: Stage) -> dict[str, dict]:
-    """Those of the stages before: the manifest of this stage is of the outputs that --overwrite replaces."""
-    before = [name for name in STAGES if name != stage.name]
-    return {name: m for name in before if (m := load_manifest(stage.run_dir / name)) is not None}
+def _manifests(stage: Stage, config: Config) -> dict[str, dict]:
+    """Those of the stages before: the manifest of this stage is of the outputs that --overwrite replaces.
+
+    While some models are not trained, that of stage 04 describes the others.
+    """
+    found = {name: load_manifest(stage.run_dir / name) for name in STAGES if name != stage.name}
+    if found[TRAIN] is None and (models := trained_models(stage, config)):
+        found[TRAIN] = describe_units(TRAIN, models, {})
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
 
 
 def _lines(path: Path) -> list[dict]:

@@ -16,6 +16,7 @@ from lib.config import Config
 from lib.models.ranker_files import load_ranker
 from lib.runtime import Runtime, release_memory
 from lib.tasks import get_task
+from lib.training.model_plans import unit_of
 from lib.training.objectives.pool_choice import PoolReader, measure, say_shortened, simple_scores
 from lib.training.policy import METHODS
 from lib.training.stage_inputs import read_stage_inputs
@@ -25,10 +26,11 @@ SPLITS = ("held_out", "test")
 
 @dataclass(frozen=True)
 class TrainedRanker:
-    """A ranker of stage 04 or a policy of stage 05. A blind one does not read the prompt."""
+    """A ranker of stage 04 or a policy of stage 05: `output` of `stage`. A blind one does not read the prompt."""
 
     name: str
     stage: str
+    output: str
     blind: bool = False
 
 
@@ -57,15 +59,15 @@ class RankingEvaluator:
         """All rankers of stage 04, then all policies of stage 05."""
         for name, spec in self.config.models.items():
             if spec.mode == "ranker":
-                yield TrainedRanker(name, "04_train", spec.blind)
+                yield TrainedRanker(name, unit_of(name), "best_model", spec.blind)
         for method in METHODS:
-            yield TrainedRanker(method, "05_train_critic")
+            yield TrainedRanker(method, "05_train_critic", f"{method}/best_model")
 
     def score(self, trained: TrainedRanker) -> None:
         """Score every pool by one trained ranker. The one before has left the memory."""
         name = trained.name
         release_memory()
-        ranker, tokenizer = load_ranker(self.stage.folder_of(trained.stage, f"{name}/best_model"))
+        ranker, tokenizer = load_ranker(self.stage.folder_of(trained.stage, trained.output))
         ranker.to(self.runtime.device).eval()
         reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed, trained.blind)
         for split, table in self.tables.items():
@@ -150,3 +152,8 @@ class RankingEvaluator:
         facts = {"chosen_value": row["value"], "best_value": row["best_value"], "reward": row["reward"],
                  "chosen_kind": table.kinds[n, chosen]}  # fmt: skip
         return row | {"note": self._explain(facts)}
+
+
+def units_of_rankers(config: Config) -> list[str]:
+    """The rankers of stage 04, for what the stage reads."""
+    return [unit_of(name) for name, spec in config.models.items() if spec.mode == "ranker"]

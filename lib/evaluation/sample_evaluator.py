@@ -13,12 +13,16 @@ from lib.diffusion.sampler import Sampler
 from lib.evaluation.quality import lexicon
 from lib.evaluation.starts import generator_context
 from lib.models.build import load_model
-from lib.randomness import permutation
+from lib.randomness import Permutation
 from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
 from lib.synthetic import MaskedLMEngine
 from lib.tokenization import decode_batch, load_tokenizer
-from lib.training.data import Windows, select_split
+from lib.training.data import Windows
+from lib.training.model_plans import trained_models, unit_of
+from lib.training.objectives.base import chunks
+from lib.training.stage_inputs import open_text
+from lib.units_summary import stats_of
 
 
 class SampleEvaluator:
@@ -32,6 +36,7 @@ class SampleEvaluator:
         min_context: the same of the model that reads fewest.
         held_out: windows of held-out text, as long as the samples.
         words: lower-case words of all other splits.
+        models: figures of all trained models, and their rows of the results table.
         results: rows of the results table of stages 04 and 05.
     """
 
@@ -56,16 +61,15 @@ class SampleEvaluator:
         self.held_out, self.words = self._real_text()
         readers = (model, self.reference, self.inspector, self.judge)
         self.min_context = min(m.config.max_position_embeddings for m in readers if m is not None) - 1
-        self.results = (
-            stage.upstream_stats("04_train")["table"] + stage.upstream_stats("05_train_critic")["table"]
-        )
+        self.models = stats_of(trained_models(stage, config))
+        self.results = self.models["table"] + stage.upstream_stats("05_train_critic")["table"]
 
     @property
     def ranker_choices(self) -> dict[str, dict]:
         """Ranker -> reward term -> its mean over the candidates that the ranker chooses on held-out examples."""
-        stats = self.stage.upstream_stats("04_train")
         rankers = [name for name, spec in self.config.models.items() if spec.mode == "ranker"]
-        return {name: terms for name in rankers if (terms := stats[name]["held_out"].get("terms"))}
+        trained = {name: self.models[name] for name in rankers if name in self.models}
+        return {name: terms for name, m in trained.items() if (terms := m["held_out"].get("terms"))}
 
     def token_text(self, token_id: int) -> str:
         """The characters of a token; the name of a special token."""
@@ -84,18 +88,20 @@ class SampleEvaluator:
 
     def real_text(self, count: int) -> np.ndarray:
         """(up to `count`, T) full windows of held-out text; every call returns the same windows."""
-        some = permutation(self.config.seed, "real text", 0, self.held_out.count)
-        ids, valid = self.held_out.batch(some, np.zeros(len(some)))
-        return ids[valid.all(1)][:count]
+        order, found = Permutation(self.config.seed, "real text", 0, self.held_out.count), []
+        for part in chunks(self.held_out.count, max(count, 64)):
+            ids, valid = self.held_out.batch(order[part], np.zeros(len(part)))
+            found.append(ids[valid.all(1)])
+            if sum(map(len, found)) >= count:
+                break
+        return np.concatenate(found)[:count]
 
     def _load(self, name: str) -> Any:
-        return load_model(self.stage.folder_of("04_train", f"{name}/best_model")).to(self.runtime.device)
+        return load_model(self.stage.folder_of(unit_of(name), "best_model")).to(self.runtime.device)
 
     def _real_text(self) -> tuple[Windows, set[str]]:
         """(windows of held-out text, words of all other splits)."""
-        held_out = select_split(
-            self.stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), "held_out"
-        )
+        held_out = open_text(self.stage, "held_out")
         words: set[str] = set()
         for batch in self.stage.tables(
             "01_prepare_dataset", "examples", schema.EXAMPLES, ["target", "split"]
@@ -104,6 +110,11 @@ class SampleEvaluator:
             words |= lexicon(text for text, split in rows if split != "held_out")
         length = max(self.context, self.config.sampler.length or 0)  # of a sample
         return Windows(held_out, length, self.tokenizer.pad_token_id).tiled(), words
+
+
+def units_of_roles(config: Config) -> list[str]:
+    """The models of stage 04 that have a role in stage 06, for what the stage reads."""
+    return [unit_of(name) for name in dict.fromkeys(roles(config.models).values()) if name is not None]
 
 
 def roles(models: Mapping[str, ModelSpec]) -> dict[str, str | None]:

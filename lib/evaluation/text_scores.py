@@ -6,6 +6,7 @@ are scored together, so that no padding is needed.
 Legend: B windows, T tokens.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -70,7 +71,11 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
         files, items = task.sources(config), list(task.check(config))
     except RemaskError as error:  # the message names the setting, but the user gave the flag
         raise type(error)(str(error).replace("data.path", "--score")) from None
-    texts = [(d.document_id, d.content) for d in items if isinstance(d, Document)]
+    documents = [item for item in items if isinstance(item, Document)]
+    texts = [
+        (name, "".join(piece.content for piece in pieces))
+        for name, pieces in itertools.groupby(documents, key=lambda document: document.document_id)
+    ]
     problems = [p for p in items if isinstance(p, Problem) and p.kind != "too little text"]
     return UserTexts(texts, problems, files)
 

@@ -43,6 +43,8 @@ class TokenizerConfig(Section):
     kind: Literal["character", "bpe"]
     vocab_size: Annotated[int, Field(ge=16)]
     unknown: Literal["error", "unk"]
+    sample_characters: Positive
+    processes: Positive
 
 
 class CandidatesConfig(Section):

@@ -1,5 +1,6 @@
 """The models of stage 04: architecture, training and mode."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -64,7 +65,7 @@ class TrainingConfig(Section):
     evaluate_every: Positive
     evaluation_examples: Positive
     checkpoint_every: Positive
-    tensorboard: bool
+    tracker: Literal["tensorboard", "trackio", "wandb", "mlflow"] | None
     allow_inexact_resume: bool
 
     @model_validator(mode="after")
@@ -168,6 +169,11 @@ class ModelSpec(Section):
         return self
 
     @property
+    def learns_from_shards(self) -> bool:
+        """Whether the model learns from the shards of stage 02 if `stream.enabled` is set."""
+        return self.mode in ("token_classifier", "sequence_scorer") and self.split == "train"
+
+    @property
     def effective_attention(self) -> str:
         """The attention that is used: token classifiers and sequence scorers are always bidirectional."""
         return "bidirectional" if self.mode in ("token_classifier", "sequence_scorer") else self.attention
@@ -177,3 +183,28 @@ class GeneratorConfig(Section):
     checkpoint: UserPath | None
     architecture: ArchitectureConfig
     training: TrainingConfig
+
+
+def dependency_order(models: Mapping[str, ModelSpec]) -> list[str]:
+    """The names in the order of the config, except that a model comes after the model that it starts from.
+
+    Raises ValueError if models start from each other in a circle.
+    """
+    order: list[str] = []
+
+    def add(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            circle = " -> ".join([*path[path.index(name) :], name])
+            raise ValueError(
+                f"models start from each other: {circle}; set models.{name}.start to scratch, to a folder or to a model "
+                "outside this circle"
+            )
+        start = models[name].start
+        if start in models:
+            add(start, (*path, name))
+        if name not in order:
+            order.append(name)
+
+    for name in models:
+        add(name, ())
+    return order

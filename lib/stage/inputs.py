@@ -1,6 +1,6 @@
 """The inputs of a stage: outputs of earlier stages, checked against their hashes, and files from outside outputs/."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,14 @@ from lib import durable
 from lib.config import Config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.outside import HubModel
-from lib.runs import display_path, load_manifest, printable
+from lib.runs import (
+    command,
+    display_path,
+    load_manifest,
+    printable,
+    refuse_without_units,
+    stage_of,
+)
 from lib.stage.unfinished import config_changes
 
 if TYPE_CHECKING:
@@ -17,19 +24,24 @@ if TYPE_CHECKING:
     from lib.schema import TableSchema
 
 
-def upstream_manifest(run_dir: Path, stage_name: str, config: Config, ignores: Iterable[str]) -> dict:
-    """The manifest of an earlier stage.
+def upstream_manifest(
+    run_dir: Path, stage_name: str, folder: Path, config: Config, ignores: Iterable[str]
+) -> dict:
+    """The manifest of an earlier stage or unit in `folder`.
 
     Raises:
         MissingInput: the stage has not finished.
+        BadData: an earlier version of the project made it.
         BadConfig: it was made with other settings than `config`, those named in `ignores` aside.
     """
     where = display_path(run_dir)
-    manifest = load_manifest(run_dir / stage_name)
+    manifest = load_manifest(folder)
     if manifest is None:
+        if stage_of(stage_name) != stage_name:
+            refuse_without_units(run_dir, stage_of(stage_name))
         raise MissingInput(
             f"{stage_name} has not finished in {where}, and its outputs are needed; "
-            f"run `python {stage_name}.py --run_dir {where}` first, with the same --config"
+            f"run `{command(stage_name, '--run_dir', where)}` first, with the same --config"
         )
     differing = [
         change
@@ -45,12 +57,15 @@ def upstream_manifest(run_dir: Path, stage_name: str, config: Config, ignores: I
     return manifest
 
 
-def describe_inputs(upstream: dict[str, dict], files: Iterable[Path | HubModel]) -> dict[str, dict]:
+def describe_inputs(
+    upstream: dict[str, dict], files: Iterable[Path | HubModel], digests: MutableMapping[Path, str]
+) -> dict[str, dict]:
     """The inputs for the manifest: all outputs of earlier stages, and outside files with their hashes.
 
     Args:
         upstream: stage -> its manifest.
         files: files and folders, named by their content; models of the hub, named by their commit.
+        digests: hashes of files that are known; those that are computed here are added.
 
     Raises:
         MissingInput: a file cannot be read.
@@ -69,7 +84,7 @@ def describe_inputs(upstream: dict[str, dict], files: Iterable[Path | HubModel])
             inputs[path.name] = {"path": path.name, "revision": path.commit}
             continue
         try:
-            digest = durable.sha256(path)
+            digest = digests[path] = digests.get(path) or durable.sha256(path)
         except OSError as error:
             raise MissingInput(f"{path} cannot be read: {error.strerror}") from None
         name, full_name = printable(path.name), printable(path)
@@ -86,7 +101,15 @@ class UpstreamReader:
 
     run_dir: Path
     _upstream: dict[str, dict]  # stage -> its manifest
-    _verified: set[tuple[str, str]]  # (stage, output) whose hash was compared
+    _verified: set[tuple[str, str, str]]  # (stage, output, hash) that were compared
+
+    def folder_of_stage(self, stage_name: str) -> Path:
+        """The folder of an earlier stage or unit."""
+        return self.run_dir / stage_name
+
+    def reads_stage(self, stage_name: str) -> bool:
+        """Whether this stage reads the outputs of that one."""
+        return stage_name in self._upstream
 
     def read(
         self, stage_name: str, output: str, schema: "TableSchema", columns: list[str] | None = None
@@ -103,9 +126,12 @@ class UpstreamReader:
         output: str,
         schema: "TableSchema",
         columns: list[str] | None = None,
-        rows: int = 65536,
+        rows: int | None = 65536,
     ) -> Iterator["pa.RecordBatch"]:
-        """The same table in batches of at most `rows` rows, so that memory does not grow with it."""
+        """The same table in batches of at most `rows` rows, so that memory does not grow with it.
+
+        None: one batch for each row group, as the table was written. Their sizes follow the length of the texts.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -117,7 +143,12 @@ class UpstreamReader:
                 raise BadData(
                     f"{path}: columns {missing} are missing; another version of this project wrote the table"
                 )
-            yield from file.iter_batches(batch_size=rows, columns=columns)
+            if rows is not None:
+                yield from file.iter_batches(batch_size=rows, columns=columns)
+                return
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                yield from file.iter_batches(batch_size=size, row_groups=[group], columns=columns)
         except pa.ArrowException as error:
             raise BadData(f"{path} cannot be read: {error}") from None
 
@@ -164,14 +195,14 @@ class UpstreamReader:
         record = self._upstream[stage_name]["outputs"].get(output)
         if record is None:
             raise MissingInput(f"{stage_name} in {display_path(self.run_dir)} has no output '{output}'")
-        path = self.run_dir / stage_name / record["path"]
-        if (stage_name, output) not in self._verified:
+        path = self.folder_of_stage(stage_name) / record["path"]
+        if (stage_name, output, record["sha256"]) not in self._verified:
             if not path.exists():
-                raise MissingInput(f"{path} is missing; run `python {stage_name}.py --overwrite` again")
+                raise MissingInput(f"{path} is missing; run `{command(stage_name, '--overwrite')}` again")
             if durable.sha256(path) != record["sha256"]:
                 raise BadData(
                     f"{path} is damaged or was changed: its sha256 is not the one in {stage_name}/manifest.json; "
-                    f"run `python {stage_name}.py --overwrite` again"
+                    f"run `{command(stage_name, '--overwrite')}` again"
                 )
-            self._verified.add((stage_name, output))
+            self._verified.add((stage_name, output, record["sha256"]))
         return path

@@ -10,7 +10,7 @@ from typing import Any
 
 from lib import code_version
 from lib.log import say
-from lib.runs import RunArgs, printable, validate_manifest, versions
+from lib.runs import RunArgs, printable, stage_of, validate_manifest, versions
 
 
 class Clock:
@@ -69,7 +69,7 @@ def upstream_differences(upstream: Mapping[str, Mapping[str, Any]], task: str) -
     found = {
         name: differences
         for name, manifest in upstream.items()
-        if (differences := code_differences(manifest, code_version.code_files(name, task)))
+        if (differences := code_differences(manifest, code_version.code_files(stage_of(name), task)))
     }
     if found:
         each = "; ".join(f"{name} ({describe(differences)})" for name, differences in found.items())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lib import durable
 from lib.engine.processes import Processes
 from lib.errors import BadData
-from lib.runs import plain
+from lib.runs import command, plain
 from lib.table_writer import TableWriter
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class OutputWriter:
         durable.write_json(self.folder / f"{name}.json", plain(value))
         self.add_file(name, self.folder / f"{name}.json")
 
+    def output_sha256(self, name: str) -> str:
+        """The hash of an output that this stage has declared."""
+        return self._outputs[name]["sha256"]
+
     def add_file(self, name: str, path: Path) -> None:
         """Declare a file that was already written in the stage's folder as an output."""
         if not self.processes.is_main:
@@ -89,5 +93,5 @@ def check_sizes(folder: Path, manifest: dict) -> None:
         if size != record["bytes"]:
             raise BadData(
                 f"{path}, output '{name}' of the finished {manifest['stage']}, is missing or was changed; "
-                "run the stage again with --overwrite"
+                f"run `{command(manifest['stage'], '--overwrite')}`"
             )

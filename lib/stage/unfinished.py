@@ -1,5 +1,6 @@
 """Unfinished work of a stage: what it was started with, and whether a later command may continue it."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,11 +30,13 @@ class Dependencies:
         config: the slice of the config, as JSON holds it.
         inputs: name -> path and sha256, or the revision of a model of the hub.
         code: path -> hash; see lib.code_version.
+        again: the flags that make the stage again, for messages.
     """
 
     config: dict[str, Any]
     inputs: dict[str, dict]
     code: dict[str, str]
+    again: str = "--overwrite"
 
     def changes_since(self, config: Any, inputs: Mapping[str, dict]) -> list[str]:
         """What differs from an earlier config and earlier inputs, one line each. Code does not count."""
@@ -52,7 +55,7 @@ class Dependencies:
             raise BadConfig(
                 f"{subject} another config or other inputs:\n  "
                 + "\n  ".join(differing)
-                + "\npass --overwrite to make it again, or choose another --run_dir"
+                + f"\npass {self.again} to make it again, or choose another --run_dir"
             )
 
     @property
@@ -93,7 +96,9 @@ class UnfinishedWork:
             self._dependencies.refuse_changes(record, f"{stage} was begun with")
             self._note_changed_code(record, stage)
         except (ValueError, KeyError) as error:
-            raise BadData(f"{self.path} is damaged ({error}); run again with --overwrite") from None
+            raise BadData(
+                f"{self.path} is damaged ({error}); run again with {self._dependencies.again}"
+            ) from None
         except OSError as error:
             raise self._not_writable(error) from None
 
@@ -151,3 +156,31 @@ def choose_folder(final: Path, dependencies: Dependencies, overwrite: bool) -> P
     if not UnfinishedWork(new, dependencies).is_same_attempt():
         durable.remove(new)
     return new
+
+
+class Attempt:
+    """The units that one command with --overwrite has made again. The same command goes on after an interruption.
+
+    The file lies in the folder of the stage until the command has ended. Its name is a digest of all that the units
+    depend on, so that only the same command finds it.
+
+    Attributes:
+        done: the units that are made.
+    """
+
+    def __init__(self, folder: Path, chosen: tuple[str, ...], dependencies: Dependencies):
+        code = {} if dependencies.allow_inexact_resume else dependencies.code
+        key = json.dumps([chosen, dependencies.config, dependencies.inputs, code])
+        self.path = folder / f"overwrite_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        try:
+            self.done = set(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            self.done = set()
+
+    def add(self, name: str) -> None:
+        self.done.add(name)
+        durable.write_json(self.path, sorted(self.done))
+
+    def finish(self) -> None:
+        """Remove the file: the next command makes all units again."""
+        self.path.unlink(missing_ok=True)

@@ -44,11 +44,15 @@ REQUIRED = ("sources", "check", "prepare", "candidates", "rewards")
 
 @dataclass(frozen=True)
 class Document:
-    """One document of the raw data: a text, or a record as JSON."""
+    """One document of the raw data: a text, or a record as JSON.
+
+    A long text is several of these in a row, which differ in `piece`: 0, 1, 2 and so on. Together they are the text.
+    """
 
     document_id: str
     content: str
     source: str
+    piece: int = 0
 
 
 @dataclass(frozen=True)

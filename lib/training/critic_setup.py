@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.models.build import Checkpoint, Transfer, start_model
-from lib.training.data import Splits, select_split
+from lib.training.data import Splits
+from lib.training.model_plans import unit_of
 from lib.training.objectives.base import TrainingContext
 from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
 from lib.training.objectives.token_critic import TokenCritic
-from lib.training.stage_inputs import SELECTION
+from lib.training.stage_inputs import SELECTION, open_text
 
 
 def check_generator(config: Config) -> None:
@@ -32,7 +32,7 @@ def critic_model(stage: Stage, config: Config, tokenizer: Any) -> tuple[Any, Tra
 
     With `critic.coupling: decoupled` only the critic's weights are trainable; otherwise all are.
     """
-    source = stage.folder_of("04_train", f"{config.critic.generator}/best_model")
+    source = stage.folder_of(unit_of(config.critic.generator), "best_model")
     spec = config.models[config.critic.generator]
     model, transfer = start_model(
         "language_model", Checkpoint(source, spec.architecture.dropout, spec.architecture.dtype), "bidirectional", len(tokenizer), config.seed, "critic",
@@ -52,11 +52,9 @@ def critic_objective(
     Args:
         width: tokens of a window, without [CLS].
     """
-    tables = [
-        select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
-        for split in (config.models[config.critic.generator].split, SELECTION, "held_out")
-    ]
-    splits = WindowSplits.of(Splits(*tables), width, tokenizer.pad_token_id)
+    names = (config.models[config.critic.generator].split, SELECTION, "held_out")
+    texts = Splits(*(open_text(stage, name) for name in names))
+    splits = WindowSplits.of(texts, width, tokenizer.pad_token_id)
     # The generator has finished its stages of unmasking
     diffusion = config.diffusion.model_copy(update={"stages": ()})
     generator = MaskedDiffusion(context, splits, diffusion, MaskingTokens.of(tokenizer))

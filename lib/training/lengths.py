@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from lib.config import Config
 from lib.errors import BadData
+from lib.sections.models import dependency_order
 
 WHOLE_READERS = ("token_classifier", "sequence_scorer", "ranker")
 
@@ -94,7 +95,8 @@ def contexts_of(config: Config) -> dict[str, int | None]:
     None if the folder that it starts from does not say.
     """
     found: dict[str, int | None] = {}
-    for name, spec in config.models.items():
+    for name in dependency_order(config.models):
+        spec = config.models[name]
         if spec.start == "scratch":
             found[name] = spec.architecture.context
         elif spec.start == "02_generate_candidates":

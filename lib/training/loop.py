@@ -8,10 +8,9 @@ Several processes may train one model (`lib/engine/`). Each has all weights, and
 end with the same bits as one process that computes all parts. Process 0 alone writes files.
 """
 
-import importlib.util
+import contextlib
 import math
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +23,8 @@ from torch import nn
 from lib import durable, randomness
 from lib.engine.gradients import GradientSum
 from lib.engine.parts import Part, Parts
-from lib.errors import BadConfig, Interrupted, NonFiniteLoss
+from lib.engine.speed import SpeedMeter, flops_per_token, matmul_peak
+from lib.errors import Interrupted, NonFiniteLoss
 from lib.log import Progress, say
 from lib.models.checkpointing import checkpoint_activations
 from lib.training import checkpoint
@@ -34,6 +34,7 @@ from lib.training.metrics_log import MetricsLog
 from lib.training.objectives.base import Objective, ScaledObjective, StatefulObjective, TrainingContext
 from lib.training.optimizer import Optimizer
 from lib.training.preemption import StopRequest
+from lib.training.trackers import open_tracker
 
 BEST = "best_model"
 _STOP = "stop signal"
@@ -44,8 +45,7 @@ class Result:
     steps: int
     best_step: int
     metrics: dict[str, float]  # of the best model, on the selection split
-    seconds: float  # in training steps, of this process only
-    tokens_per_second: float
+    speed: dict[str, float]  # of the steps in this process, see lib/engine/speed.py
     optimizer: dict[str, Any]  # parameter groups, and which parameters were frozen until which step
 
 
@@ -79,16 +79,17 @@ def train(
         Interrupted: SIGINT or SIGTERM arrived. The current step was finished and a checkpoint committed.
     """
     settings = context.settings
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise BadConfig(
-            "training.tensorboard is true, but tensorboard is not installed; `pip install tensorboard`"
-        )
     if context.runtime.processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         durable.recover_folder(folder / BEST)
     run = _Run(model, objective, context, folder, save)
     run.restore()
-    with StopRequest() as stop, Progress(context.label, settings.steps, run.state.step) as progress:
+    first = run.state.step
+    with (
+        contextlib.closing(run.log),
+        StopRequest() as stop,
+        Progress(context.label, settings.steps, first) as progress,
+    ):
         while run.state.step < settings.steps:
             stopping = run.step(progress, stop)
             if run.due(settings.evaluate_every):
@@ -129,15 +130,21 @@ class _Run:
             say(f"{self.label}: no hidden matrix is trained, so Muon updates nothing; AdamW updates the rest")
         self.ema = Ema(self.optimizer.parameters, settings.ema_decay)
         self.freezing = Freezing(model, settings, getattr(objective, "cls_id", None))
-        self.log = MetricsLog(folder, settings.tensorboard)
+        tracker = settings.tracker if self.processes.is_main else None
+        self.log = MetricsLog(folder, open_tracker(tracker, folder, self.label, settings.model_dump()))
         self.state = _State()
-        self.trained_seconds, self.trained_steps = 0.0, 0
+        self.speed = self._speed_meter()
+
+    def _speed_meter(self) -> SpeedMeter:
+        row, device = self.objective.tokens_per_row, self.runtime.device
+        peak = matmul_peak(device, self.runtime.precision) * self.processes.size
+        return SpeedMeter(device, self.settings.batch_size * row, flops_per_token(self.model, row), peak)
 
     # ------------------------------------------------------------------ one step
 
     def step(self, progress: Progress, stop: StopRequest) -> bool:
         """One update of the weights. Returns whether some process has received a signal to stop."""
-        begin = time.perf_counter()
+        self.speed.begin()
         step = self.state.step
         # 1. Freeze or unfreeze the backbone
         self.freezing.at(step)
@@ -145,6 +152,7 @@ class _Run:
         # 2. Data of this process's parts, and their weights summed over the global batch
         parts = [self.objective.part(self.model, step, self.parts.rows(step, n)) for n in self.parts.own]
         totals = self.parts.sum([part.weights for part in parts])
+        self.speed.data_is_there()
         # 3. Losses and gradients, part by part
         found = [self._backward(step, n, part, totals) for n, part in zip(self.parts.own, parts, strict=True)]
         terms = self.parts.sum([values | {_STOP: stop.signal} for values in found])
@@ -168,9 +176,8 @@ class _Run:
         self.state.sums["gradient_norm"] = self.state.sums.get("gradient_norm", 0.0) + norm
         self.state.summed_steps += 1
         self.state.step += 1
-        self.trained_seconds += time.perf_counter() - begin
-        self.trained_steps += 1
-        loss, speed = f"{terms['loss']:.3f}", f"{self.tokens_per_second:,.0f} tokens/s"
+        self.speed.end()
+        loss, speed = f"{terms['loss']:.3f}", f"{self.speed.tokens_per_second:,.0f} tokens/s"
         progress.update(self.state.step, loss=loss, speed=speed)
         return stopping
 
@@ -193,11 +200,6 @@ class _Run:
             f"{self.label}: the {what} at step {step} is {value}; training stopped before the update. Try lower learning "
             f"rates or precision=fp32. The batch is described in {self.folder / 'non_finite.json'}"
         )
-
-    @property
-    def tokens_per_second(self) -> float:
-        tokens = self.trained_steps * self.settings.batch_size * self.objective.tokens_per_row
-        return tokens / self.trained_seconds if self.trained_seconds else 0.0
 
     def due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.settings.steps
@@ -224,7 +226,7 @@ class _Run:
                 self._save_model(BEST)
         line = {"step": state.step, "train": terms, "selection": metrics}
         if self.processes.is_main:
-            self.log.write(line, self.trained_seconds, self.tokens_per_second)
+            self.log.write(line, self.speed.figures())
         loss = terms.get("loss", math.nan)
         say(f"  {self.label} {state.step}/{self.settings.steps}: loss {loss:.4f}, {selection} {value:.4f}")
 
@@ -299,12 +301,13 @@ class _Run:
         with self.ema.swapped():
             self._save_model("final_model")
         self.processes.barrier()  # the others may read the models now
+        if self.speed.steps:
+            say(f"{self.label}: {self.speed.line()}")
         state = self.state
         return Result(
             state.step,
             state.best_step,
             state.best_metrics,
-            self.trained_seconds,
-            self.tokens_per_second,
+            self.speed.figures(),
             {"groups": self.optimizer.groups(), "frozen": self.freezing.record()},
         )

@@ -1,9 +1,11 @@
-"""The log files of a training: metrics.jsonl, speed.jsonl and, if configured, TensorBoard."""
+"""The log of a training: metrics.jsonl, speed.jsonl and, if configured, a tracker."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from lib.training.trackers import Tracker
 
 
 class MetricsLog:
@@ -13,19 +15,25 @@ class MetricsLog:
     that the checkpoint stores. speed.jsonl holds timings, which differ from run to run.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool):
-        self.folder, self.tensorboard = folder, tensorboard
+    def __init__(self, folder: Path, tracker: Tracker | None = None):
+        self.folder, self.tracker = folder, tracker
         self.file = folder / "metrics.jsonl"
 
-    def write(self, metrics: dict[str, Any], seconds: float, tokens_per_second: float) -> None:
-        """Append `{"step", "train", "selection"}`, and the timings of the steps so far in this process."""
+    def write(self, metrics: dict[str, Any], speed: dict[str, float]) -> None:
+        """Append `{"step", "train", "selection"}`, and the `speed` of the steps so far in this process."""
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        speed = {"step": metrics["step"], "seconds": seconds, "tokens_per_second": tokens_per_second}
         with open(self.folder / "speed.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(speed) + "\n")
-        if self.tensorboard:
-            self._write_tensorboard(metrics)
+            file.write(json.dumps({"step": metrics["step"], **speed}) + "\n")
+        if self.tracker is not None:
+            groups = {"train": metrics["train"], "selection": metrics["selection"], "speed": speed}
+            values = {f"{group}/{name}": value for group, of in groups.items() for name, value in of.items()}
+            self.tracker.log(metrics["step"], values)
+
+    def close(self) -> None:
+        """End the tracker's run."""
+        if self.tracker is not None:
+            self.tracker.close()
 
     def sync(self) -> int:
         """Flush metrics.jsonl to the disk. Returns its length in bytes, which a checkpoint keeps."""
@@ -42,11 +50,3 @@ class MetricsLog:
 
     def clear(self) -> None:
         self.file.unlink(missing_ok=True)
-
-    def _write_tensorboard(self, metrics: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self.folder / "tensorboard")) as writer:
-            for split in ("train", "selection"):
-                for name, value in metrics[split].items():
-                    writer.add_scalar(f"{split}/{name}", value, metrics["step"])

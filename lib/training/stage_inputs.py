@@ -7,22 +7,36 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
-from lib.errors import BadConfig, BadData
+from lib.errors import BadConfig, BadData, MissingInput
 from lib.log import say
 from lib.runtime import Runtime
-from lib.shards import cut_of, open_store
+from lib.shards import cut_of
+from lib.shards import open_store as open_shards
+from lib.token_store import TokenStore, of_table, open_store
 from lib.tokenization import load_tokenizer
-from lib.training.data import Splits, select_split
+from lib.training.data import Splits, select_rows, select_split
 from lib.training.lengths import WHOLE_READERS, WholeTexts, contexts_of
 from lib.training.pool_table import PoolTable
 from lib.training.reward_join import with_rewards
 from lib.training.streaming_dataset import StreamingDataset
+from lib.units import Unit
 
 SELECTION = "selection"  # the split that chooses the best step of every model, and nothing else
+EXAMPLE_COLUMNS = ["example_id", "prompt", "split", "group", "tags"]
+TOKEN_COLUMNS = [  # of candidates, for models that read tokens and no texts
+    "example_id",
+    "candidate_id",
+    "split",
+    "changed_fraction",
+    "token_confidence",
+    "token_ids",
+    "token_labels",
+]
 
 
 @dataclass
@@ -30,11 +44,14 @@ class StageInputs:
     """What models learn from. Tables are read when they are first needed.
 
     Attributes:
-        read_examples: split -> table of schema.EXAMPLES.
-        read_candidates: split -> candidates joined with their rewards and with the group of their example.
+        read_examples: split -> table of schema.EXAMPLES, with the `EXAMPLE_COLUMNS` at least.
+        read_candidates: split -> candidates joined with their rewards and with the group of their example; with the
+            `TOKEN_COLUMNS` at least, and all columns if examples have prompts.
         read_baselines: table of schema.BASELINES; None if stage 02 wrote none.
         pool_size: candidates per pool as stage 02 made them; None if it is not known.
         open_stream: name of a model -> its training rows from shards; None if it learns from the table.
+        tables: (kind, split) -> a table that was read. Models that are trained in one process share it.
+        open_text: split -> its token store; None: the tokens of the examples are held in memory, for small data.
     """
 
     config: Config
@@ -45,7 +62,8 @@ class StageInputs:
     read_baselines: Callable[[], pa.Table | None] = lambda: None
     pool_size: int | None = None
     open_stream: Callable[[str], StreamingDataset | None] = lambda name: None
-    _tables: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
+    open_text: Callable[[str], TokenStore] | None = None
+    tables: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     def examples(self, split: str) -> pa.Table:
         return self._get("examples", split, self.read_examples)
@@ -53,9 +71,13 @@ class StageInputs:
     def candidates(self, split: str) -> pa.Table:
         return self._get("candidates", split, self.read_candidates)
 
-    def example_splits(self, train: str) -> Splits[pa.Table]:
-        """The examples of the split `train`, of the selection split and of the held-out split."""
-        return Splits(self.examples(train), self.examples(SELECTION), self.examples("held_out"))
+    def text(self, split: str) -> TokenStore:
+        """The tokens of a split, for language models. Raises BadData if it has none."""
+        return of_table(self.examples(split)) if self.open_text is None else self.open_text(split)
+
+    def text_splits(self, train: str) -> Splits[TokenStore]:
+        """The tokens of the split `train`, of the selection split and of the held-out split."""
+        return Splits(self.text(train), self.text(SELECTION), self.text("held_out"))
 
     def candidate_splits(self, train: str) -> Splits[pa.Table]:
         """The candidates of the split `train`, of the selection split and of the held-out split."""
@@ -64,7 +86,8 @@ class StageInputs:
     @cached_property
     def have_prompts(self) -> bool:
         """Whether examples have prompts."""
-        return any(self.examples("held_out")["prompt"].to_pylist())
+        lengths = pc.binary_length(self.examples("held_out")["prompt"])
+        return bool(pc.any(pc.greater(lengths, 0)).as_py())
 
     def pools(self, split: str) -> PoolTable:
         """The candidates of a split as pools; the first draw of them, if there are several.
@@ -93,13 +116,27 @@ class StageInputs:
             return self.pools(SELECTION)
 
     def _get(self, kind: str, split: str, read: Callable[[str], pa.Table]) -> pa.Table:
-        if (kind, split) not in self._tables:
-            self._tables[kind, split] = read(split)
-            if not self._tables[kind, split].num_rows:
-                raise BadData(
-                    f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}"
-                )
-        return self._tables[kind, split]
+        if (kind, split) not in self.tables:
+            self.tables[kind, split] = read(split)
+            if not self.tables[kind, split].num_rows:
+                raise _empty(kind, split)
+        return self.tables[kind, split]
+
+
+def open_text(stage: Stage, split: str) -> TokenStore:
+    """The token store of a split of stage 01. Raises BadData if the split has no examples, or the store is damaged."""
+    if stage.has_output("01_prepare_dataset", f"tokens/{split}"):
+        return open_store(stage.folder_of("01_prepare_dataset", f"tokens/{split}"))
+    if split in stage.upstream_stats("01_prepare_dataset")["examples"]:
+        raise MissingInput(
+            f"01_prepare_dataset has no token store of split '{split}', because an earlier version of this project made "
+            "it; run `python 01_prepare_dataset.py --overwrite`, and the stages after it"
+        )
+    raise _empty("examples", split)
+
+
+def _empty(kind: str, split: str) -> BadData:
+    return BadData(f"there are no {kind} in split '{split}'; {_ADVICE.get(split, 'check data.fractions')}")
 
 
 _ADVICE = {
@@ -122,13 +159,21 @@ def explained(split: str) -> Iterator[None]:
         raise BadData(f"split '{split}': {error}" + (f"; {advice}" if advice else "")) from None
 
 
-def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageInputs:
-    """The inputs of a stage that trains or measures models."""
+def read_stage_inputs(
+    stage: Stage, config: Config, runtime: Runtime, tables: dict[tuple[str, str], pa.Table] | None = None
+) -> StageInputs:
+    """The inputs of a stage that trains or measures models. A stage that does not read stage 02 has no candidates.
+
+    `tables`: those that an earlier call for the same run has read.
+    """
 
     def examples(split: str) -> pa.Table:
-        return select_split(stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES), split)
+        return select_split(
+            stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES, EXAMPLE_COLUMNS), split
+        )
 
-    metadata = stage.table_metadata("02_generate_candidates", "candidates")
+    with_candidates = stage.reads_stage("02_generate_candidates")
+    metadata = stage.table_metadata("02_generate_candidates", "candidates") if with_candidates else {}
 
     def candidates(split: str) -> pa.Table:
         if metadata.get("tokenizer_sha256") != stage.sha256_of("01_prepare_dataset", "tokenizer"):
@@ -136,10 +181,19 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
                 "candidates.parquet was written with another tokenizer than this run's, so its token ids mean other "
                 "text; run 02_generate_candidates.py --overwrite"
             )
-        table = select_split(stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES), split)
-        rewards = stage.read("03_build_rewards", "rewards", schema.REWARDS)
-        columns = ["example_id", "group"]
-        groups = stage.read("01_prepare_dataset", "examples", schema.EXAMPLES, columns)
+        columns = None if stage_inputs.have_prompts else TOKEN_COLUMNS
+        table = select_split(
+            stage.batches("02_generate_candidates", "candidates", schema.CANDIDATES, columns), split
+        )
+        batches = stage.batches("03_build_rewards", "rewards", schema.REWARDS)
+        if config.labels.path is None:
+            rewards = select_rows(batches, "example_id", table["example_id"])
+        else:  # whether any candidate has token labels decides for all of them
+            rewards = pa.Table.from_batches(list(batches))
+        columns = ["example_id", "group", "split"]
+        groups = select_split(
+            stage.batches("01_prepare_dataset", "examples", schema.EXAMPLES, columns), split
+        )
         return with_rewards(table, rewards, groups)
 
     def baselines() -> pa.Table | None:
@@ -149,9 +203,18 @@ def read_stage_inputs(stage: Stage, config: Config, runtime: Runtime) -> StageIn
 
     tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
     size = metadata.get("per_example")
-    return StageInputs(
-        config, tokenizer, runtime, examples, candidates, baselines, None if size is None else int(size)
+    stage_inputs = StageInputs(
+        config,
+        tokenizer,
+        runtime,
+        examples,
+        candidates,
+        baselines,
+        None if size is None else int(size),
+        open_text=lambda split: open_text(stage, split),
+        tables={} if tables is None else tables,
     )
+    return stage_inputs
 
 
 def refuse_longer_candidates(config: Config, names: Iterable[str], stage_inputs: StageInputs) -> None:
@@ -169,9 +232,12 @@ def refuse_longer_candidates(config: Config, names: Iterable[str], stage_inputs:
 
 
 @contextlib.contextmanager
-def streaming(stage: Stage, config: Config, stage_inputs: StageInputs) -> Iterator[None]:
-    """While active, models learn from shards if `stream.enabled` is set. Waiting times go to the stage's statistics."""
-    if not config.stream.enabled:
+def streaming(stage: Unit, config: Config, stage_inputs: StageInputs) -> Iterator[None]:
+    """While active, the model of a unit learns from shards if `stream.enabled` is set and its mode can.
+
+    Waiting times go to the statistics of the unit. Raises Busy if another process trains on the shards of this run.
+    """
+    if not (config.models[stage.unit].learns_from_shards and config.stream.enabled):
         yield
         return
     if stage.processes.size > 1:
@@ -179,12 +245,15 @@ def streaming(stage: Stage, config: Config, stage_inputs: StageInputs) -> Iterat
             f"stream.enabled is true, and a training from a stream runs in one process, not in {stage.processes.size}; start "
             "04_train.py without torchrun, or set stream.enabled=false"
         )
-    store, datasets = open_store(stage, config), []
-    cut = cut_of(config, stage_inputs.examples("train").num_rows)
+    stage.lock_alone(
+        "02_stream.trainer", "the shards of 02_stream, from which one model at a time can learn,"
+    )
+    store, datasets = open_shards(stage, config), []
+    cut = cut_of(config, stage.upstream_stats("01_prepare_dataset")["examples"]["train"])
 
     def open_stream(name: str) -> StreamingDataset:
-        folder, timeout = stage.folder / name, config.stream.timeout_seconds
-        datasets.append(StreamingDataset(store, cut, config.seed, name, folder, timeout))
+        timeout = config.stream.timeout_seconds
+        datasets.append(StreamingDataset(store, cut, config.seed, name, stage.folder, timeout))
         return datasets[-1]
 
     stage_inputs.open_stream = open_stream

@@ -147,6 +147,7 @@ def set_up(
     name, config, tokenizer = context.label, stage_inputs.config, stage_inputs.tokenizer
     if spec.attention != spec.effective_attention:
         say(f"{name}: mode {spec.mode} needs bidirectional attention; {spec.attention} is ignored")
+    own_labels = spec.mode == "token_classifier" and config.labels.path is not None
     model, transfer = start_model(
         spec.mode,
         spec.architecture
@@ -156,7 +157,7 @@ def set_up(
         len(tokenizer),
         config.seed,
         name,
-        **heads_of(spec.mode, spec.target_type, spec.num_classes, config.labels.path is not None),
+        **heads_of(spec.mode, spec.target_type, spec.num_classes, own_labels),
     )
     if start is not None:
         say(f"{name}: {len(transfer.loaded)} tensors loaded from {os.path.relpath(start)}; "
@@ -195,11 +196,11 @@ def make_objective(
         return ranker_objective(context, spec, stage_inputs, context_length)
 
     # language_model: next tokens for causal models, masked diffusion for bidirectional ones
-    tokenizer, diffusion = stage_inputs.tokenizer, stage_inputs.config.diffusion
-    splits = WindowSplits.of(stage_inputs.example_splits(spec.split), context_length, tokenizer.pad_token_id)
+    tokenizer = stage_inputs.tokenizer
+    splits = WindowSplits.of(stage_inputs.text_splits(spec.split), context_length, tokenizer.pad_token_id)
     if spec.effective_attention == "causal":
         return NextToken(context, splits, tokenizer.cls_token_id)
-    tokens = MaskingTokens.of(tokenizer)
+    tokens, diffusion = MaskingTokens.of(tokenizer), stage_inputs.config.diffusion
     modifiers = load_modifiers(spec.modifiers, context, tokenizer, tokens.text_ids, context_length)
     kind = StagedUnmasking if diffusion.stages else MaskedDiffusion
     return kind(context, splits, diffusion, tokens, modifiers)

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -14,6 +15,7 @@ from lib.user_files.faults import Fault, UnreadableFile, kind_of
 
 MAX_BYTES = 2**28  # of a decompressed text, and of a line or field: it must fit in memory
 HEAD_BYTES = 2**16  # read to recognise the format and the encoding of a file
+PIECE_BYTES = 2**20  # of a long text that is read at a time
 
 # ----------------------------------------------------------------------------------------------- bytes
 
@@ -42,6 +44,12 @@ def read_bytes(path: Path) -> bytes:
     if len(data) > MAX_BYTES:
         raise UnreadableFile(length_fault("after decompression"))
     return data
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """The first bytes of a file, decompressed. Raises as `open_bytes`."""
+    with open_bytes(path) as file:
+        return file.read(count)
 
 
 def length_fault(where: str) -> Fault:
@@ -121,8 +129,24 @@ def decode(data: bytes) -> tuple[str | None, Fault | None]:
         text = data[mark:].decode("utf-8")
     except UnicodeDecodeError as error:
         return None, utf8_fault(error, mark)
-    fault = Fault("byte order mark", "EF BB BF", "no mark", "it was removed", "warning")
-    return text, fault if mark else None
+    return text, MARK_FAULT if mark else None
+
+
+MARK_FAULT = Fault("byte order mark", "EF BB BF", "no mark", "it was removed", "warning")
+
+
+def decoded_pieces(path: Path) -> Iterator[str]:
+    """The text of a file in pieces, with its byte order mark. Raises as `read_bytes`, and if it is not UTF-8."""
+    decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
+    with open_bytes(path) as file:
+        for chunk in itertools.chain(iter(lambda: file.read(PIECE_BYTES), b""), [b""]):
+            size += len(chunk)
+            if size > MAX_BYTES and kind_of(path).endswith(".gz"):
+                raise UnreadableFile(length_fault("after decompression"))
+            try:
+                yield decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError:
+                raise UnreadableFile(first_utf8_fault(path)) from None
 
 
 def utf8_fault(error: UnicodeDecodeError, offset: int = 0) -> Fault:
@@ -156,9 +180,18 @@ def first_utf8_fault(path: Path) -> Fault:
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                return utf8_fault(error, decoded_bytes - pending)
+                return _fault_at(file, decoded_bytes - pending + error.start)
             decoded_bytes += len(chunk)
     raise AssertionError(f"{path} is UTF-8")
+
+
+def _fault_at(file: gzip.GzipFile | IO[bytes], position: int) -> Fault:
+    """The fault of a byte that is not UTF-8, judged by the text around it."""
+    first = max(0, position - 2**15)
+    file.seek(first)
+    around = file.read(2**16)
+    error = UnicodeDecodeError("utf-8", around, position - first, position - first + 1, "invalid byte")
+    return utf8_fault(error, first)
 
 
 # ----------------------------------------------------------------------------------------- characters
@@ -175,32 +208,61 @@ def clean_text(text: str) -> tuple[str, list[Fault]]:
     Line ends become line feeds. Control characters that separate words (form feed, vertical tab, NEL, the separators
     U+001C to U+001F) become line ends or a space; others are removed. U+2028 and U+2029 stay.
     """
-    faults = []
-    if "\r" in text:
-        found = f"{text.count(chr(13))} carriage returns"
-        faults.append(Fault("line ends", found, r"\n", "they were converted", "warning"))
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    control = _CONTROL.findall(text)
-    white = [c for c in control if c in _WHITE]
-    other = [c for c in control if c not in _WHITE]
-    for characters, expected, advice in (
-        (white, "line ends and spaces", "they became white space"),
-        (other, "text", "they were removed"),
-    ):
-        if characters:
-            names = ", ".join(sorted({f"U+{ord(c):04X}" for c in characters}))
-            found = f"{len(characters)}: {names}"
-            faults.append(Fault("control characters", found, expected, advice, "warning"))
-    if control:
-        text = _CONTROL.sub(lambda match: _WHITE.get(match[0], ""), text)
-    surrogates = len(_SURROGATE.findall(text))
-    if surrogates:
-        advice = "each became U+FFFD; fix the program that wrote the file"
-        found = f"{surrogates} lone surrogates"
-        faults.append(Fault("lone surrogates", found, "whole characters", advice, "warning"))
-        text = _SURROGATE.sub("\ufffd", text)
-    elif "\ufffd" in text:
-        found = f"{text.count(chr(0xFFFD))} x U+FFFD"
-        advice = "an earlier conversion lost them; they are kept as they are"
-        faults.append(Fault("replacement characters", found, "the original characters", advice, "warning"))
-    return text, faults
+    cleaner = Cleaner()
+    return cleaner.clean(text, is_last=True), cleaner.faults()
+
+
+class Cleaner:
+    """`clean_text` for a text that comes in pieces. The faults are those of all pieces together."""
+
+    def __init__(self) -> None:
+        self._returns = self._surrogates = self._replacements = 0
+        self._control: Counter[str] = Counter()
+        self._held = ""  # a carriage return at the end of a piece: a line feed may follow
+
+    def clean(self, text: str, is_last: bool) -> str:
+        """The next piece, clean. A carriage return at its end belongs to the next one, unless this is the last."""
+        text = self._held + text
+        self._held = "\r" if text.endswith("\r") and not is_last else ""
+        text = text.removesuffix(self._held)
+        if "\r" in text:
+            self._returns += text.count("\r")
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        control = Counter(_CONTROL.findall(text))
+        if control:
+            self._control += control
+            text = _CONTROL.sub(lambda match: _WHITE.get(match[0], ""), text)
+        self._replacements += text.count("\ufffd")
+        surrogates = len(_SURROGATE.findall(text))
+        if surrogates:
+            self._surrogates += surrogates
+            text = _SURROGATE.sub("\ufffd", text)
+        return text
+
+    def faults(self) -> list[Fault]:
+        """A warning for each kind of change, after the last piece."""
+        faults = []
+        if self._returns:
+            found = f"{self._returns} carriage returns"
+            faults.append(Fault("line ends", found, r"\n", "they were converted", "warning"))
+        white = {c: n for c, n in self._control.items() if c in _WHITE}
+        other = {c: n for c, n in self._control.items() if c not in _WHITE}
+        for characters, expected, advice in (
+            (white, "line ends and spaces", "they became white space"),
+            (other, "text", "they were removed"),
+        ):
+            if characters:
+                names = ", ".join(sorted(f"U+{ord(c):04X}" for c in characters))
+                found = f"{sum(characters.values())}: {names}"
+                faults.append(Fault("control characters", found, expected, advice, "warning"))
+        if self._surrogates:
+            advice = "each became U+FFFD; fix the program that wrote the file"
+            found = f"{self._surrogates} lone surrogates"
+            faults.append(Fault("lone surrogates", found, "whole characters", advice, "warning"))
+        elif self._replacements:
+            found = f"{self._replacements} x U+FFFD"
+            advice = "an earlier conversion lost them; they are kept as they are"
+            faults.append(
+                Fault("replacement characters", found, "the original characters", advice, "warning")
+            )
+        return faults

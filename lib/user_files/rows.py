@@ -181,7 +181,7 @@ def _parquet(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
         file = pq.ParquetFile(path)
         _check_columns(columns, file.schema_arrow.names)
         chosen = None if columns is None else list(columns)
-        for batch in file.iter_batches(batch_size=1024, columns=chosen):
+        for batch in file.iter_batches(batch_size=64, columns=chosen):
             for record in batch.to_pylist():
                 yield Row(number, f"row {number}", record)
                 number += 1

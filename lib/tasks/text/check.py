@@ -2,26 +2,28 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from lib.config import Config
+from lib.digest_table import DigestTable
+from lib.digest_table import digest as digest_of
 from lib.errors import BadConfig, did_you_mean
 from lib.tasks import Document, Problem
-from lib.tasks.text.raw import RawText, read
+from lib.tasks.text.raw import RawText, read, unreadable
 from lib.user_files.decoding import clean_text, decode
-from lib.user_files.faults import Fault
+from lib.user_files.faults import Fault, UnreadableFile
+from lib.user_files.long_text import LongText, cut
 
 # Errors that `data.drop` may turn into warnings: the row or the file is then left out
 DROPPABLE = ("null text", "not text", "no text", "not JSON", "malformed row", "encoding", "binary", "damaged", "too long",
              "unreadable", "dead link", "no file")  # fmt: skip
-_SPACE = re.compile(r"\s")
 # Each pattern matches only what it changes: one match per word of a long text would need gigabytes
 _SQUEEZE_RULES = (
     (re.compile(r"[ \t]{2,}|\t"), " "),
     (re.compile(r" \n ?|\n "), "\n"),
     (re.compile(r"\n{3,}"), "\n\n"),
 )
-_CHUNK = 2**20  # characters that `text_digest` copies at a time
+_CHUNK = 2**20  # characters that `text_digest` divides into words at a time
 
 
 def check(config: Config) -> Iterator[Document | Problem]:
@@ -34,25 +36,24 @@ def check(config: Config) -> Iterator[Document | Problem]:
         raise BadConfig(
             f"data.drop: '{kind}' is not a kind of problem that can be dropped{did_you_mean(kind, DROPPABLE)}"
         )
-    known_texts: dict[bytes, str] = {}  # digest of a text -> the document that has it
-    name_counts: dict[str, int] = {}
     num_characters = num_documents = num_errors = 0
-    for raw in read(config):
-        text, faults = _text_of(raw)
-        if text is not None and config.data.whitespace == "squeeze":
-            text = squeeze(text)
-        if text is not None:
-            digest, length = text_digest(text)
-            fault = _reason_to_drop(digest, length, config, known_texts)
-            if fault is None:
-                document_id, fault = _unique_name(_printable(raw.document_id), name_counts)
-                known_texts.setdefault(digest, document_id)
-                num_documents, num_characters = num_documents + 1, num_characters + len(text)
-                yield Document(document_id, text, _printable(raw.source))
-            faults += [fault] if fault is not None else []
-        for fault in (_with_drop(fault, drop) for fault in faults):
-            num_errors += fault.severity == "error"
-            yield _problem(fault, raw.source, raw.location)
+    with DigestTable() as known_texts, DigestTable() as name_counts:
+        for raw in read(config):
+            text, faults = _text_of(raw, squeezed=config.data.whitespace == "squeeze")
+            if text is not None:
+                digest, length = text_digest(text)
+                fault = _reason_to_drop(digest, length, config, known_texts)
+                if fault is None:
+                    document_id, fault = _unique_name(_printable(raw.document_id), name_counts)
+                    known_texts.add(digest, document_id)
+                    num_documents += 1
+                    for piece, content in enumerate(cut(text)):
+                        num_characters += len(content)
+                        yield Document(document_id, content, _printable(raw.source), piece)
+                faults += [fault] if fault is not None else []
+            for fault in (_with_drop(fault, drop) for fault in faults):
+                num_errors += fault.severity == "error"
+                yield _problem(fault, raw.source, raw.location)
     # With errors, the amount of text is known only after they are fixed
     for fault in [] if num_errors else _too_little_text(config, num_characters, num_documents):
         yield _problem(fault, config.data.path, "")
@@ -68,18 +69,49 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _text_of(raw: RawText) -> tuple[str | None, list[Fault]]:
-    """(clean text, faults). The text is None if there is none."""
+def _text_of(raw: RawText, squeezed: bool) -> tuple["Iterable[str] | None", list[Fault]]:
+    """(clean text in pieces, faults). The text is None if there is none; otherwise it can be iterated over again."""
     if raw.fault is not None or raw.data is None:
         return None, [raw.fault] if raw.fault is not None else []
-    if isinstance(raw.data, str):
-        return clean_text(raw.data)
-    text, fault = decode(raw.data)
-    faults = [fault] if fault is not None else []
-    if text is None:
-        return None, faults
-    text, more = clean_text(text)
-    return text, faults + more
+    if isinstance(raw.data, LongText):
+        return _long_text_of(raw.data, squeezed)
+    data, faults = raw.data, []
+    if isinstance(data, bytes):
+        data, fault = decode(data)
+        faults = [fault] if fault is not None else []
+        if data is None:
+            return None, faults
+    text, more = clean_text(data)
+    return [squeeze(text) if squeezed else text], faults + more
+
+
+def _long_text_of(text: LongText, squeezed: bool) -> tuple["Iterable[str] | None", list[Fault]]:
+    """As `_text_of`. The text is read once here, for its faults, and again when it is iterated over."""
+    try:
+        for _ in text:
+            pass
+    except UnreadableFile as error:
+        return None, [error.fault]
+    except OSError as error:
+        return None, [unreadable(error)]
+    return _SqueezedPieces(text) if squeezed else text, text.faults
+
+
+class _SqueezedPieces:
+    """A long text as `squeeze` changes it. `cut` divides no run of white space, so each piece is changed alone."""
+
+    def __init__(self, text: Iterable[str]):
+        self.text = text
+
+    def __iter__(self) -> Iterator[str]:
+        is_first, waiting = True, ""  # white space at the end of a piece: it stays if text follows
+        for piece in cut(self.text):
+            piece = squeeze_inside(piece)
+            piece = waiting + (piece.lstrip() if is_first else piece)
+            is_first = is_first and not piece
+            ink = piece.rstrip()
+            waiting = piece[len(ink) :]
+            yield ink
 
 
 def _with_drop(fault: Fault, drop: frozenset[str]) -> Fault:
@@ -91,28 +123,33 @@ def _with_drop(fault: Fault, drop: frozenset[str]) -> Fault:
 
 def squeeze(text: str) -> str:
     """The text without indentation, with one space between words and at most one blank line."""
+    return squeeze_inside(text).strip()
+
+
+def squeeze_inside(text: str) -> str:
+    """As `squeeze`, but white space at both ends stays."""
     for pattern, replacement in _SQUEEZE_RULES:
         text = pattern.sub(replacement, text)
-    return text.strip()
+    return text
 
 
-def text_digest(text: str) -> tuple[bytes, int]:
+def text_digest(pieces: Iterable[str]) -> tuple[bytes, int]:
     """(digest, length) of the text with each run of white space as one space. Memory does not grow with the text."""
-    total, length, start = hashlib.blake2b(digest_size=16), 0, 0
-    while start < len(text):
-        space = _SPACE.search(text, start + _CHUNK)
-        end = space.start() if space else len(text)
-        words = " ".join(text[start:end].split())
-        if words:
-            total.update((" " + words if length else words).encode("utf-8", "surrogatepass"))
-            length += len(words) + (1 if length else 0)
-        start = end
+    total, length, in_word = hashlib.blake2b(digest_size=16), 0, False
+    for piece in pieces:
+        for start in range(0, len(piece), _CHUNK):
+            chunk = piece[start : start + _CHUNK]
+            words = " ".join(chunk.split())
+            if words:
+                if length and not (in_word and not chunk[0].isspace()):
+                    words = " " + words
+                total.update(words.encode("utf-8", "surrogatepass"))
+                length += len(words)
+            in_word = not chunk[-1].isspace()
     return total.digest(), length
 
 
-def _reason_to_drop(
-    digest: bytes, length: int, config: Config, known_texts: dict[bytes, str]
-) -> Fault | None:
+def _reason_to_drop(digest: bytes, length: int, config: Config, known_texts: DigestTable) -> Fault | None:
     """Why a document of this digest and length is left out; None if it is kept."""
     min_length = config.data.min_document_characters
     if not length:
@@ -120,20 +157,20 @@ def _reason_to_drop(
     if length < min_length:
         advice = "it is left out; see data.min_document_characters"
         return Fault("too short", f"{length} characters", f"at least {min_length}", advice, "warning")
-    if config.data.deduplicate != "none" and digest in known_texts:
-        found = f"the same text as {known_texts[digest]}"
+    if config.data.deduplicate != "none" and (known := known_texts.get(digest)) is not None:
+        found = f"the same text as {known}"
         advice = "it is left out; see data.deduplicate"
         return Fault("duplicate", found, "another text", advice, "warning")
     return None
 
 
-def _unique_name(name: str, counts: dict[str, int]) -> tuple[str, Fault | None]:
+def _unique_name(name: str, counts: DigestTable) -> tuple[str, Fault | None]:
     """A name that no other document has, and a warning if it is not the given one."""
-    unique = name
-    while unique in counts:
-        counts[name] += 1
-        unique = f"{name}~{counts[name]}"
-    counts[unique] = 1
+    unique, key = name, digest_of(name)
+    while not counts.add(digest_of(unique), 1):
+        number = int(counts.get(key) or 0) + 1
+        counts.set(key, number)
+        unique = f"{name}~{number}"
     if unique == name:
         return unique, None
     advice = f"it is called {unique} here; give unique values in data.id_key"

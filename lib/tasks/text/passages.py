@@ -10,13 +10,14 @@ contiguous splits, `selection` is the end of train, and the borders of train and
 `selection` has at least one group (or one passage, with contiguous splits) if train has more than that.
 """
 
-import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from lib import randomness
 from lib.config import Config
+from lib.digest_table import DigestTable, digest
 from lib.sections.data import DataConfig
 from lib.tasks import Document, Dropped, Example
 
@@ -38,38 +39,52 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
     assert not isinstance(documents, Iterator), "an iterator can be read only once"
     total = sum(len(d.content) for d in documents) if data.split == "contiguous" else 0
     threshold = 0.0 if total else _selection_threshold(config, documents)
-    paragraphs: set[bytes] = set()  # digests of all paragraphs
-    split_of_passage: dict[bytes, str] = {}  # digest -> split
-    offset = 0
-    for document in documents:
-        text, name = document.content, document.document_id
-        stretches, repeated = _without_repeats(text, data, paragraphs)
-        for a, b in repeated:
-            yield Dropped(f"{name}@{a}", "repeated paragraph", text[a:b])
-        number, end_before, split_before = 0, -1, ""
-        for block, span in enumerate(s for stretch in stretches for s in _blocks(text, stretch, data)):
-            group = _group(name, block, data)
-            for a, b, is_passage in _passages(text, span, data):
-                if not is_passage:
-                    yield Dropped(
-                        f"{name}@{a}", "tail of a paragraph longer than data.passage_characters", text[a:b]
+    offset, place = 0, _Place()
+    with DigestTable() as paragraphs, DigestTable() as split_of_passage:
+        for document in documents:
+            text, name = document.content, document.document_id
+            if not document.piece:
+                place = _Place()
+            stretches, repeated = _without_repeats(text, data, paragraphs)
+            for a, b in repeated:
+                yield Dropped(f"{name}@{place.start + a}", "repeated paragraph", text[a:b])
+            for span in (s for stretch in stretches for s in _blocks(text, stretch, data)):
+                group = _group(name, place.blocks, data)
+                place.blocks += 1
+                for a, b, is_passage in _passages(text, span, data):
+                    at = f"{name}@{place.start + a}"
+                    if not is_passage:
+                        reason = "tail of a paragraph longer than data.passage_characters"
+                        yield Dropped(at, reason, text[a:b])
+                        continue
+                    split = (
+                        _contiguous(data, offset + a, total) if total else _hashed(config, group, threshold)
                     )
-                    continue
-                split = _contiguous(data, offset + a, total) if total else _hashed(config, group, threshold)
-                if _is_in_other_split(text[a:b], split, split_of_passage, data):
-                    yield Dropped(f"{name}@{a}", "the same passage is in another split", text[a:b])
-                    continue
-                continues = a == end_before and split == split_before
-                yield Example(
-                    f"{name}:{number}",
-                    "",
-                    text[a:b],
-                    split,
-                    f"{group}/{split}" if total else group,
-                    continues,
-                )
-                number, end_before, split_before = number + 1, b, split
-        offset += len(text)
+                    if _is_in_other_split(text[a:b], split, split_of_passage, data):
+                        yield Dropped(at, "the same passage is in another split", text[a:b])
+                        continue
+                    continues = place.start + a == place.end and split == place.split
+                    full_group = f"{group}/{split}" if total else group
+                    yield Example(f"{name}:{place.examples}", "", text[a:b], split, full_group, continues)
+                    place.examples, place.end, place.split = place.examples + 1, place.start + b, split
+            offset, place.start = offset + len(text), place.start + len(text)
+
+
+@dataclass
+class _Place:
+    """Where `prepare` is in a document, which may come in several pieces.
+
+    Attributes:
+        start: characters of the earlier pieces.
+        blocks, examples: how many there were in the document until now.
+        end, split: of the last example.
+    """
+
+    start: int = 0
+    blocks: int = 0
+    examples: int = 0
+    end: int = -1
+    split: str = ""
 
 
 def _spans_of_paragraphs(text: str, span: Span) -> Iterator[Span]:
@@ -82,7 +97,7 @@ def _spans_of_paragraphs(text: str, span: Span) -> Iterator[Span]:
         yield start, span[1]
 
 
-def _without_repeats(text: str, data: DataConfig, known: set[bytes]) -> tuple[list[Span], list[Span]]:
+def _without_repeats(text: str, data: DataConfig, known: DigestTable) -> tuple[list[Span], list[Span]]:
     """(stretches of text between repeated paragraphs, repeated paragraphs). `known` has the digests of earlier ones."""
     if data.deduplicate != "paragraph":
         return [(0, len(text))], []
@@ -90,21 +105,14 @@ def _without_repeats(text: str, data: DataConfig, known: set[bytes]) -> tuple[li
     repeated: list[Span] = []
     for a, b in _spans_of_paragraphs(text, (0, len(text))):
         normal = _SPACE.sub(" ", text[a:b]).strip()
-        if len(normal) >= MIN_REPEATED_CHARACTERS:
-            digest = _digest(normal)
-            if digest in known:
-                repeated.append((a, b))
-                continue
-            known.add(digest)
+        if len(normal) >= MIN_REPEATED_CHARACTERS and not known.add(digest(normal)):
+            repeated.append((a, b))
+            continue
         if stretches and stretches[-1][1] == a:
             stretches[-1] = (stretches[-1][0], b)
         else:
             stretches.append((a, b))
     return stretches, repeated
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 def _blocks(text: str, stretch: Span, data: DataConfig) -> Iterator[Span]:
@@ -177,19 +185,20 @@ def _selection_threshold(config: Config, documents: Iterable[Document]) -> float
 
     It is data.selection_fraction if any group has a smaller hash, otherwise the smallest hash.
     """
-    data, smallest = config.data, 1.0
-    paragraphs: set[bytes] = set()
-    for document in documents:
-        text = document.content
-        stretches, _ = _without_repeats(text, data, paragraphs)
-        for block, span in enumerate(s for stretch in stretches for s in _blocks(text, stretch, data)):
-            group = _group(document.document_id, block, data)
-            if not any(is_passage for *_, is_passage in _passages(text, span, data)):
-                continue
-            if _hashed(config, group, -1.0) == "train":
-                smallest = min(smallest, _selection_hash(config, group))
-                if smallest <= data.selection_fraction:
-                    return data.selection_fraction
+    data, smallest, block = config.data, 1.0, -1
+    with DigestTable() as paragraphs:
+        for document in documents:
+            text, block = document.content, block if document.piece else -1
+            stretches, _ = _without_repeats(text, data, paragraphs)
+            for span in (s for stretch in stretches for s in _blocks(text, stretch, data)):
+                block += 1
+                group = _group(document.document_id, block, data)
+                if not any(is_passage for *_, is_passage in _passages(text, span, data)):
+                    continue
+                if _hashed(config, group, -1.0) == "train":
+                    smallest = min(smallest, _selection_hash(config, group))
+                    if smallest <= data.selection_fraction:
+                        return data.selection_fraction
     return smallest
 
 
@@ -220,8 +229,9 @@ def _split_at(data: DataConfig, position: float) -> str:
     return last
 
 
-def _is_in_other_split(passage: str, split: str, split_of: dict[bytes, str], data: DataConfig) -> bool:
+def _is_in_other_split(passage: str, split: str, split_of: DigestTable, data: DataConfig) -> bool:
     """Whether the same passage occurred in another split. Short passages may."""
     if data.deduplicate != "paragraph" or len(passage) < MIN_REPEATED_CHARACTERS:
         return False
-    return split_of.setdefault(_digest(_SPACE.sub(" ", passage).strip()), split) != split
+    key = digest(_SPACE.sub(" ", passage).strip())
+    return not split_of.add(key, split) and split_of.get(key) != split

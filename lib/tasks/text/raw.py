@@ -8,9 +8,10 @@ from pathlib import Path
 from lib.config import Config
 from lib.errors import MissingInput, did_you_mean
 from lib.sections.data import DataConfig
-from lib.user_files.decoding import read_bytes
+from lib.user_files import decoding
 from lib.user_files.faults import KINDS_IN_WORDS, Fault, UnreadableFile, kind_of
 from lib.user_files.folders import FolderContents, find_files
+from lib.user_files.long_text import PIECE_CHARACTERS, LongText
 from lib.user_files.rows import read_rows
 
 BUILTIN = ("builtin", "builtin_small")
@@ -27,12 +28,12 @@ MAX_LISTED = 3
 
 @dataclass(frozen=True)
 class RawText:
-    """One text as it was found, or the fault that it has."""
+    """One text as it was found, or the fault that it has. A `LongText` is read when it is iterated over."""
 
     document_id: str
     source: str
     location: str
-    data: bytes | str | None
+    data: bytes | str | LongText | None
     fault: Fault | None = None
 
 
@@ -96,9 +97,7 @@ def read(config: Config) -> Iterator[RawText]:
                     raw = replace(raw, fault=_other_file("JSON that is not a list of records"))
                 yield raw
         except OSError as error:
-            advice = "check the file's permissions, or remove it from the folder"
-            fault = Fault("unreadable", str(error.strerror or error), "a file that can be read", advice)
-            yield RawText(name, str(path), "", None, fault)
+            yield RawText(name, str(path), "", None, unreadable(error))
     for path in contents.others:
         fault = _other_file(f"the ending '{path.suffix}'")
         if command := UNPACK_COMMANDS.get(path.suffix.lower()):
@@ -106,6 +105,11 @@ def read(config: Config) -> Iterator[RawText]:
         yield RawText(path.name, str(path), "", None, fault)
     for path, fault in contents.faults:
         yield RawText(path.name, str(path), "", None, fault)
+
+
+def unreadable(error: OSError) -> Fault:
+    advice = "check the file's permissions, or remove it from the folder"
+    return Fault("unreadable", str(error.strerror or error), "a file that can be read", advice)
 
 
 def _other_file(found: str) -> Fault:
@@ -127,7 +131,7 @@ def _texts(path: Path, name: str, data: DataConfig) -> Iterator[RawText]:
     """The texts of one file."""
     if kind_of(path).startswith(".txt"):
         try:
-            yield RawText(name, str(path), "", read_bytes(path))
+            yield RawText(name, str(path), "", _bytes_or_long_text(path))
         except UnreadableFile as error:
             yield RawText(name, str(path), "", None, error.fault)
         return
@@ -135,6 +139,12 @@ def _texts(path: Path, name: str, data: DataConfig) -> Iterator[RawText]:
     for row in read_rows(path, columns):
         raw = RawText(f"{name}-{row.number}", str(path), row.location, None, row.fault)
         yield raw if row.fault is not None else _from_record(row.value, raw, data)
+
+
+def _bytes_or_long_text(path: Path) -> bytes | LongText:
+    limit = min(PIECE_CHARACTERS, decoding.MAX_BYTES)  # a text has at most as many characters as bytes
+    data = decoding.first_bytes(path, limit + 1)
+    return LongText(path) if len(data) > limit else data
 
 
 def _from_record(record, raw: RawText, data: DataConfig) -> RawText:

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib import randomness
 from lib.engine.parts import Part
+from lib.log import say
 from lib.metrics import Estimate
 from lib.runtime import Runtime
 from lib.sections.models import TrainingConfig
@@ -60,7 +62,7 @@ class Objective(Protocol):
         """The data of some rows of a step's global batch. No gradient flows through the model here."""
         ...
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, /) -> dict[str, float]:
         """Metrics on the selection split."""
         ...
 
@@ -161,6 +163,19 @@ def chunks(count: int, size: int) -> Iterator[np.ndarray]:
     """Consecutive index arrays of at most `size`, from 0 to `count`."""
     for start in range(0, count, size):
         yield np.arange(start, min(start + size, count))
+
+
+def some_of(seed: int, label: str, what: str, count: int, limit: int) -> np.ndarray:
+    """Sorted indices of all or, if there are more than `limit`, of a random sample of that size. A line says so.
+
+    Args:
+        label: of the model.
+        what: the things that a report reads, such as `held-out windows`.
+    """
+    if count <= limit:
+        return np.arange(count)
+    say(f"{label}: the report reads a random sample of {limit:,} of {count:,} {what}")
+    return randomness.sample(seed, f"reported {what}", count, limit)
 
 
 def with_cls(ids: np.ndarray, valid: np.ndarray, cls_id: int) -> tuple[np.ndarray, np.ndarray]:

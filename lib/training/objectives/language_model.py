@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from torch import Tensor, nn
 
 from lib import randomness
@@ -28,6 +26,7 @@ from lib.diffusion.nelbo import MaskedBatch, mask_batch, weights_per_token
 from lib.engine.parts import Part
 from lib.metrics import Estimate, ratio, sum_by
 from lib.sections.masking import DiffusionConfig, RandomMasking
+from lib.token_store import TokenStore
 from lib.tokenization import newline_ids
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Rows, Splits, Windows
@@ -38,12 +37,16 @@ from lib.training.objectives.base import (
     evaluation_rows,
     forward,
     result_row,
+    some_of,
     tensor,
 )
 from lib.training.objectives.modifiers import MaskedPredictions, Modifiers
 
 EVALUATION_BATCH = 64  # also the number of rows over which evaluation spreads the masking ratios evenly
 REPORT_DRAWS = 4  # masks per held-out window
+MAX_REPORTED_WINDOWS = (
+    2**16
+)  # a report reads at most this number of held-out windows; more hardly narrow its interval
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,35 @@ class WindowSplits(Splits[Windows]):
     """Windows of text to learn from, to choose the best step by, and to report on; the last two are tiled.
 
     Attributes:
-        groups: (held_out.count,) group of each held-out window, of any type. Intervals resample whole groups.
+        groups: group of each held-out window, of any type, by `groups[windows]`. Intervals resample whole groups.
         characters_per_token: of the held-out text. Bits per character compare models of different tokenizers.
     """
 
-    groups: np.ndarray
+    groups: "np.ndarray | WindowGroups"
     characters_per_token: float = 1.0
 
     @classmethod
-    def of(cls, examples: Splits[pa.Table], width: int, pad_id: int) -> "WindowSplits":
-        """Windows of at most `width` tokens of three tables of examples."""
+    def of(cls, texts: Splits[TokenStore], width: int, pad_id: int) -> "WindowSplits":
+        """Windows of at most `width` tokens of three token stores."""
         train, selection, held_out = (
-            Windows(table, width, pad_id) for table in (examples.train, examples.selection, examples.held_out)
+            Windows(text, width, pad_id) for text in (texts.train, texts.selection, texts.held_out)
         )
         tiles = held_out.tiled()
-        characters = pc.sum(pc.utf8_length(examples.held_out["target"])).as_py()
-        return cls(
-            train,
-            selection.tiled(),
-            tiles,
-            groups=np.asarray(examples.held_out["group"].to_pylist())[tiles.owner],
-            characters_per_token=characters / max(len(held_out.ids), 1),
-        )
+        characters = texts.held_out.characters / max(texts.held_out.num_tokens, 1)
+        return cls(train, selection.tiled(), tiles, WindowGroups(tiles), characters)
+
+
+@dataclass(frozen=True)
+class WindowGroups:
+    """The groups of tiled windows by their indices, as numbers in the order of the groups' names."""
+
+    tiles: Windows
+
+    def __len__(self) -> int:
+        return self.tiles.count
+
+    def __getitem__(self, windows: np.ndarray) -> np.ndarray:
+        return self.tiles.groups(windows)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ class WindowObjective:
 
     Attributes:
         evaluated: indices of the selection windows that every evaluation reads, the same each time.
+        reported: indices of the held-out windows that reports read: all, or `MAX_REPORTED_WINDOWS` of them.
     """
 
     def __init__(self, context: TrainingContext, splits: WindowSplits):
@@ -113,8 +124,10 @@ class WindowObjective:
         self.tokens_per_row = splits.train.width
         self._nats_per_bit = splits.characters_per_token * np.log(2)  # (nats / token) / (bits / character)
         self._order = Rows(seed, f"{label} order", splits.train.count)
-        shuffled = randomness.permutation(seed, "selection windows", 0, splits.selection.count)
-        self.evaluated = np.sort(shuffled[: context.settings.evaluation_examples])
+        self.evaluated = randomness.sample(
+            seed, "selection windows", splits.selection.count, context.settings.evaluation_examples
+        )
+        self.reported = some_of(seed, label, "held-out windows", splits.held_out.count, MAX_REPORTED_WINDOWS)
 
     def windows(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """((B,) row numbers, (B, T) ids, (B, T) validity) of global training rows."""
@@ -124,16 +137,17 @@ class WindowObjective:
         return index, *self.splits.train.batch(samples, cuts)
 
     def estimate(self, nats: np.ndarray, tokens: np.ndarray) -> Estimate:
-        """Nats per token over all held-out windows, from (W,) nats and (W,) tokens of each."""
-        nats, tokens = sum_by(np.asarray(self.splits.groups), nats, tokens)  # (G,) each
+        """Nats per token over the `reported` windows, from (W,) nats and (W,) tokens of each."""
+        nats, tokens = sum_by(self.splits.groups[self.reported], nats, tokens)  # (G,) each
         return ratio(nats, tokens)
 
     def unigram_nll(self) -> float:
         """Nats per token of held-out text under the token frequencies of the train split: the trivial baseline."""
-        train, held_out = self.splits.train.ids, self.splits.held_out.ids
-        size = int(max(train.max(), held_out.max())) + 1
-        counts = np.bincount(train, minlength=size) + 1.0
-        share = np.bincount(held_out, minlength=size) / len(held_out)
+        train, held_out = self.splits.train.text.counts, self.splits.held_out.text.counts
+        size = int(max(np.flatnonzero(counts)[-1] for counts in (train, held_out))) + 1
+        counts, share = np.ones(size), np.zeros(size)
+        counts[: len(train)] += train[:size]
+        share[: len(held_out)] += held_out[:size] / held_out.sum()
         return float(-(share * np.log(counts / counts.sum())).sum())
 
     def result_rows(self, metric: str, nats: Estimate, unigram: float) -> tuple[float, list[ResultRow]]:
@@ -269,14 +283,13 @@ class MaskedDiffusion(WindowObjective):
         }
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
-        """NELBO of all held-out windows, `REPORT_DRAWS` masks each, and of as many windows of the train split.
+        """NELBO of the `reported` windows, `REPORT_DRAWS` masks each, and of as many windows of the train split.
 
         `nelbo_half_width` is the half-width of the 95 % interval.
         """
-        every = np.arange(self.splits.held_out.count)
-        found = self.window_nelbos(model, self.splits.held_out, every, REPORT_DRAWS)
+        found = self.window_nelbos(model, self.splits.held_out, self.reported, REPORT_DRAWS)
         train = self.splits.train.tiled()
-        sample = np.sort(randomness.permutation(self.seed, "train windows", 0, train.count)[: len(every)])
+        sample = randomness.sample(self.seed, "train windows", train.count, len(self.reported))
         on_train = self.window_nelbos(model, train, sample)
         nats = found.nats.reshape(REPORT_DRAWS, -1).mean(0)  # (W,)
         nelbo = self.estimate(nats, found.tokens.reshape(REPORT_DRAWS, -1)[0])

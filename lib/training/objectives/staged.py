@@ -85,7 +85,7 @@ class StagedUnmasking(MaskedDiffusion):
             found = self.runtime.processes.share(
                 measure, list(chunks(size, evaluation_rows(EVALUATION_BATCH, self.splits.selection.width)))
             )
-            total, count = sum(sums for (sums,) in found)
+            total, count = np.sum([sums for (sums,) in found], axis=0)
             losses.append(float(total / max(count, 1)))
         return losses
 

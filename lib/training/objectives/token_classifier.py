@@ -24,12 +24,16 @@ from lib.training.objectives.base import (
     evaluation_rows,
     forward,
     result_row,
+    some_of,
     tensor,
 )
 from lib.training.objectives.candidates import CandidateSplits, Stream, whole_sequences
 from lib.training.stage_inputs import StageInputs
 
 EVALUATION_BATCH = 64
+MAX_REPORTED = (
+    2**16
+)  # held-out candidates that a report reads; the log-probabilities of their tokens are held in memory
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class TokenClasses:
         class_weighting: str,
         stream: Stream | None = None,
     ):
-        self.label, self.runtime = context.label, context.runtime
+        self.label, self.seed, self.runtime = context.label, context.seed, context.runtime
         self.splits, self.num_classes, self.weighting, self.stream = (
             splits,
             num_classes,
@@ -171,9 +175,13 @@ class TokenClasses:
         return {"cross_entropy": float(ce), **metrics.classification(self._confusion(scores, classes))}
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        """All held-out candidates: scores per class, the confusion matrix, AUROC of "not original"."""
-        held_out, groups = self.splits.held_out, self.splits.groups
-        scores, classes, owners = self._predict(model, held_out, np.arange(held_out.sequences.count))
+        """All held-out candidates: scores per class, the confusion matrix, AUROC of "not original".
+
+        Of more than `MAX_REPORTED` candidates, a random sample.
+        """
+        held_out, groups = self.splits.held_out, np.unique(self.splits.groups, return_inverse=True)[1]
+        some = some_of(self.seed, self.label, "held-out candidates", held_out.sequences.count, MAX_REPORTED)
+        scores, classes, owners = self._predict(model, held_out, some)
         confusion = self._confusion(scores, classes)
         ce = -scores[np.arange(len(classes)), classes]
         # The baseline predicts the class frequencies of the train split
@@ -195,7 +203,7 @@ class TokenClasses:
         values["auroc_changed"] = auroc.value
         baseline, value = "chance", 0.5
         if self.splits.confidence is not None:
-            doubt = -np.concatenate(self.splits.confidence)
+            doubt = -np.concatenate([self.splits.confidence[i] for i in some])
             baseline, value = "generator's confidence", metrics.auroc(doubt, changed)
             values["auroc_changed_of_confidence"] = value
         rows.append(

@@ -33,13 +33,22 @@ from lib.diffusion.calibration import Calibration
 from lib.engine.parts import Part
 from lib.sections.critic import CriticConfig
 from lib.training.data import Windows
-from lib.training.objectives.base import ResultRow, chunks, evaluation_rows, forward, result_row, tensor
+from lib.training.objectives.base import (
+    ResultRow,
+    chunks,
+    evaluation_rows,
+    forward,
+    result_row,
+    some_of,
+    tensor,
+)
 from lib.training.objectives.error_detection import ScoredTokens, bands, detection, fit_calibration
 from lib.training.objectives.fills import Filled, Filler
 from lib.training.objectives.language_model import MaskedDiffusion
 
 EVALUATION_BATCH = 64
 REPORT_DRAWS = 4  # fills of each window
+MAX_SCORED_TOKENS = 2**22  # of a split, all draws together; about 100 bytes each are held in memory
 
 # (indices of a batch, its fills, (B, T) raw probability of error) -> arrays that are concatenated over the batches
 Measure = Callable[[np.ndarray, Filled, np.ndarray], tuple[np.ndarray, ...]]
@@ -213,13 +222,15 @@ class TokenCritic:
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow], Calibration]:
         """(metrics, rows of the results table, calibration): error detection on held-out fills.
 
-        The calibration is fitted on fills of the selection windows only. Baselines are the generator's own confidences.
+        Splits of more than `MAX_SCORED_TOKENS` are measured on a random sample of windows. The calibration is fitted on fills of the selection windows only. Baselines are the generator's own confidences.
         """
         selection, held_out = self.diffusion.splits.selection, self.diffusion.splits.held_out
-        calibration = fit_calibration(
-            self.score_fills(model, selection, np.arange(selection.count), REPORT_DRAWS)
-        )
-        scored = self.score_fills(model, held_out, self.diffusion.splits.groups, REPORT_DRAWS)
+        limit = max(1, MAX_SCORED_TOKENS // (REPORT_DRAWS * held_out.width))
+        chosen = some_of(self.seed, self.label, "selection windows", selection.count, limit)
+        calibration = fit_calibration(self.score_fills(model, selection, chosen, chosen, REPORT_DRAWS))
+        chosen = some_of(self.seed, self.label, "held-out windows", held_out.count, limit)
+        groups = self.diffusion.splits.groups[chosen]
+        scored = self.score_fills(model, held_out, chosen, groups, REPORT_DRAWS)
         found = detection(scored, calibration)
         filled = scored.reading("filled")
         calibrated = calibration(filled.probability, "filled", filled.share)
@@ -250,9 +261,11 @@ class TokenCritic:
             row("AUROC, external text", "whole_text_critic", "fresh confidence", fresh),
         ]
 
-    def score_fills(self, model: nn.Module, windows: Windows, groups: np.ndarray, draws: int) -> ScoredTokens:
-        """Fill all windows `draws` times, and score every token in every way. `groups`: one per window."""
-        examples = np.tile(np.arange(windows.count), draws)
+    def score_fills(
+        self, model: nn.Module, windows: Windows, examples: np.ndarray, groups: np.ndarray, draws: int
+    ) -> ScoredTokens:
+        """Fill the windows `examples` `draws` times, and score every token in every way. `groups`: one per example."""
+        examples, groups = np.tile(examples, draws), np.tile(groups, draws)
         names = [f.name for f in fields(ScoredTokens)]
 
         def measure(part: np.ndarray, filled: Filled, probability: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -260,7 +273,7 @@ class TokenCritic:
             columns = {
                 "wrong": filled.ids != filled.clean,
                 "generated": filled.generated,
-                "group": examples[part][:, None],
+                "group": part[:, None],
                 "critic": probability,
                 "unknown": self._probabilities(model, filled, conditioned=False)[0],
                 "share": filled.share[:, None],
