@@ -7,7 +7,7 @@
 
 A layer keeps `width x D + inner x F + heads x H + scores x H x T` bytes for each token, where the four numbers depend on
 the kind of backbone and on the precision (`LAYERS`). They are counts of the tensors that autograd saves, weighted by
-their bytes. `tests/test_memory.py` compares them with measured bytes.
+their bytes, with the kernels of a GPU. `tests/test_training_memory.py` compares them with measured bytes.
 
 With activation checkpointing a layer keeps only its input. In the backward pass one layer at a time is computed again.
 

@@ -15,7 +15,7 @@ from lib.config import Config
 from lib.errors import BadConfig, MissingInput
 from lib.models.build import fresh_backbone, heads_of, start_model
 from lib.models.encoders import with_lora
-from lib.models.ranker import CandidateRanker, HeadOptions
+from lib.models.ranker import CandidateRanker, HeadOptions, ScoreHead
 from lib.sections.models import ModelSpec, TrainingConfig
 from lib.training.memory.formula import KINDS, Account, Backbone, Batch, Plan, Weights, account
 from lib.training.objectives.base import evaluation_rows
@@ -132,9 +132,12 @@ def model_on_meta(config: Config, name: str, spec: ModelSpec) -> nn.Module:
 def weights_of(model: nn.Module, training: TrainingConfig) -> Weights:
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    linear = {
-        id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D)
-    }  # once each, also if tied
+    exact = {id(m) for head in model.modules() if isinstance(head, ScoreHead) for m in head.modules()}
+    linear = {  # once each, also if tied
+        id(m.weight): m.weight
+        for m in model.modules()
+        if isinstance(m, nn.Linear | Conv1D) and id(m) not in exact
+    }
     matrices = [p for p in linear.values() if p.dtype == torch.float32]
     muon = hidden_matrices(model) if training.optimizer == "muon" else set()
     layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
