@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.devices import to_device
 from lib.errors import BadConfig, BadData
 from lib.log import say
 from lib.models.backbones import (
@@ -280,12 +281,13 @@ class CandidateRanker(nn.Module):
         if not ordinary:
             self._beyond_window(packed)
         found = self._packed_features(packed, ordinary)  # (M, 1, D)
-        present = pools.present().to(found.device)
-        features = found.new_zeros(*present.shape, found.shape[-1])
-        return features.index_put((present,), found.squeeze(1))
+        present = pools.present()
+        # A mask as index would let the program wait for the GPU, to count its ones
+        where = tuple(to_device(index, found.device) for index in present.nonzero(as_tuple=True))
+        return found.new_zeros(*present.shape, found.shape[-1]).index_put(where, found.squeeze(1))
 
     def _scores(self, features: Tensor, pools: Pools) -> Tensor:
-        absent = ~pools.present().to(features.device)
+        absent = to_device(~pools.present(), features.device)
         return self.head(features).masked_fill(absent, -torch.inf)
 
 
@@ -300,10 +302,9 @@ class SequenceRanker(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(N, K) scores of (N, K, T) ids with (N, K, T) bool validity."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(N, K) scores of (N, K, T) ids with (N, K, T) bool validity, None if all are valid."""
         pools, candidates, length = input_ids.shape
-        flat = attention_mask.view(-1, length)
-        mask = None if bool(flat.all()) else flat
+        mask = None if attention_mask is None else attention_mask.view(-1, length)
         logits = self.encoder(input_ids=input_ids.view(-1, length), attention_mask=mask).logits  # (N K, 1)
         return logits.view(pools, candidates)
