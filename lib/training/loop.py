@@ -148,7 +148,7 @@ class _Run:
         tracker = settings.tracker if self.processes.is_main else None
         self.log = MetricsLog(folder, open_tracker(tracker, folder, self.label, settings.model_dump()))
         self.state = _State()
-        self.shown_loss = math.nan  # in the progress line
+        self.display_loss = math.nan  # in the progress line
         device = context.runtime.device
         self.unread = UnreadSteps(device) if may_read_later(device, objective) else None
         self.speed = self._speed_meter()
@@ -200,7 +200,7 @@ class _Run:
         if self.unread is not None and (due or len(self.unread.steps) == SETTLE_EVERY):
             self._settle(self.unread)
         self.speed.end()
-        loss, speed = f"{self.shown_loss:.3f}", f"{self.speed.tokens_per_second:,.0f} tokens/s"
+        loss, speed = f"{self.display_loss:.3f}", f"{self.speed.tokens_per_second:,.0f} tokens/s"
         progress.update(self.state.step, loss=loss, speed=speed)
         return stopping
 
@@ -233,7 +233,7 @@ class _Run:
         for name, term in (numbers.terms | {"gradient_norm": numbers.norm}).items():
             sums[name] = sums.get(name, 0.0) + term
         self.state.summed_steps += 1
-        self.shown_loss = numbers.terms["loss"]
+        self.display_loss = numbers.terms["loss"]
 
     def _backward(self, step: int, number: int, part: Part, totals: dict[str, float]) -> dict[str, Tensor]:
         """The named shares of one part. Its gradients go to `gradients`."""
