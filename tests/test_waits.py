@@ -147,6 +147,8 @@ def test_objectives_that_scale_their_loss_are_read_in_each_step():
     assert not loop.may_read_later(gpu, plain)
     assert loop.may_draw_ahead(gpu, plain) and not loop.may_draw_ahead(torch.device("cpu"), plain)
     assert not loop.may_draw_ahead(gpu, BadLoss(0))
+    plain.state, plain.load_state = dict, print  # as of stages of masking, which an evaluation may end
+    assert not loop.may_draw_ahead(gpu, plain)
 
 
 def test_unread_numbers_are_those_of_the_parts_in_double_precision():

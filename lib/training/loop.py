@@ -115,8 +115,12 @@ def may_read_later(device: torch.device, objective: Objective) -> bool:
 
 
 def may_draw_ahead(device: torch.device, objective: Objective) -> bool:
-    """Whether a thread draws the data of the next step. On the CPU it would take time from the model."""
-    return device.type == "cuda" and getattr(objective, "draws_ahead", False)
+    """Whether a thread draws the data of the next step. On the CPU it would take time from the model.
+
+    Data may depend on the state of an objective, and an evaluation between two steps may change it.
+    """
+    changes = isinstance(objective, StatefulObjective)
+    return device.type == "cuda" and getattr(objective, "draws_ahead", False) and not changes
 
 
 class _Run:
