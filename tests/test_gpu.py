@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lib.config import load_config
+from lib.models.block_attention import on_a_gpu
 from lib.models.build import heads_of, start_model
 from lib.models.packing import Pools
 from lib.runtime import Runtime
@@ -114,12 +115,14 @@ def test_a_mode_trains_on_a_gpu_as_on_the_cpu(tmp_path, gpu, mode, family):
     assert found["gpu"] == found["again"]  # the same bits
 
 
+@pytest.mark.parametrize("mask", ["dense", "blocks"])
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_a_ranker_of_prompts_trains_on_a_gpu_as_on_the_cpu(tmp_path, gpu, name):
+def test_a_ranker_of_prompts_trains_on_a_gpu_as_on_the_cpu(tmp_path, gpu, name, mask):
     folder, found = saved_encoder(tmp_path / "base", name), {}
     for place, runtime in (("cpu", CPU), ("gpu", gpu), ("again", gpu)):
         context = TrainingContext("m", 3, TRAINED, runtime)
         model, _ = lora_ranker(folder, torch.float32)
+        on_a_gpu(mask, model, runtime.device)
         found[place] = losses(model, PromptPools(), context, tmp_path / place)
     assert found["gpu"] == pytest.approx(found["cpu"], rel=1e-2)
     assert found["gpu"] == found["again"]

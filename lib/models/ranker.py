@@ -24,6 +24,7 @@ from lib.models.backbones import (
     why_not_packed,
     width_of,
 )
+from lib.models.block_attention import BLOCKS, block_mask
 from lib.models.packing import Packed, Pools, first_token_index, last_token_index, pack
 
 POOLINGS = ("last", "cls", "mean")
@@ -242,13 +243,18 @@ class CandidateRanker(nn.Module):
         if ordinary:
             arguments["attention_mask"] = (packed.owner >= 0).long()
         else:
-            visible = packed.visible(self.is_causal)
-            arguments["attention_mask"] = (
-                visible if attention_of(self.base) == "sdpa" else self._additive(visible)
-            )
+            arguments["attention_mask"] = self._mask(packed)
             if "position_ids" in self._accepted:
                 arguments["position_ids"] = packed.positions + self._position_offset
         return self.backbone(**arguments)
+
+    def _mask(self, packed: Packed) -> Any:
+        """The mask of packed rows, in the form that the backbone's attention takes."""
+        kind = attention_of(self.base)
+        if kind == BLOCKS:
+            return block_mask(packed, self.is_causal)
+        visible = packed.visible(self.is_causal)
+        return visible if kind == "sdpa" else self._additive(visible)
 
     def _additive(self, visible: Tensor) -> Tensor:
         dtype = next(self.base.parameters()).dtype
