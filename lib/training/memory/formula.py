@@ -62,7 +62,6 @@ class Weights:
         frozen_bytes, trained_bytes: of one weight.
         matrices: weights of linear layers in float32, which bf16 precision copies in bfloat16.
         by_muon: trained weights with one moment instead of two.
-        largest_layer: frozen weights of the largest layer, for sharded backbones.
     """
 
     frozen: int
@@ -71,7 +70,6 @@ class Weights:
     trained_bytes: int
     matrices: int
     by_muon: int
-    largest_layer: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,6 @@ class Plan:
     parts: int
     processes: int = 1
     ema: bool = True
-    sharded: bool = False
     dropout: bool = False
     adapter_dropout: bool = False
     mask_bytes: int = 1
@@ -184,17 +181,15 @@ def moment_of_layer(backbone: Backbone, batch: Batch, plan: Plan, rows: int) -> 
 
 def account(weights: Weights, backbone: Backbone, batch: Batch, plan: Plan) -> Account:
     """The bytes of a training; see the module's docstring."""
-    size, shards = 2 if plan.precision == "bf16" else 4, plan.processes if plan.sharded else 1
+    size = 2 if plan.precision == "bf16" else 4
     trained = weights.trained * weights.trained_bytes
     moments = (2 * weights.trained - weights.by_muon) * weights.trained_bytes
     always = {
-        "frozen weights": weights.frozen * weights.frozen_bytes / shards,
+        "frozen weights": float(weights.frozen * weights.frozen_bytes),
         "trained weights": trained,
         "optimizer moments": moments,
         "EMA": 4.0 * weights.trained * plan.ema,
     }
-    if plan.sharded:  # the layer at work and the next one
-        always["gathered layers"] = 2.0 * weights.largest_layer * weights.frozen_bytes
     # A tree of n parts holds the sums of log2(n) subtrees, beside the newest gradients; an exchange holds four copies
     copies = 1 + (plan.parts.bit_length() - 1) + (4 if plan.processes > 1 else 0)
     layer = kept_by_layer(backbone, batch, plan)

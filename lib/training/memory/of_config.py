@@ -70,7 +70,6 @@ def account_of(config: Config, name: str, spec: ModelSpec, device: Device, shape
         parts=max(training.parts // device.processes, 1),
         processes=device.processes,
         ema=training.ema_decay > 0,
-        sharded=prompts and getattr(config.ranker, "shard", False),
         dropout=spec.architecture.dropout > 0 and not (prompts and config.ranker.encoder),
         adapter_dropout=prompts and config.ranker.adapter == "lora" and config.ranker.lora.dropout > 0,
         mask_bytes=device.mask_bytes,
@@ -140,8 +139,6 @@ def weights_of(model: nn.Module, training: TrainingConfig) -> Weights:
     }
     matrices = [p for p in linear.values() if p.dtype == torch.float32]
     muon = hidden_matrices(model) if training.optimizer == "muon" else set()
-    layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    largest = max((_frozen_in(block) for blocks in layers for block in blocks), default=0)
     return Weights(
         frozen=sum(p.numel() for p in frozen),
         trained=sum(p.numel() for p in trained.values()),
@@ -149,12 +146,7 @@ def weights_of(model: nn.Module, training: TrainingConfig) -> Weights:
         trained_bytes=max((p.element_size() for p in trained.values()), default=4),
         matrices=sum(p.numel() for p in matrices),
         by_muon=sum(p.numel() for n, p in trained.items() if n in muon),
-        largest_layer=largest,
     )
-
-
-def _frozen_in(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if not p.requires_grad)
 
 
 def backbone_of(model: nn.Module, config: Config) -> Backbone:
