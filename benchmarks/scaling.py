@@ -214,7 +214,7 @@ def engine_share(steps: int) -> float:
         parts.sum([{name: float(value.detach()) for name, value in terms.items()} | {"stop": 0}])
         total.reduce()
         reduced = time.perf_counter()
-        optimizer.gradient_norm()
+        float(optimizer.clip_gradients())
         optimizer.step(step)
         if step >= WARM_UP:
             engine += summed - drawn + reduced - done

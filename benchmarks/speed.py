@@ -236,7 +236,7 @@ def _step_seconds(model, objective: MaskedDiffusion, training: TrainingConfig) -
 
     def step() -> None:
         batch_losses(objective, model, 0, range(training.batch_size))["loss"].backward()
-        optimizer.gradient_norm()
+        float(optimizer.clip_gradients())
         optimizer.step(0)
 
     return median_seconds(step)

@@ -1,35 +1,45 @@
 """Activation checkpointing (Chen et al. 2016): layers keep their inputs only, and compute the rest again for gradients."""
 
+from functools import wraps
+from typing import Any
+
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lib.errors import BadConfig
 
 
 def checkpoint_activations(model: nn.Module, label: str) -> None:
-    """Let every transformer layer of the model forget its activations, in training only.
+    """Let every transformer layer of the model forget its activations, wherever gradients are computed.
 
     Gradients stay the same: a layer is computed again with the same dropout. The model may wrap its backbone, also in
     peft's adapters. The checkpoints are not reentrant, so a frozen embedding in front of the layers is no obstacle.
+    transformers' own switch does nothing in evaluation mode, in which policies are trained.
 
     Args:
         label: of the model, for messages.
 
-    Raises BadConfig for a model whose layers cannot be checkpointed.
+    Raises BadConfig for a model whose layers transformers does not compute twice.
     """
-    backbones = _outermost(model)
-    refused = [type(m).__name__ for m in backbones if not m.supports_gradient_checkpointing]
-    if refused or not backbones:
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
         raise BadConfig(
-            f"{label}: training.activation_checkpointing is true, but {', '.join(refused) or type(model).__name__} cannot "
-            "compute its layers twice; set it to false, and training.parts higher to save memory"
+            f"{label}: training.activation_checkpointing is true, but {type(model).__name__} has no layers that can be "
+            "computed twice; set it to false, and training.parts higher to save memory"
         )
-    for backbone in backbones:
-        backbone.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        _checkpoint(layer)
 
 
-def _outermost(module: nn.Module) -> list[PreTrainedModel]:
-    """The models of transformers inside a module that are not part of another one."""
-    if isinstance(module, PreTrainedModel):
-        return [module]
-    return [found for child in module.children() for found in _outermost(child)]
+def _checkpoint(layer: Any) -> None:
+    forward = layer.forward
+
+    @wraps(forward)
+    def forward_again(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    layer.forward = forward_again

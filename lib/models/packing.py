@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib.devices import to_device
+
 PADDING, PROMPT = -1, 0  # owners of a token; the owner of a candidate's token is its number from 1
 
 
@@ -83,9 +85,7 @@ class Packed:
     longest: int
 
     def to(self, device: torch.device) -> "Packed":
-        ids, owner, positions = (
-            x.to(device, non_blocking=True) for x in (self.ids, self.owner, self.positions)
-        )
+        ids, owner, positions = (to_device(x, device) for x in (self.ids, self.owner, self.positions))
         return Packed(ids, owner, positions, self.num_candidates, self.longest)
 
     def visible(self, is_causal: bool) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.devices import to_device
 from lib.errors import BadConfig, BadData
 from lib.log import say
 from lib.models.backbones import (
@@ -23,6 +24,7 @@ from lib.models.backbones import (
     why_not_packed,
     width_of,
 )
+from lib.models.block_attention import BLOCKS, block_mask
 from lib.models.packing import Packed, Pools, first_token_index, last_token_index, pack
 
 POOLINGS = ("last", "cls", "mean")
@@ -241,13 +243,18 @@ class CandidateRanker(nn.Module):
         if ordinary:
             arguments["attention_mask"] = (packed.owner >= 0).long()
         else:
-            visible = packed.visible(self.is_causal)
-            arguments["attention_mask"] = (
-                visible if attention_of(self.base) == "sdpa" else self._additive(visible)
-            )
+            arguments["attention_mask"] = self._mask(packed)
             if "position_ids" in self._accepted:
                 arguments["position_ids"] = packed.positions + self._position_offset
         return self.backbone(**arguments)
+
+    def _mask(self, packed: Packed) -> Any:
+        """The mask of packed rows, in the form that the backbone's attention takes."""
+        kind = attention_of(self.base)
+        if kind == BLOCKS:
+            return block_mask(packed, self.is_causal)
+        visible = packed.visible(self.is_causal)
+        return visible if kind == "sdpa" else self._additive(visible)
 
     def _additive(self, visible: Tensor) -> Tensor:
         dtype = next(self.base.parameters()).dtype
@@ -280,12 +287,13 @@ class CandidateRanker(nn.Module):
         if not ordinary:
             self._beyond_window(packed)
         found = self._packed_features(packed, ordinary)  # (M, 1, D)
-        present = pools.present().to(found.device)
-        features = found.new_zeros(*present.shape, found.shape[-1])
-        return features.index_put((present,), found.squeeze(1))
+        present = pools.present()
+        # A mask as index would let the program wait for the GPU, to count its ones
+        where = tuple(to_device(index, found.device) for index in present.nonzero(as_tuple=True))
+        return found.new_zeros(*present.shape, found.shape[-1]).index_put(where, found.squeeze(1))
 
     def _scores(self, features: Tensor, pools: Pools) -> Tensor:
-        absent = ~pools.present().to(features.device)
+        absent = to_device(~pools.present(), features.device)
         return self.head(features).masked_fill(absent, -torch.inf)
 
 
@@ -300,10 +308,9 @@ class SequenceRanker(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(N, K) scores of (N, K, T) ids with (N, K, T) bool validity."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(N, K) scores of (N, K, T) ids with (N, K, T) bool validity, None if all are valid."""
         pools, candidates, length = input_ids.shape
-        flat = attention_mask.view(-1, length)
-        mask = None if bool(flat.all()) else flat
+        mask = None if attention_mask is None else attention_mask.view(-1, length)
         logits = self.encoder(input_ids=input_ids.view(-1, length), attention_mask=mask).logits  # (N K, 1)
         return logits.view(pools, candidates)

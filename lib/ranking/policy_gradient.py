@@ -85,8 +85,7 @@ class PolicyGradient:
     an interrupted run continues with its rollout.
 
     The policy runs in eval mode, in the loss too. With dropout, the updated policy would differ from the one that
-    sampled, and ratios would differ from 1 before any update. In eval mode transformers does not recompute
-    activations, so gradient checkpointing saves nothing here.
+    sampled, and ratios would differ from 1 before any update.
 
     Args:
         scores_and_features: (policy, (B,) pool indices) -> ((B, K) float scores, (B, K, D) features).

@@ -49,6 +49,7 @@ class RankerConfig(Section):
     prompt_tokens: Positive
     candidate_tokens: Positive
     attention: Literal["prefix", "full"]
+    mask: Literal["dense", "blocks"]
     pooling: Literal["last", "cls", "mean"]
     head: Literal["mlp", "linear"]
     head_dropout: BelowOne

@@ -11,14 +11,14 @@ end with the same bits as one process that computes all parts. Process 0 alone w
 import contextlib
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib import durable, randomness
 from lib.engine.gradients import GradientSum
@@ -34,6 +34,8 @@ from lib.training.metrics_log import MetricsLog
 from lib.training.objectives.base import Objective, ScaledObjective, StatefulObjective, TrainingContext
 from lib.training.optimizer import Optimizer
 from lib.training.preemption import StopRequest
+from lib.training.prefetch import Prefetcher
+from lib.training.step_terms import SETTLE_EVERY, StepNumbers, UnreadSteps
 from lib.training.trackers import open_tracker
 
 BEST = "best_model"
@@ -75,7 +77,8 @@ def train(
     `objective.selection`, and final_model.
 
     Raises:
-        NonFiniteLoss: a loss or gradient is NaN or infinite; the weights are those before that step.
+        NonFiniteLoss: a loss or gradient is NaN or infinite. Nothing is saved after that step. On the CPU, the weights are
+            those before it; on a GPU it is noticed up to `SETTLE_EVERY` steps later.
         Interrupted: SIGINT or SIGTERM arrived. The current step was finished and a checkpoint committed.
     """
     settings = context.settings
@@ -89,9 +92,10 @@ def train(
         contextlib.closing(run.log),
         StopRequest() as stop,
         Progress(context.label, settings.steps, first) as progress,
+        run.data() as data,
     ):
         while run.state.step < settings.steps:
-            stopping = run.step(progress, stop)
+            stopping = run.step(data, progress, stop)
             if run.due(settings.evaluate_every):
                 run.evaluate()
             if stopping or (run.due(settings.checkpoint_every) and run.state.step < settings.steps):
@@ -102,6 +106,21 @@ def train(
                 )
                 raise Interrupted(message, 128 + (stop.signal or signal.SIGTERM))
     return run.finish()
+
+
+def may_read_later(device: torch.device, objective: Objective) -> bool:
+    """Whether the losses of many steps may be read together, because the program would otherwise wait for a GPU."""
+    scales = isinstance(objective, ScaledObjective) and getattr(objective, "scales", True)
+    return device.type == "cuda" and not scales
+
+
+def may_draw_ahead(device: torch.device, objective: Objective) -> bool:
+    """Whether a thread draws the data of the next step. On the CPU it would take time from the model.
+
+    Data may depend on the state of an objective, and an evaluation between two steps may change it.
+    """
+    changes = isinstance(objective, StatefulObjective)
+    return device.type == "cuda" and getattr(objective, "draws_ahead", False) and not changes
 
 
 class _Run:
@@ -133,6 +152,9 @@ class _Run:
         tracker = settings.tracker if self.processes.is_main else None
         self.log = MetricsLog(folder, open_tracker(tracker, folder, self.label, settings.model_dump()))
         self.state = _State()
+        self.display_loss = math.nan  # in the progress line
+        device = context.runtime.device
+        self.unread = UnreadSteps(device) if may_read_later(device, objective) else None
         self.speed = self._speed_meter()
 
     def _speed_meter(self) -> SpeedMeter:
@@ -142,7 +164,19 @@ class _Run:
 
     # ------------------------------------------------------------------ one step
 
-    def step(self, progress: Progress, stop: StopRequest) -> bool:
+    @contextlib.contextmanager
+    def data(self) -> Iterator[Callable[[int], list[Part]]]:
+        """A function of the step that gives the data of this process's parts; on a GPU it is drawn in advance."""
+        if may_draw_ahead(self.runtime.device, self.objective):
+            with Prefetcher(self._draw, self.state.step, self.settings.steps) as ahead:
+                yield ahead.take
+        else:
+            yield self._draw
+
+    def _draw(self, step: int) -> list[Part]:
+        return [self.objective.part(self.model, step, self.parts.rows(step, n)) for n in self.parts.own]
+
+    def step(self, data: Callable[[int], list[Part]], progress: Progress, stop: StopRequest) -> bool:
         """One update of the weights. Returns whether some process has received a signal to stop."""
         self.speed.begin()
         step = self.state.step
@@ -150,38 +184,62 @@ class _Run:
         self.freezing.at(step)
         self.model.train()
         # 2. Data of this process's parts, and their weights summed over the global batch
-        parts = [self.objective.part(self.model, step, self.parts.rows(step, n)) for n in self.parts.own]
+        parts = data(step)
         totals = self.parts.sum([part.weights for part in parts])
         self.speed.data_is_there()
         # 3. Losses and gradients, part by part
         found = [self._backward(step, n, part, totals) for n, part in zip(self.parts.own, parts, strict=True)]
-        terms = self.parts.sum([values | {_STOP: stop.signal} for values in found])
+        # 4. Gradients of the global batch, clipped to `gradient_clip`
+        if self.unread is None:
+            stopping = self._reduce_and_read(step, found, stop)
+        else:
+            stopping = bool(self.parts.sum([{_STOP: stop.signal} for _ in found])[_STOP])
+            self.gradients.reduce()
+            self.unread.add(step, found, self.optimizer.clip_gradients())
+        # 5. Update the weights and their EMA
+        self.optimizer.step(step)
+        self.ema.update(step)
+        self.state.step += 1
+        due = self.due(self.settings.evaluate_every) or self.due(self.settings.checkpoint_every) or stopping
+        if self.unread is not None and (due or len(self.unread.steps) == SETTLE_EVERY):
+            self._settle(self.unread)
+        self.speed.end()
+        loss, speed = f"{self.display_loss:.3f}", f"{self.speed.tokens_per_second:,.0f} tokens/s"
+        progress.update(self.state.step, loss=loss, speed=speed)
+        return stopping
+
+    def _reduce_and_read(self, step: int, found: list[dict[str, Tensor]], stop: StopRequest) -> bool:
+        """Add and clip the gradients, and check and log the numbers of the step. Returns whether to stop."""
+        values = [{name: float(term) for name, term in terms.items()} for terms in found]
+        terms = self.parts.sum([part | {_STOP: stop.signal} for part in values])
         stopping = bool(terms.pop(_STOP))
         factor = 1.0
         if isinstance(self.objective, ScaledObjective):
             terms, factor = self.objective.finish(terms)
         if not math.isfinite(terms["loss"]):
-            raise NonFiniteLoss(self._non_finite("loss", terms["loss"]))
-        # 4. Gradients of the global batch, clipped to `gradient_clip`
+            raise NonFiniteLoss(self._non_finite("loss", terms["loss"], step))
         self.gradients.reduce(factor)
-        norm = self.optimizer.gradient_norm()
-        if not math.isfinite(norm):
-            raise NonFiniteLoss(self._non_finite("gradient norm", norm))
-        # 5. Update the weights and their EMA
-        self.optimizer.step(step)
-        self.ema.update(step)
-        # 6. Sums for the next line of metrics.jsonl
-        for name, term in terms.items():
-            self.state.sums[name] = self.state.sums.get(name, 0.0) + term
-        self.state.sums["gradient_norm"] = self.state.sums.get("gradient_norm", 0.0) + norm
-        self.state.summed_steps += 1
-        self.state.step += 1
-        self.speed.end()
-        loss, speed = f"{terms['loss']:.3f}", f"{self.speed.tokens_per_second:,.0f} tokens/s"
-        progress.update(self.state.step, loss=loss, speed=speed)
+        self._log_step(StepNumbers(step, terms, float(self.optimizer.clip_gradients())))
         return stopping
 
-    def _backward(self, step: int, number: int, part: Part, totals: dict[str, float]) -> dict[str, float]:
+    def _settle(self, unread: UnreadSteps) -> None:
+        """Read, check and log the numbers of the steps that were not read. All processes call it together."""
+        for numbers in unread.read(self.parts):
+            if not math.isfinite(numbers.terms["loss"]):
+                raise NonFiniteLoss(self._non_finite("loss", numbers.terms["loss"], numbers.step))
+            self._log_step(numbers)
+
+    def _log_step(self, numbers: StepNumbers) -> None:
+        """Add the numbers of a step to the sums for the next line of metrics.jsonl, if the gradient is finite."""
+        if not math.isfinite(numbers.norm):
+            raise NonFiniteLoss(self._non_finite("gradient norm", numbers.norm, numbers.step))
+        sums = self.state.sums
+        for name, term in (numbers.terms | {"gradient_norm": numbers.norm}).items():
+            sums[name] = sums.get(name, 0.0) + term
+        self.state.summed_steps += 1
+        self.display_loss = numbers.terms["loss"]
+
+    def _backward(self, step: int, number: int, part: Part, totals: dict[str, float]) -> dict[str, Tensor]:
         """The named shares of one part. Its gradients go to `gradients`."""
         # Only dropout uses torch's generator, and nothing else seeds it
         draw = step * self.parts.count + number
@@ -189,15 +247,16 @@ class _Run:
         terms = part.losses(totals)
         terms["loss"].backward()
         self.gradients.push()
-        return {name: float(term.detach()) for name, term in terms.items()}
+        return {name: term.detach() for name, term in terms.items()}
 
-    def _non_finite(self, what: str, value: float) -> str:
-        size, step = self.settings.batch_size, self.state.step
+    def _non_finite(self, what: str, value: float, step: int) -> str:
+        size = self.settings.batch_size
+        when = "before the update" if step == self.state.step else "before anything was saved"
         bundle = {"step": step, "rows": [step * size, (step + 1) * size], "seed": self.seed, what: str(value)}
         if self.processes.is_main:
             durable.write_json(self.folder / "non_finite.json", bundle)
         return (
-            f"{self.label}: the {what} at step {step} is {value}; training stopped before the update. Try lower learning "
+            f"{self.label}: the {what} at step {step} is {value}; training stopped {when}. Try lower learning "
             f"rates or precision=fp32. The batch is described in {self.folder / 'non_finite.json'}"
         )
 

@@ -103,9 +103,9 @@ class Optimizer:
             for group, rate in zip(part.param_groups, rates, strict=True)
         ]
 
-    def gradient_norm(self) -> float:
-        """Clip the gradients to the norm `gradient_clip`. Returns their norm before clipping."""
-        return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip))
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients to the norm `gradient_clip`. Returns their norm before clipping, on the device."""
+        return nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip)
 
     def step(self, step: int) -> None:
         """Update every parameter with this step's learning rate, and clear the gradients."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.metrics import Estimate
+from lib.models.block_attention import on_a_gpu
 from lib.models.ranker import CandidateRanker, width_of
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.ranking.actor_critic import ActorCritic, ValueHead
@@ -68,6 +69,7 @@ class PolicyTraining:
         config, folder = self.config, self.folder / method
         ranker, tokenizer = load_ranker(self.start, learning=True)
         ranker.to(self.runtime.device)
+        on_a_gpu(config.ranker.mask, ranker, self.runtime.device)
         reader = PoolReader(tokenizer, config.ranker, self.runtime, config.seed)
         context = TrainingContext(method, config.seed, config.critic.training, self.runtime)
         if method == "cross_entropy":

@@ -19,6 +19,7 @@ from torch import nn
 
 from lib import durable
 from lib.log import say
+from lib.models.block_attention import on_a_gpu
 from lib.models.build import Checkpoint, heads_of, load_model, save_model, start_model
 from lib.models.ranker import SequenceRanker
 from lib.models.ranker_files import load_ranker, save_ranker
@@ -212,6 +213,7 @@ def set_up_prompt_ranker(
     """A ranker that reads a prompt and its candidates as texts, as the section `ranker` of the config says."""
     name, config = context.label, stage_inputs.config
     model, tokenizer, origin = start_ranker(name, spec, config, stage_inputs.tokenizer, start, folder)
+    on_a_gpu(config.ranker.mask, model, context.runtime.device)
     splits = PoolSplits(
         stage_inputs.draws(spec.split), stage_inputs.pools_for_selection(), stage_inputs.pools("held_out")
     )

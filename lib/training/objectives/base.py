@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import randomness
+from lib.devices import to_device
 from lib.engine.parts import Part
 from lib.log import say
 from lib.metrics import Estimate
@@ -48,7 +49,8 @@ class TrainingContext:
 class Objective(Protocol):
     """What a model learns: batches, loss and metrics. The loop needs nothing else about the data.
 
-    An objective that puts [CLS] in front of its inputs also has the attribute `cls_id`, see `freezing.Freezing`.
+    An objective whose `part` depends on step and rows only, and not on the model, says so with `draws_ahead = True`. Its
+    data may then be drawn while the step before is computed. An objective that puts [CLS] in front of its inputs also has the attribute `cls_id`, see `freezing.Freezing`.
 
     Attributes:
         selection: name of the metric of `evaluate` that chooses the best model; the lowest value wins.
@@ -99,7 +101,10 @@ class ReportingObjective(Objective, Protocol):
 
 @runtime_checkable
 class ScaledObjective(Protocol):
-    """An objective whose loss is divided by a number that is known after the forward passes only."""
+    """An objective whose loss is divided by a number that is known after the forward passes only.
+
+    One that is not divided with its present settings says so with `scales = False`.
+    """
 
     def finish(self, terms: dict[str, float]) -> tuple[dict[str, float], float]:
         """(the terms to log, the factor of the gradients) from the summed shares of a batch."""
@@ -140,7 +145,7 @@ def result_row(
 
 def tensor(array: np.ndarray, runtime: Runtime) -> Tensor:
     """The array as a tensor on the device."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(runtime.device, non_blocking=True)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), runtime.device)
 
 
 def forward(model: nn.Module, runtime: Runtime, ids: np.ndarray, valid: np.ndarray, **arguments):

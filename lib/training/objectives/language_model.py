@@ -175,6 +175,7 @@ class MaskedDiffusion(WindowObjective):
     """
 
     selection = "nelbo"
+    draws_ahead = True
 
     def __init__(
         self,
@@ -239,6 +240,10 @@ class MaskedDiffusion(WindowObjective):
             return {"loss": loss, "plain_loss": (ce.detach() * weights).sum(), **terms}
 
         return Part({"tokens": int(valid.sum()), "rows": len(index)}, losses)
+
+    @property
+    def scales(self) -> bool:
+        return self.modifiers is not None
 
     def finish(self, terms: dict[str, float]) -> tuple[dict[str, float], float]:
         """Scale the row weights of the modifiers to mean 1 over the global batch."""

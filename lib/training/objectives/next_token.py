@@ -24,6 +24,7 @@ class NextToken(WindowObjective):
     """The ordinary causal language model over windows of text."""
 
     selection = "nll"
+    draws_ahead = True
 
     def __init__(self, context: TrainingContext, splits: WindowSplits, cls_id: int):
         super().__init__(context, splits)

@@ -70,7 +70,7 @@ class PoolReader:
     def read(
         self, prompts: list[str], texts: np.ndarray, present: np.ndarray, hidden_by: np.ndarray | None = None
     ) -> Pools:
-        """The batch of B prompts and (B, K) candidates, on the device.
+        """The batch of B prompts and (B, K) candidates, on the CPU, where the model packs it.
 
         Args:
             hidden_by: (B,) global training rows, the key of the words that `ranker.word_dropout` hides.
@@ -83,9 +83,7 @@ class PoolReader:
         )
         if hidden_by is not None and self.settings.word_dropout > 0:
             pools = hide_words(pools, self.tokenizer, self.settings.word_dropout, self.seed, hidden_by)
-        pools = pools.tensors()
-        names = ("prompt_ids", "prompt_mask", "candidate_ids", "candidate_mask")
-        return Pools(*(getattr(pools, name).to(self.runtime.device) for name in names))
+        return pools.tensors()
 
     def shortened(self, table: PoolTable) -> dict[str, int]:
         """Number of prompts and candidates that exceed `ranker.*_tokens`, so that their ends are not read."""
@@ -186,6 +184,7 @@ class PoolChoice:
     """
 
     selection = "regret"
+    draws_ahead = True
 
     def __init__(self, context: TrainingContext, splits: PoolSplits, reader: PoolReader):
         self.label, self.seed, self.splits, self.reader = context.label, context.seed, splits, reader

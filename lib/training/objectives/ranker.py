@@ -97,6 +97,7 @@ class BestCandidate:
     """
 
     selection = "loss"
+    draws_ahead = True
 
     def __init__(
         self, context: TrainingContext, sequences: Sequences, splits: Splits[TokenPools], cls_id: int
@@ -115,7 +116,8 @@ class BestCandidate:
         """(N, K) scores of (N, K) sequence indices, -inf where there is no candidate."""
         ids, valid = with_cls(*self.sequences.batch(rows), self.cls_id)  # (N, K, T + 1)
         with self.runtime.autocast():
-            scores = model(tensor(ids, self.runtime), tensor(valid, self.runtime)).float()
+            mask = None if valid.all() else tensor(valid, self.runtime)
+            scores = model(tensor(ids, self.runtime), mask).float()
         return scores.masked_fill(tensor(rows < 0, self.runtime), -torch.inf)
 
     def _losses(self, scores: Tensor, pools: TokenPools) -> Tensor:

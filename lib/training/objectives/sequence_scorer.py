@@ -98,6 +98,7 @@ class SequenceScore:
     """
 
     selection = "mse"
+    draws_ahead = True
 
     def __init__(
         self,

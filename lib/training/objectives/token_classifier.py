@@ -86,6 +86,7 @@ class TokenClasses:
     """
 
     selection = "cross_entropy"
+    draws_ahead = True
 
     def __init__(
         self,

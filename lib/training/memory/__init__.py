@@ -1,0 +1,1 @@
+"""How many bytes a training needs, from its config alone: `python -m lib.training.memory --config FILE`."""
