@@ -99,11 +99,11 @@ def worker(job: dict[str, Any]) -> None:
     clock = {"begin": 0.0, "bytes": 0}
     real = loop._Run.step
 
-    def step(self, progress, stop):
+    def step(self, data, progress, stop):
         if self.state.step == WARM_UP:
             group.barrier()
             clock.update(begin=time.perf_counter(), bytes=loopback_bytes())
-        stopping = real(self, progress, stop)
+        stopping = real(self, data, progress, stop)
         if self.state.step == settings.steps:
             group.barrier()
             clock["seconds"] = time.perf_counter() - clock["begin"]

@@ -86,10 +86,11 @@ def replace_folder(folder: Path, new: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Restore a folder whose replacement was interrupted between its two renames."""
+    """End a replacement that was interrupted: between its two renames the old folder returns, afterwards it is removed."""
     old = beside(folder, OLD)
     if old.exists() and not folder.exists():
         os.replace(old, folder)
+    remove(old)
 
 
 def link_folder(source: Path, target: Path) -> None:

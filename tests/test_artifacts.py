@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,9 @@ def test_a_folder_is_replaced_whole_and_recovered(tmp_path):
     os.replace(folder, tmp_path / "model.old")  # as a crash between the two renames leaves it
     durable.recover_folder(folder)
     assert (folder / "a").read_text() == "two"
+    shutil.copytree(folder, tmp_path / "model.old")  # as a crash after them leaves it
+    durable.recover_folder(folder)
+    assert (folder / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("failing", [1, 2])

@@ -483,10 +483,10 @@ def test_another_code_stops_a_real_training(quick_run, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.code_version.code_files", lambda script, task: dict(files))
     args, real = RunArgs(run_dir=tmp_path, quick_test=True), _Run.step
 
-    def step(self, progress, stop):
+    def step(self, data, progress, stop):
         if self.label == "judge" and self.state.step == 2:
             raise Killed
-        return real(self, progress, stop)
+        return real(self, data, progress, stop)
 
     monkeypatch.setattr(_Run, "step", step)
     with pytest.raises(Killed):

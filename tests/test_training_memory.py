@@ -1,7 +1,7 @@
 """The formula of training memory, compared with the bytes of real models."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ LLAMA_3 = CONFIGS / "models" / "llama-3-8b.yaml"
 GPU_MEMORY = 38 * GB  # what a GPU of 40 GB leaves to a program
 
 
-def size_of(tensors: Iterator[Tensor] | list[Tensor]) -> int:
+def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -56,7 +56,7 @@ def wide_llama(adapter_dropout: float) -> CandidateRanker:
         num_key_value_heads=8,
     )
     with torch.device("meta"):
-        base = LlamaModel(shape).to(torch.bfloat16)
+        base = LlamaModel(shape).bfloat16()
     base = base.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in base.parameters():

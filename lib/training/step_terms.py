@@ -4,7 +4,7 @@ A program that reads a number from a GPU waits until the GPU has computed it. A 
 numbers of many steps at once. They are summed on the CPU in the same order as one by one, so they have the same bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ class UnreadSteps:
     _names: list[list[str]] = field(default_factory=list)
     _values: list[Tensor] = field(default_factory=list)
 
-    def add(self, step: int, parts: list[Mapping[str, Tensor]], norm: Tensor) -> None:
+    def add(self, step: int, parts: Sequence[Mapping[str, Tensor]], norm: Tensor) -> None:
         """Keep the terms of this process's parts of a step, and the norm of the whole gradient. Nothing waits."""
         names = list(parts[0])
         scalars = [part[name] for part in parts for name in names] + [norm]

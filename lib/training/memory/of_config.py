@@ -74,7 +74,7 @@ def account_of(config: Config, name: str, spec: ModelSpec, device: Device, shape
         adapter_dropout=prompts and config.ranker.adapter == "lora" and config.ranker.lora.dropout > 0,
         mask_bytes=device.mask_bytes,
     )
-    batch = prompt_batch(config, training, model) if prompts else text_batch(config, spec)
+    batch = prompt_batch(config, training) if prompts else text_batch(config, spec)
     return account(weights_of(model, training), backbone_of(model, config), batch, plan)
 
 
@@ -158,7 +158,9 @@ def backbone_of(model: nn.Module, config: Config) -> Backbone:
         raise BadConfig(
             f"there is no memory formula for a backbone of type {shape.model_type}; known: {', '.join(sorted(KINDS))}"
         )
-    adapters = [m for n, m in model.named_modules() if n.endswith("lora_A.default")]
+    adapters = [
+        m for n, m in model.named_modules() if n.endswith("lora_A.default") and isinstance(m, nn.Linear)
+    ]
     learning = any(
         p.requires_grad and "lora" not in n for n, p in model.named_parameters() if "backbone." in n
     )
@@ -173,7 +175,7 @@ def backbone_of(model: nn.Module, config: Config) -> Backbone:
     )  # fmt: skip
 
 
-def prompt_batch(config: Config, training: TrainingConfig, model: CandidateRanker) -> Batch:
+def prompt_batch(config: Config, training: TrainingConfig) -> Batch:
     """Packed pools; with attention full each candidate with its own copy of the prompt."""
     settings, pool = config.ranker, config.candidates.per_example
     packed = settings.attention == "prefix"
