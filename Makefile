@@ -32,11 +32,11 @@ quick_test: $(STAMP)
 
 ## Run all tests except those of the documented commands
 test: $(STAMP)  # two processes of one thread each are faster than one of two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not commands"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not commands"
 
 ## Run the tests that need no pipeline run, in under 90 seconds
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not commands and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not commands and not slow"
 
 ## Run every command of README, docs, configs and docstrings, small, in a copy of the tree
 test-commands: $(STAMP)

@@ -30,11 +30,23 @@ SHARED = Path(os.environ.get("REMASK_DATA", ROOT.parent / "shared" / "data"))
 SLOW_FIXTURES = {"quick_run", "ltg_run", "finished", "labelled", "loaded_elsewhere"}
 
 
+# The longest ones. They begin first, so that no worker has one of them left when the others have finished
+LONG_FILES = (
+    "test_processes",
+    "test_process_faults",
+    "test_pipeline",
+    "test_parts_of_stages",
+    "test_finqa_pipeline",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    order = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

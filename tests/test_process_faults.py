@@ -4,6 +4,7 @@ It ends with one message, in every process, and continues to the bits of an undi
 """
 
 import fcntl
+import os
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ from tests.process_runs import SIZES, TEXT, assert_equal, copy_of, first_stages,
 pytestmark = pytest.mark.slow
 
 STAGES = ("04_train",)
+KILLS = int(os.environ.get("REMASK_KILLS", 10))
 FEWER = [*TEXT, "--set", "precision=fp32"]  # one model per kind of objective
 for _name in ("reference_lm", "ar_baseline", "ranker"):
     FEWER += ["--set", f"models.{_name}=null"]
@@ -42,7 +44,7 @@ def test_a_killed_training_continues_in_any_number_of_processes(prepared, undist
     draw = random.Random(5)
     argv, seconds = ["04_train.py", *FEWER, "--run_dir"], undisturbed[1]
     kills, attempts = 0, 0
-    while kills < 20:
+    while kills < KILLS:
         attempts += 1
         assert attempts <= 20, f"only {kills} processes were killed in time"
         run = copy_of(prepared, f"killed_{attempts}")
