@@ -50,7 +50,9 @@ class Objective(Protocol):
     """What a model learns: batches, loss and metrics. The loop needs nothing else about the data.
 
     An objective whose `part` depends on step and rows only, and not on the model, says so with `draws_ahead = True`. Its
-    data may then be drawn while the step before is computed. An objective that puts [CLS] in front of its inputs also has the attribute `cls_id`, see `freezing.Freezing`.
+    data may then be drawn while the step before is computed.
+
+    An objective that puts [CLS] in front of its inputs also has the attribute `cls_id`, see `freezing.Freezing`.
 
     Attributes:
         selection: name of the metric of `evaluate` that chooses the best model; the lowest value wins.
