@@ -6,6 +6,7 @@ reads one job per line of standard input. A job is {"size": processes, "argv": [
 
     "kill"        {"rank": r, "after": seconds, "signal": number}: a signal to one process, by default SIGKILL;
                   with "when": PATH, the seconds (default 0) count from the moment at which PATH exists
+    "module"      its `main()` runs instead of a script; the first word of "argv" has no meaning
     "env"         variables that replace those of the launcher
     "file_limit"  bytes: process 0 cannot write longer files, as on a full disk
 
@@ -50,10 +51,13 @@ def fork(rank: int, job: dict, port: int, errors: int) -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
         sys.argv = job["argv"]
         name = Path(job["argv"][0]).stem
-        module = importlib.import_module(name)
-        from lib.cli import run_stage
+        if "module" in job:
+            importlib.import_module(job["module"]).main()
+        else:
+            from lib.cli import run_stage
 
-        run_stage(module.main, module.__doc__, **FLAGS.get(name, {}))
+            module = importlib.import_module(name)
+            run_stage(module.main, module.__doc__, **FLAGS.get(name, {}))
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

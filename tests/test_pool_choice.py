@@ -34,7 +34,7 @@ from lib.training.objectives.pool_choice import (
     measure,
     simple_scores,
 )
-from lib.training.pool_table import PoolTable
+from lib.training.pool_table import PoolRows, PoolTable
 from tests.trainings import CPU, context
 
 N, K, WORDS = 24, 4, 40
@@ -194,7 +194,7 @@ def test_a_pool_narrower_than_the_widest_lacks_its_last_candidates(tokenizer):
     """Scores of a batch without a full pool are padded with -inf."""
     table = made_table()
     narrow = np.flatnonzero(~table.present[:, -1])
-    scores = reader_of(tokenizer).scores(Stub(lambda *_: -5.0), table, narrow)
+    scores = reader_of(tokenizer).scores(Stub(lambda *_: -5.0), PoolRows.of(table, narrow))
     assert scores.shape == (len(narrow), K)
     assert torch.equal(torch.isfinite(scores), torch.from_numpy(table.present[narrow]))
 
@@ -271,10 +271,10 @@ def test_all_scores_are_those_of_each_pool_by_itself(tokenizer):
     prompts = table.prompts[::-1]
     swapped = reader.all_scores(model, table, prompts=prompts, texts=table.controls)
     for n in range(70):
-        alone = np.array([n])
-        np.testing.assert_array_equal(reader.scores(model, table, alone)[0].detach().numpy(), whole[n])
-        expected = reader.scores(model, table, alone, [prompts[n]], table.controls)[0].detach().numpy()
-        np.testing.assert_array_equal(expected, swapped[n])
+        alone = PoolRows.of(table, np.array([n]))
+        np.testing.assert_array_equal(reader.scores(model, alone)[0].detach().numpy(), whole[n])
+        other = replace(alone, prompts=[prompts[n]], texts=table.controls[[n]])
+        np.testing.assert_array_equal(reader.scores(model, other)[0].detach().numpy(), swapped[n])
 
 
 def test_words_are_hidden_in_training_and_never_when_measuring(tokenizer):
@@ -306,12 +306,12 @@ def test_every_pass_takes_the_next_draw_and_begins_again_after_the_last(tokenize
         rows = range(number * 8, number * 8 + 8)
         batch_losses(target, model, number, rows)
         words = [p.candidate_ids[..., 0] - 4 for p in model.read]
-        seen = sorted(tuple(row.tolist()) for row in torch.cat(words))
+        seen = [tuple(row.tolist()) for row in torch.cat(words)]
         which = target._order.samples(np.arange(rows.start, rows.stop))
         wanted = [
             tuple(int(t[1:]) for t in draws[r // N % 3].texts[n]) for r, n in zip(rows, which, strict=True)
         ]
-        assert seen == sorted(wanted)
+        assert seen == wanted and len(words) == 1
     passes = [sorted(target._order.samples(np.arange(p * N, p * N + N)).tolist()) for p in range(3)]
     assert passes == [list(range(N))] * 3
 
@@ -327,7 +327,18 @@ def test_a_batch_over_the_end_of_a_pass_takes_pools_of_two_draws(tokenizer):
         scores = torch.tensor([(int(t[1:]) + 4) / 7 for t in table.texts[n]])
         each.append(-torch.log_softmax(scores, 0)[int(table.rewards[n].argmax())].item())
     assert loss == pytest.approx(np.mean(each), rel=1e-5)
-    assert [len(p.prompt_ids) for p in model.read] == [4, 4]
+    assert [len(p.prompt_ids) for p in model.read] == [8]
+
+
+def test_rows_of_draws_keep_their_order(tokenizer):
+    """Also where the last draw is followed by the first."""
+    draws = [made_table(draw=d, missing=False) for d in range(3)]
+    draw, index = np.array([1, 1, 2, 2, 0, 0]), np.array([3, 9, 4, 0, 7, 4])
+    rows = PoolRows.of_draws(draws, draw, index)
+    for i, (d, n) in enumerate(zip(draw, index, strict=True)):
+        assert rows.prompts[i] == draws[d].prompts[n]
+        assert rows.texts[i].tolist() == draws[d].texts[n].tolist()
+        assert rows.rewards[i].tolist() == draws[d].rewards[n].tolist()
 
 
 def test_the_best_step_is_chosen_on_selection_pools_and_reported_on_others(tokenizer):

@@ -21,27 +21,44 @@ from tests.process_runs import (
     results,
     run_jobs,
 )
+from tests.test_ranker_files import saved_encoder
 
 pytestmark = pytest.mark.slow
 
-KINDS = {"text": TEXT, "finqa": FINQA, "decoupled": [*TEXT, "--set", "critic.coupling=decoupled"]}
+# A frozen encoder that is divided among the processes, in bfloat16
+LORA = [
+    *FINQA, "--set", "ranker.adapter=lora", "--set", "ranker.dtype=bfloat16", "--set", "ranker.shard=true",
+    "--set", "ranker.prompt_tokens=16", "--set", "ranker.candidate_tokens=24", "--set", "ranker.word_dropout=0.1",
+    "--set", "training.activation_checkpointing=true",
+]  # fmt: skip
+KINDS = {
+    "text": TEXT,
+    "finqa": FINQA,
+    "lora": LORA,
+    "decoupled": [*TEXT, "--set", "critic.coupling=decoupled"],
+}
 SIZES_OF = {  # (kind, precision) -> numbers of processes
     ("text", "fp32"): SIZES,
     ("finqa", "fp32"): SIZES,
     ("text", "bf16"): (1, 4),
-    ("finqa", "bf16"): (1, 4),
+    ("lora", "bf16"): (1, 4),
     ("decoupled", "fp32"): (1, 4),
 }
+
+
+def flags_of(kind: str, precision: str, folder: Path) -> list[str]:
+    """Arguments of a run of a kind, in `folder`."""
+    encoder = ["--set", f"ranker.encoder={folder / 'encoder'}"] if kind == "lora" else []
+    return [*KINDS[kind], *encoder, "--set", f"precision={precision}"]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """(kind, precision) -> a run with the stages before training."""
     keys = {f"{kind}_{precision}": (kind, precision) for kind, precision in SIZES_OF if kind != "decoupled"}
-    flags = {
-        run: [*KINDS[kind], "--set", f"precision={precision}"] for run, (kind, precision) in keys.items()
-    }
-    made = first_stages(tmp_path_factory.mktemp("processes"), flags)
+    folder = tmp_path_factory.mktemp("processes")
+    saved_encoder(folder / "encoder", "llama")
+    made = first_stages(folder, {run: flags_of(*key, folder) for run, key in keys.items()})
     runs = {keys[run]: path for run, path in made.items()}
     return runs | {("decoupled", "fp32"): runs["text", "fp32"]}
 
@@ -55,7 +72,7 @@ def trained(prepared, tmp_path_factory) -> dict[tuple[str, str, int], Path]:
             run = runs[kind, precision, size] = copy_of(
                 prepared[kind, precision], f"{kind}_{precision}_{size}"
             )
-            given = [*KINDS[kind], "--set", f"precision={precision}", "--run_dir", str(run)]
+            given = [*flags_of(kind, precision, run.parent), "--run_dir", str(run)]
             scripts = ("04_train.py", "05_train_critic.py")
             jobs += [{"size": size, "argv": [script, *given]} for script in scripts]
     for job, done in zip(jobs, run_jobs(jobs), strict=True):
@@ -84,6 +101,22 @@ def test_every_mode_was_trained(trained):
     } <= models
     assert {"05_train_critic/ppo/metrics.jsonl", "05_train_critic/exact/metrics.jsonl"} <= set(names)
     assert "05_train_critic/calibration.json" in names
+
+
+def test_a_divided_encoder_outlives_the_loss_of_a_process(trained, prepared):
+    key = ("lora", "bf16")
+    run = copy_of(prepared[key], "lost")
+    argv = ["04_train.py", *flags_of(*key, run.parent), "--run_dir", str(run)]
+    begun = str(run / "04_train" / "ranker" / "metrics.jsonl")
+    lost, continued = run_jobs(
+        [
+            {"size": 2, "argv": argv, "kill": {"rank": 1, "when": begun}},
+            {"size": 4, "argv": argv},
+        ]
+    )
+    assert lost["codes"][0] in (75, 143) and lost["codes"][1] == -9 and "Traceback" not in lost["errors"]
+    assert continued["codes"] == [0] * 4, continued["errors"]
+    assert_equal(results(run, ("04_train",)), results(trained[*key, 1], ("04_train",)))
 
 
 def test_torchrun_starts_the_processes(trained, prepared):

@@ -7,11 +7,14 @@ All processes run the same code on the same inputs. They exchange gradients (`gr
 results of an evaluation (`share`) and decisions of the main process (`from_main`).
 """
 
+import contextlib
 import io
 import json
+import math
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.engine.allocator import release_free_memory
@@ -27,6 +30,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ITEMS_PER_RELEASE = 8  # forward passes of an evaluation: more would let memory grow, fewer would cost time
 ALL_GATHER = "all_gather_single"
 OLDER_NAMES = {ALL_GATHER: "all_gather_into_tensor"}  # before torch 2.13
+SIGN_OF_LOSS = r"gloo/|NCCL|closed by peer|reset by peer"  # in messages of torch, when a process has ended
 # Keys of the store that the processes share
 _FAILED = "remask/failed"  # number of processes
 _FAILURE = "remask/failure"  # the first message
@@ -36,10 +40,16 @@ class Processes:
     """One process among `size`, of number `rank`.
 
     Made by `start`. `Processes()` is the only process of a run that no launcher started.
+
+    Attributes:
+        passes_together: all processes call a model the same number of times, because its weights are divided among them
+            (`sharding.py`).
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0):
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int | None = None):
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.local_size = local_size or size
+        self.passes_together = False
 
     @property
     def is_main(self) -> bool:
@@ -58,15 +68,20 @@ class Processes:
         An item is the unit of a forward pass, so results do not depend on the number of processes.
 
         Args:
-            function: gives a tuple of numpy arrays. It must not exchange anything with other processes.
+            function: gives a tuple of numpy arrays. It exchanges nothing with other processes, except by calling a model whose
+                weights are divided among them, the same number of times for each item.
         """
-        own = []
-        for i in self.run_of(len(items)):
-            own.append(function(items[i]))
+        numbers, own = self.run_of(len(items)), []
+        for i in numbers:
+            with exchanging():
+                own.append(function(items[i]))
             if len(own) % ITEMS_PER_RELEASE == 0:
                 release_free_memory()
         if self.size == 1:
             return own
+        if self.passes_together and len(numbers) < math.ceil(len(items) / self.size):
+            with exchanging():
+                function(items[0])  # another process has one item more; this result is not used
         found = [result for packed in self._gather_bytes(_pack(own)) for result in _unpack(packed)]
         assert len(found) == len(items), "the processes disagree about the number of items"
         return found
@@ -100,6 +115,18 @@ class Processes:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         exchange("broadcast", buffer, 0)
         return json.loads(buffer.numpy().tobytes())
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let the processes of each machine run the block one after another. All processes call it together."""
+        import numpy as np
+
+        turns = int(self.all_gather(np.array([self.local_size])).max())
+        for _ in range(self.local_rank):
+            self.barrier()
+        yield
+        for _ in range(self.local_rank, turns):
+            self.barrier()
 
     def barrier(self) -> None:
         """Wait until every process is here, such as before files are read that process 0 wrote."""
@@ -189,6 +216,7 @@ def _join(environment: Any) -> Processes:
     try:
         rank, size = int(values["RANK"]), int(values["WORLD_SIZE"])
         local_rank = int(environment.get("LOCAL_RANK", 0))
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
         if not 0 <= rank < size:
             raise ValueError
     except ValueError:
@@ -204,6 +232,8 @@ def _join(environment: Any) -> Processes:
             f"{', '.join(missing)} must be set for {size} processes; start the script with torchrun"
         )
 
+    # When a process ends, torch would warn the others with a stack of C++ functions. Their error message says it better
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     import torch.distributed as dist
 
@@ -223,7 +253,7 @@ def _join(environment: Any) -> Processes:
                 "another MASTER_PORT, or let `torchrun --standalone` choose one"
             ) from None
         raise ProcessLost(f"process {rank} of {size} cannot join the others at {where}: {text}") from None
-    return Processes(rank, size, local_rank)
+    return Processes(rank, size, local_rank, local_size)
 
 
 def exchange(name: str, *arguments: Any) -> Any:
@@ -231,11 +261,26 @@ def exchange(name: str, *arguments: Any) -> Any:
     import torch.distributed as dist
 
     operation = getattr(dist, name if hasattr(dist, name) else OLDER_NAMES[name])
-    try:
+    with exchanging(only=""):
         return operation(*arguments)
+
+
+@contextlib.contextmanager
+def exchanging(only: str = SIGN_OF_LOSS) -> Iterator[None]:
+    """Around code that exchanges something with other processes. Raises ProcessLost if another process has ended.
+
+    Args:
+        only: a pattern of the messages of torch that mean this.
+    """
+    try:
+        yield
     except RuntimeError as error:
         text = str(error)
-        reason = "connection closed" if "closed by peer" in text else " ".join(text.split())[:200]
+        if not re.search(only, text):
+            raise
+        reason = (
+            "connection closed" if re.search("(closed|reset) by peer", text) else " ".join(text.split())[:200]
+        )
         raise ProcessLost(
             "another process of this training has ended, so this one ends, too. Nothing is lost: run the same command "
             f"again to continue ({reason})"

@@ -23,7 +23,7 @@ def checkpoint_activations(model: nn.Module, label: str) -> None:
 
     Raises BadConfig for a model whose layers transformers does not compute twice.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = transformer_layers(model)
     if not layers:
         raise BadConfig(
             f"{label}: training.activation_checkpointing is true, but {type(model).__name__} has no layers that can be "
@@ -31,6 +31,11 @@ def checkpoint_activations(model: nn.Module, label: str) -> None:
         )
     for layer in layers:
         _checkpoint(layer)
+
+
+def transformer_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that transformers can compute twice."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _checkpoint(layer: Any) -> None:

@@ -4,6 +4,7 @@ Weights are read from safetensors only. Code in the folder is not run.
 """
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from lib.models.backbones import WEIGHTS_FILE, require_model_files
 from lib.outside import encoder_not_found, encoder_source
 
 transformers_logging.disable_progress_bar()
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
+)  # peft reads it
 
 EVERY_LINEAR = "all-linear"
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")

@@ -50,6 +50,7 @@ class RankerConfig(Section):
     candidate_tokens: Positive
     attention: Literal["prefix", "full"]
     mask: Literal["dense", "blocks"]
+    shard: bool
     pooling: Literal["last", "cls", "mean"]
     head: Literal["mlp", "linear"]
     head_dropout: BelowOne
@@ -67,5 +68,10 @@ class RankerConfig(Section):
             raise ValueError(
                 "dtype bfloat16 is for an encoder that does not learn, because most updates of bfloat16 weights are lost in "
                 "rounding; set adapter to lora, or dtype to float32"
+            )
+        if self.shard and self.adapter == "none":
+            raise ValueError(
+                "shard divides the weights of an encoder that does not learn among the processes; set adapter to lora, or shard to "
+                "false"
             )
         return self

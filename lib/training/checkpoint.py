@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import code_version, durable
+from lib.engine.sharding import whole
 from lib.errors import BadConfig, BadData
 from lib.log import say
 
@@ -101,7 +102,7 @@ def frozen_digest(model: nn.Module, trained: Iterable[str]) -> str:
     trained, digest = set(trained), hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         if name not in trained:
-            data = tensor.detach().cpu().contiguous()
+            data = whole(tensor.detach()).cpu().contiguous()
             digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
             digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from lib import durable, randomness
 from lib.engine.gradients import GradientSum
 from lib.engine.parts import Part, Parts
+from lib.engine.processes import exchanging
+from lib.engine.sharding import is_sharded
 from lib.engine.speed import SpeedMeter, flops_per_token, matmul_peak
 from lib.errors import Interrupted, NonFiniteLoss
 from lib.log import Progress, say
@@ -244,8 +246,9 @@ class _Run:
         # Only dropout uses torch's generator, and nothing else seeds it
         draw = step * self.parts.count + number
         torch.manual_seed(randomness.key(self.seed, f"{self.label} dropout", draw) % 2**63)
-        terms = part.losses(totals)
-        terms["loss"].backward()
+        with exchanging():  # divided weights are gathered in both passes
+            terms = part.losses(totals)
+            terms["loss"].backward()
         self.gradients.push()
         return {name: term.detach() for name, term in terms.items()}
 
@@ -302,7 +305,10 @@ class _Run:
 
     @cached_property
     def frozen_digest(self) -> str:
-        """Hash of the weights that are never trained. A checkpoint leaves them out: they come from the start."""
+        """Hash of the weights that are never trained. A checkpoint leaves them out: they come from the start.
+
+        If they are divided among the processes, all processes ask for it together the first time.
+        """
         return checkpoint.frozen_digest(self.model, self.optimizer.parameters)
 
     def save_checkpoint(self) -> None:
@@ -329,6 +335,8 @@ class _Run:
         if self.processes.is_main:  # first alone: it repairs what a crash has left
             checkpoint.load(self.folder)
         self.processes.barrier()
+        if is_sharded(self.model):
+            _ = self.frozen_digest  # later, only the main process asks for it
         loaded = checkpoint.load(self.folder)
         if loaded is None:
             if self.processes.is_main:

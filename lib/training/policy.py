@@ -26,6 +26,7 @@ from lib.metrics import Estimate
 from lib.models.block_attention import on_a_gpu
 from lib.models.ranker import CandidateRanker, width_of
 from lib.models.ranker_files import load_ranker, save_ranker
+from lib.models.ranker_placement import on_device
 from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.ranking.metrics import paired_difference, ranking_metrics
 from lib.ranking.policy_gradient import LoopSettings, PolicyGradient, TrainingPools
@@ -67,8 +68,7 @@ class PolicyTraining:
     def _learn(self, method: str) -> Result:
         """Train with one method. The models are in the folder, and no longer in memory."""
         config, folder = self.config, self.folder / method
-        ranker, tokenizer = load_ranker(self.start, learning=True)
-        ranker.to(self.runtime.device)
+        ranker, tokenizer = self._load(self.start, learning=True)
         on_a_gpu(config.ranker.mask, ranker, self.runtime.device)
         reader = PoolReader(tokenizer, config.ranker, self.runtime, config.seed)
         context = TrainingContext(method, config.seed, config.critic.training, self.runtime)
@@ -95,9 +95,13 @@ class PolicyTraining:
 
     def _held_out_scores(self, folder: Path) -> np.ndarray:
         """(N, K) scores of a saved ranker on the held-out pools."""
-        ranker, tokenizer = load_ranker(folder)
+        ranker, tokenizer = self._load(folder)
         reader = PoolReader(tokenizer, self.config.ranker, self.runtime, self.config.seed)
-        return reader.all_scores(ranker.to(self.runtime.device), self.pools.held_out)
+        return reader.all_scores(ranker, self.pools.held_out)
+
+    def _load(self, folder: Path, learning: bool = False) -> tuple[CandidateRanker, Any]:
+        """(ranker on the device, tokenizer)."""
+        return on_device(lambda: load_ranker(folder, learning), self.config.ranker.shard, self.runtime)
 
     def _measure(self, scores: np.ndarray) -> dict[str, Any]:
         """Metrics of (N, K) scores on the held-out pools, and the (N,) accuracy of each pool."""

@@ -133,6 +133,33 @@ class PoolTable:
         return result
 
 
+@dataclass(frozen=True)
+class PoolRows:
+    """What a ranker reads of B pools, and their rewards. Arrays are (B, K); absent candidates as in `PoolTable`."""
+
+    prompts: list[str]
+    texts: np.ndarray
+    present: np.ndarray
+    rewards: np.ndarray
+
+    @classmethod
+    def of(cls, table: PoolTable, index: np.ndarray) -> "PoolRows":
+        """The pools `index` of a table."""
+        prompts = [table.prompts[i] for i in index]
+        return cls(prompts, table.texts[index], table.present[index], table.rewards[index])
+
+    @classmethod
+    def of_draws(cls, draws: list[PoolTable], draw: np.ndarray, index: np.ndarray) -> "PoolRows":
+        """The pools `index`, each in the draw that `draw` (B,) names. All draws have the same pools."""
+        ends = np.flatnonzero(np.diff(draw)) + 1  # of rows that follow each other in the same draw
+        runs = [
+            cls.of(draws[d[0]], i) for d, i in zip(np.split(draw, ends), np.split(index, ends), strict=True)
+        ]
+        prompts = [prompt for run in runs for prompt in run.prompts]
+        arrays = [np.concatenate([getattr(run, n) for run in runs]) for n in ("texts", "present", "rewards")]
+        return cls(prompts, *arrays)
+
+
 def decided_pools(candidates: pa.Table) -> tuple[np.ndarray, int]:
     """The pools that have candidates of different reward.
 

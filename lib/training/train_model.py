@@ -23,6 +23,7 @@ from lib.models.block_attention import on_a_gpu
 from lib.models.build import Checkpoint, heads_of, load_model, save_model, start_model
 from lib.models.ranker import SequenceRanker
 from lib.models.ranker_files import load_ranker, save_ranker
+from lib.models.ranker_placement import on_device
 from lib.runs import plain
 from lib.runtime import Runtime, release_memory
 from lib.sections.models import ModelSpec
@@ -212,12 +213,15 @@ def set_up_prompt_ranker(
 ) -> TrainerSetup:
     """A ranker that reads a prompt and its candidates as texts, as the section `ranker` of the config says."""
     name, config = context.label, stage_inputs.config
-    model, tokenizer, origin = start_ranker(name, spec, config, stage_inputs.tokenizer, start, folder)
-    on_a_gpu(config.ranker.mask, model, context.runtime.device)
+    shard, runtime = config.ranker.shard, context.runtime
+    model, tokenizer, origin = on_device(
+        lambda: start_ranker(name, spec, config, stage_inputs.tokenizer, start, folder), shard, runtime
+    )
+    on_a_gpu(config.ranker.mask, model, runtime.device)
     splits = PoolSplits(
         stage_inputs.draws(spec.split), stage_inputs.pools_for_selection(), stage_inputs.pools("held_out")
     )
-    reader = PoolReader(tokenizer, config.ranker, context.runtime, config.seed, spec.blind)
+    reader = PoolReader(tokenizer, config.ranker, runtime, config.seed, spec.blind)
     tables = {spec.split: splits.train, "selection": [splits.selection], "held_out": [splits.held_out]}
     for split, draws in tables.items():
         say_skipped(name, split, draws[0].skipped)
@@ -231,7 +235,7 @@ def set_up_prompt_ranker(
         model,
         objective,
         save=lambda m, path: save_ranker(m, path, tokenizer),
-        load=lambda path: load_ranker(path)[0],
+        load=lambda path: on_device(lambda: load_ranker(path), shard, runtime)[0],
         transfer={"start": origin},
         facts={
             "attention": config.ranker.attention,

@@ -62,6 +62,9 @@ class Weights:
         frozen_bytes, trained_bytes: of one weight.
         matrices: weights of linear layers in float32, which bf16 precision copies in bfloat16.
         by_muon: trained weights with one moment instead of two.
+        gathered: bytes that a process needs for a moment, if the frozen weights are divided among processes. A layer
+            computes while the next is gathered: what is sent, what arrives, and its copy by tensors. Or the embedding
+            is gathered, before the layers.
     """
 
     frozen: int
@@ -70,6 +73,7 @@ class Weights:
     trained_bytes: int
     matrices: int
     by_muon: int
+    gathered: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Plan:
 
     Attributes:
         parts: of this process.
+        sharded: the frozen weights are divided among the processes.
         mask_bytes: of one value's dropout mask: 1 on a GPU, 4 on the CPU, where it is a float.
     """
 
@@ -125,6 +130,7 @@ class Plan:
     checkpointed: bool
     parts: int
     processes: int = 1
+    sharded: bool = False
     ema: bool = True
     dropout: bool = False
     adapter_dropout: bool = False
@@ -185,7 +191,7 @@ def account(weights: Weights, backbone: Backbone, batch: Batch, plan: Plan) -> A
     trained = weights.trained * weights.trained_bytes
     moments = (2 * weights.trained - weights.by_muon) * weights.trained_bytes
     always = {
-        "frozen weights": float(weights.frozen * weights.frozen_bytes),
+        "frozen weights": weights.frozen * weights.frozen_bytes / (plan.processes if plan.sharded else 1),
         "trained weights": trained,
         "optimizer moments": moments,
         "EMA": 4.0 * weights.trained * plan.ema,
@@ -199,6 +205,7 @@ def account(weights: Weights, backbone: Backbone, batch: Batch, plan: Plan) -> A
         "weights in bfloat16 for products": 2.0 * weights.matrices * (plan.precision == "bf16"),
         "kept activations": backbone.layers * (inputs if plan.checkpointed else layer) + 3 * inputs,
     }
+    gathered = {"gathered weights": weights.gathered} if plan.sharded else {}
     at_work = layer * plan.checkpointed + moment_of_layer(backbone, batch, plan, batch.rows)
     # Logits, their soft cap, log-softmax and gradients of all of them
     logits = batch.logit_rows * batch.classes * (8.0 + 4 * size)
@@ -215,5 +222,10 @@ def account(weights: Weights, backbone: Backbone, batch: Batch, plan: Plan) -> A
         ),
     }
     return Account(
-        always, {"step": step, "evaluation": evaluation, "checkpoint": {"copy of moments": moments}}
+        always,
+        {
+            "step": step | gathered,
+            "evaluation": evaluation | gathered,
+            "checkpoint": {"copy of moments": moments},
+        },
     )

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lib.config import Config
 from lib.errors import BadConfig, MissingInput
 from lib.models.build import fresh_backbone, heads_of, start_model
+from lib.models.checkpointing import transformer_layers
 from lib.models.encoders import with_lora
 from lib.models.ranker import CandidateRanker, HeadOptions, ScoreHead
 from lib.sections.models import ModelSpec, TrainingConfig
@@ -69,6 +70,7 @@ def account_of(config: Config, name: str, spec: ModelSpec, device: Device, shape
         checkpointed=training.activation_checkpointing,
         parts=max(training.parts // device.processes, 1),
         processes=device.processes,
+        sharded=prompts and config.ranker.shard and device.processes > 1,
         ema=training.ema_decay > 0,
         dropout=spec.architecture.dropout > 0 and not (prompts and config.ranker.encoder),
         adapter_dropout=prompts and config.ranker.adapter == "lora" and config.ranker.lora.dropout > 0,
@@ -138,6 +140,10 @@ def weights_of(model: nn.Module, training: TrainingConfig) -> Weights:
         if isinstance(m, nn.Linear | Conv1D) and id(m) not in exact
     }
     matrices = [p for p in linear.values() if p.dtype == torch.float32]
+    layers, embedding = (
+        transformer_layers(model),
+        next(m for m in model.modules() if isinstance(m, nn.Embedding)),
+    )
     muon = hidden_matrices(model) if training.optimizer == "muon" else set()
     return Weights(
         frozen=sum(p.numel() for p in frozen),
@@ -146,7 +152,12 @@ def weights_of(model: nn.Module, training: TrainingConfig) -> Weights:
         trained_bytes=max((p.element_size() for p in trained.values()), default=4),
         matrices=sum(p.numel() for p in matrices),
         by_muon=sum(p.numel() for n, p in trained.items() if n in muon),
+        gathered=max(4 * max(map(_frozen_bytes, layers), default=0), 2.5 * _frozen_bytes(embedding)),
     )
+
+
+def _frozen_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
 
 
 def backbone_of(model: nn.Module, config: Config) -> Backbone:

@@ -12,7 +12,7 @@ Legend: N pools, K candidates, B pools of a batch.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ from lib.training.objectives.base import (
     result_row,
     tensor,
 )
-from lib.training.pool_table import PoolTable
+from lib.training.pool_table import PoolRows, PoolTable
 
 EVALUATION_BATCH = 32
 NO_QUESTION, MISMATCHED, OFF_PAGE = "question removed", "mismatched prompt", "off-page candidates"
@@ -111,28 +111,16 @@ class PoolReader:
         tokens = prompts * settings.prompt_tokens + pool_size * settings.candidate_tokens
         return evaluation_rows(EVALUATION_BATCH, tokens)
 
-    def scores(
-        self,
-        model: nn.Module,
-        table: PoolTable,
-        index: np.ndarray,
-        prompts: list[str] | None = None,
-        texts: np.ndarray | None = None,
-        hidden_by: np.ndarray | None = None,
-    ) -> Tensor:
-        """(B, K) scores of the pools `index`, -inf where there is no candidate.
+    def scores(self, model: nn.Module, rows: PoolRows, hidden_by: np.ndarray | None = None) -> Tensor:
+        """(B, K) scores of B pools, -inf where there is no candidate. One forward pass.
 
         Args:
-            prompts: B other prompts, in place of the table's.
-            texts: (N, K) other candidates, in place of the table's.
             hidden_by: see `read`; for training only.
         """
-        prompts = prompts if prompts is not None else [table.prompts[i] for i in index]
-        texts = (table.texts if texts is None else texts)[index]
-        pools = self.read(prompts, texts, table.present[index], hidden_by)
+        pools = self.read(rows.prompts, rows.texts, rows.present, hidden_by)
         with self.runtime.autocast():
             scores = model(pools).float()
-        missing = table.present.shape[1] - scores.shape[1]
+        missing = rows.present.shape[1] - scores.shape[1]
         return nn.functional.pad(scores, (0, missing), value=-torch.inf)
 
     @torch.no_grad()
@@ -141,8 +129,12 @@ class PoolReader:
         prompts, texts = other.get("prompts"), other.get("texts")
 
         def score(part: np.ndarray) -> tuple[np.ndarray]:
-            part_prompts = None if prompts is None else [prompts[i] for i in part]
-            return (self.scores(model, table, part, part_prompts, texts).cpu().numpy(),)
+            rows = PoolRows.of(table, part)
+            if prompts is not None:
+                rows = replace(rows, prompts=[prompts[i] for i in part])
+            if texts is not None:
+                rows = replace(rows, texts=texts[part])
+            return (self.scores(model, rows).cpu().numpy(),)
 
         found = self.runtime.processes.share(
             score, list(chunks(len(table), self.evaluation_pools(model, table)))
@@ -193,7 +185,7 @@ class PoolChoice:
         self.evaluated = np.sort(shuffled[: max(1, context.settings.evaluation_examples)])
         self.tokens_per_row = reader.tokens_per_pool(splits.train[0])
 
-    def _losses(self, scores: Tensor, table: PoolTable, index: np.ndarray) -> Tensor:
+    def _losses(self, scores: Tensor, rows: PoolRows) -> Tensor:
         """(B,) the configured loss of each pool."""
         runtime, settings = self.reader.runtime, self.reader.settings
         extra: dict[str, float] = {}
@@ -201,22 +193,19 @@ class PoolChoice:
             extra["temperature"] = settings.temperature
         if settings.loss == "pairwise":
             extra["margin"] = settings.margin
-        rewards = tensor(table.rewards[index].astype(np.float32), runtime)
-        return LOSSES[settings.loss](scores, rewards, tensor(table.present[index], runtime), **extra)
+        rewards = tensor(rows.rewards.astype(np.float32), runtime)
+        return LOSSES[settings.loss](scores, rewards, tensor(rows.present, runtime), **extra)
 
     def part(self, model: nn.Module, step: int, rows: range) -> Part:
         """The mean loss of the batch's pools."""
         tables = self.splits.train
         row = np.arange(rows.start, rows.stop)
-        samples, draw = self._order.samples(row), row // len(tables[0]) % len(tables)
+        draw = row // len(tables[0]) % len(tables)  # one, or two if an epoch ends within these rows
+        pools = PoolRows.of_draws(tables, draw, self._order.samples(row))
 
         def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
-            found = []
-            for number in np.unique(draw):  # one draw, or two if an epoch ends within these rows
-                table, of_draw = tables[number], draw == number
-                scores = self.reader.scores(model, table, samples[of_draw], hidden_by=row[of_draw])
-                found.append(self._losses(scores, table, samples[of_draw]))
-            return {"loss": torch.cat(found).sum() / totals["pools"]}
+            scores = self.reader.scores(model, pools, hidden_by=row)
+            return {"loss": self._losses(scores, pools).sum() / totals["pools"]}
 
         return Part({"pools": len(row)}, losses)
 
@@ -225,9 +214,9 @@ class PoolChoice:
         table = self.splits.selection
 
         def score(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            index = self.evaluated[part]
-            scores = self.reader.scores(model, table, index)
-            return scores.cpu().numpy(), self._losses(scores, table, index).cpu().numpy()
+            rows = PoolRows.of(table, self.evaluated[part])
+            scores = self.reader.scores(model, rows)
+            return scores.cpu().numpy(), self._losses(scores, rows).cpu().numpy()
 
         size = self.reader.evaluation_pools(model, table)
         found = self.reader.runtime.processes.share(score, list(chunks(len(self.evaluated), size)))
