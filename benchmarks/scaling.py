@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --encoder FOLDER
 
 A training with two parts runs in one process with two threads, and in two processes with one thread each, in turns. With
-`--encoder`, also a ranker on that encoder. The same rows are trained on in both.
+`--encoder`, also the ranker of configs/finqa.yaml on that encoder. The same rows are trained on in both.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def training_of(settings: TrainingConfig, steps: int, parts: int) -> TrainingCon
 
 
 def make(kind: str, encoder: str, settings: TrainingConfig, runtime) -> tuple[Any, Any]:
-    """(model, objective) of the default generator or of a ranker."""
+    """(model, objective) of the default generator, or of the ranker of configs/finqa.yaml."""
     from benchmarks.speed_setup import objective_of
     from lib.models.build import make_model, model_config
     from lib.training.objectives.base import TrainingContext
@@ -57,13 +57,12 @@ def make(kind: str, encoder: str, settings: TrainingConfig, runtime) -> tuple[An
         model = make_model("language_model", shape, 0, kind)
         return model, objective_of(config, 70, config.architecture.context, context)
     from benchmarks.ranker_speed import texts
-    from lib.models.encoders import open_encoder
-    from lib.models.ranker import CandidateRanker
     from lib.training.objectives.pool_choice import PoolChoice, PoolReader, PoolSplits
     from lib.training.pool_table import PoolTable
+    from lib.training.ranker_start import start_ranker
 
-    backbone, tokenizer = open_encoder(encoder)
-    config = load_config([ROOT / "configs" / "finqa.yaml"])
+    config = load_config([ROOT / "configs" / "finqa.yaml"], overrides=[f"ranker.encoder={encoder}"])
+    model, tokenizer, _ = start_ranker(kind, config.models[kind], config, None, None, ROOT)
     prompts, candidates = texts(tokenizer, 32)
     shape = (len(prompts), len(candidates[0]))
     rewards = np.zeros(shape)
@@ -75,7 +74,7 @@ def make(kind: str, encoder: str, settings: TrainingConfig, runtime) -> tuple[An
         np.ones(shape, bool), {},
     )  # fmt: skip
     reader = PoolReader(tokenizer, config.ranker, runtime, 0)
-    return CandidateRanker(backbone, seed=0), PoolChoice(context, PoolSplits([table], table, table), reader)
+    return model, PoolChoice(context, PoolSplits([table], table, table), reader)
 
 
 def worker(job: dict[str, Any]) -> None:
@@ -241,7 +240,7 @@ def main() -> None:
     }
     figures["generator"] = compare_processes("generator", options.steps, "")
     if options.encoder:
-        figures["ranker"] = compare_processes("ranker", max(options.steps // 10, 2), options.encoder)
+        figures["ranker"] = compare_processes("ranker", max(options.steps // 4, 2), options.encoder)
     write(options.out, "scaling", figures)
 
 
