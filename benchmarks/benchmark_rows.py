@@ -195,6 +195,43 @@ def _leak(f: Figures) -> str:
     return f"best scorer that does not see the question: {texts[0]}; on naive pools {texts[1]}"
 
 
+def _scaling(f: Figures) -> str:
+    ratios = {"generator": "the default generator", "ranker": "the MiniLM ranker of FinQA"}
+    speeds = ", ".join(
+        f"**{f[name]['median_ratio']:.2f} ×** for {what}" for name, what in ratios.items() if name in f
+    )
+    off = max(abs(row["ratio"] - 1) for row in f["bytes"])
+    return (
+        f"{speeds} (median of {len(f['generator']['rows_per_second'])} rounds); bytes sent in 2 and 4 processes are within "
+        f"{100 * off:.1f} % of the formula; in one process the engine takes {100 * f['engine_share']:.2f} % of a step"
+    )
+
+
+def _executors(f: Figures) -> str:
+    speeds = {name: sorted(values)[len(values) // 2] for name, values in f["passages_per_second"].items()}
+    ratio = speeds["ray"] / speeds["processes"]
+    return (
+        f"**{ratio:.2f} ×** the throughput: {speeds['ray']:.0f} and {speeds['processes']:.0f} passages/s, median of "
+        f"{len(f['passages_per_second']['ray'])} rounds"
+    )
+
+
+def _memory(f: Figures) -> str:
+    small, large = f["megabytes"].values()
+    ratios = [f"{stage[:2]} {large[stage]['peak_mb'] / small[stage]['peak_mb']:.2f} ×" for stage in small]
+    return "peak memory of stages " + ", ".join(ratios)
+
+
+def _memory_detail(f: Figures) -> str:
+    (few, small), (many, large) = f["megabytes"].items()
+    rows = [
+        [stage, f"{small[stage]['peak_mb']:.0f} MB", f"{large[stage]['peak_mb']:.0f} MB",
+         f"{large[stage]['peak_mb'] / small[stage]['peak_mb']:.2f}"]
+        for stage in small
+    ]  # fmt: skip
+    return markdown(["stage", f"{few} MB of text", f"{many} MB of text", "ratio"], rows)
+
+
 BENCHMARKS = (
     Row("nelbo", "masked diffusion on tinyshakespeare characters, contiguous 90/10 split", _nelbo),
     Row("causal_speedrun", "training time of a causal model on tinyshakespeare, against the plain recipe (GPT-2 of "
@@ -214,5 +251,10 @@ BENCHMARKS = (
     Row("ranker_speed", "training step of a ranker, all candidates behind one copy of the prompt", _ranker, _ranker_detail,
         "\"One by one\": one padded row per candidate and the published encoder; \"without dropout\": without its attention "
         "dropout. Each ratio is the time relative to packed candidates."),
+    Row("scaling", "training in two processes of one thread, against one process of two threads, the same rows", _scaling),
+    Row("executors", "candidates of 5,000 passages by two actors of Ray, against two processes, once started", _executors),
+    Row("memory", "300 MB of text against 30 MB", _memory, _memory_detail),
+    Row("memory_candidates", "30 MB of text against 3 MB", _memory, _memory_detail,
+        "Stage 00 has caches of fixed size, which 3 MB of text do not fill."),
     Row("finqa_leak", "FinQA: gold programs found without the question", _leak),
 )  # fmt: skip

@@ -18,6 +18,8 @@ from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.next_token import NextToken
 from lib.training.prefetch import Prefetcher
 from lib.training.step_terms import SETTLE_EVERY, UnreadSteps
+from tests import late_reading
+from tests.process_runs import run_jobs
 from tests.trainings import TOKENIZER, TOKENS, MeanOfRows, context, fingerprint, settings, splits, train_tiny
 
 WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
@@ -57,6 +59,14 @@ def test_a_training_that_reads_later_and_draws_ahead_has_the_same_bits(tmp_path,
     objective.part = lambda *args: threads.add(threading.current_thread().name) or plain(*args)
     train_tiny(model_of(kind), objective, training, tmp_path / "later")
     assert len(threads) == 1 and threads.pop().startswith("prefetch")
+    assert fingerprint(tmp_path / "later") == fingerprint(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_two_processes_that_read_later_have_the_bits_of_one_that_does_not(tmp_path):
+    late_reading.train(tmp_path / "plain")
+    (done,) = run_jobs([{"size": 2, "module": "tests.late_reading", "argv": ["-", str(tmp_path / "later")]}])
+    assert done["codes"] == [0, 0], done["errors"]
     assert fingerprint(tmp_path / "later") == fingerprint(tmp_path / "plain")
 
 
