@@ -188,7 +188,8 @@ def report(args: argparse.Namespace) -> None:
         peaks = [part[stage]["peak_mb"] for part in (small, large)]
         rows.append((stage, *(f"{peak:.0f} MB" for peak in peaks), f"{peaks[1] / peaks[0]:.3f}"))
     print(aligned(rows))
-    write(args.out, "memory", {"megabytes": found, "limit": LIMIT})
+    name = "memory_candidates" if "02_generate_candidates" in args.stages else "memory"
+    write(args.out, name, {"megabytes": found, "limit": LIMIT})
 
 
 if __name__ == "__main__":

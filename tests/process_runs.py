@@ -17,7 +17,7 @@ SMALL = [
     "--set", "training.checkpoint_every=1", "--set", "training.evaluation_examples=32",
 ]  # fmt: skip
 LITTLE = "data.fractions={train: 0.36, held_out: 0.04, reference: 0.6}"  # held-out text is what takes the time here
-TEXT = [*SMALL, "--set", LITTLE, "--set", "critic.training.steps=3"]
+TEXT = [*SMALL, "--set", LITTLE, "--set", "critic.training.steps=3", "--set", "generator.training.steps=20"]
 for _model in ("generator", "reference_lm", "ar_baseline", "inspector", "judge", "ranker"):
     TEXT += ["--set", f"models.{_model}.training.steps=3"]
 TEXT += [
@@ -26,7 +26,9 @@ TEXT += [
 ]  # fmt: skip
 FINQA = [
     "--config", "configs/finqa.yaml", *SMALL, "--set", "models.ranker.training.steps=3",
-    "--set", "models.ranker_blind.training.steps=2", "--set", "critic.training.steps=4",
+    "--set", "models.ranker_blind.training.steps=2", "--set", "critic.training.steps=4", "--set", "ranker.prompt_tokens=16",
+    "--set", "ranker.candidate_tokens=24", "--set", "architecture.num_hidden_layers=1", "--set", "architecture.hidden_size=32",
+    "--set", "finqa.pools.train_draws=2", "--set", "finqa.pools.bank=12",
 ]  # fmt: skip
 
 

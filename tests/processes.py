@@ -25,7 +25,14 @@ import tempfile
 import time
 from pathlib import Path
 
-GRACE_SECONDS = 10  # from SIGTERM to SIGKILL
+GRACE_SECONDS = 5  # from SIGTERM to SIGKILL
+PRELOADED = (
+    "jsonschema", "pyarrow.pandas_compat", "lib.artifacts", "lib.candidates.generators", "lib.candidates.table",
+    "lib.cli", "lib.evaluation.sampling", "lib.report.table",
+    "lib.tasks.finqa.candidates", "lib.training.critic_setup", "lib.training.policy", "lib.training.stage_inputs",
+    "lib.training.train_model", "lib.training.trackers", "sklearn.ensemble", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 FLAGS: dict[str, dict[str, bool]] = {
     "02_generate_candidates": {"with_stream": True},
     "04_train": {"with_mode": True, "with_processes": True},
@@ -114,9 +121,8 @@ def run(job: dict) -> dict:
 def main() -> int:
     import torch
 
-    import lib.training.policy
-    import lib.training.train_model  # noqa: F401 - so that no fork has to import it
-
+    for name in PRELOADED:  # so that no fork has to import them
+        importlib.import_module(name)
     torch.set_num_threads(1)
     for line in iter(sys.stdin.readline, ""):
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -297,8 +297,8 @@ class ByTable:
     def tokens_per_pool(self, table):
         return 1
 
-    def scores(self, model, table, which, **_):
-        return torch.tensor([[2.0, 0.0]]).repeat(len(which), 1)
+    def scores(self, model, rows, **_):
+        return torch.tensor([[2.0, 0.0]]).repeat(len(rows.prompts), 1)
 
     def evaluation_pools(self, model, table):
         return 4
