@@ -1,7 +1,7 @@
 """Several processes against several threads, the cost of the engine in one process, and the bytes that are exchanged.
 
     python -m benchmarks.scaling
-    python -m benchmarks.scaling --encoder FOLDER
+    python -m benchmarks.scaling --encoder /path/to/all-MiniLM-L6-v2
 
 A training with two parts runs in one process with two threads, and in two processes with one thread each, in turns. With
 `--encoder`, also the ranker of configs/finqa.yaml on that encoder. The same rows are trained on in both.
@@ -194,13 +194,13 @@ def engine_share(steps: int) -> float:
     from lib.training.optimizer import Optimizer
 
     config = load_config()
-    settings = training_of(config.models["generator"].training, steps, 1)
+    settings = training_of(config.models["generator"].training, steps + WARM_UP, 1)
     model, objective = make("generator", "", settings, Runtime.detect(config))
     optimizer = Optimizer(model, settings)
     parts = Parts(1, settings.batch_size, Processes(), "generator")
     total = GradientSum(optimizer.parameters.values(), 1, Processes())
     engine = whole = 0.0
-    for step in range(steps):
+    for step in range(steps + WARM_UP):
         begin = time.perf_counter()
         part = objective.part(model, step, parts.rows(step, 0))
         drawn = time.perf_counter()

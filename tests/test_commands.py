@@ -127,6 +127,7 @@ def make_data(root: Path) -> None:
     words = [
         *"abcdefghijklmnopqrstuvwxyz0123456789().,$%",
         *("##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+        *("total", "annual", "margin"),
     ]
     vocabulary = {t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
