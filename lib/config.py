@@ -26,7 +26,7 @@ from lib.sections.data import (
 )
 from lib.sections.executor import ExecutorConfig
 from lib.sections.finqa import FinqaConfig, RankerConfig
-from lib.sections.masking import MASKINGS, STAGES_OF, DiffusionConfig
+from lib.sections.masking import MASKINGS, RATIOS, STAGES_OF, DiffusionConfig
 from lib.sections.models import (
     ArchitectureConfig,
     GeneratorConfig,
@@ -224,7 +224,7 @@ def _explain(problem: Any, where: dict) -> str:
     """One line: file and line, key, what is wrong, what is expected."""
     # pydantic puts the tag of a union into the path; it is not a key of the config
     loc = problem["loc"]
-    path = tuple(p for i, p in enumerate(loc) if not (p in MASKINGS and _is_tag(loc, i)))
+    path = tuple(p for i, p in enumerate(loc) if not (p in (*MASKINGS, *RATIOS) and _is_tag(loc, i)))
     keys = tuple(p for p in path if isinstance(p, str))
     location = next((where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in where), None)
     prefix = f"{location}: " if location else ""
@@ -243,9 +243,11 @@ def _explain(problem: Any, where: dict) -> str:
 
 
 def _is_tag(loc: tuple, position: int) -> bool:
-    """Whether part `position` of pydantic's path is the type of a masking or of a stage."""
+    """Whether part `position` of pydantic's path is the type of a masking, of its ratios, or of a stage."""
     before = loc[:position]
-    return before[-1:] == ("masking",) or (before[-2:-1] == ("stages",) and isinstance(before[-1], int))
+    return before[-1:] in (("masking",), ("ratios",)) or (
+        before[-2:-1] == ("stages",) and isinstance(before[-1], int)
+    )
 
 
 def _known_keys(path: tuple) -> list[str]:
@@ -262,5 +264,7 @@ def _known_keys(path: tuple) -> list[str]:
         fields = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
     if fields is not None:
         return list(fields.model_fields)
-    kinds = STAGES_OF if "stages" in parts else MASKINGS if parts[-1:] == ["masking"] else {}
+    kinds: dict[str, Any] = (
+        STAGES_OF if "stages" in parts else {"masking": MASKINGS, "ratios": RATIOS}.get(parts[-1], {})
+    )
     return list(dict.fromkeys(field for kind in kinds.values() for field in kind.model_fields))

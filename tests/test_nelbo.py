@@ -5,11 +5,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from scipy.stats import kstest, truncnorm
 
 from lib.config import load_config
 from lib.diffusion.masking import BatchDraw
-from lib.diffusion.nelbo import mask_batch, stratified
+from lib.diffusion.nelbo import draw_ratios, mask_batch, stratified
+from lib.models.build import start_model
 from lib.sections.masking import DiffusionConfig
+from lib.training.objectives.language_model import MaskedDiffusion
+from tests.trainings import TOKENIZER, TOKENS, context, splits
 
 
 def config(weight: str, low: float = 0.0) -> DiffusionConfig:
@@ -95,3 +100,56 @@ def test_whole_lines_are_masked_and_weighed_by_what_was_masked():
     for masked, row in zip(batch.masked, lines, strict=True):
         assert all(masked[row == n].all() or not masked[row == n].any() for n in range(5))
     np.testing.assert_allclose(batch.weights.sum(1), 1, rtol=1e-6)
+
+
+# --- the distribution of mask ratios -------------------------------------------------------------------------------------
+
+
+def normal(mean: float, deviation: float, uniform_from: float = 1.0) -> DiffusionConfig:
+    values = f"{{type: normal, mean: {mean}, deviation: {deviation}, uniform_from: {uniform_from}}}"
+    return load_config(overrides=[f"diffusion.ratios={values}"]).diffusion
+
+
+@pytest.mark.parametrize("mean, deviation", [(0.5, 0.2), (0.3, 0.4), (0.9, 0.05)])
+def test_normal_ratios_have_the_distribution_of_a_truncated_normal(mean, deviation):
+    drawn = draw_ratios(normal(mean, deviation).ratios, stratified(3, np.arange(32 * 400), 32), 0.0)
+    wanted = truncnorm((0 - mean) / deviation, (1 - mean) / deviation, mean, deviation)
+    assert kstest(drawn, wanted.cdf).pvalue > 0.01
+    bands = np.floor(
+        wanted.cdf(drawn).reshape(400, 32) * 32 - 1e-9
+    )  # each step covers the distribution evenly
+    assert (np.sort(bands, axis=1) == np.arange(32)).mean() > 0.99
+
+
+def test_normal_ratios_turn_into_uniform_ones_at_the_end():
+    uniform = stratified(3, np.arange(3200), 32)
+    ratios = normal(0.5, 0.1, uniform_from=0.5).ratios
+    spread = [draw_ratios(ratios, uniform, progress).std() for progress in (0.0, 0.5, 0.75, 0.9, 1.0)]
+    assert spread[0] == spread[1] < spread[2] < spread[3] < spread[4]
+    np.testing.assert_array_equal(draw_ratios(ratios, uniform, 1.0), uniform)
+    by_row = draw_ratios(ratios, uniform, np.repeat([0.0, 1.0], 1600))
+    np.testing.assert_array_equal(by_row[1600:], uniform[1600:])
+    np.testing.assert_array_equal(by_row[:1600], draw_ratios(ratios, uniform[:1600], 0.0))
+
+
+def test_uniform_ratios_are_those_of_the_bound():
+    uniform = stratified(3, np.arange(3200), 32)
+    assert draw_ratios(load_config().diffusion.ratios, uniform, 0.3) is uniform
+
+
+def test_training_follows_the_ratios_and_evaluation_measures_the_bound():
+    """The objective gives each step its place in the training; evaluation has the same masks whatever training draws."""
+    architecture = load_config(quick_test=True).architecture
+    model, _ = start_model("language_model", architecture, "bidirectional", len(TOKENIZER), 0, "m")
+    plain = MaskedDiffusion(context(steps=100), splits(), load_config().diffusion, TOKENS)
+    bell = MaskedDiffusion(context(steps=100), splits(), normal(0.5, 0.05, uniform_from=0.5), TOKENS)
+    with torch.no_grad():
+        assert plain.evaluate(model.eval()) == bell.evaluate(model)
+    ids, valid = np.full((8, 16), 5), np.ones((8, 16), bool)
+
+    def ratios(objective: MaskedDiffusion, step: int) -> np.ndarray:
+        return objective.mask(ids, valid, "test", np.arange(8 * step, 8 * step + 8), 8).ratios
+
+    for step in (0, 49):
+        assert np.abs(ratios(bell, step) - 0.5).max() < 0.25 < np.abs(ratios(plain, step) - 0.5).max()
+    assert np.abs(ratios(bell, 99) - ratios(plain, 99)).max() <= 1 / 16

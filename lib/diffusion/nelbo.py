@@ -19,10 +19,11 @@ Works on numpy arrays. Legend: B rows, T positions.
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from lib import randomness
 from lib.diffusion.masking import BatchDraw, draw_mask
-from lib.sections.masking import DiffusionConfig
+from lib.sections.masking import DiffusionConfig, Ratios
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,30 @@ def stratified(draw_key: int, rows: np.ndarray, period: int) -> np.ndarray:
     return (offset + (rows % period) / period) % 1.0
 
 
+def draw_ratios(ratios: Ratios, uniform: np.ndarray, progress: np.ndarray | float) -> np.ndarray:
+    """(B,) mask ratios in (0, 1) from (B,) uniform numbers: the quantiles of the configured distribution.
+
+    So ratios that are spread evenly stay spread evenly.
+
+    Args:
+        progress: share of the training's steps that were done, of each row.
+    """
+    if ratios.type == "uniform":
+        return uniform
+    low, high = ndtr((np.array([0.0, 1.0]) - ratios.mean) / ratios.deviation)
+    normal = ratios.mean + ratios.deviation * ndtri(low + uniform * (high - low))
+    left = np.clip(
+        (1.0 - progress) / max(1.0 - ratios.uniform_from, 1e-9), 0.0, 1.0
+    )  # of the normal distribution
+    return np.clip(left * normal + (1.0 - left) * uniform, 0.0, np.nextafter(1.0, 0.0))
+
+
 def mask_batch(
-    config: DiffusionConfig, valid: np.ndarray, draw: BatchDraw, lines: np.ndarray | None = None
+    config: DiffusionConfig,
+    valid: np.ndarray,
+    draw: BatchDraw,
+    lines: np.ndarray | None = None,
+    progress: np.ndarray | float = 0.0,
 ) -> MaskedBatch:
     """Draw masks for a batch.
 
@@ -52,11 +75,13 @@ def mask_batch(
         valid: (B, T) bool, real tokens.
         draw: keys of the rows. The ratios are spread evenly over its period.
         lines: (B, T) line number of each token, for masking by lines; see `masking.line_numbers`.
+        progress: see `draw_ratios`.
     """
     lengths = valid.sum(1)
     # 1. The masking ratio t of each row
     low = config.min_masked_ratio
-    time = low + (1 - low) * stratified(draw.key("ratio"), draw.rows, draw.period)  # (B,)
+    uniform = stratified(draw.key("ratio"), draw.rows, draw.period)
+    time = low + (1 - low) * draw_ratios(config.ratios, uniform, progress)  # (B,)
     # 2. The masks, and the weight of each masked token
     mask_key = draw.key("mask")
     if config.weight == "exact_count":

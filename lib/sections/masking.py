@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lib.sections.base import BelowOne, Fraction, Positive, Section, Share
+from lib.sections.base import AboveZero, BelowOne, Fraction, Positive, Probability, Section, Share
 
 
 class RandomMasking(Section):
@@ -112,8 +112,32 @@ STAGES_OF = {"random": RandomStage, "sticky": StickyStage, "span": SpanStage, "l
 UnmaskingStage = Annotated[RandomStage | StickyStage | SpanStage | LineStage, Field(discriminator="type")]
 
 
+class UniformRatios(Section):
+    """Every mask ratio is as likely as any other, as in the bound."""
+
+    type: Literal["uniform"]
+
+
+class NormalRatios(Section):
+    """Mask ratios of a normal distribution within (0, 1): bell-shaped time sampling (Hong et al. 2026, arXiv 2605.13026).
+
+    Weights stay those of the bound, so the loss is no bound. From the share uniform_from of the steps on, the
+    distribution turns into the uniform one, which it reaches at the end.
+    """
+
+    type: Literal["normal"]
+    mean: Probability = 0.5
+    deviation: AboveZero = 0.2
+    uniform_from: Fraction = 1.0
+
+
+RATIOS = {"uniform": UniformRatios, "normal": NormalRatios}
+Ratios = Annotated[UniformRatios | NormalRatios, Field(discriminator="type")]
+
+
 class DiffusionConfig(Section):
     weight: Literal["exact_count", "inverse_t"]
+    ratios: Ratios
     min_masked_ratio: BelowOne
     masking: Masking
     corruption: Literal["mask", "bert"]

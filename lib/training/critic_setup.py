@@ -6,6 +6,7 @@ from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.models.build import Checkpoint, Transfer, start_model
+from lib.sections.masking import UniformRatios
 from lib.training.data import Splits
 from lib.training.model_plans import unit_of
 from lib.training.objectives.base import TrainingContext
@@ -55,7 +56,7 @@ def critic_objective(
     names = (config.models[config.critic.generator].split, SELECTION, "held_out")
     texts = Splits(*(open_text(stage, name) for name in names))
     splits = WindowSplits.of(texts, width, tokenizer.pad_token_id)
-    # The generator has finished its stages of unmasking
-    diffusion = config.diffusion.model_copy(update={"stages": ()})
+    # The generator has finished its stages of unmasking; its errors are wanted at all mask ratios
+    diffusion = config.diffusion.model_copy(update={"stages": (), "ratios": UniformRatios(type="uniform")})
     generator = MaskedDiffusion(context, splits, diffusion, MaskingTokens.of(tokenizer))
     return TokenCritic(config.critic, generator, sorted(set(tokenizer.all_special_ids)))

@@ -25,7 +25,7 @@ from lib.diffusion.masking import BatchDraw, corrupt_80_10_10, line_numbers
 from lib.diffusion.nelbo import MaskedBatch, mask_batch, weights_per_token
 from lib.engine.parts import Part
 from lib.metrics import Estimate, ratio, sum_by
-from lib.sections.masking import DiffusionConfig, RandomMasking
+from lib.sections.masking import DiffusionConfig, RandomMasking, UniformRatios
 from lib.token_store import TokenStore
 from lib.tokenization import newline_ids
 from lib.training.cross_entropy import cross_entropies
@@ -190,7 +190,9 @@ class MaskedDiffusion(WindowObjective):
         self.mask_id, self.text_ids = tokens.mask_id, tokens.text_ids
         by_lines = "line" in {config.masking.type, *(stage.type for stage in config.stages)}
         self.newline_ids = tokens.newline_ids if by_lines else None
-        bound = {"weight": "exact_count", "min_masked_ratio": 0.0, "masking": RandomMasking(type="random")}
+        self._steps = context.settings.steps
+        bound = {"weight": "exact_count", "min_masked_ratio": 0.0, "masking": RandomMasking(type="random"),
+                 "ratios": UniformRatios(type="uniform")}  # fmt: skip
         self._bound_config = config.model_copy(update=bound)
 
     # ------------------------------------------------------------------ training
@@ -258,7 +260,8 @@ class MaskedDiffusion(WindowObjective):
             purpose, rows: key of the draw; the mask of a row depends on its number in `rows` alone.
             period: the masking ratios are spread evenly over this many consecutive rows.
         """
-        return mask_batch(self.config, valid, BatchDraw(self.seed, purpose, rows, period), self.lines_of(ids))
+        draw = BatchDraw(self.seed, purpose, rows, period)
+        return mask_batch(self.config, valid, draw, self.lines_of(ids), rows // period / self._steps)
 
     def lines_of(self, ids: np.ndarray) -> np.ndarray | None:
         """(B, T) line number of each token; None if no masking is of type `line`."""
