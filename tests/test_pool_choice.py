@@ -270,6 +270,7 @@ def test_all_scores_are_those_of_each_pool_by_itself(tokenizer):
     whole = reader.all_scores(model, table)
     prompts = table.prompts[::-1]
     swapped = reader.all_scores(model, table, prompts=prompts, texts=table.controls)
+    assert table.controls is not None
     for n in range(70):
         alone = PoolRows.of(table, np.array([n]))
         np.testing.assert_array_equal(reader.scores(model, alone)[0].detach().numpy(), whole[n])
