@@ -67,6 +67,12 @@ def test_one_process_divides_nothing(monkeypatch):
     assert not any(hasattr(p, "to_local") for p in model.parameters())
 
 
+def test_a_backbone_without_layers_is_refused(monkeypatch):
+    monkeypatch.setattr(ranker_placement, "transformer_layers", lambda backbone: [])
+    with pytest.raises(BadConfig, match=r"LlamaModel has no layers .* set it to false"):
+        ranker_placement.divide(wide_ranker()[0], None)
+
+
 def test_only_frozen_encoders_are_divided():
     with pytest.raises(BadConfig, match=r"shard divides .* set adapter to lora, or shard to false"):
         load_config(overrides=["ranker.shard=true", "ranker.adapter=none"])

@@ -179,6 +179,23 @@ def test_parts_and_checkpointing_save_memory_of_the_step():
     assert kept["not checkpointed"] > 10 * kept["as it is"]
 
 
+def test_a_divided_encoder_needs_its_share_and_what_is_gathered():
+    files = [CONFIGS / "finqa.yaml", LLAMA_3]
+
+    def ranker(processes: int, shard: str) -> Account:
+        changes = ["training.parts=8", f"ranker.shard={shard}"]
+        return dict(accounts(load_config(files, overrides=changes), Device("bf16", processes)))["ranker"]
+
+    whole, divided = ranker(8, "false"), ranker(8, "true")
+    assert divided.always["frozen weights"] == pytest.approx(whole.always["frozen weights"] / 8)
+    # Of Llama 3, 2 bytes each: four layers of 218 million weights, or 2.5 times the embedding of 525 million
+    for moment in ("step", "evaluation"):
+        gathered = divided.moments[moment].pop("gathered weights")
+        assert gathered == pytest.approx(2 * max(4 * 218.1e6, 2.5 * 128256 * 4096), rel=0.01)
+        assert divided.moments[moment] == whole.moments[moment]
+    assert ranker(1, "true") == ranker(1, "false")
+
+
 def test_encoders_of_unknown_shape_or_kind_are_refused(tmp_path):
     with pytest.raises(MissingInput, match=r"shape of someone/else is not known.*--shape"):
         encoder_config("someone/else", None)

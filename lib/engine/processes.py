@@ -173,7 +173,10 @@ class Processes:
             store = dist.distributed_c10d._get_default_store()
             store.add(_FAILED, 1)
             return store.compare_set(_FAILURE, "", own + message).decode().startswith(own)
-        except Exception:  # process 0 held the store, and is gone; it may have been killed without a message
+        except (
+            RuntimeError,
+            ValueError,
+        ):  # process 0 held the store, and is gone; it may have been killed without a message
             return self.rank == 1
 
     def wait_for_failures(self, seconds: float) -> None:
@@ -185,7 +188,7 @@ class Processes:
             store = dist.distributed_c10d._get_default_store()
             while time.monotonic() < end and store.add(_FAILED, 0) < self.size:
                 time.sleep(0.05)
-        except Exception:  # process 0 held the store, and is gone
+        except (RuntimeError, ValueError):  # process 0 held the store, and is gone
             return
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lib.engine.sharding import shard_frozen, shard_mesh
+from lib.errors import BadConfig
 from lib.models.checkpointing import transformer_layers
 from lib.models.ranker import CandidateRanker
 from lib.runtime import Runtime
@@ -34,6 +35,14 @@ def on_device(load: Callable[[], Loaded], shard: bool, runtime: Runtime) -> Load
 
 
 def divide(ranker: CandidateRanker, mesh: Any) -> None:
-    """Divide the frozen weights of a ranker. Each layer and the embedding of tokens are gathered when they compute."""
-    pieces = [ranker.base.get_input_embeddings(), *transformer_layers(ranker.backbone)]
-    shard_frozen(ranker.backbone, pieces, mesh)
+    """Divide the frozen weights of a ranker. Each layer and the embedding of tokens are gathered when they compute.
+
+    Raises BadConfig for a backbone without layers that can be told apart: all of its weights would be gathered at once.
+    """
+    layers = transformer_layers(ranker.backbone)
+    if not layers:
+        raise BadConfig(
+            f"ranker.shard is true, but {type(ranker.base).__name__} has no layers of transformers that can be gathered one "
+            "after another; set it to false"
+        )
+    shard_frozen(ranker.backbone, [ranker.base.get_input_embeddings(), *layers], mesh)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 MAX_LISTED = 10  # part numbers in one message
 
 
-class PartsMaker:
+class PartsMaker(ABC):
     """Makes the parts of a stage's tables, and declares them as outputs."""
 
     name: str
@@ -106,13 +107,13 @@ class PartsMaker:
         ):
             yield
 
+    @abstractmethod
     def add_folder(self, name: str, folder: Path) -> None:
         """Declare a folder as an output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave_incomplete(self, reason: str) -> None:
         """End without a manifest and without an error."""
-        raise NotImplementedError
 
     def _is_left_alone(self, parts: Parts, count: int, label: str) -> bool:
         """Whether this command, which has --part, is the last one: all parts are there, and it completes the stage."""
