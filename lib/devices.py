@@ -1,4 +1,4 @@
-"""Copies of data from the CPU to a device."""
+"""Copies of data from the CPU to a device, and waiting for it."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has computed everything; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -17,6 +17,7 @@ from lib import randomness
 from lib.diffusion.categorical import draw
 from lib.diffusion.top_k import lowest_k
 from lib.errors import BadConfig
+from lib.models.compiling import CompiledLayers
 from lib.models.int8 import to_int8
 from lib.models.masked_lm import argument_names, load_masked_lm
 from lib.runtime import Runtime
@@ -98,7 +99,12 @@ class MaskedLMEngine:
 
     @classmethod
     def load(
-        cls, folder: Path, runtime: Runtime, width: int | None = None, int8: bool = False
+        cls,
+        folder: Path,
+        runtime: Runtime,
+        width: int | None = None,
+        int8: bool = False,
+        compiles: str = "off",
     ) -> "MaskedLMEngine":
         """The engine of a saved folder with its tokenizer.
 
@@ -113,6 +119,7 @@ class MaskedLMEngine:
         model, tokenizer, limit = load_masked_lm(folder)
         if int8:
             to_int8(model)
+        CompiledLayers(model, compiles, 0, learns=False, label=folder.name)
         return cls(model, tokenizer, runtime, min(width or limit, limit))
 
     # ------------------------------------------------------------------------------------------ filling masks

@@ -103,8 +103,11 @@ class CandidateWork:
         if threads is not None:
             torch.set_num_threads(threads)
         runtime = Runtime.detect(self.config)
-        int8 = self.config.candidates.int8
-        engines = [MaskedLMEngine.load(folder, runtime, int8=int8) for folder in self.generators]
+        settings = self.config.candidates
+        engines = [
+            MaskedLMEngine.load(folder, runtime, int8=settings.int8, compiles=settings.compile)
+            for folder in self.generators
+        ]
         return CandidateContext(self.config, load_tokenizer(self.tokenizer), engines)
 
     def _make(self, number: int, context: CandidateContext) -> None:

@@ -13,6 +13,7 @@ from lib.diffusion.sampler import Sampler
 from lib.evaluation.quality import lexicon
 from lib.evaluation.starts import generator_context
 from lib.models.build import load_model
+from lib.models.compiling import CompiledLayers
 from lib.randomness import Permutation
 from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
@@ -44,6 +45,7 @@ class SampleEvaluator:
         self.stage, self.config, self.runtime = stage, config, runtime
         self.tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
         model = load_model(stage.folder_of("05_train_critic", "best_model")).to(runtime.device)
+        CompiledLayers(model, config.sampler.compile, 0, learns=False, label="sampler")
         self.context = generator_context(stage)
         self.sampler = Sampler(
             model,

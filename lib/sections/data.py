@@ -61,12 +61,15 @@ class CandidatesConfig(Section):
     batch_size: Positive
     rows_per_group: Positive
     int8: bool
+    compile: Literal["off", "on"]
 
     @model_validator(mode="after")
     def _check(self):
         low, high = self.mask_ratio
         if low > high:
             raise ValueError(f"mask_ratio {list(self.mask_ratio)} must be [low, high] with low <= high")
+        if self.int8 and self.compile == "on":
+            raise ValueError("int8 layers are not compiled; set candidates.compile to off, or int8 to false")
         if self.source == "original_only" and self.per_example != 1:
             raise ValueError(
                 "source original_only gives one candidate per example: set candidates.per_example to 1"

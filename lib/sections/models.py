@@ -50,6 +50,7 @@ class TrainingConfig(Section):
     batch_size: Positive
     parts: Positive
     activation_checkpointing: bool
+    compile: Literal["off", "on", "auto"]
     optimizer: Literal["muon", "adamw"]
     muon_learning_rate: AboveZero
     muon_momentum: BelowOne

@@ -47,6 +47,7 @@ class SamplerConfig(Section):
     infill: str
     infill_file: Annotated[UserPath, Field(min_length=1)] | None
     batch_size: Positive
+    compile: Literal["off", "on"]
 
     @field_validator("policies", "best_of_policy")
     @classmethod

@@ -29,6 +29,7 @@ from lib.engine.speed import SpeedMeter, flops_per_token, matmul_peak
 from lib.errors import Interrupted, NonFiniteLoss
 from lib.log import Progress, say
 from lib.models.checkpointing import checkpoint_activations
+from lib.models.compiling import CompiledLayers
 from lib.training import checkpoint
 from lib.training.ema import Ema
 from lib.training.freezing import Freezing
@@ -51,6 +52,7 @@ class Result:
     metrics: dict[str, float]  # of the best model, on the selection split
     speed: dict[str, float]  # of the steps in this process, see lib/engine/speed.py
     optimizer: dict[str, Any]  # parameter groups, and which parameters were frozen until which step
+    compiled: bool = False  # whether the layers were
 
 
 @dataclass
@@ -138,13 +140,18 @@ class _Run:
     ):
         settings = context.settings
         self.model, self.objective = model.to(context.runtime.device), objective
-        if settings.activation_checkpointing:
-            checkpoint_activations(model, context.label)
         self.settings, self.runtime = settings, context.runtime
         self.seed, self.label = context.seed, context.label
         self.folder, self.save = folder, save
         self.processes = context.runtime.processes
         self.parts = Parts(settings.parts, settings.batch_size, self.processes, f"{self.label}.training")
+        mode = "off" if is_sharded(model) else settings.compile
+        calls = settings.steps * len(self.parts.own)
+        self.layers = CompiledLayers(
+            self.model, mode, calls, learns=True, label=self.label, processes=self.processes
+        )
+        if settings.activation_checkpointing:
+            checkpoint_activations(model, context.label)
         self.optimizer = Optimizer(model, settings)
         self.gradients = GradientSum(self.optimizer.parameters.values(), settings.parts, self.processes)
         if settings.optimizer == "muon" and not self.optimizer.has_muon:
@@ -301,7 +308,9 @@ class _Run:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        return self.runtime.fingerprint() | {"parts": self.parts.count, "code": dict(self.runtime.code)}
+        compiled = bool(self.layers.compiled)
+        own = {"parts": self.parts.count, "compiled": compiled, "code": dict(self.runtime.code)}
+        return self.runtime.fingerprint() | own
 
     @cached_property
     def frozen_digest(self) -> str:
@@ -343,6 +352,7 @@ class _Run:
                 self.log.clear()
             return
         tensors, state = loaded
+        self.layers.follow(state.get("fingerprint", {}).get("compiled"))
         checkpoint.check_fingerprint(
             state.pop("fingerprint", {}),
             self.fingerprint,
@@ -377,4 +387,5 @@ class _Run:
             state.best_metrics,
             self.speed.figures(),
             {"groups": self.optimizer.groups(), "frozen": self.freezing.record()},
+            bool(self.layers.compiled),
         )

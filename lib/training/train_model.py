@@ -103,6 +103,7 @@ def _train(
         "transfer": setup.transfer,
         **setup.facts,
         "optimizer": result.optimizer,
+        "compiled": result.compiled,
         "steps": result.steps,
         "best_step": result.best_step,
         "selection": setup.objective.selection,

@@ -41,6 +41,7 @@ from .shared_modeling import (
     embed_tokens,
     error_loss,
     expand_mask,
+    is_compiling_for_cpu,
     is_tracing,
     may_read,
     sequence_loss,
@@ -342,7 +343,8 @@ class RemaskGptAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention
         )
-        eager = attend is eager_attention
+        # Compiled code for a CPU is fastest with plain products; torch fuses what is between them
+        eager = attend is eager_attention or (is_compiling_for_cpu(qkv) and length <= MAX_SLICED_LENGTH)
         weights = None
         if self._may_slice(qkv) and past_key_values is None and not eager:
             mixed = _sliced_attention(qkv, cos, sin, mask, is_causal, self.num_heads, self.eps)
@@ -352,6 +354,7 @@ class RemaskGptAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         if eager:
             mixed, weights = eager_attention(query, key, value, mask, is_causal)
+            weights = weights if attend is eager_attention else None
         else:
             if mask is not None and mask.dtype != torch.bool:
                 mask = mask.to(query.dtype)

@@ -27,6 +27,11 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_compiling_for_cpu(tensor: Tensor) -> bool:
+    """Whether torch.compile traces the code for a CPU. An export may run anywhere."""
+    return is_tracing() and not torch.compiler.is_exporting() and tensor.device.type == "cpu"
+
+
 def may_read(tensor: Tensor) -> bool:
     """Whether a check may read values of the tensor. On an accelerator that would wait for the queue; tracing forbids it."""
     return tensor.device.type == "cpu" and not is_tracing()
