@@ -88,6 +88,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
             "best_step": result.best_step,
             "learning_parameters": trainable,
             "optimizer": result.optimizer,
+            "compiled": result.compiled,
             "generator_nelbo": nelbo["nelbo"],
             "generator_nelbo_half_width": nelbo["nelbo_half_width"],
             "table": [row.as_dict() for row in rows],

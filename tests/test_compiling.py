@@ -89,13 +89,12 @@ class Clock:
         self.compilations += 1
 
 
-def decision(mode: str, calls: int, model=None) -> CompiledLayers:
-    model = model or new_model()
-    layers = CompiledLayers(model, mode, calls, learns=True, label="model")
-    for name in layers._functions:
-        layers._functions[name] = lambda layer, *args, **kwargs: None
+def decision(mode: str, calls: int) -> CompiledLayers:
+    layers = CompiledLayers(new_model(), mode, calls, learns=True, label="model")
     layer = layers._layers[0]
-    layers.compiled = layers._decide(layer, lambda: None, lambda layer: None, (torch.ones(2, 3, 4),), {})
+    layers._settle(layers._decide(layer, layer.forward, (torch.ones(2, 3, 4),), {}))
+    plain = all("forward" not in vars(layer) for layer in layers._layers)
+    assert plain == (not layers.compiled), "layers that are not compiled are left as they were"
     return layers
 
 
@@ -155,6 +154,8 @@ def train_once(folder, fault=None, **changes):
 @pytest.mark.slow
 def test_a_killed_training_goes_on_with_compiled_layers_to_the_same_bits(tmp_path):
     train_once(tmp_path / "whole", compile="on")
+    train_once(tmp_path / "forgetful", compile="on", activation_checkpointing=True)
+    assert fingerprint(tmp_path / "forgetful") == fingerprint(tmp_path / "whole")
     with pytest.raises(Killed):
         train_once(tmp_path / "killed", 7, compile="on")
     with pytest.raises(BadConfig, match="compiled: True -> False"):

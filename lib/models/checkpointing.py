@@ -1,5 +1,6 @@
 """Activation checkpointing (Chen et al. 2016): layers keep their inputs only, and compute the rest again for gradients."""
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -23,14 +24,14 @@ def checkpoint_activations(model: nn.Module, label: str) -> None:
 
     Raises BadConfig for a model whose layers transformers does not compute twice.
     """
-    layers = transformer_layers(model)
+    layers: list[Any] = transformer_layers(model)
     if not layers:
         raise BadConfig(
             f"{label}: training.activation_checkpointing is true, but {type(model).__name__} has no layers that can be "
             "computed twice; set it to false, and training.parts higher to save memory"
         )
     for layer in layers:
-        _checkpoint(layer)
+        layer.forward = forgetful(layer.forward)
 
 
 def transformer_layers(model: nn.Module) -> list[nn.Module]:
@@ -38,8 +39,8 @@ def transformer_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _checkpoint(layer: Any) -> None:
-    forward = layer.forward
+def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's `forward` that keeps only its inputs, and is computed again where its gradients are."""
 
     @wraps(forward)
     def forward_again(*args: Any, **kwargs: Any) -> Any:
@@ -47,4 +48,4 @@ def _checkpoint(layer: Any) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    layer.forward = forward_again
+    return forward_again

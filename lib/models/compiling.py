@@ -12,10 +12,10 @@ step; its checkpoints record the decision, and a resumed training follows it.
 """
 
 import hashlib
-import inspect
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lib.devices import synchronize
 from lib.engine.processes import Processes
 from lib.log import say
-from lib.models.checkpointing import transformer_layers
+from lib.models.checkpointing import forgetful, transformer_layers
 
 COLD_SECONDS, WARM_SECONDS = 25.0, 3.0  # of a compilation, and of reading one from torch's cache
 EXPECTED_GAIN = 0.2  # share of a layer's time that compiled code saves, before it is measured
@@ -44,6 +44,7 @@ class CompiledLayers:
         calls: times that each layer will still be called.
         learns: whether the calls to be compiled are those that compute gradients, or those that do not.
         label: of the model, for messages.
+        forgets: whether layers keep only their inputs, see `checkpoint_activations`, which must be called before.
 
     Attributes:
         compiled: whether layers call compiled code; None until the first call has decided.
@@ -58,52 +59,62 @@ class CompiledLayers:
         learns: bool,
         label: str,
         processes: Processes | None = None,
+        forgets: bool = False,
     ):
         self.mode, self.calls, self.learns, self.label = mode, calls, learns, label
-        self.processes = processes or Processes()
+        self.processes, self._forgets = processes or Processes(), forgets
         self.compiled: bool | None = False if mode == "off" else None
         self._layers: list[Any] = transformer_layers(model)
         self._functions: dict[type, Callable[..., Any]] = {}
         if not self._layers:
             self.compiled = False
+        self._before = [vars(layer).get("forward") for layer in self._layers]
         if self.compiled is None:
-            torch._dynamo.reset()  # compiled code of earlier models counts towards a limit
             for layer in self._layers:
                 self._replace_forward(layer)
 
     def follow(self, compiled: bool | None) -> None:
-        """Use the decision of a checkpoint. One that asked for compiled code is refused later if torch cannot compile here."""
+        """Use the decision of a checkpoint. If torch cannot compile here, layers stay plain whatever it says."""
         if self.compiled is None and compiled is not None:
-            self.compiled = bool(compiled) and can_compile()
+            self._settle(compiled and can_compile())
+
+    def _settle(self, compiled: bool) -> None:
+        self.compiled = compiled
+        if not compiled:
+            for layer, forward in zip(self._layers, self._before, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     def _replace_forward(self, layer: Any) -> None:
-        plain, compiled = layer.forward, self._function_of(layer)
+        plain = layer.forward
 
+        @wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled() != self.learns:
                 return plain(*args, **kwargs)
             if self.compiled is None:
-                self.compiled = self.processes.from_main(self._decide(layer, plain, compiled, args, kwargs))
-            return compiled(layer, *args, **kwargs) if self.compiled else plain(*args, **kwargs)
+                main = self.processes.is_main  # the main process decides for all
+                decision = self._decide(layer, plain, args, kwargs) if main else False
+                self._settle(self.processes.from_main(decision))
+            return self._function_of(layer)(*args, **kwargs) if self.compiled else plain(*args, **kwargs)
 
-        forward.__signature__ = inspect.signature(plain)  # pyright: ignore[reportFunctionMemberAccess]
         layer.forward = forward
 
     def _function_of(self, layer: Any) -> Callable[..., Any]:
-        """The compiled function of a layer's class, which layers of that class share."""
+        """The compiled `forward` of a layer. Layers of a class share its code."""
         kind = type(layer)
         if kind not in self._functions:
-            self._functions[kind] = torch.compile(kind.forward, dynamic=True)
-        return self._functions[kind]
+            if not self._functions:
+                torch._dynamo.reset()  # compiled code of earlier models counts towards a limit
+            function = torch.compile(kind.forward, dynamic=True)
+            self._functions[kind] = forgetful(function) if self._forgets else function
+        return partial(self._functions[kind], layer)
 
     # ------------------------------------------------------------------ the decision
 
-    def _decide(
-        self, layer: Any, plain: Callable[..., Any], compiled: Callable[..., Any], args: tuple, kwargs: dict
-    ) -> bool:
+    def _decide(self, layer: Any, plain: Callable[..., Any], args: tuple, kwargs: dict) -> bool:
         """Whether to compile, from the first call of a layer. It changes neither weights nor gradients."""
-        if not self.processes.is_main:
-            return False  # the main process decides for all
         # 1. What a call costs now, and what compiled code would save
         trial = _Trial(layer, args, kwargs, self.learns)
         calls = self.calls * len(self._layers)
@@ -117,7 +128,8 @@ class CompiledLayers:
             say(f"{self.label}: compiling the layers (about {cost:.0f} seconds, once on this machine)")
         begin = time.perf_counter()
         try:
-            trial.run(lambda *args, **kwargs: compiled(layer, *args, **kwargs))
+            compiled = self._function_of(layer)
+            trial.run(compiled)
         except Exception as error:  # torch raises errors of many kinds if it finds no C++ compiler
             say(
                 f"{self.label}: the layers are not compiled, because torch cannot do it here: {_first_line(error)}"
@@ -128,7 +140,7 @@ class CompiledLayers:
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
         # 3. Keep what is faster
-        then = trial.seconds(lambda *args, **kwargs: compiled(layer, *args, **kwargs))
+        then = trial.seconds(compiled)
         figures = f"{1000 * now:.1f} -> {1000 * then:.1f} ms per layer, after {took:.0f} seconds"
         if self.mode == "auto" and then >= now:
             say(f"{self.label}: compiled layers are not faster ({figures}), so they are not used")

@@ -145,13 +145,17 @@ class _Run:
         self.folder, self.save = folder, save
         self.processes = context.runtime.processes
         self.parts = Parts(settings.parts, settings.batch_size, self.processes, f"{self.label}.training")
-        mode = "off" if is_sharded(model) else settings.compile
-        calls = settings.steps * len(self.parts.own)
-        self.layers = CompiledLayers(
-            self.model, mode, calls, learns=True, label=self.label, processes=self.processes
-        )
         if settings.activation_checkpointing:
             checkpoint_activations(model, context.label)
+        self.layers = CompiledLayers(
+            self.model,
+            "off" if is_sharded(model) else settings.compile,
+            settings.steps * len(self.parts.own),
+            learns=True,
+            label=self.label,
+            processes=self.processes,
+            forgets=settings.activation_checkpointing,
+        )
         self.optimizer = Optimizer(model, settings)
         self.gradients = GradientSum(self.optimizer.parameters.values(), settings.parts, self.processes)
         if settings.optimizer == "muon" and not self.optimizer.has_muon:

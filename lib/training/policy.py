@@ -63,7 +63,12 @@ class PolicyTraining:
         result = self._learn(method)
         release_memory()  # of the trained ranker, before its best state is loaded
         scores = self._held_out_scores(self.folder / method / "best_model")
-        return {"best_step": result.best_step, "optimizer": result.optimizer, **self._measure(scores)}
+        return {
+            "best_step": result.best_step,
+            "optimizer": result.optimizer,
+            "compiled": result.compiled,
+            **self._measure(scores),
+        }
 
     def _learn(self, method: str) -> Result:
         """Train with one method. The models are in the folder, and no longer in memory."""
