@@ -27,8 +27,8 @@ from lib.engine.processes import Processes
 from lib.log import say
 from lib.models.checkpointing import forgetful, transformer_layers
 
-COLD_SECONDS, WARM_SECONDS = 25.0, 3.0  # of a compilation, and of reading one from torch's cache
-EXPECTED_GAIN = 0.2  # share of a layer's time that compiled code saves, before it is measured
+COLD_SECONDS, WARM_SECONDS = 15.0, 3.0  # of a compilation, and of reading one from torch's cache
+EXPECTED_GAIN = 0.3  # share of a layer's time that compiled code saves, before it is measured
 REPEATS = 5  # timed calls of a layer
 MODES = ("off", "on", "auto")
 

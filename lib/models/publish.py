@@ -209,7 +209,7 @@ def _source_of(config: dict[str, Any]) -> str:
 def _training_of(settings: dict[str, Any]) -> str:
     """Steps, batch size and learning rates."""
     rates = f"learning rate {settings['learning_rate']}"
-    if settings["optimizer"] == "muon":
+    if settings["optimizer"] != "adamw":
         rates = f"learning rates {settings['muon_learning_rate']} for hidden matrices, {settings['learning_rate']} for the rest"
     return f"{settings['steps']:,} steps of {settings['batch_size']} rows, {settings['optimizer']} ({rates})"
 

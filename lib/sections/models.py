@@ -51,7 +51,7 @@ class TrainingConfig(Section):
     parts: Positive
     activation_checkpointing: bool
     compile: Literal["off", "on", "auto"]
-    optimizer: Literal["muon", "adamw"]
+    optimizer: Literal["muon", "normuon", "adamw"]
     muon_learning_rate: AboveZero
     muon_momentum: BelowOne
     learning_rate: AboveZero
@@ -61,6 +61,7 @@ class TrainingConfig(Section):
     weight_decay: NonNegative
     warmup_fraction: Fraction
     decay_fraction: Fraction
+    muon_decay_fraction: Fraction | None
     gradient_clip: AboveZero
     ema_decay: BelowOne
     evaluate_every: Positive
@@ -71,8 +72,9 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.warmup_fraction + self.decay_fraction > 1:
-            raise ValueError("warmup_fraction + decay_fraction must not exceed 1")
+        for name in ("decay_fraction", "muon_decay_fraction"):
+            if self.warmup_fraction + (getattr(self, name) or 0) > 1:
+                raise ValueError(f"warmup_fraction + {name} must not exceed 1")
         if self.unfreeze_at_step is not None and not self.freeze_backbone:
             raise ValueError(
                 "unfreeze_at_step has no effect without freeze_backbone: true; set both or neither"

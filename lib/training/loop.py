@@ -158,7 +158,7 @@ class _Run:
         )
         self.optimizer = Optimizer(model, settings)
         self.gradients = GradientSum(self.optimizer.parameters.values(), settings.parts, self.processes)
-        if settings.optimizer == "muon" and not self.optimizer.has_muon:
+        if settings.optimizer != "adamw" and not self.optimizer.has_muon:
             say(f"{self.label}: no hidden matrix is trained, so Muon updates nothing; AdamW updates the rest")
         self.ema = Ema(self.optimizer.parameters, settings.ema_decay)
         self.freezing = Freezing(model, settings, getattr(objective, "cls_id", None))

@@ -13,15 +13,18 @@ from transformers.pytorch_utils import Conv1D
 from lib.errors import BadConfig
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
+from lib.training.normuon import NorMuon
 
 
-def learning_rate_factor(step: int, settings: TrainingConfig) -> float:
+def learning_rate_factor(step: int, settings: TrainingConfig, *, of_muon: bool = False) -> float:
     """Factor of the learning rates at a step: linear warmup, constant 1, linear decay to 0.
 
-    It depends on the step alone, so that a resumed training needs no schedule state.
+    It depends on the step alone, so that a resumed training needs no schedule state. `of_muon`: for its matrices, whose
+    decay may have another length.
     """
     warmup = max(1.0, settings.warmup_fraction * settings.steps)
-    decay = max(1.0, settings.decay_fraction * settings.steps)
+    share = settings.muon_decay_fraction if of_muon else None
+    decay = max(1.0, (settings.decay_fraction if share is None else share) * settings.steps)
     return min(1.0, (step + 1) / warmup, (settings.steps - step) / decay)
 
 
@@ -41,9 +44,9 @@ class Optimizer:
         self.settings = settings
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = hidden_matrices(model)
-        if settings.optimizer == "muon" and not matrices:
+        if settings.optimizer in ("muon", "normuon") and not matrices:
             raise BadConfig(
-                f"training.optimizer is muon, but {type(model).__name__} has no hidden matrices (weights of linear layers "
+                f"training.optimizer is {settings.optimizer}, but {type(model).__name__} has no hidden matrices (weights of linear layers "
                 "that are neither embedding nor head); Muon updates nothing else. Set training.optimizer to adamw"
             )
         separate_head = head_parameters(model) if settings.head_learning_rate is not None else set()
@@ -65,9 +68,10 @@ class Optimizer:
             "lr": settings.head_learning_rate,
         }
         self.optimizers: list[torch.optim.Optimizer] = []
-        if settings.optimizer == "muon" and hidden["params"]:
+        if settings.optimizer in ("muon", "normuon") and hidden["params"]:
+            kind = torch.optim.Muon if settings.optimizer == "muon" else NorMuon
             self.optimizers.append(
-                torch.optim.Muon(
+                kind(
                     [hidden],
                     lr=settings.muon_learning_rate,
                     momentum=settings.muon_momentum,
@@ -109,8 +113,8 @@ class Optimizer:
 
     def step(self, step: int) -> None:
         """Update every parameter with this step's learning rate, and clear the gradients."""
-        factor = learning_rate_factor(step, self.settings)
         for part, rates in zip(self.optimizers, self._full_rates, strict=True):
+            factor = learning_rate_factor(step, self.settings, of_muon=isinstance(part, torch.optim.Muon))
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             part.step()

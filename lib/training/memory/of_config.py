@@ -144,7 +144,7 @@ def weights_of(model: nn.Module, training: TrainingConfig) -> Weights:
         transformer_layers(model),
         next(m for m in model.modules() if isinstance(m, nn.Embedding)),
     )
-    muon = hidden_matrices(model) if training.optimizer == "muon" else set()
+    muon = hidden_matrices(model) if training.optimizer != "adamw" else set()
     return Weights(
         frozen=sum(p.numel() for p in frozen),
         trained=sum(p.numel() for p in trained.values()),
