@@ -9,7 +9,6 @@ CONFIGS  = $(foreach c,$(CONFIG),--config $(c))
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
-STAGES  := $(sort $(wildcard 0[0-9]_*.py))
 FLAGS    = $(CONFIGS) $(if $(RUN),--run_dir '$(RUN)') $(if $(QUICK),--quick_test)
 # In a recipe: the words of SET become --set WORD ... in "$$@". Quotes are the shell's: SET='data.path="my data/a.txt" seed=3'
 export SET
@@ -22,13 +21,12 @@ export HF_HUB_OFFLINE ?= 1
 
 ## Run all seven stages; finished ones are skipped (CONFIG=FILE, SET="key=value ...", RUN=FOLDER, QUICK=1)
 pipeline: $(STAMP)
-	@$(SETTINGS); for stage in $(STAGES); do REMASK_MAKE=1 $(BIN)/python $$stage $(FLAGS) "$$@"; done
+	@$(SETTINGS); REMASK_MAKE=1 $(BIN)/python -m lib.pipeline $(FLAGS) "$$@"
 
 ## Run all seven stages from scratch with small models, in under a minute
 quick_test: $(STAMP)
-	@$(SETTINGS); for stage in $(STAGES); do \
-	  REMASK_MAKE=1 $(BIN)/python $$stage $(CONFIGS) "$$@" --quick_test --overwrite \
-	    --run_dir outputs/quick_test; done
+	@$(SETTINGS); REMASK_MAKE=1 $(BIN)/python -m lib.pipeline $(CONFIGS) "$$@" --quick_test --overwrite \
+	    --run_dir outputs/quick_test
 
 ## Run all tests except those of the documented commands
 test: $(STAMP)  # two processes of one thread each are faster than one of two

@@ -24,7 +24,8 @@ from lib.errors import (
     UsageError,
     did_you_mean,
 )
-from lib.log import silence
+from lib.log import say, silence
+from lib.neighbours import share_with_neighbours
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
@@ -202,6 +203,8 @@ def run_stage(
         _join_processes(with_processes)
         parser = make_parser(description or "", **flags)
         options = parser.parse(sys.argv[1:])
+        if (line := share_with_neighbours()) is not None:
+            say(line)
         config = load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")

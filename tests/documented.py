@@ -96,6 +96,7 @@ def expand_make(arguments: list[str], cwd: Path, folder: Path) -> list[list[str]
     """The commands that `make` with these arguments would run in the environment, each as program and arguments.
 
     The shell runs as usual. The programs of .venv/bin are replaced by a script in `folder` that records its arguments.
+    The pipeline is replaced by the scripts that it runs.
     Raises CalledProcessError when make fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,14 @@ def expand_make(arguments: list[str], cwd: Path, folder: Path) -> list[list[str]
         text=True,
         check=True,
     )
-    return [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
+    found = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
+    return [call for whole in found for call in _scripts_of(whole, cwd)]
+
+
+def _scripts_of(call: list[str], cwd: Path) -> list[list[str]]:
+    if call[:3] != ["python", "-m", "lib.pipeline"]:
+        return [call]
+    return [["python", script.name, *call[3:]] for script in sorted(cwd.glob("0[0-9]_*.py"))]
 
 
 def _commands_of(line: str) -> Iterator[str]:

@@ -48,4 +48,10 @@ def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
+    forward_again.is_forgetful = True  # pyright: ignore[reportFunctionMemberAccess]
     return forward_again
+
+
+def is_forgetful(layer: nn.Module) -> bool:
+    """Whether the layer keeps only its inputs, also if its `forward` was replaced once more since."""
+    return hasattr(layer.forward, "is_forgetful")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lib.devices import synchronize
 from lib.engine.processes import Processes
 from lib.log import say
-from lib.models.checkpointing import forgetful, transformer_layers
+from lib.models.checkpointing import forgetful, is_forgetful, transformer_layers
 
 COLD_SECONDS, WARM_SECONDS = 15.0, 3.0  # of a compilation, and of reading one from torch's cache
 EXPECTED_GAIN = 0.3  # share of a layer's time that compiled code saves, before it is measured
@@ -39,12 +39,12 @@ class CompiledLayers:
     Calls with gradients decide for calls with gradients, and only these are compiled if `learns`; otherwise those without.
 
     Args:
-        model: layers are found as `transformer_layers` does. Their `forward` is replaced.
+        model: layers are found as `transformer_layers` does. Their `forward` is replaced. If layers are to keep only their
+            inputs, `checkpoint_activations` was called before.
         mode: see above.
         calls: times that each layer will still be called.
         learns: whether the calls to be compiled are those that compute gradients, or those that do not.
         label: of the model, for messages.
-        forgets: whether layers keep only their inputs, see `checkpoint_activations`, which must be called before.
 
     Attributes:
         compiled: whether layers call compiled code; None until the first call has decided.
@@ -59,10 +59,9 @@ class CompiledLayers:
         learns: bool,
         label: str,
         processes: Processes | None = None,
-        forgets: bool = False,
     ):
         self.mode, self.calls, self.learns, self.label = mode, calls, learns, label
-        self.processes, self._forgets = processes or Processes(), forgets
+        self.processes = processes or Processes()
         self.compiled: bool | None = False if mode == "off" else None
         self._layers: list[Any] = transformer_layers(model)
         self._functions: dict[type, Callable[..., Any]] = {}
@@ -108,7 +107,7 @@ class CompiledLayers:
             if not self._functions:
                 torch._dynamo.reset()  # compiled code of earlier models counts towards a limit
             function = torch.compile(kind.forward, dynamic=True)
-            self._functions[kind] = forgetful(function) if self._forgets else function
+            self._functions[kind] = forgetful(function) if is_forgetful(layer) else function
         return partial(self._functions[kind], layer)
 
     # ------------------------------------------------------------------ the decision

@@ -154,7 +154,6 @@ class _Run:
             learns=True,
             label=self.label,
             processes=self.processes,
-            forgets=settings.activation_checkpointing,
         )
         self.optimizer = Optimizer(model, settings)
         self.gradients = GradientSum(self.optimizer.parameters.values(), settings.parts, self.processes)

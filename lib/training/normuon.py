@@ -14,7 +14,7 @@ class NorMuon(torch.optim.Muon):
     """Muon with a second moment for each row of a matrix.
 
     Newton-Schulz makes all singular values of an update about equal. Its rows still differ in size, and some neurons
-    would learn faster than others. Here each row is divided by the root of a running mean of its squares. Then the whole
+    would learn faster than others. Here each row is divided by the root of the moving average of its squares. Then the whole
     update gets its norm back, so learning rates are those of Muon.
 
     State of a parameter (M, N): `momentum_buffer` (M, N) and `row_moment` (M, 1).
