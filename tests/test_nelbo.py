@@ -18,8 +18,9 @@ from tests.trainings import TOKENIZER, TOKENS, context, splits
 
 
 def config(weight: str, low: float = 0.0) -> DiffusionConfig:
+    """With uniform ratios, as in the bound."""
     changes = [f"diffusion.weight={weight}", f"diffusion.min_masked_ratio={low}"]
-    return load_config(overrides=changes).diffusion
+    return load_config(overrides=[*changes, "diffusion.ratios={type: uniform}"]).diffusion
 
 
 def test_stratified_ratios_spread_evenly_within_a_step_and_are_uniform_over_steps():
@@ -134,14 +135,14 @@ def test_normal_ratios_turn_into_uniform_ones_at_the_end():
 
 def test_uniform_ratios_are_those_of_the_bound():
     uniform = stratified(3, np.arange(3200), 32)
-    assert draw_ratios(load_config().diffusion.ratios, uniform, 0.3) is uniform
+    assert draw_ratios(config("exact_count").ratios, uniform, 0.3) is uniform
 
 
 def test_training_follows_the_ratios_and_evaluation_measures_the_bound():
     """The objective gives each step its place in the training; evaluation has the same masks whatever training draws."""
     architecture = load_config(quick_test=True).architecture
     model, _ = start_model("language_model", architecture, "bidirectional", len(TOKENIZER), 0, "m")
-    plain = MaskedDiffusion(context(steps=100), splits(), load_config().diffusion, TOKENS)
+    plain = MaskedDiffusion(context(steps=100), splits(), config("exact_count"), TOKENS)
     bell = MaskedDiffusion(context(steps=100), splits(), normal(0.5, 0.05, uniform_from=0.5), TOKENS)
     with torch.no_grad():
         assert plain.evaluate(model.eval()) == bell.evaluate(model)
@@ -153,3 +154,8 @@ def test_training_follows_the_ratios_and_evaluation_measures_the_bound():
     for step in (0, 49):
         assert np.abs(ratios(bell, step) - 0.5).max() < 0.25 < np.abs(ratios(plain, step) - 0.5).max()
     assert np.abs(ratios(bell, 99) - ratios(plain, 99)).max() <= 1 / 16
+    # What a critic reads is filled from any ratio, as in sampling
+    filled, wanted = (
+        mask(ids, valid, "test", np.arange(8), 8).masked for mask in (bell.mask_to_fill, plain.mask)
+    )
+    np.testing.assert_array_equal(filled, wanted)

@@ -18,7 +18,8 @@ from lib.models.ranker import CandidateRanker
 from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
-from lib.training.optimizer import Optimizer, hidden_matrices
+from lib.training.normuon import NorMuon
+from lib.training.optimizer import Optimizer, hidden_matrices, learning_rate_factor
 from tests.trainings import settings
 
 COMMON: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -255,9 +256,98 @@ def check_record(record: dict, learning: int, training: TrainingConfig) -> None:
     by_name = {g["group"]: g for g in record["groups"]}
     hidden, rest = by_name["hidden matrices"], by_name["embeddings, heads, vectors"]
     assert record["frozen"] is None and len(by_name) == 2
-    assert (hidden["optimizer"], hidden["learning_rate"]) == ("Muon", training.muon_learning_rate)
+    assert (hidden["optimizer"], hidden["learning_rate"]) == ("NorMuon", training.muon_learning_rate)
     assert (rest["optimizer"], rest["learning_rate"]) == ("AdamW", training.learning_rate)
     assert (hidden["weight_decay"], rest["weight_decay"]) == (training.weight_decay, 0.0)
     assert hidden["parameters"] + rest["parameters"] == learning
     for group in record["groups"]:
         assert len(group["names"]) == group["tensors"] > 0
+
+
+# --- NorMuon ---------------------------------------------------------------------------------------------------------
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz iterations with Muon's coefficients, in bfloat16, written out once more."""
+    x = matrix.bfloat16()
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    wide = wide / wide.norm()
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return (wide if x.shape[0] <= x.shape[1] else wide.T).float()
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_normuon_follows_its_formula_over_several_steps(shape):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    start = p.detach().clone()
+    wanted, momentum, moment = start.clone(), torch.zeros(shape), torch.zeros(shape[0], 1)
+    optimizer = NorMuon([p], lr=0.1, weight_decay=0.3, momentum=0.8, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        grad = torch.randn(shape) * torch.logspace(-2, 0, shape[0])[:, None]  # rows of very different size
+        p.grad = grad.clone()
+        optimizer.step()
+        momentum = 0.8 * momentum + 0.2 * grad
+        update = orthogonal(0.2 * grad + 0.8 * momentum)
+        moment = 0.95 * moment + 0.05 * (update**2).mean(1, keepdim=True)
+        equal = update / (moment + 1e-8).sqrt()
+        equal *= update.norm() / equal.norm()
+        wanted = wanted * (1 - 0.1 * 0.3) - 0.1 * 0.2 * max(shape) ** 0.5 * equal
+        assert (p - wanted).norm() < 0.01 * (wanted - start).norm()
+
+
+def test_the_first_update_of_normuon_has_equal_rows_and_the_norm_of_muon():
+    torch.manual_seed(0)
+    grad = torch.randn(6, 4) @ torch.diag(torch.tensor([1.0, 0.5, 0.1, 0.01]))
+    updates = {}
+    for kind in (torch.optim.Muon, NorMuon):
+        p = nn.Parameter(torch.zeros(6, 4))
+        p.grad = grad.clone()
+        kind([p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+        updates[kind] = p.detach()
+    rows = updates[NorMuon].norm(dim=1)
+    assert torch.allclose(rows, rows.mean().expand(6), rtol=1e-3)
+    assert updates[torch.optim.Muon].norm(dim=1).std() > 0.1 * rows.mean(), "Muon's rows are equal already"
+    assert torch.isclose(updates[NorMuon].norm(), updates[torch.optim.Muon].norm(), rtol=1e-3)
+
+
+def test_normuon_continues_from_its_saved_state():
+    torch.manual_seed(0)
+    grads = [torch.randn(6, 4) for _ in range(4)]
+
+    def run(optimizer: Optimizer, model: nn.Module, steps: range) -> None:
+        for step in steps:
+            for p in optimizer.parameters.values():
+                p.grad = grads[step][: p.shape[0], : p.shape[1]].clone() if p.ndim == 2 else None
+            optimizer.step(step)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 6, bias=False)])
+
+    chosen = settings(optimizer="normuon", steps=4)
+    whole = Net()
+    start = {n: p.detach().clone() for n, p in whole.named_parameters()}
+    run(Optimizer(whole, chosen), whole, range(4))
+    first, second = Net(), Net()
+    first.load_state_dict(start)
+    optimizer = Optimizer(first, chosen)
+    run(optimizer, first, range(2))
+    second.load_state_dict(first.state_dict())
+    continued = Optimizer(second, chosen)
+    assert {name.rpartition("/")[2] for name in optimizer.state()} == {"momentum_buffer", "row_moment"}
+    continued.load_state(optimizer.state())
+    run(continued, second, range(2, 4))
+    assert torch.equal(second.layers[0].weight, whole.layers[0].weight)  # type: ignore[union-attr]
+
+
+def test_the_learning_rate_of_muon_may_decay_for_longer():
+    chosen = settings(steps=100, warmup_fraction=0.0, decay_fraction=0.4, muon_decay_fraction=0.8)
+    assert learning_rate_factor(50, chosen) == 1.0
+    assert learning_rate_factor(50, chosen, of_muon=True) == pytest.approx(50 / 80)
+    assert learning_rate_factor(50, settings(steps=100, decay_fraction=0.4), of_muon=True) == 1.0
+    with pytest.raises(ValueError, match="warmup_fraction \\+ muon_decay_fraction must not exceed 1"):
+        settings(warmup_fraction=0.3, muon_decay_fraction=0.8)

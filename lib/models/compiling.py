@@ -1,7 +1,7 @@
 """Transformer layers compiled by `torch.compile`, where that pays back within the run.
 
 All layers of a model share one compiled function, and it takes any number of rows and tokens. So one compilation, of 10
-to 30 seconds, serves a whole training. torch keeps the result on disk, and a later process reads it in 2 seconds.
+to 25 seconds, serves a whole training. torch keeps the result on disk, and a later process reads it in 2 seconds.
 
     on      compile, if torch can do it on this machine
     auto    compile if the rest of the run will gain more time than it costs, as measured with the first batch
@@ -199,14 +199,22 @@ def _marker(layer: nn.Module, trial: _Trial) -> Path | None:
     except Exception:  # a private function of torch
         return None
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in layer.named_parameters()]
-    values = [*trial.args, *itertools.chain(*sorted(trial.kwargs.items()))]
-    kinds = [f"{x.dtype} {x.dim()}" if isinstance(x, Tensor) else type(x).__name__ for x in values]
+    kinds = [_kind(value) for value in (*trial.args, *itertools.chain(*sorted(trial.kwargs.items())))]
     device = trial.device.type
     facts = (
         torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), device, trial.learns,
         torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device)), repr(layer), shapes, kinds,
     )  # fmt: skip
     return folder / "remask_layers" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def _kind(x: Any) -> str:
+    """What compiled code depends on. It takes other sizes, too, but torch may then have to compile once more."""
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {tuple(x.shape)}"
+    if isinstance(x, tuple | list):
+        return str([_kind(part) for part in x])
+    return repr(x) if isinstance(x, bool | int | float | str | None) else type(x).__name__
 
 
 def can_compile() -> bool:

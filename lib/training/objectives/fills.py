@@ -81,8 +81,8 @@ class Filler:
             rows, purpose: key of the draws; what happens to a row depends on its number alone.
             period: masking ratios are spread evenly over this many rows.
         """
-        # 1. Mask the text; a temperature and a number of forward passes for each row
-        masked = self.diffusion.mask(ids, valid, purpose, rows, period).masked  # (B, T)
+        # 1. Mask a share of the text that may be any; a temperature and a number of forward passes for each row
+        masked = self.diffusion.mask_to_fill(ids, valid, purpose, rows, period).masked  # (B, T)
         low, high = self.config.temperature
         noise = randomness.uniform(randomness.key(self.seed, f"{purpose} heat"), rows, 1)
         temperature = low + (high - low) * noise  # (B, 1)
@@ -130,10 +130,8 @@ class Filler:
         positions = filled.generated & (chosen < share)[:, None] & (noise < part[:, None])
         return filled.remask(positions, self.diffusion.mask_id)
 
-    @torch.no_grad()
-    def fresh_confidence(self, model: nn.Module, filled: Filled) -> np.ndarray:
-        """(B, T) probability of every token under the generator, given the whole filled text."""
-        logits = forward(model, self.runtime, filled.ids, filled.valid).logits  # (B, T, V)
+    def confidence_of(self, filled: Filled, logits: Tensor) -> np.ndarray:
+        """(B, T) probability of every token, from the logits (B, T, V) of the whole filled text."""
         found = probability_of(tensor(filled.ids, self.runtime), logits, self._forbidden)
         return found.double().cpu().numpy()
 

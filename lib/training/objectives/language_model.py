@@ -194,6 +194,7 @@ class MaskedDiffusion(WindowObjective):
         bound = {"weight": "exact_count", "min_masked_ratio": 0.0, "masking": RandomMasking(type="random"),
                  "ratios": UniformRatios(type="uniform")}  # fmt: skip
         self._bound_config = config.model_copy(update=bound)
+        self._fill_config = config.model_copy(update={"ratios": UniformRatios(type="uniform")})
 
     # ------------------------------------------------------------------ training
 
@@ -262,6 +263,13 @@ class MaskedDiffusion(WindowObjective):
         """
         draw = BatchDraw(self.seed, purpose, rows, period)
         return mask_batch(self.config, valid, draw, self.lines_of(ids), rows // period / self._steps)
+
+    def mask_to_fill(
+        self, ids: np.ndarray, valid: np.ndarray, purpose: str, rows: np.ndarray, period: int
+    ) -> MaskedBatch:
+        """As `mask`, with uniform masking ratios: for text that is filled, which sampling starts from any ratio."""
+        draw = BatchDraw(self.seed, purpose, rows, period)
+        return mask_batch(self._fill_config, valid, draw, self.lines_of(ids))
 
     def lines_of(self, ids: np.ndarray) -> np.ndarray | None:
         """(B, T) line number of each token; None if no masking is of type `line`."""
