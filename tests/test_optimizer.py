@@ -295,7 +295,7 @@ def test_normuon_follows_its_formula_over_several_steps(shape):
         equal = update / (moment + 1e-8).sqrt()
         equal *= update.norm() / equal.norm()
         wanted = wanted * (1 - 0.1 * 0.3) - 0.1 * 0.2 * max(shape) ** 0.5 * equal
-        assert (p - wanted).norm() < 0.01 * (wanted - start).norm()
+        assert (p - wanted).norm() < 0.02 * (wanted - start).norm()
 
 
 def test_the_first_update_of_normuon_has_equal_rows_and_the_norm_of_muon():
