@@ -4,6 +4,7 @@ Speed against a baseline, both measured in one run. The ratios count; absolute f
 python -m benchmarks.speed trainer      # training step against Trainer + BertForMaskedLM of transformers, same size
 python -m benchmarks.speed logits       # logits at masked positions only, against logits everywhere, vocabulary 8k
 python -m benchmarks.speed generation   # synthetic generation against the bare forward pass
+python -m benchmarks.speed sampling     # 64 samples by 32 forward passes, plain and compiled
 python -m benchmarks.speed overhead     # hashing, fsync and keyed noise as a share of a training stage
 python -m benchmarks.speed masking      # every type of masking on 64 x 1,024 tokens
 python -m benchmarks.speed int8 --run outputs/shakespeare   # its generator in fp32, bf16 and int8: speed and loss
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
 from benchmarks.speed_precisions import compare_precisions
+from benchmarks.speed_sampling import compare_sampling
 from benchmarks.speed_setup import ROUNDS, median_seconds, objective_of, settings, tokenizer_of_size
 from lib import durable, randomness
 from lib.config import Config, load_config
@@ -44,25 +46,34 @@ from lib.training.optimizer import Optimizer
 Figures = dict[str, Any]
 
 
-def ours(steps: int, vocabulary: int) -> float:
-    """Tokens per second of the training loop, with data, noise, forward, backward, Muon and EMA."""
+def ours(steps: int, vocabulary: int, compiled: bool) -> float:
+    """Tokens per second of the training loop, with data, noise, forward, backward, NorMuon and EMA."""
     config, architecture, training = settings(steps)
+    training = training.model_copy(update={"compile": "on" if compiled else "off"})
     context = TrainingContext("speed", 0, training, Runtime.detect(config))
-    objective = objective_of(config, vocabulary, architecture.context, context)
+    objective: Any = objective_of(config, vocabulary, architecture.context, context)
     model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
     tokenizer = tokenizer_of_size(vocabulary)
+    clock, part = StepClock(), objective.part
+
+    def timed_part(model: Any, step: int, rows: range) -> Any:
+        clock.step_begins()
+        return part(model, step, rows)
+
+    objective.part = timed_part
     with tempfile.TemporaryDirectory() as folder:
-        result = train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
-    return result.speed["tokens_per_second"]
+        train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
+    return training.batch_size * architecture.context / clock.seconds_per_step()
 
 
-def hugging_face(steps: int, vocabulary: int) -> float:
+def hugging_face(steps: int, vocabulary: int, compiled: bool) -> float:
     """Tokens per second of Trainer with a BertForMaskedLM of the same size; bf16 where the processor has it."""
     from transformers import (
         BertConfig,
         BertForMaskedLM,
         DataCollatorForLanguageModeling,
         Trainer,
+        TrainerCallback,
         TrainingArguments,
     )
 
@@ -78,30 +89,64 @@ def hugging_face(steps: int, vocabulary: int) -> float:
                    num_attention_heads=architecture.num_attention_heads, intermediate_size=4 * architecture.hidden_size,
                    max_position_embeddings=architecture.context)
     )  # fmt: skip
+    clock = StepClock()
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.step_begins()
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=training.batch_size, report_to=[],
             bf16=runtime.precision == "bf16", use_cpu=runtime.device.type == "cpu", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0,
+            logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0, torch_compile=compiled,
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5)
-        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
-        begin = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - begin
-    return steps * training.batch_size * architecture.context / seconds
+        Trainer(
+            model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[Steps()]
+        ).train()
+    return training.batch_size * architecture.context / clock.seconds_per_step()
+
+
+class StepClock:
+    """When the steps of a training began. The first ones do not count: they compile code and fill caches."""
+
+    FIRST = 3
+
+    def __init__(self) -> None:
+        self.begins: list[float] = []
+
+    def step_begins(self) -> None:
+        self.begins.append(time.perf_counter())
+
+    def seconds_per_step(self) -> float:
+        return (self.begins[-1] - self.begins[self.FIRST]) / (len(self.begins) - 1 - self.FIRST)
 
 
 def compare_trainer(steps: int) -> Figures:
-    """Three rounds of both, after one short round that does not count."""
-    warm_up = (ours(3, 70), hugging_face(3, 70))
-    assert all(warm_up)
-    pairs = [(ours(steps, 70), hugging_face(steps, 70)) for _ in range(3)]
-    for a, b in pairs:
-        print(f"ours {a:8,.0f} tokens/s   Trainer + BertForMaskedLM {b:8,.0f} tokens/s   ratio {a / b:.2f}")
-    ratio = statistics.median(a / b for a, b in pairs)
-    print(f"median ratio {ratio:.2f} (6 layers x 192, context 128, batch size 32, vocabulary 70)")
-    return {"tokens_per_second": pairs, "rounds": len(pairs), "median_ratio": ratio}
+    """Three rounds of both, each plain and compiled, after one short round that does not count."""
+    kinds = [(name, run, compiled) for compiled in (False, True) for name, run in (("ours", ours), ("trainer", hugging_face))]  # fmt: skip
+    for _, run, compiled in kinds:
+        run(StepClock.FIRST + 2, 70, compiled)
+    found: dict[str, list[float]] = {}
+    for number in range(3):
+        for name, run, compiled in kinds if number % 2 == 0 else kinds[::-1]:
+            key = f"{name}, {'compiled' if compiled else 'plain'}"
+            found.setdefault(key, []).append(run(steps, 70, compiled))
+    for key, speeds in found.items():
+        print(
+            f"{key:20} {statistics.median(speeds):8,.0f} tokens/s   {', '.join(f'{v:,.0f}' for v in speeds)}"
+        )
+    best = [max(found["ours, plain"][n], found["ours, compiled"][n]) for n in range(3)]
+    other = [max(found["trainer, plain"][n], found["trainer, compiled"][n]) for n in range(3)]
+    plain = statistics.median(
+        a / b for a, b in zip(found["ours, plain"], found["trainer, plain"], strict=True)
+    )
+    ratio = statistics.median(a / b for a, b in zip(best, other, strict=True))
+    print(
+        f"median ratio {ratio:.2f} of the faster ones, {plain:.2f} of the plain ones (6 layers x 192, context 128, batch size 32)"
+    )
+    return {"tokens_per_second": found, "rounds": 3, "median_ratio": ratio, "median_ratio_plain": plain}
 
 
 def compare_logits() -> Figures:
@@ -265,6 +310,7 @@ def _write(folder: Path, payload: bytes, synced: bool) -> None:
 KINDS: dict[str, Callable[[], Figures]] = {
     "logits": compare_logits,
     "generation": compare_generation,
+    "sampling": compare_sampling,
     "overhead": measure_overhead,
     "masking": measure_masking,
 }
