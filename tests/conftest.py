@@ -8,6 +8,7 @@ one whose files are not there is skipped.
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -47,6 +48,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     order = {name: number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_configure() -> None:
+    """Nothing here outlives a loss of power, so files need not reach the disk. That waiting is a sixth of a stage.
+
+    A killed process loses nothing that it wrote. Tests of failing disks put their own function in this place.
+    """
+    os.fsync = os.fstat  # fails, as it does, for what is no open file
+
+
+def pytest_collection_finish() -> None:
+    """All that the modules of the tests import lives to the end: garbage collection need not visit it again and again.
+
+    Stages collect garbage after each model, and torch and transformers have a million objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,6 +14,7 @@ The processes get the variables that torchrun sets. As with torchrun, the end of
 the others. Each job prints one line: its exit codes, its seconds, and what its processes wrote to standard error.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -121,9 +122,19 @@ def run(job: dict) -> dict:
 def main() -> int:
     import torch
 
+    from lib.code_version import code_files
+    from lib.runs import STAGES
+
     for name in PRELOADED:  # so that no fork has to import them
         importlib.import_module(name)
+    for task in ("text", "finqa"):  # nor to hash the code again
+        for stage in STAGES:
+            code_files(stage, task)
     torch.set_num_threads(1)
+    os.fsync = os.fstat  # as in conftest.py
+    # Forks collect garbage after each model. They need not visit, and so copy, what was imported here
+    gc.collect()
+    gc.freeze()
     for line in iter(sys.stdin.readline, ""):
         print(json.dumps(run(json.loads(line))), flush=True)
     return 0
