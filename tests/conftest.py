@@ -168,6 +168,17 @@ def undeclared(reads: dict[str, set[str]], run_dir: Path) -> list[str]:
     return missing
 
 
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """Ray, started once for the tests of a module that follow: an executor that finds it running uses it. To start it takes seconds."""
+    from lib.executors.ray_actors import _import_ray, _init
+
+    ray = _import_ray()
+    _init(ray, 2)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def quick_config() -> Config:
     return load_config(quick_test=True)
