@@ -7,6 +7,7 @@ reads one job per line of standard input. A job is {"size": processes, "argv": [
     "kill"        {"rank": r, "after": seconds, "signal": number}: a signal to one process, by default SIGKILL;
                   with "when": PATH, the seconds (default 0) count from the moment at which PATH exists
     "module"      its `main()` runs instead of a script; the first word of "argv" has no meaning
+    "code"        Python code that runs instead of a script
     "env"         variables that replace those of the launcher
     "file_limit"  bytes: process 0 cannot write longer files, as on a full disk
 
@@ -62,8 +63,10 @@ def fork(rank: int, job: dict, port: int, errors: int, output: int) -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
         sys.argv = job["argv"]
         name = Path(job["argv"][0]).stem
-        if "module" in job:
-            importlib.import_module(job["module"]).main()
+        if "code" in job:
+            exec(job["code"], {"__name__": "__main__"})
+        elif "module" in job:
+            raise SystemExit(importlib.import_module(job["module"]).main() or 0)
         else:
             from lib.cli import run_stage
 
