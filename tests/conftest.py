@@ -34,10 +34,15 @@ SLOW_FIXTURES = {"quick_run", "ltg_run", "finished", "labelled", "loaded_elsewhe
 # The longest ones. They begin first, so that no worker has one of them left when the others have finished
 LONG_FILES = (
     "test_processes",
-    "test_process_faults",
-    "test_pipeline",
     "test_parts_of_stages",
+    "test_pipeline",
+    "test_process_faults",
+    "test_parts",
     "test_finqa_pipeline",
+    "test_sharding",
+    "test_memory",
+    "test_families",
+    "test_remasking",
 )
 
 
