@@ -9,6 +9,8 @@ reads one job per line of standard input. A job is {"size": processes, "argv": [
     "module"      its `main()` runs instead of a script; the first word of "argv" has no meaning
     "code"        Python code that runs instead of a script
     "env"         variables that replace those of the launcher
+    "grace"       seconds from the SIGTERM of a launcher to its SIGKILL
+    "patience"    seconds for which a process that reports an error waits for the others (`lib.cli.SECONDS_FOR_OTHERS`)
     "file_limit"  bytes: process 0 cannot write longer files, as on a full disk
 
 The processes get the variables that torchrun sets. As with torchrun, the end of one process by an error or a signal ends
@@ -30,7 +32,7 @@ import tempfile
 import time
 from pathlib import Path
 
-GRACE_SECONDS = 5  # from SIGTERM to SIGKILL
+GRACE_SECONDS = 5
 PRELOADED = (
     "jsonschema", "pyarrow.pandas_compat", "lib.artifacts", "lib.candidates.generators", "lib.candidates.table",
     "lib.cli", "lib.evaluation.sampling", "lib.report.table",
@@ -61,6 +63,8 @@ def fork(rank: int, job: dict, port: int, errors: int, output: int) -> int:
         if rank == 0 and "file_limit" in job:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+        if "patience" in job:
+            importlib.import_module("lib.cli").SECONDS_FOR_OTHERS = job["patience"]
         sys.argv = job["argv"]
         name = Path(job["argv"][0]).stem
         if "code" in job:
@@ -93,6 +97,7 @@ class Running:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.kill, self.codes = job.get("kill"), {}
+        self.grace = job.get("grace", GRACE_SECONDS)
         self.begin, self.deadline = time.monotonic(), None
         self.armed = self.begin  # from when on the seconds of the kill count
         self.said = {name: tempfile.TemporaryFile() for name in ("errors", "output")}  # noqa: SIM115 (`result` closes)
@@ -109,7 +114,7 @@ class Running:
             if ended:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
         if any(self.codes.values()) and self.deadline is None:
-            self.deadline = time.monotonic() + GRACE_SECONDS
+            self.deadline = time.monotonic() + self.grace
             for pid in set(self.pids) - set(self.codes):
                 os.kill(pid, signal.SIGTERM)
         return len(self.codes) == len(self.pids)
