@@ -108,11 +108,12 @@ def _imports(text: str, package: tuple[str, ...]) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("lib", "benchmarks")}
 
 
-def _files_of(module: str, root: Path) -> list[Path]:
-    """The files that run when a module is imported: its own and those of its packages."""
+@cache
+def _files_of(module: str, root: Path) -> tuple[Path, ...]:
+    """The files that run when a module is imported: its own and those of its packages. Cached as `_read` is."""
     parts = module.split(".")
     packages = [root.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
-    return [path for path in [*packages, root.joinpath(*parts).with_suffix(".py")] if path.exists()]
+    return tuple(path for path in [*packages, root.joinpath(*parts).with_suffix(".py")] if path.exists())
 
 
 @cache

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -196,9 +197,21 @@ def check_stage_name(name: str) -> None:
 
 def validate_manifest(manifest: dict) -> None:
     """Check a manifest against the JSON Schema beside this file. Raises jsonschema.ValidationError."""
-    import jsonschema
+    from jsonschema.exceptions import best_match
 
-    jsonschema.validate(manifest, json.loads(MANIFEST_SCHEMA.read_text(encoding="utf-8")))
+    if error := best_match(_manifest_validator().iter_errors(manifest)):
+        raise error
+
+
+@functools.cache
+def _manifest_validator() -> Any:
+    """Cached: to check the schema itself takes longer than to check a manifest."""
+    from jsonschema.validators import validator_for
+
+    schema = json.loads(MANIFEST_SCHEMA.read_text(encoding="utf-8"))
+    kind = validator_for(schema)
+    kind.check_schema(schema)
+    return kind(schema)
 
 
 def changes(old: Any, new: Any, path: str = "") -> list[str]:
@@ -234,6 +247,12 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions of the libraries that may change a result."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Cached: each version is a file to read, and a stage of several models asks for them dozens of times."""
     found = {}
     for package in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

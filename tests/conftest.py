@@ -8,6 +8,7 @@ one whose files are not there is skipped.
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -33,10 +34,15 @@ SLOW_FIXTURES = {"quick_run", "ltg_run", "finished", "labelled", "loaded_elsewhe
 # The longest ones. They begin first, so that no worker has one of them left when the others have finished
 LONG_FILES = (
     "test_processes",
-    "test_process_faults",
-    "test_pipeline",
     "test_parts_of_stages",
+    "test_pipeline",
+    "test_process_faults",
+    "test_parts",
     "test_finqa_pipeline",
+    "test_sharding",
+    "test_memory",
+    "test_families",
+    "test_remasking",
 )
 
 
@@ -47,6 +53,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     order = {name: number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_configure() -> None:
+    """Nothing here outlives a loss of power, so files need not reach the disk. That waiting is a sixth of a stage.
+
+    A killed process loses nothing that it wrote. Tests of failing disks put their own function in this place.
+    """
+    os.fsync = os.fstat  # fails, as it does, for what is no open file
+
+
+def pytest_collection_finish() -> None:
+    """All that the modules of the tests import lives to the end: garbage collection need not visit it again and again.
+
+    Stages collect garbage after each model, and torch and transformers have a million objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -148,6 +171,17 @@ def undeclared(reads: dict[str, set[str]], run_dir: Path) -> list[str]:
             if not {key, key.split(".")[0]} & declared
         ]
     return missing
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """Ray, started once for the tests of a module that follow: an executor that finds it running uses it. To start it takes seconds."""
+    from lib.executors.ray_actors import _import_ray, _init
+
+    ray = _import_ray()
+    _init(ray, 2)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
-"""Runs stages 00 to 03 and a training on generated text in this process, and prints the peak memory of each.
+"""Runs stages 00 to 03 and a training on generated texts of several sizes, and prints the peak memory of each, a line a size.
 
-The limits that keep memory flat are lowered, so that a few megabytes of text exceed them all.
+Each size has a fork of this process, so that all begin with the same memory and the libraries are imported once. The limits
+that keep memory flat are lowered, so that half a megabyte of text exceeds them all.
 
-python -m tests.memory_of_stages FOLDER MEGABYTES
+python -m tests.memory_of_stages FOLDER MEGABYTES ...
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -47,19 +49,33 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def main(folder: Path, megabytes: float) -> None:
-    import torch
-
-    torch.set_num_threads(1)
+def run(folder: Path, megabytes: float) -> None:
     memory.make_text(folder / "text", megabytes)
-    lower_limits()
     overrides = [f"data.path={folder / 'text'}", *memory.SETTINGS, *memory.TRAINING, *SETTINGS]
     peaks = {}
     for stage in memory.STAGES:
         reset_peak()
         peaks[stage] = memory.run_stage(stage, folder / "run", overrides)
-    print(json.dumps(peaks))
+    print(json.dumps(peaks), flush=True)
+
+
+def main(folder: Path, sizes: list[str]) -> int:
+    import torch
+
+    import lib.candidates.table
+    import lib.tasks.text
+    import lib.training.train_model  # noqa: F401
+
+    torch.set_num_threads(1)
+    lower_limits()
+    for size in sizes:
+        if not os.fork():
+            run(folder / size, float(size))
+            os._exit(0)
+        if code := os.wait()[1]:
+            return os.waitstatus_to_exitcode(code)
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    raise SystemExit(main(Path(sys.argv[1]), sys.argv[2:]))

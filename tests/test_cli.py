@@ -12,6 +12,7 @@ import pytest
 from lib.cli import make_parser, run_stage
 from lib.config import ROOT
 from lib.errors import Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
+from tests.process_runs import run_jobs
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("0[0-9]_*.py"))
 
@@ -181,7 +182,9 @@ run_stage(main, "test")
 
 def act(tmp_path, what: str, run: str = "run") -> subprocess.CompletedProcess:
     """A stage in another process that runs `what` before it writes."""
-    return shell("-c", STAGE.replace("ACT", what), "--run_dir", str(tmp_path / run))
+    argv = ["-c", "--run_dir", str(tmp_path / run)]
+    [done] = run_jobs([{"size": 1, "code": STAGE.replace("ACT", what), "argv": argv}])
+    return subprocess.CompletedProcess(argv, done["codes"][0], done["output"], done["errors"])
 
 
 @pytest.mark.slow

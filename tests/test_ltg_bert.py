@@ -23,6 +23,7 @@ from lib.models.ltg_bert import load_reference
 from lib.models.ltg_bert.__main__ import main
 from lib.models.ltg_bert.conversion import _reference_name
 from tests.conftest import SHARED
+from tests.process_runs import run_jobs
 from tests.test_hugging_face import LTG, SMALL, make, make_ids, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -206,9 +207,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
         load_reference(reference_dict(model), {"vocab_size": 4})
 
 
-def convert(*arguments) -> subprocess.CompletedProcess:
+def convert(*arguments) -> tuple[int, str, str]:
+    """The command as users start it: (exit code, output, errors)."""
     command = [sys.executable, "-m", "lib.models.ltg_bert", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def convert_in_fork(*arguments) -> tuple[int, str, str]:
+    """The same without the seconds in which a new process imports transformers."""
+    argv = ["ltg_bert", *map(str, arguments)]
+    [done] = run_jobs([{"size": 1, "module": "lib.models.ltg_bert.__main__", "argv": argv}])
+    return done["codes"][0], done["output"], done["errors"]
 
 
 @pytest.fixture
@@ -232,11 +242,11 @@ def test_the_command_converts_safetensors_and_legacy_files(checkpoint_folder):
     wrapped = {"model": {f"module.{name}": tensor for name, tensor in state.items()}}
     torch.save(wrapped, folder / "model.bin")
     ids = make_ids()
-    for name in ("model.safetensors", "model.bin"):
+    for name, called in (("model.safetensors", convert), ("model.bin", convert_in_fork)):
         out = folder / f"from_{name}"
-        done = convert(folder / name, out)
-        assert done.returncode == 0, done.stderr
-        assert "with its tokenizer" in done.stdout
+        code, output, errors = called(folder / name, out)
+        assert code == 0, errors
+        assert "with its tokenizer" in output
         loaded = AutoModelForMaskedLM.from_pretrained(out).eval()
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         tokenizer = AutoTokenizer.from_pretrained(out)

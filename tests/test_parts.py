@@ -28,6 +28,14 @@ needs_ray = pytest.mark.skipif(
 EXECUTORS = ["local", "processes", pytest.param("ray", marks=needs_ray)]
 
 
+@pytest.fixture
+def running(executor, request) -> str:
+    """The name of an executor. Ray runs already; `test_every_executor_makes_all_parts` lets the executor start it."""
+    if executor == "ray":
+        request.getfixturevalue("ray_here")
+    return executor
+
+
 def config_of(executor: str, workers: int = 2):
     return load_config(
         quick_test=True, overrides=[f"executor.type={executor}", f"executor.workers={workers}"]
@@ -201,7 +209,7 @@ def test_every_executor_makes_all_parts(executor, parts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", EXECUTORS[1:])
-def test_killed_workers_are_replaced_and_the_bytes_are_the_same(executor, parts, tmp_path, capsys):
+def test_killed_workers_are_replaced_and_the_bytes_are_the_same(executor, running, parts, tmp_path, capsys):
     """Each of twelve parts is killed, at any of its writes; twice where a new worker starts quickly."""
     times = 1 if executor == "ray" else 2
     kills, reference = tmp_path / "kills", Parts(tmp_path / "reference", "key", parts.schemas)
@@ -221,7 +229,7 @@ def test_killed_workers_are_replaced_and_the_bytes_are_the_same(executor, parts,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", EXECUTORS[1:])
-def test_workers_that_are_lost_again_and_again_end_the_work(executor, parts):
+def test_workers_that_are_lost_again_and_again_end_the_work(executor, running, parts):
     with (
         pytest.raises(ProcessLost, match=r"5 times while it made part 1, perhaps because memory ran out"),
         open_executor(config_of(executor).executor, AlwaysKilled(parts)) as opened,
@@ -230,7 +238,7 @@ def test_workers_that_are_lost_again_and_again_end_the_work(executor, parts):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_an_error_of_a_part_arrives_as_it_is(executor, parts):
+def test_an_error_of_a_part_arrives_as_it_is(executor, running, parts):
     settings = config_of(executor).executor
     with (
         pytest.raises(BadData, match=r"^part 2 is wrong$"),

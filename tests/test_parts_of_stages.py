@@ -90,7 +90,9 @@ def test_a_killed_command_continues_at_the_missing_part(run, reference, tmp_path
 
 
 @pytest.mark.parametrize("executor", ["processes", pytest.param("ray", marks=needs_ray)])
-def test_workers_that_are_killed(run, reference, tmp_path, executor):
+def test_workers_that_are_killed(run, reference, tmp_path, executor, request):
+    if executor == "ray":
+        request.getfixturevalue("ray_here")
     config = config_of(f"executor.type={executor}", f"executor.workers={3 if executor == 'processes' else 2}")
     for name in STAGES:
         (kills := tmp_path / f"kills {name}").mkdir()

@@ -3,8 +3,6 @@
 import importlib
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import durable, schema
-from lib.config import ROOT, load_config
+from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.runs import STAGES, RunArgs, inspect, load_manifest, validate_manifest
 from tests.conftest import run_stages, table_of
+from tests.process_runs import run_jobs
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +180,15 @@ def test_two_processes_train_two_models_at_once_and_a_third_ends_the_stage_with_
     run_dir = copied()
     for folder in ("04_train", "05_train_critic", "06_sample"):
         shutil.rmtree(run_dir / folder)
-    command = [sys.executable, "04_train.py", "--quick_test", "--run_dir", str(run_dir)]
-    together = [
-        subprocess.Popen([*command, "--only", name], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for name in ("reference_lm", "ar_baseline")
-    ]
-    said = [process.communicate(timeout=300)[1] for process in together]
-    assert [process.returncode for process in together] == [0, 0], said
-    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert last.returncode == 0 and last.stderr.count("is up to date") == 2, last.stderr
+    command, names = (
+        ["04_train.py", "--quick_test", "--run_dir", str(run_dir)],
+        ("reference_lm", "ar_baseline"),
+    )
+    jobs = [{"size": 1, "argv": [*command, "--only", name], "beside": name} for name in names]
+    *_, one, other = run_jobs([*jobs, *({"wait": name} for name in names)])
+    assert [one["codes"], other["codes"]] == [[0], [0]], (one, other)
+    [last] = run_jobs([{"size": 1, "argv": command}])
+    assert last["codes"] == [0] and last["errors"].count("is up to date") == 2, last["errors"]
     found = load_manifest(run_dir / "04_train")
     assert found is not None and found["outputs"] == manifests["04_train"]["outputs"]
 

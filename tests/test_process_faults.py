@@ -121,7 +121,7 @@ def test_one_process_that_is_told_to_stop_stops_all_at_the_same_step(argv, undis
 
 def test_a_full_disk_of_the_main_process_ends_all(argv, undisturbed):
     run = Path(argv[-1])
-    [done] = run_jobs([{"size": 2, "argv": argv, "file_limit": 50_000}])
+    [done] = run_jobs([{"size": 2, "argv": argv, "file_limit": 50_000, "patience": 0.5}])
     assert any("writing" in m or "disk is full" in m for m in said(done)) and done["codes"][0] == 74
     run_jobs([{"size": 2, "argv": argv}])
     assert_equal(results(run, STAGES), undisturbed[0])
@@ -132,7 +132,8 @@ def test_a_port_that_is_taken_is_named(argv):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        [done] = run_jobs([{"size": 2, "argv": argv, "env": {"MASTER_PORT": port}}])
+        # The other process tries to connect, and ends by SIGKILL
+        [done] = run_jobs([{"size": 2, "argv": argv, "env": {"MASTER_PORT": port}, "grace": 1}])
     [message] = [m for m in said(done) if "is taken" in m]
     assert f"port {port}" in message and "torchrun --standalone" in message and done["codes"][0] == 75
 
@@ -142,7 +143,7 @@ def test_a_second_training_in_the_same_folder_is_refused(argv):
     folder.mkdir(exist_ok=True)
     with open(folder / "04_train", "a+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        [done] = run_jobs([{"size": 2, "argv": argv}])
+        [done] = run_jobs([{"size": 2, "argv": argv, "patience": 0.5}])
     assert any("another process is at work on 04_train" in m for m in said(done)) and done["codes"][0] == 75
 
 

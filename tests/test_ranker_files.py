@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lib.config import ROOT, load_config
+from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.collation import collate, hide_words, too_long
 from lib.models.encoders import open_encoder, with_lora
@@ -23,6 +22,7 @@ from lib.models.ranker import CandidateRanker, HeadOptions
 from lib.models.ranker_export import export_classifier
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.training.objectives.pool_choice import PoolReader, say_shortened
+from tests.process_runs import run_jobs
 from tests.test_ranker import make_backbone
 from tests.trainings import CPU
 
@@ -260,21 +260,19 @@ def test_an_end_token_stands_in_for_a_missing_padding_token(tmp_path):
 
 # --- a ranker's folder ---------------------------------------------------------------------------------------------------
 
-SCORE = """
-import sys, numpy as np
-from pathlib import Path
-from lib.models.collation import collate
-from lib.models.ranker_files import load_ranker
-from tests.test_ranker_files import CANDIDATES, PROMPTS
-for folder in sys.argv[2:]:
-    model, tokenizer = load_ranker(Path(folder))
-    scores = model(collate(tokenizer, PROMPTS, CANDIDATES, 16, 16)).detach().numpy()
-    np.save(Path(sys.argv[1]) / f"{Path(folder).name}.npy", scores)
-"""
+
+def main() -> None:
+    """In another process: the scores of rankers, `- FOLDER THREADS NAME ...`, as NAME.npy."""
+    folder, threads, *names = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    for name in names:
+        model, tokenizer = load_ranker(Path(folder) / name)
+        scores = model(collate(tokenizer, PROMPTS, CANDIDATES, 16, 16)).detach().numpy()
+        np.save(Path(folder) / f"{name}.npy", scores)
 
 
 @pytest.mark.slow
-def test_a_fresh_process_gives_the_same_bits(tmp_path):
+def test_another_process_gives_the_same_bits(tmp_path):
     """LoRA and whole backbones, one process for all."""
     expected = {}
     for name, lora, choices in (
@@ -289,8 +287,9 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path):
         assert {weights, "score_head.safetensors", "ranker.json", "tokenizer.json"} <= written
         assert ("adapter_config.json" in written) == lora and "model.safetensors" not in written - {weights}
         assert not any(n.endswith((".bin", ".pt", ".md")) for n in written)
-    folders = [str(tmp_path / name) for name in expected]
-    subprocess.run([sys.executable, "-c", SCORE, str(tmp_path), *folders], check=True, cwd=ROOT, timeout=120)
+    argv = ["-", str(tmp_path), str(torch.get_num_threads()), *expected]
+    [done] = run_jobs([{"size": 1, "module": "tests.test_ranker_files", "argv": argv}])
+    assert done["codes"] == [0], done["errors"]
     for name, scores in expected.items():
         assert np.array_equal(np.load(tmp_path / f"{name}.npy"), scores), name
 

@@ -31,6 +31,7 @@ from lib.training.data import Sequences
 from lib.training.preemption import StopRequest
 from lib.training.streaming_dataset import StreamingDataset
 from tests.conftest import run_stages
+from tests.process_runs import run_jobs
 from tests.trainings import Killed, MeanOfRows, settings, train_tiny
 
 SETTINGS = ["candidates.source=random_tokens", "stream.enabled=true", "stream.shard_examples=5",
@@ -368,7 +369,7 @@ def test_memory_and_disk_stay_flat(make_producer, tmp_path):
 
 
 def test_stages_stream_beside_each_other(quick_run, tmp_path):
-    """02 --stream and 04 as a user starts them, 04 killed on its way; the judge comes out as undisturbed."""
+    """02 --stream and 04 as processes of their own, 04 killed on its way; the judge comes out as undisturbed."""
     given = ["stream.enabled=true", "stream.shard_examples=24", "stream.max_backlog=2"]
     given += [
         f"models.{name}=null" for name in ("generator", "reference_lm", "ar_baseline", "inspector", "ranker")
@@ -379,31 +380,19 @@ def test_stages_stream_beside_each_other(quick_run, tmp_path):
         run = tmp_path / name
         for stage in ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards"):
             shutil.copytree(quick_run / stage, run / stage)
-        sets = [word for value in given for word in ("--set", value)]
-        command = [
-            sys.executable,
-            "02_generate_candidates.py",
-            "--stream",
+        flags = [
             "--quick_test",
             "--run_dir",
             str(run),
-            *sets,
+            *(word for value in given for word in ("--set", value)),
         ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        root = Path(__file__).parent.parent
-        maker = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
-        train = [sys.executable, "04_train.py", *command[3:]]
-        for _ in range(kills):
-            trainer = subprocess.Popen(train, cwd=root, env=environment, stdout=subprocess.DEVNULL)
-            deadline = time.monotonic() + 120
-            while not (run / "04_train" / "judge" / "shards.json").exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            trainer.kill()
-            trainer.wait()
-        done = subprocess.run(train, cwd=root, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        said = maker.communicate(timeout=60)[1]
-        assert maker.returncode == 0 and "all models that learn from shards are trained" in said, said
+        train = {"size": 1, "argv": ["04_train.py", *flags]}
+        begun = {"kill": {"rank": 0, "when": str(run / "04_train" / "judge" / "shards.json")}}
+        maker = {"size": 1, "argv": ["02_generate_candidates.py", "--stream", *flags], "beside": "maker"}
+        _, *lost, done, made = run_jobs([maker, *[train | begun] * kills, train, {"wait": "maker"}])
+        assert [job["codes"] for job in lost] == [[-9]] * kills and done["codes"] == [0], (lost, done)
+        said = made["errors"]
+        assert made["codes"] == [0] and "all models that learn from shards are trained" in said, said
         judge = run / "04_train" / "judge"
         files = [judge / file for file in ("shards.json", "metrics.jsonl", "final_model/model.safetensors")]
         results.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lib.config import ROOT, load_config
+from lib.config import load_config
 from lib.errors import BadConfig, BadData, Interrupted, NonFiniteLoss
 from lib.models.build import load_model, start_model
 from lib.training.data import Rows, Windows, first_lengths, pools
@@ -21,6 +20,7 @@ from lib.training.objectives.base import batch_losses
 from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens
 from lib.training.objectives.next_token import NextToken
 from lib.training.optimizer import Optimizer, learning_rate_factor
+from tests.process_runs import run_jobs
 from tests.trainings import TOKENS, Killed, context, fingerprint, settings, splits, train_tiny, windows
 
 
@@ -91,26 +91,22 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, undisturbed
     assert fingerprint(tmp_path) == undisturbed
 
 
+def main() -> None:
+    """In another process: `- FOLDER THREADS` trains."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(int(sys.argv[2]))
+    (folder / "ready").touch()
+    start(folder)
+
+
 @pytest.mark.slow
 def test_a_real_sigkill_at_random_moments(tmp_path, undisturbed):
     """A process is killed with SIGKILL while it trains and saves, then runs to the end."""
-    code = (
-        "import sys, torch; torch.set_num_threads(int(sys.argv[2])); from pathlib import Path\n"
-        "from tests.test_training import start\n"
-        "print('ready', flush=True); start(Path(sys.argv[1])); print('done', flush=True)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())]
-    for delay in (0.2, None):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
-        )
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    argv = ["-", str(tmp_path), str(torch.get_num_threads())]
+    job = {"size": 1, "module": "tests.test_training", "argv": argv}
+    kill = {"rank": 0, "when": str(tmp_path / "ready"), "after": 0.2}
+    killed, done = run_jobs([job | {"kill": kill}, job])
+    assert killed["codes"][0] in (-9, 0) and done["codes"] == [0], (killed, done)
     assert fingerprint(tmp_path) == undisturbed
 
 

@@ -6,13 +6,17 @@ the worker was ended from outside: a new one takes its place, and the part is ma
 
 import os
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess, parent_process
 
+from lib.config import ROOT
 from lib.errors import ProcessLost
 from lib.executors.base import MAX_LOSSES, Work, answer_of, lost, portable, threads_of_each
 from lib.log import say, silence
@@ -94,7 +98,7 @@ class _Worker:
     """One process, and the number of the part that it makes; None if it is idle."""
 
     def __init__(self, work: Work, threads: int, gpu: int | None):
-        context = get_context("spawn")
+        context = _context(work)
         self.pipe, other = context.Pipe()
         self.process: BaseProcess = context.Process(
             target=_serve, args=(other, work, threads, gpu), daemon=True
@@ -119,6 +123,29 @@ class _Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+def _context(work: Work) -> ForkServerContext | SpawnContext:
+    """How workers start: as forks of a server, which imports once what this process has imported until then.
+
+    A worker that imports torch and transformers itself needs seconds, also one that replaces a lost worker. The server
+    computes nothing, so its forks are safe; on a Mac the libraries of the system forbid them.
+    """
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context = get_context("forkserver")
+    loaded = [name for name in sys.modules if name.partition(".")[0] == "lib"]
+    context.set_forkserver_preload([*loaded, type(work).__module__])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))  # the server finds lib/
+    try:
+        ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def _serve(pipe: Connection, work: Work, threads: int, gpu: int | None) -> None:

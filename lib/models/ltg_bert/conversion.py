@@ -136,13 +136,16 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
 
 
 def _read_legacy(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled checkpoint, loaded by a separate process that accepts tensors only."""
+    """The tensors of a pickled checkpoint, loaded by a separate process that accepts tensors only.
+
+    The process runs a file, and no module of a package, which would import transformers for seconds.
+    """
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:
         safe = Path(folder) / "weights.safetensors"
         done = subprocess.run(
-            [sys.executable, "-m", "lib.models.ltg_bert.legacy_import", str(path), str(safe)],
+            [sys.executable, "-P", str(Path(__file__).with_name("legacy_import.py")), str(path), str(safe)],
             capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:

@@ -4,6 +4,8 @@ One of the K candidates of a passage is the original, at a random position. The 
 mask ratio, and only masked tokens change. The label of a token says where it came from.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -11,10 +13,11 @@ import pyarrow as pa
 from lib import randomness
 from lib.config import Config
 from lib.errors import BadConfig
-from lib.synthetic import MaskedRows
 from lib.tasks import CandidateContext
-from lib.tasks.text.other_tokenizer import Rewritten, review, rewrite_with_other_tokenizer
 from lib.tokenization import decode_batch
+
+if TYPE_CHECKING:  # it imports torch, which the other stages of this task do not need
+    from lib.tasks.text.other_tokenizer import Rewritten
 
 ORIGINAL, RANDOM_REPLACEMENT, PREDICTED = 0, 1, 2
 
@@ -93,8 +96,11 @@ def _only_changed(labels: list, differs: list, context: CandidateContext) -> lis
 
 def _rewrite(
     examples: pa.Table, ratio: np.ndarray, rows: np.ndarray, context: CandidateContext
-) -> list[Rewritten]:
+) -> "list[Rewritten]":
     """One rewritten candidate for each row of `examples`, with its own mask ratio."""
+    from lib.synthetic import MaskedRows
+    from lib.tasks.text.other_tokenizer import Rewritten, rewrite_with_other_tokenizer
+
     config = context.config.candidates
     if config.source == "masked_lm" and not context.same_tokenizer:
         texts = examples["target"].to_pylist()
@@ -123,6 +129,8 @@ def _rewrite(
 
 def review_candidates(context: CandidateContext) -> tuple[dict, None]:
     """What could and could not be rewritten with the tokenizer of another model."""
+    from lib.tasks.text.other_tokenizer import review
+
     return ({"rewriting": review(context.counts)} if context.counts else {}), None
 
 
