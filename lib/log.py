@@ -5,9 +5,11 @@ On a terminal the progress bar is tqdm's. Elsewhere it is one line every 30 seco
 
 import sys
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
+T = TypeVar("T")
 _file: IO[str] | None = None
 _silent = False
 HEARTBEAT_SECONDS = 30.0
@@ -89,3 +91,11 @@ class Progress:
             seconds_left = (now - self._begin) / max(done, 1) * (self.total - step)
             text = "  ".join(f"{name} {value}" for name, value in values.items())
             say(f"{self.label}: step {step}/{self.total}  {text}  {seconds_left:.0f} s left")
+
+
+def with_progress(label: str, items: Collection[T]) -> Iterator[T]:
+    """The items, with a progress bar over them."""
+    with Progress(label, len(items)) as progress:
+        for done, item in enumerate(items, start=1):
+            yield item
+            progress.update(done)

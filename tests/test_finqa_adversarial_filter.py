@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lib import log
 from lib.config import load_config
 from lib.tasks.finqa import adversarial_filter as module
 from lib.tasks.finqa.adversarial_filter import WHOLE_TREES, AdversarialFilter
@@ -93,6 +94,16 @@ def test_a_scorer_never_learned_from_the_fold_that_it_scores(settings):
         for fold, scorer in enumerate(scorers):
             assert scorer.banks == set(np.flatnonzero(folds != fold).tolist())
             assert set(scorer.asked) <= set(np.flatnonzero(folds == fold).tolist())
+
+
+def test_the_progress_of_fitting_counts_every_scorer(settings, monkeypatch, capfd):
+    monkeypatch.setattr(log, "HEARTBEAT_SECONDS", 0.0)
+    AdversarialFilter(settings, SIZE, 0).fit([made_bank(i) for i in range(BANKS)])
+    lines = capfd.readouterr().err.splitlines()
+    total = 3 * 2 * FOLDS  # words, trees and whole pools, in two rounds
+    assert [line.split("  ")[0] for line in lines] == [
+        f"scorers without the question: step {done}/{total}" for done in range(1, total + 1)
+    ]
 
 
 def test_a_page_is_drawn_by_the_scorers_of_its_own_fold(settings):

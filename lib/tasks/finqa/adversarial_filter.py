@@ -21,6 +21,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from lib import randomness
+from lib.log import Progress
 from lib.sections.finqa import PoolsConfig
 from lib.tasks.finqa.bank import Bank
 from lib.tasks.finqa.blind import TreeScorer, WordScorer, balanced, hashed_words
@@ -60,8 +61,10 @@ class AdversarialFilter:
     def fit(self, banks: Sequence[Bank]) -> list[dict[int, np.ndarray]]:
         """Fit the scorers on the banks of the train split. Returns their pools (see `draw`), `train_draws` per question."""
         folds = np.array([self.fold(bank.group) for bank in banks])
-        log_weights = self._fit_single(banks, folds)
-        return self._fit_whole(banks, folds, log_weights)
+        rounds = 2 * self.settings.rounds + self.settings.rounds  # over single programs, and over whole pools
+        with Progress("scorers without the question", rounds * self.settings.folds) as progress:
+            log_weights = self._fit_single(banks, folds, progress)
+            return self._fit_whole(banks, folds, log_weights, progress)
 
     def draw(self, bank: Bank) -> dict[int, np.ndarray]:
         """Question -> (1, K) programs of the bank, the gold program first. Questions without a pool are missing."""
@@ -88,7 +91,7 @@ class AdversarialFilter:
 
     # Rounds over single programs
 
-    def _fit_single(self, banks: Sequence[Bank], folds: np.ndarray) -> list[np.ndarray]:
+    def _fit_single(self, banks: Sequence[Bank], folds: np.ndarray, progress: Progress) -> list[np.ndarray]:
         """Fit the scorers of single programs, words and trees in turn. Returns the log weights of each bank."""
         words = hashed_words([w for bank in banks for w in bank.words])
         rows = np.concatenate([bank.rows for bank in banks])
@@ -110,6 +113,7 @@ class AdversarialFilter:
                     scorer = TreeScorer(columns, gold[learn], balance, self.seed + number, SINGLE_TREES)
                 scorers.append(scorer)
                 scores[apply] = _score_single(scorer, words[apply], rows[apply], log_weight[apply])
+                progress.update(progress.step + 1)
             self.single.append(scorers)
             self.factors.append(_slope(scores[known], gold[known], weight[known]) if number < 2 else LATER)
             log_weight = log_weight + self.factors[-1] * scores
@@ -135,7 +139,7 @@ class AdversarialFilter:
     # Rounds over whole pools
 
     def _fit_whole(
-        self, banks: Sequence[Bank], folds: np.ndarray, log_weights: list[np.ndarray]
+        self, banks: Sequence[Bank], folds: np.ndarray, log_weights: list[np.ndarray], progress: Progress
     ) -> list[dict[int, np.ndarray]]:
         """Fit the scorers of whole pools. Returns the pools chosen from each bank."""
         proposals = [self._propose(bank, weight) for bank, weight in zip(banks, log_weights, strict=True)]
@@ -162,6 +166,7 @@ class AdversarialFilter:
                 apply = fold == left_out
                 scorers.append(_fit_pools(described[known & ~apply], self.seed + number))
                 scores[apply] = _score_whole(scorers[-1], described[apply])
+                progress.update(progress.step + 1)
             self.whole.append(scorers)
             log_choice = log_choice - _log_probability_of_gold(LATER * scores)
         return [

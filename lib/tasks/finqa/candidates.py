@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from lib import randomness
 from lib.errors import BadData
-from lib.log import say
+from lib.log import say, with_progress
 from lib.tasks import CandidateContext, Dropped
 from lib.tasks.finqa.examples import format_value
 from lib.tasks.finqa.grounding import ground
@@ -81,7 +81,7 @@ def plan_candidates(tables: Iterable[pa.Table], context: CandidateContext) -> No
     pages: dict[tuple[str, str], list[str]] = {}
     for name, record in plan.records.items():
         pages.setdefault((plan.splits[name], record.filename), []).append(name)
-    for names in pages.values():
+    for names in with_progress("pools of each page", list(pages.values())):
         found = maker.pools([plan.records[name] for name in names], groups[names[0]])
         plan.pools.update(zip(names, found, strict=True))
     for split in set(plan.splits.values()):

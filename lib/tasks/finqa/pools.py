@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib import randomness
+from lib.log import with_progress
 from lib.sections.finqa import PoolsConfig
 from lib.tasks.finqa.adversarial_filter import AdversarialFilter
 from lib.tasks.finqa.bank import Bank, make_bank, value_of
@@ -92,7 +93,7 @@ class PoolMaker:
             return maker
         banks = [
             maker._bank(PageQuestions([train[i] for i in members], views[name], groups[members[0]]))
-            for name, members in sorted(pages.items())
+            for name, members in with_progress("programs of each page", sorted(pages.items()))
         ]
         banks = [bank for bank in banks if bank.programs]
         for bank, drawn in zip(banks, maker.filter.fit(banks), strict=True):
