@@ -369,14 +369,14 @@ def test_memory_and_disk_stay_flat(make_producer, tmp_path):
 
 
 def test_stages_stream_beside_each_other(quick_run, tmp_path):
-    """02 --stream and 04 as processes of their own, 04 killed on its way; the judge comes out as undisturbed."""
+    """02 --stream and 04 as processes of their own, 04 killed twice on its way; the judge comes out as undisturbed."""
     given = ["stream.enabled=true", "stream.shard_examples=24", "stream.max_backlog=2"]
     given += [
         f"models.{name}=null" for name in ("generator", "reference_lm", "ar_baseline", "inspector", "ranker")
     ]
     given += ["models.judge.start=scratch"]
     results = []
-    for name, kills in (("quiet", 0), ("killed", 1)):
+    for name, kills in (("quiet", 0), ("killed", 2)):
         run = tmp_path / name
         for stage in ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards"):
             shutil.copytree(quick_run / stage, run / stage)
@@ -387,9 +387,13 @@ def test_stages_stream_beside_each_other(quick_run, tmp_path):
             *(word for value in given for word in ("--set", value)),
         ]
         train = {"size": 1, "argv": ["04_train.py", *flags]}
-        begun = {"kill": {"rank": 0, "when": str(run / "04_train" / "judge" / "shards.json")}}
+        # Before the first checkpoint, and after it
+        moments = ("shards.json", "checkpoint/state.json")[:kills]
+        killed = [
+            train | {"kill": {"rank": 0, "when": str(run / "04_train" / "judge" / file)}} for file in moments
+        ]
         maker = {"size": 1, "argv": ["02_generate_candidates.py", "--stream", *flags], "beside": "maker"}
-        _, *lost, done, made = run_jobs([maker, *[train | begun] * kills, train, {"wait": "maker"}])
+        _, *lost, done, made = run_jobs([maker, *killed, train, {"wait": "maker"}])
         assert [job["codes"] for job in lost] == [[-9]] * kills and done["codes"] == [0], (lost, done)
         said = made["errors"]
         assert made["codes"] == [0] and "all models that learn from shards are trained" in said, said

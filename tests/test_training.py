@@ -95,16 +95,15 @@ def main() -> None:
     """In another process: `- FOLDER THREADS` trains."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(int(sys.argv[2]))
-    (folder / "ready").touch()
     start(folder)
 
 
 @pytest.mark.slow
 def test_a_real_sigkill_at_random_moments(tmp_path, undisturbed):
-    """A process is killed with SIGKILL while it trains and saves, then runs to the end."""
+    """A process is killed with SIGKILL while it trains and saves, after its first checkpoint, then runs to the end."""
     argv = ["-", str(tmp_path), str(torch.get_num_threads())]
     job = {"size": 1, "module": "tests.test_training", "argv": argv}
-    kill = {"rank": 0, "when": str(tmp_path / "ready"), "after": 0.2}
+    kill = {"rank": 0, "when": str(tmp_path / "checkpoint" / "state.json"), "after": 0.01}
     killed, done = run_jobs([job | {"kill": kill}, job])
     assert killed["codes"][0] in (-9, 0) and done["codes"] == [0], (killed, done)
     assert fingerprint(tmp_path) == undisturbed
