@@ -17,6 +17,7 @@ FLOORS = [
         "user_files",
         "engine",
         "devices",
+        "neighbours",
     },
     {"labels", "label_files"},
     {"sections"},
@@ -31,7 +32,18 @@ FLOORS = [
         "outside",
         "executors",
     },
-    {"stage", "artifacts", "units", "units_summary", "cli", "metrics", "runtime", "tokenization", "surfaces"},
+    {
+        "stage",
+        "artifacts",
+        "units",
+        "units_summary",
+        "cli",
+        "pipeline",
+        "metrics",
+        "runtime",
+        "tokenization",
+        "surfaces",
+    },
     {"models"},
     {"diffusion", "synthetic", "ranking", "shards"},
     {"training"},
@@ -66,6 +78,8 @@ NO_TORCH = {
     "units",
     "units_summary",
     "cli",
+    "pipeline",
+    "neighbours",
 }
 FILES = sorted((ROOT / "lib").rglob("*.py"))
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -130,8 +130,10 @@ class Filler:
         positions = filled.generated & (chosen < share)[:, None] & (noise < part[:, None])
         return filled.remask(positions, self.diffusion.mask_id)
 
-    def confidence_of(self, filled: Filled, logits: Tensor) -> np.ndarray:
-        """(B, T) probability of every token, from the logits (B, T, V) of the whole filled text."""
+    @torch.no_grad()
+    def fresh_confidence(self, model: nn.Module, filled: Filled) -> np.ndarray:
+        """(B, T) probability of every token under the generator, given the whole filled text."""
+        logits = forward(model, self.runtime, filled.ids, filled.valid).logits  # (B, T, V)
         found = probability_of(tensor(filled.ids, self.runtime), logits, self._forbidden)
         return found.double().cpu().numpy()
 

@@ -270,18 +270,17 @@ class TokenCritic:
 
         def measure(part: np.ndarray, filled: Filled, probability: np.ndarray) -> tuple[np.ndarray, ...]:
             partial, partial_share = self._partial(model, filled, part)
-            unknown, fresh = self._unconditioned(model, filled)
             columns = {
                 "wrong": filled.ids != filled.clean,
                 "generated": filled.generated,
                 "group": part[:, None],
                 "critic": probability,
-                "unknown": unknown,
+                "unknown": self._probabilities(model, filled, conditioned=False)[0],
                 "share": filled.share[:, None],
                 "partial": partial,
                 "partial_share": partial_share[:, None],
                 "confidence": 1 - filled.confidence,
-                "fresh": 1 - fresh,
+                "fresh": 1 - self.filler.fresh_confidence(model, filled),
                 "first_pass": 1 - filled.expected,
             }
             valid = filled.valid
@@ -289,17 +288,6 @@ class TokenCritic:
 
         found = dict(zip(names, self._of_fills(model, windows, examples, measure), strict=True))
         return ScoredTokens(**found | {"group": groups[found["group"]]})
-
-    @torch.no_grad()
-    def _unconditioned(self, model: nn.Module, filled: Filled) -> tuple[np.ndarray, np.ndarray]:
-        """One forward pass that reads the filled text alone.
-
-        Returns:
-            (B, T) raw probability of error, and (B, T) probability of every token under the generator.
-        """
-        output = forward(model, self.runtime, filled.ids, filled.valid, head="both")
-        error = torch.sigmoid(output.critic_logits.float()).double().cpu().numpy()
-        return error, self.filler.confidence_of(filled, output.logits)
 
     @torch.no_grad()
     def _partial(self, model: nn.Module, filled: Filled, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
