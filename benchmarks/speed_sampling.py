@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.speed_setup import ROUNDS, tokenizer_of_size
 from lib.config import load_config
@@ -44,8 +43,7 @@ def compare_sampling() -> dict[str, Any]:
         for policy in COMPARED:
             for name, sampler in samplers.items():
                 begin = time.perf_counter()
-                with torch.no_grad():
-                    sampler.sample(texts, POLICIES[policy], PASSES)
+                sampler.sample(texts, POLICIES[policy], PASSES)
                 seconds[policy][name].append(time.perf_counter() - begin)
     found: dict[str, Any] = {"rounds": ROUNDS, "policies": {}}
     for policy, times in seconds.items():

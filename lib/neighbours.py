@@ -24,29 +24,32 @@ def share_with_neighbours() -> str | None:
 
     Programs of lower priority (nice) do not count, since they leave a core as soon as it is needed.
     """
-    alone = "1" in (os.environ.get("OMP_NUM_THREADS"), str(os.cpu_count()))  # one thread waits for nobody
-    chosen = any(name in os.environ for name in SETTINGS)
-    if alone or chosen or "torch" in sys.modules or not STAT.exists():
+    if not STAT.exists() or "torch" in sys.modules or any(name in os.environ for name in SETTINGS):
         return None
-    busy = busy_cores(SAMPLE_SECONDS)
+    cores = os.sched_getaffinity(0)
+    if os.environ.get("OMP_NUM_THREADS") == "1" or len(cores) == 1:  # one thread waits for nobody
+        return None
+    busy = busy_cores(cores, SAMPLE_SECONDS)
     if busy < BUSY_SHARE:
         return None
     os.environ["OMP_WAIT_POLICY"] = "passive"
     return (
-        f"other programs keep {busy:.1f} of {os.cpu_count()} cores busy, so this will be slower; threads sleep while they wait "
+        f"other programs keep {busy:.1f} of {len(cores)} cores busy, so this will be slower; threads sleep while they wait "
         "(OMP_WAIT_POLICY=passive)"
     )
 
 
-def busy_cores(seconds: float) -> float:
-    """The number of cores that programs of normal priority use now; this one waits meanwhile."""
-    before = _seconds_used()
-    begin = time.monotonic()
+def busy_cores(cores: set[int], seconds: float) -> float:
+    """How many of these cores programs of normal priority use now. This one waits meanwhile."""
+    before, begin = _seconds_used(cores), time.monotonic()
     time.sleep(seconds)
-    return (_seconds_used() - before) / (time.monotonic() - begin)
+    return (_seconds_used(cores) - before) / (time.monotonic() - begin)
 
 
-def _seconds_used() -> float:
-    """Seconds of all cores that programs of normal priority and the system have used since the start of the machine."""
-    fields = STAT.read_text(encoding="ascii").splitlines()[0].split()  # cpu user nice system idle ...
-    return (int(fields[1]) + int(fields[3])) / os.sysconf("SC_CLK_TCK")
+def _seconds_used(cores: set[int]) -> float:
+    """Seconds of these cores that programs of normal priority and the system have used since the start of the machine."""
+    names, ticks = {f"cpu{core}" for core in cores}, 0
+    for line in STAT.read_text(encoding="ascii").splitlines():
+        name, *times = line.split()  # user nice system idle ...
+        ticks += int(times[0]) + int(times[2]) if name in names else 0
+    return ticks / os.sysconf("SC_CLK_TCK")

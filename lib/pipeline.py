@@ -18,7 +18,8 @@ from lib.log import say
 from lib.neighbours import share_with_neighbours
 
 ROOT = Path(__file__).resolve().parent.parent
-# What more than one script imports. None of these starts a thread or opens a device
+# What more than one script imports. None of these opens a device or starts threads of OpenMP, which would be missing in a
+# fork. OpenBLAS and jemalloc start threads, and start them again after a fork
 PRELOADED = (
     "pyarrow.parquet", "torch", "transformers", "lib.artifacts", "lib.models.build", "lib.synthetic", "lib.tasks",
     "lib.training.train_model",
@@ -51,11 +52,11 @@ def _forked(script: Path) -> int:
     if child == 0:
         _run(script)
     # A signal that ends the script is the script's to handle; this process waits for it and ends with its exit code
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT,)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the script by itself
+    on_term = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
     _, status = os.waitpid(child, 0)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGTERM, on_term)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 

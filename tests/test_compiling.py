@@ -12,7 +12,12 @@ from lib.models.compiling import CompiledLayers, can_compile
 from lib.training.objectives.language_model import MaskedDiffusion
 from tests.trainings import TOKENS, Killed, context, fingerprint, settings, splits, train_tiny
 
-needs_compiler = pytest.mark.skipif(not can_compile(), reason="torch finds no C++ compiler here")
+
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    """Skips a test where torch cannot compile. It takes seconds to find out, so only these tests ask."""
+    if not can_compile():
+        pytest.skip("torch finds no C++ compiler here")
 
 
 def new_model(family="remask_gpt", attention="bidirectional", **changes):
@@ -39,7 +44,7 @@ def loss_and_gradients(model, ids, mask):
     return loss.detach(), [g for g in gradients if g is not None]
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "attention"),
@@ -61,7 +66,7 @@ def test_compiled_layers_compute_what_plain_layers_do(family, attention):
     assert all(p.grad is None for p in model.parameters()), "trying a layer left gradients behind"
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["remask_gpt", "ltg_bert"])
 def test_compiled_passes_without_gradients_give_the_same_logits(family):
@@ -150,7 +155,7 @@ def train_once(folder, fault=None, **changes):
     return train_tiny(new_model(), objective, chosen, folder, fault)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 def test_a_killed_training_goes_on_with_compiled_layers_to_the_same_bits(tmp_path):
     train_once(tmp_path / "whole", compile="on")

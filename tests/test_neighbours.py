@@ -18,10 +18,10 @@ def busy(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     for name in (*neighbours.SETTINGS, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 4, 6}, raising=False)
     monkeypatch.setattr(neighbours, "SAMPLE_SECONDS", 0.02)
 
-    def set_to(user: float, nice: float = 0.0, system: float = 0.0) -> None:
+    def set_to(user: float, nice: float = 0.0, system: float = 0.0, core: int = 2) -> None:
         ticks = os.sysconf("SC_CLK_TCK")
 
         class Stat:
@@ -30,11 +30,8 @@ def busy(monkeypatch, tmp_path):
 
             def read_text(self, encoding: str) -> str:
                 now = 1000 + time.monotonic() * ticks * 1000
-                return (
-                    "cpu  "
-                    + " ".join(str(int(share * now)) for share in (user, nice, system, 1, 0))
-                    + "\ncpu0"
-                )
+                times = " ".join(str(int(share * now)) for share in (user, nice, system, 1, 0))
+                return f"cpu  {times}\ncpu0 5 5 5 5 5\ncpu{core} {times}\nintr 1 2 3"
 
         monkeypatch.setattr(neighbours, "STAT", Stat())
         monkeypatch.setattr(os, "sysconf", lambda name: ticks * 1000)
@@ -47,6 +44,7 @@ def busy(monkeypatch, tmp_path):
     ("used", "sleeps"),
     [
         ({"user": 1.0}, True), ({"user": 0.5, "system": 0.5}, True), ({"user": 0.2}, False), ({"user": 0.0, "nice": 4.0}, False),
+        ({"user": 1.0, "core": 3}, False),  # a core that this process may not use
     ],
 )  # fmt: skip
 def test_threads_sleep_if_programs_of_normal_priority_use_a_core(busy, used, sleeps):
@@ -78,7 +76,9 @@ def test_a_busy_program_is_seen():
     program = subprocess.Popen([sys.executable, "-c", code])
     try:
         time.sleep(0.1)
-        assert busy_cores(0.3) > 0.3  # the processor may be shared with more programs
+        assert (
+            busy_cores(os.sched_getaffinity(0), 0.3) > 0.3
+        )  # the processor may be shared with more programs
     finally:
         program.kill()
         program.wait()

@@ -7,7 +7,6 @@ not rounding. Its constants are those of the documentation.
 import copy
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +122,6 @@ def reference(
         copied = {n: w.detach().clone() for n, w in weights.items()}
         history.append({"weights": copied, "ema": dict(ema), "loss": loss.item(), "norm": norm})
     return history
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """Durability is tested elsewhere; here fsync would take most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

@@ -30,20 +30,17 @@ from lib.models.checkpointing import forgetful, is_forgetful, transformer_layers
 COLD_SECONDS, WARM_SECONDS = 15.0, 3.0  # of a compilation, and of reading one from torch's cache
 EXPECTED_GAIN = 0.3  # share of a layer's time that compiled code saves, before it is measured
 REPEATS = 5  # timed calls of a layer
-MODES = ("off", "on", "auto")
 
 
 class CompiledLayers:
     """The layers of a model, of which `forward` calls compiled code once it is decided that they do.
-
-    Calls with gradients decide for calls with gradients, and only these are compiled if `learns`; otherwise those without.
 
     Args:
         model: layers are found as `transformer_layers` does. Their `forward` is replaced. If layers are to keep only their
             inputs, `checkpoint_activations` was called before.
         mode: see above.
         calls: times that each layer will still be called.
-        learns: whether the calls to be compiled are those that compute gradients, or those that do not.
+        learns: compile the calls that compute gradients, and no others. False: those that compute none.
         label: of the model, for messages.
 
     Attributes:

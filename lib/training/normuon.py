@@ -17,6 +17,8 @@ class NorMuon(torch.optim.Muon):
     would learn faster than others. Here each row is divided by the root of the moving average of its squares. Then the whole
     update gets its norm back, so learning rates are those of Muon.
 
+    A row holds the weights of one output in `nn.Linear`, and of one input in GPT-2's transposed `Conv1D`.
+
     State of a parameter (M, N): `momentum_buffer` (M, N) and `row_moment` (M, 1).
     """
 

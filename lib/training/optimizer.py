@@ -1,4 +1,4 @@
-"""Muon or AdamW for the hidden matrices, AdamW for embeddings, heads and vectors; the learning rate schedule.
+"""NorMuon, Muon or AdamW for the hidden matrices, AdamW for embeddings, heads and vectors; the learning rate schedule.
 
 Weight decay applies to the hidden matrices only. Muon orthogonalises the momentum of a matrix by a Newton-Schulz
 iteration (Jordan et al., 2024). Its updates are scaled to the size of AdamW's (Liu et al., Muon is Scalable, 2025).
@@ -44,7 +44,7 @@ class Optimizer:
         self.settings = settings
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = hidden_matrices(model)
-        if settings.optimizer in ("muon", "normuon") and not matrices:
+        if settings.optimizer != "adamw" and not matrices:
             raise BadConfig(
                 f"training.optimizer is {settings.optimizer}, but {type(model).__name__} has no hidden matrices (weights of linear layers "
                 "that are neither embedding nor head); Muon updates nothing else. Set training.optimizer to adamw"
@@ -68,7 +68,7 @@ class Optimizer:
             "lr": settings.head_learning_rate,
         }
         self.optimizers: list[torch.optim.Optimizer] = []
-        if settings.optimizer in ("muon", "normuon") and hidden["params"]:
+        if settings.optimizer != "adamw" and hidden["params"]:
             kind = torch.optim.Muon if settings.optimizer == "muon" else NorMuon
             self.optimizers.append(
                 kind(
