@@ -129,6 +129,37 @@ def test_bits_of_chosen_rows_do_not_depend_on_their_number():
         assert torch.equal(model(ids, logits_at=at, head="critic").logits, critic[:count])
 
 
+@pytest.mark.parametrize("length", [3, 48])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_last_block_computes_only_the_states_that_are_wanted(precision, length):
+    """Logits at some positions have the bits that they have at all positions, and the same gradients."""
+    model, ids = make("masked", hidden_size=96, dropout=0.0).train(), make_ids(8, length)
+    at = torch.randperm(8 * length)[: 4 * length]
+    weights = torch.randn(len(at), model.config.vocab_size)
+    grads = []
+    seen: list[torch.Size] = []
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        for some in (False, True):
+            model.zero_grad()
+            logits = model(ids, logits_at=at).logits if some else model(ids).logits.flatten(0, 1)[at]
+            (logits.float() * weights).sum().backward()
+            grads.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))  # pyright: ignore[reportOptionalMemberAccess]
+    assert seen == [(8, length, 96), (max(len(at), 16), 96)]
+    assert torch.equal(grads[0][0], grads[1][0])
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if precision == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for one, other in zip(grads[0][1], grads[1][1], strict=True):
+        torch.testing.assert_close(one / one.norm(), other / one.norm(), **tolerance)
+
+
+def test_all_states_are_there_for_who_asks_for_them():
+    model, ids, at = make("masked"), make_ids(2, 20), torch.tensor([3, 39])
+    output = model(ids, logits_at=at, output_hidden_states=True)
+    assert [tuple(h.shape[:2]) for h in output.hidden_states] == [(2, 20)] * 3
+    assert torch.equal(output.logits, model(ids, logits_at=at).logits)
+    assert output.logits.shape[0] == 2
+
+
 def test_bad_ids_and_lengths_are_refused():
     model = make("masked")
     with pytest.raises(ValueError, match=f"token id {VOCAB} is outside the vocabulary of {VOCAB}"):
@@ -212,6 +243,12 @@ def test_pooling_places():
         hidden = model.model(ids, attention_mask=mask).last_hidden_state
         expected = model.classifier(torch.stack([hidden[row, place] for row, place in enumerate(places)]))
         torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
+    mean = make("sequence", pooling="mean")
+    hidden = mean.model(ids, attention_mask=mask).last_hidden_state
+    expected = mean.classifier(
+        torch.stack([row[m.bool()].mean(0) for row, m in zip(hidden, mask, strict=True)])
+    )
+    torch.testing.assert_close(mean(ids, attention_mask=mask).logits, expected)
     causal = make("sequence", attention="causal")
     padded = torch.cat((ids, torch.zeros(2, 3, dtype=torch.long)), dim=1)
     torch.testing.assert_close(causal(padded).logits, causal(ids).logits, rtol=1e-4, atol=1e-5)

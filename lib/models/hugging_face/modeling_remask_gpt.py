@@ -44,6 +44,7 @@ from .shared_modeling import (
     is_compiling_for_cpu,
     is_tracing,
     may_read,
+    rows_at,
     sequence_loss,
     token_outputs,
     unblock_empty_rows,
@@ -290,6 +291,12 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(x, weight, bias)[:rows]
 
 
+def _enough_rows(rows: Tensor) -> Tensor:
+    """Flat positions (N,), repeated at the end where they are fewer than `MIN_ROWS`: see `linear_rows`."""
+    missing = MIN_ROWS - rows.shape[0]
+    return F.pad(rows, (0, missing)) if missing > 0 else rows
+
+
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -336,7 +343,9 @@ class RemaskGptAttention(nn.Module):
         mask: Tensor | None,
         is_causal: bool,
         past_key_values: Cache | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """Mixed values (B, T, D), or (N, D) of the flat positions `rows`; attention weights if the kernel gives them."""
         batch, length, width = hidden.shape
         qkv = self.qkv_proj(hidden)  # (B, T, 3 D)
         cos, sin = (table.to(qkv.dtype) for table in rotary)
@@ -348,7 +357,7 @@ class RemaskGptAttention(nn.Module):
         weights = None
         if self._may_slice(qkv) and past_key_values is None and not eager:
             mixed = _sliced_attention(qkv, cos, sin, mask, is_causal, self.num_heads, self.eps)
-            return self.o_proj(mixed), None
+            return self.o_proj(mixed if rows is None else rows_at(mixed, rows)), None
         query, key, value = split_heads(qkv, cos, sin, self.num_heads, self.eps)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -359,7 +368,8 @@ class RemaskGptAttention(nn.Module):
             if mask is not None and mask.dtype != torch.bool:
                 mask = mask.to(query.dtype)
             mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, width)), weights
+        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+        return self.o_proj(mixed if rows is None else rows_at(mixed, rows)), weights
 
     def _may_slice(self, qkv: Tensor) -> bool:
         """Whether `_sliced_attention` applies: on a CPU, not while exporting, not for very long inputs."""
@@ -397,9 +407,11 @@ class RemaskGptLayer(GradientCheckpointingLayer):
         mask: Tensor | None = None,
         is_causal: bool = False,
         past_key_values: Cache | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attn(rms_norm(hidden, self.eps), rotary, mask, is_causal, past_key_values)
-        hidden = hidden + self._drop(mixed)
+        """Hidden states (B, T, D) after the block, or (N, D) of the flat positions `rows`; and attention weights."""
+        mixed, weights = self.attn(rms_norm(hidden, self.eps), rotary, mask, is_causal, past_key_values, rows)
+        hidden = (hidden if rows is None else rows_at(hidden, rows)) + self._drop(mixed)
         return hidden + self._drop(self.mlp(rms_norm(hidden, self.eps))), weights
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -513,6 +525,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        states_at: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput | BaseModelOutputWithPast:
         """Run the blocks.
@@ -524,10 +537,12 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
             output_hidden_states, output_attentions: return them too (attentions: eager only); None asks the config.
             past_key_values, use_cache: keys and values of earlier tokens, causal models only. None returns a cache
                 in evaluation mode when the config says so.
+            states_at: flat positions (N,) of the B * T, the only ones whose states are needed. The last block computes
+                nothing but keys and values for the others, which saves most of its time.
 
         Returns:
-            `last_hidden_state` (B, T, D) after the final norm. `hidden_states`, when asked for, are the normalised
-            embeddings and every block's output; the last one is `last_hidden_state`.
+            `last_hidden_state` (B, T, D) after the final norm, or (N, D) with `states_at`. `hidden_states`, when asked for,
+            are the normalised embeddings and every block's output; the last one is `last_hidden_state`.
 
         Raises:
             ValueError: ids outside the vocabulary, too long inputs, masks of a wrong shape.
@@ -553,14 +568,20 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta, hidden.dtype)
 
         all_hidden, all_attentions = [hidden], []
+        rows = None if states_at is None or want_hidden else _enough_rows(states_at)
         for layer in self.layers if length else ():  # an empty text skips attention
-            hidden, weights = layer(hidden, rotary, mask, is_causal, past_key_values=past_key_values)
+            needed = {"rows": rows} if rows is not None and layer is self.layers[-1] else {}
+            hidden, weights = layer(
+                hidden, rotary, mask, is_causal, past_key_values=past_key_values, **needed
+            )
             if want_attentions and weights is None:
                 raise ValueError('output_attentions needs attn_implementation="eager"')
             all_hidden.append(hidden)
             all_attentions.append(weights)
         hidden = rms_norm(hidden, config.rms_norm_eps)
         all_hidden[-1] = hidden
+        if states_at is not None:  # all states are there if the caller wants them, or if the text is empty
+            hidden = hidden[: states_at.shape[0]] if hidden.dim() == 2 else rows_at(hidden, states_at)
 
         collected = {
             "last_hidden_state": hidden,
@@ -692,16 +713,24 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
             if inputs_embeds is None:
                 inputs_embeds, input_ids = embed_tokens(input_ids, self.model.embed_tokens), None
             inputs_embeds = add_conditioning(inputs_embeds, conditioning_mask, self.critic.given.weight)
-        # 2. The backbone
+        # 2. The backbone; if only some logits are wanted, its last block computes only those states
+        only_rows = isinstance(logits_at, Tensor) and head == "lm" and labels is None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            states_at=logits_at if only_rows else None,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state  # (B, T, D)
+        hidden = outputs.last_hidden_state  # (B, T, D) or (N, D)
+        if only_rows:
+            return MaskedLMOutputWithCritic(
+                logits=self.lm_logits(hidden),
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )  # pyright: ignore[reportArgumentType]
         token_head = TokenHead(self.lm_logits, class_loss, self.config.vocab_size)
         # 3. The critic's layers and its two heads
         critic_logits = origin_logits = None
@@ -904,15 +933,22 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
         Raises:
             ValueError: labels whose type, shape or range contradicts the problem.
         """
+        shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # pyright: ignore[reportOptionalMemberAccess]
+        real = self._real_tokens(input_ids, attention_mask, shape)
+        pooled_at = self._pooled_positions(real)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            states_at=pooled_at,
             **{"use_cache": False if self.config.is_causal else None, **kwargs},
         )
-        pooled = self._pool(outputs.last_hidden_state, input_ids, attention_mask)  # (B, D)
+        pooled = outputs.last_hidden_state  # (B, D)
+        if pooled_at is None:
+            weights = real.to(pooled.dtype).unsqueeze(-1)  # (B, T, 1)
+            pooled = (pooled * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
         logits = linear_rows(
             self.dropout(pooled), self.classifier.weight, self.classifier.bias
         )  # (B, num_labels)
@@ -923,26 +959,28 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
 
-    def _pool(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """One state per sequence (B, D), of its real tokens. Padding may be on either side."""
-        pooling = self.config.pooling or ("last" if self.config.is_causal else "first")
-        batch, length, _ = hidden.shape
-        real = None
+    def _real_tokens(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, shape: torch.Size
+    ) -> Tensor:
+        """(B, T) bool, False for padding, which may be on either side."""
         if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask.bool()
-        elif attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        if real is None:
-            real = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+            return attention_mask.bool()
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            return input_ids != self.config.pad_token_id
+        return torch.ones(shape, dtype=torch.bool, device=self.device)
+
+    def _pooled_positions(self, real: Tensor) -> Tensor | None:
+        """(B,) flat positions whose states stand for the sequences; None for the mean of all real tokens."""
+        pooling = self.config.pooling or ("last" if self.config.is_causal else "first")
         if pooling == "mean":
-            weights = real.to(hidden.dtype).unsqueeze(-1)  # (B, T, 1)
-            return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
-        position = torch.arange(length, device=hidden.device)
+            return None
+        batch, length = real.shape
+        position = torch.arange(length, device=real.device)
         if pooling == "first":
             index = torch.where(real, position, length - 1).amin(dim=-1)
         else:
             index = torch.where(real, position, 0).amax(dim=-1)
-        return hidden[torch.arange(batch, device=hidden.device), index]
+        return torch.arange(batch, device=real.device) * length + index
 
 
 RemaskGptModel.register_for_auto_class("AutoModel")
