@@ -17,7 +17,7 @@ from lib.diffusion.top_k import lowest_k
 from tests.test_sampling import CPU, MASK, NONE, SPECIAL, TRUTH, Oracle, settings
 
 T, TARGET = 20, 4
-SCORES = ("noise", "confidence", "margin", "fresh", "critic", "partial", "origin", "blend")
+SCORES = ("noise", "confidence", "margin", "fresh", "critic", "partial", "origin", "blend", "present")
 
 
 def view_of(
@@ -26,6 +26,7 @@ def view_of(
     """A round of one row. Each score orders the tokens differently."""
     rng = np.random.default_rng(0)
     orders = {name: rng.permutation(T)[None] / T for name in SCORES}
+    orders["difference"] = orders["confidence"] - orders["present"]
     wrong = np.isin(np.arange(T), [3, 11])[None]
     arguments: dict[str, Any] = {
         "masked": masked[None], "free": np.ones((1, T), bool), "target": np.array([target]),
@@ -34,6 +35,7 @@ def view_of(
         "margin": lambda: orders["margin"], "remask_share": 0.5, "remdm_share": 0.25,
         "fresh_confidence": lambda: orders["fresh"], "critic_error": lambda: orders["critic"],
         "partial_error": lambda: orders["partial"], "partial_origin": lambda: orders["origin"],
+        "present_confidence": lambda: orders["present"],
         "blend_error": lambda: orders["blend"], "wrong": lambda: wrong,
         "select": lambda scores, eligible, counts: lowest_k(-scores, eligible, counts),
     }  # fmt: skip
@@ -71,7 +73,8 @@ def test_policies_that_never_remask_keep_the_lowest_scores_masked(name, score):
 @pytest.mark.parametrize(
     ("name", "score", "sign", "count"),
     [("remdm_rescale", "noise", -1, 1), ("remdm_conf", "confidence", 1, 1), ("critic_partial", "partial", -1, 2),
-     ("critic_origin", "origin", -1, 2), ("remdm_cap", "noise", -1, 2)],
+     ("critic_origin", "origin", -1, 2), ("remdm_cap", "noise", -1, 2), ("present_confidence", "present", 1, 2),
+     ("temporal_difference", "difference", -1, 2)],
 )  # fmt: skip
 def test_some_unmasked_tokens_are_remasked_by_the_score_of_the_policy(name, score, sign, count):
     """Of 10 unmasked tokens with 4 to be masked: a share of the 4, or, capped, of the 10. The rest is random."""

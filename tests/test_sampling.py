@@ -251,6 +251,72 @@ def test_every_policy_keeps_to_the_schedule(name, remask_share):
         assert ((round_.ids == MASK).sum(1) == expected[number]).all()
 
 
+class Sharpening(Oracle):
+    """Surer of the truth the more of the text is visible."""
+
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
+        self.skill = 0.3 + 0.6 * float((input_ids != MASK).float().mean())
+        return super().forward(input_ids, attention_mask, logits_at, head, conditioning_mask)
+
+
+@pytest.mark.parametrize("name", ["present_confidence", "temporal_difference"])
+def test_policies_that_read_visible_tokens_find_the_improbable_ones(name):
+    """Right tokens gain probability as the text grows and wrong ones lose it, so these policies find as much as a critic."""
+    changes = settings(randomness_strength=0.0, remask_share=1.0, remdm_share=1.0)
+    right = {
+        policy: (
+            run(Sampler(Sharpening(TRUTH), MASK, SPECIAL, CPU, changes, seed=5), policy, 15, 64).ids == TRUTH
+        ).mean()
+        for policy in (name, "remdm_rescale", "critic_partial")
+    }
+    assert right[name] > right["remdm_rescale"] + 0.1
+    assert right[name] == pytest.approx(right["critic_partial"], abs=0.05)
+
+
+class Counting(Oracle):
+    """Counts the rows that it reads."""
+
+    read = 0
+
+    def forward(self, input_ids, attention_mask=None, logits_at=None, head="lm", conditioning_mask=None):
+        self.read += len(input_ids)
+        return super().forward(input_ids, attention_mask, logits_at, head, conditioning_mask)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "confidence_order", "margin_order"])
+def test_a_sample_with_few_free_tokens_is_read_only_when_it_needs_a_pass(name):
+    """Row b has b + 1 free tokens and 20 rounds: the model reads it b + 1 times, and gives what it gives alone."""
+    free = np.arange(40)[None] <= np.arange(8)[:, None]
+    ids = np.where(free, MASK, TRUTH)
+    sampler = Sampler(Counting(TRUTH), MASK, SPECIAL, CPU, settings(), seed=5)
+    result = sampler.sample(MaskedTexts(ids, free, np.arange(8)), POLICIES[name], 20)
+    assert result.passes.tolist() == list(range(1, 9)) and sampler.model.read == result.passes.sum()
+    for row in range(8):
+        alone = sampler.sample(
+            MaskedTexts(ids[row : row + 1], free[row : row + 1], np.array([row])), POLICIES[name], 20
+        )
+        np.testing.assert_array_equal(alone.ids[0], result.ids[row])
+
+
+@pytest.mark.parametrize("name", ["random_remask", "critic_origin", "confidence_remask"])
+def test_stable_samples_are_finished_early(name):
+    """Of two generators, the sure one resamples the same tokens in its corrector steps, and the unsure one does not."""
+    changes = {"corrector_share": 0.5, "end_ratio": 0.3, "corrector_temperature": 1.0}
+    for skill, early in ((1 - 1e-6, True), (0.1, False)):
+        passes, ids = [], []
+        for rounds in (None, 3):
+            model = Counting(TRUTH, skill)
+            kept = settings(**changes, stable_rounds=rounds)
+            result = run(Sampler(model, MASK, SPECIAL, CPU, kept, seed=5), name, 20, 8)
+            assert not (result.ids == MASK).any() and model.read == result.passes.sum()
+            passes.append(result.passes), ids.append(result.ids)
+        assert (passes[0] == 20).all()
+        if early:  # 9 of 20 rounds are corrector steps; the first three change nothing
+            assert (passes[1] == 14).all() and (ids[0] == ids[1]).all()
+        else:
+            assert (passes[1] == 20).all() and (ids[0] == ids[1]).all()
+
+
 def test_sure_drafts_come_first():
     class Graded(Oracle):
         """Sure of low positions, unsure of high ones."""

@@ -12,6 +12,8 @@ the round; the schedule decides how many. Policies that re-mask also have the sc
 | random_remask           | random positions of the draft                                            | 1 | |
 | confidence_remask       | tokens of lowest confidence when they were sampled                       | 1 | stored confidence as in ReMDM-conf |
 | fresh_confidence_remask | tokens of lowest probability under the generator, given the whole draft  | 2 | |
+| present_confidence      | tokens of lowest probability in the partly masked text                   | 1 | probability as in T2M, 2026 |
+| temporal_difference     | tokens whose probability fell most since they were sampled               | 1 | T2M, 2026 |
 | remdm_cap               | a constant share of the unmasked tokens, at random                       | 1 | ReMDM-cap, Wang et al. 2025, with fixed counts |
 | remdm_rescale           | a share of the largest count that the schedule allows, at random         | 1 | ReMDM-rescale, with fixed counts |
 | remdm_conf              | the same count, tokens of low stored confidence                          | 1 | ReMDM-conf, with fixed counts |
@@ -59,6 +61,7 @@ class View:
         blend_error: the same, from `critic_error` and `confidence`. One forward pass.
         partial_error: calibrated probability of error in the text before the round, from the round's own pass.
         partial_origin: raw probability that the generator sampled the token, from the same pass.
+        present_confidence: probability of each visible token that the generator wrote, from the same pass; 1 elsewhere.
         wrong: bool, the draft differs from the truth.
         select: (scores, eligible, counts (B,)) -> bool; positions with high scores, with the noise of the settings.
     """
@@ -77,6 +80,7 @@ class View:
     critic_error: Callable[[], np.ndarray]
     partial_error: Callable[[], np.ndarray]
     partial_origin: Callable[[], np.ndarray]
+    present_confidence: Callable[[], np.ndarray]
     blend_error: Callable[[], np.ndarray]
     wrong: Callable[[], np.ndarray]
     select: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -94,6 +98,7 @@ class Policy:
         extra_pass: it needs a second forward pass after each round but the last.
         noise_only: it reads noise alone, so positions that stay masked need no draft.
         partial_critic: it needs the critic's output on the partly masked text, from the round's own pass.
+        reads_present: it needs the generator's probabilities of visible tokens, from the round's own pass.
         error: View -> (B, T) estimated probability that each token of the draft is wrong; None if it has no estimate.
         remasks: it may mask tokens that an earlier round unmasked.
         drafts_all: every masked position is drafted before it chooses, so all positions it chooses are re-masked.
@@ -105,6 +110,7 @@ class Policy:
     extra_pass: bool = False
     noise_only: bool = False
     partial_critic: bool = False
+    reads_present: bool = False
     error: Scores | None = None
     remasks: bool = True
     drafts_all: bool = False
@@ -193,6 +199,10 @@ def _partial_critic(name: str, scores: Scores) -> Policy:
     return Policy(name, _remask_some(scores, lambda view: view.remask_share), partial_critic=True)
 
 
+def _present(name: str, scores: Scores) -> Policy:
+    return Policy(name, _remask_some(scores, lambda view: view.remask_share), reads_present=True)
+
+
 def _error_remask(name: str, error: Scores, extra_pass: bool = False) -> Policy:
     """The policy that masks the tokens with the highest estimated probability of error."""
     return Policy(name, _remask_highest(error), extra_pass=extra_pass, error=error, drafts_all=True)
@@ -220,6 +230,8 @@ POLICIES = {
         Policy("random_remask", _remask_highest(_noise), drafts_all=True),
         _error_remask("confidence_remask", _confidence_error),
         _error_remask("fresh_confidence_remask", lambda view: 1 - view.fresh_confidence(), extra_pass=True),
+        _present("present_confidence", lambda view: 1 - view.present_confidence()),
+        _present("temporal_difference", lambda view: view.confidence - view.present_confidence()),
         Policy("remdm_cap", _remdm(_noise, capped=True)),
         Policy("remdm_rescale", _remdm(_noise)),
         Policy("remdm_conf", _remdm(_confidence_error)),

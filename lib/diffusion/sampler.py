@@ -1,8 +1,9 @@
 """Sampling by masked diffusion: unmask all tokens, re-mask the worst, and repeat.
 
 A sample is a function of the seed and its own number, so any batch size gives the same tokens. Tokens that are not free are
-never changed and never counted. NFE counts forward passes of the backbone, for each sample on its own. With the schedule
-`threshold`, a sample is finished as soon as its policy finds no doubtful token.
+never changed and never counted. NFE counts forward passes of the backbone, for each sample on its own. A sample that needs no
+pass in a round is not in the batch of that round. A sample is finished early with the schedule `threshold`, as soon as its
+policy finds no doubtful token, and with `sampler.stable_rounds`, as soon as corrector steps change nothing any more.
 
 Legend: B samples, T positions, N positions that are drafted in a round, V vocabulary.
 """
@@ -40,12 +41,19 @@ class _Rows:
     conditioning: np.ndarray  # (B, T) known to be right; tokens of earlier blocks are not
     confidence: np.ndarray  # (B, T) probability of each token when it was sampled
     targets: np.ndarray  # (B, rounds) positions that are masked after each round
+    draft: np.ndarray  # (B, T) the last draft: ids with a token at every position that was drafted
+    stable: np.ndarray  # (B,) corrector steps in a row that resampled no other token
     truth: np.ndarray | None  # (B, T)
 
     def select(self, kept: np.ndarray) -> "_Rows":
         """The rows of a (B,) mask."""
         arrays = {name: array[kept] for name, array in vars(self).items() if array is not None}
         return replace(self, **arrays)
+
+    def put(self, kept: np.ndarray, part: "_Rows") -> None:
+        """Write back what a round changes of the rows of a mask."""
+        for name in ("ids", "confidence", "draft", "stable"):
+            getattr(self, name)[kept] = getattr(part, name)
 
 
 @dataclass
@@ -58,6 +66,8 @@ class _Draft:
     # (B, T) of the text before the round: raw probabilities of an error, and that the generator sampled the token
     error: np.ndarray = field(default_factory=lambda: np.empty(0))
     origin: np.ndarray = field(default_factory=lambda: np.empty(0))
+    # (B, T) probability of each visible token that the generator wrote, in this round's pass; 1 elsewhere
+    present: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass
@@ -121,6 +131,8 @@ class Sampler:
                 conditioning=~free[batch_idx, columns],
                 confidence=np.ones((len(batch_idx), block.end - block.window)),
                 targets=masked_counts_by_round(shares, in_block[batch_idx].sum(1)).T,
+                draft=result.ids[batch_idx, columns],
+                stable=np.zeros(len(batch_idx), np.int64),
                 truth=None if texts.truth is None else texts.truth[batch_idx, columns],
             )
             self._run_block(result, rows, columns, policy, number * rounds, trace)
@@ -131,7 +143,8 @@ class Sampler:
     ) -> None:
         """The rounds of one block, into `result`. `first`: number of its first round, which keys the noise."""
         threshold = self.settings.threshold if self.settings.schedule == "threshold" else None
-        choose, stops = chooser(policy, threshold), policy.stops or threshold is not None
+        choose, patience = chooser(policy, threshold), self.settings.stable_rounds
+        may_finish = policy.stops or threshold is not None or patience is not None
         rounds = rows.targets.shape[1]
         round_temperatures = temperatures(self.settings, rounds, policy.remasks)
         first_corrector = rounds - corrector_steps(self.settings, rounds, policy.remasks)
@@ -141,49 +154,76 @@ class Sampler:
             # 1. Rows that need a forward pass. A row with fewer tokens than rounds skips some.
             masked = (rows.ids == self.mask_id) & rows.free  # (B, T)
             target = rows.targets[:, number]  # (B,)
-            active = np.full(len(masked), threshold is not None or policy.remasks)
-            active |= target < masked.sum(1)
-            active &= masked.any(1) | (target > 0)  # a row of one token is finished after one round
-            if not active.any():
+            needed = np.full(len(masked), threshold is not None or policy.remasks)
+            needed |= target < masked.sum(1)
+            needed &= masked.any(1) | (target > 0)  # a row of one token is finished after one round
+            if not needed.any():
                 continue
+            active, masked = rows.select(needed), masked[needed]
+            target = target[needed]
             last, is_corrector = number + 1 == rounds, number + 1 >= first_corrector
             # 2. A policy that reads noise alone chooses before the draft: what stays masked needs none.
             masked_after = np.zeros_like(masked)  # (B, T)
             if policy.noise_only and not last:
-                masked_after = choose(self._view(first, number, rows, masked, _Draft(rows.ids), is_corrector))
+                masked_after = choose(
+                    self._view(first, number, active, masked, _Draft(active.ids), is_corrector)
+                )
             # 3. One forward pass drafts the masked positions.
-            partial = policy.partial_critic and not last
             temperature = float(round_temperatures[number])
-            draft = self._draft(rows, masked & ~masked_after, first + number, partial, temperature)
-            result.passes[rows.batch_idx] += active
-            # 4. The policy reads the draft and chooses what is masked after the round.
-            judged = active & (target > 0)
+            drafted = masked & ~masked_after
+            draft = self._draft(active, drafted, first + number, None if last else policy, temperature)
+            result.passes[active.batch_idx] += 1
+            # 4. A row whose last corrector steps resampled the same tokens is finished.
+            if number >= first_corrector:
+                active.stable = np.where((draft.ids == active.draft).all(1), active.stable + 1, 0)
+            active.draft = draft.ids.copy()
+            judged = target > 0
+            if patience is not None:
+                judged &= active.stable < patience
+            # 5. The policy reads the draft and chooses what is masked after the round.
             if not (policy.noise_only or last) and judged.any():
-                masked_after = choose(self._view(first, number, rows, masked, draft, is_corrector))
-                result.passes[rows.batch_idx] += judged * int(policy.extra_pass)
-            # 5. The text after the round; finished rows leave.
-            rows.ids = np.where(masked_after, self.mask_id, draft.ids)
-            result.ids[rows.batch_idx, columns] = rows.ids
+                chosen = choose(self._view(first, number, active, masked, draft, is_corrector))
+                masked_after = chosen & judged[:, None]
+                result.passes[active.batch_idx] += judged * int(policy.extra_pass)
+            # 6. The text after the round; finished rows leave.
+            active.ids = np.where(masked_after, self.mask_id, draft.ids)
+            result.ids[active.batch_idx, columns] = active.ids
+            rows.put(needed, active)
             if trace:
                 events = np.where(result.ids == self.mask_id, STILL_MASKED, UNCHANGED).astype(np.int8)
-                events[rows.batch_idx, columns] = round_events(masked, masked_after, policy.drafts_all)
+                events[active.batch_idx, columns] = round_events(masked, masked_after, policy.drafts_all)
                 result.rounds.append(Round(result.ids.copy(), events))
-            if stops:
-                rows = rows.select(masked_after.sum(1) > 0)
+            if may_finish:
+                rows = rows.select(((rows.ids == self.mask_id) & rows.free).any(1))
 
     def _draft(
-        self, rows: _Rows, drafted: np.ndarray, number: int, partial: bool, temperature: float
+        self, rows: _Rows, drafted: np.ndarray, number: int, policy: Policy | None, temperature: float
     ) -> _Draft:
-        """A token at every position of `drafted` (B, T), by one forward pass. Sets `rows.confidence` there."""
+        """A token at every position of `drafted` (B, T), by one forward pass. Sets `rows.confidence` there.
+
+        `policy`: reads from the same pass what it needs; None reads nothing.
+        """
         draft = _Draft(rows.ids.copy(), np.flatnonzero(drafted))
-        positions = torch.from_numpy(draft.flat_idx).to(self.runtime.device)
+        partial, present = (False, False) if policy is None else (policy.partial_critic, policy.reads_present)
+        visible = rows.free & (rows.ids != self.mask_id) if present else np.zeros_like(drafted)
+        visible_idx = np.flatnonzero(visible)
+        positions = torch.from_numpy(np.concatenate([draft.flat_idx, visible_idx])).to(self.runtime.device)
         output = self._forward(rows.ids, positions, "both" if partial else "lm")
-        draft.logits = output.logits.float()  # (N, V)
+        draft.logits = output.logits[: len(draft.flat_idx)].float()  # (N, V)
         if partial:
             draft.error, draft.origin = (
                 torch.sigmoid(logits.float()).double().cpu().numpy()
                 for logits in (output.critic_logits, output.origin_logits)
             )
+        if present:
+            draft.present = np.ones(visible.shape)
+            logits = output.logits[len(draft.flat_idx) :].float()
+            tokens, forbidden = (
+                torch.as_tensor(x, device=logits.device)
+                for x in (rows.ids.reshape(-1)[visible_idx], self.forbidden)
+            )
+            found = probability_of(tokens, logits, forbidden)
+            draft.present.reshape(-1)[visible_idx] = found.double().cpu().numpy()
         if len(draft.flat_idx):
             noise = self._noise("token", number, rows.keys, drafted.shape[1]).reshape(-1)[draft.flat_idx]
             tokens, probability = draw(
@@ -231,6 +271,7 @@ class Sampler:
             blend_error=lambda: self.calibration.blended(raw_error(), confidence),
             partial_error=lambda: self.calibration(draft.error, "partial", masked_share),
             partial_origin=lambda: draft.origin,
+            present_confidence=lambda: draft.present,
             wrong=wrong,
             select=lambda scores, eligible, counts: self._select(scores, eligible, counts, noise),
         )

@@ -8,8 +8,8 @@ from lib.errors import did_you_mean
 from lib.sections.base import AboveZero, Fraction, Positive, Probability, Section, Share, UserPath
 
 POLICIES = (
-    "ancestral", "confidence_order", "margin_order", "random_remask", "confidence_remask", "fresh_confidence_remask", "remdm_cap",
-    "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial", "critic_origin", "oracle",
+    "ancestral", "confidence_order", "margin_order", "random_remask", "confidence_remask", "fresh_confidence_remask",
+    "present_confidence", "temporal_difference", "remdm_cap", "remdm_rescale", "remdm_conf", "critic", "critic_blend", "critic_partial", "critic_origin", "oracle",
 )  # fmt: skip
 WITH_ERROR_VIEW = (
     "confidence_order",
@@ -33,6 +33,7 @@ class SamplerConfig(Section):
     corrector_share: Fraction
     corrector_resampling: AboveZero
     corrector_temperature: AboveZero
+    stable_rounds: Positive | None
     masking_ratios: tuple[Fraction, ...]
     threshold: Probability
     temperature: AboveZero
