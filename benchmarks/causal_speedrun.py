@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.plain_models import gpt2
 from benchmarks.prepared import prepare, shakespeare, stage_inputs_of
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, full, write
@@ -29,20 +30,6 @@ from lib.training.train_model import context_of, make_objective
 GOAL = 1.88
 
 
-def plain_model(config: Config, vocabulary: int) -> torch.nn.Module:
-    """GPT-2 of transformers, with the size of the config's architecture."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    a = config.models["generator"].architecture
-    torch.manual_seed(config.seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary, n_layer=a.num_hidden_layers, n_embd=a.hidden_size, n_head=a.num_attention_heads, n_positions=a.context,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
-        )
-    )  # fmt: skip
-
-
 def run(config: Config, stage_inputs: StageInputs, plain: bool) -> dict[str, Any]:
     """Train one recipe; its held-out NLL, training seconds and tokens per second."""
     spec = config.models["generator"]
@@ -50,7 +37,7 @@ def run(config: Config, stage_inputs: StageInputs, plain: bool) -> dict[str, Any
     context = context_of("generator", spec, stage_inputs)
     objective = make_objective(context, spec, stage_inputs, spec.architecture.context)
     if plain:
-        model = plain_model(config, vocabulary)
+        model = gpt2(config, vocabulary)
     else:
         model, _ = start_model(
             "language_model", spec.architecture, "causal", vocabulary, config.seed, "generator"

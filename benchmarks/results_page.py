@@ -1,5 +1,5 @@
 """
-docs/results.md and the results table of README, written from stored result files. No figure is typed by hand.
+docs/results.md, and the tables of README and docs/leaderboard.md, written from stored result files. No figure is typed by hand.
 
 The files are docs/results/*.json and docs/remasking/results.jsonl. A benchmark writes its file with `--out`. The flag
 `--store` extracts the figures of a run: `--as default_run` for `make pipeline`, `--as finqa_adamw` or `--as finqa_muon` for
@@ -27,8 +27,10 @@ from lib.errors import RemaskError
 from lib.runs import load_manifest
 
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+LEADERBOARD = ROOT / "docs" / "leaderboard.md"
 REMASKING = ROOT / "docs" / "remasking" / "results.jsonl"
 MARKS = "<!-- results: default run -->", "<!-- /results -->"
+LEADERBOARD_MARKS = "<!-- results: leaderboard -->", "<!-- /results -->"
 FINQA = {  # file -> heading
     "finqa_adamw": "Ranker trained with AdamW",
     "finqa_muon": "Ranker trained with Muon",
@@ -62,6 +64,9 @@ Samples of the policies. A policy can lower its likelihood by generating low-div
 those of real text. NFE is the budget of forward passes.
 
 {policies}"""
+
+LEADERBOARD_TEXT = """tinyshakespeare, five minutes of training on two CPU cores; nats per character of held-out text, with 95 % intervals over
+blocks of text. [The leaderboard](leaderboard.md) has the rules and says how to add a row."""
 
 REMASKING_TEXT = """**These tables were measured before later corrections. They will be measured again.** Three things have changed since. Each
 epoch now cuts documents into windows anew, so that each token is read once per epoch. The optimizer now selects the weights
@@ -127,6 +132,8 @@ def page(files: dict[str, ResultFile], lines: list[dict[str, Any]]) -> str:
         )]  # fmt: skip
     parts += _finqa(files)
     parts += ["## Benchmarks", benchmark_rows.benchmark_table(files), *benchmark_rows.details(files)]
+    if any(name.startswith("leaderboard_") for name in files):
+        parts += ["## Leaderboard", LEADERBOARD_TEXT, tables.leaderboard_table(files)]
     if lines:
         parts += ["## Re-masking policies", _remasking(lines)]
     parts += ["## Where the figures come from", provenance_table(files)]
@@ -190,14 +197,27 @@ def provenance_table(files: dict[str, ResultFile]) -> str:
     return markdown(["file", "commit, date", "versions", "machine"], rows)
 
 
-def with_table(readme: str, table: str) -> str:
-    """README with the table between its marks. Raises ValueError when it has none."""
-    pattern = re.compile(f"{re.escape(MARKS[0])}\n.*?{re.escape(MARKS[1])}", re.S)
-    if len(pattern.findall(readme)) != 1:
-        raise ValueError(
-            f"README.md must have one pair of lines {MARKS[0]} and {MARKS[1]}, where its table goes"
-        )
-    return pattern.sub(lambda _: f"{MARKS[0]}\n\n{table}\n\n{MARKS[1]}", readme)
+def with_table(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
+    """A page with the table between its marks. Raises ValueError when it has none."""
+    pattern = re.compile(f"{re.escape(marks[0])}\n.*?{re.escape(marks[1])}", re.S)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"expected one pair of lines {marks[0]} and {marks[1]}, where the table goes")
+    return pattern.sub(lambda _: f"{marks[0]}\n\n{table}\n\n{marks[1]}", text)
+
+
+def pages(files: dict[str, ResultFile]) -> dict[Path, str]:
+    """Path -> text of every page that is written from result files. Raises ValueError, with the page's name."""
+    tables_of = {
+        README: (tables.models_table(files["default_run"]), MARKS),
+        LEADERBOARD: (tables.leaderboard_table(files), LEADERBOARD_MARKS),
+    }
+    found = {PAGE: page(files, stored_lines())}
+    for path, (table, marks) in tables_of.items():
+        try:
+            found[path] = with_table(path.read_text(encoding="utf-8"), table, marks)
+        except ValueError as error:
+            raise ValueError(f"{path.relative_to(ROOT)}: {error}") from None
+    return found
 
 
 def stored_lines() -> list[dict[str, Any]]:
@@ -238,15 +258,14 @@ def main() -> int:
         parser.error("--store RUN_DIR and --as NAME belong together")
     if options.store and (code := store(options.store, options.name, options.quick)):
         return code
-    files = read_all()
-    durable.write_text(PAGE, page(files, stored_lines()))
     try:
-        text = with_table(README.read_text(encoding="utf-8"), tables.models_table(files["default_run"]))
+        written = pages(read_all())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 65
-    durable.write_text(README, text)
-    print(f"{PAGE.relative_to(ROOT)} and {README.relative_to(ROOT)} are written")
+    for path, text in written.items():
+        durable.write_text(path, text)
+        print(f"{path.relative_to(ROOT)} is written")
     return 0
 
 

@@ -52,6 +52,37 @@ def policies_table(file: ResultFile) -> str:
     return markdown(head, rows)
 
 
+# -------------------------------------------------------------------------------------------- the leaderboard
+
+
+def leaderboard_table(files: dict[str, ResultFile]) -> str:
+    """Rows of docs/leaderboard.md, the best of each kind of likelihood first."""
+    found = [file for name, file in files.items() if name.startswith("leaderboard_")]
+    found.sort(key=lambda file: (file.figures["kind"], file.figures["value"]["value"]))
+    rows = []
+    for file in found:
+        figures = file.figures
+        value = f"**{number(figures['value']['value'])}** ({interval(figures['value'])})"
+        cells = [value, ""] if figures["kind"] == "NLL" else ["", value]
+        rows.append([
+            file.name.removeprefix("leaderboard_"), *cells, f"{figures['parameters'] / 1e6:.2f} M", str(figures["context"]),
+            f"{figures['steps']:,}", f"{figures['seconds']:.0f}", f"`{file.command}`, {file.source}",
+        ])  # fmt: skip
+    return markdown(
+        [
+            "row",
+            "autoregressive NLL",
+            "masked diffusion NELBO",
+            "parameters",
+            "context",
+            "steps",
+            "seconds",
+            "measured",
+        ],
+        rows,
+    )
+
+
 # -------------------------------------------------------------------------------------------------- FinQA
 
 FINQA_ROWS = (

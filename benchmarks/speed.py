@@ -5,6 +5,7 @@ python -m benchmarks.speed trainer      # training step against Trainer + BertFo
 python -m benchmarks.speed logits       # logits at masked positions only, against logits everywhere, vocabulary 8k
 python -m benchmarks.speed generation   # synthetic generation against the bare forward pass
 python -m benchmarks.speed sampling     # 64 samples by 32 forward passes, plain and compiled
+python -m benchmarks.speed neighbours   # a training step of every mode beside a busy program
 python -m benchmarks.speed overhead     # hashing, fsync and keyed noise as a share of a training stage
 python -m benchmarks.speed masking      # every type of masking on 64 x 1,024 tokens
 python -m benchmarks.speed int8 --run outputs/shakespeare   # its generator in fp32, bf16 and int8: speed and loss
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
+from benchmarks.speed_neighbours import compare_neighbours
 from benchmarks.speed_precisions import compare_precisions
 from benchmarks.speed_sampling import compare_sampling
 from benchmarks.speed_setup import ROUNDS, median_seconds, objective_of, settings, tokenizer_of_size
@@ -320,8 +322,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["trainer", *KINDS, "int8"])
-    parser.add_argument("--steps", type=int, default=40, help="for trainer: steps per round")
+    parser.add_argument("what", choices=["trainer", "neighbours", *KINDS, "int8"])
+    parser.add_argument("--steps", type=int, default=40, help="for trainer and neighbours: steps per round")
     parser.add_argument("--run", type=Path, help="for int8: a run with a generator", metavar="RUN_DIR")
     add_out(parser)
     options = parser.parse_args()
@@ -330,6 +332,8 @@ def main() -> None:
         figures = compare_precisions(options.run or parser.error("int8 needs --run RUN_DIR"))
     elif options.what == "trainer":
         figures = compare_trainer(options.steps)
+    elif options.what == "neighbours":
+        figures = compare_neighbours(options.steps)
     else:
         figures = KINDS[options.what]()
     write(options.out, f"speed_{options.what}", figures)

@@ -1,0 +1,192 @@
+"""
+A row of docs/leaderboard.md: tinyshakespeare, five minutes of training on two CPU cores.
+
+Two short trainings measure the time of a step. Then a training of as many steps as fit into the budget is measured. Its time
+is all that `train` takes: compiling, steps, and the evaluation and the writing of the model at the end. The figure is the
+likelihood of all held-out text.
+
+python -m benchmarks.leaderboard gpt2_causal       # nanoGPT's recipe for a CPU
+python -m benchmarks.leaderboard bert_diffusion    # masked diffusion with BERT and AdamW
+python -m benchmarks.leaderboard remask_causal
+python -m benchmarks.leaderboard remask_diffusion
+python -m benchmarks.leaderboard my_row --config configs/nelbo.yaml --set training.muon_learning_rate=0.03
+python -m benchmarks.leaderboard my_row --config my.yaml --model my_package.models:build
+"""
+
+import argparse
+import importlib
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.prepared import prepare, shakespeare, stage_inputs_of
+from benchmarks.provenance import say_provenance
+from benchmarks.result_files import add_out, full, write
+from lib.config import Config
+from lib.models.build import start_model
+from lib.training.loop import train
+from lib.training.stage_inputs import StageInputs
+from lib.training.train_model import context_of, make_objective
+
+BUDGET = 300.0  # seconds
+TOLERANCE = 1.02  # of the budget: a training that takes longer is no row
+TRIALS = (10, 40)  # steps of the two trainings that measure the time of a step
+MARGIN = 0.96  # of the budget that is planned for
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry: its configs and settings, and the function `package.module:name` that builds its model, or none."""
+
+    configs: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    model: str | None = None
+
+
+PLAIN = (
+    "training.optimizer=adamw", "training.weight_decay=0.1", "training.ema_decay=0.0", "models.generator.training.learning_rate=0.001",
+    "models.generator.training.warmup_fraction=0.05", "models.generator.training.decay_fraction=0.95",
+)  # fmt: skip
+ROWS = {
+    "gpt2_causal": Row(
+        ("configs/speedrun.yaml", "configs/speedrun_plain.yaml"), (), "benchmarks.plain_models:gpt2"
+    ),
+    "bert_diffusion": Row(
+        ("configs/nelbo.yaml",), (*PLAIN, "diffusion.ratios={type: uniform}"), "benchmarks.plain_models:bert"
+    ),
+    "remask_causal": Row(("configs/nelbo.yaml",), ("models.generator.attention=causal",)),
+    "remask_diffusion": Row(("configs/nelbo.yaml",)),
+}
+
+
+def run(row: Row, budget: float, name: str) -> dict[str, Any]:
+    """Train the row within the budget of seconds. Returns its figures."""
+    overrides = [f"data.path={shakespeare()}", *row.overrides]
+    config, folder = prepare(f"leaderboard_{name}", list(row.configs), overrides)
+    with stage_inputs_of(config, folder) as stage_inputs:
+        steps = _steps_within(budget, lambda n: _trained(row, config, stage_inputs, n)["seconds"])
+        found = _trained(row, config, stage_inputs, steps, report=True)
+    a = config.models["generator"].architecture
+    return {
+        **found,
+        "steps": steps,
+        "budget": budget,
+        "context": a.context,
+        "size": f"{a.num_hidden_layers} x {a.hidden_size}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _steps_within(budget: float, seconds_of: Callable[[int], float]) -> int:
+    """Steps that fit into the budget, by the times of two short trainings.
+
+    Raises SystemExit if it has no room for any.
+    """
+    few, many = TRIALS
+    seconds_of(2)  # the first one compiles, and fills the cache of compiled code
+    first, second = seconds_of(few), seconds_of(many)
+    step = max((second - first) / (many - few), 1e-6)
+    start = max(first - few * step, 0.0)
+    steps = int((MARGIN * budget - start) / step)
+    print(
+        f"{step:.3f} s a step, {start:.1f} s for start and end: {steps:,} steps in {budget:.0f} s", flush=True
+    )
+    if steps < 1:
+        raise SystemExit(f"a budget of {budget:.0f} s has no room for a step; give more with --budget")
+    return steps
+
+
+def _trained(
+    row: Row, config: Config, stage_inputs: StageInputs, steps: int, *, report: bool = False
+) -> dict[str, Any]:
+    """A training of that many steps: its seconds and, with `report`, its likelihood of all held-out text."""
+    spec = config.models["generator"]
+    changed = {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps}
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update=changed)})
+    context = context_of("generator", spec, stage_inputs)
+    objective: Any = make_objective(context, spec, stage_inputs, spec.architecture.context)
+    vocabulary = len(stage_inputs.tokenizer)
+    model: Any = _built(row, config, vocabulary)
+    if model is None:
+        attention = spec.effective_attention
+        model, _ = start_model(
+            "language_model", spec.architecture, attention, vocabulary, config.seed, "generator"
+        )
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(trained: nn.Module, folder: Path) -> None:
+        """Keep the evaluated weights: the EMA, where the recipe has one."""
+        kept.update({key: value.clone() for key, value in trained.state_dict().items()})
+        (folder / "none").touch()
+
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        train(model, objective, replace(context, label="leaderboard"), Path(folder), save=keep)
+        seconds = time.perf_counter() - begin
+    found: dict[str, Any] = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+    if report:
+        model.load_state_dict(kept)
+        with torch.no_grad():
+            values, rows = objective.report(model.eval())
+        figure = rows[0].as_dict()
+        found |= {
+            "kind": "NELBO" if "nelbo" in values else "NLL",
+            "value": {key: figure[key] for key in ("value", "low", "high")},
+            "train_nelbo": values.get("train_nelbo"),
+        }
+    return found
+
+
+def _built(row: Row, config: Config, vocabulary: int) -> nn.Module | None:
+    """The model of the row's own function; None if it has none."""
+    if row.model is None:
+        return None
+    module, _, name = row.model.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SystemExit(
+            f"--model {row.model}: {error}; give PACKAGE.MODULE:FUNCTION, a function (config, vocabulary) -> model"
+        ) from None
+    return build(config, vocabulary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help=f"{', '.join(ROWS)}, or a name of your own with --config")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="config of a row of your own"
+    )
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument(
+        "--model", metavar="MODULE:FUNCTION", help="builds the model: (config, vocabulary) -> model"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for trying out")
+    add_out(parser)
+    options = parser.parse_args()
+    if not options.name.isidentifier():
+        parser.error(f"{options.name!r} is no name for a file; use letters, digits and _")
+    if (options.name in ROWS) == bool(options.config):
+        parser.error(f"give --config for a row of your own, and only then; known rows: {', '.join(ROWS)}")
+    row = ROWS.get(options.name) or Row(tuple(options.config), model=options.model)
+    row = replace(row, overrides=(*row.overrides, *options.overrides), model=options.model or row.model)
+    say_provenance()
+    found = run(row, options.budget, options.name)
+    print(f"training             {found['steps']:,} steps, {found['seconds']:.0f} of {found['budget']:.0f} s")
+    print(f"parameters           {found['parameters']:,}")
+    print(f"held-out {found['kind']:<11} {full(found['value'], 4)} nats/character")
+    if found["seconds"] > TOLERANCE * found["budget"]:
+        raise SystemExit("the training took longer than the budget: another program was busy. Run it again")
+    write(options.out, f"leaderboard_{options.name}", found)
+
+
+if __name__ == "__main__":
+    main()

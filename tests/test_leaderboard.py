@@ -1,0 +1,69 @@
+"""The leaderboard plans steps that fit into a budget; the plain models are what they are said to be."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import leaderboard
+from benchmarks.plain_models import bert, gpt2
+from lib.config import load_config
+
+SMALL = ("architecture.num_hidden_layers=1", "architecture.hidden_size=32", "architecture.num_attention_heads=2",
+         "architecture.context=32", "training.evaluation_examples=32")  # fmt: skip
+
+
+def test_steps_fit_into_the_budget_with_their_start():
+    """A step takes 0.1 s and the start 5 s: 96 % of 100 s have room for 910 steps."""
+    calls = []
+
+    def seconds(steps: int) -> float:
+        calls.append(steps)
+        return (60 if len(calls) == 1 else 5) + 0.1 * steps  # the first call compiles
+
+    steps = leaderboard._steps_within(100.0, seconds)
+    assert steps == pytest.approx(910, abs=1)
+    with pytest.raises(SystemExit, match="no room"):
+        leaderboard._steps_within(5.0, seconds)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("bert_diffusion", "NELBO"), ("remask_causal", "NLL")])
+def test_a_row_is_measured_on_held_out_text(name, kind, tmp_path, monkeypatch):
+    """Ten steps on a text that repeats: better than chance. The figure is that of the trained weights."""
+    text = tmp_path / "input.txt"
+    text.write_text("to be, or not to be: that is the question.\n" * 400)
+    monkeypatch.setattr(leaderboard, "shakespeare", lambda: text)
+    monkeypatch.setattr("benchmarks.prepared.RESULTS", tmp_path)
+    monkeypatch.setattr(leaderboard, "_steps_within", lambda budget, seconds: 60)
+    row = leaderboard.ROWS[name]
+    row = leaderboard.Row(row.configs, (*row.overrides, *SMALL), row.model)
+    found = leaderboard.run(row, 30.0, name)
+    assert found["kind"] == kind and found["steps"] == 60 and found["seconds"] > 0
+    assert 0 < found["value"]["value"] < 2.6  # the frequencies of the characters give 2.75
+    assert found["value"]["low"] <= found["value"]["value"] <= found["value"]["high"]
+
+
+def test_plain_models_have_the_size_of_the_config():
+    config = load_config(overrides=list(SMALL))
+    ids = torch.arange(64).view(2, 32) % 20
+    for build in (gpt2, bert):
+        model = build(config, 20).eval()
+        output = model(input_ids=ids)
+        assert output.logits.shape == (2, 32, 20)
+        assert model.config.num_hidden_layers == 1 and model.config.hidden_size == 32
+        assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+    changed = ids.clone()
+    changed[:, -1] = 0
+    with torch.no_grad():
+        causal, both = gpt2(config, 20).eval(), bert(config, 20).eval()
+        assert torch.equal(causal(input_ids=ids).logits[:, :-1], causal(input_ids=changed).logits[:, :-1])
+        assert not torch.allclose(both(input_ids=ids).logits[:, 0], both(input_ids=changed).logits[:, 0])
+        chosen = torch.tensor([3, 40])
+        logits = both(input_ids=ids).logits.flatten(0, 1)[chosen]
+        torch.testing.assert_close(both(input_ids=ids, logits_at=chosen).logits, logits)
+
+
+def test_a_model_that_cannot_be_imported_is_named():
+    row = leaderboard.Row((), model="benchmarks.plain_models:nothing")
+    with pytest.raises(SystemExit, match=r"plain_models:nothing.*PACKAGE.MODULE:FUNCTION"):
+        leaderboard._built(row, SimpleNamespace(), 20)
