@@ -55,6 +55,7 @@ RUNS_OF_THEIR_OWN = {
 # Words of single programs that make them small; a program of benchmarks/ without an entry fails its test
 SMALLER = {
     "benchmarks.nelbo": "--set data.path=text.txt --set models.generator.training.steps=4 --set architecture.num_hidden_layers=1",
+    "benchmarks.leaderboard": "--budget 4 --set data.path=text.txt --set architecture.num_hidden_layers=1",
     "benchmarks.judge": "--quick",
     "benchmarks.staging": "--steps 4 --seeds 2",
     "benchmarks.causal_speedrun": "--steps 4",
