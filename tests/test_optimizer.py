@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.optim._muon import _zeropower_via_newtonschulz
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import models as hf
 
@@ -18,7 +19,7 @@ from lib.models.ranker import CandidateRanker
 from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
-from lib.training.normuon import NorMuon
+from lib.training.normuon import NorMuon, _stacks, orthogonalised
 from lib.training.optimizer import Optimizer, hidden_matrices, learning_rate_factor
 from tests.trainings import settings
 
@@ -311,6 +312,29 @@ def test_the_first_update_of_normuon_has_equal_rows_and_the_norm_of_muon():
     assert torch.allclose(rows, rows.mean().expand(6), rtol=1e-3)
     assert updates[torch.optim.Muon].norm(dim=1).std() > 0.1 * rows.mean(), "Muon's rows are equal already"
     assert torch.isclose(updates[NorMuon].norm(), updates[torch.optim.Muon].norm(), rtol=1e-3)
+
+
+def test_matrices_that_are_orthogonalised_together_are_those_of_torch():
+    """As torch's Muon does it one by one; also where only some fit together, and for both orientations."""
+    shapes = [(24, 8), (8, 24), (8, 8), (24, 8), (8, 8), (30, 8)]
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in shapes]
+    stacks = list(_stacks(matrices))
+    assert [[tuple(m.shape) for m in stack] for stack in stacks] == [
+        [(24, 8), (8, 24), (24, 8)], [(8, 8), (8, 8)], [(30, 8)]
+    ]  # fmt: skip
+    for stack in stacks:
+        for matrix, found in zip(
+            stack, orthogonalised(stack, (3.4445, -4.7750, 2.0315), 5, 1e-7), strict=True
+        ):
+            expected = _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+            torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.02)
+
+
+def test_large_matrices_are_orthogonalised_one_by_one(monkeypatch):
+    monkeypatch.setattr("lib.training.normuon.MAX_STACKED", 150)
+    matrices = [torch.ones(8, 8), torch.ones(8, 8), torch.ones(8, 8), torch.ones(8, 100)]
+    assert [len(stack) for stack in _stacks(matrices)] == [2, 1, 1]
 
 
 def test_normuon_continues_from_its_saved_state():

@@ -1,13 +1,16 @@
 """NorMuon (Li et al., 2025): Muon whose updates have rows of equal size."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+from torch import Tensor
+from torch.optim._muon import _adjust_lr
 
 BETA2 = 0.95  # decay of the second moment
 EPS = 1e-8
+MAX_STACKED = 2**23  # elements of the matrices that are orthogonalised together
 
 
 class NorMuon(torch.optim.Muon):
@@ -27,25 +30,59 @@ class NorMuon(torch.optim.Muon):
         """One update of all parameters that have a gradient."""
         assert closure is None, "the loss is not evaluated again"
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
+            for params in _stacks(p for p in group["params"] if p.grad is not None):
+                mixed = [self._momentum(p, group) for p in params]
+                updates = orthogonalised(mixed, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for p, update in zip(params, updates, strict=True):
+                    self._update(p, update.to(p.dtype), group)
 
-    def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+    def _momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """1. Nesterov momentum, as in Muon."""
         state, grad = self.state[p], p.grad
         assert grad is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
             state["row_moment"] = p.new_zeros(p.shape[0], 1)
-        # 1. Nesterov momentum, orthogonalised: as in Muon
         momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-        mixed = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = _zeropower_via_newtonschulz(mixed, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        update = update.to(p.dtype)
+        return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+
+    def _update(self, p: Tensor, update: Tensor, group: dict[str, Any]) -> None:
         # 2. Rows of equal size, and the norm of before
-        moment = state["row_moment"].lerp_(update.square().mean(1, keepdim=True), 1 - BETA2)
+        moment = self.state[p]["row_moment"].lerp_(update.square().mean(1, keepdim=True), 1 - BETA2)
         equal = update * moment.add(EPS).rsqrt()
         equal *= update.norm() / equal.norm().add(EPS)
         # 3. Weight decay and the update
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(equal, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape))
+
+
+def _stacks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters in groups whose matrices have one shape, up to transposition, and fit into the limit together."""
+    by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+    for p in params:
+        by_shape[tuple(sorted(p.shape))].append(p)
+    for (short, long), same in by_shape.items():
+        size = max(1, MAX_STACKED // (short * long))
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
+
+
+def orthogonalised(
+    matrices: list[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float
+) -> list[Tensor]:
+    """Each matrix with all singular values about 1, in bfloat16: the quintic Newton-Schulz iteration of Muon.
+
+    It is that of torch.optim.Muon, for all matrices at once: the products of one small matrix leave a processor half idle.
+
+    Args:
+        matrices: all (M, N) or (N, M).
+    """
+    a, b, c = coefficients
+    flat = torch.stack(
+        [(m.T if m.shape[0] > m.shape[1] else m).bfloat16() for m in matrices]
+    )  # (G, M, N), M <= N
+    flat /= flat.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # the largest singular value is at most 1
+    for _ in range(steps):
+        gram = torch.bmm(flat, flat.transpose(1, 2))  # (G, M, M)
+        flat = torch.baddbmm(flat, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), flat, beta=a)
+    return [x.T if m.shape[0] > m.shape[1] else x for m, x in zip(matrices, flat, strict=True)]

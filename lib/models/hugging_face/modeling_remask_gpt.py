@@ -54,6 +54,7 @@ from .shared_modeling import (
 # trf-ignore: TRF041 is_causal, score_activation, critic_layers, pooling, dropout
 MIN_ROWS = 16  # with fewer rows or outputs, the last bits of a product on the CPU depend on their number
 ELEMENTS_IN_CACHE = 2**19  # size of the slices that CPU code works on: 1 MB in bfloat16
+KEPT_WEIGHTS = 2**22  # attention weights of a batch that are kept for the backward pass: 8 MB in bfloat16
 MAX_SLICED_LENGTH = 1024  # attention weights of one longer sequence do not fit the cache
 EMBEDDING_STD = 0.02
 HEAD_STD = 0.02  # a new head starts close to equal probabilities
@@ -164,11 +165,15 @@ def rotary_tables(
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (..., T, head_dim) by the angles into `out`. An element and its partner in the other half form a pair."""
-    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out
+    """Rotate x (..., T, head_dim) by the angles into `out`. An element and its partner in the other half form a pair.
+
+    The partners are copied first, since arithmetic on half rows takes a CPU three times as long as a copy and arithmetic on
+    whole ones.
+    """
+    half = x.shape[-1] // 2
+    partners = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
+    return out.addcmul_(partners, torch.cat((-sin, sin), dim=-1))
 
 
 def split_heads(
@@ -190,7 +195,7 @@ class _SlicedAttention(torch.autograd.Function):
 
     Equal to `split_heads` and `eager_attention`. In bfloat16 the CPU's fused kernel has a backward pass that is many times
     slower than plain products. Plain products of a whole batch are bound by memory. Here the weights of a slice stay in
-    the cache, and the backward pass computes them again.
+    the cache. The backward pass reads them again if they are few, and computes them again otherwise.
     """
 
     @staticmethod
@@ -202,6 +207,8 @@ class _SlicedAttention(torch.autograd.Function):
         query_key = torch.empty_like(parts[:2], memory_format=torch.contiguous_format)  # (2, B, H, T, D / H)
         scale = query_key.new_empty((*query_key.shape[:-1], 1))
         out = qkv.new_empty(batch, length, num_heads, query_key.shape[-1])
+        few = batch * num_heads * length * length <= KEPT_WEIGHTS
+        kept: list[Tensor] = []
         for rows in _slices(batch, num_heads * length * length):
             raw, done, part_scale = parts[:2, rows], query_key[:, rows], scale[:, rows]
             part_scale.copy_(_inverse_rms(raw, eps))
@@ -213,24 +220,29 @@ class _SlicedAttention(torch.autograd.Function):
             )
             mixed = torch.bmm(weights, value).view(-1, num_heads, length, value.shape[-1])
             out[rows].transpose(1, 2).copy_(mixed)
-        ctx.save_for_backward(qkv, query_key, scale, cos, sin, bias)
+            if few:
+                kept.append(weights)
+        ctx.save_for_backward(qkv, query_key, scale, cos, sin, bias, *kept)
         return out.view(batch, length, -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
-        qkv, query_key, scale, cos, sin, bias = ctx.saved_tensors
+        qkv, query_key, scale, cos, sin, bias, *kept = ctx.saved_tensors
         _, batch, num_heads, length, head_dim = query_key.shape
         values = qkv.view(batch, length, 3, num_heads, head_dim)[:, :, 2].transpose(1, 2)  # (B, H, T, D / H)
         grad_out = grads[0].reshape(batch, length, num_heads, head_dim).transpose(1, 2)
         grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         slots = grad_qkv.view(batch, length, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
-        for rows in _slices(batch, num_heads * length * length):
+        for number, rows in enumerate(_slices(batch, num_heads * length * length)):
             shape = (-1, num_heads, length, head_dim)
             query, key, value, grad = (_flat(x[rows]) for x in (*query_key, values, grad_out))
-            weights = _attention_weights(
-                query, key, None if bias is None else _of_rows(bias, rows), num_heads
-            )
+            if kept:
+                weights = kept[number]
+            else:
+                weights = _attention_weights(
+                    query, key, None if bias is None else _of_rows(bias, rows), num_heads
+                )
             slots[2, rows].copy_(torch.bmm(weights.transpose(1, 2), grad).view(shape))
             grad_weights = torch.bmm(grad, value.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
