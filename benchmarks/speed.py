@@ -85,7 +85,7 @@ def hugging_face(steps: int, vocabulary: int, compiled: bool) -> float:
     ids = np.random.default_rng(0).integers(
         4, vocabulary, (training.batch_size * (steps + 8), architecture.context)
     )
-    data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
+    data: Any = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     model = BertForMaskedLM(
         BertConfig(vocab_size=vocabulary, hidden_size=architecture.hidden_size, num_hidden_layers=architecture.num_hidden_layers,
                    num_attention_heads=architecture.num_attention_heads, intermediate_size=4 * architecture.hidden_size,

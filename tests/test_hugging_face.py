@@ -609,7 +609,7 @@ def test_lora_trains_saves_and_reloads(family, tmp_path):
 @pytest.mark.slow
 @every_family
 def test_trainer_trains_evaluates_and_resumes(family, tmp_path):
-    rows = [{"input_ids": row, "labels": row} for row in make_ids(32, 12).tolist()]
+    rows: Any = [{"input_ids": row, "labels": row} for row in make_ids(32, 12).tolist()]
     collate = lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}  # noqa: E731
 
     def train(steps: int, resume: bool) -> Trainer:

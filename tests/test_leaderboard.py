@@ -1,7 +1,5 @@
 """The leaderboard plans steps that fit into a budget; the plain models are what they are said to be."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -66,4 +64,4 @@ def test_plain_models_have_the_size_of_the_config():
 def test_a_model_that_cannot_be_imported_is_named():
     row = leaderboard.Row((), model="benchmarks.plain_models:nothing")
     with pytest.raises(SystemExit, match=r"plain_models:nothing.*PACKAGE.MODULE:FUNCTION"):
-        leaderboard._built(row, SimpleNamespace(), 20)
+        leaderboard._built(row, load_config(), 20)

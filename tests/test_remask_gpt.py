@@ -147,9 +147,9 @@ def test_the_last_block_computes_only_the_states_that_are_wanted(precision, leng
             grads.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))  # pyright: ignore[reportOptionalMemberAccess]
     assert seen == [(8, length, 96), (max(len(at), 16), 96)]
     assert torch.equal(grads[0][0], grads[1][0])
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if precision == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    rtol, atol = (2e-2, 2e-2) if precision == torch.bfloat16 else (1e-4, 1e-5)
     for one, other in zip(grads[0][1], grads[1][1], strict=True):
-        torch.testing.assert_close(one / one.norm(), other / one.norm(), **tolerance)
+        torch.testing.assert_close(one / one.norm(), other / other.norm(), rtol=rtol, atol=atol)
 
 
 def test_all_states_are_there_for_who_asks_for_them():

@@ -309,7 +309,8 @@ def test_stable_samples_are_finished_early(name):
             kept = settings(**changes, stable_rounds=rounds)
             result = run(Sampler(model, MASK, SPECIAL, CPU, kept, seed=5), name, 20, 8)
             assert not (result.ids == MASK).any() and model.read == result.passes.sum()
-            passes.append(result.passes), ids.append(result.ids)
+            passes.append(result.passes)
+            ids.append(result.ids)
         assert (passes[0] == 20).all()
         if early:  # 9 of 20 rounds are corrector steps; the first three change nothing
             assert (passes[1] == 14).all() and (ids[0] == ids[1]).all()
