@@ -7,7 +7,7 @@ exit code 65. All others are warnings.
 
 reads   data.path: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or a folder of such files. The default is the
         documentation that every CPython installation includes;
-        labels.path, if it is set
+        labels.path, if it is set; data.label_key and data.spans_key name labels that stand beside the text
 writes  documents.parquet, problems.parquet
 
 python 00_check_data.py --quick_test --run_dir outputs/demo
@@ -21,6 +21,7 @@ from lib.cli import run_stage
 from lib.config import Config
 from lib.errors import BadData
 from lib.label_files import files_of, read_labels
+from lib.labels import LabelCounts
 from lib.log import Progress, say
 from lib.runs import RunArgs, display_path
 
@@ -43,7 +44,7 @@ def main(config: Config, args: RunArgs) -> None:
         # Read everything once: documents go to one table, problems to the other
         num_documents = num_characters = 0
         num_bytes = sum(file.stat().st_size for file in files)
-        counters = ProblemCounters()
+        counters, labels = ProblemCounters(), LabelCounts(config.data.label_classes, config.data.span_classes)
         with (
             stage.writer("documents", schema.DOCUMENTS) as documents,
             stage.writer("problems", schema.PROBLEMS) as problems,
@@ -54,6 +55,9 @@ def main(config: Config, args: RunArgs) -> None:
                 invalid = [item for item in items if not isinstance(item, Document)]
                 num_documents += sum(not document.piece for document in valid)
                 num_characters += sum(len(document.content) for document in valid)
+                for document in valid:
+                    if not document.piece:
+                        labels.add(document.label, document.spans)
                 progress.update(min(num_characters, num_bytes))  # of compressed files, it is an estimate
                 if valid:
                     documents.write(as_table(valid, schema.DOCUMENTS))
@@ -67,7 +71,11 @@ def main(config: Config, args: RunArgs) -> None:
             "characters": num_characters,
             "problems": counters.by_kind(),
         }
+        if config.data.has_labels:
+            stage.stats["labels"] = labels.summary()
         say(f"{num_documents:,} documents, {num_characters:,} characters")
+        if line := labels.line():
+            say(line)
         for line in counters.lines():
             say(line)
         errors = counters.count("error")

@@ -3,7 +3,7 @@
 
 Each row has the reward, the terms that it is made of, and the candidate's rank among those of the same example. Equal
 rewards are marked as ties. For text the reward is authenticity: 1 for untouched text, less the more tokens are synthetic.
-With labels.path, your own labels take the place of these rewards.
+With labels.path or data.label_key, your own labels take the place of these rewards.
 
 reads   02_generate_candidates: candidates; labels.path, if it is set
 writes  rewards/, a table in parts, one row per (example_id, candidate_id)
@@ -23,7 +23,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib import schema
     from lib.candidates.reward_parts import RewardWork, merged_statistics, user_labels
 
-    uses = ("seed", "task", "rewards", "labels")
+    uses = ("seed", "task", "rewards", "labels", "data.label_key", "data.label_classes")
     reads = (
         ("01_prepare_dataset", "02_generate_candidates")
         if config.labels.path

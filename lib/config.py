@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from lib.errors import BadConfig, MissingInput, UsageError, did_you_mean
+from lib.labels import class_names
 from lib.sections.base import Section
 from lib.sections.critic import CriticConfig
 from lib.sections.data import (
@@ -77,6 +78,7 @@ class Config(Section):
                 "labels.path has labels of unchanged texts: set candidates.source to original_only and "
                 "candidates.per_example to 1"
             )
+        self._check_labels()
         dependency_order(self.models)  # refuses models that start from each other
         for name, spec in self.models.items():
             if not name.isidentifier():
@@ -88,6 +90,41 @@ class Config(Section):
                     f"models.{name} trains on split '{spec.split}', whose share in data.fractions is 0"
                 )
         return self
+
+    @property
+    def has_own_labels(self) -> bool:
+        """Whether judge and inspector learn from labels of the user."""
+        return self.labels.path is not None or self.data.has_labels
+
+    def class_names(self, spec: ModelSpec) -> tuple[str, ...] | None:
+        """The names that the user gave to the classes of a model; None if there are none."""
+        return class_names(spec.mode, spec.target_type, self.data.label_classes, self.data.span_classes)
+
+    def _check_labels(self) -> None:
+        """Raises ValueError if labels beside the text do not fit to other settings."""
+        if not self.data.has_labels:
+            return
+        if self.task != "text" or self.labels.path is not None:
+            other = "labels.path" if self.labels.path is not None else f"task {self.task}"
+            raise ValueError(
+                f"data.label_key and data.spans_key cannot be used with {other}: set one to null"
+            )
+        if self.candidates.source != "original_only":
+            raise ValueError(
+                "data.label_key and data.spans_key have labels of unchanged texts: set candidates.source to "
+                "original_only and candidates.per_example to 1"
+            )
+        for name, spec in self.models.items():
+            if spec.mode == "token_classifier" and self.data.spans_key is None:
+                raise ValueError(
+                    f"models.{name} learns classes of tokens, and data.spans_key is null: set models.{name} to null"
+                )
+            names = self.class_names(spec)
+            if names is not None and spec.num_classes != len(names):
+                raise ValueError(
+                    f"models.{name}.num_classes is {spec.num_classes}, but the classes are {', '.join(names)}: set it to "
+                    f"{len(names)}"
+                )
 
     def slice(self, uses: Iterable[str]) -> dict[str, Any]:
         """The named sections, or single keys such as `ranker.prompt`, as plain data.

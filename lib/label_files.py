@@ -19,14 +19,13 @@ A class of the whole text is a score. With target_type classification and n clas
 bands, and class c (from 0) is any score in its band, such as (c + 0.5) / n.
 """
 
-import itertools
 import json
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lib.errors import BadData, MissingInput
+from lib.label_values import InvalidLabel, from_cell, score_of, spans_of
 from lib.labels import Key, Label, LabelFault, Labels
 from lib.user_files.decoding import decode, read_bytes
 from lib.user_files.faults import UnreadableFile, kind_of
@@ -34,7 +33,6 @@ from lib.user_files.rows import Row, read_rows
 
 COLUMNS = ("example_id", "score", "spans")
 SPLITS = ("train", "held_out")
-MAX_CLASS = 127  # the tables store int8
 
 
 def files_of(path: str) -> list[Path]:
@@ -139,7 +137,7 @@ def _read_records(labels: Labels, file: Path, rows: Iterable[Row]) -> None:
             continue
         name, score, spans = (row.value.get(column) for column in COLUMNS)
         if kind_of(file).startswith((".csv", ".tsv")):
-            score, spans = _from_cell(score, float), _from_cell(spans, json.loads)
+            score, spans = from_cell(score, float), from_cell(spans, json.loads)
         if name is None or name == "":
             add_fault("malformed label", row, "no example_id", "the id of an example")
             continue
@@ -158,25 +156,6 @@ def _problem_of_names(names: list[str]) -> str | None:
     return f"has columns {str(names)[:200]}; expected example_id and score or spans"
 
 
-def _from_cell(cell: str | None, read: Callable[[str], Any]) -> Any:
-    """The value in a cell of delimited text: None if it is empty, the text itself if it cannot be read."""
-    cell = (cell or "").strip()
-    if not cell:
-        return None
-    try:
-        return read(cell) if "_" not in cell else cell  # Python would read 1_0 as a number
-    except (ValueError, RecursionError):
-        return cell
-
-
-class _InvalidLabel(Exception):
-    """A label, or the key of one, that cannot be used."""
-
-    def __init__(self, kind: str, found: object, expected: str):
-        super().__init__(kind)
-        self.kind, self.found, self.expected = kind, str(found)[:80], expected
-
-
 def _add(labels: Labels, source: str, key: tuple[str, str | None], value: Any, location: str = "") -> None:
     """Add a label, or its fault.
 
@@ -189,9 +168,9 @@ def _add(labels: Labels, source: str, key: tuple[str, str | None], value: Any, l
     try:
         found = _key(name, split)
         if found in labels.by_key:
-            raise _InvalidLabel("repeated label", "a second label", "one label per example")
+            raise InvalidLabel("repeated label", "a second label", "one label per example")
         labels.by_key[found] = _parse_label(value)
-    except _InvalidLabel as error:
+    except InvalidLabel as error:
         example = f"{name} ({location})" if location else name
         labels.faults.append(LabelFault(error.kind, source, example, error.found, error.expected))
 
@@ -200,7 +179,7 @@ def _key(name: str, split: str | None) -> Key:
     if split is None:
         return name
     if not (name.isascii() and name.isdigit()):
-        raise _InvalidLabel("malformed label", f"the key {name!r}", "the number of an example, from 0")
+        raise InvalidLabel("malformed label", f"the key {name!r}", "the number of an example, from 0")
     return split, int(name)
 
 
@@ -208,54 +187,10 @@ def _parse_label(value: Any) -> Label:
     value = _as_dict(value)
     if value is None or isinstance(value, _PairList):
         found = "null" if value is None else f"a repeated name, {list(value)}"
-        raise _InvalidLabel(
-            "malformed label", found, "a number, a list of spans, or a map of score and spans"
-        )
+        raise InvalidLabel("malformed label", found, "a number, a list of spans, or a map of score and spans")
     if not isinstance(value, dict):
         value = {"spans": value} if isinstance(value, list) else {"score": value}
     score, spans = value.get("score"), value.get("spans")
     if set(value) - {"score", "spans"} or (score is None and spans is None):
-        raise _InvalidLabel("malformed label", value, "score or spans; [] if there is nothing to be found")
-    if score is not None:
-        _check_score(score)
-    if spans is not None:
-        spans = [_as_triple(span) for span in spans] if isinstance(spans, list) else spans
-        if problem := _problem_of_spans(spans):
-            raise _InvalidLabel("malformed span", *problem)
-    ordered = tuple(sorted(tuple(span) for span in spans)) if spans is not None else None
-    return Label(None if score is None else float(score), ordered)
-
-
-def _check_score(score: Any) -> None:
-    expected = "a number in [0, 1]"
-    if not isinstance(score, int | float) or isinstance(score, bool):
-        raise _InvalidLabel("label not a number", repr(score), expected)
-    if isinstance(score, float) and not math.isfinite(score):
-        raise _InvalidLabel("label not finite", score, expected)
-    if not 0 <= score <= 1:
-        raise _InvalidLabel("label out of range", score, expected)
-
-
-def _as_triple(span: Any) -> Any:
-    """A span {start, end, class} as [start, end, class]; others as they are."""
-    named = isinstance(span, dict) and set(span) == {"start", "end", "class"}
-    return [span["start"], span["end"], span["class"]] if named else span
-
-
-def _problem_of_spans(spans: Any) -> tuple[str, str] | None:
-    """(found, expected) of the first invalid span."""
-    if not isinstance(spans, list):
-        return repr(spans), "a list of [start, end, class]"
-    for span in spans:
-        is_triple = isinstance(span, list | tuple) and len(span) == 3
-        if not is_triple or not all(isinstance(v, int) and not isinstance(v, bool) for v in span):
-            return repr(span), "[start, end, class], three whole numbers"
-        start, end, class_id = span
-        if not 0 <= start < end:
-            return repr(span), "0 <= start < end"
-        if not 1 <= class_id <= MAX_CLASS:
-            return repr(span), f"a class from 1 to {MAX_CLASS}"
-    for span, following in itertools.pairwise(sorted(spans)):
-        if following[0] < span[1]:
-            return f"{span} and {following}", "spans that do not overlap"
-    return None
+        raise InvalidLabel("malformed label", value, "score or spans; [] if there is nothing to be found")
+    return Label(None if score is None else score_of(score), None if spans is None else spans_of(spans))

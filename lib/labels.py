@@ -14,6 +14,18 @@ from lib.errors import BadData
 
 Key = str | tuple[str, int]  # an example id, or (split, number of the example in the split)
 MAX_LISTED = 8
+OUTSIDE = "unlabelled"  # class 0 of tokens: outside of all spans
+
+
+def class_names(
+    mode: str, target_type: str, label_classes: Sequence[str] | None, span_classes: Sequence[str] | None
+) -> tuple[str, ...] | None:
+    """The names that the user gave to the classes of a model of this mode; None if there are none."""
+    if mode == "token_classifier" and span_classes is not None:
+        return (OUTSIDE, *span_classes)
+    if mode == "sequence_scorer" and target_type == "classification" and label_classes is not None:
+        return tuple(label_classes)
+    return None
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,48 @@ def classes_of(text: str, offsets: Sequence[tuple[int, int]], label: Label, exam
     starts, ends = np.asarray(offsets, int).reshape(-1, 2).T
     first = np.append(labelled, len(text))[np.searchsorted(labelled, starts)]
     return np.where(first < ends, np.append(by_character, 0)[first], 0).astype(np.int8)
+
+
+@dataclass
+class LabelCounts:
+    """What labels beside the text say, document by document.
+
+    Attributes:
+        classes, span_classes: names of the classes; None for scores, and for span classes by number.
+    """
+
+    classes: Sequence[str] | None
+    span_classes: Sequence[str] | None
+    labelled: int = 0
+    total: float = 0.0  # sum of the labels
+    by_class: Counter[str] = field(default_factory=Counter)
+    spans: Counter[str] = field(default_factory=Counter)
+
+    def add(self, label: float | None, spans: Sequence[dict[str, int]] | None) -> None:
+        """Count the labels of a document."""
+        if label is not None:
+            self.labelled, self.total = self.labelled + 1, self.total + label
+            if self.classes is not None:
+                self.by_class[self.classes[int(label)]] += 1
+        names = self.span_classes
+        self.spans.update(str(s["class"]) if names is None else names[s["class"] - 1] for s in spans or ())
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for the manifest."""
+        found: dict[str, Any] = {}
+        if self.classes is not None:
+            found["documents_by_class"] = dict(self.by_class)
+        elif self.labelled:
+            found |= {"labelled": self.labelled, "mean": self.total / self.labelled}
+        return found | ({"spans_by_class": dict(self.spans)} if self.spans else {})
+
+    def line(self) -> str:
+        """The same figures as a line for the user; empty without labels."""
+        parts = [f"{name} {count:,}" for name, count in sorted(self.by_class.items())]
+        if self.classes is None and self.labelled:
+            parts.append(f"{self.labelled:,} scores, mean {self.total / self.labelled:.3f}")
+        parts += [f"spans of {name}: {count:,}" for name, count in sorted(self.spans.items())]
+        return f"labels: {', '.join(parts)}" if parts else ""
 
 
 class LabelledExamples:

@@ -27,6 +27,10 @@ def _columns(*columns: tuple) -> pa.Schema:
 _IDS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 _LABELS = pa.list_(pa.field("item", pa.int8(), nullable=False))
 _TEXTS = pa.list_(pa.field("item", pa.string(), nullable=False))
+_SPAN = [("start", pa.int64()), ("end", pa.int64()), ("class", pa.int8())]
+_SPANS = pa.list_(
+    pa.field("item", pa.struct([pa.field(n, t, nullable=False) for n, t in _SPAN]), nullable=False)
+)
 _NULLABLE = "nullable"
 
 DOCUMENTS = TableSchema(
@@ -36,6 +40,9 @@ DOCUMENTS = TableSchema(
         ("content", pa.large_string()),
         ("source", pa.string()),
         ("piece", pa.int32()),  # a long text has several rows, in order
+        ("group", pa.string(), _NULLABLE),  # documents of one group are never divided between splits
+        ("label", pa.float64(), _NULLABLE),  # the user's: a score, or the number of a class
+        ("spans", _SPANS, _NULLABLE),  # the user's: characters of the document, and their class
     ),
     key=("document_id", "piece"),
 )
@@ -109,6 +116,11 @@ CANDIDATES = TableSchema(
         ),  # held_out: log-probability of each token under the masked LM, with the token masked
         ("token_ids", _IDS, _NULLABLE),
         ("token_labels", _LABELS, _NULLABLE),  # 0 original, 1 random replacement, 2 predicted
+        (
+            "label",
+            pa.float64(),
+            _NULLABLE,
+        ),  # the user's, of the whole document: a score, or the number of a class
     ),
     key=("example_id", "candidate_id"),
     ranges={

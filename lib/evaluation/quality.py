@@ -15,6 +15,7 @@ from torch import nn
 
 from lib import metrics
 from lib.runtime import Runtime
+from lib.sections.data import class_rewards
 from lib.training.objectives.base import chunks, forward, with_cls
 from lib.training.objectives.next_token import causal_nll
 
@@ -54,14 +55,18 @@ def from_first_gap(free: np.ndarray) -> np.ndarray:
 def sequence_scores(model: nn.Module, runtime: Runtime, ids: np.ndarray, cls_id: int) -> np.ndarray:
     """(B,) score of each text (B, T) by a judge or ranker, with [CLS] in front.
 
-    The score of a text longer than the model's context is the mean over its windows, weighted by their tokens.
+    The score of a judge of classes by name is the expected reward of the class. The score of a text longer than the model's context is the mean over its windows, weighted by their tokens.
     """
     scores = np.zeros(len(ids))
     for part in chunks(len(ids), 64):
         for window in _windows(model, ids):
             read = ids[part, window]
             with_front = with_cls(read, np.ones_like(read, bool), cls_id)
-            found = forward(model, runtime, *with_front).logits.float().squeeze(-1).cpu().numpy()
+            logits = forward(model, runtime, *with_front).logits.float()  # (B, 1) or (B, C)
+            if logits.shape[-1] > 1:
+                rewards = torch.tensor(class_rewards(logits.shape[-1]), device=logits.device)
+                logits = (torch.softmax(logits, -1) * rewards).sum(-1, keepdim=True)
+            found = logits.squeeze(-1).cpu().numpy()
             scores[part] += found * (read.shape[1] / ids.shape[1])
     return scores
 

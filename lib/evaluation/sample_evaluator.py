@@ -58,13 +58,19 @@ class SampleEvaluator:
             self.context,
         )
         self.reference, self.autoregressive, self.inspector, self.judge, self.ranker = (
-            None if name is None else self._load(name) for name in roles(config.models).values()
+            None if name is None else self._load(name) for name in roles_of(config).values()
         )
         self.held_out, self.words = self._real_text()
         readers = (model, self.reference, self.inspector, self.judge)
         self.min_context = min(m.config.max_position_embeddings for m in readers if m is not None) - 1
         self.models = stats_of(trained_models(stage, config))
         self.results = self.models["table"] + stage.upstream_stats("05_train_critic")["table"]
+
+    @property
+    def judge_figures(self) -> dict[str, Any]:
+        """The held-out figures of the judge: how windows are joined, and its thresholds; empty without a judge."""
+        name = roles_of(self.config)["judge"]
+        return {} if name is None else self.models.get(name, {}).get("held_out", {})
 
     @property
     def ranker_choices(self) -> dict[str, dict]:
@@ -116,13 +122,19 @@ class SampleEvaluator:
 
 def units_of_roles(config: Config) -> list[str]:
     """The models of stage 04 that have a role in stage 06, for what the stage reads."""
-    return [unit_of(name) for name in dict.fromkeys(roles(config.models).values()) if name is not None]
+    return [unit_of(name) for name in dict.fromkeys(roles_of(config).values()) if name is not None]
 
 
-def roles(models: Mapping[str, ModelSpec]) -> dict[str, str | None]:
+def roles_of(config: Config) -> dict[str, str | None]:
+    """As `roles`, for the models of a config."""
+    return roles(config.models, config.data.label_classes is not None)
+
+
+def roles(models: Mapping[str, ModelSpec], named_classes: bool = False) -> dict[str, str | None]:
     """Role in stage 06 -> the name of the first model of the config that is suitable; None if there is none.
 
-    The reference model must be causal: a bidirectional model sees the token that it scores.
+    The reference model must be causal: a bidirectional model sees the token that it scores. A judge gives scores; one of classes
+    is suitable if they have names (`named_classes`), which have rewards.
     """
 
     def first(suits: Callable[[ModelSpec], bool]) -> str | None:
@@ -135,6 +147,6 @@ def roles(models: Mapping[str, ModelSpec]) -> dict[str, str | None]:
         "reference": first(lambda s: causal(s) and s.split == "reference"),
         "autoregressive": first(lambda s: causal(s) and s.split != "reference"),
         "inspector": first(lambda s: s.mode == "token_classifier"),
-        "judge": first(lambda s: s.mode == "sequence_scorer" and s.target_type == "score"),
+        "judge": first(lambda s: s.mode == "sequence_scorer" and (s.target_type == "score" or named_classes)),
         "ranker": first(lambda s: s.mode == "ranker"),
     }

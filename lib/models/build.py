@@ -5,6 +5,7 @@ reported, and new ones are initialised. Anything else that does not match is an 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from lib import randomness
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.labels import OUTSIDE
 from lib.models.families import FAMILIES, Family
 from lib.models.ranker import SequenceRanker
 from lib.sections.models import ArchitectureConfig, ModelSpec
@@ -91,9 +93,20 @@ def fresh_backbone(spec: ModelSpec, vocab_size: int, seed: int, label: str) -> n
 
 
 def heads_of(
-    mode: str, target_type: str = "score", num_classes: int = 3, own_labels: bool = False
+    mode: str,
+    target_type: str = "score",
+    num_classes: int = 3,
+    own_labels: bool = False,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The config keys of a mode's head, with names of its classes. `own_labels`: the token classes are user-defined."""
+    """The config keys of a mode's head, with names of its classes.
+
+    Args:
+        own_labels: the token classes are user-defined.
+        names: of all classes, if the user gave them.
+    """
+    if names is not None:
+        return _classes(list(names))
     if mode == "token_classifier":
         return _classes(_token_classes(num_classes, own_labels))
     if mode == "sequence_scorer" and target_type == "classification":
@@ -114,7 +127,7 @@ def _classes(names: list[str]) -> dict[str, Any]:
 
 def _token_classes(count: int, own_labels: bool) -> list[str]:
     """Names of token classes: the origin of a token, or numbers for user-defined ones."""
-    known = ["unlabelled"] if own_labels else ["original", "random", "predicted"]
+    known = [OUTSIDE] if own_labels else ["original", "random", "predicted"]
     return [known[i] if i < len(known) else f"class_{i}" for i in range(count)]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from lib import durable
 from lib.errors import BadData, CannotCreate, MissingInput, RemaskError, did_you_mean
+from lib.labels import class_names
 from lib.models.cards import usage
 from lib.runs import load_manifest
 
@@ -98,11 +99,21 @@ def publish_model(source: Path, folder: Path, manifest: dict[str, Any], name: st
     model = load_model(source)
     if name != "critic":
         spec = manifest["config"]["models"][name]
-        own_labels = manifest["config"]["labels"]["path"] is not None
-        heads = heads_of(spec["mode"], spec["target_type"], spec["num_classes"], own_labels)
+        data, own_labels = manifest["config"].get("data", {}), _has_own_labels(manifest["config"])
+        names = class_names(
+            spec["mode"], spec["target_type"], data.get("label_classes"), data.get("span_classes")
+        )
+        heads = heads_of(spec["mode"], spec["target_type"], spec["num_classes"], own_labels, names)
         for key, value in heads.items():
             setattr(model.config, key, value)
     save_model(model, folder, load_tokenizer(source))
+
+
+def _has_own_labels(config: dict[str, Any]) -> bool:
+    """Whether judge and inspector learned from labels of the user."""
+    data = config.get("data", {})
+    beside = data.get("label_key") is not None or data.get("spans_key") is not None
+    return beside or config["labels"]["path"] is not None
 
 
 def _interval(row: dict) -> str:
@@ -130,7 +141,7 @@ def card(
         both_ways = settings["mode"] in ("token_classifier", "sequence_scorer")
         what = f"mode {settings['mode']}, attention {'bidirectional' if both_ways else settings['attention']}"
     kind = "critic" if name == "critic" else "pairs" if with_prompts else None
-    own_labels = manifest["config"]["labels"]["path"] is not None
+    own_labels = _has_own_labels(manifest["config"])
     use = usage(config, kind, _prompt_of(manifest["config"], settings), own_labels)
     source = _source_of(data["config"])
     table = "\n".join(

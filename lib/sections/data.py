@@ -3,16 +3,31 @@
 import itertools
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lib.sections.base import AboveZero, Count, Fraction, NonNegative, Positive, Section, Share, UserPath
 from lib.sections.masking import Masking
+
+
+def _name(value: object) -> object:
+    """YAML reads the class names 0 and true as a number and a truth value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int) else value
+
+
+ClassName = Annotated[str, BeforeValidator(_name), Field(min_length=1)]
 
 
 class DataConfig(Section):
     path: UserPath
     text_key: str
     id_key: str | None
+    label_key: str | None
+    label_classes: tuple[ClassName, ...] | None
+    spans_key: str | None
+    span_classes: tuple[ClassName, ...] | None
+    group_key: str | None
     drop: tuple[str, ...]
     min_document_characters: Positive
     whitespace: Literal["keep", "squeeze"]
@@ -36,7 +51,38 @@ class DataConfig(Section):
                 f"block_characters ({self.block_characters}) must be at least passage_characters "
                 f"({self.passage_characters})"
             )
+        self._check_labels()
         return self
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether labels stand beside the text."""
+        return self.label_key is not None or self.spans_key is not None
+
+    def _check_labels(self) -> None:
+        for key, names, fewest in (("label", self.label_classes, 2), ("spans", self.span_classes, 1)):
+            setting = "label_classes" if key == "label" else "span_classes"
+            if names is None:
+                continue
+            if getattr(self, f"{key}_key") is None:
+                raise ValueError(f"{setting} names the classes of {key}_key, which is null: set {key}_key")
+            if len(names) < fewest or len(set(names)) < len(names):
+                raise ValueError(f"{setting} {list(names)} must be at least {fewest} different names")
+        if self.has_labels and self.deduplicate == "paragraph":
+            raise ValueError(
+                "deduplicate: paragraph would cut paragraphs out of labelled documents: set it to document"
+            )
+        if self.label_key is None and self.group_key is None:
+            return
+        if self.split == "contiguous" or self.split_unit == "block":
+            raise ValueError(
+                "label_key and group_key keep whole documents in one split: set split: hash and split_unit: document"
+            )
+
+
+def class_rewards(count: int) -> tuple[float, ...]:
+    """The reward of each class of data.label_classes: 1 for the first, 0 for the last, evenly spaced between them."""
+    return tuple(1 - c / (count - 1) for c in range(count))
 
 
 class TokenizerConfig(Section):

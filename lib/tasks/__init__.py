@@ -47,12 +47,20 @@ class Document:
     """One document of the raw data: a text, or a record as JSON.
 
     A long text is several of these in a row, which differ in `piece`: 0, 1, 2 and so on. Together they are the text.
+
+    Attributes:
+        group: documents of one group stay in one split. None: a group of its own.
+        label: of the whole document, a score or the number of a class. None without data.label_key.
+        spans: {"start", "end", "class"} of the labelled parts, in characters of the document. None without data.spans_key.
     """
 
     document_id: str
     content: str
     source: str
     piece: int = 0
+    group: str | None = None
+    label: float | None = None
+    spans: list[dict[str, int]] | None = None
 
 
 @dataclass(frozen=True)

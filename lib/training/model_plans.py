@@ -68,6 +68,8 @@ def _uses(name: str, spec: ModelSpec, config: Config) -> tuple[str, ...]:
         uses.append("diffusion")
     if spec.mode == "ranker":
         uses.append("ranker")
+    if spec.mode in ("token_classifier", "sequence_scorer"):
+        uses += [f"data.{key}" for key in ("label_key", "label_classes", "spans_key", "span_classes")]
     if spec.learns_from_shards:
         uses.append("stream" if config.stream.enabled else "stream.enabled")
     return tuple(uses)

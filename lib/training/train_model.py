@@ -150,7 +150,7 @@ def set_up(
     name, config, tokenizer = context.label, stage_inputs.config, stage_inputs.tokenizer
     if spec.attention != spec.effective_attention:
         say(f"{name}: mode {spec.mode} needs bidirectional attention; {spec.attention} is ignored")
-    own_labels = spec.mode == "token_classifier" and config.labels.path is not None
+    own_labels = spec.mode == "token_classifier" and config.has_own_labels
     model, transfer = start_model(
         spec.mode,
         spec.architecture
@@ -160,7 +160,7 @@ def set_up(
         len(tokenizer),
         config.seed,
         name,
-        **heads_of(spec.mode, spec.target_type, spec.num_classes, own_labels),
+        **heads_of(spec.mode, spec.target_type, spec.num_classes, own_labels, config.class_names(spec)),
     )
     if start is not None:
         say(f"{name}: {len(transfer.loaded)} tensors loaded from {os.path.relpath(start)}; "

@@ -9,6 +9,7 @@ from lib.digest_table import DigestTable
 from lib.digest_table import digest as digest_of
 from lib.errors import BadConfig, did_you_mean
 from lib.tasks import Document, Problem
+from lib.tasks.text.labelled import LabelledTexts, TextLabels, read_labels
 from lib.tasks.text.raw import RawText, read, unreadable
 from lib.user_files.decoding import clean_text, decode
 from lib.user_files.faults import Fault, UnreadableFile
@@ -16,7 +17,7 @@ from lib.user_files.long_text import LongText, cut
 
 # Errors that `data.drop` may turn into warnings: the row or the file is then left out
 DROPPABLE = ("null text", "not text", "no text", "not JSON", "malformed row", "encoding", "binary", "damaged", "too long",
-             "unreadable", "dead link", "no file")  # fmt: skip
+             "unreadable", "dead link", "no file", "no label", "unknown class")  # fmt: skip
 # Each pattern matches only what it changes: one match per word of a long text would need gigabytes
 _SQUEEZE_RULES = (
     (re.compile(r"[ \t]{2,}|\t"), " "),
@@ -37,26 +38,53 @@ def check(config: Config) -> Iterator[Document | Problem]:
             f"data.drop: '{kind}' is not a kind of problem that can be dropped{did_you_mean(kind, DROPPABLE)}"
         )
     num_characters = num_documents = num_errors = 0
-    with DigestTable() as known_texts, DigestTable() as name_counts:
+    with DigestTable() as known_texts, DigestTable() as name_counts, DigestTable() as known_labels:
+        labelled = LabelledTexts(config.data, known_labels)
         for raw in read(config):
             text, faults = _text_of(raw, squeezed=config.data.whitespace == "squeeze")
-            if text is not None:
+            labels, wrong = _labels_of(raw, text, config)
+            faults += wrong
+            if text is not None and not wrong:
                 digest, length = text_digest(text)
-                fault = _reason_to_drop(digest, length, config, known_texts)
+                fault = (
+                    labelled.contradiction(digest, raw.location or raw.document_id, labels)
+                    if length
+                    else None
+                )
+                fault = fault or _reason_to_drop(digest, length, config, known_texts)
                 if fault is None:
                     document_id, fault = _unique_name(_printable(raw.document_id), name_counts)
                     known_texts.add(digest, document_id)
+                    labelled.count(labels)
                     num_documents += 1
                     for piece, content in enumerate(cut(text)):
                         num_characters += len(content)
-                        yield Document(document_id, content, _printable(raw.source), piece)
+                        yield _document(document_id, content, raw, piece, labels)
                 faults += [fault] if fault is not None else []
             for fault in (_with_drop(fault, drop) for fault in faults):
                 num_errors += fault.severity == "error"
                 yield _problem(fault, raw.source, raw.location)
-    # With errors, the amount of text is known only after they are fixed
-    for fault in [] if num_errors else _too_little_text(config, num_characters, num_documents):
+        # With errors, the amount of text is known only after they are fixed
+        missing = [] if num_errors else [*labelled.absent_classes()]
+    for fault in (
+        missing if num_errors or missing else _too_little_text(config, num_characters, num_documents)
+    ):
         yield _problem(fault, config.data.path, "")
+
+
+def _labels_of(raw: RawText, text: "Iterable[str] | None", config: Config) -> tuple[TextLabels, list[Fault]]:
+    """(labels beside the text, their faults). A text without labels that needs some has a fault."""
+    if text is None or not (config.data.has_labels or config.data.group_key):
+        return TextLabels(), []
+    clean = "".join(text) if config.data.spans_key and raw.labels is not None else ""
+    return read_labels(raw.labels, raw.data, clean, config.data)
+
+
+def _document(name: str, content: str, raw: RawText, piece: int, labels: TextLabels) -> Document:
+    spans = labels.spans
+    listed = None if spans is None else [dict(zip(("start", "end", "class"), s, strict=True)) for s in spans]
+    group = None if labels.group is None else _printable(labels.group)
+    return Document(name, content, _printable(raw.source), piece, group, labels.label, listed)
 
 
 def _problem(fault: Fault, source: str, location: str) -> Problem:

@@ -8,9 +8,12 @@ The fraction `data.selection_fraction` of train becomes the split `selection`, w
 With hashed splits, a separate hash selects whole groups, so that a new document changes no other document's split. With
 contiguous splits, `selection` is the end of train, and the borders of train and held_out stay. Even with little data,
 `selection` has at least one group (or one passage, with contiguous splits) if train has more than that.
+
+A passage of a document with labels carries the document's label and its own part of the spans, as JSON in `record`.
 """
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -49,7 +52,7 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
             for a, b in repeated:
                 yield Dropped(f"{name}@{place.start + a}", "repeated paragraph", text[a:b])
             for span in (s for stretch in stretches for s in _blocks(text, stretch, data)):
-                group = _group(name, place.blocks, data)
+                group = _group(document, place.blocks, data)
                 place.blocks += 1
                 for a, b, is_passage in _passages(text, span, data):
                     at = f"{name}@{place.start + a}"
@@ -65,7 +68,10 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
                         continue
                     continues = place.start + a == place.end and split == place.split
                     full_group = f"{group}/{split}" if total else group
-                    yield Example(f"{name}:{place.examples}", "", text[a:b], split, full_group, continues)
+                    record = _labels(document, place.start + a, place.start + b)
+                    yield Example(
+                        f"{name}:{place.examples}", "", text[a:b], split, full_group, continues, record
+                    )
                     place.examples, place.end, place.split = place.examples + 1, place.start + b, split
             offset, place.start = offset + len(text), place.start + len(text)
 
@@ -150,6 +156,9 @@ def _passages(text: str, span: Span, data: DataConfig) -> Iterator[tuple[int, in
     size = data.passage_characters
     if data.passages == "fixed":
         cuts = [*range(span[0], span[1], size), span[1]]
+        if data.has_labels:  # windows of equal length: a label of the document fits a short rest badly
+            count = len(cuts) - 1
+            cuts = [span[0] + (span[1] - span[0]) * i // count for i in range(count + 1)]
         if len(cuts) > 2 and not text[cuts[-2] : cuts[-1]].strip():
             # The last passage would be only white space: divide the last two evenly
             cuts[-2] = (cuts[-3] + cuts[-1]) // 2
@@ -192,7 +201,7 @@ def _selection_threshold(config: Config, documents: Iterable[Document]) -> float
             stretches, _ = _without_repeats(text, data, paragraphs)
             for span in (s for stretch in stretches for s in _blocks(text, stretch, data)):
                 block += 1
-                group = _group(document.document_id, block, data)
+                group = _group(document, block, data)
                 if not any(is_passage for *_, is_passage in _passages(text, span, data)):
                     continue
                 if _hashed(config, group, -1.0) == "train":
@@ -202,8 +211,24 @@ def _selection_threshold(config: Config, documents: Iterable[Document]) -> float
     return smallest
 
 
-def _group(document: str, block: int, data: DataConfig) -> str:
-    return document if data.split_unit == "document" else f"{document}:{block}"
+def _group(document: Document, block: int, data: DataConfig) -> str:
+    if data.split_unit == "document":
+        return document.document_id if document.group is None else f"group {document.group}"
+    return f"{document.document_id}:{block}"
+
+
+def _labels(document: Document, start: int, end: int) -> str | None:
+    """The labels of the passage [start, end) of a document, as JSON for `Example.record`; None without labels."""
+    if document.label is None and document.spans is None:
+        return None
+    spans = None
+    if document.spans is not None:
+        spans = [
+            [max(s["start"], start) - start, min(s["end"], end) - start, s["class"]]
+            for s in document.spans
+            if s["start"] < end and s["end"] > start
+        ]
+    return json.dumps({"label": document.label, "spans": spans})
 
 
 def _contiguous(data: DataConfig, start: int, total: int) -> str:

@@ -1,4 +1,7 @@
-"""Raw text from files: those that lib/user_files/ reads, a folder of them, or Python's own documentation (`builtin`)."""
+"""Raw text from files: those that lib/user_files/ reads, a folder of them, or Python's own documentation (`builtin`).
+
+`builtin_labelled` is made from that documentation, with labels: see lib/tasks/text/builtin_labelled.py.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,13 +11,16 @@ from pathlib import Path
 from lib.config import Config
 from lib.errors import MissingInput, did_you_mean
 from lib.sections.data import DataConfig
+from lib.tasks.text.builtin_labelled import labelled_documents
+from lib.tasks.text.labelled import RawLabels, raw_labels
 from lib.user_files import decoding
 from lib.user_files.faults import KINDS_IN_WORDS, Fault, UnreadableFile, kind_of
 from lib.user_files.folders import FolderContents, find_files
 from lib.user_files.long_text import PIECE_CHARACTERS, LongText
 from lib.user_files.rows import read_rows
 
-BUILTIN = ("builtin", "builtin_small")
+BUILTIN = ("builtin", "builtin_small", "builtin_labelled")
+LABELLED_DOCUMENTS = 400
 SMALL_CHARACTERS = 60_000
 UNPACK_COMMANDS = {
     ".xz": "unxz --keep",
@@ -28,13 +34,17 @@ MAX_LISTED = 3
 
 @dataclass(frozen=True)
 class RawText:
-    """One text as it was found, or the fault that it has. A `LongText` is read when it is iterated over."""
+    """One text as it was found, or the fault that it has. A `LongText` is read when it is iterated over.
+
+    `labels`: what stands beside the text; None for a text without a row.
+    """
 
     document_id: str
     source: str
     location: str
     data: bytes | str | LongText | None
     fault: Fault | None = None
+    labels: RawLabels | None = None
 
 
 def sources(config: Config) -> list[Path]:
@@ -83,7 +93,8 @@ def read(config: Config) -> Iterator[RawText]:
     """Every text of the sources, one at a time, and the faults of files that give no text."""
     data = config.data
     if data.path in BUILTIN:
-        yield from _builtin(small=data.path == "builtin_small")
+        labelled = data.path == "builtin_labelled"
+        yield from _builtin_labelled() if labelled else _builtin(small=data.path == "builtin_small")
         return
     root = Path(data.path)
     contents = _find(config)
@@ -127,6 +138,13 @@ def _builtin(small: bool) -> Iterator[RawText]:
         yield RawText(name, "pydoc_data.topics", name, text)
 
 
+def _builtin_labelled() -> Iterator[RawText]:
+    from pydoc_data.topics import topics
+
+    for name, text, label, spans in labelled_documents(topics, LABELLED_DOCUMENTS):
+        yield RawText(name, "pydoc_data.topics", name, text, None, RawLabels(label, spans, name))
+
+
 def _texts(path: Path, name: str, data: DataConfig) -> Iterator[RawText]:
     """The texts of one file."""
     if kind_of(path).startswith(".txt"):
@@ -135,7 +153,8 @@ def _texts(path: Path, name: str, data: DataConfig) -> Iterator[RawText]:
         except UnreadableFile as error:
             yield RawText(name, str(path), "", None, error.fault)
         return
-    columns = {data.text_key: "data.text_key"} | ({data.id_key: "data.id_key"} if data.id_key else {})
+    settings = ("text_key", "id_key", "label_key", "spans_key", "group_key")
+    columns = {key: f"data.{name}" for name in settings if (key := getattr(data, name)) is not None}
     for row in read_rows(path, columns):
         raw = RawText(f"{name}-{row.number}", str(path), row.location, None, row.fault)
         yield raw if row.fault is not None else _from_record(row.value, raw, data)
@@ -163,4 +182,5 @@ def _from_record(record, raw: RawText, data: DataConfig) -> RawText:
         advice = "fix the value, leave the row out, or set data.drop=[not text]"
         return replace(raw, fault=Fault("not text", found, f"a string under '{data.text_key}'", advice))
     name = record.get(data.id_key) if data.id_key is not None else None
-    return replace(raw, document_id=raw.document_id if name is None else str(name), data=text)
+    labels = raw_labels(record, data, in_cells=kind_of(Path(raw.source)).startswith((".csv", ".tsv")))
+    return replace(raw, document_id=raw.document_id if name is None else str(name), data=text, labels=labels)

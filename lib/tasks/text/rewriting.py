@@ -4,6 +4,7 @@ One of the K candidates of a passage is the original, at a random position. The 
 mask ratio, and only masked tokens change. The label of a token says where it came from.
 """
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,11 @@ import pyarrow as pa
 from lib import randomness
 from lib.config import Config
 from lib.errors import BadConfig
+from lib.label_values import Span
+from lib.labels import Label, classes_of
+from lib.sections.data import class_rewards
 from lib.tasks import CandidateContext
-from lib.tokenization import decode_batch
+from lib.tokenization import TEXTS_AT_A_TIME, decode_batch
 
 if TYPE_CHECKING:  # it imports torch, which the other stages of this task do not need
     from lib.tasks.text.other_tokenizer import Rewritten
@@ -49,6 +53,11 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
             token_ids[i], labels[i], differs[i], texts[i] = one.token_ids, one.labels, one.differs, one.text
     if config.label_rule == "changed":
         labels = _only_changed(labels, differs, context)
+    own = None
+    if context.config.data.has_labels:
+        own, spans = _own_labels(examples)
+        if context.config.data.spans_key is not None:
+            labels = _classes_of_tokens(texts, spans, token_ids, context)
     return pa.table(
         {
             "example_id": examples["example_id"].take(pa.array(example_of)),
@@ -64,8 +73,33 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
             ),
             "token_ids": pa.array([np.asarray(t, np.int32) for t in token_ids], pa.list_(pa.int32())),
             "token_labels": pa.array(labels, pa.list_(pa.int8())),
+            "label": pa.array(own if own is not None else [None] * len(texts), pa.float64()),
         }
     )
+
+
+def _own_labels(examples: pa.Table) -> tuple[list[float | None], list[tuple[Span, ...]]]:
+    """(label, spans) of each example: those of the user."""
+    records = [json.loads(record) for record in examples["record"].to_pylist()]
+    return [r["label"] for r in records], [tuple(map(tuple, r["spans"] or ())) for r in records]
+
+
+def _classes_of_tokens(
+    texts: list[str], spans: list[tuple[Span, ...]], token_ids: list, context: CandidateContext
+) -> list[np.ndarray]:
+    """The class of each token of each text: that of its first labelled character."""
+    found = []
+    for start in range(0, len(texts), TEXTS_AT_A_TIME):
+        coded = context.tokenizer(
+            texts[start : start + TEXTS_AT_A_TIME],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        for i, offsets in enumerate(coded["offset_mapping"], start):
+            assert len(offsets) == len(token_ids[i]), "the tokenizer gives other tokens than in stage 01"
+            found.append(classes_of(texts[i], offsets, Label(None, spans[i]), texts[i][:20]))
+    return found
 
 
 def _confidence(
@@ -151,7 +185,17 @@ def pad(sequences: list, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rewards(config: Config, table: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Authenticity of each candidate: rewards.curve at its fraction of synthetic tokens; 1 for untouched text."""
+    """Authenticity of each candidate: rewards.curve at its fraction of synthetic tokens; 1 for untouched text.
+
+    With data.label_key, the reward is the user's score, or that of the user's class; the term `class` has its number. With
+    data.spans_key alone, labelled tokens count as synthetic.
+    """
+    if config.data.label_key is not None:
+        label = table["label"].to_numpy()
+        if config.data.label_classes is None:
+            return label, {"label": label}
+        by_class = np.asarray(class_rewards(len(config.data.label_classes)))
+        return by_class[label.astype(np.int64)], {"class": label}
     fraction = table["synthetic_fraction"].to_numpy()
     points = np.asarray(config.rewards.curve)
     authenticity = np.interp(fraction, points[:, 0], points[:, 1])

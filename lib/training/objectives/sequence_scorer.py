@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 
-from lib import metrics, randomness
+from lib import detection, metrics, randomness
+from lib.config import Config
+from lib.detection import Windows
 from lib.engine.parts import Part
 from lib.log import say
 from lib.sections.models import ModelSpec
@@ -42,11 +45,15 @@ class ScoredSequences:
     Attributes:
         targets: (R,) in [0, 1], or class numbers.
         changed_fraction: (R,) share of tokens that differ from the original; None if it is not known, or not used.
+        windows: the document of each sequence; None if there are no documents to report on.
+        synthetic: (R,) bool, whether the document is labelled as anything but original; None as for `windows`.
     """
 
     sequences: Sequences
     targets: np.ndarray
     changed_fraction: np.ndarray | None = None
+    windows: Windows | None = None
+    synthetic: np.ndarray | None = None
 
 
 def sequence_scorer_objective(
@@ -57,17 +64,27 @@ def sequence_scorer_objective(
     tables = stage_inputs.candidate_splits(spec.split)
     classify = spec.target_type == "classification"
     # Rewards of the user's own labels say nothing about changed tokens
-    known = stage_inputs.config.labels.path is None and not any(
+    known = not stage_inputs.config.has_own_labels and not any(
         table["changed_fraction"].null_count for table in (tables.train, tables.held_out)
     )
 
     def targets_of(table: pa.Table) -> np.ndarray:
         rewards = table["reward"].to_numpy()
+        if classify and stage_inputs.config.data.label_classes is not None:
+            return table["term_class"].to_numpy().astype(np.int64)
         return reward_classes(rewards, spec.num_classes) if classify else rewards
 
     def scored(table: pa.Table) -> ScoredSequences:
         changed = table["changed_fraction"].to_numpy() if known and not classify else None
-        return ScoredSequences(read(table), targets_of(table), changed)
+        targets = targets_of(table)
+        if classify and stage_inputs.config.data.label_classes is None:
+            return ScoredSequences(
+                read(table), targets
+            )  # bands of a score: none of them is the original text
+        synthetic = targets != 0 if classify else targets < 1
+        return ScoredSequences(
+            read(table), targets, changed, documents_of(table, stage_inputs.config), synthetic
+        )
 
     splits = CandidateSplits.of(tables, scored)
     shards = stage_inputs.open_stream(context.label) if spec.split == "train" else None
@@ -82,6 +99,14 @@ def sequence_scorer_objective(
     if classify:
         return SequenceClasses(context, splits, cls_id, source, num_classes=spec.num_classes)
     return SequenceScore(context, splits, cls_id, source)
+
+
+def documents_of(table: pa.Table, config: Config) -> Windows:
+    """The documents of a table of candidates. Without labels beside the text, each candidate is a document of its own."""
+    tokens = pc.list_value_length(table["token_ids"]).to_numpy()
+    if not config.data.has_labels:
+        return Windows(np.arange(len(tokens)), np.maximum(tokens, 1))
+    return Windows.of([name.rpartition(":")[0] for name in table["example_id"].to_pylist()], tokens)
 
 
 def reward_classes(rewards: np.ndarray, num_classes: int) -> np.ndarray:
@@ -185,16 +210,75 @@ class SequenceScore:
             values["auroc_untouched"] = metrics.auroc(predicted, untouched)
             values["rewritten"] = metrics.regression(predicted[~untouched], target[~untouched])
         values |= self._oracle_error()
+        by_document, detected = self._report_documents(model, predicted)
+        values |= by_document
         mse = metrics.ratio(squared, count)
         row = result_row(self.label, "MSE", mse, "constant", values["constant_mse"], lower_is_better=True)
         if not np.ptp(target):
-            return values, [row]  # R2 is undefined
+            return values, [row, *detected]  # R2 is undefined
         r2 = metrics.r2_estimate(predicted, target, groups)
         baseline, value = "constant", 0.0
         if self.splits.confidence is not None:
             values["confidence"] = self._confidence_baseline(self.splits.confidence, untouched)
             baseline, value = "mean confidence", values["confidence"]["r2"]
-        return values, [row, result_row(self.label, "R2", r2, baseline, value, lower_is_better=False)]
+        r2_row = result_row(self.label, "R2", r2, baseline, value, lower_is_better=False)
+        return values, [row, r2_row, *detected]
+
+    def _report_documents(
+        self, model: nn.Module, predicted: np.ndarray
+    ) -> tuple[dict[str, Any], list[ResultRow]]:
+        """Held-out figures of whole documents: the metrics of joined predictions, and how well synthetic ones are detected.
+
+        The selection split chooses how windows are joined, the thresholds and the calibration. `predicted`: what `predict`
+        gives for all held-out sequences.
+        """
+        chosen, reported = self.splits.selection, self.splits.held_out
+        if chosen.windows is None or reported.windows is None:
+            return {}, []
+        found = self.predict(model, chosen.sequences, np.arange(chosen.sequences.count))
+        first = self._joined(chosen, found, detection.JOINS[0], None)
+        how = detection.choose_join(chosen.windows, self._suspicion(found), first.synthetic)
+        groups = self.splits.groups[reported.windows.first]
+        on_selection, on_held_out = (
+            self._joined(split, scores, how, names)
+            for split, scores, names in ((chosen, found, None), (reported, predicted, groups))
+        )
+        values: dict[str, Any] = {"join": how}
+        if len(reported.windows.first) < len(reported.windows.document):
+            joined = reported.windows.join(self._probabilities(predicted), self._suspicion(predicted), how)
+            values["documents"] = self._metrics(joined, reported.targets[reported.windows.first])
+        if not on_held_out.has_both or on_selection.synthetic.all():
+            return values, []
+        values["detection"] = detection.measure(on_selection, on_held_out)
+        rows = []
+        for rates in values["detection"]["thresholds"]:
+            name, estimate = f"TPR at {rates['target']:.0%} FPR", metrics.Estimate(**rates["tpr"])
+            rows.append(
+                result_row(self.label, name, estimate, "chance", rates["target"], lower_is_better=False)
+            )
+        return values, rows
+
+    def _joined(
+        self, split: ScoredSequences, scores: np.ndarray, how: str, groups: np.ndarray | None
+    ) -> detection.Scored:
+        """The documents of a split, with the log-odds that each is synthetic."""
+        assert split.windows is not None and split.synthetic is not None
+        suspicion = self._suspicion(scores)
+        joined = detection.log_odds(split.windows.join(suspicion, suspicion, how))
+        first = split.windows.first
+        return detection.Scored(joined, split.synthetic[first], first if groups is None else groups)
+
+    def _suspicion(self, scores: np.ndarray) -> np.ndarray:
+        """(R,) in [0, 1]: how synthetic sequences are, from what `predict` gives."""
+        return 1 - scores
+
+    def _probabilities(self, scores: np.ndarray) -> np.ndarray:
+        """What is averaged over the windows of a document."""
+        return scores
+
+    def _metrics(self, predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
+        """Metrics of joined predictions."""
+        return metrics.regression(predicted, target)
 
     def _confidence_baseline(self, confidence: list[np.ndarray], untouched: np.ndarray) -> dict[str, float]:
         """How well the generator's mean log-probability of a sequence predicts its target.
@@ -254,30 +338,41 @@ class SequenceClasses(SequenceScore):
     def _scores(self, logits: Tensor) -> Tensor:
         return torch.log_softmax(logits, -1)
 
-    def _measure(
-        self, model: nn.Module, split: ScoredSequences, samples: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """((R,) cross-entropies, metrics) of some sequences of a split."""
-        target = split.targets[samples].astype(np.int64)
-        scores = self.predict(model, split.sequences, samples)
+    def _class_metrics(self, scores: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+        """((R,) cross-entropies, metrics) of (R, C) log-probabilities."""
         pairs = target * self.num_classes + scores.argmax(1)
         confusion = np.bincount(pairs, minlength=self.num_classes**2).reshape(self.num_classes, -1)
         ce = -scores[np.arange(len(target)), target]
         return ce, {"cross_entropy": float(ce.mean()), **metrics.classification(confusion)}
 
+    def _suspicion(self, scores: np.ndarray) -> np.ndarray:
+        """One minus the probability of the first class, which is original text."""
+        return 1 - np.exp(scores[:, 0])
+
+    def _probabilities(self, scores: np.ndarray) -> np.ndarray:
+        return np.exp(scores)
+
+    def _metrics(self, predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
+        logs = np.log(np.maximum(predicted, 1e-9))
+        return self._class_metrics(logs, target.astype(np.int64))[1]
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self._measure(model, self.splits.selection, self.evaluated)[1]
+        split = self.splits.selection
+        scores = self.predict(model, split.sequences, self.evaluated)
+        return self._class_metrics(scores, split.targets[self.evaluated].astype(np.int64))[1]
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
         """All held-out sequences, against the class shares of the train split."""
         train, held_out = self.splits.train, self.splits.held_out
-        ce, values = self._measure(model, held_out, np.arange(held_out.sequences.count))
+        scores = self.predict(model, held_out.sequences, np.arange(held_out.sequences.count))
+        ce, figures = self._class_metrics(scores, held_out.targets.astype(np.int64))
+        by_document, detected = self._report_documents(model, scores)
+        values: dict[str, Any] = figures | by_document
         counts = np.bincount(train.targets.astype(np.int64), minlength=self.num_classes)
         share = counts / train.sequences.count
         prior = -np.log(np.maximum(share, 1e-9))[held_out.targets.astype(np.int64)]
         total, base, count = metrics.sum_by(self.splits.groups, ce, prior, np.ones_like(ce))
         estimate, constant = metrics.ratio(total, count), float(base.sum() / count.sum())
         name = "cross-entropy, nats"
-        return values, [
-            result_row(self.label, name, estimate, "class shares", constant, lower_is_better=True)
-        ]
+        row = result_row(self.label, name, estimate, "class shares", constant, lower_is_better=True)
+        return values, [row, *detected]
