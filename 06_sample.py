@@ -9,7 +9,8 @@ After critic.method ppo, the stage ranks the candidates of the splits held_out a
 baseline instead, and answers each question with the best candidate.
 
 With --score FILE it scores a text of yours: per token by the critic, the inspector and the reference model, as a whole
-by the judge.
+by the judge. Its verdict uses thresholds that the selection split chose. With labels beside the text, the stage also compares
+the judge with other detectors of synthetic documents.
 
 reads   01_prepare_dataset: examples, tokenizer; 04_train: judges and baselines; 05_train_critic: generator and critic
 writes  samples/ and trace/, tables in parts; metrics.json, report.html
@@ -45,9 +46,11 @@ def sample(config: Config, args: RunArgs) -> None:
     """Sample by every policy, measure the samples, and write the report."""
     from lib import durable, outside
     from lib.evaluation.collect import collect_samples
+    from lib.evaluation.detection_results import detection_results
     from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
     from lib.evaluation.sample_parts import TABLES, SampleWork, results_of
     from lib.evaluation.starts import generator_context, sampling_starts
+    from lib.report.detection import detection_tables
     from lib.report.html import build_report
     from lib.report.table import samples_summary
     from lib.runtime import Runtime
@@ -59,7 +62,10 @@ def sample(config: Config, args: RunArgs) -> None:
         sampling_starts(config.sampler, tokenizer, generator_context(stage))
 
     reads = (*READS, *units_of_roles(config), "05_train_critic")
-    uses, files = ("seed", "device", "precision", "sampler"), outside.of_samples(config)
+    uses, files = (
+        ("seed", "device", "precision", "sampler", "data.label_key", "data.spans_key"),
+        outside.of_samples(config),
+    )
     with Stage(
         __file__, config, args, uses=uses, reads=reads, files=files, restarts=True, check=check
     ) as stage:
@@ -82,7 +88,10 @@ def sample(config: Config, args: RunArgs) -> None:
             return
         stage.add_parts(made)
 
-        # 3. Write the metrics and the report
+        # 3. With labels of the user: compare the judge with other detectors of synthetic documents
+        detection = detection_results(evaluator) if config.data.has_labels else None
+
+        # 4. Write the metrics and the report
         results = results_of(made)
         stage.stats["policies"] = results.policies
         metrics = {
@@ -90,12 +99,16 @@ def sample(config: Config, args: RunArgs) -> None:
             "results": evaluator.results,
             "winners": evaluator.ranker_choices,
             "best_of": results.best_of,
+            "detection": detection,
         }
         stage.write_json("metrics", metrics)
         data = collect_samples(stage, config, evaluator, results)
+        data.detection = detection
         durable.write_text(stage.folder / "report.html", build_report(data))
         stage.add_file("report", stage.folder / "report.html")
         say(samples_summary(metrics))
+        if detection is not None:
+            say(f"{detection_tables(detection)}\n")
         say(f"report: {stage.display_path(stage.folder / 'report.html')}")
 
 
@@ -148,6 +161,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     from lib.errors import BadConfig, BadData
     from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
     from lib.evaluation.text_scores import documents_of, known_texts, read_user_texts, score, windows
+    from lib.report.detection import thresholds_in_words
     from lib.report.text_scores import MAX_LINES, scores_page, scores_table
     from lib.runtime import Runtime
 
@@ -175,28 +189,35 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         stage.environment |= runtime.fingerprint()
         evaluator = SampleEvaluator(stage, config, runtime)
         context, tokenizer = evaluator.min_context, evaluator.tokenizer
-        parts = list(windows(user.texts, tokenizer, context, config.tokenizer.unknown))
+        characters = config.data.passage_characters if config.data.has_labels else None
+        parts = list(windows(user.texts, tokenizer, context, config.tokenizer.unknown, characters))
         unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
         if unknown:
             say(f"tokens of {file} outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
         longer = sum(part.number == 1 for part in parts)
+        judge = evaluator.judge_figures
         if longer:
             say(
-                f"texts of more than {context} tokens: {longer:,} of {len(user.texts):,}; the models read them in windows of "
-                "this length, and a text's score is the mean over its tokens"
+                f"texts of several windows: {longer:,} of {len(user.texts):,}; a window has at most {context} tokens, and a "
+                f"text's score is the mean over its tokens; windows are joined for the judge by: {judge.get('join', 'mean')}"
             )
 
         # 3. Score the text, and two known texts to compare with
         rows = score(parts, evaluator)
-        documents, known = documents_of(rows), documents_of(score(known_texts(evaluator), evaluator))
+        documents, known = documents_of(rows, judge), documents_of(score(known_texts(evaluator), evaluator))
+        words = thresholds_in_words(judge["detection"]) if "detection" in judge else []
 
         # 4. Write the table and the page
         stage.write("scores", pa.Table.from_pylist(rows, schema.SCORES.arrow), schema.SCORES)
-        page = scores_page(rows, documents, known, evaluator.token_text, printable(file.name))
+        page = scores_page(rows, documents, known, evaluator.token_text, printable(file.name), words)
         durable.write_text(stage.folder / "scores.html", page)
         stage.add_file("page", stage.folder / "scores.html")
         stage.stats |= {"scored": printable(file), "documents": documents[:1000], "known": known}
+        flagged = sum(document["alarm_at"] is not None for document in documents)
         say("\n" + scores_table(documents[:MAX_LINES] + known))
+        say("".join(f"\n{line}" for line in words))
+        if words:
+            say(f"documents above a threshold: {flagged:,} of {len(documents):,}")
         say(f"\nscores of every token: {stage.display_path(stage.folder / 'scores.parquet')}")
         say(f"the same as a page:    {stage.display_path(stage.folder / 'scores.html')}")
 

@@ -115,16 +115,21 @@ class Calibration:
         return 1 / (1 + np.exp(-odds))
 
     @classmethod
-    def fit(cls, chosen: Scored) -> "Calibration":
-        """By maximum likelihood. With texts of one kind only, their share is the probability of every text."""
+    def fit(cls, chosen: Scored, rising: bool = False) -> "Calibration":
+        """By maximum likelihood. With texts of one kind only, their share is the probability of every text.
+
+        `rising`: a suspicion that falls with the share of synthetic texts gives the same probability to every text, too.
+        """
         from sklearn.linear_model import LogisticRegression
 
         x, spread = chosen.suspicion, float(chosen.suspicion.std())
-        if not chosen.has_both or spread == 0:
+        slope = 0.0
+        if chosen.has_both and spread > 0:
+            model = LogisticRegression(C=100.0).fit(((x - x.mean()) / spread)[:, None], chosen.synthetic)
+            slope = float(model.coef_[0, 0]) / spread
+        if slope == 0 or (rising and slope < 0):
             share = float(np.clip(chosen.synthetic.mean(), 1e-4, 1 - 1e-4))
             return cls(0.0, math.log(share / (1 - share)))
-        model = LogisticRegression(C=100.0).fit(((x - x.mean()) / spread)[:, None], chosen.synthetic)
-        slope = float(model.coef_[0, 0]) / spread
         return cls(slope, float(model.intercept_[0]) - slope * float(x.mean()))
 
 
@@ -135,7 +140,7 @@ def measure(chosen: Scored, reported: Scored) -> dict[str, Any]:
         chosen: texts that thresholds and calibration are chosen on. It must have original texts.
         reported: texts that everything is measured on, of both kinds.
     """
-    calibration = Calibration.fit(chosen)
+    calibration = Calibration.fit(chosen, rising=True)
     probability, happened = calibration(reported.suspicion), reported.synthetic.astype(np.float64)
     originals = chosen.suspicion[~chosen.synthetic]
     thresholds = []

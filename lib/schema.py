@@ -168,6 +168,11 @@ SCORES = TableSchema(
         ("reference_nll", _NUMBERS, _NULLABLE),  # per token: nats under the reference model
         ("reference_nll_mean", pa.float64(), _NULLABLE),
         ("judge_score", pa.float64(), _NULLABLE),  # of the window
+        (
+            "judge_suspicion",
+            pa.float64(),
+            _NULLABLE,
+        ),  # of the window: 1 - score, or 1 - the probability of the first class
     ),
     key=("document_id", "window"),
 )

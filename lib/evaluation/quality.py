@@ -6,6 +6,7 @@ Legend: B texts, T tokens.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,17 @@ def from_first_gap(free: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def sequence_scores(model: nn.Module, runtime: Runtime, ids: np.ndarray, cls_id: int) -> np.ndarray:
+def sequence_scores(
+    model: nn.Module,
+    runtime: Runtime,
+    ids: np.ndarray,
+    cls_id: int,
+    rewards: Sequence[float] | None = None,
+) -> np.ndarray:
     """(B,) score of each text (B, T) by a judge or ranker, with [CLS] in front.
 
-    The score of a judge of classes by name is the expected reward of the class. The score of a text longer than the model's context is the mean over its windows, weighted by their tokens.
+    The score of a judge of classes by name is the expected reward of the class; `rewards` replaces those of the config. The
+    score of a text longer than the model's context is the mean over its windows, weighted by their tokens.
     """
     scores = np.zeros(len(ids))
     for part in chunks(len(ids), 64):
@@ -64,8 +72,8 @@ def sequence_scores(model: nn.Module, runtime: Runtime, ids: np.ndarray, cls_id:
             with_front = with_cls(read, np.ones_like(read, bool), cls_id)
             logits = forward(model, runtime, *with_front).logits.float()  # (B, 1) or (B, C)
             if logits.shape[-1] > 1:
-                rewards = torch.tensor(class_rewards(logits.shape[-1]), device=logits.device)
-                logits = (torch.softmax(logits, -1) * rewards).sum(-1, keepdim=True)
+                values = torch.tensor(rewards or class_rewards(logits.shape[-1]), device=logits.device)
+                logits = (torch.softmax(logits, -1) * values).sum(-1, keepdim=True)
             found = logits.squeeze(-1).cpu().numpy()
             scores[part] += found * (read.shape[1] / ids.shape[1])
     return scores

@@ -8,7 +8,7 @@ Legend: B windows, T tokens.
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from lib import randomness
 from lib.config import Config
+from lib.detection import JOINS, Calibration, Windows, log_odds
 from lib.diffusion.policies import POLICIES
 from lib.diffusion.samples import MaskedTexts
 from lib.errors import MissingInput, RemaskError
@@ -37,6 +38,11 @@ READ_WHOLE: dict[str, Any] = {
     "split": "contiguous",
     "fractions": {"train": 1.0},
     "deduplicate": "none",
+    "label_key": None,
+    "label_classes": None,
+    "spans_key": None,
+    "span_classes": None,
+    "group_key": None,
 }
 
 
@@ -88,13 +94,28 @@ class Window:
 
 
 def windows(
-    documents: Iterable[tuple[str, str]], tokenizer: Any, context: int, unknown: str
+    documents: Iterable[tuple[str, str]],
+    tokenizer: Any,
+    context: int,
+    unknown: str,
+    characters: int | None = None,
 ) -> Iterator[Window]:
-    """The windows of (document id, text) pairs, document by document. `unknown`: as in `encode_batch`."""
+    """The windows of (document id, text) pairs, document by document.
+
+    Args:
+        context: most tokens of a window.
+        unknown: as in `encode_batch`.
+        characters: windows have equal lengths of about this many characters at most, as those that the judge learned from.
+            None: they have `context` tokens.
+    """
     for document_id, text in documents:
         ids = np.asarray(encode_batch(tokenizer, [text], unknown)[0], np.int64)
-        for number, start in enumerate(range(0, len(ids), context)):
-            yield Window(document_id, number, ids[start : start + context])
+        starts = list(range(0, len(ids), context))
+        if characters is not None:
+            count = max(len(starts), -(-len(text) // characters)) if len(ids) else 0
+            starts = [len(ids) * i // count for i in range(count)]
+        for number, (start, end) in enumerate(itertools.pairwise([*starts, len(ids)])):
+            yield Window(document_id, number, ids[start:end])
 
 
 def score(parts: list[Window], evaluator: Any) -> list[dict]:
@@ -144,6 +165,10 @@ def _score_equal(ids: np.ndarray, evaluator: Any) -> dict[str, np.ndarray]:
         found["reference_nll"] = causal_nll(evaluator.reference, runtime, ids, valid, cls_id)[0].cpu().numpy()
     if evaluator.judge is not None:
         found["judge_score"] = sequence_scores(evaluator.judge, runtime, ids, cls_id)
+        found["judge_suspicion"] = 1 - found["judge_score"]
+        if (classes := evaluator.judge.config.num_labels) > 2:
+            first = (1.0, *[0.0] * (classes - 1))
+            found["judge_suspicion"] = 1 - sequence_scores(evaluator.judge, runtime, ids, cls_id, first)
     return found
 
 
@@ -154,16 +179,24 @@ def _row(window: Window, evaluator: Any, found: dict[str, np.ndarray]) -> dict:
         "window": window.number,
         "text": decode_batch(evaluator.tokenizer, [window.ids])[0],
         "token_ids": window.ids.tolist(),
-        "judge_score": float(found["judge_score"]) if "judge_score" in found else None,
     }
+    for name in ("judge_score", "judge_suspicion"):
+        row[name] = float(found[name]) if name in found else None
     for name in per_token:
         row[name] = found[name].tolist() if name in found else None
         row[f"{name}_mean"] = float(found[name].mean()) if name in found else None
     return row
 
 
-def documents_of(rows: list[dict]) -> list[dict]:
-    """One row per document: means over its windows, weighted by their tokens."""
+def documents_of(rows: list[dict], judge: Mapping[str, Any] | None = None) -> list[dict]:
+    """One row per document: means over its windows, weighted by their tokens.
+
+    Args:
+        judge: held-out figures of the judge, which say how its windows are joined. With `detection`, rows have a
+            `synthetic_probability`, and `alarm_at`: the lowest rate of false alarms at which the document is flagged, or None.
+    """
+    judge = judge or {}
+    how, figures = judge.get("join", JOINS[0]), judge.get("detection")
     windows_of: dict[str, list[dict]] = {}
     for row in rows:
         windows_of.setdefault(row["document_id"], []).append(row)
@@ -171,8 +204,26 @@ def documents_of(rows: list[dict]) -> list[dict]:
     for name, these in windows_of.items():
         weights = np.array([len(row["token_ids"]) for row in these])
         document: dict = {"document_id": name, "tokens": int(weights.sum())}
-        for key in ("critic_error_mean", "inspector_changed_mean", "reference_nll_mean", "judge_score"):
+        for key in ("critic_error_mean", "inspector_changed_mean", "reference_nll_mean"):
             values = [row[key] for row in these]
             document[key] = None if values[0] is None else float(np.average(values, weights=weights))
+        document |= _judged(these, weights, how, figures)
         documents.append(document)
     return documents
+
+
+def _judged(
+    these: list[dict], weights: np.ndarray, how: str, figures: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the judge says of a document: its score and, with `figures`, a probability and the verdict at the thresholds."""
+    if these[0]["judge_score"] is None:
+        return {"judge_score": None, "synthetic_probability": None, "alarm_at": None}
+    suspicion = np.array([row["judge_suspicion"] for row in these])
+    of = Windows(np.zeros(len(these), np.int64), np.maximum(weights, 1))
+    score = float(of.join(np.array([row["judge_score"] for row in these]), suspicion, how)[0])
+    if figures is None:
+        return {"judge_score": score, "synthetic_probability": None, "alarm_at": None}
+    odds = float(log_odds(of.join(suspicion, suspicion, how))[0])
+    alarms = [rates["target"] for rates in figures["thresholds"] if odds > rates["threshold"]]
+    probability = float(Calibration(**figures["calibration"])(np.array(odds)))
+    return {"judge_score": score, "synthetic_probability": probability, "alarm_at": min(alarms, default=None)}

@@ -27,6 +27,7 @@ class ReportData:
         token_text: token id -> its characters; the name of a special token.
         mask_id: the id of [MASK].
         explain: row of `samples` -> a sentence from the task; None if the task has none.
+        detection: figures of `lib.evaluation.detection_results`; None without labels beside the text.
     """
 
     run: str
@@ -41,6 +42,7 @@ class ReportData:
     token_text: Callable[[int], str]
     mask_id: int
     explain: Callable[[dict], str] | None = None
+    detection: dict | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from lib.report import plots
 from lib.report.critic import scorer_parts
 from lib.report.data import ReportData
+from lib.report.detection import detection_html
 from lib.report.page import Section, figure, page, report_body
 from lib.report.provenance import data_section, facts, provenance_section
 from lib.report.results import results_html
@@ -18,6 +19,7 @@ def build_report(data: ReportData) -> str:
         Section("Samples", "What the policies generate, and how good it is.", samples_parts(data)),
         Section("Sampling", "How the samples were made, and what they cost.", sampling_parts(data)),
         Section("Critic and other scorers", "How well the models find errors and score text.", scorer_parts(data)),
+        *([] if data.detection is None else [Section("Detection", "How well the run finds synthetic documents, beside other detectors.", detection_html(data.detection))]),
         Section("Training", "Training loss, and the metric on the selection split that chose the best step. All reported figures are of held-out text, which chose nothing.", _curves(data)),
         data_section(data.manifests),
         provenance_section(data.manifests),

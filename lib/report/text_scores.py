@@ -1,6 +1,6 @@
 """The scores of a user's text: a table for the screen, and a page with the text as heat maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 
 from lib.report.html_table import table
@@ -10,7 +10,16 @@ from lib.report.tint import SCALE, tinted
 
 MAX_LINES = 20  # documents on the screen
 MAX_WINDOWS, MAX_DOCUMENTS = 60, 200  # on the page
-HEAD = ("document", "tokens", "critic: error", "inspector: changed", "reference NLL", "judge")
+HEAD = (
+    "document",
+    "tokens",
+    "critic: error",
+    "inspector: changed",
+    "reference NLL",
+    "judge",
+    "P(synthetic)",
+    "verdict",
+)
 
 
 def scores_table(documents: list[dict]) -> str:
@@ -24,6 +33,7 @@ def scores_page(
     known: list[dict],
     token_text: Callable[[int], str],
     source: str,
+    facts: Sequence[str] = (),
 ) -> str:
     """The whole page. All text of the user is escaped.
 
@@ -32,6 +42,7 @@ def scores_page(
         documents, known: one row per document of the user, and per known text to compare with.
         token_text: token id -> its characters.
         source: the name of the user's file.
+        facts: further lines about the scores.
     """
     lines = [[escape(c) for c in _cells(d)] for d in (*documents[:MAX_DOCUMENTS], *known)]
     more = len(documents) - MAX_DOCUMENTS
@@ -54,19 +65,35 @@ def scores_page(
                 texts += f'<p class="caption">The first {MAX_WINDOWS} of {len(rows):,} windows; scores.parquet has all.</p>'
             legend = f'<p class="legend">probability {SCALE}</p>'
             sections.append(Section(title, caption, legend + texts))
-    facts = ["Every token of the text as the models of this run score it."]
+    facts = ["Every token of the text as the models of this run score it.", *facts]
     return page(f"Remask: {source}", report_body(source, facts, sections))
 
 
 def _cells(document: dict) -> tuple[str, ...]:
     """A document's line of the table as text."""
-    keys = ("critic_error_mean", "inspector_changed_mean", "reference_nll_mean", "judge_score")
+    keys = (
+        "critic_error_mean",
+        "inspector_changed_mean",
+        "reference_nll_mean",
+        "judge_score",
+        "synthetic_probability",
+    )
     values = [document[key] for key in keys]
     return (
         document["document_id"],
         f"{document['tokens']:,}",
         *("-" if v is None else f"{v:.3f}" for v in values),
+        verdict(document),
     )
+
+
+def verdict(document: dict) -> str:
+    """What the thresholds of the judge say of a document."""
+    if document["synthetic_probability"] is None:
+        return "-"
+    if document["alarm_at"] is None:
+        return "not flagged"
+    return f"synthetic (at {document['alarm_at']:.0%} FPR)"
 
 
 def _heat_map(row: dict, key: str, token_text: Callable[[int], str]) -> str:

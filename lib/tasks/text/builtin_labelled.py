@@ -15,7 +15,7 @@ from lib import randomness
 
 HUMAN, MACHINE = "human", "machine"
 SEED = 2026
-CHARACTERS = 240  # of a document, about
+CHARACTERS = 240  # of a document, and the rest of its last word
 
 
 def labelled_documents(texts: Mapping[str, str], count: int) -> Iterator[tuple[str, str, str, list]]:
@@ -34,14 +34,16 @@ def labelled_documents(texts: Mapping[str, str], count: int) -> Iterator[tuple[s
     for row, (name, text) in enumerate(pieces):
         words, kind = text.split(), int(kinds[row])
         if kind < 2:
-            yield name, " ".join(words), HUMAN, []
+            yield name, text, HUMAN, []
             continue
-        draws = randomness.uniform(randomness.key(SEED, "words"), np.array([row]), len(words) + 1)[0]
-        turn = 1 if kind == 2 else max(1, int(len(words) * (0.2 + 0.6 * draws[-1])))
-        start = len(" ".join(words[:turn])) + 1 if kind == 3 else 0
-        for at in range(turn, len(words)):
-            known = followers.get(words[at - 1]) or ["the"]
-            words[at] = known[int(draws[at] * len(known))]
+        draws = randomness.uniform(randomness.key(SEED, "words"), np.array([row]), CHARACTERS)[0]
+        words = words[: 1 if kind == 2 else max(1, int(len(words) * (0.2 + 0.6 * draws[-1])))]
+        start = len(" ".join(words)) + 1 if kind == 3 else 0
+        size = len(" ".join(words))
+        while size < CHARACTERS:  # as long as the documents by humans
+            known = followers.get(words[-1]) or ["the"]
+            words.append(known[int(draws[len(words)] * len(known))])
+            size += len(words[-1]) + 1
         made = " ".join(words)
         yield name, made, MACHINE, [[start, len(made), MACHINE]]
 
@@ -52,7 +54,7 @@ def _pieces(text: str) -> Iterator[str]:
     size = 0
     for word in text.split():
         words.append(word)
-        size += len(word) + 1
+        size += len(word) + (size > 0)
         if size >= CHARACTERS:
             yield " ".join(words)
             words, size = [], 0

@@ -1,0 +1,185 @@
+"""
+Detection of rewritten passages with labels beside the text: the judge beside TF-IDF and other detectors, and on new text.
+
+A masked LM of the project rewrites passages of Python's documentation: half of them whole, half from a random place on. Originals
+and rewritten passages become a CSV file with labels and spans. Stages 00 to 06 learn from it with configs/your_labels.yaml. Then
+`--score` reads passages that no stage has seen, and their rewritten versions by another generator. How many of the originals does
+the judge flag, at the thresholds that the selection split chose? An interrupted benchmark continues where it stopped.
+
+python -m benchmarks.detection
+python -m benchmarks.detection --quick      # a few steps, for trying out
+"""
+
+import argparse
+import csv
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from benchmarks.prepared import RESULTS
+from benchmarks.provenance import say_provenance
+from benchmarks.result_files import add_out, write
+from lib import metrics, randomness
+from lib.config import Config, load_config
+from lib.report.detection import detection_tables
+from lib.runs import STAGES, RunArgs, load_manifest, score_stage
+
+MAKING = [  # of the passages: originals, and one rewritten version of each
+    "data.passage_characters=192", "data.fractions={train: 0.88, held_out: 0.12}", "architecture.context=192",
+    "training.batch_size=16", "generator.training.steps=300", "candidates.per_example=2", "candidates.mask_ratio=[0.15, 0.45]",
+    "candidates.fill_passes=4", "models.reference_lm=null",
+]  # fmt: skip
+OTHER = ["seed=7", "generator.architecture.hidden_size=96", "generator.architecture.num_attention_heads=3",
+         "generator.training.steps=450", "candidates.masking={type: span, num_spans: 8}", "candidates.temperature=0.8"]  # fmt: skip
+QUICK = [
+    "architecture.num_hidden_layers=1",
+    "architecture.hidden_size=32",
+    "architecture.num_attention_heads=2",
+]
+QUICK_STEPS = ("models.generator", "models.inspector", "models.judge", "models.reference_lm", "models.ar_baseline", "critic")  # fmt: skip
+SHARE_OF_NEW = 0.2  # of the passages: those of the new text
+MIN_CHARACTERS = 150
+SEED = 1337
+
+
+def run(folder: Path, config: Config, stages: tuple[str, ...], score: Path | None = None) -> None:
+    """Run the named stages in a folder; finished ones are skipped."""
+    for name in stages:
+        importlib.import_module(name).main(config, RunArgs(run_dir=folder, score=score))
+
+
+def passages(folder: Path) -> list[tuple[str, str, str]]:
+    """(id, original, rewritten text) of the passages of a run."""
+    found: dict[str, dict[str, str]] = {}
+    for row in pq.read_table(
+        folder / STAGES[2] / "candidates", columns=["example_id", "kind", "text"]
+    ).to_pylist():
+        found.setdefault(row["example_id"], {})[row["kind"]] = row["text"]
+    return [
+        (n, t["original"], t["masked_lm"]) for n, t in found.items() if len(t["original"]) >= MIN_CHARACTERS
+    ]
+
+
+def rows_of(name: str, original: str, rewritten: str) -> list[dict[str, Any]]:
+    """Two rows of the file: the original, and the rewritten passage, which in half of the cases begins like the original."""
+    start = 0
+    if randomness.hash_fraction(SEED, "turns", name) < 0.5:
+        start = int(len(original) * (0.2 + 0.6 * randomness.hash_fraction(SEED, "place of the turn", name)))
+    made = original[:start] + rewritten[start:]
+    kinds = [("human", original, "[]"), ("machine", made, f'[[{start}, {len(made)}, "machine"]]')]
+    return [
+        {"id": f"{name} {label}", "source": name, "text": text, "label": label, "spans": spans}
+        for label, text, spans in kinds
+    ]
+
+
+def write_files(
+    found: list[tuple[str, str, str]], new: list[tuple[str, str, str]], folder: Path
+) -> tuple[Path, Path]:
+    """(the file that the run learns from, the file of new text). A passage is in one of them only."""
+    files = folder / "labelled.csv", folder / "new.csv"
+    for file, chosen, is_new in ((files[0], found, False), (files[1], new, True)):
+        kept = [
+            p for p in chosen if (randomness.hash_fraction(SEED, "new text", p[0]) < SHARE_OF_NEW) == is_new
+        ]
+        if file.exists():
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, ["id", "source", "text", "label", "spans"])
+            writer.writeheader()
+            writer.writerows(row for passage in kept for row in rows_of(*passage) if row["text"].strip())
+    return files
+
+
+def on_new_text(folder: Path, file: Path, config: Config) -> list[dict[str, Any]]:
+    """The rates of the judge on the new text at each threshold."""
+    manifest = load_manifest(folder / score_stage(file))
+    judge = load_manifest(folder / STAGES[4])
+    assert manifest is not None and judge is not None
+    alarms = {
+        document["document_id"]: document["alarm_at"]
+        for document in scored_documents(folder / score_stage(file), judge)
+    }
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["id"] in alarms]
+    groups = np.array([row["source"] for row in rows])
+    machine = np.array([row["label"] == "machine" for row in rows])
+    found = []
+    for rates in judge["stats"]["judge"]["held_out"]["detection"]["thresholds"]:
+        target = rates["target"]
+        flagged = np.array([(at := alarms[row["id"]]) is not None and at <= target for row in rows])
+        line: dict[str, Any] = {
+            "target": target,
+            "held_out_fpr": rates["fpr"],
+            "originals": int((~machine).sum()),
+        }
+        for name, of in (("fpr", ~machine), ("tpr", machine)):
+            hits, count = metrics.sum_by(groups[of], flagged[of], np.ones(int(of.sum())))
+            line[name] = metrics.ratio(hits, count, limits=metrics.SHARE)._asdict()
+        found.append(line)
+    return found
+
+
+def scored_documents(folder: Path, judge: dict[str, Any]) -> list[dict[str, Any]]:
+    """The documents of a table of scores, with the verdict of the judge."""
+    from lib.evaluation.text_scores import documents_of
+
+    return documents_of(
+        pq.read_table(folder / "scores.parquet").to_pylist(), judge["stats"]["judge"]["held_out"]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--quick", action="store_true", help="a few steps of small models, for trying out")
+    add_out(parser)
+    options = parser.parse_args()
+    say_provenance()
+    kind = "detection_quick" if options.quick else "detection"
+    folder = RESULTS / kind
+    few = [*QUICK, "generator.training.steps=8"] if options.quick else []
+    small = [*few, *(f"{owner}.training.steps=8" for owner in QUICK_STEPS)] if options.quick else []
+
+    # 1. Passages, rewritten by two generators that differ in size, seed, masking and temperature
+    run(folder / "making", load_config(overrides=[*MAKING, *few]), STAGES[:3])
+    run(
+        folder / "making_other",
+        load_config(overrides=[*MAKING, *OTHER, *few[:1], *few[3:]]),
+        STAGES[:3],
+    )
+    labelled, new = write_files(passages(folder / "making"), passages(folder / "making_other"), folder)
+
+    # 2. All stages, with labels beside the text
+    given = [
+        f"data.path={labelled}",
+        "data.id_key=id",
+        "data.group_key=source",
+        "data.selection_fraction=0.4",
+    ]
+    given += ["data.fractions={train: 0.63, held_out: 0.27, reference: 0.1}"]
+    config = load_config(["configs/your_labels.yaml"], overrides=[*given, *small, *options.overrides])
+    run(folder / "run", config, STAGES)
+    trained = load_manifest(folder / "run" / STAGES[6])
+    assert trained is not None
+    results = json.loads((folder / "run" / STAGES[6] / "metrics.json").read_text(encoding="utf-8"))
+
+    # 3. The judge on new text
+    run(folder / "run", config, STAGES[6:], score=new)
+    figures = {"detection": results["detection"], "new_text": on_new_text(folder / "run", new, config)}
+    print("\n" + detection_tables(figures["detection"]))
+    for line in figures["new_text"]:
+        print(f"new text, target {line['target']:.0%}: FPR {line['fpr']['value']:.1%} of {line['originals']:,} originals, "
+              f"TPR {line['tpr']['value']:.1%}")  # fmt: skip
+    write(options.out, "detection", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The documents of a run as detectors read them: texts, windows of tokens, and which of them and of their tokens are synthetic.
+
+Without labels beside the text, every candidate is a document: the original text, and texts that the generator rewrote.
+
+Legend: D documents, W windows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lib import randomness, schema
+from lib.artifacts import Stage
+from lib.config import Config
+from lib.detection import Windows
+from lib.log import say
+
+COLUMNS = ["example_id", "candidate_id", "split", "kind", "text", "token_ids", "token_labels", "label"]
+
+
+@dataclass(frozen=True)
+class LabelledDocuments:
+    """Documents of one split.
+
+    Attributes:
+        names: (D,) of the documents; groups: (D,) of each.
+        synthetic: (D,) bool, whether the label is not that of original text.
+        texts: (W,) of the windows; ids: (W,) their tokens; classes: (W,) the class of each token, 0 outside of spans.
+        document: (W,) number of the document of each window.
+    """
+
+    names: list[str]
+    groups: np.ndarray
+    synthetic: np.ndarray
+    texts: list[str]
+    ids: list[np.ndarray]
+    classes: list[np.ndarray]
+    document: np.ndarray
+
+    @cached_property
+    def windows(self) -> Windows:
+        return Windows(self.document, np.array([max(len(ids), 1) for ids in self.ids]))
+
+    @cached_property
+    def whole_texts(self) -> list[str]:
+        """(D,) the texts of the documents."""
+        found: list[list[str]] = [[] for _ in self.names]
+        for text, document in zip(self.texts, self.document.tolist(), strict=True):
+            found[document].append(text)
+        return ["".join(parts) for parts in found]
+
+    def of_document(self, number: int) -> range:
+        """The windows of a document."""
+        first = self.windows.first
+        end = first[number + 1] if number + 1 < len(first) else len(self.document)
+        return range(int(first[number]), int(end))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_documents(stage: Stage, config: Config, split: str, limit: int) -> LabelledDocuments:
+    """The documents of a split: all, or a random sample of at most about `limit`, which a line says."""
+    count = (
+        stage.upstream_stats("01_prepare_dataset")["examples"].get(split, 0) * config.candidates.per_example
+    )
+    share = min(1.0, limit / max(count, 1))
+    groups = _groups(stage, split)
+    number: dict[str, int] = {}
+    group_of: list[str] = []
+    synthetic: list[bool] = []
+    texts: list[str] = []
+    ids: list[np.ndarray] = []
+    classes: list[np.ndarray] = []
+    document: list[int] = []
+    for row in _rows(stage, split):
+        name = _name(row, config)
+        if share < 1 and randomness.hash_fraction(config.seed, "documents for detection", name) >= share:
+            continue
+        if name not in number:
+            number[name] = len(number)
+            group_of.append(groups[row["example_id"]])
+            synthetic.append(False)
+        synthetic[number[name]] |= _is_synthetic(row, config)
+        texts.append(row["text"])
+        ids.append(np.asarray(row["token_ids"], np.int64))
+        classes.append(np.asarray(row["token_labels"], np.int64))
+        document.append(number[name])
+    if share < 1:
+        say(f"detection reads a random sample of {len(number):,} documents of the split {split}")
+    return LabelledDocuments(
+        list(number),
+        np.array(group_of),
+        np.array(synthetic, bool),
+        texts,
+        ids,
+        classes,
+        np.array(document, np.int64),
+    )
+
+
+def _rows(stage: Stage, split: str) -> Iterator[dict]:
+    for table in stage.tables("02_generate_candidates", "candidates", schema.CANDIDATES, COLUMNS, rows=4096):
+        for row in table.to_pylist():
+            if row["split"] == split:
+                yield row
+
+
+def _groups(stage: Stage, split: str) -> dict[str, str]:
+    columns = ["example_id", "group", "split"]
+    found: dict[str, str] = {}
+    for table in stage.tables("01_prepare_dataset", "examples", schema.EXAMPLES, columns):
+        rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        found |= {example: group for example, group, of in rows if of == split}
+    return found
+
+
+def _name(row: dict, config: Config) -> str:
+    if config.data.has_labels:
+        return row["example_id"].rpartition(":")[0]
+    return f"{row['example_id']}/{row['candidate_id']}"
+
+
+def _is_synthetic(row: dict, config: Config) -> bool:
+    data = config.data
+    if not data.has_labels:
+        return row["kind"] != "original"
+    if data.label_key is None:
+        return any(row["token_labels"])
+    return row["label"] != 0 if data.label_classes is not None else row["label"] < 1
