@@ -132,6 +132,43 @@ def _judge_detail(f: Figures) -> str:
     return markdown(head, rows)
 
 
+def _detection(f: Figures) -> str:
+    found = f["detection"]["detectors"]
+    at = next(rates for rates in f["new_text"] if rates["target"] == 0.05)
+    best = max(
+        (name for name in found if name.startswith("TF-IDF")), key=lambda n: found[n]["auroc"]["value"]
+    )
+    lead = f["detection"]["differences"][best]
+    return (
+        f"AUROC of the judge **{full(found['judge']['auroc'])}**, {best} {full(found[best]['auroc'])}, difference {full(lead)}; at 5 % "
+        f"FPR on text by another generator: FPR **{full(at['fpr'], 1, percent=True)}**, TPR {full(at['tpr'], 1, percent=True)}"
+    )
+
+
+def _detection_detail(f: Figures) -> str:
+    rows = []
+    for name, row in f["detection"]["detectors"].items():
+        one, five = row["thresholds"]
+        rates = [full(r[k], 1, percent=True) for r in (one, five) for k in ("tpr", "fpr")]
+        rows.append([name, full(row["auroc"]), *rates, number(row["ece"])])
+    for line in f["new_text"]:
+        target = f"judge, text by another generator, target {number(line['target'], 0, percent=True)}"
+        rates = [full(line[k], 1, percent=True) for k in ("tpr", "fpr")]
+        rows.append([target, "", *(["", "", *rates] if line["target"] == 0.05 else [*rates, "", ""]), ""])
+    head = ["detector", "AUROC", "TPR at 1 % FPR", "real FPR", "TPR at 5 % FPR", "real FPR", "ECE"]
+    table = markdown(head, rows)
+    if not (parts := f["detection"].get("parts")):
+        return table
+    lines = []
+    for name in dict.fromkeys([*parts["words"], *parts["turns"]]):
+        f1, turn = parts["words"].get(name), parts["turns"].get(name)
+        median = number(parts["median_turn_error"][name], 1) if turn else ""
+        lines.append([name, full(f1) if f1 else "", full(turn, 1) if turn else "", median])
+    return f"{table}\n\n" + markdown(
+        ["parts of a text", "word F1", "mean error of the turn, characters", "median"], lines
+    )
+
+
 def _staging(f: Figures) -> str:
     staged, bound = f["masks"]["staged"], f["masks"]["continuous"]
     gain = staged["gain"]
@@ -247,6 +284,10 @@ BENCHMARKS = (
         "transformers, AdamW, fp32, 2,000 steps)", _speedrun),
     Row("judge", "judge and inspector, tinyshakespeare, passages of 256 characters", _judge, _judge_detail,
         "\"Rewritten only\" leaves out the original passages, which are the easiest to recognise."),
+    Row("detection", "detection of rewritten passages of Python's documentation", _detection, _detection_detail,
+        "Held-out documents, with thresholds chosen on the selection split. Intervals resample passages; an original and its rewritten "
+        "version are one group. Text by another generator: passages that no stage has seen, rewritten by a generator of another size, "
+        "seed, masking and temperature."),
     Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail,
         "`continuous` trains on the bound itself. `random` draws all mask ratios from the start, with equal weights of masked "
         "tokens in a row. The last column has the steps at which phases joined, for each seed."),

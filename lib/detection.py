@@ -35,12 +35,6 @@ class Windows:
     document: np.ndarray
     tokens: np.ndarray
 
-    @classmethod
-    def of(cls, names: list[str], tokens: np.ndarray) -> "Windows":
-        """From the name of each window's document."""
-        known = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        return cls(np.array([known[name] for name in names], np.int64), np.maximum(tokens, 1))
-
     @property
     def first(self) -> np.ndarray:
         """(D,) the first window of each document."""

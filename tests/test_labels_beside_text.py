@@ -301,9 +301,9 @@ def test_settings_that_do_not_fit_are_refused(settings, words):
 
 
 def test_memory_stays_flat_with_many_rows(tmp_path):
-    """The checks of labels hold one row at a time: twenty times the rows need no more memory."""
+    """The checks of labels hold one row at a time: twenty times the rows need no more memory.."""
     peaks = []
-    for count in (500, 10_000):
+    for count in (200, 4_000):
         path = tmp_path / f"{count}.csv"
         with path.open("w") as file:
             file.write("text,label,spans\n")
@@ -313,7 +313,7 @@ def test_memory_stays_flat_with_many_rows(tmp_path):
         assert sum(isinstance(item, Document) for item in check(config)) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 2**20
+    assert peaks[1] < peaks[0] + 2**19
 
 
 def test_stage_00_lists_wrong_labels_and_ends(tmp_path):

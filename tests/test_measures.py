@@ -87,7 +87,9 @@ def test_a_row_of_the_table_is_per_character_over_all_texts():
 def test_a_document_s_means_are_over_its_tokens():
     def row(name: str, tokens: int, value: float | None) -> dict:
         means = ("critic_error_mean", "inspector_changed_mean", "reference_nll_mean", "judge_score")
-        return {"document_id": name, "token_ids": [5] * tokens} | dict.fromkeys(means, value)
+        suspicion = None if value is None else 1 - value
+        found = {"document_id": name, "token_ids": [5] * tokens, "judge_suspicion": suspicion}
+        return found | dict.fromkeys(means, value)
 
     lines = documents_of([row("a", 10, 1.0), row("b", 4, 0.5), row("a", 30, 2.0), row("c", 3, None)])
     assert [line["document_id"] for line in lines] == ["a", "b", "c"]

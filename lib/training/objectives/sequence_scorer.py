@@ -106,7 +106,8 @@ def documents_of(table: pa.Table, config: Config) -> Windows:
     tokens = pc.list_value_length(table["token_ids"]).to_numpy()
     if not config.data.has_labels:
         return Windows(np.arange(len(tokens)), np.maximum(tokens, 1))
-    return Windows.of([name.rpartition(":")[0] for name in table["example_id"].to_pylist()], tokens)
+    names = pc.replace_substring_regex(table["example_id"], r":\d+$", "").combine_chunks()
+    return Windows(names.dictionary_encode().indices.to_numpy().astype(np.int64), np.maximum(tokens, 1))
 
 
 def reward_classes(rewards: np.ndarray, num_classes: int) -> np.ndarray:

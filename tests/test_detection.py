@@ -1,0 +1,404 @@
+"""Detection: thresholds keep their promise on new text, joins and figures follow their definitions, detectors see what is planted."""
+
+import importlib
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+
+from lib.config import load_config
+from lib.detection import (
+    Calibration,
+    Scored,
+    Windows,
+    best_f1_threshold,
+    change_point,
+    choose_join,
+    f1_estimate,
+    measure,
+    threshold_for,
+)
+from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
+from lib.evaluation.labelled_documents import LabelledDocuments
+from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
+from lib.evaluation.text_scores import documents_of, windows
+from lib.report.detection import detection_html, detection_tables, thresholds_in_words
+from lib.report.text_scores import verdict
+from lib.runs import RunArgs, load_manifest, score_stage
+from lib.runtime import Runtime
+from lib.tokenization import train_tokenizer
+from lib.training.objectives.sequence_scorer import documents_of as documents_of_table
+from tests.conftest import run_stages
+
+
+@pytest.mark.parametrize("fpr", [0.01, 0.05])
+def test_a_threshold_keeps_the_rate_of_false_alarms_on_new_text(fpr):
+    """Averaged over draws, the share of new originals above it is at most the target, and hardly below."""
+    draws = np.random.default_rng(0)
+    rates = []
+    for _ in range(400):
+        seen, new = draws.normal(size=199), draws.normal(size=2000)
+        rates.append((new > threshold_for(seen, fpr)).mean())
+    assert fpr - 0.004 < np.mean(rates) <= fpr + 0.0015
+
+
+def test_few_originals_give_their_highest_suspicion():
+    assert threshold_for(np.array([3.0, 1.0, 2.0]), 0.01) == 3.0
+    assert threshold_for(np.arange(99.0), 0.01) == 98.0 and threshold_for(np.arange(100.0), 0.01) == 99.0
+    assert threshold_for(np.arange(19.0), 0.05) == 18.0 and threshold_for(np.arange(39.0), 0.05) == 37.0
+
+
+def scored(seed: int, count: int, shift: float) -> Scored:
+    draws = np.random.default_rng(seed)
+    synthetic = np.arange(count) % 2 == 1
+    return Scored(draws.normal(size=count) + shift * synthetic, synthetic, np.arange(count) // 2)
+
+
+def test_thresholds_and_calibration_come_from_the_chosen_texts_alone():
+    chosen, reported = scored(1, 4000, 2.0), scored(2, 4000, 2.0)
+    found = measure(chosen, reported)
+    for rates in found["thresholds"]:
+        above = reported.suspicion > threshold_for(chosen.suspicion[~chosen.synthetic], rates["target"])
+        assert rates["tpr"]["value"] == pytest.approx(above[reported.synthetic].mean())
+        assert rates["fpr"]["value"] == pytest.approx(above[~reported.synthetic].mean())
+        assert (
+            rates["tpr"]["low"] < rates["tpr"]["value"] < rates["tpr"]["high"] and rates["enough_originals"]
+        )
+        assert abs(rates["fpr"]["value"] - rates["target"]) < 0.015
+    # For two normal distributions of distance 2, the log-odds are 2 x - 2
+    assert found["calibration"]["slope"] == pytest.approx(2, abs=0.2)
+    assert found["ece"] < 0.03 and found["auroc"]["value"] == pytest.approx(0.921, abs=0.02)
+    other = Scored(reported.suspicion + 9, reported.synthetic, reported.groups)
+    again = measure(chosen, other)
+    assert [t["threshold"] for t in again["thresholds"]] == [t["threshold"] for t in found["thresholds"]]
+    assert again["thresholds"][0]["fpr"]["value"] == 1.0, "shifted text is flagged: nothing was chosen on it"
+
+
+def test_a_calibration_without_a_signal_gives_the_share():
+    chosen = scored(3, 300, -1.0)
+    assert Calibration.fit(chosen).slope < 0
+    flat = Calibration.fit(chosen, rising=True)
+    assert flat(np.array([-5.0, 5.0])) == pytest.approx([0.5, 0.5])
+
+
+def test_windows_are_joined_as_named():
+    of = Windows(np.array([0, 0, 1, 2, 2, 2]), np.array([1, 3, 2, 1, 1, 2]))
+    suspicion = np.array([0.0, 1.0, 0.5, 0.2, 0.9, 0.4])
+    assert of.join(suspicion, suspicion, "mean") == pytest.approx([0.75, 0.5, (0.2 + 0.9 + 0.8) / 4])
+    assert of.join(suspicion, suspicion, "max") == pytest.approx([1.0, 0.5, 0.9])
+    assert of.join(suspicion, suspicion, "first") == pytest.approx([0.0, 0.5, 0.2])
+    rows = np.stack([suspicion, 1 - suspicion], 1)
+    assert of.join(rows, suspicion, "max")[:, 1] == pytest.approx([0.0, 0.5, 0.1])
+
+
+def test_the_windows_of_a_document_are_found_by_its_name():
+    config = load_config(["configs/your_labels.yaml"])
+    names = ["a:b:0", "a:b:1", "x:1:0", "x:10:0", "x:10:1"]
+    table = pa.table(
+        {"example_id": pa.chunked_array([names[:2], names[2:]]), "token_ids": [[1], [1, 2], [], [3], [4]]}
+    )
+    found = documents_of_table(table, config)
+    assert found.document.tolist() == [0, 0, 1, 2, 2] and found.tokens.tolist() == [1, 2, 1, 1, 1]
+
+
+def test_the_join_is_chosen_by_what_separates_documents():
+    draws = np.random.default_rng(4)
+    of = Windows(np.arange(800) // 8, np.ones(800, int))
+    synthetic = np.arange(100) % 2 == 1
+    suspicion = draws.uniform(0, 0.8, 800)
+    at = np.flatnonzero(synthetic) * 8 + draws.integers(1, 8, 50)
+    one = suspicion.copy()
+    one[at] = 0.95  # one window of a synthetic document gives it away
+    assert choose_join(of, one, synthetic) == "max"
+    everywhere = draws.normal(size=800) + 0.7 * np.repeat(synthetic, 8)
+    assert choose_join(of, everywhere, synthetic) == "mean"
+    start = draws.normal(size=800)
+    start[::8] += 3 * synthetic
+    start[1::8] -= 3 * synthetic  # and the second window misleads
+    assert choose_join(of, start, synthetic) == "first"
+    assert choose_join(of, start, np.zeros(100, bool)) == "mean", "of one kind only, nothing can be chosen"
+
+
+@given(st.lists(st.floats(0.001, 0.999), min_size=1, max_size=12))
+def test_the_turn_is_the_most_likely_one(shares):
+    p = np.array(shares)
+    likelihood = [np.log1p(-p[:k]).sum() + np.log(p[k:]).sum() for k in range(len(p) + 1)]
+    assert likelihood[change_point(p)] == pytest.approx(max(likelihood))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=20))
+@settings(max_examples=25)
+def test_f1_and_its_best_threshold(pairs):
+    score, happened = np.array([s for s, _ in pairs], float), np.array([h for _, h in pairs])
+    threshold = best_f1_threshold(score, happened)
+    if not happened.any():
+        assert threshold == math.inf
+        return
+    best = max(f1_score(happened, score >= t) for t in score)
+    assert f1_score(happened, score >= threshold) == pytest.approx(best)
+    estimate = f1_estimate(score >= threshold, happened, np.arange(len(score)))
+    assert estimate.value == pytest.approx(best)
+
+
+def documents(texts: list[str], synthetic, ids=None, classes=None) -> LabelledDocuments:
+    ids = ids or [np.array([ord(c) % 50 + 4 for c in text]) for text in texts]
+    classes = classes or [np.zeros(len(i), int) for i in ids]
+    names = [f"d{i}" for i in range(len(texts))]
+    return LabelledDocuments(
+        names, np.array(names), np.array(synthetic), texts, ids, classes, np.arange(len(texts))
+    )
+
+
+def test_a_bag_of_words_finds_a_planted_word_and_nothing_else():
+    draws = np.random.default_rng(5)
+
+    def made(count: int, planted: bool) -> LabelledDocuments:
+        synthetic = np.arange(count) % 2 == 1
+        texts = [
+            " ".join(f"w{j}" for j in draws.integers(0, 30, 20)) + (" delve" if planted and s else "")
+            for s in synthetic
+        ]
+        return documents(texts, synthetic)
+
+    for planted in (True, False):
+        splits = [made(n, planted) for n in (200, 60, 200)]
+        for analyzer in ("word", "char"):
+            on_chosen, on_reported = bag_of_words(splits[0], splits[1], splits[2], analyzer)
+            found = measure(
+                *(
+                    Scored(s, d.synthetic, d.groups)
+                    for s, d in ((on_chosen, splits[1]), (on_reported, splits[2]))
+                )
+            )
+            value = found["auroc"]["value"]
+            assert value > 0.8 if planted else 0.35 < value < 0.65
+
+
+class Fixed(torch.nn.Module):
+    """A causal model whose distribution depends on the previous token only: `table` (V, V) of log-probabilities."""
+
+    def __init__(self, seed: int, size: int = 7):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.log_softmax(2 * torch.randn(size, size, generator=generator), -1)
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_likelihoods_follow_the_formulas_of_the_papers():
+    performer, observer = Fixed(1), Fixed(2)
+    tokenizer = SimpleNamespace(pad_token_id=0, cls_token_id=2)
+    ids = [np.array([4, 5, 6, 4]), np.array([5]), np.array([6, 6, 5])]
+    docs = LabelledDocuments(
+        ["a", "b"],
+        np.array(["a", "b"]),
+        np.array([True, False]),
+        ["wxyz", "a", "bcd"],
+        ids,
+        ids,
+        np.array([0, 0, 1]),
+    )
+    runtime = Runtime.detect(load_config(overrides=["device=cpu", "precision=fp32"]))
+    found = likelihoods(performer, observer, runtime, docs, tokenizer)
+    scores = found.detectors(docs)
+    for number, windows_of in enumerate(([ids[0], ids[1]], [ids[2]])):
+        logs, expected, variance, cross = [], [], [], []
+        for window in windows_of:
+            for before, token in zip([2, *window[:-1]], window, strict=True):
+                p, q = performer.table[before].double(), observer.table[before].double()
+                logs.append(float(p[token]))
+                expected.append(float((p.exp() * p).sum()))
+                variance.append(float((p.exp() * (p - expected[-1]) ** 2).sum()))
+                cross.append(-float((q.exp() * p).sum()))
+        assert scores["log-likelihood"][number] == pytest.approx(np.mean(logs), rel=1e-5)
+        assert scores["Fast-DetectGPT"][number] == pytest.approx(
+            (sum(logs) - sum(expected)) / math.sqrt(sum(variance)), rel=1e-4
+        )
+        assert scores["Binoculars"][number] == pytest.approx(-sum(-x for x in logs) / sum(cross), rel=1e-5)
+    assert [len(n) for n in found.nll] == [4, 1, 3]
+    assert "Binoculars" not in likelihoods(performer, None, runtime, docs, tokenizer).detectors(docs)
+
+
+def test_the_sign_of_a_detector_is_chosen_on_the_chosen_texts():
+    synthetic = np.array([True, True, False, False])
+    first, second = with_sign(np.array([0.0, 1, 2, 3]), np.array([5.0, 6]), synthetic)
+    assert first.tolist() == [0, -1, -2, -3] and second.tolist() == [-5, -6]
+
+
+def letters(text: str) -> np.ndarray:
+    return np.array([[i, i + 1] for i in range(len(text))])
+
+
+def test_words_and_turns_of_a_text():
+    text = "ab cde fgh"
+    labelled = np.array([False] * 5 + [True] * 5)
+    tokens = LabelledTokens(text, letters(text), labelled, labelled * 0.8 + 0.1)
+    score, truth = tokens.words()
+    assert truth.tolist() == [False, False, True], "one of three letters of the second word is labelled"
+    assert score == pytest.approx([0.1, (0.1 + 0.1 + 0.9) / 3, 0.9])
+    assert tokens.turn() == 5 and tokens.predicted_turn(None) == 5
+    assert LabelledTokens(text, letters(text), ~labelled, labelled).turn() is None, "from machine to human"
+    assert LabelledTokens(text, letters(text), np.ones(10, bool), labelled).turn() is None
+
+
+def test_parts_are_measured_beside_answers_that_read_nothing():
+    draws = np.random.default_rng(6)
+    sets = []
+    for count in (40, 80):
+        texts, classes, good, nats = [], [], [], []
+        for _ in range(count):
+            text = " ".join("".join(draws.choice(list("abc"), 4)) for _ in range(12))
+            place = int(draws.integers(5, len(text) - 5))
+            texts.append(text)
+            classes.append((np.arange(len(text)) >= place).astype(int))
+            good.append(np.clip(classes[-1] + draws.normal(0, 0.2, len(text)), 0.01, 0.99))
+            nats.append(draws.normal(size=len(text)))
+        ids = [np.zeros(len(t), int) for t in texts]
+        sets.append((documents(texts, [True] * count, ids, classes), good, nats))
+    (chosen, g1, n1), (reported, g2, n2) = sets
+    found = measure_parts(
+        chosen,
+        reported,
+        {"inspector": (g1, g2), "log-likelihood": (n1, n2)},
+        lambda texts: [letters(t) for t in texts],
+    )
+    assert found["words"]["inspector"]["value"] > 0.95 > 0.8 > found["words"]["log-likelihood"]["value"]
+    share = np.concatenate([LabelledTokens(t, letters(t), c > 0, c).words()[1] for t, c in zip(reported.texts, reported.classes, strict=True)]).mean()  # fmt: skip
+    assert found["words"]["every word"]["value"] == pytest.approx(2 * share / (1 + share))
+    assert found["num_turns"] == 80 and found["turns"]["inspector"]["value"] < 1
+    assert found["turns"]["constant share of the text"]["value"] > 5
+    lines = detection_tables(
+        {"detectors": {"judge": measure(scored(1, 60, 1), scored(2, 60, 1))}, "parts": found}
+    )
+    assert "every word" in lines and "TPR at 1% FPR" in lines
+
+
+def test_verdicts_of_documents():
+    rows = [
+        {"document_id": d, "token_ids": [1] * n, "judge_score": 1 - s, "judge_suspicion": s, "critic_error_mean": 0.1,
+         "inspector_changed_mean": None, "reference_nll_mean": None}
+        for d, n, s in (("a", 3, 0.1), ("a", 1, 0.9), ("b", 2, 0.6), ("c", 2, 0.01))
+    ]  # fmt: skip
+    thresholds = [{"target": 0.01, "threshold": 1.0}, {"target": 0.05, "threshold": 0.0}]
+    judge = {
+        "join": "max",
+        "detection": {"thresholds": thresholds, "calibration": {"slope": 1.0, "offset": 0.0}},
+    }
+    found = documents_of(rows, judge)
+    assert [d["alarm_at"] for d in found] == [0.01, 0.05, None]
+    assert [d["judge_score"] for d in found] == pytest.approx([0.1, 0.4, 0.99])
+    assert [d["synthetic_probability"] for d in found] == pytest.approx([0.9, 0.6, 0.01])
+    assert [verdict(d) for d in found] == ["synthetic (at 1% FPR)", "synthetic (at 5% FPR)", "not flagged"]
+    mean = documents_of(rows)
+    assert mean[0]["judge_score"] == pytest.approx((0.9 * 3 + 0.1) / 4) and verdict(mean[0]) == "-"
+
+
+def test_too_few_originals_are_said():
+    figures = measure(scored(1, 40, 1.0), scored(2, 40, 1.0))
+    one, five = thresholds_in_words(figures)
+    assert "has only 20 originals, and 1% needs 99" in one and "has only" not in five
+
+
+def test_windows_are_as_long_as_those_that_the_judge_learned_from():
+    tokenizer = train_tokenizer("character", ["abc"], 300)
+    found = [len(w.ids) for w in windows([("d", "a" * 130), ("e", "b")], tokenizer, 100, "unk", 50)]
+    assert found == [43, 43, 44, 1]
+    assert [len(w.ids) for w in windows([("d", "a" * 130)], tokenizer, 100, "unk")] == [100, 30]
+
+
+# --- in the pipeline -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A quick run of all stages on documents with labels that the project makes itself."""
+    folder = tmp_path_factory.mktemp("labels") / "run_001"
+    small = [
+        "models.judge.training.steps=60",
+        "models.inspector.training.steps=60",
+        "sampler.policies=[ancestral]",
+    ]
+    config = load_config(["configs/your_labels.yaml"], quick_test=True, overrides=small)
+    run_stages(folder, config)
+    return folder, config
+
+
+def test_the_models_have_the_users_classes(labelled):
+    folder, _ = labelled
+    names = {}
+    for model in ("judge", "inspector"):
+        names[model] = json.loads((folder / "04_train" / model / "best_model" / "config.json").read_text())[
+            "id2label"
+        ]
+    assert names == {
+        "judge": {"0": "human", "1": "machine"},
+        "inspector": {"0": "unlabelled", "1": "machine"},
+    }
+
+
+def test_documents_are_reported_beside_windows_and_detectors(labelled):
+    folder, _ = labelled
+    held_out = (load_manifest(folder / "04_train") or {})["stats"]["judge"]["held_out"]
+    examples = pq.read_table(
+        folder / "01_prepare_dataset" / "examples", columns=["example_id", "split"]
+    ).to_pylist()
+    of_held_out = [e["example_id"].rpartition(":")[0] for e in examples if e["split"] == "held_out"]
+    assert held_out["detection"]["documents"] == len(set(of_held_out)) < len(of_held_out)
+    assert held_out["join"] in ("mean", "max", "first") and "accuracy" in held_out["documents"]
+    found = json.loads((folder / "06_sample" / "metrics.json").read_text())["detection"]
+    names = {
+        "judge",
+        "inspector",
+        "TF-IDF, words",
+        "TF-IDF, characters",
+        "length",
+        "log-likelihood",
+        "Fast-DetectGPT",
+        "Binoculars",
+    }
+    assert set(found["detectors"]) == names and set(found["differences"]) == names - {"judge"}
+    for rates, stored in zip(
+        found["detectors"]["judge"]["thresholds"], held_out["detection"]["thresholds"], strict=True
+    ):
+        assert rates["threshold"] == pytest.approx(stored["threshold"], abs=1e-4), "stages 04 and 06 agree"
+        assert rates["fpr"]["value"] == pytest.approx(stored["fpr"]["value"], abs=1e-6)
+    assert found["windows"]["documents"] == len(of_held_out)
+    assert (
+        set(found["parts"]["words"]) == {"inspector", "log-likelihood", "every word"}
+        and found["parts"]["num_turns"] > 0
+    )
+    page = (folder / "06_sample" / "report.html").read_text(encoding="utf-8")
+    assert "Fast-DetectGPT" in page and detection_html(found) in page
+
+
+def test_a_users_text_gets_a_verdict_in_words(labelled, capsys):
+    folder, config = labelled
+    mine = folder.parent / "mine.jsonl"
+    mine.write_text(
+        "".join(
+            json.dumps({"text": f"Some text number {i} that is to be examined. " * 4}) + "\n"
+            for i in range(3)
+        )
+    )
+    importlib.import_module("06_sample").main(config, RunArgs(run_dir=folder, quick_test=True, score=mine))
+    said = capsys.readouterr().out
+    assert said.count("chosen on the selection split") == 2 and "documents above a threshold:" in said
+    stage = folder / score_stage(mine)
+    rows = pq.read_table(stage / "scores.parquet").to_pylist()
+    manifest = load_manifest(stage)
+    assert manifest is not None
+    judge = (load_manifest(folder / "04_train") or {})["stats"]["judge"]["held_out"]
+    assert manifest["stats"]["documents"] == documents_of(rows, judge)
+    assert all(row["judge_suspicion"] == pytest.approx(1 - row["judge_score"]) for row in rows)
+    for _, of in itertools.groupby(rows, key=lambda row: row["document_id"]):
+        assert len({len(row["token_ids"]) for row in of}) <= 2
