@@ -31,6 +31,7 @@ from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
 from lib.evaluation.labelled_documents import LabelledDocuments
 from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
 from lib.evaluation.text_scores import documents_of, windows
+from lib.models.publish import publish
 from lib.report.detection import detection_html, detection_tables, thresholds_in_words
 from lib.report.text_scores import verdict
 from lib.runs import RunArgs, load_manifest, score_stage
@@ -333,8 +334,11 @@ def labelled(tmp_path_factory):
     return folder, config
 
 
-def test_the_models_have_the_users_classes(labelled):
+def test_the_models_have_the_users_classes(labelled, tmp_path):
     folder, _ = labelled
+    published = publish(folder, "judge", tmp_path / "judge")
+    assert json.loads((published / "config.json").read_text())["label2id"] == {"human": 0, "machine": 1}
+    assert "`human`, `machine`" in (published / "README.md").read_text(encoding="utf-8")
     names = {}
     for model in ("judge", "inspector"):
         names[model] = json.loads((folder / "04_train" / model / "best_model" / "config.json").read_text())[
@@ -391,7 +395,7 @@ def test_a_users_text_gets_a_verdict_in_words(labelled, capsys):
         )
     )
     importlib.import_module("06_sample").main(config, RunArgs(run_dir=folder, quick_test=True, score=mine))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("chosen on the selection split") == 2 and "documents above a threshold:" in said
     stage = folder / score_stage(mine)
     rows = pq.read_table(stage / "scores.parquet").to_pylist()

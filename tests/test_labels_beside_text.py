@@ -285,7 +285,7 @@ def test_names_and_numbers_of_classes():
     [
         (["candidates.source=masked_lm"], "original_only"),
         (["labels.path=x.json"], r"labels\.path"),
-        (["data.deduplicate=paragraph"], "deduplicate"),
+        (["data.deduplicate=paragraph"], "deduplicate: document"),
         (["data.split_unit=block"], "split_unit: document"),
         (["data.split=contiguous"], "split: hash"),
         (["data.label_key=null"], "label_classes names the classes"),

@@ -51,8 +51,15 @@ def bag_of_words(
     from sklearn.linear_model import LogisticRegression
 
     runs = (1, 2) if analyzer == "word" else (2, 4)
-    vectors = TfidfVectorizer(analyzer=analyzer, ngram_range=runs, sublinear_tf=True, max_features=MAX_FEATURES,
-                              token_pattern=r"(?u)\w+|[^\w\s]", lowercase=False)  # fmt: skip
+    pattern = r"(?u)\w+|[^\w\s]" if analyzer == "word" else None
+    vectors = TfidfVectorizer(
+        analyzer=analyzer,
+        ngram_range=runs,
+        sublinear_tf=True,
+        max_features=MAX_FEATURES,
+        token_pattern=pattern,
+        lowercase=False,
+    )
     features = vectors.fit_transform(train.whole_texts)
     on_chosen, on_reported = (vectors.transform(d.whole_texts) for d in (chosen, reported))
     best: tuple[float, Any] = (-1.0, None)

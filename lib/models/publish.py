@@ -201,8 +201,8 @@ commit {commit}.
 
 
 def _prompt_of(config: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Content of the prompts of the run's rankers; empty for a blind one."""
-    if settings.get("blind"):
+    """Content of the prompts of the run's rankers; empty for a blind one, and for a run without rankers."""
+    if settings.get("blind") or "ranker" not in config:
         return ""
     if config["ranker"]["prompt"] == "question_page":
         return "the question, a line feed and the text of the page"

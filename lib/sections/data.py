@@ -68,9 +68,9 @@ class DataConfig(Section):
                 raise ValueError(f"{setting} names the classes of {key}_key, which is null: set {key}_key")
             if len(names) < fewest or len(set(names)) < len(names):
                 raise ValueError(f"{setting} {list(names)} must be at least {fewest} different names")
-        if self.has_labels and self.deduplicate == "paragraph":
+        if self.has_labels and self.deduplicate != "document":
             raise ValueError(
-                "deduplicate: paragraph would cut paragraphs out of labelled documents: set it to document"
+                "labelled documents stay whole, and equal ones must not be in two splits: set deduplicate: document"
             )
         if self.label_key is None and self.group_key is None:
             return

@@ -46,7 +46,7 @@ class ScoredSequences:
         targets: (R,) in [0, 1], or class numbers.
         changed_fraction: (R,) share of tokens that differ from the original; None if it is not known, or not used.
         windows: the document of each sequence; None if there are no documents to report on.
-        synthetic: (R,) bool, whether the document is labelled as anything but original; None as for `windows`.
+        synthetic: (R,) bool, whether the sequence is labelled as anything but original; None as for `windows`.
     """
 
     sequences: Sequences
@@ -247,7 +247,8 @@ class SequenceScore:
         values: dict[str, Any] = {"join": how}
         if len(reported.windows.first) < len(reported.windows.document):
             joined = reported.windows.join(self._probabilities(predicted), self._suspicion(predicted), how)
-            values["documents"] = self._metrics(joined, reported.targets[reported.windows.first])
+            target = reported.windows.join(reported.targets, reported.targets, "mean")
+            values["documents"] = self._metrics(joined, target)
         if not on_held_out.has_both or on_selection.synthetic.all():
             return values, []
         values["detection"] = detection.measure(on_selection, on_held_out)
@@ -267,7 +268,8 @@ class SequenceScore:
         suspicion = self._suspicion(scores)
         joined = detection.log_odds(split.windows.join(suspicion, suspicion, how))
         first = split.windows.first
-        return detection.Scored(joined, split.synthetic[first], first if groups is None else groups)
+        synthetic = np.logical_or.reduceat(split.synthetic, first)
+        return detection.Scored(joined, synthetic, first if groups is None else groups)
 
     def _suspicion(self, scores: np.ndarray) -> np.ndarray:
         """(R,) in [0, 1]: how synthetic sequences are, from what `predict` gives."""
@@ -355,7 +357,7 @@ class SequenceClasses(SequenceScore):
 
     def _metrics(self, predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
         logs = np.log(np.maximum(predicted, 1e-9))
-        return self._class_metrics(logs, target.astype(np.int64))[1]
+        return self._class_metrics(logs, np.rint(target).astype(np.int64))[1]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         split = self.splits.selection
