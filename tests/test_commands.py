@@ -25,6 +25,9 @@ STAGES = [script.name for script in SCRIPTS]
 STAND_INS = {
     "/path/to/tinyshakespeare/input.txt": "text.txt",
     "/path/to/text.txt": "text.txt",
+    "/path/to/my_texts.csv": "builtin_labelled",
+    "my_texts.csv": "builtin_labelled",
+    "new_texts.csv": "my_text.txt",
     "/path/to/FinQA/dataset": "finqa_data",
     "FinQA/dataset": "finqa_data",
     "/path/to/dataset": "finqa_data",
@@ -48,6 +51,7 @@ STAND_INS = {
 RUNS_OF_THEIR_OWN = {
     "labels.path": "labels",
     "data.drop": "drop",
+    "data.spans_key": "documents_only",
     "generator.checkpoint": "masked_lm",
     "finqa.pools.same_operators": "operators",
     "models.ranker.training.optimizer": "muon",
@@ -57,6 +61,7 @@ SMALLER = {
     "benchmarks.nelbo": "--set data.path=text.txt --set models.generator.training.steps=4 --set architecture.num_hidden_layers=1",
     "benchmarks.leaderboard": "--budget 4 --set data.path=text.txt --set architecture.num_hidden_layers=1",
     "benchmarks.judge": "--quick",
+    "benchmarks.detection": "--quick",
     "benchmarks.staging": "--steps 4 --seeds 2",
     "benchmarks.causal_speedrun": "--steps 4",
     "benchmarks.speed": "--steps 2",

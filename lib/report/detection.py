@@ -27,9 +27,12 @@ def _figures(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for target in targets:
         head += [f"TPR at {target:.0%} FPR", "95 % interval", "real FPR"]
     head.append("ECE")
+    rows = dict(found["detectors"])
+    windows = found.get("windows")
+    if windows is not None and windows["documents"] > rows["judge"]["documents"]:
+        rows = {"judge": rows.pop("judge"), "judge, window by window": windows} | rows
     lines = []
-    for name in names:
-        row = found["detectors"][name]
+    for name, row in rows.items():
         lead = found.get("differences", {}).get(name)
         line = [name, f"{row['auroc']['value']:.3f}", interval_text(row["auroc"])]
         line.append("" if lead is None else f"{lead['value']:+.3f} ({interval_text(lead)})")
