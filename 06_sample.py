@@ -160,8 +160,15 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     from lib import durable, schema
     from lib.errors import BadConfig, BadData
     from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
-    from lib.evaluation.text_scores import documents_of, known_texts, read_user_texts, score, windows
-    from lib.report.detection import thresholds_in_words
+    from lib.evaluation.text_scores import (
+        documents_of,
+        known_texts,
+        measured_rates,
+        read_user_texts,
+        score,
+        windows,
+    )
+    from lib.report.detection import rates_in_words, thresholds_in_words
     from lib.report.text_scores import MAX_LINES, scores_page, scores_table
     from lib.runtime import Runtime
 
@@ -218,6 +225,9 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         say("".join(f"\n{line}" for line in words))
         if words:
             say(f"documents above a threshold: {flagged:,} of {len(documents):,}")
+        if words and user.synthetic:
+            stage.stats["by_labels"] = measured_rates(documents, user.synthetic, judge["detection"])
+            say("\n".join(rates_in_words(stage.stats["by_labels"])))
         say(f"\nscores of every token: {stage.display_path(stage.folder / 'scores.parquet')}")
         say(f"the same as a page:    {stage.display_path(stage.folder / 'scores.html')}")
 

@@ -30,7 +30,7 @@ from lib.detection import (
 from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
 from lib.evaluation.labelled_documents import LabelledDocuments
 from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
-from lib.evaluation.text_scores import documents_of, windows
+from lib.evaluation.text_scores import documents_of, measured_rates, windows
 from lib.models.publish import publish
 from lib.report.detection import detection_html, detection_tables, thresholds_in_words
 from lib.report.text_scores import verdict
@@ -304,6 +304,16 @@ def test_verdicts_of_documents():
     assert mean[0]["judge_score"] == pytest.approx((0.9 * 3 + 0.1) / 4) and verdict(mean[0]) == "-"
 
 
+def test_rates_on_labelled_documents():
+    alarms = [0.01, 0.05, None, 0.05, None]
+    rows = [{"document_id": str(i), "alarm_at": at} for i, at in enumerate(alarms)]
+    synthetic = {"0": True, "1": True, "2": True, "3": False, "x": False}  # the last row has no label
+    one, five = measured_rates(rows, synthetic, {"thresholds": [{"target": 0.01}, {"target": 0.05}]})
+    assert (one["originals"], one["synthetic"]) == (1, 3)
+    assert [r[k]["value"] for r in (one, five) for k in ("fpr", "tpr")] == pytest.approx([0, 1 / 3, 1, 2 / 3])
+    assert measured_rates(rows, {"0": True}, {"thresholds": [{"target": 0.01}]})[0]["fpr"] is None
+
+
 def test_too_few_originals_are_said():
     figures = measure(scored(1, 40, 1.0), scored(2, 40, 1.0))
     one, five = thresholds_in_words(figures)
@@ -390,13 +400,14 @@ def test_a_users_text_gets_a_verdict_in_words(labelled, capsys):
     mine = folder.parent / "mine.jsonl"
     mine.write_text(
         "".join(
-            json.dumps({"text": f"Some text number {i} that is to be examined. " * 4}) + "\n"
+            json.dumps({"text": f"Some text number {i} that is to be examined. " * 4, "label": i % 2}) + "\n"
             for i in range(3)
         )
     )
     importlib.import_module("06_sample").main(config, RunArgs(run_dir=folder, quick_test=True, score=mine))
     said = capsys.readouterr().err
     assert said.count("chosen on the selection split") == 2 and "documents above a threshold:" in said
+    assert "of its 2 original documents" in said and "of its 1 synthetic documents" in said
     stage = folder / score_stage(mine)
     rows = pq.read_table(stage / "scores.parquet").to_pylist()
     manifest = load_manifest(stage)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib import randomness
+from lib import metrics, randomness
 from lib.config import Config
 from lib.detection import JOINS, Calibration, Windows, log_odds
 from lib.diffusion.policies import POLICIES
@@ -27,6 +27,8 @@ from lib.tasks import Document, Problem, get_task
 from lib.tokenization import decode_batch, encode_batch
 from lib.training.objectives.base import chunks, forward
 from lib.training.objectives.next_token import causal_nll
+from lib.user_files.faults import kind_of
+from lib.user_files.rows import read_rows
 
 BATCH = 64
 HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same text, half of it rewritten)"
@@ -54,11 +56,13 @@ class UserTexts:
         texts: (document id, text) of each document.
         problems: what could not be read, or was changed.
         files: the files that were read.
+        synthetic: document id -> whether its label is that of a synthetic document, where the file has the run's label column.
     """
 
     texts: list[tuple[str, str]]
     problems: list[Problem]
     files: list[Path]
+    synthetic: dict[str, bool]
 
 
 def read_user_texts(config: Config, path: Path) -> UserTexts:
@@ -71,8 +75,15 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
         raise MissingInput(f"--score {path}: there is no such file or folder")
     # A file whose name begins with "builtin" is a file, not a text that the project ships
     name = os.path.join(".", path) if str(path).startswith("builtin") else str(path)
-    data = config.data.model_copy(update={"path": name, **READ_WHOLE})
-    config, task = config.model_copy(update={"data": data}), get_task("text")
+    data, task = config.data.model_copy(update={"path": name, **READ_WHOLE}), get_task("text")
+    labelled = config.data.model_copy(
+        update={
+            "path": name,
+            **READ_WHOLE,
+            **{k: getattr(config.data, k) for k in ("label_key", "label_classes")},
+        }
+    )
+    config = config.model_copy(update={"data": data})
     try:
         files, items = task.sources(config), list(task.check(config))
     except RemaskError as error:  # the message names the setting, but the user gave the flag
@@ -83,7 +94,46 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
         for name, pieces in itertools.groupby(documents, key=lambda document: document.document_id)
     ]
     problems = [p for p in items if isinstance(p, Problem) and p.kind != "too little text"]
-    return UserTexts(texts, problems, files)
+    synthetic = {}
+    if _has_column(path, labelled.label_key):
+        of_labels = task.check(config.model_copy(update={"data": labelled}))
+        found = ((d.document_id, d.label) for d in of_labels if isinstance(d, Document) and not d.piece)
+        named = labelled.label_classes is not None
+        synthetic = {name: label != 0 if named else label < 1 for name, label in found}
+    return UserTexts(texts, problems, files, synthetic)
+
+
+def _has_column(path: Path, key: str | None) -> bool:
+    """Whether the first row of a file has a value under a key."""
+    if key is None or not path.is_file() or kind_of(path).removesuffix(".gz") in ("", ".txt"):
+        return False
+    row = next(read_rows(path, wanted=[key]), None)
+    return row is not None and isinstance(row.value, dict) and key in row.value
+
+
+def measured_rates(
+    documents: list[dict], synthetic: Mapping[str, bool], figures: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The judge's rates on labelled documents at each threshold: {"target", "fpr", "tpr", "originals", "synthetic"}.
+
+    Args:
+        documents: rows of `documents_of`.
+        synthetic: document id -> its label; documents without one do not count.
+        figures: of the judge, see `documents_of`. A rate of no documents is None.
+    """
+    known = [d for d in documents if d["document_id"] in synthetic]
+    truth = np.array([synthetic[d["document_id"]] for d in known], bool)
+    found = []
+    for target in (rates["target"] for rates in figures["thresholds"]):
+        alarm = np.array([(at := d["alarm_at"]) is not None and at <= target for d in known], bool)
+        rates = {
+            name: metrics.ratio(alarm[of].astype(float), limits=metrics.SHARE)._asdict() if of.any() else None
+            for name, of in (("fpr", ~truth), ("tpr", truth))
+        }
+        found.append(
+            {"target": target, "originals": int((~truth).sum()), "synthetic": int(truth.sum()), **rates}
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -96,3 +96,22 @@ def thresholds_in_words(figures: Mapping[str, Any]) -> list[str]:
             )
         lines.append(line)
     return lines
+
+
+def rates_in_words(rates: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each threshold on labelled documents. `rates`: of `lib.evaluation.text_scores.measured_rates`."""
+    lines = []
+    for row in rates:
+        parts = []
+        for name, verb, kind in (("fpr", "flags", "originals"), ("tpr", "finds", "synthetic")):
+            if (rate := row[name]) is not None:
+                interval = interval_text(rate, percent=True)
+                parts.append(
+                    f"{verb} {rate['value']:.1%} ({interval}) of its {row[kind]:,} {kind} documents".replace(
+                        "originals", "original"
+                    )
+                )
+        lines.append(
+            f"by the labels of this file, the threshold for {row['target']:.0%} false alarms {', and '.join(parts)}"
+        )
+    return lines
