@@ -43,8 +43,8 @@ QUICK_STEPS = ("models.generator", "models.inspector", "models.judge", "models.r
 LEARNING = [  # from the passages; the critic and the samples are not measured here
     "data.id_key=id", "data.group_key=source", "data.selection_fraction=0.4",
     "data.fractions={train: 0.63, held_out: 0.27, reference: 0.1}", "data.passage_characters=192", "architecture.context=192",
-    "training.compile=off", "models.generator.training.steps=200", "models.inspector.training.steps=160",
-    "models.judge.training.steps=90", "models.reference_lm.training.steps=100", "models.ar_baseline.training.steps=120",
+    "architecture.num_hidden_layers=3", "architecture.hidden_size=96", "training.compile=off",
+    "models.generator.training.steps=200", "models.inspector.training.steps=160", "models.judge.training.steps=90", "models.reference_lm.training.steps=100", "models.ar_baseline.training.steps=120",
     "critic.training.steps=20", "sampler.policies=[ancestral]", "sampler.num_samples=16",
 ]  # fmt: skip
 SHARE_OF_NEW = 0.2  # of the passages: those of the new text
