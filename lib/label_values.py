@@ -24,7 +24,7 @@ def from_cell(cell: str | None, read: Callable[[str], Any]) -> Any:
     if not cell:
         return None
     try:
-        return read(cell) if "_" not in cell else cell  # Python would read 1_0 as a number
+        return cell if read is float and "_" in cell else read(cell)  # Python would read 1_0 as a number
     except (ValueError, RecursionError):
         return cell
 

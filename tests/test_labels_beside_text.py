@@ -147,6 +147,17 @@ def test_scores_are_checked_and_names_of_classes_get_advice(tmp_path):
     assert [p.kind for p in problems] == ["label not finite", "label not a number"]
 
 
+def test_names_of_classes_in_cells_may_have_any_characters(tmp_path):
+    rows = [
+        {"text": "A text of nobody, really.", "label": "an author", "spans": [[0, 6, 'made_up, by: "x"']]},
+        {"text": "Another text of nobody.", "label": "a_machine", "spans": []},
+    ]
+    names = ["data.label_classes=[an author, a_machine]", """data.span_classes=['made_up, by: "x"']"""]
+    documents, problems = checked(write_rows(tmp_path / "a.csv", rows), *names)
+    assert not problems and [d.label for d in documents] == [0, 1]
+    assert documents[0].spans == [{"start": 0, "end": 6, "class": 1}]
+
+
 def test_a_missing_column_names_its_setting(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,labels,spans\nsome text,human,[]\n")
