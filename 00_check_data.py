@@ -35,7 +35,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.tasks import Document, get_task
 
     task = get_task(config.task)
-    uses = ("seed", "task", "data", "finqa.drop", "labels")
+    uses = ("seed", "task", "data", "finqa.drop", "pools", "labels")
     files = [*task.sources(config), *(files_of(config.labels.path) if config.labels.path else ())]
     with Stage(__file__, config, args, uses=uses, files=files, restarts=True) as stage:
         if stage.finished:

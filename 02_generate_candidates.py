@@ -4,6 +4,8 @@
 Task text: one candidate is the original text. A masked language model rewrites the others, each with its own share of
 masked tokens. If generator.checkpoint is null, this stage first trains that model on the train split.
 
+Task pools: the candidates of your files. The stage measures how many right ones simple scorers find.
+
 Task finqa: one candidate is the correct program. The others are wrong programs that look equally plausible without the
 question. The stage measures how well this holds and fails if it does not.
 
@@ -58,7 +60,23 @@ def make_table(config: Config, args: RunArgs) -> None:
     from lib.tokenization import load_tokenizer
 
     files = outside.of_candidates(config)
-    uses = ("seed", "task", "device", "precision", "diffusion", "generator", "candidates", "finqa.pools")
+    encoder = (
+        ("ranker.encoder", "ranker.prompt_tokens", "ranker.candidate_tokens")
+        if config.task == "pools"
+        else ()
+    )
+    uses = (
+        "seed",
+        "task",
+        "device",
+        "precision",
+        "diffusion",
+        "generator",
+        "candidates",
+        "finqa.pools",
+        "pools",
+        *encoder,
+    )
     with Stage(__file__, config, args, uses=uses, reads=("01_prepare_dataset",), files=files) as stage:
         if stage.finished:
             return
@@ -102,7 +120,7 @@ def make_table(config: Config, args: RunArgs) -> None:
         task = get_task(config.task)
         if hasattr(task, "review_candidates"):
             context = context or CandidateContext(config, tokenizer, [])
-            context.counts = task_counts
+            context.counts, context.examples = task_counts, groups
             figures, baselines = task.review_candidates(context)
             stage.stats |= figures
             if baselines is not None:

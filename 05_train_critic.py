@@ -14,6 +14,8 @@ reads   01_prepare_dataset: examples, tokenizer; 04_train: the generator or the 
 writes  token_critic: best_model (generator and critic in one folder), final_model, calibration.json, metrics.jsonl
         ppo: the folders ppo, exact and cross_entropy, each with best_model, final_model and metrics.jsonl
 
+none: nothing is trained. Rankers of stage 04 are used as they are.
+
 python 05_train_critic.py --quick_test --run_dir outputs/demo
 """
 
@@ -28,8 +30,12 @@ from lib.training.model_plans import unit_of
 def main(config: Config, args: RunArgs) -> None:
     if config.critic.method == "ppo":
         train_policy(config, args)
-    else:
+    elif config.critic.method == "token_critic":
         train_token_critic(config, args)
+    else:
+        with Stage(__file__, config, args, uses=("critic.method",), reads=("01_prepare_dataset",)) as stage:
+            if not stage.finished:
+                say("critic.method is none: nothing is trained")
 
 
 def train_token_critic(config: Config, args: RunArgs) -> None:

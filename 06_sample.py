@@ -5,8 +5,10 @@ Every policy starts from the same masked texts and gets the same budget of forwa
 count too. The default is unconditional text. sampler.prompt continues a text, sampler.infill fills its [MASK] tokens,
 sampler.infill_file fills a table of texts. An independent causal model measures the samples.
 
-After critic.method ppo, the stage ranks the candidates of the splits held_out and test by every ranker, policy and
-baseline instead, and answers each question with the best candidate.
+With critic.method ppo or none, the stage ranks the candidates of the splits held_out and test instead, by every ranker,
+policy and baseline. It answers each question with the best candidate.
+
+With --rank FILE it ranks the candidates of a file of yours, in any layout of task pools; rewards are not needed.
 
 With --score FILE it scores a text of yours: per token by the critic, the inspector and the reference model, as a whole
 by the judge. Its verdict uses thresholds that the selection split chose. With labels beside the text, the stage also compares
@@ -14,12 +16,13 @@ the judge with other detectors of synthetic documents.
 
 reads   01_prepare_dataset: examples, tokenizer; 04_train: judges and baselines; 05_train_critic: generator and critic
 writes  samples/ and trace/, tables in parts; metrics.json, report.html
-        after ppo: answers.parquet, ranked.parquet, metrics.json, report.html
-        with --score: scores.parquet and scores.html in a folder 06_score_... of its own
+        of rankers: answers.parquet, ranked.parquet, metrics.json, report.html
+        with --score, --rank: a table and a page in a folder of its own
 
 python 06_sample.py --quick_test --run_dir outputs/demo
 python 06_sample.py --quick_test --run_dir outputs/demo --set sampler.prompt="The value of " --overwrite
 python 06_sample.py --quick_test --run_dir outputs/demo --score my_text.txt
+python 06_sample.py --quick_test --run_dir outputs/demo --rank my_candidates.jsonl
 """
 
 from pathlib import Path
@@ -30,13 +33,16 @@ from lib.config import Config
 from lib.log import Progress, say
 from lib.runs import RunArgs, printable, score_stage
 
+RANKING = ("ppo", "none")  # critic.method of runs that rank candidates
 READS = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
 
 
 def main(config: Config, args: RunArgs) -> None:
     if args.score is not None:
         score_text(config, args, args.score)
-    elif config.critic.method == "ppo":
+    elif args.rank is not None:
+        rank_file(config, args, args.rank)
+    elif config.critic.method in RANKING:
         rank(config, args)
     else:
         sample(config, args)
@@ -151,6 +157,60 @@ def rank(config: Config, args: RunArgs) -> None:
         for split, pools in evaluator.tables.items():
             say(f"\n{split}: {len(pools):,} pools\n{ranking_table(evaluator.summary(split))}")
         say(f"\nreport: {stage.display_path(stage.folder / 'report.html')}")
+
+
+def rank_file(config: Config, args: RunArgs, file: Path) -> None:
+    """Rank a user's candidates by a model of a finished run."""
+    from lib import durable, schema
+    from lib.errors import BadData
+    from lib.evaluation.ranked_file import open_scorer, read_user_pools, reads_of, score_pools
+    from lib.report.user_pools import ranking_file_page, ranking_summary
+    from lib.runs import RANK
+    from lib.runtime import Runtime
+
+    # 1. Read the pools, and report what cannot be read
+    with read_user_pools(config, file) as user:
+        for line in user.problem_lines():
+            say(line)
+        if not user.num_pools:
+            raise BadData(f"--rank {file}: there is no pool to rank")
+        uses, script = ("seed", "device", "precision", "ranker", "pools"), f"{score_stage(file, RANK)}.py"
+        with Stage(
+            script,
+            config,
+            args,
+            uses=uses,
+            reads=reads_of(config),
+            files=user.files,
+            restarts=True,
+            ignores=("pools",),
+        ) as stage:
+            if stage.finished:
+                return
+
+            # 2. Score the pools, block by block
+            runtime = Runtime.detect(config, stage.code)
+            stage.environment |= runtime.fingerprint()
+            scorer = open_scorer(stage, config, runtime)
+            with (
+                stage.writer("ranking", schema.RANKING) as writer,
+                Progress("pools", user.num_pools) as progress,
+            ):
+                for table in score_pools(user, scorer):
+                    writer.write(table)
+                    progress.update(user.done)
+
+            # 3. Write the page, and the metrics if the file has rewards
+            stage.stats |= {"ranked": printable(file), "scorer": scorer.name, "pools": user.num_pools}
+            if metrics := user.metrics(config.seed):
+                stage.write_json("metrics", metrics)
+                stage.stats["metrics"] = metrics
+            page = ranking_file_page(user.displayed, metrics, printable(file.name), scorer.name)
+            durable.write_text(stage.folder / "ranking.html", page)
+            stage.add_file("page", stage.folder / "ranking.html")
+            say("\n" + ranking_summary(user.displayed, metrics))
+            say(f"\nall scores:         {stage.display_path(stage.folder / 'ranking.parquet')}")
+            say(f"pools as a page:    {stage.display_path(stage.folder / 'ranking.html')}")
 
 
 def score_text(config: Config, args: RunArgs, file: Path) -> None:

@@ -182,6 +182,13 @@ def make_parser(
             help="instead of sampling, score each token of this text: a .txt, .jsonl, .csv, .parquet, ... file or a folder "
             "of them. Write --score=-name.txt for a name that begins with a dash",
         )
+        add(
+            "--rank",
+            type=user_path,
+            metavar="FILE",
+            help="instead of sampling, rank the candidates of this file by a trained ranker: a .jsonl, .json, .csv or .parquet file "
+            "with prompts and candidates, rewards not needed",
+        )
     return parser
 
 
@@ -214,6 +221,8 @@ def run_stage(
                 f"--part cannot be used with {'--overwrite' if options.overwrite else '--stream'}: several commands work on the "
                 "same stage. Use another --run_dir, or run without --part"
             )
+        if getattr(options, "score", None) and options.rank:
+            raise UsageError("--score and --rank are two things to do; give one of them")
         mode = getattr(options, "mode", None)
         if mode and options.only:
             raise UsageError("--mode and --only both select models; give one of them")
@@ -228,6 +237,7 @@ def run_stage(
             stream=getattr(options, "stream", False),
             part=part,
             score=getattr(options, "score", None),
+            rank=getattr(options, "rank", None),
         )
         main(config, args)
         current().close()

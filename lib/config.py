@@ -35,6 +35,7 @@ from lib.sections.models import (
     TrainingConfig,
     dependency_order,
 )
+from lib.sections.pools import PoolFilesConfig
 from lib.sections.sampler import SamplerConfig
 from lib.strict_yaml import Location, parse_scalar, parse_yaml
 
@@ -61,6 +62,7 @@ class Config(Section):
     labels: LabelsConfig
     rewards: RewardsConfig
     finqa: FinqaConfig
+    pools: PoolFilesConfig
     ranker: RankerConfig
     models: dict[str, ModelSpec]
     critic: CriticConfig

@@ -6,6 +6,7 @@ with the process. `TMPDIR` names the folder of such files.
 
 import hashlib
 import sqlite3
+from typing import Any
 
 from lib.errors import CannotWrite
 
@@ -19,7 +20,7 @@ def digest(text: str) -> bytes:
 
 
 class DigestTable:
-    """Values by digest. A value is a text or an integer. Threads may use the table one after the other.
+    """Values by digest. A value is a text, an integer or bytes. Threads may use the table one after the other.
 
     Raises CannotWrite if the temporary file cannot be written.
     """
@@ -37,15 +38,15 @@ class DigestTable:
     def __exit__(self, kind, error, traceback) -> None:
         self._database.close()
 
-    def get(self, key: bytes) -> str | int | None:
+    def get(self, key: bytes) -> Any:
         """The value of a digest; None if there is none."""
         row = self._run("SELECT value FROM known WHERE digest = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
-    def set(self, key: bytes, value: str | int) -> None:
+    def set(self, key: bytes, value: str | int | bytes) -> None:
         self._run("INSERT OR REPLACE INTO known VALUES (?, ?)", (key, value))
 
-    def add(self, key: bytes, value: str | int = 1) -> bool:
+    def add(self, key: bytes, value: str | int | bytes = 1) -> bool:
         """Set the value of a digest that has none. Returns whether it had none."""
         return self._run("INSERT OR IGNORE INTO known VALUES (?, ?)", (key, value)).rowcount == 1
 

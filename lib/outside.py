@@ -78,8 +78,15 @@ def of_examples(config: Config) -> list[Path | HubModel]:
     return [p for p in sorted(source.rglob("*")) if p.is_file() and p.suffix not in WEIGHTS]
 
 
-def of_candidates(config: Config) -> list[Path]:
-    """For stage 02: the masked LM of generator.checkpoint, if it is set."""
+def of_candidates(config: Config) -> list[Path | HubModel]:
+    """For stage 02: the masked LM of generator.checkpoint, if it is set; for task pools the encoder, which is a baseline."""
+    checkpoints: list[Path | HubModel] = (
+        [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
+    )
+    return checkpoints + (of_rankers(config) if config.task == "pools" else [])
+
+
+def _checkpoint(config: Config) -> list[Path]:
     return [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
 
 
@@ -89,7 +96,7 @@ def of_model(spec: ModelSpec, config: Config) -> list[Path | HubModel]:
     encoders = of_rankers(config) if spec.mode == "ranker" else []
     adapted = [base for folder in starts for base in _adapted_by(folder)]
     judges = [] if spec.modifiers.judge is None else [Path(spec.modifiers.judge.model)]
-    stream = of_candidates(config) if spec.learns_from_shards and config.stream.enabled else []
+    stream = _checkpoint(config) if spec.learns_from_shards and config.stream.enabled else []
     return [*starts, *encoders, *adapted, *judges, *stream]
 
 

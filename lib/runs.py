@@ -33,7 +33,10 @@ STAGES = (
     "05_train_critic",
     "06_sample",
 )
-SCORE = "06_score_"  # prefix of the stages that score a user's text
+SCORE, RANK = (
+    "06_score_",
+    "06_rank_",
+)  # prefixes of the stages that score a user's text, or rank a user's candidates
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "pyarrow", "numpy")
 MANIFEST_SCHEMA = Path(__file__).with_name("manifest.schema.json")
 
@@ -52,6 +55,7 @@ class RunArgs:
     stream: bool = False  # 02 only: make shards of candidates while stage 04 trains
     part: tuple[int, int] | None = None  # 01 to 03: (i, n), make parts i, i + n, i + 2 n and so on
     score: Path | None = None  # 06 only: score this text instead of sampling
+    rank: Path | None = None  # 06 only: rank the candidates of this file instead
 
 
 def run_number(path: Path) -> int | None:
@@ -144,8 +148,8 @@ def load_manifest(folder: Path) -> dict | None:
     return manifest
 
 
-def score_stage(file: Path) -> str:
-    """The name of the stage that scores a file or folder: `06_score_<readable>_<hash>`, unique for each path.
+def score_stage(file: Path, prefix: str = SCORE) -> str:
+    """The name of the stage that scores or ranks a file or folder: `06_score_<readable>_<hash>`, unique for each path.
 
     The readable part is the file's name in lower-case Latin letters and digits. The hash is of the absolute path.
     """
@@ -153,7 +157,7 @@ def score_stage(file: Path) -> str:
     stem = os.path.basename(path).split(".gz")[0].rpartition(".")
     letters = unicodedata.normalize("NFKD", stem[0] or stem[2]).encode("ascii", "ignore").decode().lower()
     readable = re.sub(r"[^a-z0-9]+", "_", letters).strip("_")[:40].strip("_") or "text"
-    return f"{SCORE}{readable}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+    return f"{prefix}{readable}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def printable(text: str | Path) -> str:
@@ -278,7 +282,8 @@ def inspect(run_dir: Path) -> str:
     A line also tells whether the stage is unfinished, or whether --overwrite is making it again.
     """
     lines = []
-    scored = sorted(path.name for path in run_dir.glob(f"{SCORE}*") if path.is_dir() and not path.suffix)
+    found = (path for prefix in (SCORE, RANK) for path in run_dir.glob(f"{prefix}*"))
+    scored = sorted(path.name for path in found if path.is_dir() and not path.suffix)
     width = max(map(len, ("02_generate_candidates", *scored))) + 2
     for name in (*STAGES, *scored):
         manifest = load_manifest(run_dir / name)

@@ -101,6 +101,8 @@ CANDIDATES = TableSchema(
         ("text", pa.large_string()),  # what a model reads
         ("program", pa.string(), _NULLABLE),  # for tasks whose candidates are programs
         ("value", pa.string(), _NULLABLE),  # the result of the program
+        ("given_reward", pa.float64(), _NULLABLE),  # the reward in the user's file
+        ("teacher_score", pa.float64(), _NULLABLE),  # the score of another model in the user's file
         (
             "control",
             pa.large_string(),
@@ -191,6 +193,21 @@ RANKED = TableSchema(
         ("reward", pa.float64()),
     ),
     key=("model", "example_id", "candidate_id"),
+)
+
+RANKING = TableSchema(  # of a file of the user's own
+    "ranking",
+    _columns(
+        ("pool_id", pa.string()),
+        ("candidate_id", pa.int32()),  # its position in the file's pool
+        ("prompt", pa.large_string()),
+        ("text", pa.large_string()),
+        ("score", pa.float64()),
+        ("probability", pa.float64()),  # softmax of the scores in the pool
+        ("rank", pa.int32()),  # by the score; 1 is the choice, and equal scores share the better rank
+        ("reward", pa.float64(), _NULLABLE),  # as the file states it
+    ),
+    key=("pool_id", "candidate_id"),
 )
 
 ANSWERS = TableSchema(

@@ -449,7 +449,7 @@ def test_a_ranker_that_the_config_calls_blind_reads_no_prompts(tokenizer, monkey
     table = made_table()
     stage_inputs: Any = SimpleNamespace(
         config=load_config(quick_test=True), tokenizer=tokenizer, runtime=CPU,
-        draws=lambda split: [table, made_table(1)], pools=lambda split: table, pools_for_selection=lambda: made_table(2),
+        draws=lambda split, with_equal: [table, made_table(1)], pools=lambda split: table, pools_for_selection=lambda: made_table(2),
     )  # fmt: skip
     monkeypatch.setattr(train_model, "start_ranker", lambda *_: (Stub(reads_prompt), tokenizer, "nowhere"))
     spec = stage_inputs.config.models["judge"]

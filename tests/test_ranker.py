@@ -142,7 +142,7 @@ def test_packed_equals_one_by_one(name):
             assert scores[~scores.isinf()].std() > 0.05  # else equality would mean little
             assert greatest_difference(scores, model.score_one_by_one(pools)) < limit
             assert max(model.self_check(pools)) < limit and model.packs
-            assert torch.equal(model(pools), scores) and scores.dtype == dtype
+            assert greatest_difference(model(pools), scores) < limit and scores.dtype == dtype
 
 
 @pytest.mark.slow

@@ -85,7 +85,60 @@ def slow_regression(s, r):
     return sum((1 / (1 + math.exp(-x)) - y) ** 2 for x, y in zip(s, r, strict=True)) / len(s)
 
 
+def slow_binary_cross_entropy(s, r):
+    chances = [1 / (1 + math.exp(-x)) for x in s]
+    return -sum(y * math.log(p) + (1 - y) * math.log(1 - p) for p, y in zip(chances, r, strict=True)) / len(s)
+
+
+def slow_mse(s, r):
+    return sum((x - y) ** 2 for x, y in zip(s, r, strict=True)) / len(s)
+
+
+def slow_margin_mse(s, r):
+    pairs = list(itertools.combinations(range(len(s)), 2))
+    return sum(((s[i] - s[j]) - (r[i] - r[j])) ** 2 for i, j in pairs) / max(len(pairs), 1)
+
+
+def slow_bradley_terry(s, r, margin=0.0):
+    return slow_pairwise(s, r, margin, scale_margin=True)
+
+
+def slow_p_list_mle(s, r):
+    order = sorted(range(len(s)), key=lambda i: (-r[i], -s[i]))
+    weights = [2.0 ** (len(s) - rank) - 1 for rank in range(1, len(s) + 1)]
+    total = sum(weights) or 1.0
+    cost = 0.0
+    for place, i in enumerate(order):
+        rest = math.log(sum(math.exp(s[j]) for j in order[place:]))
+        cost += weights[place] / total * (rest - s[i])
+    return cost
+
+
+def slow_lambda_loss(s, r):
+    """NDCG-Loss2++ as Wang et al. (2018) define it: rho_ij + mu delta_ij, mu = 10."""
+    ranks = {i: place for place, i in enumerate(sorted(range(len(s)), key=lambda i: -s[i]), 1)}
+    best = sum(y / math.log2(1 + place) for place, y in enumerate(sorted(r, reverse=True), 1))
+
+    def discount(place):
+        return math.log2(1 + place)
+
+    cost = 0.0
+    for i, j in itertools.permutations(range(len(s)), 2):
+        if r[i] > r[j]:
+            rho = abs(1 / discount(ranks[i]) - 1 / discount(ranks[j]))
+            apart = abs(ranks[i] - ranks[j])
+            delta = abs(1 / discount(apart) - 1 / discount(apart + 1))
+            cost += (rho + 10 * delta) * (r[i] - r[j]) / best * math.log1p(math.exp(-(s[i] - s[j])))
+    return cost
+
+
 CASES = [
+    ("binary_cross_entropy", slow_binary_cross_entropy, {}),
+    ("mse", slow_mse, {}),
+    ("margin_mse", slow_margin_mse, {}),
+    ("bradley_terry", slow_bradley_terry, {"margin": 0.7}),
+    ("p_list_mle", slow_p_list_mle, {}),
+    ("lambda_loss", slow_lambda_loss, {}),
     ("cross_entropy", slow_cross_entropy, {}),
     ("listwise", slow_listwise, {}),
     ("listwise", slow_listwise, {"temperature": 1.3}),

@@ -22,6 +22,7 @@ from lib.synthetic import MaskedLMEngine
 from lib.tasks import CandidateContext, get_task
 from lib.training.lengths import WholeTexts
 
+TYPICAL_POOL = 16  # candidates of an example of the user's own, of which each may have another number
 WITHOUT_CANDIDATES = "reference"  # the split of the independent reference model
 
 
@@ -29,7 +30,7 @@ WITHOUT_CANDIDATES = "reference"  # the split of the independent reference model
 class ExampleGroups:
     """The examples that get candidates, in groups. They can be iterated over several times.
 
-    A group has as many examples as give `candidates.rows_per_group` candidates.
+    A group has as many examples as give about `candidates.rows_per_group` candidates.
     """
 
     examples: TableFiles
@@ -37,7 +38,8 @@ class ExampleGroups:
 
     @classmethod
     def of(cls, stage: Stage, config: Config) -> "ExampleGroups":
-        number = max(1, config.candidates.rows_per_group // config.candidates.per_example)
+        size = TYPICAL_POOL if config.candidates.source == "file" else config.candidates.per_example
+        number = max(1, config.candidates.rows_per_group // size)
         return cls(stage.table("01_prepare_dataset", "examples"), number)
 
     def __len__(self) -> int:

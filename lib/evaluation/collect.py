@@ -55,7 +55,8 @@ def collect_ranking(stage: Stage, config: Config, evaluator: RankingEvaluator) -
     """The data of the report on rankers: the figures of all, and the pools of one policy in detail."""
     split = next(iter(evaluator.tables))
     table = evaluator.tables[split]
-    measured = {row["name"]: row for row in evaluator.measured(split)}[DETAILED]
+    detailed = DETAILED if DETAILED in evaluator.trained else evaluator.trained[0]
+    measured = {row["name"]: row for row in evaluator.measured(split)}[detailed]
     breakdowns = {
         "Kinds of questions": [{"name": k} | v for k, v in measured.get("tags", {}).items()],
         "Wrong choices": [
@@ -70,7 +71,7 @@ def collect_ranking(stage: Stage, config: Config, evaluator: RankingEvaluator) -
     }
     settings = (
         f"data: {config.data.path}, split {split}; encoder: {config.ranker.encoder or 'trained from scratch'}; "
-        f"pools of {table.present.shape[1]}; details: {DETAILED}; seed {config.seed}"
+        f"pools of {_sizes(table.present)}; details: {detailed}; seed {config.seed}"
     )
     curves = {
         ranker.name: _lines(stage.folder_of(ranker.stage, ranker.output).parent / "metrics.jsonl")
@@ -80,17 +81,23 @@ def collect_ranking(stage: Stage, config: Config, evaluator: RankingEvaluator) -
         run=stage.run_dir.name,
         settings=settings,
         results=stats_of(trained_models(stage, config))["table"]
-        + stage.upstream_stats("05_train_critic")["table"],
+        + stage.upstream_stats("05_train_critic").get("table", []),
         models=evaluator.summary(split),
         breakdowns=breakdowns,
         curves=curves,
-        pools=[_pool(evaluator, split, n) for n in range(len(table))],
+        pools=[_pool(evaluator, detailed, split, n) for n in range(len(table))],
         manifests=_manifests(stage, config),
     )
 
 
-def _pool(evaluator: RankingEvaluator, split: str, n: int) -> RankedPool:
-    table, scores = evaluator.tables[split], evaluator.scores[DETAILED, split]
+def _sizes(present: np.ndarray) -> str:
+    """The number of candidates of the pools: one number, or the smallest and the largest."""
+    sizes = present.sum(1)
+    return f"{sizes.min()}" if sizes.min() == sizes.max() else f"{sizes.min()} to {sizes.max()}"
+
+
+def _pool(evaluator: RankingEvaluator, name: str, split: str, n: int) -> RankedPool:
+    table, scores = evaluator.tables[split], evaluator.scores[name, split]
     k = np.flatnonzero(table.present[n])
     return RankedPool(
         example_id=table.example_ids[n],
@@ -100,7 +107,7 @@ def _pool(evaluator: RankingEvaluator, split: str, n: int) -> RankedPool:
         kinds=list(table.kinds[n, k]),
         scores=[float(s) for s in scores[n, k]],
         rewards=[float(r) for r in table.rewards[n, k]],
-        note=evaluator.answer(DETAILED, split, n)["note"],
+        note=evaluator.answer(name, split, n)["note"],
     )
 
 

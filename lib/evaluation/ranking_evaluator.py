@@ -60,7 +60,7 @@ class RankingEvaluator:
         for name, spec in self.config.models.items():
             if spec.mode == "ranker":
                 yield TrainedRanker(name, unit_of(name), "best_model", spec.blind)
-        for method in METHODS:
+        for method in METHODS if self.config.critic.method == "ppo" else ():
             yield TrainedRanker(method, "05_train_critic", f"{method}/best_model")
 
     def score(self, trained: TrainedRanker) -> None:

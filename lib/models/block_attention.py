@@ -47,11 +47,12 @@ def use_blocks(backbone: Any) -> None:
 
 def block_mask(packed: Packed, is_causal: bool) -> BlockMask:
     """`packed.visible(is_causal)` as a function of two positions, on the device of `packed`."""
-    owner, positions = packed.owner, packed.positions
+    owner, segment, positions = packed.owner, packed.segment, packed.positions
     rows, length = owner.shape
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (owner[row, key] == PROMPT) | (owner[row, key] == owner[row, query])
+        seen = seen & (segment[row, key] == segment[row, query])
         return seen & (positions[row, key] <= positions[row, query]) if is_causal else seen
 
     make = _compiled(create_block_mask) if owner.is_cuda else create_block_mask

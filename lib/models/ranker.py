@@ -5,7 +5,7 @@ The backbone is any Hugging Face `AutoModel` that takes positions and a 4-D mask
 Shapes: N pools, K candidates, B rows, T tokens of a row, D hidden size, M candidates that are present.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,15 @@ from lib.models.backbones import (
     width_of,
 )
 from lib.models.block_attention import BLOCKS, block_mask
-from lib.models.packing import Packed, Pools, first_token_index, last_token_index, pack
+from lib.models.packing import (
+    Packed,
+    Pools,
+    by_length,
+    first_token_index,
+    last_token_index,
+    pack,
+    pack_by_tokens,
+)
 
 POOLINGS = ("last", "cls", "mean")
 HEADS = ("mlp", "linear")
@@ -92,6 +100,7 @@ class CandidateRanker(nn.Module):
 
     Attributes:
         is_causal: whether the backbone's tokens attend only to earlier ones.
+        prompt_tokens, candidate_tokens: the lengths that it was trained with, for its record; None if not known.
         segments: whether candidates are the second segment of the backbone's token types, as in BERT.
 
     Raises:
@@ -131,6 +140,11 @@ class CandidateRanker(nn.Module):
         self._position_offset = position_offset(base)
         self._pooler = pooling == "cls" and attention == "full" and getattr(base, "pooler", None) is not None
         self._window_warned = False
+        self.prompt_tokens: int | None = None
+        self.candidate_tokens: int | None = None
+        self.one_pass = (
+            False  # several processes read together: each must have the same number of forward passes
+        )
         first = next(base.parameters())
         exact = torch.promote_types(first.dtype, torch.float32)
         self.head = ScoreHead(width_of(base), head, seed).to(first.device, exact)
@@ -147,7 +161,7 @@ class CandidateRanker(nn.Module):
 
     def score_packed(self, pools: Pools) -> Tensor:
         """`forward`, with all candidates of a prompt in one row."""
-        return self._scores(self._packed_features(pack(pools)), pools)
+        return self._scores(self._joined([pack(pools)], pools), pools)
 
     def score_one_by_one(self, pools: Pools) -> Tensor:
         """`forward`, with a row for every candidate and its own copy of the prompt."""
@@ -157,10 +171,10 @@ class CandidateRanker(nn.Module):
         """(N, K, D) pooled vectors; those of absent candidates are zero."""
         if not self.packs:
             return self._separate_features(pools)
-        packed = pack(pools)
-        return (
-            self._separate_features(pools) if self._beyond_window(packed) else self._packed_features(packed)
-        )
+        parts = pack_by_tokens(pools, width_of(self.base), self.one_pass)
+        if any(self._beyond_window(packed) for packed in parts):
+            return self._separate_features(pools)
+        return self._joined(parts, pools)
 
     @torch.no_grad()
     def self_check(self, pools: Pools) -> tuple[float, float]:
@@ -176,7 +190,7 @@ class CandidateRanker(nn.Module):
         try:
             # In full precision, because rounding would hide or cause differences.
             with torch.autocast(next(self.parameters()).device.type, enabled=False):
-                packed, separate = self._packed_features(pack(pools)), self._separate_features(pools)
+                packed, separate = self._joined([pack(pools)], pools), self._separate_features(pools)
                 present = pools.present().to(packed.device)
                 difference = (self.head(packed) - self.head(separate))[present].abs().max()
         finally:
@@ -280,17 +294,33 @@ class CandidateRanker(nn.Module):
         row = torch.arange(len(index), device=index.device)[:, None]
         return states[row, index].masked_fill(~present, 0.0)
 
+    def _joined(self, parts: list[Packed], pools: Pools, ordinary: bool = False) -> Tensor:
+        """(N, K, D) pooled vectors of the candidates in some forward passes. Those of absent candidates are zero."""
+        found, where = [], []
+        for packed in parts:
+            features = self._packed_features(packed, ordinary)  # (B, C, D)
+            where_in_row = tuple(to_device(index, features.device) for index in (packed.row, packed.number))
+            found.append(features[where_in_row])  # (M, D)
+            # A mask as index would let the program wait for the GPU, to count its ones
+            where.append(
+                tuple(to_device(index, features.device) for index in (packed.pool, packed.candidate))
+            )
+        vectors = torch.cat(found)
+        index = tuple(torch.cat(part) for part in zip(*where, strict=True))
+        return vectors.new_zeros(*pools.present().shape, vectors.shape[-1]).index_put(index, vectors)
+
     def _separate_features(self, pools: Pools) -> Tensor:
-        """(N, K, D) pooled vectors, from one row per present candidate."""
+        """(N, K, D) pooled vectors, from one row per present candidate. Rows of similar length share a pass."""
         ordinary = self.is_causal or self.attention == "full"
-        packed = pack(pools.separate())
+        parts = []
+        for part in [pools] if self.one_pass else by_length(pools, self.head.out.weight.device.type):
+            alone = pack(part.separate())
+            row, number = part.present().nonzero(as_tuple=True)
+            parts.append(replace(alone, pool=row, candidate=number))
         if not ordinary:
-            self._beyond_window(packed)
-        found = self._packed_features(packed, ordinary)  # (M, 1, D)
-        present = pools.present()
-        # A mask as index would let the program wait for the GPU, to count its ones
-        where = tuple(to_device(index, found.device) for index in present.nonzero(as_tuple=True))
-        return found.new_zeros(*present.shape, found.shape[-1]).index_put(where, found.squeeze(1))
+            for packed in parts:
+                self._beyond_window(packed)
+        return self._joined(parts, pools, ordinary)
 
     def _scores(self, features: Tensor, pools: Pools) -> Tensor:
         absent = to_device(~pools.present(), features.device)

@@ -49,6 +49,8 @@ def save_ranker(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
         "head_dropout": model.head.dropout.p,
         "attention": model.attention,
         "packs": model.packs,
+        "prompt_tokens": model.prompt_tokens,
+        "candidate_tokens": model.candidate_tokens,
         "backbone": base.config.model_type,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "lora": has_lora,
@@ -88,6 +90,7 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
         backbone, pooling=record["pooling"], head=HeadOptions(record["head"], record["head_dropout"]),
         attention=record["attention"], seed=0, packs=record.get("packs"),
     )  # fmt: skip
+    model.prompt_tokens, model.candidate_tokens = record.get("prompt_tokens"), record.get("candidate_tokens")
     try:
         model.head.load_state_dict(load_file(folder / HEAD_FILE))
     except (RuntimeError, SafetensorError) as error:

@@ -45,4 +45,5 @@ def divide(ranker: CandidateRanker, mesh: Any) -> None:
             f"ranker.shard is true, but {type(ranker.base).__name__} has no layers of transformers that can be gathered one "
             "after another; set it to false"
         )
+    ranker.one_pass = True
     shard_frozen(ranker.backbone, [ranker.base.get_input_embeddings(), *layers], mesh)

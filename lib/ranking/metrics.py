@@ -13,14 +13,19 @@ from lib.metrics import SHARE, Estimate, ratio, sum_by
 
 # Limits of metrics whose range is not [0, 1]
 _LIMITS = {"kendall_tau": (-1.0, 1.0), "normalised_reward_ratio": (-np.inf, 1.0), "difference": (-1.0, 1.0)}
+RELEVANT, CUTOFF = 0.5, 10  # reward from which a candidate is relevant; ranks of mrr_at_10 and ndcg_at_10
 _Z = 1.959964  # the 97.5 % quantile of the standard normal distribution
 _BASELINES = ("chance", "best_reward", "mean_reward")  # they do not depend on the scores and have no interval
 
 
 def ranking_metrics(
-    scores: np.ndarray, rewards: np.ndarray, present: np.ndarray, gold: np.ndarray | None = None
+    scores: np.ndarray,
+    rewards: np.ndarray,
+    present: np.ndarray,
+    gold: np.ndarray | None = None,
+    relevant: float = RELEVANT,
 ) -> dict[str, np.ndarray]:
-    """name -> (N,) float64, one value per pool.
+    """name -> (N,) float64, one value per pool. Without tied scores, map, mrr_at_10 and ndcg_at_10 are those of trec_eval.
 
     | name              | meaning                                                                             |
     |-------------------|-------------------------------------------------------------------------------------|
@@ -32,6 +37,9 @@ def ranking_metrics(
     | mean_reward       | mean reward of the pool: the reward of a random choice                              |
     | mrr               | 1 / rank of the first candidate with the best reward                                |
     | ndcg              | gain = reward, discount 1 / log2(1 + rank), over all K; 1 if every reward is 0      |
+    | map               | average precision of the relevant candidates; NaN if there is none                  |
+    | mrr_at_10         | 1 / rank of the first relevant candidate, 0 beyond rank 10; NaN if there is none    |
+    | ndcg_at_10        | as ndcg, over the first 10 ranks; NaN if every reward is 0                          |
     | pairwise_accuracy | share of pairs of different reward in order; tied scores 1/2; NaN without pairs     |
     | kendall_tau       | tau-b; 0 if only the scores are constant, NaN if the rewards are                    |
 
@@ -39,6 +47,7 @@ def ranking_metrics(
         scores: (N, K), finite where present; other values are ignored.
         rewards: (N, K) in [0, 1] where present; other values are ignored.
         present: (N, K) bool, at least one per pool.
+        relevant: the reward from which a candidate is relevant.
 
     Raises:
         ValueError: a pool has no candidates, or a score is not finite.
@@ -57,6 +66,14 @@ def ranking_metrics(
         "mean_reward": gain.sum(1) / present.sum(1),
         "mrr": _reciprocal_rank(score, best),
         "ndcg": _ndcg(score, gain, present),
+    }
+    right = present & (gain >= relevant)
+    some, any_gain = right.any(1), gain.max(1) > 0
+    first = _reciprocal_rank(score, right, CUTOFF)
+    values |= {
+        "map": np.where(some, _average_precision(score, right, present), np.nan),
+        "mrr_at_10": np.where(some, first, np.nan),
+        "ndcg_at_10": np.where(any_gain, _ndcg(score, gain, present, CUTOFF), np.nan),
     }
     if gold is not None:
         values["gold_accuracy"] = np.take_along_axis(choice, np.asarray(gold)[:, None], 1)[:, 0]
@@ -80,8 +97,8 @@ def _choice(score: np.ndarray) -> np.ndarray:
     return winner / winner.sum(1, keepdims=True)
 
 
-def _reciprocal_rank(score: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """(N,) expected 1 / rank of the first candidate with the best reward. Tied scores are in random order."""
+def _reciprocal_rank(score: np.ndarray, best: np.ndarray, cutoff: int | None = None) -> np.ndarray:
+    """(N,) expected 1 / rank of the first candidate of `best`, 0 beyond `cutoff`. Tied scores are in random order."""
     top = np.where(best, score, -np.inf).max(1, keepdims=True)
     above, tied = (score > top).sum(1), score == top
     size, right = tied.sum(1), (tied & best).sum(1)
@@ -90,14 +107,41 @@ def _reciprocal_rank(score: np.ndarray, best: np.ndarray) -> np.ndarray:
         score.shape[1]
     ):  # draw from the tie without replacement until one of the best is found
         hit = not_found * np.clip(right / np.maximum(size - drawn, 1), 0, 1)
-        value += hit / (above + drawn + 1)
+        rank = above + drawn + 1
+        value += np.where(rank <= cutoff, hit / rank, 0.0) if cutoff is not None else hit / rank
         not_found = not_found - hit
     return value
 
 
-def _ndcg(score: np.ndarray, gain: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """(N,) NDCG. A tied candidate has the mean discount of the ranks of its tie (McSherry and Najork, 2008)."""
+def _average_precision(score: np.ndarray, right: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """(N,) expected average precision of the candidates `right` (N, K). Tied scores are in random order.
+
+    A tie has n candidates, r of them right. Its position j is right with probability r / n. Then (j - 1) (r - 1) / (n - 1) right
+    ones of the tie are expected before it (McSherry and Najork, 2008). 0 where no candidate is right.
+    """
+    order = np.argsort(-score, 1, kind="stable")
+    sorted_score, hit = (np.take_along_axis(a, order, 1) for a in (score, right))
+    here = np.take_along_axis(present, order, 1)
+    rank = np.arange(score.shape[1])
+    opens = np.ones(score.shape, bool)
+    opens[:, 1:] = sorted_score[:, 1:] != sorted_score[:, :-1]
+    above = np.maximum.accumulate(np.where(opens, rank, 0), 1)  # (N, K) candidates before the tie
+    closes = np.roll(opens, -1, 1)
+    closes[:, -1] = True
+    end = np.minimum.accumulate(np.where(closes, rank + 1, score.shape[1])[:, ::-1], 1)[:, ::-1]
+    sums = np.concatenate([np.zeros((len(score), 1)), np.cumsum(hit, 1)], 1)
+    found = np.take_along_axis(sums, above, 1)
+    size, rights = end - above, np.take_along_axis(sums, end, 1) - found
+    index = rank - above  # from 0
+    before = found + np.where(size > 1, index * (rights - 1) / np.maximum(size - 1, 1), 0.0)
+    value = np.where(here, rights / size * (before + 1) / (rank + 1), 0.0)
+    return value.sum(1) / np.maximum(right.sum(1), 1)
+
+
+def _ndcg(score: np.ndarray, gain: np.ndarray, present: np.ndarray, cutoff: int | None = None) -> np.ndarray:
+    """(N,) NDCG, of the first `cutoff` ranks. A tied candidate has the mean discount of the ranks of its tie (McSherry and Najork, 2008)."""
     discount = 1 / np.log2(np.arange(score.shape[1]) + 2)
+    discount[cutoff:] = discount[cutoff:] * (cutoff is None)
     cumulative = np.append(0.0, np.cumsum(discount))  # (K + 1,) sums over the first ranks
     above = (score[:, None, :] > score[:, :, None]).sum(2)  # (N, K)
     size = (score[:, None, :] == score[:, :, None]).sum(2)

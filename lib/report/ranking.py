@@ -18,12 +18,14 @@ RANDOM = "random choice"  # the row of `models` with the accuracy of chance, if 
 
 # Columns of the table of models: key of a row, title, whether it is a percentage
 _COLUMNS = (
-    ("accuracy", "accuracy", True), ("mrr", "MRR", False), ("ndcg", "NDCG", False), ("pairwise_accuracy", "pairs", True),
+    ("accuracy", "accuracy", True), ("map", "MAP", False), ("mrr", "MRR", False), ("mrr_at_10", "MRR@10", False),
+    ("ndcg", "NDCG", False), ("ndcg_at_10", "NDCG@10", False), ("pairwise_accuracy", "pairs", True),
     ("average_reward", "reward", False), ("reward_ratio", "of the best", True),
     ("normalised_reward_ratio", "above random", True),
 )  # fmt: skip
 MODELS_CAPTION = (
-    "Accuracy: share of pools in which the candidate with the highest score has the best reward. Pairs: share of pairs in "
+    "Accuracy: share of pools in which the candidate with the highest score has the best reward. MAP, MRR@10 and NDCG@10 are those of "
+    "retrieval; a candidate is relevant from a reward of 0.5 on, or pools.relevant. Tied scores count as in random order. Pairs: share of pairs in "
     "the order of their rewards. Of the best: reward of the choices over the best possible reward. Above random: the same, "
     "where a random choice is 0 % and the best choice 100 %."
 )

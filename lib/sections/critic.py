@@ -21,7 +21,7 @@ class PpoConfig(Section):
 
 
 class CriticConfig(Section):
-    method: Literal["token_critic", "ppo"]
+    method: Literal["token_critic", "ppo", "none"]
     ppo: PpoConfig
     generator: str
     coupling: Literal["decoupled", "joint", "stop_gradient"]

@@ -94,7 +94,7 @@ class TokenizerConfig(Section):
 
 
 class CandidatesConfig(Section):
-    source: Literal["masked_lm", "random_tokens", "original_only", "programs"]
+    source: Literal["masked_lm", "random_tokens", "original_only", "programs", "file"]
     per_example: Annotated[int, Field(ge=1, le=64)]
     mask_ratio: tuple[Fraction, Fraction]
     masking: Masking

@@ -58,9 +58,14 @@ class RankerConfig(Section):
     adapter: Literal["lora", "none"]
     embeddings: Literal["learn", "frozen"]
     lora: LoraConfig
-    loss: Literal["cross_entropy", "listwise", "list_mle", "pairwise", "regression"]
+    loss: Literal[
+        "cross_entropy", "listwise", "list_mle", "p_list_mle", "lambda_loss", "pairwise", "bradley_terry",
+        "binary_cross_entropy", "regression", "mse", "margin_mse",
+    ]  # fmt: skip
     temperature: AboveZero
     margin: NonNegative
+    sampled_candidates: Annotated[int, Field(ge=2)] | None
+    hard_negatives: NonNegative
 
     @model_validator(mode="after")
     def _check(self):

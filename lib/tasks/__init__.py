@@ -32,9 +32,10 @@ from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import numpy as np
+    import pyarrow as pa
 
     from lib.synthetic import MaskedLMEngine
 
@@ -113,6 +114,7 @@ class CandidateContext:
         dropped: the task adds examples without candidates here, with the reason.
         draw: another number gives the same examples other candidates.
         counts: the task adds figures for the manifest here.
+        examples: tables of all examples that get candidates, for `review_candidates`; can be iterated over several times.
     """
 
     config: Config
@@ -122,6 +124,7 @@ class CandidateContext:
     dropped: list[Dropped] = field(default_factory=list)
     draw: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    examples: "Iterable[pa.Table] | None" = None
 
     @property
     def seed(self) -> int:

@@ -17,6 +17,7 @@ from lib.config import Config
 from lib.errors import BadData
 from lib.sections.models import dependency_order
 
+WITH_PROMPTS = ("programs", "file")  # sources of candidates whose examples have prompts
 WHOLE_READERS = ("token_classifier", "sequence_scorer", "ranker")
 
 
@@ -43,7 +44,7 @@ class WholeTexts:
     @classmethod
     def of(cls, config: Config) -> "WholeTexts | None":
         """Counter for the configured model with the shortest context; None if no model reads texts as a whole."""
-        if config.candidates.source == "programs":  # ranker.*_tokens limit what rankers with prompts read
+        if config.candidates.source in WITH_PROMPTS:  # ranker.*_tokens limit what rankers with prompts read
             return None
         contexts = contexts_of(config)
         readers = {

@@ -11,7 +11,10 @@ import pyarrow as pa
 from lib import randomness
 from lib.errors import BadData
 from lib.log import say
+from lib.ranking.metrics import RELEVANT
 from lib.training.data import pools
+
+TEACHER_TERM = "teacher"  # the term of rewards that holds the scores of a teacher
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class PoolTable:
         present: (N, K) bool.
         baselines: name -> (N, K) scores of simple methods.
         skipped: number of pools left out because all their rewards are equal.
+        relevant: reward from which a candidate is relevant, for MAP and MRR.
     """
 
     example_ids: list[str]
@@ -45,17 +49,29 @@ class PoolTable:
     present: np.ndarray
     baselines: dict[str, np.ndarray]
     skipped: int = 0
+    relevant: float = RELEVANT
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @classmethod
-    def of(cls, candidates: pa.Table, examples: pa.Table, baselines: pa.Table | None = None) -> "PoolTable":
+    def of(
+        cls,
+        candidates: pa.Table,
+        examples: pa.Table,
+        baselines: pa.Table | None = None,
+        *,
+        with_equal: bool = False,
+        relevant: float = RELEVANT,
+    ) -> "PoolTable":
         """The pools of candidates joined with their rewards, and of their examples.
 
-        Raises BadData if no pool has candidates of different reward.
+        Args:
+            with_equal: keep pools whose rewards are all equal, for losses that learn from them.
+
+        Raises BadData if no pool has candidates of different reward, or no pool at all `with_equal`.
         """
-        rows, skipped = decided_pools(candidates)
+        rows, skipped = (all_pools(candidates), 0) if with_equal else decided_pools(candidates)
         present = rows >= 0
 
         def text(name: str) -> np.ndarray:
@@ -82,7 +98,13 @@ class PoolTable:
             present=present,
             baselines=_aligned(baselines, names, number("candidate_id"), present),
             skipped=skipped,
+            relevant=relevant,
         )
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(N, K) what distillation learns: the scores of a teacher if the data has them, otherwise the rewards."""
+        return self.terms.get(TEACHER_TERM, self.rewards)
 
     def draws(self, size: int) -> list["PoolTable"]:
         """The pools divided into draws of `size` candidates. Each epoch of a training takes the next draw.
@@ -141,12 +163,14 @@ class PoolRows:
     texts: np.ndarray
     present: np.ndarray
     rewards: np.ndarray
+    targets: np.ndarray
 
     @classmethod
     def of(cls, table: PoolTable, index: np.ndarray) -> "PoolRows":
         """The pools `index` of a table."""
         prompts = [table.prompts[i] for i in index]
-        return cls(prompts, table.texts[index], table.present[index], table.rewards[index])
+        arrays = (table.texts, table.present, table.rewards, table.targets)
+        return cls(prompts, *(array[index] for array in arrays))
 
     @classmethod
     def of_draws(cls, draws: list[PoolTable], draw: np.ndarray, index: np.ndarray) -> "PoolRows":
@@ -156,8 +180,28 @@ class PoolRows:
             cls.of(draws[d[0]], i) for d, i in zip(np.split(draw, ends), np.split(index, ends), strict=True)
         ]
         prompts = [prompt for run in runs for prompt in run.prompts]
-        arrays = [np.concatenate([getattr(run, n) for run in runs]) for n in ("texts", "present", "rewards")]
+        arrays = [np.concatenate([getattr(run, n) for run in runs]) for n in cls.arrays()]
         return cls(prompts, *arrays)
+
+    @staticmethod
+    def arrays() -> tuple[str, ...]:
+        """Names of the (B, K) arrays."""
+        return ("texts", "present", "rewards", "targets")
+
+    def narrowed(self) -> "PoolRows":
+        """The same pools without the columns that none of them fills."""
+        width = int(self.present.sum(1).max(initial=1))
+        return replace(self, **{name: getattr(self, name)[:, :width] for name in self.arrays()})
+
+    def chosen(self, columns: np.ndarray) -> "PoolRows":
+        """The candidates at (B, C) columns of each pool."""
+        found = {name: np.take_along_axis(getattr(self, name), columns, 1) for name in self.arrays()}
+        return replace(self, **found)
+
+
+def all_pools(candidates: pa.Table) -> np.ndarray:
+    """(N, K) row indices of the candidates of each pool, -1 for none."""
+    return pools(np.asarray(candidates["example_id"].to_pylist(), dtype=object))
 
 
 def decided_pools(candidates: pa.Table) -> tuple[np.ndarray, int]:
@@ -168,7 +212,7 @@ def decided_pools(candidates: pa.Table) -> tuple[np.ndarray, int]:
 
     Raises BadData if all pools would be skipped.
     """
-    rows = pools(np.asarray(candidates["example_id"].to_pylist(), dtype=object))
+    rows = all_pools(candidates)
     reward = candidates["reward"].to_numpy()[rows]
     present = rows >= 0
     decided = np.where(present, reward, -np.inf).max(1) > np.where(present, reward, np.inf).min(1)

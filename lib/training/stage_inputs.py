@@ -20,7 +20,7 @@ from lib.shards import open_store as open_shards
 from lib.token_store import TokenStore, of_table, open_store
 from lib.tokenization import load_tokenizer
 from lib.training.data import Splits, select_rows, select_split
-from lib.training.lengths import WHOLE_READERS, WholeTexts, contexts_of
+from lib.training.lengths import WHOLE_READERS, WITH_PROMPTS, WholeTexts, contexts_of
 from lib.training.pool_table import PoolTable
 from lib.training.reward_join import with_rewards
 from lib.training.streaming_dataset import StreamingDataset
@@ -85,7 +85,9 @@ class StageInputs:
 
     @cached_property
     def have_prompts(self) -> bool:
-        """Whether examples have prompts."""
+        """Whether examples have prompts, which rankers read as texts."""
+        if self.config.candidates.source in WITH_PROMPTS:
+            return True
         lengths = pc.binary_length(self.examples("held_out")["prompt"])
         return bool(pc.any(pc.greater(lengths, 0)).as_py())
 
@@ -96,9 +98,15 @@ class StageInputs:
         """
         return self.draws(split)[0]
 
-    def draws(self, split: str) -> list[PoolTable]:
-        """All draws of pools of a split, for training: the same examples with other wrong candidates in each draw."""
+    def draws(self, split: str, with_equal: bool = False) -> list[PoolTable]:
+        """All draws of pools of a split, for training: the same examples with other wrong candidates in each draw.
+
+        `with_equal`: with pools whose rewards are equal, where the candidates are of the user's own.
+        """
         size = self.config.candidates.per_example
+        if self.config.candidates.source == "file":  # pools of any size
+            tables = self.candidates(split), self.examples(split), self.read_baselines()
+            return [PoolTable.of(*tables, with_equal=with_equal, relevant=self.config.pools.relevant)]
         if self.pool_size not in (None, size):
             raise BadConfig(
                 f"candidates.per_example is {size}, but stage 02 made pools of {self.pool_size}; set it to "

@@ -24,6 +24,7 @@ from lib.models.build import Checkpoint, heads_of, load_model, save_model, start
 from lib.models.ranker import SequenceRanker
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.models.ranker_placement import on_device
+from lib.ranking.losses import POINTWISE
 from lib.runs import plain
 from lib.runtime import Runtime, release_memory
 from lib.sections.models import ModelSpec
@@ -219,8 +220,11 @@ def set_up_prompt_ranker(
         lambda: start_ranker(name, spec, config, stage_inputs.tokenizer, start, folder), shard, runtime
     )
     on_a_gpu(config.ranker.mask, model, runtime.device)
+    model.prompt_tokens, model.candidate_tokens = config.ranker.prompt_tokens, config.ranker.candidate_tokens
     splits = PoolSplits(
-        stage_inputs.draws(spec.split), stage_inputs.pools_for_selection(), stage_inputs.pools("held_out")
+        stage_inputs.draws(spec.split, with_equal=config.ranker.loss in POINTWISE),
+        stage_inputs.pools_for_selection(),
+        stage_inputs.pools("held_out"),
     )
     reader = PoolReader(tokenizer, config.ranker, runtime, config.seed, spec.blind)
     tables = {spec.split: splits.train, "selection": [splits.selection], "held_out": [splits.held_out]}

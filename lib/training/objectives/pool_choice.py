@@ -25,7 +25,7 @@ from lib.log import say
 from lib.metrics import Estimate
 from lib.models.collation import collate, hide_words, too_long
 from lib.models.packing import Pools
-from lib.ranking.losses import LOSSES
+from lib.ranking.losses import LOSSES, TEACHER
 from lib.ranking.metrics import (
     breakdown,
     chosen_kinds,
@@ -45,6 +45,7 @@ from lib.training.objectives.base import (
     result_row,
     tensor,
 )
+from lib.training.pool_sampling import CandidateSampler
 from lib.training.pool_table import PoolRows, PoolTable
 
 EVALUATION_BATCH = 32
@@ -183,6 +184,7 @@ class PoolChoice:
         self._order = Rows(context.seed, f"{context.label} order", len(splits.train[0]))
         shuffled = randomness.permutation(context.seed, "selection pools", 0, len(splits.selection))
         self.evaluated = np.sort(shuffled[: max(1, context.settings.evaluation_examples)])
+        self._sampler = CandidateSampler.of(reader.settings, splits.train[0], context.seed)
         self.tokens_per_row = reader.tokens_per_pool(splits.train[0])
 
     def _losses(self, scores: Tensor, rows: PoolRows) -> Tensor:
@@ -191,9 +193,10 @@ class PoolChoice:
         extra: dict[str, float] = {}
         if settings.loss == "listwise":
             extra["temperature"] = settings.temperature
-        if settings.loss == "pairwise":
+        if settings.loss in ("pairwise", "bradley_terry"):
             extra["margin"] = settings.margin
-        rewards = tensor(rows.rewards.astype(np.float32), runtime)
+        learned = rows.targets if settings.loss in TEACHER else rows.rewards
+        rewards = tensor(learned.astype(np.float32), runtime)
         return LOSSES[settings.loss](scores, rewards, tensor(rows.present, runtime), **extra)
 
     def part(self, model: nn.Module, step: int, rows: range) -> Part:
@@ -201,7 +204,10 @@ class PoolChoice:
         tables = self.splits.train
         row = np.arange(rows.start, rows.stop)
         draw = row // len(tables[0]) % len(tables)  # one, or two if an epoch ends within these rows
-        pools = PoolRows.of_draws(tables, draw, self._order.samples(row))
+        index = self._order.samples(row)
+        pools = PoolRows.of_draws(tables, draw, index).narrowed()
+        if self._sampler is not None:
+            pools = self._sampler.sample(pools, self._order.epochs(row), index)
 
         def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
             scores = self.reader.scores(model, pools, hidden_by=row)
@@ -262,11 +268,15 @@ class PoolChoice:
 
 
 def simple_scores(table: PoolTable) -> dict[str, np.ndarray]:
-    """name -> (N, K) scores of methods without a ranker."""
-    return {
-        RANDOM: np.zeros(table.present.shape),
-        FIRST: np.broadcast_to(-np.arange(table.present.shape[1], dtype=float), table.present.shape),
-    } | table.baselines
+    """name -> (N, K) scores of methods without a ranker.
+
+    The first candidate is no row where it is the best of every pool: the files then list the best one first. No model
+    reads the order.
+    """
+    first = -table.candidate_ids.astype(float)
+    always = ranking_metrics(first, table.rewards, table.present)["accuracy"].min() == 1
+    found = {RANDOM: np.zeros(table.present.shape)} | ({} if always else {FIRST: first})
+    return found | table.baselines
 
 
 def measure(table: PoolTable, scores: np.ndarray, seed: int, short: bool = False) -> dict[str, Any]:
@@ -274,7 +284,7 @@ def measure(table: PoolTable, scores: np.ndarray, seed: int, short: bool = False
 
     Unless `short`, also the accuracy by tag, the kinds of wrong choices, and the reward terms of the winners.
     """
-    per_pool = ranking_metrics(scores, table.rewards, table.present)
+    per_pool = ranking_metrics(scores, table.rewards, table.present, relevant=table.relevant)
     values: dict[str, Any] = summarise(per_pool, table.groups, seed)
     values["pools"] = len(table)
     if short:

@@ -1,0 +1,272 @@
+"""Rank the candidates of a user's file with a model of a run: by a ranker that reads prompts, or by the models of task text.
+
+A run of task text scores each candidate by itself: by its judge, or without one by its critic.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from lib import schema
+from lib.artifacts import Stage
+from lib.config import Config
+from lib.errors import BadData, MissingInput, RemaskError
+from lib.evaluation.rank import Ranker, say_shortened, softmax
+from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
+from lib.evaluation.text_scores import documents_of, score, windows
+from lib.ranking.bm25 import bm25_scores
+from lib.ranking.metrics import ranking_metrics, summarise
+from lib.runtime import Runtime
+from lib.tasks import Problem
+from lib.tasks.pools.candidates import mapped
+from lib.tasks.pools.check import merged, pool_faults
+from lib.tasks.pools.layouts import Entry
+from lib.tasks.pools.reading import problem, read_into, sources
+from lib.tasks.pools.store import FoundPool, PoolStore
+from lib.training.model_plans import unit_of
+
+BLOCK = 512  # pools that are read and scored at a time
+SHOWN = 24  # pools on the page
+MAX_LISTED = 5  # problems of each kind that are printed
+RANKER, BM25 = "ranker", "bm25"
+
+
+class Scorer(Protocol):
+    """Scores the candidates of pools. `name` says by which model."""
+
+    name: str
+
+    def scores(self, prompts: list[str], candidates: list[list[str]]) -> list[np.ndarray]:
+        """(K,) scores of each pool; higher is better."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShownPool:
+    """A ranked pool for the page. `rewards` are None where the file has none."""
+
+    pool_id: str
+    prompt: str
+    candidates: list[str]
+    scores: np.ndarray
+    rewards: list[float | None]
+
+
+@dataclass
+class UserPools:
+    """The pools of a file, and what was measured on them so far.
+
+    Attributes:
+        num_pools: pools that can be ranked, counted when the file is read.
+        done: pools that were ranked.
+        displayed: the first ranked pools.
+    """
+
+    config: Config
+    files: list[Path]
+    store: PoolStore
+    problems: list[Problem]
+    num_pools: int = 0
+    done: int = 0
+    displayed: list[ShownPool] = field(default_factory=list)
+    _per_pool: dict[str, dict[str, list[np.ndarray]]] = field(default_factory=dict)
+    _without_rewards: int = 0
+
+    def __enter__(self) -> "UserPools":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.store.__exit__(*error)
+
+    def problem_lines(self) -> Iterator[str]:
+        """A line for the first problems of each kind, and how many more there are."""
+        counts = Counter(p.kind for p in self.problems)
+        listed: Counter[str] = Counter()
+        for p in self.problems:
+            listed[p.kind] += 1
+            if listed[p.kind] <= MAX_LISTED:
+                yield f"{p.source} {p.location}: {p.kind}: {p.found}; expected {p.expected}; {p.advice}"
+        for kind, count in counts.items():
+            if count > MAX_LISTED:
+                yield f"{kind}: {count - MAX_LISTED:,} more"
+
+    def blocks(self) -> Iterator[list[tuple[FoundPool, list[Entry]]]]:
+        """The valid pools, `BLOCK` at a time."""
+        block = []
+        for pool in self.store.pools():
+            entries = valid_entries(pool, self.config)
+            if entries:
+                block.append((pool, entries))
+            if len(block) == BLOCK:
+                yield block
+                block = []
+        if block:
+            yield block
+
+    def measure(self, block: list[tuple[FoundPool, list[Entry]]], scores: list[np.ndarray]) -> None:
+        """Keep the metrics of the pools of a block that have rewards, and some pools for the page."""
+        self.done += len(block)
+        for (pool, entries), row in list(zip(block, scores, strict=True))[
+            : max(0, SHOWN - len(self.displayed))
+        ]:
+            texts, rewards = [e.text for e in entries], [e.reward for e in entries]
+            self.displayed.append(ShownPool(pool.pool_id, pool.prompt, texts, row, rewards))
+        known = [n for n, (_, entries) in enumerate(block) if all(e.reward is not None for e in entries)]
+        self._without_rewards += len(block) - len(known)
+        if not known:
+            return
+        sizes = [len(block[n][1]) for n in known]
+        present = np.arange(max(sizes)) < np.array(sizes)[:, None]
+        given, own = np.zeros(present.shape), np.zeros(present.shape)
+        given[present] = [e.reward for n in known for e in block[n][1]]
+        own[present] = np.concatenate([scores[n] for n in known])
+        texts = np.full(present.shape, "", object)
+        texts[present] = [e.text for n in known for e in block[n][1]]
+        settings = self.config.pools
+        rewards = np.zeros(present.shape)
+        rewards[present] = mapped(given[present], np.repeat(np.arange(len(known)), sizes), settings)
+        lexical = bm25_scores([block[n][0].prompt for n in known], texts, present)
+        for name, values in ((RANKER, own), ("random choice", np.zeros_like(own)), (BM25, lexical)):
+            found = ranking_metrics(values, rewards, present, relevant=settings.relevant)
+            kept = self._per_pool.setdefault(name, {})
+            for metric, value in found.items():
+                kept.setdefault(metric, []).append(value)
+
+    def metrics(self, seed: int) -> dict[str, Any]:
+        """Name of a row -> its metrics with intervals over pools; empty if no pool has rewards."""
+        found = {}
+        for name, metrics in self._per_pool.items():
+            per_pool = {metric: np.concatenate(values) for metric, values in metrics.items()}
+            groups = np.arange(len(per_pool["accuracy"]))
+            found[name] = summarise(per_pool, groups, seed) | {"pools": len(groups)}
+        return found
+
+
+def valid_entries(pool: FoundPool, config: Config) -> list[Entry]:
+    """The candidates of a pool that can be ranked, each text once; none if the pool has an error."""
+    if any(fault.severity == "error" for _, fault in pool_faults(pool, config.pools, with_rewards=False)):
+        return []
+    return merged(pool, config.pools)[0]
+
+
+def read_user_pools(config: Config, path: Path) -> UserPools:
+    """Read a file of any layout of task pools, whatever the run's task is. Rows that cannot be read are problems.
+
+    Raises:
+        MissingInput: there is no such file or folder.
+    """
+    if not path.exists():
+        raise MissingInput(f"--rank {path}: there is no such file or folder")
+    name = os.path.join(".", path) if str(path).startswith("builtin") else str(path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": name})})
+    store = PoolStore()
+    try:
+        files = sources(config)
+        problems = list(read_into(store, config))
+        user = UserPools(config, files, store, problems)
+        for pool in store.pools():
+            faults = [*pool_faults(pool, config.pools, with_rewards=False), *merged(pool, config.pools)[1]]
+            errors = [(where, fault) for where, fault in faults if fault.severity == "error"]
+            problems += [problem(fault, pool.source, f"{where} ({pool.pool_id})") for where, fault in errors]
+            user.num_pools += bool(valid_entries(pool, config))
+    except RemaskError as error:  # the message names the setting, but the user gave the flag
+        store.__exit__()
+        raise type(error)(str(error).replace("data.path", "--rank")) from None
+    return user
+
+
+def reads_of(config: Config) -> tuple[str, ...]:
+    """The stages and units that a run's scorer reads."""
+    if config.critic.method == "token_critic":
+        return ("01_prepare_dataset", *units_of_roles(config), "05_train_critic")
+    return ("01_prepare_dataset", unit_of(ranker_name(config)))
+
+
+def ranker_name(config: Config) -> str:
+    """The ranker of the run: the one called `ranker`, or the first one. Raises BadData if there is none."""
+    names = [name for name, spec in config.models.items() if spec.mode == "ranker"]
+    if not names:
+        raise BadData("--rank needs a model of mode ranker, and the config has none")
+    return "ranker" if "ranker" in names else names[0]
+
+
+def open_scorer(stage: Stage, config: Config, runtime: Runtime) -> Scorer:
+    """The scorer of a run."""
+    if config.critic.method == "token_critic":
+        return TextScorer(SampleEvaluator(stage, config, runtime))
+    name = ranker_name(config)
+    ranker = Ranker.load(stage.folder_of(unit_of(name), "best_model"), runtime=runtime)
+    return PromptScorer(name, ranker)
+
+
+@dataclass
+class PromptScorer:
+    """Scores by a ranker that reads prompts."""
+
+    name: str
+    ranker: Ranker
+    cut: tuple[int, int] = (0, 0)
+
+    def scores(self, prompts: list[str], candidates: list[list[str]]) -> list[np.ndarray]:
+        found = self.ranker.shortened(prompts, candidates)
+        self.cut = (self.cut[0] + found[0], self.cut[1] + found[1])
+        return [ranking.scores for ranking in self.ranker.rank_all(prompts, candidates)]
+
+
+class TextScorer:
+    """Scores each candidate by itself, as `--score` does. Prompts are not read."""
+
+    def __init__(self, evaluator: SampleEvaluator):
+        self.evaluator = evaluator
+        self.key, self.sign = (
+            ("judge_score", 1.0) if evaluator.judge is not None else ("critic_error_mean", -1.0)
+        )
+        self.name = "judge" if evaluator.judge is not None else "critic"
+
+    def scores(self, prompts: list[str], candidates: list[list[str]]) -> list[np.ndarray]:
+        evaluator = self.evaluator
+        named = [(f"{n}/{k}", text) for n, texts in enumerate(candidates) for k, text in enumerate(texts)]
+        parts = windows(named, evaluator.tokenizer, evaluator.min_context, evaluator.config.tokenizer.unknown)
+        found = {
+            row["document_id"]: self.sign * row[self.key]
+            for row in documents_of(score(list(parts), evaluator))
+        }
+        return [
+            np.array([found[f"{n}/{k}"] for k in range(len(texts))]) for n, texts in enumerate(candidates)
+        ]
+
+
+def score_pools(user: UserPools, scorer: Scorer) -> Iterator[pa.Table]:
+    """Tables of schema.RANKING, block by block, each pool with its best candidate first."""
+    for block in user.blocks():
+        texts = [[entry.text for entry in entries] for _, entries in block]
+        scores = scorer.scores([pool.prompt for pool, _ in block], texts)
+        rows = []
+        for (pool, entries), row in zip(block, scores, strict=True):
+            number = {id(entry): k for k, entry in enumerate(pool.entries)}
+            where = {" ".join(entry.text.split()): k for k, entry in reversed(list(enumerate(pool.entries)))}
+            probability = softmax(row)
+            for k in np.argsort(-row, kind="stable"):
+                entry = entries[k]
+                rows.append(
+                    {
+                        "pool_id": pool.pool_id,
+                        "candidate_id": number.get(id(entry), where[" ".join(entry.text.split())]),
+                        "prompt": pool.prompt,
+                        "text": entry.text,
+                        "score": float(row[k]),
+                        "probability": float(probability[k]),
+                        "rank": 1 + int((row > row[k]).sum()),
+                        "reward": entry.reward,
+                    }
+                )
+        user.measure(block, scores)
+        yield pa.Table.from_pylist(rows, schema.RANKING.arrow)
+    if isinstance(scorer, PromptScorer):
+        say_shortened(scorer.cut, scorer.ranker)

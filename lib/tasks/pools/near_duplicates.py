@@ -1,0 +1,127 @@
+"""Groups of prompts that are the same or nearly so, which must not be divided between two splits.
+
+The similarity of two prompts is the Jaccard index of their sets of words and of pairs of adjacent words. MinHash estimates
+it (Broder, 1997), and bands of its numbers find prompts that may be similar (locality-sensitive hashing).
+"""
+
+import re
+from array import array
+
+import numpy as np
+import pandas as pd
+
+from lib import randomness
+from lib.digest_table import DigestTable, digest
+
+NUMBERS, ROWS = 100, 5  # minima per prompt, and minima per band: 20 bands
+PIECE = 2048  # words and pairs that are hashed at a time
+_WORD = re.compile(r"\w+")
+_MULTIPLIERS = randomness.bits(randomness.key(0, "minhash multipliers"), 0, NUMBERS)[0] | np.uint64(1)
+_SHIFTS = randomness.bits(randomness.key(0, "minhash shifts"), 0, NUMBERS)[0]
+_PAIR = np.uint64(0x9E3779B97F4A7C15)
+
+
+def minima(prompt: str) -> np.ndarray:
+    """(NUMBERS,) uint32: the minimum of each hash function over the words and pairs of a prompt."""
+    words = _WORD.findall(prompt.lower()) or [prompt]
+    single = pd.util.hash_array(np.array(words, dtype=object), categorize=False)
+    pairs = (single[:-1] * _PAIR) ^ (single[1:] + (single[:-1] >> np.uint64(7)))
+    shingles = np.unique(np.concatenate([single, pairs]))
+    lowest = np.full(NUMBERS, np.iinfo(np.uint64).max, np.uint64)
+    for start in range(0, len(shingles), PIECE):
+        mixed = shingles[start : start + PIECE, None] * _MULTIPLIERS + _SHIFTS
+        mixed ^= mixed >> np.uint64(29)
+        lowest = np.minimum(lowest, (mixed * _PAIR).min(0))
+    return (lowest >> np.uint64(32)).astype(np.uint32)
+
+
+def similarity(one: np.ndarray, other: np.ndarray) -> float:
+    """The estimated Jaccard index of two prompts. Its standard error is at most 0.05."""
+    return float((one == other).mean())
+
+
+class PromptGroups:
+    """Unites prompts that are similar, by number. Prompts are added in order, from 0.
+
+    Args:
+        threshold: prompts of at least this similarity are united; None unites only prompts with the same words.
+
+    Memory holds 8 bytes per prompt. The minima are in temporary files.
+    """
+
+    def __init__(self, threshold: float | None):
+        self.threshold = threshold
+        self._parent = array("q")
+        self._bands, self._minima, self._exact, self._named = (DigestTable() for _ in range(4))
+
+    def __enter__(self) -> "PromptGroups":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for table in (self._bands, self._minima, self._exact, self._named):
+            table.__exit__(*error)
+
+    def add(self, prompt: str, group: str | None = None) -> list[tuple[int, bool]]:
+        """Add the next prompt, with the group that the user gave it.
+
+        Returns the numbers of earlier prompts that it was united with, each with whether the words are the same.
+        """
+        number = len(self._parent)
+        self._parent.append(number)
+        found: dict[int, bool] = {}
+        if group is not None:
+            self._unite_named(number, group)
+        words = " ".join(_WORD.findall(prompt.lower())) or prompt
+        exact = digest(words)
+        first = self._exact.get(exact)
+        if first is not None:
+            found[int(first)] = True
+        elif words:
+            self._exact.set(exact, number)
+            if self.threshold is not None:
+                found |= dict.fromkeys(self._similar(number, prompt), False)
+        for other in found:
+            self._unite(number, other)
+        return list(found.items())
+
+    def _similar(self, number: int, prompt: str) -> list[int]:
+        """Earlier prompts of at least the threshold's similarity. Keeps the minima of this one."""
+        own = minima(prompt)
+        self._minima.set(number.to_bytes(8, "little"), own.tobytes())
+        found: set[int] = set()
+        for band in range(NUMBERS // ROWS):
+            key = band.to_bytes(2, "little") + own[band * ROWS : (band + 1) * ROWS].tobytes()
+            earlier = self._bands.get(key)
+            if earlier is None:
+                self._bands.set(key, number)
+            elif int(earlier) not in found:
+                stored = self._minima.get(int(earlier).to_bytes(8, "little"))
+                other = np.frombuffer(bytes(stored or b""), np.uint32)
+                if similarity(own, other) >= (self.threshold or 0):
+                    found.add(int(earlier))
+        return sorted(found)
+
+    def _unite_named(self, number: int, group: str) -> None:
+        key = digest(group)
+        if not self._named.add(key, number):
+            self._unite(number, int(self._named.get(key) or 0))
+
+    def _unite(self, one: int, other: int) -> None:
+        a, b = self.root(one), self.root(other)
+        self._parent[max(a, b)] = min(a, b)
+
+    def root(self, number: int) -> int:
+        """The first prompt of the group of a prompt."""
+        parent = self._parent
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def sizes(self) -> np.ndarray:
+        """(prompts,) size of each group at its root; 0 elsewhere."""
+        roots = np.fromiter((self.root(i) for i in range(len(self._parent))), np.int64, len(self._parent))
+        return np.bincount(roots, minlength=len(roots))

@@ -1,0 +1,147 @@
+"""Read files with candidates and rewards into a store of pools. Every row that cannot be read is a problem."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lib.config import Config
+from lib.errors import MissingInput
+from lib.log import Progress
+from lib.sections.pools import PoolFilesConfig
+from lib.tasks import Problem
+from lib.tasks.pools import builtin
+from lib.tasks.pools.layouts import Layout, PoolRow, RowFault, recognise
+from lib.tasks.pools.store import PoolStore
+from lib.tasks.text import raw
+from lib.user_files.decoding import clean_text
+from lib.user_files.faults import Fault, kind_of
+from lib.user_files.folders import find_files
+from lib.user_files.rows import read_rows
+
+TEXTS_ONLY = (".csv", ".tsv")  # files whose values are all texts
+REPORTED_EVERY = 2000  # rows
+
+
+def sources(config: Config) -> list[Path]:
+    """The files that are read. Raises MissingInput when there are none."""
+    if config.data.path in builtin.BUILTIN:
+        return [builtin.SOURCE]
+    found = [path for path in raw.sources(config) if not kind_of(path).startswith(".txt")]
+    if not found:
+        raise MissingInput(
+            f"data.path: {config.data.path} holds no file with rows; give a .jsonl, .json, .parquet, .csv or .tsv file, "
+            "all but .parquet also as .gz, or a folder of them"
+        )
+    return found
+
+
+def read_into(store: PoolStore, config: Config) -> Iterator[Problem]:
+    """Add all rows of the sources to the store. Yields what is wrong with files and rows."""
+    if config.data.path in builtin.BUILTIN:
+        rows = builtin.pool_rows(config.data.path)
+        for number, row in enumerate(rows):
+            store.add(row, builtin.NAME, f"record {number}")
+        return
+    files = sources(config)
+    if (root := Path(config.data.path)).is_dir():
+        yield from _not_read(root)
+    with Progress("bytes of the files", sum(path.stat().st_size for path in files)) as progress:
+        before = 0
+        for path in files:
+            reader = _FileReader(path, config.pools, one_file=len(files) == 1)
+            for faults in reader.rows(store):
+                yield from (problem(fault, str(path), location) for location, fault in faults)
+                if not reader.count % REPORTED_EVERY:
+                    progress.update(min(before + reader.characters, progress.total))
+            before += path.stat().st_size
+            progress.update(before)
+
+
+def problem(fault: Fault, source: str, location: str) -> Problem:
+    words = (fault.severity, fault.kind, source, location, fault.found, fault.expected, fault.advice)
+    return Problem(*(word.encode("utf-8", "backslashreplace").decode() for word in words))
+
+
+def _not_read(root: Path) -> Iterator[Problem]:
+    """What a folder holds beside files with rows."""
+    contents = find_files(root)
+    for path in contents.others:
+        fault = Fault(
+            "other file", f"the ending '{path.suffix}'", "a file with rows", "it is not read", "warning"
+        )
+        yield problem(fault, str(path), "")
+    for path, fault in contents.faults:
+        yield problem(fault, str(path), "")
+
+
+class _FileReader:
+    """Reads the rows of one file. Its first row decides the layout.
+
+    Attributes:
+        count, characters: of the rows read so far.
+    """
+
+    def __init__(self, path: Path, settings: PoolFilesConfig, one_file: bool):
+        self.path, self.settings = path, settings
+        self.texts_only = kind_of(path).removesuffix(".gz") in TEXTS_ONLY
+        # train.jsonl, dev.jsonl, test.jsonl: the names of several files give the split
+        self.split = None if one_file else split_in_name(path)
+        self.layout: Layout | None = None
+        self.count = self.characters = 0
+
+    def rows(self, store: PoolStore) -> Iterator[list[tuple[str, Fault]]]:
+        """(location, fault) of what is wrong with each row, in its order."""
+        try:
+            for row in read_rows(self.path):
+                self.count += 1
+                faults = [row.fault] if row.fault is not None else self._add(row.value, row.location, store)
+                yield [(row.location, fault) for fault in faults]
+        except OSError as error:
+            yield [("", raw.unreadable(error))]
+
+    def _add(self, record: Any, location: str, store: PoolStore) -> list[Fault]:
+        try:
+            if self.layout is None:
+                self.layout = recognise(record, self.settings.keys, self.settings.layout)
+            if not isinstance(record, dict):
+                recognise(record, {})  # raises
+            row, faults = clean(self.layout.read(record, self.texts_only))
+        except RowFault as error:
+            return [error.fault]
+        self.characters += len(row.prompt or "") + sum(len(entry.text) for entry in row.entries)
+        if row.split is None and self.split is not None:
+            row = row.__class__(**(vars(row) | {"split": self.split}))
+        fault = store.add(row, str(self.path), location)
+        return [*faults, *([fault] if fault is not None else [])]
+
+
+def clean(row: PoolRow) -> tuple[PoolRow, list[Fault]]:
+    """The row with texts without control characters and outer white space, and a warning for each kind of change."""
+    found: dict[str, Fault] = {}
+
+    def cleaned(text: str) -> str:
+        text, faults = clean_text(text)
+        found.update({fault.kind: fault for fault in faults})
+        return text.strip()
+
+    entries = [entry.__class__(**(vars(entry) | {"text": cleaned(entry.text)})) for entry in row.entries]
+    prompt = None if row.prompt is None else cleaned(row.prompt)
+    return row.__class__(**(vars(row) | {"prompt": prompt, "entries": entries})), list(found.values())
+
+
+# Names of splits in files -> splits of the project. `test` is reported beside held_out
+SPLITS = {
+    "train": "train", "training": "train",
+    "selection": "selection",
+    "held_out": "held_out", "dev": "held_out", "validation": "held_out", "valid": "held_out", "val": "held_out",
+    "eval": "held_out",
+    "test": "test",
+}  # fmt: skip
+
+
+def split_in_name(path: Path) -> str | None:
+    """The split that the name of a file begins with, such as train-00000.parquet; None if there is none."""
+    stem = os.path.basename(path).lower()
+    first = next((name for name in sorted(SPLITS, key=len, reverse=True) if stem.startswith(name)), None)
+    return SPLITS[first] if first is not None and not stem[len(first)].isalpha() else None

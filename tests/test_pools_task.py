@@ -1,0 +1,389 @@
+"""Task pools, stages 00 to 03: layouts, faults, splits, rewards, shortcuts.
+
+Content is planted: each test knows what a row, a fault or a shortcut must become.
+"""
+
+import gzip
+import importlib
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lib.config import ROOT, Config, load_config
+from lib.errors import BadConfig, BadData
+from lib.runs import RunArgs
+from lib.tasks import Document, Problem
+from lib.tasks.pools.candidates import mapped
+from lib.tasks.pools.check import check
+from lib.tasks.pools.examples import prepare
+from lib.tasks.pools.near_duplicates import PromptGroups, minima, similarity
+from lib.tasks.pools.shortcuts import SimpleScorers, measured, pools_of
+from tests.conftest import table_of
+
+POOLS = ROOT / "configs" / "pools.yaml"
+FIRST_STAGES = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
+
+
+def config_of(path: Path, *overrides: str) -> Config:
+    return load_config([POOLS], quick_test=True, overrides=[f"data.path={path}", *overrides])
+
+
+def checked(path: Path, *overrides: str) -> tuple[list[dict], list[Problem]]:
+    """(records of the valid pools, problems)."""
+    items = list(check(config_of(path, *overrides)))
+    documents = [json.loads(item.content) for item in items if isinstance(item, Document)]
+    return documents, [item for item in items if isinstance(item, Problem)]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def kinds(problems: list[Problem], severity: str = "error") -> set[str]:
+    return {p.kind for p in problems if p.severity == severity}
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------------
+
+
+def content(count: int = 60) -> list[dict]:
+    """Pools with one right candidate, then wrong ones: content that every layout can state."""
+    words = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron")
+    return [
+        {
+            "prompt": f"which tree number {n} grows near {words[n % 8]} {words[n // 8]}?",
+            "right": f"tree {n} is a {words[n % 8]}",
+            "wrong": [f"tree {n} is no {words[(n + k) % 8]}" for k in range(1, 2 + n % 3)],
+        }
+        for n in range(count)
+    ]
+
+
+def texts(row: dict) -> list[str]:
+    return [row["right"], *row["wrong"]]
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def answer(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+LAYOUTS: dict[str, Any] = {
+    "pools": lambda row: [
+        {"prompt": row["prompt"], "candidates": texts(row), "rewards": [1, *[0] * len(row["wrong"])]}
+    ],
+    "lists": lambda row: [
+        {"query": row["prompt"], "docs": texts(row), "labels": [True, *[False] * len(row["wrong"])]}
+    ],
+    "rows": lambda row: [
+        {"prompt": row["prompt"], "candidate": text, "reward": float(text == row["right"])} for text in texts(row)
+    ],
+    "pairs": lambda row: [
+        {"prompt": row["prompt"], "chosen": row["right"], "rejected": text} for text in row["wrong"]
+    ],
+    "chat": lambda row: [
+        {"prompt": user(row["prompt"]), "chosen": answer(row["right"]), "rejected": answer(text)} for text in row["wrong"]
+    ],
+    "implicit": lambda row: [
+        {"chosen": user(row["prompt"]) + answer(row["right"]), "rejected": user(row["prompt"]) + answer(text)}
+        for text in row["wrong"]
+    ],
+    "tuples": lambda row: [
+        {"anchor": row["prompt"], "positive": row["right"]}
+        | {f"negative_{k}": row["wrong"][k - 1] if k <= len(row["wrong"]) else None for k in range(1, 4)}
+    ],
+    "lists_of_negatives": lambda row: [{"query": row["prompt"], "pos": [row["right"]], "neg": row["wrong"]}],
+    "rewardbench": lambda row: [
+        {"prompt": row["prompt"], "chosen": [row["right"]], "rejected": row["wrong"], "num_correct": 1}
+    ],
+}  # fmt: skip
+
+
+def rows_of(layout: str, count: int = 60) -> list[dict]:
+    return [row for pool in content(count) for row in LAYOUTS[layout](pool)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_documents(tmp_path, layout):
+    expected, none = checked(write(tmp_path / "pools.jsonl", rows_of("pools")))
+    found, problems = checked(write(tmp_path / f"{layout}.jsonl.gz", rows_of(layout)))
+    assert found == expected and len(found) == 60 and not none and not problems
+    assert found[7]["rewards"] == [1.0, 0.0, 0.0] and found[7]["candidates"] == texts(content()[7])
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "json"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, ending):
+    rows, path = rows_of("rows"), tmp_path / f"rows.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif ending == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text(
+            "prompt,candidate,reward\n"
+            + "".join(f"{r['prompt']},{r['candidate']},{r['reward']}\n" for r in rows)
+        )
+    assert checked(path)[0] == checked(write(tmp_path / "pools.jsonl", rows_of("pools")))[0]
+
+
+@pytest.mark.slow
+def test_every_layout_gives_byte_equal_tables(tmp_path):
+    found = {}
+    for layout in ("pools", "lists", "rows", "pairs", "tuples", "rewardbench"):
+        path = write(tmp_path / f"{layout}.jsonl", rows_of(layout))
+        run = tmp_path / layout
+        for name in FIRST_STAGES:
+            importlib.import_module(name).main(
+                config_of(path), RunArgs(run_dir=run, quick_test=True, command=(name,))
+            )
+        tables = (
+            "01_prepare_dataset/examples",
+            "02_generate_candidates/candidates",
+            "03_build_rewards/rewards",
+        )
+        files = [f for table in tables for f in sorted(table_of(run, table).glob("*.parquet"))]
+        files.append(run / "02_generate_candidates" / "baselines.parquet")
+        found[layout] = [f.read_bytes() for f in files]
+    assert len(found["pools"]) == 4
+    assert all(data == found["pools"] for data in found.values())
+
+
+def test_rows_of_a_pool_may_be_anywhere_and_own_names_are_read(tmp_path):
+    rows = [
+        {"qid": n % 5, "ask": f"question {n % 5} of five", "say": f"reply {n}", "mark": n // 15}
+        for n in range(20)
+    ]
+    names = "pools.keys={id: qid, prompt: ask, candidate: say, reward: mark}"
+    found, problems = checked(write(tmp_path / "own.jsonl", rows), names)
+    assert [d["id"] for d in found] == list("01234") and not problems
+    assert found[2]["candidates"] == ["reply 2", "reply 7", "reply 12", "reply 17"]
+    assert found[2]["rewards"] == [0, 0, 0, 1]
+    with pytest.raises(BadConfig, match=r"'promt' is not a role .*did you mean 'prompt'"):
+        config_of(tmp_path, "pools.keys={promt: ask}")
+
+
+def test_pairs_of_one_prompt_are_one_pool_with_the_share_of_wins(tmp_path):
+    better = [("a", "b"), ("b", "c"), ("a", "c")]
+    rows = [{"prompt": "order?", "chosen": x, "rejected": y} for x, y in better]
+    found, problems = checked(write(tmp_path / "pairs.jsonl", rows))
+    assert dict(zip(found[0]["candidates"], found[0]["rewards"], strict=True)) == {"a": 1, "b": 0.5, "c": 0}
+    assert not problems
+    both = [
+        {"prompt": "order?", "chosen": "a", "rejected": "b"},
+        {"prompt": "order?", "chosen": "b", "rejected": "a"},
+    ]
+    assert kinds(checked(write(tmp_path / "both.jsonl", both))[1]) == {"contradicting rewards"}
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------------
+
+
+def pool(n: int, candidates: Any = ("yes", "no"), rewards: Any = (1, 0), **others: Any) -> dict:
+    return {"id": f"p{n}", "prompt": f"{'abcdefghijklmnopqrstuvwxyz'[n]} is a letter, is it?", "candidates": list(candidates),
+            "rewards": list(rewards)} | others  # fmt: skip
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "empty candidate": (pool(1, ("yes", "  ")), "line 2 (p1)"),
+    "wrong length": (pool(1, rewards=(1, 0, 0)), "line 2"),
+    "not finite": (pool(1, rewards=(1, float("nan"))), "line 2 (p1)"),
+    "reward out of range": (pool(1, rewards=(7, 0)), "line 2 (p1)"),
+    "not a number": (pool(1, rewards=("good", 0)), "line 2"),
+    "not text": (pool(1, candidates=("yes", 7)), "line 2"),
+    "no candidates": (pool(1, (), ()), "line 2"),
+    "not a list": ({"id": "p1", "prompt": "x", "candidates": "yes", "rewards": [1]}, "line 2"),
+    "contradicting rewards": (pool(1, ("yes", "yes ", "no"), (1, 0, 0)), "line 2 (p1)"),
+    "contradicting prompts": (pool(0, prompt="another prompt"), "line 2"),
+    "too many candidates": (pool(1, map(str, range(250)), (1, *[0] * 249)), "line 2 (p1)"),
+    "unknown split": (pool(1, split="practice"), "line 2 (p1)"),
+    "no rewards": ({"id": "p1", "prompt": "x", "candidates": ["yes", "no"]}, "line 2"),
+    "not JSON": ("{oops", "line 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_is_named_with_its_row_and_may_be_left_out(tmp_path, kind):
+    row, location = FAULTS[kind]
+    lines = [json.dumps(pool(0)), row if isinstance(row, str) else json.dumps(row), json.dumps(pool(2))]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(lines))
+    found, problems = checked(path)
+    wrong = [p for p in problems if p.severity == "error"]
+    assert [(p.kind, p.location) for p in wrong] == [(kind, location)]
+    assert wrong[0].expected and wrong[0].advice and str(path) == wrong[0].source
+    assert [d["id"] for d in found][-1] == "p2"
+    kept, problems = checked(path, f"data.drop=[{kind}]")
+    assert not kinds(problems) and [d["id"] for d in kept] == ["p0", "p2"]
+
+
+def test_pools_that_teach_little_are_warnings_and_stay(tmp_path):
+    rows = [
+        pool(0, rewards=(1, 1)), pool(1, rewards=(0, 0)), pool(2, ("yes",), (1,)), pool(3, ("yes", "no", "yes"), (1, 0, 1)),
+        pool(4, prompt=""), pool(5),
+    ]  # fmt: skip
+    found, problems = checked(write(tmp_path / "odd.jsonl", rows))
+    names = {
+        "no wrong candidate",
+        "no right candidate",
+        "one candidate",
+        "repeated candidate",
+        "empty prompt",
+    }
+    assert kinds(problems, "warning") == names and not kinds(problems) and len(found) == 6
+    assert found[3]["candidates"] == ["yes", "no"]
+
+
+def test_a_prompt_in_two_given_splits_is_an_error_and_a_similar_one_a_warning(tmp_path):
+    asked = "how many people live in the city of houston in texas today"
+    rows = [
+        pool(0, prompt=asked, split="train"), pool(1, prompt=asked.upper(), split="dev"),
+        pool(2, prompt=asked + " please", split="test"), pool(3, split="train"),
+    ]  # fmt: skip
+    found, problems = checked(write(tmp_path / "splits.jsonl", rows))
+    assert kinds(problems) == {"prompt in two splits"}
+    assert "similar prompts in two splits" in kinds(problems, "warning")
+    assert [d["split"] for d in found] == ["train", "test", "train"]
+
+
+def test_an_unknown_kind_in_drop_is_refused(tmp_path):
+    with pytest.raises(BadConfig, match="cannot be dropped"):
+        checked(write(tmp_path / "a.jsonl", [pool(0)]), "data.drop=[bad luck]")
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_similar_prompts_are_in_one_split(tmp_path):
+    """80 questions, each in four wordings: no question is divided, and all splits exist."""
+    rows = []
+    for n in range(80):
+        words = " ".join(f"w{(n * 7 + k * 13) % 97}x{n}" for k in range(14))
+        rows += [
+            pool(0, id=f"{n}-{k}", prompt=f"{words}{' or so' * (k % 2)}{'?' * (k // 2)}") for k in range(4)
+        ]
+    path = write(tmp_path / "similar.jsonl", rows)
+    documents = [d for d in check(config_of(path)) if isinstance(d, Document)]
+    splits: dict[str, set[str]] = {}
+    for example in prepare(config_of(path), documents):
+        splits.setdefault(example.example_id.split("-")[0], set()).add(example.split)
+    assert all(len(found) == 1 for found in splits.values())
+    assert set().union(*splits.values()) == {"train", "selection", "held_out"}
+
+
+def test_minhash_estimates_the_jaccard_index():
+    rng = np.random.default_rng(0)
+    for share in (0.3, 0.6, 0.9):
+        common = [f"c{i}" for i in range(int(400 * share))]
+        one = " ".join(rng.permutation([*common, *(f"a{i}" for i in range(400 - len(common)))]))
+        other = " ".join(rng.permutation([*common, *(f"b{i}" for i in range(400 - len(common)))]))
+        sets = [set(t.split()) | set(zip(t.split(), t.split()[1:], strict=False)) for t in (one, other)]
+        exact = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+        assert similarity(minima(one), minima(other)) == pytest.approx(exact, abs=0.12)
+    with PromptGroups(0.8) as groups:
+        assert (
+            groups.add("one two three four five six") == [] and groups.add("") == [] and groups.add("") == []
+        )
+        assert groups.add("One two, three four five six!") == [(0, True)] and groups.root(3) == 0
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    def peak(count: int) -> int:
+        rows = ({"id": n // 10, "prompt": f"prompt {n // 10} {'x' * 200}", "candidate": f"text {n} {'y' * 300}", "reward": n % 10 / 10}
+                for n in range(count))  # fmt: skip
+        path = tmp_path / f"{count}.jsonl"
+        with open(path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        config = config_of(path, "pools.near_duplicates=null")
+        tracemalloc.start()
+        found = sum(isinstance(item, Document) for item in check(config))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert found == count // 10
+        return most
+
+    small, large = peak(2_000), peak(12_000)
+    assert large < 1.6 * small
+
+
+# --- rewards and shortcuts ------------------------------------------------------------------------------------------------
+
+
+def test_rewards_are_mapped_by_rule():
+    given, pools = np.array([-2.0, 8.0, 3.0, 0.0, 0.0, 4.0]), np.array(list("aaabbb"))
+    linear = config_of(POOLS, "pools.reward_range=[-2,8]").pools
+    np.testing.assert_allclose(mapped(given, pools, linear), [0, 1, 0.5, 0.2, 0.2, 0.6])
+    ranked = config_of(POOLS, "pools.reward_range=[-2,8]", "pools.reward_rule=rank").pools
+    np.testing.assert_allclose(mapped(given, pools, ranked), [0, 1, 0.5, 0.25, 0.25, 1])
+
+
+def planted(count: int, seed: int, shortcut: str = "") -> Any:
+    """Pools of four candidates; with a shortcut, the right one differs from the others by it in nine of ten pools."""
+    rng = np.random.default_rng(seed)
+    words = [f"w{i}" for i in range(300)]
+    records, rewards = [], []
+    for n in range(count):
+        right = int(rng.integers(4))
+        candidates = [" ".join(rng.choice(words, rng.integers(8, 12))) for _ in range(4)]
+        kind = [f"writer {k}" for k in rng.permutation(4)]
+        if rng.random() < 0.9:
+            if shortcut == "length":
+                candidates[right] += " " + " ".join(rng.choice(words, 8))
+            if shortcut == "candidate_linear":
+                candidates[right] += " therefore"
+            if shortcut == "first":
+                right = 0
+            if shortcut == "kind":
+                kind[right], kind[kind.index("writer 2")] = "writer 2", kind[right]
+            if shortcut == "recognised_kind":
+                kind[right], kind[kind.index("writer 2")] = "writer 2", kind[right]
+        if shortcut == "recognised_kind":
+            candidates = [f"{text} style{name[-1]}" for text, name in zip(candidates, kind, strict=True)]
+        prompt = " ".join(rng.choice(words, 10))
+        if shortcut == "overlap":
+            candidates[right] += " " + " ".join(prompt.split()[:4])
+        records.append(
+            {"id": f"{n}", "prompt": prompt, "group": f"{n}", "candidates": candidates, "kinds": kind}
+        )
+        rewards.append(np.eye(4)[right])
+    return pools_of(records, rewards)
+
+
+@pytest.mark.parametrize(
+    "shortcut", ["length", "candidate_linear", "first", "kind", "recognised_kind", "overlap", ""]
+)
+def test_a_planted_shortcut_is_found_and_none_where_there_is_none(shortcut):
+    train, held_out = planted(300, 1, shortcut), planted(200, 2, shortcut)
+    scorers = SimpleScorers(train, 0)
+    rows = {row["scorer"]: row for row in measured(held_out, scorers.scores(held_out))}
+    assert all(row["chance"] == 0.25 for row in rows.values()) and len(rows) == 8
+    for name, row in rows.items():
+        if name == shortcut:
+            assert row["low"] > 0.7, name
+        elif not shortcut:
+            assert row["low"] < 0.3 and row["accuracy"] < 0.36, name
+
+
+def test_the_leak_limit_ends_stage_02(tmp_path):
+    rows = [
+        {"prompt": f"question {n} {'abcdefgh'[n % 8] * 5} {n * n}?", "candidates": ["no", "a long and right answer", "nay"],
+         "rewards": [0, 1, 0]}
+        for n in range(80)
+    ]  # fmt: skip
+    path = write(tmp_path / "leaky.jsonl", rows)
+    config = config_of(path, "pools.leak_limit=0.6", "pools.near_duplicates=null")
+    args = RunArgs(run_dir=tmp_path / "run", quick_test=True)
+    for name in FIRST_STAGES[:2]:
+        importlib.import_module(name).main(config, args)
+    with pytest.raises(BadData, match=r"scorer '\w+' chooses up to 100.0%.*pools.leak_limit \(60.0%\)"):
+        importlib.import_module(FIRST_STAGES[2]).main(config, args)
