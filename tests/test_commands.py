@@ -34,6 +34,8 @@ STAND_INS = {
     "/path/to/finqa": "finqa_data",
     "/path/to/model": "encoder",
     "/path/to/all-MiniLM-L6-v2": "encoder",
+    "/path/to/pools.jsonl": "my_candidates.jsonl",
+    "/path/to/wikiqa": "wikiqa",
     "/path/to/masked-lm": "masked_lm",
     "CHECKPOINT": "checkpoint/model.safetensors",
     "model.bin": "checkpoint/model.bin",
@@ -72,6 +74,7 @@ SMALLER = {
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.memory": "--megabytes 1 2",
     "benchmarks.over_seeds": "",
+    "benchmarks.pools_wikiqa": "--short --losses --questions 30",
     "benchmarks.executors": "--passages 40 --workers 1 --rounds 1 --set candidates.rows_per_group=40",
     "benchmarks.results_page": "--quick",
 }
@@ -118,6 +121,19 @@ def make_data(root: Path) -> None:
     text = "\n\n".join(list(pydoc_data.topics.topics.values())[:12])
     for name in ("text.txt", "my_text.txt"):
         (root / name).write_text(text, encoding="utf-8")
+    pools = [
+        {
+            "prompt": f"what is {word}{n}?",
+            "candidates": [f"{word} is {n}", f"it is not {n}", "no"],
+            "rewards": [1, 0, 0],
+        }
+        for n, word in enumerate(("total", "annual", "margin", "cash", "debt") * 30)
+    ]
+    lines = "\n".join(json.dumps(row) for row in pools)
+    (root / "my_candidates.jsonl").write_text(lines, encoding="utf-8")
+    (root / "wikiqa").mkdir()
+    for name in ("train", "dev"):
+        (root / "wikiqa" / f"{name}.jsonl").write_text(lines.replace("what", name), encoding="utf-8")
     (root / "tinyshakespeare").mkdir()
     (root / "tinyshakespeare" / "input.txt").write_text(text, encoding="utf-8")
     labels = {
@@ -188,7 +204,15 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         run = "outputs/stream" if "stream.enabled=true" in arguments else run
         given = [*_without(arguments, "--quick_test", "--run_dir="), "--run_dir", run, "--quick_test"]
         shared = _without(
-            given, "--overwrite", "--stream", "--mode=", "--only=", "--score=", "--part=", "--set=sampler."
+            given,
+            "--overwrite",
+            "--stream",
+            "--mode=",
+            "--only=",
+            "--score=",
+            "--rank=",
+            "--part=",
+            "--set=sampler.",
         )
         before = [["python", stage, *shared] for stage in STAGES[: STAGES.index(command.target)]]
         if run == "outputs/stream":  # 02 makes shards beside 04
@@ -286,6 +310,7 @@ def _without(words: list[str], *flags: str) -> list[str]:
                 "--mode",
                 "--only",
                 "--score",
+                "--rank",
                 "--part",
                 "--set",
                 "--config",

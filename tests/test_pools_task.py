@@ -197,7 +197,7 @@ def pool(n: int, candidates: Any = ("yes", "no"), rewards: Any = (1, 0), **other
 FAULTS: dict[str, tuple[Any, str]] = {
     "empty candidate": (pool(1, ("yes", "  ")), "line 2 (p1)"),
     "wrong length": (pool(1, rewards=(1, 0, 0)), "line 2"),
-    "not finite": (pool(1, rewards=(1, float("nan"))), "line 2 (p1)"),
+    "not finite": (pool(1, rewards=(1, float("nan"))), "line 2"),
     "reward out of range": (pool(1, rewards=(7, 0)), "line 2 (p1)"),
     "not a number": (pool(1, rewards=("good", 0)), "line 2"),
     "not text": (pool(1, candidates=("yes", 7)), "line 2"),

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from lib.errors import BadConfig, BadData
+from lib.models import packing
 from lib.models.encoders import with_lora
 from lib.models.hugging_face import LtgBertConfig, LtgBertModel, RemaskGptConfig, RemaskGptModel
-from lib.models.packing import Pools, last_token_index, pack
+from lib.models.packing import Pools, by_length, last_token_index, pack, pack_by_tokens
 from lib.models.ranker import CandidateRanker, HeadOptions
 
 VOCAB, LONGEST = 60, 48
@@ -380,3 +381,50 @@ def test_head_follows_its_seed_alone():
     assert [
         n for n, _ in CandidateRanker(backbone, head=HeadOptions("linear"), seed=0).head.named_parameters()
     ] == ["out.weight"]
+
+
+# --- rows of about equal length -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta", "ltg_bert", "remask_bidirectional"])
+def test_pools_of_any_size_in_rows_of_equal_length_have_the_same_scores(name, monkeypatch):
+    """Rows of 40 tokens: pools are divided among rows, and share rows with others."""
+    monkeypatch.setattr(packing, "SHORTEST_ROW", 40)
+    monkeypatch.setattr(packing, "best_length", lambda prompt, width: np.where(prompt > 12, 64, 40.0))
+    pools = make_pools((1, 16, 5, 2, 9, 0, 12))
+    for pooling in ("last", "cls", "mean"):
+        model = make(name, pooling=pooling)
+        rows = pack_by_tokens(pools, 24)
+        assert len(rows) == 2  # short and long prompts are read apart
+        assert max(int(r.segment.max()) for r in rows) > 0 and sum(len(r.ids) for r in rows) > 7
+        assert greatest_difference(model(pools), model.score_one_by_one(pools)) < 1e-10
+        model.one_pass = True
+        assert len(pack_by_tokens(pools, 24, one_pass=True)) == 1
+        assert greatest_difference(model(pools), model.score_one_by_one(pools)) < 1e-10
+
+
+def test_rows_have_little_padding_and_each_candidate_is_there_once():
+    draw = np.random.default_rng(0)
+    counts = np.exp(draw.uniform(np.log(2), np.log(64), 24)).astype(int)
+    sizes = draw.integers(10, 30, (24, 64)) * (np.arange(64) < counts[:, None])
+    mask = np.arange(30) < sizes[..., None]
+    ids = draw.integers(3, 60, mask.shape)
+    pools = Pools(ids[:, 0, :14], np.ones((24, 14), bool), ids, mask)
+    (rows,) = pack_by_tokens(pools, 384)
+    needed = 24 * 14 + sizes.sum()
+    assert rows.ids.numel() < 1.12 * needed  # padding, and copies of prompts
+    seen = list(zip(rows.pool.tolist(), rows.candidate.tolist(), strict=True))
+    assert len(set(seen)) == len(seen) == (sizes > 0).sum()
+    for pool, candidate, row, number in zip(rows.pool, rows.candidate, rows.row, rows.number, strict=True):
+        own = rows.ids[row][rows.owner[row] == number + 1]
+        assert own.tolist() == ids[pool, candidate][mask[pool, candidate]].tolist()
+
+
+def test_full_attention_reads_rows_of_similar_length_together(monkeypatch):
+    monkeypatch.setattr(packing, "PASS_TOKENS", {"cpu": 40})
+    model, pools = make("bert", attention="full", pooling="cls"), make_pools((12, 7, 0, 16))
+    scores = model(pools)
+    parts = by_length(pools, "cpu")
+    assert len(parts) > 2 and sum(int(p.present().sum()) for p in parts) == int(pools.present().sum())
+    model.one_pass = True
+    assert greatest_difference(scores, model(pools)) < 1e-12

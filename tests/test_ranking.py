@@ -275,6 +275,101 @@ def test_metrics_equal_means_over_all_orders_that_the_scores_allow(tied_scores):
             assert got[name][n] == pytest.approx(value, abs=1e-12), (name, n)
 
 
+def average_precision(relevant):
+    hits = [place for place, right in enumerate(relevant, 1) if right]
+    return sum(number / place for number, place in enumerate(hits, 1)) / len(hits)
+
+
+@pytest.mark.parametrize("tied_scores", [False, True])
+def test_retrieval_metrics_are_means_over_all_orders_of_ties(tied_scores, monkeypatch):
+    """With a cutoff of 2, so that it matters for pools of five."""
+    monkeypatch.setattr(metrics, "CUTOFF", 2)
+    scores, rewards, present = pools(8, tied_scores=tied_scores)
+    got = metrics.ranking_metrics(scores, rewards, present, relevant=0.6)
+    for n in range(N):
+        s, r = scores[n, present[n]], rewards[n, present[n]]
+        right = r >= 0.6
+        if not right.any():
+            assert np.isnan(got["map"][n]) and np.isnan(got["mrr_at_10"][n])
+        else:
+            expected = over_all_orders(s, right, average_precision)
+            assert got["map"][n] == pytest.approx(expected, abs=1e-12)
+            expected = over_all_orders(s, right, lambda x: 1 / (1 + x.index(True)) if True in x[:2] else 0.0)
+            assert got["mrr_at_10"][n] == pytest.approx(expected, abs=1e-12)
+        ideal = dcg(sorted(r, reverse=True)[:2])
+        if ideal:
+            expected = over_all_orders(s, r, lambda x, ideal=ideal: dcg(x[:2]) / ideal)
+            assert got["ndcg_at_10"][n] == pytest.approx(expected, abs=1e-12)
+        else:
+            assert np.isnan(got["ndcg_at_10"][n])
+
+
+def runs_for_other_tools(graded: bool):
+    """Large pools without ties, and the same as qrels and run by name. Grades are whole numbers, as other tools want them."""
+    rng = np.random.default_rng(9)
+    scores = rng.normal(size=(60, 37))
+    present = np.arange(37) < rng.integers(2, 38, 60)[:, None]
+    grades = rng.integers(0, 4, scores.shape) * (rng.random(scores.shape) < 0.3)
+    grades[:, 0] = 3
+    grades = grades if graded else (grades >= 2).astype(int)
+    qrels = {f"q{n}": {f"d{k}": int(grades[n, k]) for k in np.flatnonzero(present[n])} for n in range(60)}
+    run = {f"q{n}": {f"d{k}": float(scores[n, k]) for k in np.flatnonzero(present[n])} for n in range(60)}
+    return (scores, grades / (3 if graded else 1), present), qrels, run
+
+
+def test_retrieval_metrics_equal_those_of_ir_measures():
+    ir_measures = pytest.importorskip("ir_measures", reason="requirements-benchmarks.txt has ir-measures")
+    for graded in (False, True):
+        arrays, qrels, run = runs_for_other_tools(graded)
+        level = 2 if graded else 1
+        names = {"map": ir_measures.AP(rel=level), "mrr_at_10": ir_measures.RR(rel=level) @ 10,
+                 "ndcg_at_10": ir_measures.nDCG @ 10}  # fmt: skip
+        ours = metrics.ranking_metrics(*arrays, relevant=level / 3 if graded else 0.5)
+        theirs = {
+            (str(m.measure), m.query_id): m.value
+            for m in ir_measures.iter_calc([*names.values()], qrels, run)
+        }
+        for name, measure in names.items():
+            expected = [theirs[str(measure), f"q{n}"] for n in range(60)]
+            np.testing.assert_allclose(ours[name], expected, atol=1e-9, rtol=0, err_msg=name)
+
+
+def test_retrieval_metrics_equal_those_of_ranx():
+    ranx = pytest.importorskip("ranx", reason="requirements-benchmarks.txt has ranx")
+    arrays, qrels, run = runs_for_other_tools(graded=False)
+    kept = {q: {d: g for d, g in docs.items() if g} for q, docs in qrels.items()}
+    theirs = ranx.evaluate(
+        ranx.Qrels(kept), ranx.Run(run), ["map", "mrr@10", "ndcg@10"], make_comparable=True
+    )
+    ours = metrics.ranking_metrics(*arrays)
+    for name, other in (("map", "map"), ("mrr_at_10", "mrr@10"), ("ndcg_at_10", "ndcg@10")):
+        assert ours[name].mean() == pytest.approx(theirs[other], abs=1e-9), name
+
+
+def test_bm25_of_pools_is_that_of_the_library():
+    import bm25s
+
+    from lib.ranking.bm25 import bm25_scores
+
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(40)]
+    texts = np.array([[" ".join(rng.choice(words, 9)) for _ in range(4)] for _ in range(30)], object)
+    present = np.arange(4) < rng.integers(1, 5, 30)[:, None]
+    prompts = [" ".join(rng.choice([*words, "unheard"], 6)) for _ in range(30)]
+    found = bm25_scores(prompts, texts, present)
+    index = bm25s.BM25(backend="numpy")
+    index.index(
+        bm25s.tokenize(texts[present].tolist(), stopwords=None, show_progress=False), show_progress=False
+    )
+    every = np.full(present.shape, -1)
+    every[present] = np.arange(present.sum())
+    for n in range(30):
+        tokens = bm25s.tokenize([prompts[n]], stopwords=None, show_progress=False, return_ids=False)[0]
+        expected = index.get_scores([token for token in tokens if token in index.vocab_dict])
+        np.testing.assert_allclose(found[n, present[n]], expected[every[n, present[n]]], rtol=1e-5)
+    assert (found[~present] == 0).all() and found.std() > 0.1
+
+
 @pytest.mark.parametrize("tied_scores", [False, True])
 def test_order_metrics(tied_scores):
     scores, rewards, present = pools(6, tied_scores=tied_scores)

@@ -66,6 +66,7 @@ class RankerConfig(Section):
     margin: NonNegative
     sampled_candidates: Annotated[int, Field(ge=2)] | None
     hard_negatives: NonNegative
+    best_by: Literal["reward", "map"]
 
     @model_validator(mode="after")
     def _check(self):

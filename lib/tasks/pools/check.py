@@ -68,7 +68,7 @@ def check(config: Config) -> Iterator[Document | Problem]:
         yield item
     if not kept and not errors:
         fault = Fault(
-            "no pools", "no valid pool", "pools of candidates with rewards", "see docs/your-candidates.md"
+            "no pools", "no valid pool", "pools of candidates with rewards", "see docs/your_candidates.md"
         )
         yield problem(fault, config.data.path, "")
 

@@ -273,6 +273,9 @@ class Layout:
             return None
         if not isinstance(value, int | float):
             raise RowFault(self._no_number(value, role, index))
+        if not math.isfinite(value):
+            found = f"{float(value)} {self._where(role, index)}"
+            raise RowFault(Fault("not finite", found, "a finite number", "fix it, or remove the candidate"))
         return float(value)
 
     def _no_number(self, value: Any, role: str, index: int | None) -> Fault:
@@ -370,11 +373,6 @@ def described(value: Any) -> str:
 
 def reward_fault(entry: Entry, low: float, high: float) -> Fault | None:
     """What is wrong with the reward of a candidate; None if nothing is. `low` and `high`: pools.reward_range."""
-    for name, value in (("reward", entry.reward), ("teacher score", entry.teacher)):
-        if value is not None and not math.isfinite(value):
-            return Fault(
-                "not finite", f"a {name} of {value}", "a finite number", "fix it, or remove the candidate"
-            )
     if entry.reward is not None and not low <= entry.reward <= high:
         advice = "set pools.reward_range to the range of your rewards, such as pools.reward_range=[0,10]"
         return Fault("reward out of range", f"{entry.reward:g}", f"a number from {low:g} to {high:g}", advice)

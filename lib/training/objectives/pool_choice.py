@@ -173,14 +173,15 @@ class PoolChoice:
     """The configured ranking loss over training pools.
 
     The best step has the lowest regret on the selection pools: the mean reward of the best candidates less that of the
-    chosen ones. The loss would be a worse criterion: it rises with overconfidence while the choices still improve.
+    chosen ones. With `ranker.best_by: map`, it has the highest mean average precision. The loss would be a worse criterion: it
+    rises with overconfidence while the choices still improve.
     """
 
-    selection = "regret"
     draws_ahead = True
 
     def __init__(self, context: TrainingContext, splits: PoolSplits, reader: PoolReader):
         self.label, self.seed, self.splits, self.reader = context.label, context.seed, splits, reader
+        self.selection = {"reward": "regret", "map": "map_regret"}[reader.settings.best_by]
         self._order = Rows(context.seed, f"{context.label} order", len(splits.train[0]))
         shuffled = randomness.permutation(context.seed, "selection pools", 0, len(splits.selection))
         self.evaluated = np.sort(shuffled[: max(1, context.settings.evaluation_examples)])
@@ -228,10 +229,17 @@ class PoolChoice:
         found = self.reader.runtime.processes.share(score, list(chunks(len(self.evaluated), size)))
         scores, losses = zip(*found, strict=True)
         per_pool = ranking_metrics(
-            np.concatenate(scores), table.rewards[self.evaluated], table.present[self.evaluated]
+            np.concatenate(scores),
+            table.rewards[self.evaluated],
+            table.present[self.evaluated],
+            relevant=table.relevant,
         )
         values = {n: float(per_pool[n].mean()) for n in ("accuracy", "average_reward", "mrr")}
         regret = float((per_pool["best_reward"] - per_pool["average_reward"]).mean())
+        if not np.isnan(per_pool["map"]).all():
+            values["map"] = float(np.nanmean(per_pool["map"]))
+        if self.selection == "map_regret":  # the lowest value is chosen
+            values["map_regret"] = 1 - values.get("map", 0.0)
         return {"loss": float(np.concatenate(losses).mean()), "regret": regret} | values
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:

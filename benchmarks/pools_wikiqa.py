@@ -1,0 +1,321 @@
+"""
+WikiQA: the ranker of task pools beside the CrossEncoder of sentence-transformers, with the same rows, encoder and epochs.
+
+Both train on the same part of the train file. Both choose their best epoch by the MAP of another part. Results are those of
+the dev file.
+
+sentence-transformers has three losses, and the one with the highest MAP of that other part is reported. The time is that of
+training steps, without evaluations, on the same machine. Differences are paired by question; intervals resample questions.
+
+The folder has train.jsonl and dev.jsonl, or the same as .jsonl.xz.
+
+python -m benchmarks.pools_wikiqa /path/to/wikiqa --encoder /path/to/all-MiniLM-L6-v2           # about an hour on two cores
+python -m benchmarks.pools_wikiqa /path/to/wikiqa --encoder /path/to/all-MiniLM-L6-v2 --short   # one seed, one epoch, 120 questions
+"""
+
+import argparse
+import importlib
+import json
+import lzma
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.provenance import say_provenance
+from benchmarks.result_files import add_out, write
+from lib.config import ROOT, Config, load_config
+from lib.evaluation.rank import Ranker
+from lib.log import say
+from lib.metrics import ratio
+from lib.ranking.metrics import paired_difference, ranking_metrics
+from lib.report.table import aligned
+from lib.runs import RunArgs
+from lib.runtime import Runtime
+from lib.training.objectives.pool_choice import PoolChoice
+
+FIRST_STAGES = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
+PEER_LOSSES = ("BinaryCrossEntropyLoss", "ListNetLoss", "LambdaLoss")
+POOLS_PER_STEP, PAIRS_PER_STEP = 8, 32
+LEARNING_RATE = 5e-5
+METRICS = ("map", "mrr_at_10", "ndcg_at_10", "accuracy")
+
+
+def unpacked(source: Path, folder: Path, questions: int | None) -> Path:
+    """train.jsonl and dev.jsonl of `source` in a folder; with `questions`, only this many of train."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "dev"):
+        plain = source / f"{name}.jsonl"
+        data = (
+            plain.read_bytes()
+            if plain.exists()
+            else lzma.decompress((source / f"{name}.jsonl.xz").read_bytes())
+        )
+        lines = data.decode().splitlines()
+        kept = lines[: questions if name == "train" and questions else None]
+        (folder / f"{name}.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return folder
+
+
+def config_of(options: argparse.Namespace, data: Path, seed: int, attention: str, steps: int) -> Config:
+    settings = [
+        f"data.path={data}", f"seed={seed}", f"ranker.encoder={options.encoder}", f"ranker.attention={attention}",
+        f"ranker.pooling={'mean' if attention == 'prefix' else 'cls'}", f"ranker.loss={options.loss}", "ranker.best_by=map",
+        "ranker.head=linear", "ranker.prompt_tokens=64", "ranker.candidate_tokens=192",
+        f"models.ranker.training.steps={steps}", f"models.ranker.training.batch_size={POOLS_PER_STEP}",
+        f"models.ranker.training.learning_rate={options.learning_rate}",
+        f"models.ranker.training.evaluate_every={max(1, steps // options.epochs)}",
+        f"models.ranker.training.checkpoint_every={steps}",
+    ]  # fmt: skip
+    return load_config([ROOT / "configs" / "pools.yaml"], overrides=[*settings, *options.set])
+
+
+class Stopwatch:
+    """Seconds of a function of a class, summed over its calls while the block runs."""
+
+    def __init__(self, owner: Any, name: str):
+        self.owner, self.name, self.seconds = owner, name, 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self._plain = getattr(self.owner, self.name)
+
+        def timed(*arguments: Any, **others: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return self._plain(*arguments, **others)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        setattr(self.owner, self.name, timed)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        setattr(self.owner, self.name, self._plain)
+
+
+def train_ours(
+    options: argparse.Namespace, work: Path, seed: int, attention: str
+) -> tuple[Path, float, Path]:
+    """(run, seconds of training steps, folder of the data)."""
+    import lib.training.train_model as training
+
+    data = unpacked(options.data, work / "data", options.questions)
+    run = work / f"{attention}_{seed}"
+    for name in FIRST_STAGES:
+        importlib.import_module(name).main(config_of(options, data, seed, attention, 1), RunArgs(run_dir=run))
+    stats = json.loads((run / "01_prepare_dataset" / "manifest.json").read_text())["stats"]
+    steps = math.ceil(options.epochs * stats["examples"]["train"] / POOLS_PER_STEP)
+    config = config_of(options, data, seed, attention, steps)
+    with Stopwatch(training, "train") as whole, Stopwatch(PoolChoice, "evaluate") as evaluation:
+        importlib.import_module("04_train").main(config, RunArgs(run_dir=run))
+    return run, whole.seconds - evaluation.seconds, data
+
+
+def pools_of(run: Path, split: str) -> list[dict[str, Any]]:
+    """Prompt, candidates and rewards of the pools of a split, as stage 01 keeps them."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(run / "01_prepare_dataset" / "examples", columns=["split", "record"])
+    rows = zip(table["split"].to_pylist(), table["record"].to_pylist(), strict=True)
+    return [json.loads(record) for found, record in rows if found == split]
+
+
+def measured(pools: list[dict[str, Any]], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Metrics of the pools that have candidates of different reward."""
+    kept = [n for n, pool in enumerate(pools) if len(set(pool["rewards"])) > 1]
+    width = max(len(pools[n]["rewards"]) for n in kept)
+    score, reward = np.zeros((len(kept), width)), np.zeros((len(kept), width))
+    present = np.zeros((len(kept), width), bool)
+    for row, n in enumerate(kept):
+        size = len(pools[n]["rewards"])
+        score[row, :size], reward[row, :size], present[row, :size] = scores[n], pools[n]["rewards"], True
+    return ranking_metrics(score, reward, present)
+
+
+def scores_of_ours(run: Path, pools: list[dict[str, Any]], runtime: Runtime) -> list[np.ndarray]:
+    ranker = Ranker.load(run, runtime=runtime)
+    found = ranker.rank_all([p["prompt"] for p in pools], [p["candidates"] for p in pools])
+    return [ranking.scores for ranking in found]
+
+
+def train_peer(
+    options: argparse.Namespace, run: Path, seed: int, loss_name: str
+) -> tuple[float, float, dict[str, np.ndarray]]:
+    """(best MAP of the selection part, seconds of training steps, metrics on dev of the best epoch)."""
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from sentence_transformers.cross_encoder import (  # pyright: ignore[reportMissingImports]
+        CrossEncoder,
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+        losses,
+    )
+    from transformers import TrainerCallback
+
+    train, selection, dev = (pools_of(run, split) for split in ("train", "selection", "held_out"))
+    model = CrossEncoder(options.encoder, num_labels=1, local_files_only=True, max_length=256)
+    if loss_name == "BinaryCrossEntropyLoss":
+        rows = [
+            (p["prompt"], c, float(r))
+            for p in train
+            for c, r in zip(p["candidates"], p["rewards"], strict=True)
+        ]
+        columns = dict(zip(("query", "answer", "label"), zip(*rows, strict=True), strict=True))
+        data, loss = (
+            Dataset.from_dict({k: list(v) for k, v in columns.items()}),
+            losses.BinaryCrossEntropyLoss(model),
+        )
+        batch = PAIRS_PER_STEP
+    else:
+        names = (("query", "prompt"), ("docs", "candidates"), ("labels", "rewards"))
+        data = Dataset.from_dict({name: [p[key] for p in train] for name, key in names})
+        loss, batch = getattr(losses, loss_name)(model, mini_batch_size=-1), POOLS_PER_STEP
+
+    def scores(pools: list[dict[str, Any]]) -> list[np.ndarray]:
+        pairs = [(p["prompt"], c) for p in pools for c in p["candidates"]]
+        flat = model.predict(pairs, batch_size=32, show_progress_bar=False)
+        return np.split(flat, np.cumsum([len(p["candidates"]) for p in pools])[:-1])
+
+    class Epochs(TrainerCallback):
+        """Measures after each epoch, and the time of the steps."""
+
+        def __init__(self) -> None:
+            self.seconds, self.begin, self.best = 0.0, 0.0, (-1.0, {})
+
+        def on_step_begin(self, *arguments: Any, **others: Any) -> None:
+            self.begin = self.begin or time.perf_counter()
+
+        def on_epoch_end(self, *arguments: Any, **others: Any) -> None:
+            self.seconds, self.begin = self.seconds + time.perf_counter() - self.begin, 0.0
+            model.eval()
+            chosen_by = float(np.nanmean(measured(selection, scores(selection))["map"]))
+            if chosen_by > self.best[0]:
+                self.best = (chosen_by, measured(dev, scores(dev)))
+            model.train()
+
+    epochs = Epochs()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = CrossEncoderTrainingArguments(
+            output_dir=folder, num_train_epochs=options.epochs, per_device_train_batch_size=batch, warmup_ratio=0.1,
+            learning_rate=options.peer_learning_rate, seed=seed, bf16=options.peer_bf16, use_cpu=not torch.cuda.is_available(),
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, report_to=[], dataloader_num_workers=0,
+        )  # fmt: skip
+        CrossEncoderTrainer(
+            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[epochs]
+        ).train()
+    return epochs.best[0], epochs.seconds, epochs.best[1]
+
+
+def summary(name: str, per_seed: list[dict[str, np.ndarray]], seconds: list[float]) -> dict[str, Any]:
+    """Means over seeds, with intervals over questions."""
+    row: dict[str, Any] = {"name": name, "seconds": float(np.mean(seconds))}
+    for metric in METRICS:
+        values = np.nanmean([found[metric] for found in per_seed], 0)
+        row[metric] = ratio(values, limits=(0, 1))._asdict()
+        row[f"{metric}_by_seed"] = [float(np.nanmean(found[metric])) for found in per_seed]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", type=Path, help="folder with train.jsonl and dev.jsonl, or the same as .jsonl.xz"
+    )
+    parser.add_argument("--encoder", required=True, help="folder of MiniLM or another BERT-like encoder")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--loss", default="cross_entropy", help="ranker.loss of this project's ranker")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--peer_learning_rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--peer_bf16", action="store_true", help="train sentence-transformers in bf16, too")
+    parser.add_argument("--attention", nargs="+", default=["prefix", "full"])
+    parser.add_argument(
+        "--losses", nargs="*", default=list(PEER_LOSSES), help="of sentence-transformers; none: leave it out"
+    )
+    parser.add_argument("--questions", type=int, help="use only this many questions of train")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--work", type=Path, help="folder of the runs, which are kept; default: a temporary one"
+    )
+    parser.add_argument("--short", action="store_true", help="one seed, one epoch, 120 questions, two losses")
+    add_out(parser)
+    options = parser.parse_args()
+    if options.short:
+        options.seeds, options.epochs, options.questions = 1, 1, options.questions or 120
+        options.losses = options.losses[:2]
+    say_provenance()
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = compare(options, options.work or Path(temporary))
+    write(options.out, "pools_wikiqa", figures)
+
+
+def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    runtime = Runtime(Runtime.detect(load_config()).device, "fp32")
+    ours: dict[str, list] = {attention: [] for attention in options.attention}
+    peers: dict[str, list] = {loss: [] for loss in options.losses}
+    for seed in range(1, options.seeds + 1):
+        run = None
+        for attention in options.attention:
+            run, seconds, _ = train_ours(options, work, seed, attention)
+            selection, dev = (pools_of(run, split) for split in ("selection", "held_out"))
+            chosen_by = float(np.nanmean(measured(selection, scores_of_ours(run, selection, runtime))["map"]))
+            found = measured(dev, scores_of_ours(run, dev, runtime))
+            ours[attention].append((chosen_by, seconds, found))
+            say(
+                f"seed {seed}, {attention}: MAP {np.nanmean(found['map']):.4f}, selection {chosen_by:.4f}, {seconds:.1f} s"
+            )
+        for loss in options.losses:
+            assert run is not None
+            peers[loss].append(train_peer(options, run, seed, loss))
+            chosen_by, seconds, found = peers[loss][-1]
+            say(
+                f"seed {seed}, {loss}: MAP {np.nanmean(found['map']):.4f}, selection {chosen_by:.4f}, {seconds:.1f} s"
+            )
+    rows, named = (
+        [],
+        {f"ours, {name}": found for name, found in ours.items()}
+        | {f"CrossEncoder, {name}": found for name, found in peers.items()},
+    )
+    for name, found in named.items():
+        rows.append(
+            summary(name, [f[2] for f in found], [f[1] for f in found])
+            | {"selection": float(np.mean([f[0] for f in found]))}
+        )
+    figures: dict[str, Any] = {
+        "rows": rows,
+        "seeds": options.seeds,
+        "epochs": options.epochs,
+        "questions": options.questions,
+    }
+    head = ("model", "seconds", "MAP", "95 % interval", "MRR@10", "NDCG@10", "accuracy", "selection MAP")
+    lines = [
+        (r["name"], f"{r['seconds']:.1f}", f"{r['map']['value']:.4f}", f"{r['map']['low']:.3f} .. {r['map']['high']:.3f}",
+         *(f"{r[m]['value']:.4f}" for m in METRICS[1:]), f"{r['selection']:.4f}")
+        for r in rows
+    ]  # fmt: skip
+    print(aligned([head, *lines]))
+    if peers:
+        best_ours = max(ours, key=lambda name: np.mean([f[0] for f in ours[name]]))
+        best_peer = max(peers, key=lambda name: np.mean([f[0] for f in peers[name]]))
+        figures["chosen"] = {"ours": best_ours, "peer": best_peer}
+        for metric in ("map", "mrr_at_10"):
+            own, other = (
+                np.nanmean([f[2][metric] for f in found], 0) for found in (ours[best_ours], peers[best_peer])
+            )
+            figures[f"difference_{metric}"] = gain = paired_difference(own, other, np.arange(len(own)), 0)
+            print(
+                f"{metric}: {best_ours} less {best_peer}: {gain['value']:+.4f} ({gain['low']:+.4f} .. {gain['high']:+.4f})"
+            )
+        times = [np.mean([f[1] for f in found]) for found in (ours[best_ours], peers[best_peer])]
+        figures["time_ratio"] = float(times[0] / times[1])
+        print(f"training time: {figures['time_ratio']:.2f} of that of {best_peer}")
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Task pools through all stages on pools that the project makes, --rank, the interface in Python, and sampled candidates."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lib import schema
+from lib.config import ROOT, load_config
+from lib.errors import BadData, MissingInput
+from lib.evaluation.rank import Ranker
+from lib.evaluation.ranked_file import read_user_pools
+from lib.ranking.metrics import ranking_metrics
+from lib.runs import STAGES, RunArgs, load_manifest, validate_manifest
+from lib.training.pool_sampling import CandidateSampler
+from lib.training.pool_table import PoolRows
+from tests.conftest import run_stages, run_stages_recorded, table_of, undeclared
+
+POOLS = ROOT / "configs" / "pools.yaml"
+
+
+def config_of(*overrides: str):
+    return load_config([POOLS], quick_test=True, overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder of a finished quick run, the settings that each stage read)."""
+    folder = tmp_path_factory.mktemp("pools") / "run_001"
+    return folder, run_stages_recorded(folder, config_of())
+
+
+@pytest.fixture(scope="module")
+def run(finished) -> Path:
+    return finished[0]
+
+
+def stats_of(run: Path, stage: str) -> dict:
+    return (load_manifest(run / stage) or {})["stats"]
+
+
+def test_every_stage_is_complete_and_reads_what_it_declares(finished):
+    run, reads = finished
+    for name in STAGES:
+        manifest = load_manifest(run / name)
+        assert manifest is not None, name
+        validate_manifest(manifest)
+    assert not undeclared(reads, run)
+    for path, table_schema in {
+        "01_prepare_dataset/examples": schema.EXAMPLES,
+        "02_generate_candidates/candidates": schema.CANDIDATES,
+        "02_generate_candidates/baselines": schema.BASELINES,
+        "03_build_rewards/rewards": schema.REWARDS,
+        "06_sample/ranked": schema.RANKED,
+    }.items():
+        schema.conform(pq.read_table(table_of(run, path)), table_schema)
+
+
+def test_reports_have_every_baseline_and_metric_with_intervals(run):
+    rows = {row["name"]: row for row in json.loads((run / "06_sample/metrics.json").read_text())["held_out"]}
+    wanted = {
+        "ranker",
+        "random choice",
+        "first candidate",
+        "length",
+        "candidate_linear",
+        "candidate_trees",
+        "overlap",
+        "bm25",
+    }
+    assert rows.keys() == wanted
+    for row in rows.values():
+        for metric in ("accuracy", "map", "mrr_at_10", "ndcg_at_10", "pairwise_accuracy", "reward_ratio"):
+            assert row[metric]["low"] <= row[metric]["value"] <= row[metric]["high"]
+    shortcuts = {row["scorer"]: row for row in stats_of(run, "02_generate_candidates")["shortcuts"]}
+    for name in ("length", "candidate_linear", "candidate_trees", "overlap", "bm25"):
+        assert shortcuts[name]["accuracy"] == pytest.approx(rows[name]["accuracy"]["value"])
+    assert shortcuts["first"]["accuracy"] == pytest.approx(rows["first candidate"]["accuracy"]["value"])
+
+
+def test_the_scores_of_stage_06_are_those_of_the_interface_in_python(run):
+    ranked = pq.read_table(run / "06_sample" / "ranked.parquet").to_pylist()
+    prompts = {
+        r["example_id"]: r["prompt"]
+        for r in pq.read_table(table_of(run, "01_prepare_dataset/examples")).to_pylist()
+    }
+    ranker = Ranker.load(run)
+    assert (ranker.prompt_tokens, ranker.candidate_tokens) == (96, 96)
+    names = list(dict.fromkeys(r["example_id"] for r in ranked))[:12]
+    pools = [[r for r in ranked if r["example_id"] == name] for name in names]
+    found = ranker.rank_all([prompts[name] for name in names], [[r["text"] for r in pool] for pool in pools])
+    for pool, result in zip(pools, found, strict=True):
+        np.testing.assert_allclose(
+            result.scores, [r["score"] for r in pool], atol=0.05
+        )  # bf16 in other batches
+        assert result.probabilities.sum() == pytest.approx(1) and result.best == pool[result.order[0]]["text"]
+    with pytest.raises(BadData, match="has no token"):
+        ranker.rank("a prompt", ["text", ""])
+    with pytest.raises(MissingInput, match="neither the folder of a ranker nor a run"):
+        Ranker.load(run.parent)
+
+
+def rank(run: Path, file: Path, **flags) -> dict:
+    importlib.import_module("06_sample").main(
+        config_of(), RunArgs(run_dir=run, quick_test=True, command=("06",), rank=file, **flags)
+    )
+    (folder,) = [f for f in run.glob("06_rank_*") if f.name.startswith(f"06_rank_{file.stem}")]
+    return {"rows": pq.read_table(folder / "ranking.parquet").to_pylist(), "folder": folder,
+            "stats": stats_of(run, folder.name)}  # fmt: skip
+
+
+def test_a_file_is_ranked_with_and_without_rewards(run, tmp_path, capsys):
+    rows = [
+        {"id": f"q{n}", "prompt": f"what is a module number {n}?", "candidates": [f"module {n}", "a <b>tag</b>", f"name {k}"]}
+        for n, k in enumerate("abcdefghijkl")
+    ]  # fmt: skip
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("\n".join([json.dumps(row) for row in rows] + ['{"id": "bad"}']))
+    found = rank(run, plain)
+    assert len(found["rows"]) == 36 and found["stats"]["pools"] == 12 and "metrics" not in found["stats"]
+    assert "line 13: no candidates" in capsys.readouterr().err
+    page = (found["folder"] / "ranking.html").read_text()
+    assert "a &lt;b&gt;tag&lt;/b&gt;" in page and "<b>tag" not in page
+    for start in range(0, 36, 3):
+        pool = found["rows"][start : start + 3]
+        assert [r["rank"] for r in pool] == [1, 2, 3] and pool[0]["reward"] is None
+        assert sum(r["probability"] for r in pool) == pytest.approx(1)
+        source = next(row for row in rows if row["id"] == pool[0]["pool_id"])
+        assert all(source["candidates"][r["candidate_id"]] == r["text"] for r in pool)
+
+    rewarded = tmp_path / "rewarded.jsonl"
+    rewarded.write_text("\n".join(json.dumps(row | {"rewards": [1, 0, 0]}) for row in rows))
+    found = rank(run, rewarded)
+    scores, rewards = np.full((12, 3), 0.0), np.zeros((12, 3))
+    for r in found["rows"]:
+        scores[int(r["pool_id"][1:]), r["candidate_id"]] = r["score"]
+        rewards[int(r["pool_id"][1:]), r["candidate_id"]] = r["reward"]
+    expected = ranking_metrics(scores, rewards, np.ones((12, 3), bool))
+    for name in ("accuracy", "map"):
+        assert found["stats"]["metrics"]["ranker"][name]["value"] == pytest.approx(expected[name].mean())
+    with pytest.raises(MissingInput, match=r"--rank nowhere\.jsonl"):
+        rank(run, Path("nowhere.jsonl"))
+
+
+def test_a_run_of_task_text_ranks_by_its_judge(quick_run, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    texts = ["The value of the name is the object.", "zq xw vj qk zzx qqq wvx"]
+    file.write_text(json.dumps({"id": "a", "candidates": texts}))
+    config = load_config(quick_test=True)
+    importlib.import_module("06_sample").main(
+        config, RunArgs(run_dir=quick_run, quick_test=True, command=("06",), rank=file)
+    )
+    (folder,) = quick_run.glob("06_rank_texts_*")
+    rows = pq.read_table(folder / "ranking.parquet").to_pylist()
+    assert {r["text"] for r in rows} == set(texts) and stats_of(quick_run, folder.name)["scorer"] == "judge"
+    assert all(0 <= r["score"] <= 1 for r in rows)
+
+
+@pytest.mark.slow
+def test_distillation_and_pointwise_losses_train_on_what_they_can_use(tmp_path):
+    """Pools with one candidate teach a pointwise loss; a teacher's scores take the place of rewards."""
+    rows = []
+    for n in range(60):
+        size = 1 if n % 3 == 0 else 3
+        rows.append({"id": f"{n}", "prompt": f"prompt {n} {n * 7}", "candidates": [f"text {n} {k}" for k in range(size)],
+                     "rewards": [float(k == 0) for k in range(size)], "teacher": [3.5 - k for k in range(size)]})  # fmt: skip
+    path = tmp_path / "taught.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = config_of(
+        f"data.path={path}", "ranker.loss=mse", "pools.near_duplicates=null", "models.ranker.training.steps=4"
+    )
+    run_stages(tmp_path / "run", config, STAGES[:5])
+    record = json.loads((tmp_path / "run/04_train/ranker/training_manifest.json").read_text())
+    assert record["skipped_pools"]["train"] == 0 and record["skipped_pools"]["held_out"] > 0
+    first = json.loads((tmp_path / "run/04_train/ranker/metrics.jsonl").read_text().splitlines()[0])
+    assert (
+        first["train"]["loss"] > 4
+    )  # scores near 0 are far from the teacher's 1.5 to 3.5, and nearer to rewards of 0 and 1
+
+
+# --- sampled candidates ----------------------------------------------------------------------------------------------------
+
+
+def rows_for(count: int, width: int) -> PoolRows:
+    rewards = np.zeros((count, width))
+    rewards[:, 5] = 1
+    texts = np.array([[f"{n}/{k}" for k in range(width)] for n in range(count)], object)
+    return PoolRows(
+        [f"prompt {n}" for n in range(count)], texts, np.ones((count, width), bool), rewards, rewards
+    )
+
+
+def test_large_pools_are_sampled_anew_in_every_epoch_and_keep_their_best():
+    rows = rows_for(40, 30)
+    sampler = CandidateSampler(8, None, 0, 40)
+    index = np.arange(40)
+    first, again, second = (sampler.sample(rows, np.full(40, e), index) for e in (0, 0, 1))
+    assert first.texts.shape == (40, 8) and (first.rewards.max(1) == 1).all()
+    assert (first.texts == again.texts).all() and (first.texts != second.texts).any(1).all()
+    some = np.array([7, 3])
+    part = PoolRows(
+        *([rows.prompts[i] for i in some], *(getattr(rows, name)[some] for name in rows.arrays()))
+    )
+    np.testing.assert_array_equal(sampler.sample(part, np.zeros(2, int), some).texts, first.texts[some])
+    drawn = np.concatenate([sampler.sample(rows, np.full(40, e), index).texts.ravel() for e in range(60)])
+    counts = np.unique([int(t.split("/")[1]) for t in drawn], return_counts=True)[1]
+    others = np.delete(counts, 5)
+    assert counts[5] == 40 * 60 and others.min() > 0.8 * others.mean()  # each of the others is as likely
+
+
+def test_hard_negatives_are_drawn_as_often_as_their_weight_says():
+    rows = rows_for(200, 12)
+    weight = np.zeros((200, 12))
+    weight[:, 2] = np.log(4)
+    sampler = CandidateSampler(2, weight, 0, 200)  # the best one and one other
+    drawn = [sampler.sample(rows, np.full(200, e), np.arange(200)).texts for e in range(30)]
+    others = np.array([t.split("/")[1] for t in np.concatenate(drawn).ravel() if not t.endswith("/5")])
+    assert (others == "2").mean() == pytest.approx(4 / 14, abs=0.02)
+
+
+def test_a_pool_with_many_best_candidates_keeps_some_of_both():
+    rows = rows_for(6, 20)
+    rewards = (np.arange(20) < 15).astype(float) * np.ones((6, 1))
+    rows = PoolRows(rows.prompts, rows.texts, rows.present, rewards, rewards)
+    found = CandidateSampler(8, None, 0, 6).sample(rows, np.zeros(6, int), np.arange(6))
+    assert (found.rewards.sum(1) == 4).all()
+
+
+def test_a_file_is_read_whatever_the_task(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("query,passage\nwho?,me\nwho?,you\n")
+    with read_user_pools(load_config(quick_test=True), file) as user:
+        assert user.num_pools == 1 and not user.problems
