@@ -36,6 +36,7 @@ STAND_INS = {
     "/path/to/all-MiniLM-L6-v2": "encoder",
     "/path/to/pools.jsonl": "my_candidates.jsonl",
     "/path/to/wikiqa": "wikiqa",
+    "/path/to/solutions.jsonl": "solutions.jsonl",
     "/path/to/masked-lm": "masked_lm",
     "CHECKPOINT": "checkpoint/model.safetensors",
     "model.bin": "checkpoint/model.bin",
@@ -74,6 +75,8 @@ SMALLER = {
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.memory": "--megabytes 1 2",
     "benchmarks.over_seeds": "",
+    "benchmarks.pools_speed": "--pools 2 --ranked 4 --rounds 1 --skip rank",
+    "benchmarks.pools_gsm8k": "--short",
     "benchmarks.pools_wikiqa": "--short --losses --questions 30",
     "benchmarks.executors": "--passages 40 --workers 1 --rounds 1 --set candidates.rows_per_group=40",
     "benchmarks.results_page": "--quick",
@@ -131,6 +134,10 @@ def make_data(root: Path) -> None:
     ]
     lines = "\n".join(json.dumps(row) for row in pools)
     (root / "my_candidates.jsonl").write_text(lines, encoding="utf-8")
+    solved = "\n".join(
+        json.dumps(row | {"id": f"p{n}", "writers": ["one", "two", "three"]}) for n, row in enumerate(pools)
+    )
+    (root / "solutions.jsonl").write_text(solved, encoding="utf-8")
     (root / "wikiqa").mkdir()
     for name in ("train", "dev"):
         (root / "wikiqa" / f"{name}.jsonl").write_text(lines.replace("what", name), encoding="utf-8")
