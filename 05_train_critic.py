@@ -33,7 +33,7 @@ def main(config: Config, args: RunArgs) -> None:
     elif config.critic.method == "token_critic":
         train_token_critic(config, args)
     else:
-        with Stage(__file__, config, args, uses=("critic.method",), reads=("01_prepare_dataset",)) as stage:
+        with Stage(__file__, config, args, uses=("critic",), reads=("01_prepare_dataset",)) as stage:
             if not stage.finished:
                 say("critic.method is none: nothing is trained")
 

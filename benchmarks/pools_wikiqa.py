@@ -200,7 +200,7 @@ def train_peer(
     with tempfile.TemporaryDirectory() as folder:
         arguments = CrossEncoderTrainingArguments(
             output_dir=folder, num_train_epochs=options.epochs, per_device_train_batch_size=batch, warmup_ratio=0.1,
-            learning_rate=options.peer_learning_rate, seed=seed, bf16=options.peer_bf16, use_cpu=not torch.cuda.is_available(),
+            learning_rate=options.peer_learning_rate, seed=seed, bf16=options.peer_precision == "bf16", use_cpu=not torch.cuda.is_available(),
             save_strategy="no", logging_strategy="no", disable_tqdm=True, report_to=[], dataloader_num_workers=0,
         )  # fmt: skip
         CrossEncoderTrainer(
@@ -232,7 +232,9 @@ def main() -> None:
     parser.add_argument("--loss", default="cross_entropy", help="ranker.loss of this project's ranker")
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--peer_learning_rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--peer_bf16", action="store_true", help="train sentence-transformers in bf16, too")
+    parser.add_argument(
+        "--peer_precision", choices=["fp32", "bf16"], default="fp32", help="of sentence-transformers"
+    )
     parser.add_argument("--attention", nargs="+", default=["prefix", "full"])
     parser.add_argument(
         "--losses", nargs="*", default=list(PEER_LOSSES), help="of sentence-transformers; none: leave it out"

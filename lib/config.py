@@ -41,7 +41,9 @@ from lib.strict_yaml import Location, parse_scalar, parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAM_SOURCES = ("masked_lm", "random_tokens")  # can give the same example new candidates in each epoch
-VERBATIM = ("sampler.prompt", "sampler.infill")  # texts that keep the spaces at both ends
+VERBATIM = (  # texts that keep the spaces at both ends
+    "sampler.prompt", "sampler.infill", "ranker.yes_no.question", "ranker.yes_no.yes", "ranker.yes_no.no",
+)  # fmt: skip
 DEFAULTS = ROOT / "configs" / "default.yaml"
 
 

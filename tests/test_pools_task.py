@@ -207,7 +207,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "contradicting prompts": (pool(0, prompt="another prompt"), "line 2"),
     "too many candidates": (pool(1, map(str, range(250)), (1, *[0] * 249)), "line 2 (p1)"),
     "unknown split": (pool(1, split="practice"), "line 2 (p1)"),
-    "no rewards": ({"id": "p1", "prompt": "x", "candidates": ["yes", "no"]}, "line 2"),
+    "no rewards": ({"id": "p1", "prompt": "x", "candidates": ["yes", "no"]}, "line 2 (p1)"),
     "not JSON": ("{oops", "line 2"),
 }  # fmt: skip
 
@@ -257,7 +257,7 @@ def test_a_prompt_in_two_given_splits_is_an_error_and_a_similar_one_a_warning(tm
 
 
 def test_an_unknown_kind_in_drop_is_refused(tmp_path):
-    with pytest.raises(BadConfig, match="cannot be dropped"):
+    with pytest.raises(BadConfig, match="not a kind of problem that can be dropped"):
         checked(write(tmp_path / "a.jsonl", [pool(0)]), "data.drop=[bad luck]")
 
 
@@ -343,10 +343,9 @@ def planted(count: int, seed: int, shortcut: str = "") -> Any:
                 candidates[right] += " therefore"
             if shortcut == "first":
                 right = 0
-            if shortcut == "kind":
-                kind[right], kind[kind.index("writer 2")] = "writer 2", kind[right]
-            if shortcut == "recognised_kind":
-                kind[right], kind[kind.index("writer 2")] = "writer 2", kind[right]
+            if shortcut in ("kind", "recognised_kind"):
+                other = kind.index("writer 2")
+                kind[right], kind[other] = kind[other], kind[right]
         if shortcut == "recognised_kind":
             candidates = [f"{text} style{name[-1]}" for text, name in zip(candidates, kind, strict=True)]
         prompt = " ".join(rng.choice(words, 10))

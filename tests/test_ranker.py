@@ -390,7 +390,7 @@ def test_head_follows_its_seed_alone():
 def test_pools_of_any_size_in_rows_of_equal_length_have_the_same_scores(name, monkeypatch):
     """Rows of 40 tokens: pools are divided among rows, and share rows with others."""
     monkeypatch.setattr(packing, "SHORTEST_ROW", 40)
-    monkeypatch.setattr(packing, "best_length", lambda prompt, width: np.where(prompt > 12, 64, 40.0))
+    monkeypatch.setattr(packing, "best_length", lambda prompt, width: np.where(prompt > 12, 100, 40.0))
     pools = make_pools((1, 16, 5, 2, 9, 0, 12))
     for pooling in ("last", "cls", "mean"):
         model = make(name, pooling=pooling)

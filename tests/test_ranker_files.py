@@ -412,3 +412,54 @@ def test_an_export_that_would_score_otherwise_is_refused(tmp_path):
     model, tokenizer = ranker_of(tmp_path / "base", lora=False, head="linear")
     with pytest.raises(BadConfig, match="give the tokenizer a separate padding token"):
         export_classifier(model, tmp_path / "stock", tokenizer)
+
+
+# --- yes or no -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_causal_language_model_scores_by_yes_and_no_without_new_weights(tmp_path):
+    """The score is the logit of the token `yes` less that of `no`, behind prompt, candidate and question."""
+    from transformers import LlamaForCausalLM
+
+    from lib.training.ranker_start import start_ranker
+    from tests.test_ranker import GROUPED, LlamaConfig
+
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(LlamaConfig(**GROUPED)).eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer = make_tokenizer("llama")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    settings = [
+        f"ranker.encoder={tmp_path / 'lm'}",
+        "ranker.head=yes_no",
+        "ranker.pooling=last",
+        "ranker.adapter=none",
+    ]
+    words = ["ranker.yes_no.question= d e", "ranker.yes_no.yes= f", "ranker.yes_no.no= g"]
+    config = load_config(quick_test=True, overrides=[*settings, *words])
+    model, own, _ = start_ranker("r", config.models["ranker"], config, None, None, tmp_path / "out")
+    assert not model.head.out.weight.requires_grad and config.ranker.suffix == " d e"
+    model.suffix = config.ranker.suffix
+    model.eval()
+    pools = collate(own, PROMPTS, CANDIDATES, 32, 32, model.suffix)
+    scores = model(pools)
+    for row, texts in enumerate(CANDIDATES):
+        for k, text in enumerate(texts):
+            ids = tokenizer(PROMPTS[row], text + " d e", return_tensors="pt")["input_ids"]
+            logits = lm(ids).logits[0, -1]
+            expected = logits[WORDS.index("f")] - logits[WORDS.index("g")]
+            assert scores[row, k].item() == pytest.approx(expected.item(), abs=1e-4)
+    save_ranker(model, tmp_path / "saved", own)
+    again, _ = load_ranker(tmp_path / "saved", learning=True)
+    assert again.suffix == " d e" and not again.head.out.weight.requires_grad
+    torch.testing.assert_close(again(pools), scores)
+    long = collate(own, ["a"], [["1 " * 40]], 8, 8, model.suffix)
+    assert tokens(long, 0, 0)[-2:] == [WORDS.index("d"), WORDS.index("e")]  # the question is not truncated
+    with pytest.raises(BadConfig, match="begin with the same token"):
+        same = load_config(
+            quick_test=True, overrides=[*settings, "ranker.yes_no.yes= f", "ranker.yes_no.no= f g"]
+        )
+        start_ranker("r", same.models["ranker"], same, None, None, tmp_path / "out")

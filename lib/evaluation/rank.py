@@ -125,7 +125,8 @@ class Ranker:
     @torch.inference_mode()
     def _scores(self, prompts: list[str], candidates: list[Sequence[str]]) -> np.ndarray:
         """(B, K) scores; -inf beyond the candidates of a pool."""
-        pools = collate(self.tokenizer, prompts, candidates, self.prompt_tokens, self.candidate_tokens)
+        lengths = self.prompt_tokens, self.candidate_tokens
+        pools = collate(self.tokenizer, prompts, candidates, *lengths, self.model.suffix)
         with self.runtime.autocast():
             return self.model(pools.tensors()).float().cpu().numpy()
 

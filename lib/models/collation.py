@@ -24,6 +24,7 @@ def collate(
     candidates: Sequence[Sequence[str]],
     prompt_tokens: int,
     candidate_tokens: int,
+    suffix: str = "",
 ) -> Pools:
     """Pools of N prompts with their candidates, padded on the right. Names of special tokens in a text are ordinary text.
 
@@ -31,6 +32,7 @@ def collate(
         prompts: N texts; they may be empty.
         candidates: a list of texts for each prompt.
         prompt_tokens, candidate_tokens: maximum lengths, special tokens included; longer texts are truncated.
+        suffix: a text behind every candidate, which is not truncated.
 
     Returns:
         Arrays. The longest prompt, the longest candidate and the largest pool of the batch give their shapes.
@@ -40,6 +42,7 @@ def collate(
         BadConfig: a maximum leaves no room for text beside the special tokens.
     """
     before, between, after = pair_layout(tokenizer)
+    after = [*(_encode(tokenizer, [suffix])[0] if suffix else ()), *after]
     for name, budget, around in (
         ("prompt_tokens", prompt_tokens, len(before) + len(between)),
         ("candidate_tokens", candidate_tokens, len(after)),

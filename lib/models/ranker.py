@@ -36,7 +36,7 @@ from lib.models.packing import (
 )
 
 POOLINGS = ("last", "cls", "mean")
-HEADS = ("mlp", "linear")
+HEADS = ("mlp", "linear", "yes_no")
 ATTENTIONS = ("prefix", "full")
 HEAD_STD = 0.02  # of the initial weights: a new head starts with scores near 0
 
@@ -46,7 +46,8 @@ class HeadOptions:
     """The score head.
 
     Attributes:
-        kind: "mlp" (two layers) or "linear" (one; the kind that `export_classifier` takes).
+        kind: "mlp" (two layers), "linear" (one; the kind that `export_classifier` takes), or "yes_no" (one that does not
+            learn; see `CandidateRanker.answer_by`).
         dropout: before the last layer.
     """
 
@@ -71,6 +72,13 @@ class ScoreHead(nn.Module):
             nn.init.normal_(self.out.weight, std=HEAD_STD)
             if self.out.bias is not None:
                 nn.init.zeros_(self.out.bias)
+
+    def take(self, weights: Tensor) -> None:
+        """Use (D,) weights that do not learn."""
+        with torch.no_grad():
+            self.out.weight.copy_(weights[None])
+        self.out.weight.requires_grad_(False)
+        self.dropout.p = 0.0
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(...) scores of vectors (..., D), in the head's precision, also under autocast."""
@@ -101,6 +109,7 @@ class CandidateRanker(nn.Module):
     Attributes:
         is_causal: whether the backbone's tokens attend only to earlier ones.
         prompt_tokens, candidate_tokens: the lengths that it was trained with, for its record; None if not known.
+        suffix: the text behind every candidate that it was trained with.
         segments: whether candidates are the second segment of the backbone's token types, as in BERT.
 
     Raises:
@@ -142,6 +151,7 @@ class CandidateRanker(nn.Module):
         self._window_warned = False
         self.prompt_tokens: int | None = None
         self.candidate_tokens: int | None = None
+        self.suffix = ""
         self.one_pass = (
             False  # several processes read together: each must have the same number of forward passes
         )
@@ -149,6 +159,13 @@ class CandidateRanker(nn.Module):
         exact = torch.promote_types(first.dtype, torch.float32)
         self.head = ScoreHead(width_of(base), head, seed).to(first.device, exact)
         self.packs = attention == "prefix" and (self._may_pack() if packs is None else packs)
+
+    def answer_by(self, yes: Tensor, no: Tensor) -> None:
+        """Score by the logit of one token less that of another, from (D,) rows of a language model's output layer.
+
+        The question about the candidate is the `suffix`. So a causal language model is a ranker without new weights.
+        """
+        self.head.take((yes - no).to(self.head.out.weight))
 
     @property
     def base(self) -> Any:

@@ -80,7 +80,7 @@ def _refuse(model: CandidateRanker, backbone: Any) -> None:
     kind = backbone.config.model_type
     problems = []
     if model.head_kind != "linear":
-        problems.append("ranker.head is mlp; set it to linear")
+        problems.append(f"ranker.head is {model.head_kind}; set it to linear")
     if not model.is_causal and model.attention != "full":
         problems.append("ranker.attention is prefix, and stock models do not make this mask; set it to full")
     wanted = ("last",) if model.is_causal else ("cls", "last") if kind == OWN else ("cls",)

@@ -51,6 +51,7 @@ def save_ranker(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
         "packs": model.packs,
         "prompt_tokens": model.prompt_tokens,
         "candidate_tokens": model.candidate_tokens,
+        "suffix": model.suffix,
         "backbone": base.config.model_type,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "lora": has_lora,
@@ -91,10 +92,13 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
         attention=record["attention"], seed=0, packs=record.get("packs"),
     )  # fmt: skip
     model.prompt_tokens, model.candidate_tokens = record.get("prompt_tokens"), record.get("candidate_tokens")
+    model.suffix = record.get("suffix", "")
     try:
         model.head.load_state_dict(load_file(folder / HEAD_FILE))
     except (RuntimeError, SafetensorError) as error:
         raise BadData(f"{folder / HEAD_FILE} is not the head of this ranker: {error}") from None
+    if record["head"] == "yes_no":
+        model.head.take(model.head.out.weight[0].detach().clone())
     return model.eval(), tokenizer
 
 

@@ -42,6 +42,12 @@ class LoraConfig(Section):
     targets: str
 
 
+class YesNoConfig(Section):
+    question: str
+    yes: str
+    no: str
+
+
 class RankerConfig(Section):
     encoder: UserPath | None
     dtype: DTYPES
@@ -52,7 +58,8 @@ class RankerConfig(Section):
     mask: Literal["dense", "blocks"]
     shard: bool
     pooling: Literal["last", "cls", "mean"]
-    head: Literal["mlp", "linear"]
+    head: Literal["mlp", "linear", "yes_no"]
+    yes_no: YesNoConfig
     head_dropout: BelowOne
     word_dropout: BelowOne
     adapter: Literal["lora", "none"]
@@ -68,8 +75,15 @@ class RankerConfig(Section):
     hard_negatives: NonNegative
     best_by: Literal["reward", "map"]
 
+    @property
+    def suffix(self) -> str:
+        """The text behind every candidate."""
+        return self.yes_no.question if self.head == "yes_no" else ""
+
     @model_validator(mode="after")
     def _check(self):
+        if self.head == "yes_no" and self.pooling != "last":
+            raise ValueError("head yes_no reads the last token of a candidate; set pooling to last")
         if self.dtype == "bfloat16" and self.adapter == "none":
             raise ValueError(
                 "dtype bfloat16 is for an encoder that does not learn, because most updates of bfloat16 weights are lost in "

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lib import durable
 from lib.config import Config
+from lib.errors import BadConfig
 from lib.models.build import fresh_backbone
 from lib.models.encoders import configured
 from lib.models.ranker import CandidateRanker, HeadOptions
 from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, with_lora
+from lib.sections.finqa import YesNoConfig
 from lib.sections.models import ModelSpec
 
 
@@ -50,7 +54,40 @@ def start_ranker(
         backbone, pooling=settings.pooling, head=HeadOptions(settings.head, settings.head_dropout),
         attention=settings.attention, seed=config.seed,
     )  # fmt: skip
+    if settings.head == "yes_no":
+        model.answer_by(*answer_rows(origin if start is None else str(start), tokenizer, settings.yes_no))
     return model, tokenizer, origin
+
+
+def answer_rows(source: str, tokenizer: Any, settings: YesNoConfig) -> tuple[Tensor, Tensor]:
+    """(D,) rows of a causal language model's output layer: those of the first tokens of the two answers.
+
+    Raises BadConfig if the encoder is no causal language model, or if the two answers begin with the same token.
+    """
+    name, _, revision = source.partition("@")
+    ids = [
+        tokenizer(settings.question + word, add_special_tokens=False)["input_ids"]
+        for word in (settings.yes, settings.no)
+    ]
+    first = next((pair for pair in zip(*ids, strict=False) if pair[0] != pair[1]), None)
+    if first is None:
+        raise BadConfig(
+            f"ranker.yes_no: '{settings.yes}' and '{settings.no}' begin with the same token of this tokenizer; give other words"
+        )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision or None,
+            use_safetensors=True,
+            local_files_only=Path(name).is_dir(),
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise BadConfig(
+            f"ranker.head is yes_no, but {source} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+        ) from None
+    weight = model.get_output_embeddings().weight.detach()
+    return weight[first[0]].clone(), weight[first[1]].clone()
 
 
 def start_in_run(start: str | Path, folder: Path) -> str:

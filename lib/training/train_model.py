@@ -221,6 +221,7 @@ def set_up_prompt_ranker(
     )
     on_a_gpu(config.ranker.mask, model, runtime.device)
     model.prompt_tokens, model.candidate_tokens = config.ranker.prompt_tokens, config.ranker.candidate_tokens
+    model.suffix = config.ranker.suffix
     splits = PoolSplits(
         stage_inputs.draws(spec.split, with_equal=config.ranker.loss in POINTWISE),
         stage_inputs.pools_for_selection(),

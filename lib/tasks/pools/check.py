@@ -9,7 +9,7 @@
 | prompt in two splits   | the same prompt is in two splits that the files give                                 |
 | unknown split          | a split is neither train, selection, held_out nor test, nor one of their usual names |
 | empty candidate        | a candidate has no visible character                                                 |
-| no reward              | a candidate has no reward                                                            |
+| no reward, no rewards  | a candidate, or none of a pool, has a reward                                         |
 | not finite, reward out of range | a reward is NaN or infinite, or outside pools.reward_range                  |
 | contradicting rewards  | a pool has the same candidate twice, with different rewards                          |
 | too many candidates    | a pool has more than pools.max_candidates                                            |
@@ -140,6 +140,13 @@ def pool_faults(
     if not pool.prompt:
         advice = "its candidates are ranked without a prompt"
         yield pool.location, Fault("empty prompt", "no text", "a prompt", advice, "warning")
+    if with_rewards and all(entry.reward is None for entry in pool.entries):
+        found = f"none of {len(pool.entries)} candidates has one"
+        yield (
+            pool.location,
+            Fault("no rewards", found, "a number for each candidate", "give them, or set pools.keys"),
+        )
+        with_rewards = False
     for k, (entry, place) in enumerate(zip(pool.entries, pool.places, strict=True)):
         if not entry.text:
             found = f"candidate {k} has no text"

@@ -21,6 +21,7 @@ from lib.user_files.rows import read_rows
 
 TEXTS_ONLY = (".csv", ".tsv")  # files whose values are all texts
 REPORTED_EVERY = 2000  # rows
+MAX_COLUMN_SETS = 64  # of a file whose rows differ in their columns, that are remembered
 
 
 def sources(config: Config) -> list[Path]:
@@ -88,6 +89,7 @@ class _FileReader:
         # train.jsonl, dev.jsonl, test.jsonl: the names of several files give the split
         self.split = None if one_file else split_in_name(path)
         self.layout: Layout | None = None
+        self._by_columns: dict[tuple[str, ...], Layout] = {}
         self.count = self.characters = 0
 
     def rows(self, store: PoolStore) -> Iterator[list[tuple[str, Fault]]]:
@@ -100,13 +102,26 @@ class _FileReader:
         except OSError as error:
             yield [("", raw.unreadable(error))]
 
+    def _layout_of(self, record: Any) -> Layout:
+        """The layout of the first row, with the columns that this row has."""
+        columns = tuple(record) if isinstance(record, dict) else ()
+        if columns in self._by_columns:
+            return self._by_columns[columns]
+        if self.layout is None or not columns:
+            found = recognise(record, self.settings.keys, self.settings.layout)
+            self.layout = self.layout or found
+        else:
+            try:
+                found = recognise(record, self.settings.keys, self.layout.name)
+            except RowFault:
+                return self.layout  # it says what the row lacks
+        if len(self._by_columns) < MAX_COLUMN_SETS:
+            self._by_columns[columns] = found
+        return found
+
     def _add(self, record: Any, location: str, store: PoolStore) -> list[Fault]:
         try:
-            if self.layout is None:
-                self.layout = recognise(record, self.settings.keys, self.settings.layout)
-            if not isinstance(record, dict):
-                recognise(record, {})  # raises
-            row, faults = clean(self.layout.read(record, self.texts_only))
+            row, faults = clean(self._layout_of(record).read(record, self.texts_only))
         except RowFault as error:
             return [error.fault]
         self.characters += len(row.prompt or "") + sum(len(entry.text) for entry in row.entries)

@@ -79,9 +79,9 @@ class PoolReader:
         if self.blind:
             prompts = [""] * len(prompts)
         candidates = [[t for t, p in zip(*row, strict=True) if p] for row in zip(texts, present, strict=True)]
-        pools = collate(
-            self.tokenizer, prompts, candidates, self.settings.prompt_tokens, self.settings.candidate_tokens
-        )
+        settings = self.settings
+        lengths = settings.prompt_tokens, settings.candidate_tokens
+        pools = collate(self.tokenizer, prompts, candidates, *lengths, settings.suffix)
         if hidden_by is not None and self.settings.word_dropout > 0:
             pools = hide_words(pools, self.tokenizer, self.settings.word_dropout, self.seed, hidden_by)
         return pools.tensors()
