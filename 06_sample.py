@@ -127,7 +127,7 @@ def rank(config: Config, args: RunArgs) -> None:
     from lib.runtime import Runtime
 
     reads = (*READS, *units_of_rankers(config), "05_train_critic")
-    uses, files = ("seed", "device", "precision", "ranker"), outside.of_policies(config)
+    uses, files = ("seed", "device", "precision", "ranker", "critic"), outside.of_policies(config)
     with Stage(__file__, config, args, uses=uses, reads=reads, files=files) as stage:
         if stage.finished:
             return

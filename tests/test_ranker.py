@@ -396,7 +396,10 @@ def test_pools_of_any_size_in_rows_of_equal_length_have_the_same_scores(name, mo
         model = make(name, pooling=pooling)
         rows = pack_by_tokens(pools, 24)
         assert len(rows) == 2  # short and long prompts are read apart
-        assert max(int(r.segment.max()) for r in rows) > 0 and sum(len(r.ids) for r in rows) > 7
+        assert (
+            max(int(r.segment.max()) for r in rows) > 0
+        )  # rows with several pools, and pools in several rows
+        assert any(len(r.row[r.pool == n].unique()) > 1 for r in rows for n in range(7))
         assert greatest_difference(model(pools), model.score_one_by_one(pools)) < 1e-10
         model.one_pass = True
         assert len(pack_by_tokens(pools, 24, one_pass=True)) == 1
@@ -412,7 +415,7 @@ def test_rows_have_little_padding_and_each_candidate_is_there_once():
     pools = Pools(ids[:, 0, :14], np.ones((24, 14), bool), ids, mask)
     (rows,) = pack_by_tokens(pools, 384)
     needed = 24 * 14 + sizes.sum()
-    assert rows.ids.numel() < 1.12 * needed  # padding, and copies of prompts
+    assert rows.ids.numel() < 1.15 * needed  # padding, and copies of prompts
     seen = list(zip(rows.pool.tolist(), rows.candidate.tolist(), strict=True))
     assert len(set(seen)) == len(seen) == (sizes > 0).sum()
     for pool, candidate, row, number in zip(rows.pool, rows.candidate, rows.row, rows.number, strict=True):
