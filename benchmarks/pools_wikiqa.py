@@ -69,7 +69,7 @@ def config_of(options: argparse.Namespace, data: Path, seed: int, attention: str
         f"models.ranker.training.steps={steps}", f"models.ranker.training.batch_size={POOLS_PER_STEP}",
         f"models.ranker.training.learning_rate={options.learning_rate}",
         f"models.ranker.training.evaluate_every={max(1, steps // options.epochs)}",
-        f"models.ranker.training.checkpoint_every={steps}",
+        f"models.ranker.training.checkpoint_every={steps}", "models.ranker.training.compile=off",
     ]  # fmt: skip
     return load_config([ROOT / "configs" / "pools.yaml"], overrides=[*settings, *options.set])
 

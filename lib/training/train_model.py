@@ -18,7 +18,10 @@ import torch
 from torch import nn
 
 from lib import durable
+from lib.config import Config
+from lib.errors import BadConfig
 from lib.log import say
+from lib.models.backbones import longest_input
 from lib.models.block_attention import on_a_gpu
 from lib.models.build import Checkpoint, heads_of, load_model, save_model, start_model
 from lib.models.ranker import SequenceRanker
@@ -210,6 +213,17 @@ def make_objective(
     return kind(context, splits, diffusion, tokens, modifiers)
 
 
+def refuse_longer_than_positions(model: Any, config: Config) -> None:
+    """Raises BadConfig if the longest prompts and candidates of a user's file could not be read by the backbone."""
+    limit = longest_input(model.base) if hasattr(model, "base") else None
+    lengths = config.ranker.prompt_tokens, config.ranker.candidate_tokens
+    if config.candidates.source == "file" and limit is not None and sum(lengths) > limit:
+        raise BadConfig(
+            f"ranker.prompt_tokens ({lengths[0]}) and ranker.candidate_tokens ({lengths[1]}) are more than the {limit} tokens that "
+            f"the backbone reads; lower them, such as to {limit // 2} each, or use a backbone that reads more"
+        )
+
+
 def set_up_prompt_ranker(
     context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
 ) -> TrainerSetup:
@@ -219,6 +233,7 @@ def set_up_prompt_ranker(
     model, tokenizer, origin = on_device(
         lambda: start_ranker(name, spec, config, stage_inputs.tokenizer, start, folder), shard, runtime
     )
+    refuse_longer_than_positions(model, config)
     on_a_gpu(config.ranker.mask, model, runtime.device)
     model.prompt_tokens, model.candidate_tokens = config.ranker.prompt_tokens, config.ranker.candidate_tokens
     model.suffix = config.ranker.suffix

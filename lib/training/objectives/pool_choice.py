@@ -99,18 +99,16 @@ class PoolReader:
             "of_candidates": len(texts),
         }
 
-    def tokens_per_pool(self, table: PoolTable) -> int:
-        """Mean over the first 64 pools, for the logged speed."""
-        first = np.arange(min(len(table), 64))
-        pools = self.read([table.prompts[i] for i in first], table.texts[first], table.present[first])
-        return int((pools.prompt_mask.sum() + pools.candidate_mask.sum()) / len(first))
+    def tokens_per_pool(self, table: PoolTable, packs: bool = True) -> int:
+        """Mean over some pools, for the logged speed. Without packing each candidate has its own copy of the prompt."""
+        some = np.unique(np.linspace(0, len(table) - 1, min(len(table), 64)).astype(int))
+        pools = self.read([table.prompts[i] for i in some], table.texts[some], table.present[some])
+        copies = 1 if packs else pools.candidate_mask.any(-1).sum(1)
+        return int(((pools.prompt_mask.sum(1) * copies).sum() + pools.candidate_mask.sum()) / len(some))
 
     def evaluation_pools(self, model: nn.Module, table: PoolTable) -> int:
-        """Pools of a forward pass of an evaluation. Without packing each candidate has its own copy of the prompt."""
-        pool_size, settings = table.present.shape[1], self.settings
-        prompts = 1 if getattr(model, "packs", True) else pool_size
-        tokens = prompts * settings.prompt_tokens + pool_size * settings.candidate_tokens
-        return evaluation_rows(EVALUATION_BATCH, tokens)
+        """Pools of a forward pass of an evaluation: fewer where they have many tokens."""
+        return evaluation_rows(EVALUATION_BATCH, self.tokens_per_pool(table, getattr(model, "packs", True)))
 
     def scores(self, model: nn.Module, rows: PoolRows, hidden_by: np.ndarray | None = None) -> Tensor:
         """(B, K) scores of B pools, -inf where there is no candidate. One forward pass.
@@ -236,10 +234,9 @@ class PoolChoice:
         )
         values = {n: float(per_pool[n].mean()) for n in ("accuracy", "average_reward", "mrr")}
         regret = float((per_pool["best_reward"] - per_pool["average_reward"]).mean())
-        if not np.isnan(per_pool["map"]).all():
-            values["map"] = float(np.nanmean(per_pool["map"]))
         if self.selection == "map_regret":  # the lowest value is chosen
-            values["map_regret"] = 1 - values.get("map", 0.0)
+            known = per_pool["map"][~np.isnan(per_pool["map"])]
+            values["map_regret"] = 1 - float(known.mean() if len(known) else 0.0)
         return {"loss": float(np.concatenate(losses).mean()), "regret": regret} | values
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
