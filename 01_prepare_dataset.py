@@ -25,7 +25,7 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.examples import ExampleCounters, ExampleWork, cut, cut_parts
     from lib.tasks import get_task
     from lib.token_store import TokenStoreWriter
-    from lib.tokenization import load_tokenizer, train_tokenizer
+    from lib.tokenization import load_tokenizer, num_ids, train_tokenizer
     from lib.training.lengths import WholeTexts
 
     uses = (
@@ -33,12 +33,14 @@ def main(config: Config, args: RunArgs) -> None:
         "task",
         "data",
         "tokenizer",
+        "pretrained",
         "finqa.group",
         "finqa.selection_share",
         "ranker.prompt",
         "ranker.prompt_tokens",
         "ranker.encoder",
     )
+    outside.refuse_unnamed_pretrained(config)
     files = outside.of_examples(config)
     with Stage(
         __file__, config, args, uses=uses, reads=("00_check_data",), files=files, restarts=True
@@ -47,8 +49,12 @@ def main(config: Config, args: RunArgs) -> None:
             return
         task = get_task(config.task)
 
-        # 1. The tokenizer. Characters come from all splits; BPE learns from a sample of the train split
+        # 1. The tokenizer: that of the pretrained model, which is opened once to refuse what no stage could use, or a new one.
+        #    Characters come from all splits; BPE learns from a sample of the train split
         def make_tokenizer(folder: Path) -> None:
+            if config.pretrained.model is not None:
+                run_tokenizer(config).save_pretrained(folder)
+                return
             documents = Documents(stage, "tokenizer")
             if config.tokenizer.kind == "character":
                 texts = (e.prompt + e.target for e in only_examples(task.prepare(config, documents)))
@@ -58,6 +64,7 @@ def main(config: Config, args: RunArgs) -> None:
 
         stage.make_once("tokenizer", make_tokenizer)
         tokenizer = load_tokenizer(stage.folder / "tokenizer")
+        vocabulary = num_ids(tokenizer)
 
         # 2. The examples: cut in one pass over the documents, then tokenized part by part
         tables = {"examples": schema.EXAMPLES, "dropped": schema.DROPPED}
@@ -78,7 +85,7 @@ def main(config: Config, args: RunArgs) -> None:
         # 3. The same tokens as one token store per split
         with (
             durable.replacing_folder(stage.folder / "tokens") as folder,
-            TokenStoreWriter(folder, len(tokenizer), stage.output_sha256("tokenizer")) as writer,
+            TokenStoreWriter(folder, vocabulary, stage.output_sha256("tokenizer")) as writer,
             Progress("tokens", made.count) as progress,
         ):
             columns = ["target", "split", "group", "continues", "token_ids"]
@@ -89,8 +96,8 @@ def main(config: Config, args: RunArgs) -> None:
         for split in writer.splits:
             stage.add_folder(f"tokens/{split}", stage.folder / "tokens" / split)
         durable.remove(cut_parts(parts).folder)
-        stage.stats |= counters.summary(len(tokenizer))
-        say(counters.line(len(tokenizer)))
+        stage.stats |= counters.summary(vocabulary)
+        say(counters.line(vocabulary))
 
 
 class Documents:
@@ -115,6 +122,19 @@ class Documents:
                     yield Document(**batch.slice(i, 1).to_pylist()[0])
                 done += batch.num_rows
                 progress.update(done)
+
+
+def run_tokenizer(config: Config):
+    """The tokenizer of the pretrained model. Raises BadData or BadConfig if a model of the config could not use the two."""
+    from lib.models.pretrained import check_pretrained
+
+    owners = {"generator": config.generator, **config.models}
+    contexts = {
+        name: owner.architecture.context
+        for name, owner in owners.items()
+        if owner.architecture.family == "pretrained"
+    }
+    return check_pretrained(config.pretrained, contexts).tokenizer
 
 
 def only_examples(items) -> Iterator:

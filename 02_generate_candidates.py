@@ -75,6 +75,7 @@ def make_table(config: Config, args: RunArgs) -> None:
         "candidates",
         "finqa.pools",
         "pools",
+        "pretrained",
         *encoder,
     )
     with Stage(__file__, config, args, uses=uses, reads=("01_prepare_dataset",), files=files) as stage:

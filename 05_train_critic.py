@@ -52,7 +52,7 @@ def train_token_critic(config: Config, args: RunArgs) -> None:
 
     check_generator(config)
     reads = ("01_prepare_dataset", unit_of(config.critic.generator))
-    uses = ("seed", "device", "precision", "diffusion", "critic")
+    uses = ("seed", "device", "precision", "diffusion", "critic", "pretrained")
     with Stage(__file__, config, args, uses=uses, reads=reads) as stage:
         if stage.finished:
             return

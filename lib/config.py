@@ -36,6 +36,7 @@ from lib.sections.models import (
     dependency_order,
 )
 from lib.sections.pools import PoolFilesConfig
+from lib.sections.pretrained import PretrainedConfig
 from lib.sections.sampler import SamplerConfig
 from lib.strict_yaml import Location, parse_scalar, parse_yaml
 
@@ -55,6 +56,7 @@ class Config(Section):
     executor: ExecutorConfig
     data: DataConfig
     tokenizer: TokenizerConfig
+    pretrained: PretrainedConfig
     architecture: ArchitectureConfig
     training: TrainingConfig
     diffusion: DiffusionConfig
@@ -83,6 +85,7 @@ class Config(Section):
                 "candidates.per_example to 1"
             )
         self._check_labels()
+        self._check_pretrained()
         dependency_order(self.models)  # refuses models that start from each other
         for name, spec in self.models.items():
             if not name.isidentifier():
@@ -129,6 +132,19 @@ class Config(Section):
                     f"models.{name}.num_classes is {spec.num_classes}, but the classes are {', '.join(names)}: set it to "
                     f"{len(names)}"
                 )
+
+    def _check_pretrained(self) -> None:
+        """Raise ValueError if a causal model has a pretrained backbone."""
+        causal = [
+            f"models.{name}"
+            for name, spec in self.models.items()
+            if spec.architecture.family == "pretrained" and spec.effective_attention == "causal"
+        ]
+        if causal:
+            raise ValueError(
+                f"{', '.join(causal)}: a pretrained masked LM is bidirectional and cannot be causal; give this model "
+                "architecture: {family: remask_gpt}"
+            )
 
     def slice(self, uses: Iterable[str]) -> dict[str, Any]:
         """The named sections, or single keys such as `ranker.prompt`, as plain data.

@@ -5,6 +5,7 @@ of every part to a folder, which is removed when the stage is complete. Tokenizi
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from lib.config import Config
 from lib.errors import BadData
 from lib.stage.parts import Parts
 from lib.tasks import SHORTENED, Dropped, Example
-from lib.tokenization import UNK, encode_batch, load_tokenizer
+from lib.tokenization import decode_batch, encode_batch, load_tokenizer
 from lib.training.lengths import WholeTexts
 
+MAX_LISTED = 12  # characters in one message
 FOLDER = "cut"  # of the cut texts, in the stage's folder
 
 
@@ -98,11 +100,18 @@ class ExampleWork:
     def _make(self, number: int, tokenizer: Any) -> None:
         texts = cut_parts(self.parts)
         examples, dropped = (pq.read_table(texts.path(name, number)) for name in ("examples", "dropped"))
-        ids = encode_batch(tokenizer, examples["target"].to_pylist(), self.config.tokenizer.unknown)
+        texts = examples["target"].to_pylist()
+        ids = encode_batch(tokenizer, texts, self.config.tokenizer.unknown)
+        counters = ExampleCounters(WholeTexts.of(self.config), tokenizer.unk_token_id)
+        if self.config.pretrained.model is not None:
+            known = as_written(tokenizer, texts, ids, self.config.pretrained.text)
+            counters.rewritten = sum(a != b for a, b in zip(texts, known, strict=True))
+            place = examples.schema.get_field_index("target")
+            column = pa.array(known, examples.schema.field(place).type)
+            examples = examples.set_column(place, examples.schema.field(place), column)
         position = schema.EXAMPLES.arrow.names.index("token_ids")
         column = pa.array(ids, schema.EXAMPLES.arrow.field("token_ids").type)
         table = examples.add_column(position, schema.EXAMPLES.arrow.field("token_ids"), column)
-        counters = ExampleCounters(WholeTexts.of(self.config))
         with self.parts.writing(number) as part:
             part.write("examples", table)
             part.write("dropped", dropped)
@@ -111,18 +120,56 @@ class ExampleWork:
             part.counters = counters.state()
 
 
+def as_written(tokenizer: Any, texts: list[str], ids: list, policy: str) -> list[str]:
+    """The texts as the tokens of their `ids` are decoded.
+
+    Args:
+        policy: `exact` refuses any difference, `normalise` accepts it.
+
+    Raises:
+        BadData: a text would change, or it has no tokens.
+    """
+    written = decode_batch(tokenizer, ids)
+    if empty := [text for text, i in zip(texts, ids, strict=True) if not len(i)]:
+        raise BadData(
+            f"the tokenizer of pretrained.model has no token for {len(empty):,} passages, the first one {empty[0][:80]!r}; remove "
+            "such text, or give a model with another tokenizer"
+        )
+    changed = [(a, b) for a, b in zip(texts, written, strict=True) if a != b]
+    if changed and policy == "exact":
+        text, found = changed[0]
+        start = next((i for i, (a, b) in enumerate(zip(text, found, strict=False)) if a != b), len(found))
+        raise BadData(
+            f"the tokenizer of pretrained.model loses characters: {len(changed):,} of {len(texts):,} passages are not what their "
+            f"tokens say. {_lost_characters(changed)} First: {text[max(0, start - 20) : start + 20]!r} becomes "
+            f"{found[max(0, start - 20) : start + 20]!r}. Set pretrained.text=normalise to store every passage as the tokenizer "
+            "writes it, or give a model with a tokenizer that keeps them, such as byte-level BPE"
+        )
+    return written
+
+
+def _lost_characters(changed: list[tuple[str, str]]) -> str:
+    """Which characters are fewer in the written texts, for a message."""
+    lost: Counter[str] = Counter()
+    for text, written in changed:
+        lost += Counter(text) - Counter(written)
+    names = ", ".join(f"{c!r} (U+{ord(c):04X}) {n:,} times" for c, n in lost.most_common(MAX_LISTED))
+    return f"Lost: {names}." if names else "No character is lost, but others are added."
+
+
 class ExampleCounters:
     """Counts examples per split, and dropped ones per reason, table by table and part by part.
 
     `whole`: checks that the models of the config can read the examples from their first to their last token.
+    `unk_id`: the id of unknown text; None if the tokenizer knows all text.
     """
 
-    def __init__(self, whole: WholeTexts | None) -> None:
-        self.whole = whole
+    def __init__(self, whole: WholeTexts | None, unk_id: int | None = None) -> None:
+        self.whole, self.unk_id = whole, unk_id
         self.examples: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
-        self.characters = self.unknown = self.shortened = 0
+        self.characters = self.unknown = self.shortened = self.rewritten = 0
 
     def add(self, table: pa.Table) -> None:
         """Count a table of schema.EXAMPLES."""
@@ -135,7 +182,8 @@ class ExampleCounters:
                 self.whole.add(part)
         self.shortened += sum(SHORTENED in (tags or ()) for tags in table["tags"].to_pylist())
         self.characters += pc.sum(pc.utf8_length(table["target"])).as_py() or 0
-        self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), UNK)).as_py() or 0
+        if self.unk_id is not None:
+            self.unknown += pc.sum(pc.equal(pc.list_flatten(table["token_ids"]), self.unk_id)).as_py() or 0
 
     def drop(self, reasons: Iterable[str]) -> None:
         """Count what was left out, by its reason."""
@@ -150,7 +198,7 @@ class ExampleCounters:
         """Add the counts of other examples, which come after these."""
         for name in ("examples", "tokens", "dropped"):
             _add(getattr(self, name), state[name])
-        for name in ("characters", "unknown", "shortened"):
+        for name in ("characters", "unknown", "shortened", "rewritten"):
             setattr(self, name, getattr(self, name) + state[name])
         if self.whole is not None:
             self.whole.merge(state["whole"])
@@ -176,6 +224,7 @@ class ExampleCounters:
             "tokens": self.tokens,
             "dropped": self.dropped,
             "shortened_prompts": self.shortened,
+            "rewritten_passages": self.rewritten,
             "vocabulary": vocabulary,
             "unknown_share": self.unknown / max(total, 1),
             "characters_per_token": self.characters / max(total, 1),
@@ -187,6 +236,8 @@ class ExampleCounters:
         line = f"examples: {splits}; vocabulary {vocabulary}; left out: {self.left_out()}"
         if self.shortened:
             line += f"; {self.shortened:,} prompts were shortened to ranker.prompt_tokens"
+        if self.rewritten:
+            line += f"; {self.rewritten:,} passages are stored as the tokenizer writes them (pretrained.text)"
         return line
 
     def left_out(self) -> str:

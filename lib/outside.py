@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from lib.config import Config
-from lib.errors import MissingInput
+from lib.errors import BadConfig, MissingInput
 from lib.sections.models import ModelSpec
 
 WEIGHTS = (
@@ -26,6 +26,15 @@ WEIGHTS = (
     ".onnx",
     ".gguf",
 )  # endings of weight files; all other files of a model may belong to its tokenizer
+
+
+MODEL_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.py",
+)  # of a model on the hub; never its pickles
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ def encoder_source(encoder: str) -> Path | HubModel:
 
 
 @cache
-def _on_the_hub(encoder: str) -> HubModel:
+def _on_the_hub(encoder: str, what: str = "encoder") -> HubModel:
     from huggingface_hub import hf_hub_download
 
     name, _, revision = encoder.partition("@")
@@ -54,49 +63,108 @@ def _on_the_hub(encoder: str) -> HubModel:
     try:
         file = hf_hub_download(name, "config.json", revision=revision or None)
     except (OSError, ValueError) as error:
-        raise MissingInput(encoder_not_found(encoder, error)) from None
+        raise MissingInput(not_found(what, encoder, error)) from None
     return HubModel(name, Path(file).parent.name)  # .../snapshots/<commit>/config.json
 
 
 def encoder_not_found(encoder: str | Path, error: Exception) -> str:
     """The message for an encoder that is neither a folder nor can be downloaded from the hub."""
+    return not_found("encoder", encoder, error)
+
+
+def not_found(what: str, name: str | Path, error: Exception) -> str:
+    """The same for any model. `what`: its role or setting."""
     reason = str(error).strip().splitlines()[0]
     return (
-        f"encoder {encoder} is not a folder, and the hub does not provide it as safetensors: {reason} "
+        f"{what} {name} is not a folder, and the hub does not provide it as safetensors: {reason} "
         "Give a folder with config.json, model.safetensors and the tokenizer. With a network, give a name on the hub "
         "and set HF_HUB_OFFLINE=0"
     )
 
 
 def of_examples(config: Config) -> list[Path | HubModel]:
-    """For stage 01: the tokenizer of the encoder, if prompts are shortened to a number of its tokens; not its weights."""
-    if config.ranker.encoder is None or config.ranker.prompt == "question":
-        return []
-    source = encoder_source(config.ranker.encoder)
+    """For stage 01: the tokenizer of the pretrained model, and that of the encoder, if prompts are shortened to a number of
+    its tokens. Not their weights.
+    """
+    found: list[Path | HubModel] = []
+    if config.pretrained.model is not None:
+        found += _without_weights(pretrained_source(config.pretrained.model))
+    if config.ranker.encoder is not None and config.ranker.prompt != "question":
+        found += _without_weights(encoder_source(config.ranker.encoder))
+    return found
+
+
+def _without_weights(source: Path | HubModel) -> list[Path | HubModel]:
     if isinstance(source, HubModel):
         return [source]
     return [p for p in sorted(source.rglob("*")) if p.is_file() and p.suffix not in WEIGHTS]
 
 
+def refuse_unnamed_pretrained(config: Config) -> None:
+    """Raise BadConfig if a model has a pretrained backbone and no setting says which."""
+    owners = {
+        "generator": config.generator,
+        **{f"models.{name}": spec for name, spec in config.models.items()},
+    }
+    names = [name for name, owner in owners.items() if owner.architecture.family == "pretrained"]
+    if names and config.pretrained.model is None:
+        raise BadConfig(
+            f"architecture.family is pretrained for {', '.join(names)}, and pretrained.model is null: set it to the folder of a "
+            "masked LM, or to a name on the hub"
+        )
+
+
+def pretrained_source(model: str) -> Path | HubModel:
+    """The folder that `pretrained.model` names, or the model on the hub with the commit that this process reads.
+
+    Raises MissingInput when there is neither.
+    """
+    return Path(model) if Path(model).is_dir() else _on_the_hub(model, "pretrained.model")
+
+
+@cache
+def pretrained_folder(model: str) -> Path:
+    """A folder with the files of `pretrained.model`; those of a model on the hub are downloaded.
+
+    Raises MissingInput when there is neither a folder nor a model of that name.
+    """
+    source = pretrained_source(model)
+    if isinstance(source, Path):
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.name, revision=source.commit, allow_patterns=list(MODEL_FILES)))
+    except (OSError, ValueError) as error:
+        raise MissingInput(not_found("pretrained.model", model, error)) from None
+
+
 def of_candidates(config: Config) -> list[Path | HubModel]:
-    """For stage 02: the masked LM of generator.checkpoint, if it is set; for task pools the encoder, which is a baseline."""
-    checkpoints: list[Path | HubModel] = (
-        [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
-    )
-    return checkpoints + (of_rankers(config) if config.task == "pools" else [])
+    """For stage 02: the masked LM of generator.checkpoint, or the pretrained one that its own generator starts from.
+
+    For task pools also the encoder, which is a baseline.
+    """
+    return _generator(config) + (of_rankers(config) if config.task == "pools" else [])
 
 
-def _checkpoint(config: Config) -> list[Path]:
-    return [Path(config.generator.checkpoint)] if config.generator.checkpoint else []
+def _generator(config: Config) -> list[Path | HubModel]:
+    """The masked LM of generator.checkpoint, or the pretrained one that the generator of stage 02 starts from."""
+    if config.generator.checkpoint:
+        return [Path(config.generator.checkpoint)]
+    if config.pretrained.model is not None and config.generator.architecture.family == "pretrained":
+        return [pretrained_source(config.pretrained.model)]
+    return []
 
 
 def of_model(spec: ModelSpec, config: Config) -> list[Path | HubModel]:
     """For one model of stage 04: the folder it starts from, its encoder, its judge, and the masked LM of the stream."""
-    starts = [Path(spec.start)] if is_folder(spec, config) else []
+    starts: list[Path | HubModel] = [Path(spec.start)] if is_folder(spec, config) else []
+    if spec.start == "scratch" and config.pretrained.model and spec.architecture.family == "pretrained":
+        starts.append(pretrained_source(config.pretrained.model))
     encoders = of_rankers(config) if spec.mode == "ranker" else []
-    adapted = [base for folder in starts for base in _adapted_by(folder)]
+    adapted = [base for folder in starts if isinstance(folder, Path) for base in _adapted_by(folder)]
     judges = [] if spec.modifiers.judge is None else [Path(spec.modifiers.judge.model)]
-    stream = _checkpoint(config) if spec.learns_from_shards and config.stream.enabled else []
+    stream = _generator(config) if spec.learns_from_shards and config.stream.enabled else []
     return [*starts, *encoders, *adapted, *judges, *stream]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 CLOSING = frozenset(".,;:!?%…")  # no space before these, nor before closing brackets and quotes
-_RESERVED = re.compile(r"[\[<]\W*(unused|extra_id|reserved|dummy)\w*\W*[\]>]|madeupword\d+")
+RESERVED = re.compile(r"[\[<]\W*(unused|extra_id|reserved|dummy)\w*\W*[\]>]|madeupword\d+")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -70,7 +70,7 @@ class Surfaces:
         cores: list[bytes | None] = [None] * size
         begins, ends, opens, blank, writable, partial = np.zeros((6, size), bool)
         for token, i in vocabulary.items():
-            if i in closed or _RESERVED.fullmatch(token):
+            if i in closed or RESERVED.fullmatch(token):
                 continue
             core, begins[i], ends[i] = marks.read(token)
             cores[i] = core

@@ -23,6 +23,7 @@ from lib.models.masked_lm import argument_names, load_masked_lm
 from lib.runtime import Runtime
 from lib.sections.data import CandidatesConfig
 from lib.surfaces import closed_ids
+from lib.tokenization import forbidden_ids
 
 CONFIDENCE_PASSES = 4  # forward passes in which every token is masked once
 _NEXT_PIECE = 0x1E3779B97F4A7C15  # added to the key of a row for each further piece
@@ -257,7 +258,8 @@ class MaskedLMEngine:
         if size not in self._special_ids:
             known = np.zeros(size, bool)
             known[[i for i in self.tokenizer.get_vocab().values() if i < size]] = True
-            known[[i for i in closed_ids(self.tokenizer) if i < size]] = False
+            never = {*closed_ids(self.tokenizer), *forbidden_ids(self.tokenizer)}
+            known[[i for i in never if i < size]] = False
             self._special_ids[size] = torch.from_numpy(np.flatnonzero(~known)).to(self.runtime.device)
         return self._special_ids[size]
 

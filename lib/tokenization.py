@@ -1,12 +1,14 @@
 """Character and BPE tokenizers, stored as Hugging Face tokenizers.
 
-The special ids are 0 to 3. Data is encoded without looking for the names of special tokens: the text "[MASK]" becomes
+The special ids are 0 to 3 in tokenizers that are trained here. Those of pretrained models have their own
+(lib/models/pretrained_tokenizer.py). Data is encoded without looking for the names of special tokens: the text "[MASK]" becomes
 ordinary tokens, such as six characters. Only `encode_with_masks`, for text that a user types, reads [MASK] as the mask.
 
 The tokenizer of a run adds no special tokens: objectives add [CLS] themselves. `model_tokenizer` makes the tokenizer for
 a model's folder. Its plain call gives the input that the model was trained on.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import BadData
+from lib.surfaces import RESERVED
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[CLS]", "[UNK]")
 PAD, MASK, CLS, UNK = range(4)
@@ -130,9 +133,10 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
             part = list(texts[start : start + TEXTS_AT_A_TIME])
             coded = tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            ids += [np.asarray(i, np.int32) for i in coded]
-    if unknown == "error":
-        with_unknown = [text for text, i in zip(texts, ids, strict=True) if (i == UNK).any()]
+            ids += _without_names(tokenizer, part, [np.asarray(i, np.int32) for i in coded])
+    if unknown == "error" and tokenizer.unk_token_id is not None:
+        unk = tokenizer.unk_token_id
+        with_unknown = [text for text, i in zip(texts, ids, strict=True) if (i == unk).any()]
         if with_unknown:
             raise BadData(
                 f"{describe_unknown(tokenizer, with_unknown)}; remove them, train the tokenizer on text that has them, or "
@@ -141,9 +145,36 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -
     return ids
 
 
+def _without_names(tokenizer: Any, texts: Sequence[str], ids: list[np.ndarray]) -> list[np.ndarray]:
+    """The ids, with the texts encoded again in which the tokenizer found the name of a special token, such as a mask.
+
+    Some kinds of tokenizers have these names in their ordinary vocabulary. Such a name is divided after its first character.
+    """
+    special = set(forbidden_ids(tokenizer)) - {tokenizer.unk_token_id}
+    is_special = np.zeros(num_ids(tokenizer), bool)
+    is_special[list(special)] = True
+    names = None
+    for n, row in enumerate(ids):
+        if not is_special[row].any():
+            continue
+        if names is None:
+            found = (t for t, i in tokenizer.get_vocab().items() if i in special and len(t) > 1)
+            names = re.compile("|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in found))
+        pieces = names.split(texts[n])
+        coded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        row = np.asarray([i for piece in coded for i in piece], np.int32)
+        ids[n] = (
+            row if tokenizer.unk_token_id is None else np.where(is_special[row], tokenizer.unk_token_id, row)
+        )
+    return ids
+
+
 def describe_unknown(tokenizer: Any, texts: Sequence[str]) -> str:
     """The characters of the texts that are outside the vocabulary, for a message. At most 20 are listed."""
-    unknown = sorted(set("".join(texts)) - set(tokenizer.get_vocab()))
+    known = set("".join(tokenizer.get_vocab()) if _code_points(tokenizer) is None else tokenizer.get_vocab())
+    unknown = sorted(set("".join(texts)) - known)
+    if not unknown:  # words of known characters
+        return f"{len(texts)} texts have words outside the vocabulary, the first one {texts[0][:80]!r}"
     listed = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:20])
     return f"{len(unknown)} characters are outside the vocabulary: {listed}"
 
@@ -156,10 +187,11 @@ def _code_points(tokenizer: Any) -> np.ndarray | None:
     """The id of each code point for a character tokenizer, cached on it; None for others. The last entry is [UNK]."""
     if hasattr(tokenizer, "_remask_code_points"):
         return tokenizer._remask_code_points
-    words = {t: i for t, i in tokenizer.get_vocab().items() if i > UNK}
+    special = set(forbidden_ids(tokenizer))
+    words = {t: i for t, i in tokenizer.get_vocab().items() if i not in special}
     table = None
     if type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel" and all(len(t) == 1 for t in words):
-        table = np.full(max((ord(t) for t in words), default=0) + 2, UNK, np.int32)
+        table = np.full(max((ord(t) for t in words), default=0) + 2, tokenizer.unk_token_id, np.int32)
         for token, i in words.items():
             table[ord(token)] = i
     tokenizer._remask_code_points = table
@@ -169,7 +201,7 @@ def _code_points(tokenizer: Any) -> np.ndarray | None:
 def characters_of(tokenizer: Any) -> frozenset[str] | None:
     """The characters in the vocabulary of a character tokenizer; None for other tokenizers, which read all characters."""
     table = _code_points(tokenizer)
-    return None if table is None else frozenset(map(chr, np.flatnonzero(table != UNK)))
+    return None if table is None else frozenset(map(chr, np.flatnonzero(table != tokenizer.unk_token_id)))
 
 
 def decode_batch(tokenizer: Any, sequences: Iterable[Sequence[int] | np.ndarray]) -> list[str]:
@@ -181,15 +213,38 @@ def decode_batch(tokenizer: Any, sequences: Iterable[Sequence[int] | np.ndarray]
     return tokenizer.batch_decode(lists, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def num_ids(tokenizer: Any) -> int:
+    """V, the number of ids from 0 to the highest one. Some of them may have no token."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def forbidden_ids(tokenizer: Any) -> list[int]:
+    """Ids that no text contains and that are never sampled: of special and reserved tokens, and those without a token."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    reserved = {i for token, i in vocabulary.items() if RESERVED.fullmatch(token)}
+    unnamed = set(range(num_ids(tokenizer))) - set(vocabulary.values())
+    return sorted({*tokenizer.all_special_ids, *special, *reserved, *unnamed})
+
+
 def newline_ids(tokenizer: Any) -> np.ndarray:
     """Ids of the tokens that end a line: those whose text contains a line feed."""
-    size = len(tokenizer)
-    return np.flatnonzero(["\n" in text for text in decode_batch(tokenizer, [[i] for i in range(size)])])
+    never = set(forbidden_ids(tokenizer))
+    ids = np.array([i for i in range(num_ids(tokenizer)) if i not in never], int)
+    return ids[["\n" in text for text in decode_batch(tokenizer, ids[:, None])]]
 
 
 def encode_with_masks(tokenizer: Any, texts: Sequence[str], unknown: str = "error") -> list[np.ndarray]:
-    """int32 ids of each text, with [MASK] as the mask token. `unknown` as in `encode_batch`."""
-    pieces = [text.split("[MASK]") for text in texts]
+    """int32 ids of each text, with [MASK] as the mask token. `unknown` as in `encode_batch`.
+
+    The name that the tokenizer has for its mask is read, too. If its mask stands for a word with the space before it, that
+    space belongs to the mask.
+    """
+    token = tokenizer.added_tokens_decoder.get(tokenizer.mask_token_id)
+    names = "|".join(re.escape(name) for name in ("[MASK]", tokenizer.mask_token))
+    before = r"\s*" if token is not None and token.lstrip else ""
+    after = r"\s*" if token is not None and token.rstrip else ""
+    pieces = [re.split(f"{before}(?:{names}){after}", text) for text in texts]
     coded = iter(encode_batch(tokenizer, [piece for row in pieces for piece in row], unknown))
     mask = np.array([tokenizer.mask_token_id], np.int32)
     rows = [[part for _ in row for part in (mask, next(coded))] for row in pieces]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.errors import BadData
-from lib.tokenization import UNK, encode_batch, encode_with_masks
+from lib.tokenization import encode_batch, encode_with_masks
 from lib.user_files.decoding import clean_text
 
 MAX_LISTED = 20  # problems in one message
@@ -116,11 +116,12 @@ def _problems(row: np.ndarray, target: np.ndarray | None, tokenizer: Any, contex
         found.append("text has no [MASK] to fill")
     if len(row) > context:
         found.append(f"text has {len(row)} tokens, but the generator reads at most {context}")
-    if (row == UNK).any():
+    unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    if (row == unknown).any():
         found.append("text has characters outside the vocabulary")
     if target is None:
         return found
-    if (target == UNK).any():
+    if (target == unknown).any():
         found.append("target has characters outside the vocabulary, which the generator cannot generate")
     if len(target) != len(row):
         found.append(

@@ -18,7 +18,7 @@ from lib.randomness import Permutation
 from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
 from lib.synthetic import MaskedLMEngine
-from lib.tokenization import decode_batch, load_tokenizer
+from lib.tokenization import decode_batch, forbidden_ids, load_tokenizer
 from lib.training.data import Windows
 from lib.training.model_plans import trained_models, unit_of
 from lib.training.objectives.base import chunks
@@ -50,7 +50,7 @@ class SampleEvaluator:
         self.sampler = Sampler(
             model,
             self.tokenizer.mask_token_id,
-            sorted(set(self.tokenizer.all_special_ids)),
+            forbidden_ids(self.tokenizer),
             runtime,
             config.sampler,
             config.seed,

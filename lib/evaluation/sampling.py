@@ -16,6 +16,7 @@ from lib.evaluation.infilling import UNKNOWN, Start
 from lib.evaluation.measurements import Measurements
 from lib.evaluation.quality import SamplingCost, describe, from_first_gap
 from lib.evaluation.sample_evaluator import SampleEvaluator
+from lib.tokenization import forbidden_ids
 
 TRACED_SAMPLES = 2  # per policy and budget
 
@@ -145,7 +146,7 @@ def _measure(
 
 
 def _sample_autoregressively(evaluator: SampleEvaluator, start: Start) -> Samples:
-    special = sorted(set(evaluator.tokenizer.all_special_ids))
+    special = forbidden_ids(evaluator.tokenizer)
     model: Any = evaluator.autoregressive
     sampler = AutoregressiveSampler(
         model, evaluator.tokenizer.cls_token_id, special, evaluator.runtime, evaluator.config.sampler,

@@ -11,7 +11,7 @@ from lib.diffusion.blocks import blocks_of
 from lib.errors import BadConfig, BadData
 from lib.evaluation.infilling import UNKNOWN, Start, read_infill_file
 from lib.sections.sampler import SamplerConfig
-from lib.tokenization import UNK, describe_unknown, encode_with_masks
+from lib.tokenization import describe_unknown, encode_with_masks
 from lib.user_files.decoding import clean_text
 
 MAX_LISTED = 10  # row names in one message
@@ -68,7 +68,7 @@ def _encode(tokenizer: Any, name: str, text: str) -> np.ndarray:
     """(T,) ids of the text of `sampler.<name>`, with a mask for each [MASK]. Line ends are read as in the data."""
     text, _ = clean_text(text)
     (ids,) = encode_with_masks(tokenizer, [text], "unk")
-    if (ids == UNK).any():
+    if tokenizer.unk_token_id is not None and (ids == tokenizer.unk_token_id).any():
         unknown = describe_unknown(tokenizer, text.split("[MASK]"))
         raise BadConfig(f"sampler.{name}: {unknown}; the generator has never seen them: write it without")
     return ids.astype(np.int64)

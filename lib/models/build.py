@@ -5,6 +5,7 @@ reported, and new ones are initialised. Anything else that does not match is an 
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,12 @@ from transformers.utils import logging as transformers_logging
 from lib import randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.labels import OUTSIDE
-from lib.models.families import FAMILIES, Family
+from lib.models.families import FAMILIES, PRETRAINED, Family
+from lib.models.hugging_face import AdaptedPreTrainedModel
+from lib.models.pretrained import Pretrained, code_files_of
 from lib.models.ranker import SequenceRanker
 from lib.sections.models import ArchitectureConfig, ModelSpec
+from lib.sections.pretrained import AdapterConfig
 from lib.tokenization import model_tokenizer
 
 # Progress bars for every load and save of a small model would hide other output.
@@ -29,11 +33,26 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved model whose backbone a new model starts from, and dropout and type of the weights of the new model."""
+    """A saved model whose backbone a new model starts from, and dropout and type of the weights of the new model.
+
+    `adapter`: what a new model with a pretrained backbone learns in place of the backbone's weights.
+    """
 
     folder: Path
     dropout: float
     dtype: str = "float32"
+    adapter: AdapterConfig | None = None
+
+
+@dataclass(frozen=True)
+class PretrainedStart:
+    """A pretrained masked LM that a new model starts from. `context`: tokens of a text that the new model reads."""
+
+    opened: Pretrained
+    context: int
+    dropout: float
+    dtype: str = "float32"
+    adapter: AdapterConfig | None = None
 
 
 @dataclass
@@ -58,15 +77,21 @@ def model_config(
     architecture: ArchitectureConfig, attention: str, vocab_size: int, **heads
 ) -> PreTrainedConfig:
     """The Hugging Face config of the architecture's family. It has one more position than the context, for [CLS]."""
+    if architecture.family == PRETRAINED:
+        raise BadConfig(
+            "architecture.family is pretrained: the sizes of this backbone are those of the model that pretrained.model names"
+        )
     family = FAMILIES[architecture.family]
     _require_attention(family, attention)
+    assert family.config_of is not None
     return family.config_of(architecture, vocab_size, attention, **heads)
 
 
 def _require_attention(family: Family, attention: str) -> None:
     if attention == "causal" and "causal_lm" not in family.heads:
+        name = PRETRAINED if family.name == "remask_adapted" else family.name
         raise BadConfig(
-            f"architecture.family {family.name} is bidirectional and cannot be causal; give this model "
+            f"architecture.family {name} is bidirectional and cannot be causal; give this model "
             "architecture: {family: remask_gpt}, or attention: bidirectional"
         )
 
@@ -139,7 +164,7 @@ def _bands(count: int) -> list[str]:
 
 def start_model(
     mode: str,
-    backbone: ArchitectureConfig | Checkpoint,
+    backbone: ArchitectureConfig | Checkpoint | PretrainedStart,
     attention: str,
     vocab_size: int,
     seed: int,
@@ -149,8 +174,8 @@ def start_model(
     """A model of `mode`, and the record of which tensors a checkpoint initialised.
 
     Args:
-        backbone: an architecture for new weights, or a checkpoint. A checkpoint gives the architecture, the weights of the
-            backbone and those of matching heads.
+        backbone: an architecture for new weights, a checkpoint, or a pretrained model. The last two give the architecture,
+            the weights of the backbone and those of matching heads.
         seed, label: new weights are a function of them.
         heads: config keys of the head; see `heads_of`.
 
@@ -162,8 +187,13 @@ def start_model(
         config = model_config(backbone, attention, vocab_size, **heads)
         model = make_model(mode, config, seed, label).to(getattr(torch, backbone.dtype))
         return model, Transfer(created=["everything"])
-    start = backbone.folder
-    source, tensors = read_folder(start)
+    if isinstance(backbone, PretrainedStart):
+        opened, start = backbone.opened, backbone.opened.folder
+        source = opened.config(backbone.context)
+        tensors = {f"backbone.{name}": value for name, value in opened.model.state_dict().items()}
+    else:
+        start = backbone.folder
+        source, tensors = read_folder(start)
     if source.vocab_size != vocab_size:
         raise BadData(
             f"{start} has a vocabulary of {source.vocab_size} ids, the tokenizer of this run has {vocab_size}; "
@@ -173,10 +203,17 @@ def start_model(
     _require_attention(family, attention)
     if "causal_lm" in family.heads:
         heads["attention"] = attention
+    is_adapted, adapter = family.name == "remask_adapted", backbone.adapter
+    if adapter is not None and is_adapted:
+        heads |= {f"adapter_{key}": value for key, value in adapter.model_dump().items()}
     config = family.restarted(source, backbone.dropout, **heads)
     model = make_model(mode, config, seed, label).to(getattr(torch, backbone.dtype))
-    inner = model.encoder if isinstance(model, SequenceRanker) else model
-    return model, _load_matching(inner, tensors, family.backbone, start)
+    inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
+    report = _load_matching(inner, tensors, inner.backbone_names if is_adapted else family.backbone, start)
+    if adapter is not None and is_adapted:
+        for parameter in inner.backbone.parameters():
+            parameter.requires_grad_(False)
+    return model, report
 
 
 def _load_matching(
@@ -185,12 +222,15 @@ def _load_matching(
     report = Transfer(start=str(start))
     targets = model.state_dict()
     tied = set(getattr(model, "_tied_weights_keys", None) or ())  # the embedding, under a second name
+    tied |= set(getattr(model, "all_tied_weights_keys", None) or ())
     with torch.no_grad():
         for name, value in targets.items():
             source = tensors.get(name)
             if source is not None and source.shape == value.shape:
                 value.copy_(source)
                 report.loaded.append(name)
+            elif source is None and name in tied:
+                continue
             elif name.startswith(backbone):
                 problem = (
                     "is missing"
@@ -198,7 +238,7 @@ def _load_matching(
                     else f"has shape {tuple(source.shape)}, not {tuple(value.shape)}"
                 )
                 raise BadData(f"{start}: tensor {name} {problem}; the whole backbone must match")
-            elif name not in tied:
+            else:
                 report.created.append(name)
     report.dropped = sorted(n for n in tensors if n not in report.loaded and n not in tied)
     unknown = [n for n in report.dropped if n.startswith(backbone)]
@@ -245,12 +285,28 @@ def is_ours(folder: Path) -> bool:
 
 def load_model(folder: Path) -> Any:
     """The model of a saved folder, in evaluation mode, of the class that its config names."""
-    config, _ = read_folder(folder)
+    config, tensors = read_folder(folder)
     name = (config.architectures or ["?"])[0]
     classes = {c.__name__: c for c in FAMILIES[config.model_type].heads.values()}
     if name not in classes:
         raise BadData(f"{folder}/config.json names the architecture {name}; known: {', '.join(classes)}")
+    if config.model_type == "remask_adapted":
+        return _load_adapted(classes[name], config, tensors)
     return classes[name].from_pretrained(folder).eval()
+
+
+def _load_adapted(kind: type[AdaptedPreTrainedModel], config: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """A model with a backbone of another project, whose buffers only its own constructor fills."""
+    with torch.random.fork_rng():
+        model = kind(config)
+    report = model.load_state_dict(tensors, strict=False)
+    missing = sorted(set(report.missing_keys) - set(model.all_tied_weights_keys))
+    if missing or report.unexpected_keys:
+        raise BadData(
+            f"{config.name_or_path}: its tensors do not match its config: missing {missing[:3]}, unknown {report.unexpected_keys[:3]}"
+        )
+    dtype = next(iter(tensors.values())).dtype
+    return model.to(dtype).eval()
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
@@ -259,13 +315,18 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     `tokenizer` is the run's. The folder's tokenizer has the same tokens and adds special tokens as in training.
     """
     inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
+    if isinstance(inner, AdaptedPreTrainedModel):
+        for name, file in code_files_of(inner.config).items():
+            shutil.copyfile(file, folder / name)
+        inner = inner.merged()
     if head_of(inner) == "causal_lm":  # defaults of `generate`: no special tokens, at most the model's length
         inner.generation_config = GenerationConfig(
             max_length=inner.config.max_position_embeddings,
             suppress_tokens=sorted(set(tokenizer.all_special_ids)),
             pad_token_id=tokenizer.pad_token_id,
         )
-    inner.save_pretrained(folder)
+    # The names of a backbone's tensors stay those of its class, also where transformers once had others
+    inner.save_pretrained(folder, save_original_format=False)
     tokenizer_of(inner, tokenizer).save_pretrained(folder)
 
 

@@ -19,8 +19,10 @@ class Family:
     """One kind of backbone.
 
     Attributes:
-        name: value of `architecture.family`, and the model type in a saved config.
-        config_of: (architecture, vocab_size, attention, keys of the head) -> its Hugging Face config.
+        name: the model type in a saved config. It is also the value of `architecture.family`, apart from that of
+            pretrained backbones.
+        config_of: (architecture, vocab_size, attention, keys of the head) -> its Hugging Face config; None if new weights
+            of this family make no sense.
         heads: class per head: masked_lm, token, sequence, and causal_lm if the family has it.
         backbone: prefixes of the names of the backbone's tensors.
         shape: config keys that decide the tensors' shapes and meaning. A model that starts from a checkpoint keeps them.
@@ -29,7 +31,7 @@ class Family:
 
     name: str
     config_class: type[PreTrainedConfig]
-    config_of: Callable[..., PreTrainedConfig]
+    config_of: Callable[..., PreTrainedConfig] | None
     heads: dict[str, type[PreTrainedModel]]
     backbone: tuple[str, ...]
     shape: tuple[str, ...]
@@ -39,7 +41,9 @@ class Family:
         """The config of a model of another mode with the backbone of `source`."""
         values = source.to_dict()
         kept = {key: values[key] for key in (*self.shape, *_SPECIALS)}
-        return self.config_class(**kept, **dict.fromkeys(self.dropouts, dropout), **heads)
+        config = self.config_class(**kept, **dict.fromkeys(self.dropouts, dropout), **heads)
+        config.name_or_path = source.name_or_path  # the folder of a backbone's own code
+        return config
 
 
 _SPECIALS = ("pad_token_id", "mask_token_id", "cls_token_id", "unk_token_id")
@@ -59,7 +63,7 @@ def _remask_gpt(
         attention=attention,
         dropout=architecture.dropout,
         bias=architecture.bias,
-        **heads,
+        **(_OWN_IDS | heads),
     )
 
 
@@ -78,8 +82,7 @@ def _ltg_bert(
         hidden_dropout_prob=architecture.dropout,
         attention_probs_dropout_prob=architecture.dropout,
         sep_token_id=None,
-        **_OWN_IDS,
-        **heads,
+        **(_OWN_IDS | heads),
     )
 
 
@@ -116,5 +119,20 @@ FAMILIES = {
                    "max_position_embeddings", "position_bucket_size", "layer_norm_eps", "tie_word_embeddings"),
             dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         ),
+        Family(
+            name="remask_adapted",
+            config_class=hugging_face.AdaptedConfig,
+            config_of=None,  # lib.models.pretrained opens the model
+            heads={
+                "masked_lm": hugging_face.AdaptedForMaskedLM,
+                "token": hugging_face.AdaptedForTokenClassification,
+                "sequence": hugging_face.AdaptedForSequenceClassification,
+            },
+            backbone=("backbone.",),
+            shape=("backbone", "backbone_class", "backbone_config_class", "code_files", "vocab_size", "hidden_size",
+                   "max_position_embeddings", "prefix_ids", "suffix_ids", "lm_head", "shift_logits"),
+            dropouts=("dropout",),
+        ),
     )
 }  # fmt: skip
+PRETRAINED = "pretrained"  # value of `architecture.family` for a backbone of another project

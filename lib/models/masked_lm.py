@@ -25,7 +25,7 @@ def load_masked_lm(folder: Path) -> tuple[Any, Any, int]:
     require_model_files(folder)
     tokenizer = load_fast_tokenizer(folder)
     is_own = is_ours(folder)
-    model: Any = _load_own(folder) if is_own else _load_foreign(folder)
+    model: Any = _load_own(folder) if is_own else load_foreign(folder)
     size = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
@@ -75,16 +75,19 @@ def _load_own(folder: Path) -> nn.Module:
     return model
 
 
-def _load_foreign(folder: Path) -> nn.Module:
-    """A masked LM of transformers, with its head."""
+def load_foreign(folder: Path, where: str = "") -> nn.Module:
+    """A masked LM of transformers, with its head, in evaluation mode. `where`: begins every message."""
+    import torch
     from transformers import AutoModelForMaskedLM
     from transformers.utils import logging
 
+    logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report of missing tensors would advise to train them
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
             folder,
+            dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -92,25 +95,25 @@ def _load_foreign(folder: Path) -> nn.Module:
         )
     except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BadData(
-            f"{folder} is not a masked LM that transformers can load: {_first_line(error)}"
+            f"{where}{folder} is not a masked LM that transformers can load: {_first_line(error)}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if missing:
         raise BadData(
-            f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, such as {', '.join(missing[:3])}; "
+            f"{where}{folder} lacks {len(missing)} tensors of {type(model).__name__}, such as {', '.join(missing[:3])}; "
             "give the folder of a masked LM with its head, not of an encoder, a classifier or a discriminator"
         )
     if getattr(model.config, "is_decoder", False):
         raise BadData(
-            f"{folder}/config.json says is_decoder: a token attends only to earlier ones; give a bidirectional masked LM"
+            f"{where}{folder}/config.json says is_decoder: a token attends only to earlier ones; give a bidirectional masked LM"
         )
     if "attention_mask" not in argument_names(model):
         raise BadData(
-            f"{folder}: {type(model).__name__} takes no attention_mask, so it would read padding as text; give another masked LM"
+            f"{where}{folder}: {type(model).__name__} takes no attention_mask, so it would read padding as text; give another masked LM"
         )
-    return model
+    return model.eval()
 
 
 def _first_line(error: Exception) -> str:

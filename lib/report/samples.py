@@ -14,7 +14,7 @@ NO_SAMPLES = "<p>Nothing was sampled.</p>"
 
 def estimate_cells(value: dict | None, percent: bool = False) -> list[str]:
     """The value of an estimate, and its interval."""
-    if value is None:
+    if value is None or value["value"] is None:
         return ["–", ""]
     text = f"{value['value']:.1%}" if percent else f"{value['value']:.3f}"
     return [text, interval(interval_text(value, percent, " – "))]

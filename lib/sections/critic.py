@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from lib.sections.base import AboveZero, Count, Fraction, NonNegative, Positive, Section
 from lib.sections.models import TrainingConfig
+from lib.sections.pretrained import CriticLoraConfig
 
 
 class PpoConfig(Section):
@@ -26,6 +27,7 @@ class CriticConfig(Section):
     generator: str
     coupling: Literal["decoupled", "joint", "stop_gradient"]
     num_layers: Count
+    lora: CriticLoraConfig | None
     alpha: NonNegative
     ramp: tuple[Fraction, Fraction]
     labels: Literal["expected", "sampled"]
@@ -33,6 +35,7 @@ class CriticConfig(Section):
     rollout_passes: tuple[Positive, Positive]
     clean_fraction: Fraction
     partial_fraction: Fraction
+    look_back: Fraction
     conditioning_fraction: Fraction
     origin_weight: NonNegative
     selection_weight: NonNegative

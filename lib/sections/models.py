@@ -20,7 +20,7 @@ DTYPES = Literal["float32", "bfloat16"]  # of weights
 
 
 class ArchitectureConfig(Section):
-    family: Literal["remask_gpt", "ltg_bert"]
+    family: Literal["remask_gpt", "ltg_bert", "pretrained"]
     num_hidden_layers: Positive
     hidden_size: Positive
     num_attention_heads: Positive
@@ -165,7 +165,8 @@ class ModelSpec(Section):
             raise ValueError(
                 f"modifiers change the loss of masked language models, and this is {what}: remove them"
             )
-        if self.training.freeze_backbone and self.start == "scratch":
+        from_scratch = self.start == "scratch" and self.architecture.family != "pretrained"
+        if self.training.freeze_backbone and from_scratch:
             raise ValueError(
                 "training.freeze_backbone with start: scratch would keep random weights; set start to a trained model"
             )

@@ -6,13 +6,18 @@ from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.models.build import Checkpoint, Transfer, start_model
+from lib.models.families import PRETRAINED
+from lib.sections.critic import CriticConfig
 from lib.sections.masking import UniformRatios
+from lib.sections.models import ModelSpec
+from lib.tokenization import forbidden_ids, num_ids
 from lib.training.data import Splits
 from lib.training.model_plans import unit_of
 from lib.training.objectives.base import TrainingContext
 from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
 from lib.training.objectives.token_critic import TokenCritic
 from lib.training.stage_inputs import SELECTION, open_text
+from lib.training.train_model import adapter_of
 
 
 def check_generator(config: Config) -> None:
@@ -35,14 +40,33 @@ def critic_model(stage: Stage, config: Config, tokenizer: Any) -> tuple[Any, Tra
     """
     source = stage.folder_of(unit_of(config.critic.generator), "best_model")
     spec = config.models[config.critic.generator]
+    adapter = None if config.critic.coupling == "decoupled" else adapter_of(spec, config.pretrained)
+    backbone = Checkpoint(source, spec.architecture.dropout, spec.architecture.dtype, adapter)
     model, transfer = start_model(
-        "language_model", Checkpoint(source, spec.architecture.dropout, spec.architecture.dtype), "bidirectional", len(tokenizer), config.seed, "critic",
-        critic_layers=config.critic.num_layers,
+        "language_model", backbone, "bidirectional", num_ids(tokenizer), config.seed, "critic", **critic_heads(config.critic, spec),
     )  # fmt: skip
     if config.critic.coupling == "decoupled":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("critic."))
     return model, transfer
+
+
+def critic_heads(critic: CriticConfig, spec: ModelSpec) -> dict[str, Any]:
+    """The config keys of a critic. Raises BadConfig for adapters that the generator cannot have."""
+    heads: dict[str, Any] = {"critic_layers": critic.num_layers}
+    if critic.lora is None:
+        return heads
+    if spec.architecture.family != PRETRAINED or critic.coupling != "decoupled":
+        raise BadConfig(
+            f"critic.lora is for a frozen pretrained backbone, but the generator's family is {spec.architecture.family} and "
+            f"critic.coupling is {critic.coupling}; set critic.lora to null, or coupling to decoupled and the family to pretrained"
+        )
+    if critic.training.activation_checkpointing:
+        raise BadConfig(
+            "critic.lora is off outside of the critic's pass, so layers cannot be computed twice; set "
+            "critic.training.activation_checkpointing to false"
+        )
+    return heads | {"critic_rank": critic.lora.rank, "critic_alpha": critic.lora.alpha}
 
 
 def critic_objective(
@@ -59,4 +83,4 @@ def critic_objective(
     # The generator has finished its stages of unmasking; its errors are wanted at all mask ratios
     diffusion = config.diffusion.model_copy(update={"stages": (), "ratios": UniformRatios(type="uniform")})
     generator = MaskedDiffusion(context, splits, diffusion, MaskingTokens.of(tokenizer))
-    return TokenCritic(config.critic, generator, sorted(set(tokenizer.all_special_ids)))
+    return TokenCritic(config.critic, generator, forbidden_ids(tokenizer))

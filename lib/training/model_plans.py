@@ -66,6 +66,8 @@ def _uses(name: str, spec: ModelSpec, config: Config) -> tuple[str, ...]:
     uses = ["seed", "device", "precision", f"models.{name}"]
     if spec.mode == "language_model" and spec.attention == "bidirectional":
         uses.append("diffusion")
+    if spec.architecture.family == "pretrained":
+        uses.append("pretrained")
     if spec.mode == "ranker":
         uses.append("ranker")
     if spec.mode in ("token_classifier", "sequence_scorer"):

@@ -17,6 +17,7 @@ from lib.models.ranker import CandidateRanker, HeadOptions
 from lib.models.ranker_files import RANKER_FILE, load_ranker, open_encoder, with_lora
 from lib.sections.finqa import YesNoConfig
 from lib.sections.models import ModelSpec
+from lib.tokenization import num_ids
 
 
 def start_ranker(
@@ -42,7 +43,7 @@ def start_ranker(
         backbone, tokenizer = open_encoder(source, dtype, revision)
         origin = source if revision is None else f"{source}@{revision}"
     else:
-        backbone, tokenizer = fresh_backbone(spec, len(run_tokenizer), config.seed, name), run_tokenizer
+        backbone, tokenizer = fresh_backbone(spec, num_ids(run_tokenizer), config.seed, name), run_tokenizer
         origin = "scratch"
     if settings.adapter == "lora":
         lora = settings.lora

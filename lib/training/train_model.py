@@ -23,14 +23,18 @@ from lib.errors import BadConfig
 from lib.log import say
 from lib.models.backbones import longest_input
 from lib.models.block_attention import on_a_gpu
-from lib.models.build import Checkpoint, heads_of, load_model, save_model, start_model
+from lib.models.build import Checkpoint, PretrainedStart, heads_of, load_model, save_model, start_model
+from lib.models.families import PRETRAINED
+from lib.models.pretrained import open_pretrained, special_ids
 from lib.models.ranker import SequenceRanker
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.models.ranker_placement import on_device
 from lib.ranking.losses import POINTWISE
 from lib.runs import plain
 from lib.runtime import Runtime, release_memory
-from lib.sections.models import ModelSpec
+from lib.sections.models import ArchitectureConfig, ModelSpec
+from lib.sections.pretrained import AdapterConfig, PretrainedConfig
+from lib.tokenization import num_ids
 from lib.training.loop import train
 from lib.training.objectives.base import ReportingObjective, TrainingContext
 from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens, WindowSplits
@@ -155,16 +159,18 @@ def set_up(
     if spec.attention != spec.effective_attention:
         say(f"{name}: mode {spec.mode} needs bidirectional attention; {spec.attention} is ignored")
     own_labels = spec.mode == "token_classifier" and config.has_own_labels
+    heads = heads_of(spec.mode, spec.target_type, spec.num_classes, own_labels, config.class_names(spec))
+    backbone = start_of(spec, config.pretrained, start)
+    if isinstance(backbone, ArchitectureConfig):
+        heads |= special_ids(tokenizer)
     model, transfer = start_model(
         spec.mode,
-        spec.architecture
-        if start is None
-        else Checkpoint(start, spec.architecture.dropout, spec.architecture.dtype),
+        backbone,
         spec.effective_attention,
-        len(tokenizer),
+        num_ids(tokenizer),
         config.seed,
         name,
-        **heads_of(spec.mode, spec.target_type, spec.num_classes, own_labels, config.class_names(spec)),
+        **heads,
     )
     if start is not None:
         say(f"{name}: {len(transfer.loaded)} tensors loaded from {os.path.relpath(start)}; "
@@ -188,6 +194,27 @@ def set_up(
         load=load,
         transfer=transfer.as_dict() | {"start": start_in_run(transfer.start, folder)},
         facts=facts,
+    )
+
+
+def start_of(
+    spec: ModelSpec, pretrained: PretrainedConfig, start: Path | None
+) -> ArchitectureConfig | Checkpoint | PretrainedStart:
+    """Where the weights of a model come from. `start`: the folder of another model, None if it has none."""
+    architecture = spec.architecture
+    if start is not None:
+        return Checkpoint(start, architecture.dropout, architecture.dtype, adapter_of(spec, pretrained))
+    if architecture.family == PRETRAINED:
+        opened = open_pretrained(pretrained)
+        sizes = architecture.context, architecture.dropout, architecture.dtype
+        return PretrainedStart(opened, *sizes, adapter_of(spec, pretrained))
+    return architecture
+
+
+def adapter_of(spec: ModelSpec, pretrained: PretrainedConfig) -> AdapterConfig | None:
+    """The adapter that a model learns in place of the weights of its pretrained backbone; None if it learns these."""
+    return (
+        pretrained.lora if spec.architecture.family == PRETRAINED and pretrained.adapter == "lora" else None
     )
 
 

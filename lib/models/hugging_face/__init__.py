@@ -1,7 +1,7 @@
-"""The two model families as Hugging Face models: Remask GPT and LTG-BERT (Samuel et al. 2023), with a head class per mode.
+"""The model families as Hugging Face models: Remask GPT, LTG-BERT (Samuel et al. 2023), and backbones of other projects.
 
-Importing this package registers the classes with the Auto classes of transformers. The files beside this one are those that
-a saved folder carries; see `shared_configuration.py`.
+Each has a head class per mode. Importing this package registers the classes with the Auto classes of transformers. The
+files beside this one are those that a saved folder carries; see `shared_configuration.py`.
 """
 
 from transformers import (
@@ -13,8 +13,15 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .configuration_adapted import AdaptedConfig
 from .configuration_ltg_bert import LtgBertConfig
 from .configuration_remask_gpt import RemaskGptConfig
+from .modeling_adapted import (
+    AdaptedForMaskedLM,
+    AdaptedForSequenceClassification,
+    AdaptedForTokenClassification,
+    AdaptedPreTrainedModel,
+)
 from .modeling_ltg_bert import (
     LtgBertForMaskedLM,
     LtgBertForSequenceClassification,
@@ -45,6 +52,11 @@ _AUTO_CLASSES = {
         (AutoModelForTokenClassification, LtgBertForTokenClassification),
         (AutoModelForSequenceClassification, LtgBertForSequenceClassification),
     ),
+    AdaptedConfig: (
+        (AutoModelForMaskedLM, AdaptedForMaskedLM),
+        (AutoModelForTokenClassification, AdaptedForTokenClassification),
+        (AutoModelForSequenceClassification, AdaptedForSequenceClassification),
+    ),
 }
 for _config_class, _pairs in _AUTO_CLASSES.items():
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
@@ -52,6 +64,11 @@ for _config_class, _pairs in _AUTO_CLASSES.items():
         _auto_class.register(_config_class, _model_class, exist_ok=True)
 
 __all__ = [
+    "AdaptedConfig",
+    "AdaptedForMaskedLM",
+    "AdaptedForSequenceClassification",
+    "AdaptedForTokenClassification",
+    "AdaptedPreTrainedModel",
     "LtgBertConfig",
     "LtgBertForMaskedLM",
     "LtgBertForSequenceClassification",

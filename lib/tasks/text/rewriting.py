@@ -18,7 +18,7 @@ from lib.label_values import Span
 from lib.labels import Label, classes_of
 from lib.sections.data import class_rewards
 from lib.tasks import CandidateContext
-from lib.tokenization import TEXTS_AT_A_TIME, decode_batch
+from lib.tokenization import TEXTS_AT_A_TIME, decode_batch, forbidden_ids, num_ids
 
 if TYPE_CHECKING:  # it imports torch, which the other stages of this task do not need
     from lib.tasks.text.other_tokenizer import Rewritten
@@ -170,7 +170,7 @@ def review_candidates(context: CandidateContext) -> tuple[dict, None]:
 
 def _random_ids(width: int, rows: np.ndarray, context: CandidateContext) -> np.ndarray:
     """(B, T) ids of ordinary tokens, drawn independently and uniformly."""
-    ordinary = np.setdiff1d(np.arange(len(context.tokenizer)), context.tokenizer.all_special_ids)
+    ordinary = np.setdiff1d(np.arange(num_ids(context.tokenizer)), forbidden_ids(context.tokenizer))
     noise = randomness.uniform(context.key("random token"), rows, width)
     return ordinary[np.floor(noise * len(ordinary)).astype(np.int64)]
 

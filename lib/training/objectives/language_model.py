@@ -27,7 +27,7 @@ from lib.engine.parts import Part
 from lib.metrics import Estimate, ratio, sum_by
 from lib.sections.masking import DiffusionConfig, RandomMasking, UniformRatios
 from lib.token_store import TokenStore
-from lib.tokenization import newline_ids
+from lib.tokenization import forbidden_ids, newline_ids, num_ids
 from lib.training.cross_entropy import cross_entropies
 from lib.training.data import Rows, Splits, Windows
 from lib.training.objectives.base import (
@@ -101,7 +101,7 @@ class MaskingTokens:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "MaskingTokens":
-        text_ids = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+        text_ids = np.setdiff1d(np.arange(num_ids(tokenizer)), forbidden_ids(tokenizer))
         return cls(tokenizer.mask_token_id, text_ids, newline_ids(tokenizer))
 
 

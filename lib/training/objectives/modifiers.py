@@ -21,6 +21,7 @@ from lib.diffusion.categorical import draw
 from lib.errors import BadConfig
 from lib.models.build import load_model
 from lib.sections.models import EntropyModifier, JudgeModifier, MaskRatioModifier, ModifiersConfig
+from lib.tokenization import num_ids
 from lib.training.objectives.base import TrainingContext, forward, tensor, with_cls
 
 _WEIGHT, _SQUARE = "row_weight", "_square"  # of terms that `Modifiers.finish` uses up
@@ -181,7 +182,9 @@ def load_modifiers(
     if config.judge is not None:
         folder = Path(config.judge.model)
         judge = load_model(folder)
-        check_judge(judge, len(tokenizer), width, f"models.{context.label}.modifiers.judge.model: {folder}")
+        check_judge(
+            judge, num_ids(tokenizer), width, f"models.{context.label}.modifiers.judge.model: {folder}"
+        )
     return Modifiers(config, text_ids, context, judge, tokenizer.cls_token_id)
 
 
