@@ -93,6 +93,46 @@ class Oracle(torch.nn.Module):
         )
 
 
+class TwoMinds(torch.nn.Module):
+    """A generator that is sure of token 4 in its first forward pass, and of token 5 in all later ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, input_ids, attention_mask=None, logits_at=None, **_):
+        logits = torch.full((input_ids.numel() if logits_at is None else len(logits_at), 14), -30.0)
+        logits[:, 4 if self.calls == 0 else 5] = 30.0
+        self.calls += 1
+        return SimpleNamespace(logits=logits)
+
+
+def test_look_back_injection_puts_earlier_predictions_into_later_text():
+    target = objective(rollout_passes=(2, 2), look_back=1.0)
+    index, ids, valid = target.diffusion.windows(range(8))
+    plain = target.filler.fill(TwoMinds(), ids, valid, index, "critic", 8)
+    found = target.filler.fill_to_learn_from(TwoMinds(), ids, valid, index, "critic", 8)
+    later = plain.generated & (plain.ids == 5)
+    injected = later & (found.ids == 4)  # predicted in the first pass, kept by none
+    assert later.any() and 0.1 < injected.sum() / later.sum() < 0.9
+    np.testing.assert_array_equal(found.ids[~later], plain.ids[~later])
+    np.testing.assert_array_equal(found.generated, plain.generated)
+    np.testing.assert_allclose(found.expected[injected], 1)  # the first pass was sure of what is injected
+    assert (found.expected[later & ~injected] < 1e-6).all()
+    # A row does not depend on the others
+    alone = target.filler.fill_to_learn_from(TwoMinds(), ids[3:4], valid[3:4], index[3:4], "critic", 8)
+    np.testing.assert_array_equal(alone.ids, found.ids[3:4])
+
+
+def test_look_back_injection_reaches_its_share_of_the_rows():
+    target = objective(rollout_passes=(2, 2), look_back=0.5)
+    rows = np.arange(400)
+    many = [np.resize(x, (400, x.shape[1])) for x in target.diffusion.windows(range(8))[1:]]
+    plain = target.filler.fill(TwoMinds(), *many, rows, "critic", 8)
+    found = target.filler.fill_to_learn_from(TwoMinds(), *many, rows, "critic", 8)
+    assert 0.3 < (plain.ids != found.ids).any(1).mean() < 0.5
+
+
 def test_expected_labels_are_what_the_generator_said_before_anything_was_written():
     target = objective(rollout_passes=(4, 4), labels="expected", clean_fraction=1.0, origin_weight=0.0)
     index, ids, valid = target.diffusion.windows(range(8))

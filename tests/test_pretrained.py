@@ -1,19 +1,38 @@
 """Pretrained masked LMs of other projects behind the interface of this project's models, in every stage."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers as hf
 from torch import nn
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib.config import load_config
-from lib.errors import BadData
+from lib.diffusion.policies import POLICIES
+from lib.diffusion.sampler import Sampler
+from lib.diffusion.samples import MaskedTexts
+from lib.errors import BadConfig, BadData, MissingInput
 from lib.examples import as_written
-from lib.models.build import PretrainedStart, heads_of, load_model, save_model, start_model
+from lib.models.build import (
+    PretrainedStart,
+    heads_of,
+    load_model,
+    save_as_pretrained,
+    save_model,
+    start_model,
+)
 from lib.models.pretrained import open_pretrained
 from lib.models.pretrained_tokenizer import open_tokenizer
+from lib.outside import refuse_unnamed_pretrained
 from lib.sections.pretrained import AdapterConfig
 from lib.tokenization import (
     decode_batch,
@@ -23,9 +42,11 @@ from lib.tokenization import (
     load_tokenizer,
     num_ids,
 )
+from lib.training.objectives.language_model import MaskedDiffusion
 from tests.conftest import manifest_of, run_stages
 from tests.pretrained_folders import KINDS, masked_lm_folder, settings_of
 from tests.test_foreign import TOKENIZERS, make
+from tests.trainings import CPU, TOKENS, Killed, context, fingerprint, settings, splits, train_tiny
 
 LORA = AdapterConfig(rank=3, alpha=6.0, targets="all-linear")
 TEXT_LENGTH = 11
@@ -56,6 +77,7 @@ def started(opened: Any, mode: str = "language_model", adapter: Any = None, **ch
         "x",
         **heads,
     )
+    torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if not name.startswith("backbone."):
             nn.init.normal_(weight, std=0.3)
@@ -180,6 +202,188 @@ def test_shifted_logits_are_those_of_the_position_before(folders):
     )  # [CLS] predicts the first token
 
 
+# --- training, saving, publishing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "adapter"), [("bert", LORA), ("own_code", None)])
+def test_killed_and_resumed_it_ends_with_the_same_bits(kind, adapter, folders, tmp_path):
+    opened = open_pretrained(settings_of(folders(kind)))
+
+    def train(folder: str, **more: Any) -> dict[str, str]:
+        model = started(opened, adapter=adapter)
+        objective = MaskedDiffusion(context(), splits(), load_config(quick_test=True).diffusion, TOKENS)
+        given = settings(optimizer="adamw", learning_rate=0.01, steps=6, evaluate_every=3, checkpoint_every=2)
+        train_tiny(model, objective, given, tmp_path / folder, **more)
+        return fingerprint(tmp_path / folder)
+
+    undisturbed = train("undisturbed")
+    for fault in (3, 5):
+        with pytest.raises(Killed):
+            train("killed", fault=fault)
+    assert train("killed") == undisturbed
+    assert load_model(tmp_path / "killed" / "best_model").adapter is None
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.load(folder + "/ids.pt")
+    with torch.no_grad():
+        torch.save(model(ids, head="critic").logits, folder + "/critic.pt")
+        torch.save(model(ids).logits, folder + "/lm.pt")
+assert not [name for name in sys.modules if name.startswith("lib.")]
+"""
+
+
+@pytest.mark.slow
+def test_a_saved_folder_loads_in_a_fresh_process_without_this_project(folders, tmp_path):
+    wanted = {}
+    for kind in ("esm", "own_code"):
+        opened = open_pretrained(settings_of(folders(kind)))
+        model, ids, folder = (
+            started(opened, critic_layers=1, critic_rank=2),
+            some_ids(opened, 3),
+            tmp_path / kind,
+        )
+        folder.mkdir()
+        save_model(model, folder, opened.tokenizer)
+        torch.save(ids, folder / "ids.pt")
+        with torch.no_grad():
+            wanted[folder] = model(ids).logits, model(ids, head="critic").logits
+    command = [sys.executable, "-c", FRESH, *map(str, wanted)]
+    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    for folder, (lm, critic) in wanted.items():
+        assert torch.equal(torch.load(folder / "lm.pt"), lm), folder
+        assert torch.equal(torch.load(folder / "critic.pt"), critic), folder
+
+
+@torch.no_grad()
+def test_a_generator_is_published_as_the_class_of_its_backbone(folders, tmp_path):
+    opened = open_pretrained(settings_of(folders("roberta")))
+    model = started(opened, adapter=LORA)
+    save_as_pretrained(model, tmp_path, opened.tokenizer)
+    stock, tokenizer = (
+        AutoModelForMaskedLM.from_pretrained(tmp_path).eval(),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    assert type(stock).__name__ == "RobertaForMaskedLM"
+    text = "the fox jumps"
+    ids = torch.from_numpy(encode_batch(opened.tokenizer, [text])[0])[None].long()
+    row = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert torch.equal(row[:, 1:-1], ids)
+    theirs = stock(input_ids=row).logits[:, 1:-1, : num_ids(opened.tokenizer)]
+    torch.testing.assert_close(model(ids).logits, theirs, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_critic_with_an_adapter_pays_for_its_own_pass(folders):
+    """Rounds and passes are counted from the calls of the backbone."""
+    opened = open_pretrained(settings_of(folders("bert")))
+    tokenizer, passes = opened.tokenizer, {}
+    for rank in (None, 2):
+        model = started(opened, critic_layers=0, critic_rank=rank)
+        calls = []
+        model.backbone.bert.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        config = load_config(quick_test=True).sampler
+        sampler = Sampler(model, tokenizer.mask_token_id, forbidden_ids(tokenizer), CPU, config, 0)
+        masked = np.full((2, 30), tokenizer.mask_token_id)
+        made = sampler.sample(MaskedTexts(masked, masked > 0, np.arange(2)), POLICIES["critic_origin"], 8)
+        assert set(made.passes) == {len(calls)}
+        passes[rank] = len(calls)
+    assert passes == {None: 8, 2: 7}  # four rounds, the last one without the critic
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
+def _no_mask(folder: Path) -> None:
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=make("word_piece").backend_tokenizer, pad_token="[PAD]"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _other_vocabulary(folder: Path) -> None:
+    make("byte_level").save_pretrained(folder)
+
+
+def _causal(folder: Path) -> None:
+    hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=113, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+
+
+REFUSED = {
+    "no tokenizer": (_no_tokenizer, MissingInput, "has no tokenizer"),
+    "no mask": (_no_mask, BadData, "no mask token.*pretrained.mask_token"),
+    "pickled": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), BadData, "is a pickle"),
+    "other vocabulary": (_other_vocabulary, BadData, "do not belong together"),
+    "causal": (_causal, BadData, "not a masked LM"),
+    "decoder": (lambda f: _edit(f, is_decoder=True), BadData, "is_decoder"),
+    "quantised": (lambda f: _edit(f, quantization_config={"bits": 4}), BadData, "quantised"),
+    "unknown kind": (lambda f: _edit(f, model_type="no_such"), BadData, "does not have"),
+    "no folder": (lambda f: shutil.rmtree(f), MissingInput, "is not a folder"),
+    "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), BadData, "model.safetensors|not a masked LM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_serve_is_refused_in_stage_01(name, folders, small_text, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spoil, error, message = REFUSED[name]
+    folder = tmp_path / "model"
+    shutil.copytree(folders("bert"), folder)
+    spoil(folder)
+    config = small_config(folder, small_text)
+    with pytest.raises(error, match=message):
+        run_stages(tmp_path / "run", config, ["00_check_data", "01_prepare_dataset"])
+    assert not (tmp_path / "run" / "01_prepare_dataset" / "manifest.json").exists()
+
+
+def test_code_runs_only_if_its_hash_is_given(folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders("own_code"), folder)
+    with pytest.raises(
+        BadData, match=r"runs code of its own \(configuration.*pretrained.code_sha256=[0-9a-f]{64}"
+    ):
+        open_pretrained(settings_of(folder, code_sha256=None))
+    pinned = settings_of(folder)
+    open_pretrained(pinned)
+    with (folder / "modeling_tiny_diffusion.py").open("a") as file:
+        file.write("\n# changed")
+    with pytest.raises(BadData, match="runs code of its own"):
+        open_pretrained(pinned)
+
+
+def test_a_context_that_the_model_cannot_read_is_refused(folders):
+    opened = open_pretrained(settings_of(folders("roberta")))
+    assert opened.longest == 96 - 1 - 2  # positions start behind the padding; two special tokens
+    opened.config(93)
+    with pytest.raises(BadConfig, match=r"reads 95 tokens at most.*architecture.context=93"):
+        opened.config(94)
+
+
+def test_a_family_without_a_model_is_refused():
+    with pytest.raises(BadConfig, match=r"pretrained\.model is null"):
+        refuse_unnamed_pretrained(load_config(["configs/pretrained.yaml"]))
+    with pytest.raises(BadConfig, match=r"models.ar_baseline.*cannot be causal"):
+        load_config(overrides=["architecture.family=pretrained", "models.reference_lm=null"])
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 HARD = ("the fox jumps", "Caf\u00e9 na\u00efve fox", "fox \U0001f98a dog \U0001f469\u200d\U0001f52c", "\u05e9\u05dc\u05d5\u05dd the fox",
@@ -277,16 +481,20 @@ def small_text(tmp_path_factory) -> Path:
     return file
 
 
+CORE = ("bert", "modernbert", "deberta_v2", "esm", "own_code")  # every kind of tokenizer and of head
+MORE = pytest.mark.skipif(
+    not os.environ.get("REMASK_ALL_FAMILIES"), reason="set REMASK_ALL_FAMILIES=1 to run all families"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k if k in CORE else pytest.param(k, marks=MORE) for k in KINDS])
 def test_every_stage_runs(kind, folders, small_text, tmp_path):
     """Stages 00 to 06. The text is what its tokens say, and special tokens are neither masked nor generated."""
     run_dir = tmp_path / "run_001"
     run_stages(run_dir, small_config(folders(kind), small_text))
     tokenizer = load_tokenizer(run_dir / "01_prepare_dataset" / "tokenizer")
     stage = run_dir / "01_prepare_dataset"
-    import pyarrow.parquet as pq
-
     examples = pq.read_table(stage / "examples")
     assert examples["target"].to_pylist() == decode_batch(tokenizer, examples["token_ids"].to_pylist())
     candidates = pq.read_table(run_dir / "02_generate_candidates" / "candidates")

@@ -244,6 +244,10 @@ POLICIES = {
 }  # fmt: skip
 
 
-def rounds_for(policy: Policy, nfe: int) -> int:
-    """Rounds that fit into `nfe` forward passes. A second pass is needed after each round but the last."""
-    return max(1, (nfe + 1) // 2 if policy.extra_pass else nfe)
+def rounds_for(policy: Policy, nfe: int, passes_of_partial_critic: int = 1) -> int:
+    """Rounds that fit into `nfe` forward passes. A second pass is needed after each round but the last.
+
+    `passes_of_partial_critic`: of a round of a policy with a partial critic; 2 if the critic does not share the generator's.
+    """
+    two = policy.extra_pass or (policy.partial_critic and passes_of_partial_critic == 2)
+    return max(1, (nfe + 1) // 2 if two else nfe)

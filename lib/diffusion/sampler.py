@@ -75,7 +75,8 @@ class Sampler:
     """A masked language model, with a critic head if a policy needs one.
 
     Attributes:
-        model: RemaskGptForMaskedLM or alike: forward(input_ids, logits_at, head) -> .logits.
+        model: RemaskGptForMaskedLM or alike: forward(input_ids, logits_at, head) -> .logits. If its attribute
+            `separate_critic_pass` is true, the critic needs a forward pass of its own, which counts.
         mask_id, forbidden: the mask, and the special ids that are never sampled.
         calibration: from the critic's raw probabilities to frequencies of errors.
         context: longest text that the model reads. Longer texts are generated block by block. None: no limit.
@@ -116,7 +117,7 @@ class Sampler:
         """Block after block. Most often one block is the whole text."""
         free = texts.free
         result = Samples(np.where(free, self.mask_id, texts.ids), np.zeros(len(free), np.int64))
-        rounds = rounds_for(policy, nfe)
+        rounds = rounds_for(policy, nfe, self._passes_of_partial_critic)
         shares = masked_shares(self.settings, rounds, policy.remasks)  # (rounds,)
         for number, block in enumerate(blocks_of(free.shape[1], self.settings.block_tokens, self.context)):
             in_block = np.zeros_like(free)
@@ -172,7 +173,8 @@ class Sampler:
             temperature = float(round_temperatures[number])
             drafted = masked & ~masked_after
             draft = self._draft(active, drafted, first + number, None if last else policy, temperature)
-            result.passes[active.batch_idx] += 1
+            partial = policy.partial_critic and not last
+            result.passes[active.batch_idx] += self._passes_of_partial_critic if partial else 1
             # 4. A row whose last corrector steps resampled the same tokens is finished.
             if number >= first_corrector:
                 active.stable = np.where((draft.ids == active.draft).all(1), active.stable + 1, 0)
@@ -195,6 +197,11 @@ class Sampler:
                 result.rounds.append(Round(result.ids.copy(), events))
             if may_finish:
                 rows = rows.select(((rows.ids == self.mask_id) & rows.free).any(1))
+
+    @property
+    def _passes_of_partial_critic(self) -> int:
+        """Forward passes of a round in which the critic reads the partly masked text."""
+        return 2 if getattr(self.model, "separate_critic_pass", False) else 1
 
     def _draft(
         self, rows: _Rows, drafted: np.ndarray, number: int, policy: Policy | None, temperature: float

@@ -22,6 +22,7 @@ from lib.labels import OUTSIDE
 from lib.models.families import FAMILIES, PRETRAINED, Family
 from lib.models.hugging_face import AdaptedPreTrainedModel
 from lib.models.pretrained import Pretrained, code_files_of
+from lib.models.pretrained_tokenizer import framed_tokenizer
 from lib.models.ranker import SequenceRanker
 from lib.sections.models import ArchitectureConfig, ModelSpec
 from lib.sections.pretrained import AdapterConfig
@@ -328,6 +329,17 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     # The names of a backbone's tensors stay those of its class, also where transformers once had others
     inner.save_pretrained(folder, save_original_format=False)
     tokenizer_of(inner, tokenizer).save_pretrained(folder)
+
+
+def save_as_pretrained(model: AdaptedPreTrainedModel, folder: Path, tokenizer: Any) -> None:
+    """Write a generator as the class of its pretrained backbone. The tokenizer adds the special tokens around a text."""
+    backbone, config = model.merged().backbone, model.config
+    for name, file in code_files_of(config).items():
+        shutil.copyfile(file, folder / name)
+    backbone.save_pretrained(folder)
+    framed_tokenizer(
+        tokenizer, config.prefix_ids, config.suffix_ids, config.max_position_embeddings - 1
+    ).save_pretrained(folder)
 
 
 def head_of(model: Any) -> str:

@@ -37,7 +37,7 @@ model = {auto}.from_pretrained("{folder}", trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 """
 
-MASKED = """inputs = tokenizer("The val[MASK]e of an object", return_tensors="pt")
+MASKED = """inputs = tokenizer("The val{mask}e of an object", return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits  # (texts, tokens, vocabulary)
 masked = inputs["input_ids"] == tokenizer.mask_token_id
@@ -50,12 +50,14 @@ or, with several proposals for the token,
 from transformers import pipeline
 
 fill = pipeline("fill-mask", model="{folder}", trust_remote_code=True)
-for found in fill("The val[MASK]e of an object"):
+for found in fill("The val{mask}e of an object"):
     print(found["score"], found["sequence"])
 ```
 
-`[MASK]` is a token to be generated. No special tokens are added around a text. All masks of one forward pass are filled
-independently of each other. The model was trained on up to {text_tokens} tokens."""
+`{mask}` is a token to be generated. {around} All masks of one forward pass are filled independently of each other. The model
+was trained on up to {text_tokens} tokens."""
+NOTHING_AROUND = "The tokenizer adds no special tokens."
+FRAMED = "The tokenizer puts the special tokens of the model around a text. They count as tokens."
 
 CAUSAL = """inputs = tokenizer("The value of", return_tensors="pt")
 with torch.no_grad():
@@ -220,7 +222,13 @@ def _head_of(
 ) -> tuple[str, str, str, dict[str, str]]:
     """(Auto class, pipeline, template, further values for the template) of an architecture."""
     if architecture.endswith("MaskedLM"):
-        return "AutoModelForMaskedLM", "fill-mask", MASKED, {}
+        around = NOTHING_AROUND if "auto_map" in config else FRAMED
+        return (
+            "AutoModelForMaskedLM",
+            "fill-mask",
+            MASKED,
+            {"around": around, "mask": config.get("mask_token", "[MASK]")},
+        )
     if architecture.endswith("CausalLM"):
         return "AutoModelForCausalLM", "text-generation", CAUSAL, {}
     names = [f"`{name}`" for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]

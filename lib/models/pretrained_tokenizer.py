@@ -129,6 +129,31 @@ def _without_framing(found: Any) -> Any:
     )
 
 
+def framed_tokenizer(tokenizer: Any, prefix: list[int], suffix: list[int], max_length: int) -> Any:
+    """A tokenizer with the tokens of a run's tokenizer that puts framing tokens around a text.
+
+    `max_length`: tokens of a text, without the framing tokens.
+    """
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    names = {i: tokenizer.convert_ids_to_tokens(i) for i in {*prefix, *suffix}}
+    before, after = [names[i] for i in prefix], [names[i] for i in suffix]
+    core.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, "$B", *after],
+        special_tokens=[(token, i) for i, token in names.items()],
+    )
+    roles = {role: str(token) for role in ROLES if (token := getattr(tokenizer, role, None)) is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_max_length=max_length + len(prefix) + len(suffix),
+        clean_up_tokenization_spaces=False,
+        **roles,
+    )
+
+
 def _nothing() -> Any:
     from tokenizers import processors
 

@@ -92,8 +92,11 @@ def _export_ranker(source: Path, folder: Path) -> None:
 
 
 def publish_model(source: Path, folder: Path, manifest: dict[str, Any], name: str) -> None:
-    """Write weights, code, tokenizer and class names of this version, whichever version trained the model."""
-    from lib.models.build import heads_of, load_model, save_model
+    """Write weights, code, tokenizer and class names of this version, whichever version trained the model.
+
+    A generator with a pretrained backbone becomes a model of the backbone's own class, which loads without this project.
+    """
+    from lib.models.build import head_of, heads_of, load_model, save_as_pretrained, save_model
     from lib.tokenization import load_tokenizer
 
     model = load_model(source)
@@ -106,6 +109,9 @@ def publish_model(source: Path, folder: Path, manifest: dict[str, Any], name: st
         heads = heads_of(spec["mode"], spec["target_type"], spec["num_classes"], own_labels, names)
         for key, value in heads.items():
             setattr(model.config, key, value)
+    if name != "critic" and head_of(model) == "masked_lm" and hasattr(model, "backbone"):
+        save_as_pretrained(model, folder, load_tokenizer(source))
+        return
     save_model(model, folder, load_tokenizer(source))
 
 
@@ -127,6 +133,14 @@ def card(
     """The model card as Markdown with a YAML header. `with_prompts`: the model scores pairs of prompt and candidate."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = config["architectures"][0]
+    if "auto_map" not in config and architecture.endswith(
+        "MaskedLM"
+    ):  # a pretrained model of another project
+        words = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config |= {
+            "max_position_embeddings": words["model_max_length"] + 1,
+            "mask_token": words["mask_token"],
+        }
     rows = [row for row in manifest["stats"]["table"] if row["model"] == name]
     if name in POLICIES:
         settings, split = manifest["config"]["critic"], "train"

@@ -2,6 +2,9 @@
 
 The generator fills masks of clean text in several forward passes, as it does when sampling.
 
+Look-back injection (BackPlay, 2026) makes errors that the generator itself corrects later. An early pass predicts every
+masked token, but keeps few. Some of the predictions that it did not keep replace the tokens of later passes, which saw more.
+
 Legend: B rows, T positions, N positions in question, V vocabulary.
 """
 
@@ -47,6 +50,26 @@ class Filled:
         )
 
 
+@dataclass
+class Drafts:
+    """Tokens that a forward pass predicts but does not keep.
+
+    Attributes:
+        ids, confidence: (B, T), as in `Filled`.
+        of_pass: (B, T) the pass that predicts the token; -1 where none is wanted.
+    """
+
+    ids: np.ndarray
+    confidence: np.ndarray
+    of_pass: np.ndarray
+
+    def inject(self, filled: Filled) -> None:
+        """Replace the tokens of later passes, in place."""
+        positions = self.of_pass >= 0
+        filled.ids[positions] = self.ids[positions]
+        filled.confidence[positions] = self.confidence[positions]
+
+
 class Filler:
     """Fills masks of clean text with samples of the generator.
 
@@ -65,7 +88,6 @@ class Filler:
         )
         self._forbidden = torch.tensor(forbidden, device=self.runtime.device)
 
-    @torch.no_grad()
     def fill(
         self,
         model: nn.Module,
@@ -75,12 +97,38 @@ class Filler:
         purpose: str,
         period: int,
     ) -> Filled:
-        """Mask (B, T) text and fill it.
+        """Mask (B, T) text and fill it, as it is sampled.
 
         Args:
             rows, purpose: key of the draws; what happens to a row depends on its number alone.
             period: masking ratios are spread evenly over this many rows.
         """
+        return self._fill(model, ids, valid, rows, purpose, period, look_back=0.0)
+
+    def fill_to_learn_from(
+        self,
+        model: nn.Module,
+        ids: np.ndarray,
+        valid: np.ndarray,
+        rows: np.ndarray,
+        purpose: str,
+        period: int,
+    ) -> Filled:
+        """As `fill`, with look-back injection in the share `look_back` of the rows."""
+        return self._fill(model, ids, valid, rows, purpose, period, look_back=self.config.look_back)
+
+    @torch.no_grad()
+    def _fill(
+        self,
+        model: nn.Module,
+        ids: np.ndarray,
+        valid: np.ndarray,
+        rows: np.ndarray,
+        purpose: str,
+        period: int,
+        *,
+        look_back: float,
+    ) -> Filled:
         # 1. Mask a share of the text that may be any; a temperature and a number of forward passes for each row
         masked = self.diffusion.mask_to_fill(ids, valid, purpose, rows, period).masked  # (B, T)
         low, high = self.config.temperature
@@ -101,14 +149,24 @@ class Filler:
         was_training = model.training
         model.eval()
         first_idx, first_logits = self._logits(model, filled, masked)
+        drafts = self._drafts_to_keep(masked, pass_of, rows, purpose, look_back)
         for number in range(passes.max(initial=0)):
             now = masked & (pass_of == number)
+            kept = (
+                drafts.of_pass == number
+            )  # (B, T) predictions that this pass will not keep, but a later text gets
+            wanted = now | kept
             if number:
-                flat_idx, logits = self._logits(model, filled, now)
+                flat_idx, logits = self._logits(model, filled, wanted)
             else:
-                of_now = np.flatnonzero(now.reshape(-1)[first_idx])
+                of_now = np.flatnonzero(wanted.reshape(-1)[first_idx])
                 flat_idx, logits = first_idx[of_now], first_logits[tensor(of_now, self.runtime)]
-            self._sample(filled, flat_idx, logits, temperature, rows, f"{purpose} {number}")
+            for positions, into, name in ((now, filled, ""), (kept, drafts, " look back")):
+                chosen = np.flatnonzero(positions.reshape(-1)[flat_idx])
+                every = len(chosen) == len(flat_idx)  # no copy of the logits then
+                some = logits if every else logits[tensor(chosen, self.runtime)]
+                self._sample(into, flat_idx[chosen], some, temperature, rows, f"{purpose}{name} {number}")
+        drafts.inject(filled)
         model.train(was_training)
 
         # 4. Probabilities of the sampled tokens in the first pass
@@ -116,6 +174,27 @@ class Filler:
         expected = torch.softmax(first_logits, -1).gather(1, tokens).squeeze(1)
         filled.expected.reshape(-1)[first_idx] = expected.cpu().numpy()
         return filled
+
+    def _drafts_to_keep(
+        self, masked: np.ndarray, pass_of: np.ndarray, rows: np.ndarray, purpose: str, share: float
+    ) -> "Drafts":
+        """Where, and from which pass, look-back injection takes tokens.
+
+        In a `share` of the rows one pass is drawn, any but the last, and a part of the tokens that it does not keep.
+        """
+        of_pass = np.full(masked.shape, -1)
+        if share:
+            passes = pass_of.max(1, initial=0, where=masked) + 1  # (B,)
+            key = randomness.key(self.seed, f"{purpose} look back rows")
+            chosen, early, part = randomness.uniform(key, rows, 3).T
+            number = np.floor(early * (passes - 1)).astype(np.int64)  # any pass but the last
+            noise = randomness.uniform(
+                randomness.key(self.seed, f"{purpose} look back positions"), rows, masked.shape[1]
+            )
+            injected = masked & (pass_of > number[:, None]) & (noise < part[:, None])
+            injected &= (chosen < share)[:, None]
+            of_pass = np.where(injected, number[:, None], -1)
+        return Drafts(np.zeros(masked.shape, np.int64), np.ones(masked.shape), of_pass)
 
     def passes(self, rows: np.ndarray, purpose: str) -> np.ndarray:
         """(B,) forward passes that fill each row, uniform on a logarithmic scale within `rollout_passes`."""
@@ -147,7 +226,7 @@ class Filler:
         return np.flatnonzero(positions), output.logits.float().index_fill(1, self._forbidden, -torch.inf)
 
     def _sample(
-        self, filled: Filled, flat_idx: np.ndarray, logits: Tensor, temperature, rows, purpose: str
+        self, filled: "Filled | Drafts", flat_idx: np.ndarray, logits: Tensor, temperature, rows, purpose: str
     ) -> None:
         """Sample a token at each of the (N,) flat indices, in place."""
         if not len(flat_idx):

@@ -82,7 +82,7 @@ class TokenCritic:
         """The loss of the critic, and of its generator if both learn."""
         # 1. Rows of clean text; 2. mask and fill them; 3. re-mask a part of the fills in some rows
         index, ids, valid = self.diffusion.windows(rows)  # (B,), (B, T), (B, T)
-        filled = self.filler.fill(model, ids, valid, index, "critic", self.diffusion.batch_size)
+        filled = self.filler.fill_to_learn_from(model, ids, valid, index, "critic", self.diffusion.batch_size)
         filled = self.filler.remask_some(filled, index, "critic", self.config.partial_fraction)
 
         # 4. Losses of the critic: errors, and origin
