@@ -32,7 +32,7 @@ from lib.models.build import load_model
 from lib.runs import RunArgs, load_manifest
 from lib.runtime import Runtime
 from lib.token_store import open_store
-from lib.tokenization import decode_batch, load_tokenizer
+from lib.tokenization import decode_batch, forbidden_ids, load_tokenizer
 from lib.training.data import Windows
 
 BEFORE = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "04_train")
@@ -134,7 +134,7 @@ class Trained:
 
     @cached_property
     def forbidden(self) -> list[int]:
-        return sorted(set(self.tokenizer.all_special_ids))
+        return forbidden_ids(self.tokenizer)
 
     def stats(self, stage: str) -> dict:
         """The statistics in a stage's manifest."""

@@ -1,0 +1,305 @@
+"""A critic on a frozen masked LM of another project: detection of wrong tokens, samples, cost.
+
+The masked LM is one that Hugging Face's own code trained on novels (benchmarks/english_mlm.py), or a folder. Stage 04 tunes it
+as a masked-diffusion model. Stage 05 then trains each kind of critic on it, with and without look-back injection. Everything
+is in OUT; an interrupted benchmark continues there.
+
+    detection   AUROC of wrong tokens in fills of held-out novels (sticky masks of 60 % of the tokens), after 1 and 16 forward
+                passes, beside the probability that each token had when it was sampled
+    samples     NLL under the run's reference model at the 4-gram entropy of real text, for all policies at equal NFE
+    infilling   share of correct tokens in the same sticky gaps
+    cost        of the critic's head, and of the interface, in forward passes of the masked LM
+
+python -m benchmarks.pretrained_critic OUT
+python -m benchmarks.pretrained_critic OUT --quick
+"""
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from benchmarks import result_files
+from benchmarks.english_mlm import FULL, QUICK, Recipe, make, novels
+from benchmarks.remasking_detection import error_detection
+from benchmarks.remasking_experiments import infilling, unconditional
+from benchmarks.remasking_lab import Trained
+from benchmarks.remasking_numbers import at_entropy, over_seeds
+from lib import metrics
+from lib.config import Config, load_config
+from lib.evaluation.quality import characters
+from lib.models.pretrained import open_pretrained
+from lib.runs import RunArgs
+from lib.runtime import Runtime
+
+BASE = ("00_check_data", "01_prepare_dataset", "04_train")
+CRITIC = "05_train_critic"
+LORA = {"rank": 16, "alpha": 32.0}
+KINDS: dict[str, dict[str, Any]] = {
+    "head": {"coupling": "decoupled", "num_layers": 0},
+    "blocks": {"coupling": "decoupled", "num_layers": 2},
+    "lora": {"coupling": "decoupled", "num_layers": 0, "lora": LORA},
+    "joint": {"coupling": "joint", "num_layers": 0},
+}
+LOOK_BACK = {"": 0.0, "+look_back": 0.25}
+WITHOUT_CRITIC = ("ancestral", "confidence_order", "random_remask", "confidence_remask", "remdm_conf")
+WITH_CRITIC = ("critic", "critic_blend", "critic_partial", "critic_origin")
+MASKED_SHARE = 0.6
+PASSES = (1, 16)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured."""
+
+    lm: Recipe
+    characters: int  # of the run's text: the end of the novels, which the masked LM has not seen
+    context: int
+    steps: tuple[int, int, int]  # of the generator, the reference model and each critic
+    texts: int  # held-out windows for detection
+    samples: int
+    nfe: tuple[int, ...]
+    temperatures: tuple[float, ...]
+    seeds: tuple[int, ...]
+    kinds: tuple[str, ...]
+
+
+SIZES = {
+    False: Size(FULL, 4_500_000, 126, (800, 1500, 800), 400, 200, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+                (1, 2, 3), tuple(KINDS)),
+    True: Size(QUICK, 400_000, 62, (60, 80, 60), 48, 16, (16,), (0.7, 1.0), (1,), ("head", "lora")),
+}  # fmt: skip
+
+
+@dataclass
+class Runs:
+    """The runs of a benchmark: a base for each seed, and beside it one for each critic."""
+
+    out: Path
+    model: Path
+    size: Size
+
+    def text(self) -> Path:
+        """The end of the novels, which the masked LM has not learned from."""
+        file = self.out / "novels.txt"
+        if not file.exists():
+            file.write_text(novels()[-self.size.characters :], encoding="utf-8")
+        return file
+
+    def config(self, seed: int, name: str, critic: dict[str, Any]) -> Config:
+        size = self.size
+        generator, reference, of_critic = size.steps
+        training = {"batch_size": 16, "evaluate_every": max(20, of_critic // 4), "checkpoint_every": 10_000}
+        content = {
+            "seed": seed,
+            "pretrained": {"model": str(self.model), "adapter": "none"},
+            "data": {"path": str(self.text()), "passage_characters": 1024, "block_characters": 16384,
+                     "fractions": {"train": 0.5, "held_out": 0.2, "reference": 0.3}},
+            "tokenizer": {"unknown": "unk"},
+            "architecture": {"context": size.context},
+            "training": training | {"learning_rate": 0.0003},
+            "models": {"generator": {"start": "scratch", "training": {"steps": generator, "learning_rate": 0.0003}},
+                       "reference_lm": {"training": {"steps": reference}},
+                       "ar_baseline": None, "inspector": None, "judge": None, "ranker": None},
+            "critic": {"lora": None, "training": {"steps": of_critic, "learning_rate": 0.001}} | critic,
+        }  # fmt: skip
+        if critic.get("coupling") == "joint":
+            content["critic"]["training"]["learning_rate"] = 0.0003
+        file = self.out / f"seed_{seed}" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(json.loads(json.dumps(content))), encoding="utf-8")
+        return load_config(["configs/pretrained.yaml", file])
+
+    def trained(self, seed: int, name: str, critic: dict[str, Any]) -> Trained:
+        """A critic on the tuned masked LM of a seed. What does not exist yet is trained."""
+        base = self.out / f"seed_{seed}" / "base"
+        folder = base.parent / name.replace("+", "_")
+        for stage in BASE:
+            importlib.import_module(stage).main(self.config(seed, "base", {}), RunArgs(run_dir=base))
+        folder.mkdir(exist_ok=True)
+        for stage in BASE:
+            if not (folder / stage).exists():
+                (folder / stage).symlink_to(Path("..") / "base" / stage)
+        config = self.config(seed, name, critic)
+        importlib.import_module(CRITIC).main(config, RunArgs(run_dir=folder))
+        return Trained(config, folder, Runtime.detect(config), seed)
+
+
+# --------------------------------------------------------------------------------------------------- measurements
+
+
+def detection(trained: Trained, texts: int) -> dict[str, Any]:
+    """Passes -> AUROC of the critic and of the stored confidence, each with an interval over texts, and the difference."""
+    found = {}
+    for passes in PASSES:
+        views = error_detection(trained, "sticky", MASKED_SHARE, passes, texts)["views"]
+        found[str(passes)] = {
+            "critic": views["critic_raw"]["auroc"],
+            "confidence": views["confidence"]["auroc"],
+            "critic_over_confidence": views["critic_raw"]["auroc_over_confidence"],
+            "blend": views["critic_blend"]["auroc"],
+        }
+    return found
+
+
+def samples(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, Any]:
+    """Policy -> NFE -> NLL per character at the 4-gram entropy of real text, and the passes that were counted."""
+    real = metrics.ngram_entropy(characters(trained.texts(trained.held_out[: size.samples])), 4)
+    found: dict[str, Any] = {"real": {"fourgram_entropy": real}}
+    for policy in policies:
+        runs = unconditional(trained, policy, size.nfe, size.samples, size.temperatures)["runs"]
+        for nfe in size.nfe:
+            points = [run for run in runs if run["nfe"] == nfe]
+            if points:
+                found.setdefault(policy, {})[str(nfe)] = {
+                    "passes": points[0]["passes"],
+                    "at_entropy": {
+                        bound: at_entropy(
+                            [(p["fourgram_entropy"], p["reference_nll"][bound]) for p in points], real
+                        )
+                        for bound in ("value", "low", "high")
+                    },
+                    "runs": [
+                        {k: p[k] for k in ("temperature", "fourgram_entropy", "reference_nll")}
+                        for p in points
+                    ],
+                }
+    return found
+
+
+def gaps(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, Any]:
+    """NFE -> policy -> share of correct tokens in sticky gaps of 60 % of held-out texts."""
+    lines = {policy: (policy, {}) for policy in policies}
+    return {
+        str(nfe): {
+            name: {
+                "accuracy": row["accuracy"],
+                "over_truth": row["reference_over_truth"],
+                "passes": row["passes"],
+            }
+            for name, row in infilling(trained, MASKED_SHARE, nfe, lines, size.samples)["policies"].items()
+        }
+        for nfe in size.nfe
+    }
+
+
+@torch.no_grad()
+def cost(trained: Trained, repeats: int = 15) -> dict[str, float]:
+    """Of a pass with the critic's head, and through the interface, as multiples of the masked LM's own pass.
+
+    Both sides are timed in turns, and the medians of their ratios count.
+    """
+    model: Any = trained.model
+    stock = open_pretrained(trained.config.pretrained).model.to(trained.runtime.device)
+    stock.load_state_dict(model.backbone.state_dict())
+    rows = torch.from_numpy(trained.held_out[:32])
+    with_head = {head: _timer(lambda head=head: model(rows, head=head)) for head in ("lm", "both")}
+    framed = model.frame(rows, None)[0]
+    direct = _timer(lambda: stock(input_ids=framed))
+    assert torch.equal(model(rows, head="both").logits, model(rows).logits)
+    times = np.array(
+        [[clock() for clock in (direct, with_head["lm"], with_head["both"])] for _ in range(repeats)]
+    )
+    stock_time, ours, both = times[3:].T
+    return {"interface": float(np.median(stock_time / ours)), "critic": float(np.median(both / ours) - 1)}
+
+
+def _timer(call: Callable[[], Any]) -> Callable[[], float]:
+    def seconds() -> float:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    return seconds
+
+
+def measure(runs: Runs) -> dict[str, Any]:
+    """All figures: seed -> critic -> measurements. `means` are over seeds."""
+    size, found = runs.size, {}
+    for seed in size.seeds:
+        of_seed: dict[str, Any] = {}
+        for kind in size.kinds:
+            for suffix, share in LOOK_BACK.items():
+                name = kind + suffix
+                trained = runs.trained(seed, name, KINDS[kind] | {"look_back": share})
+                policies = WITH_CRITIC if kind != "joint" else (*WITHOUT_CRITIC, *WITH_CRITIC)
+                if kind == size.kinds[0] and not suffix:  # frozen critics share the generator
+                    policies = (*WITHOUT_CRITIC, *WITH_CRITIC)
+                of_seed[name] = {
+                    "detection": detection(trained, size.texts),
+                    "samples": samples(trained, policies, size),
+                    "infilling": gaps(trained, policies, size),
+                }
+                if kind != "joint" and not suffix:
+                    of_seed[name]["cost"] = cost(trained)
+                print(_line(seed, name, of_seed[name]), flush=True)
+        found[str(seed)] = of_seed
+    return {"seeds": found, "means": _means(found)}
+
+
+def _means(found: dict[str, Any]) -> dict[str, Any]:
+    """Critic -> passes -> mean AUROC over seeds with its interval, of the critic and of the stored confidence."""
+    names = next(iter(found.values()))
+    return {
+        name: {
+            passes: {
+                view: over_seeds([of[name]["detection"][passes][view] for of in found.values()])
+                for view in ("critic", "confidence", "critic_over_confidence")
+            }
+            for passes in map(str, PASSES)
+        }
+        for name in names
+    }
+
+
+def _line(seed: int, name: str, found: dict[str, Any]) -> str:
+    parts = []
+    for passes, views in found["detection"].items():
+        critic, confidence = views["critic"], views["confidence"]
+        parts.append(
+            f"AUROC after {passes}: critic {critic['value']:.3f} ({critic['low']:.3f} .. {critic['high']:.3f}), confidence "
+            f"{confidence['value']:.3f} ({confidence['low']:.3f} .. {confidence['high']:.3f})"
+        )
+    for policy, by_nfe in found["samples"].items():
+        parts += [
+            f"{policy} at NFE {nfe}: {row['at_entropy']['value']:.3f}"
+            for nfe, row in by_nfe.items()
+            if policy != "real"
+        ]
+    if "cost" in found:
+        parts.append(
+            f"critic's head {found['cost']['critic']:+.1%} of a pass; interface {found['cost']['interface']:.2f} x"
+        )
+    return f"seed {seed}, {name}: " + "; ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pretrained_critic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="for models and runs")
+    parser.add_argument("--model", type=Path, help="folder of a masked LM; without it one is made")
+    parser.add_argument("--quick", action="store_true", help="small models, one seed: about five minutes")
+    result_files.add_out(parser)
+    options = parser.parse_args()
+    size = SIZES[options.quick]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    model = options.model or make(options.folder / "english_mlm", size.lm)
+    figures = measure(Runs(options.folder, model.resolve(), size))
+    result_files.write(
+        options.out, "pretrained_critic_quick" if options.quick else "pretrained_critic", figures
+    )
+
+
+if __name__ == "__main__":
+    main()
