@@ -23,7 +23,7 @@ LENGTH = 128  # tokens of a row, [CLS] and [SEP] included
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """Size and training of the masked LM. `characters`: of the text that it learns from, from its beginning."""
 
     characters: int
@@ -34,8 +34,8 @@ class Recipe:
     batch: int
 
 
-FULL = Recipe(characters=28_000_000, layers=6, width=256, vocabulary=8192, steps=4000, batch=32)
-QUICK = Recipe(characters=3_000_000, layers=3, width=128, vocabulary=2048, steps=250, batch=32)
+FULL = Training(characters=28_000_000, layers=6, width=256, vocabulary=8192, steps=4000, batch=32)
+QUICK = Training(characters=3_000_000, layers=3, width=128, vocabulary=2048, steps=250, batch=32)
 
 
 def novels() -> str:
@@ -47,7 +47,7 @@ def novels() -> str:
     raise SystemExit(f"{TEXT} was not found; set REMASK_DATA to the folder that holds {TEXT.parent}/")
 
 
-def make(folder: Path, recipe: Recipe) -> Path:
+def make(folder: Path, training: Training) -> Path:
     """Train the masked LM and save it with its tokenizer. Nothing to do if the folder is there."""
     if (folder / "config.json").exists():
         return folder
@@ -64,9 +64,9 @@ def make(folder: Path, recipe: Recipe) -> Path:
     )
 
     # 1. WordPiece, which keeps the case of letters
-    lines = [" ".join(p.split()) for p in novels()[: recipe.characters].split("\n\n") if p.strip()]
+    lines = [" ".join(p.split()) for p in novels()[: training.characters].split("\n\n") if p.strip()]
     words = BertWordPieceTokenizer(lowercase=False)
-    words.train_from_iterator(lines, vocab_size=recipe.vocabulary, show_progress=False)
+    words.train_from_iterator(lines, vocab_size=training.vocabulary, show_progress=False)
     with tempfile.TemporaryDirectory() as place:
         words.save_model(place)
         tokenizer: Any = BertTokenizerFast(vocab=str(Path(place) / "vocab.txt"), do_lower_case=False)
@@ -85,15 +85,15 @@ def make(folder: Path, recipe: Recipe) -> Path:
     # 3. Train as BERT is trained, with more masks: a masked-diffusion model meets all ratios
     set_seed(0)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.width, num_hidden_layers=recipe.layers,
-        num_attention_heads=max(2, recipe.width // 64), intermediate_size=4 * recipe.width, max_position_embeddings=LENGTH,
+        vocab_size=len(tokenizer), hidden_size=training.width, num_hidden_layers=training.layers,
+        num_attention_heads=max(2, training.width // 64), intermediate_size=4 * training.width, max_position_embeddings=LENGTH,
     )  # fmt: skip
     model = BertForMaskedLM(config)
     place = Path(tempfile.mkdtemp())
     arguments = TrainingArguments(
-        output_dir=str(place), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch, learning_rate=1e-3,
-        warmup_steps=recipe.steps // 20, lr_scheduler_type="linear", weight_decay=0.01, save_strategy="no",
-        logging_steps=max(1, recipe.steps // 20), report_to=[], seed=0, use_cpu=not torch.cuda.is_available(),
+        output_dir=str(place), max_steps=training.steps, per_device_train_batch_size=training.batch, learning_rate=1e-3,
+        warmup_steps=training.steps // 20, lr_scheduler_type="linear", weight_decay=0.01, save_strategy="no",
+        logging_steps=max(1, training.steps // 20), report_to=[], seed=0, use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)

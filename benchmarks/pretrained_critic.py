@@ -4,8 +4,8 @@ The masked LM is one that Hugging Face's own code trained on novels (benchmarks/
 as a masked-diffusion model. Stage 05 then trains each kind of critic on it, with and without look-back injection. Everything
 is in OUT; an interrupted benchmark continues there.
 
-    detection   AUROC of wrong tokens in fills of held-out novels (sticky masks of 60 % of the tokens), after 1 and 16 forward
-                passes, beside the probability that each token had when it was sampled
+    detection   AUROC of wrong tokens in fills of held-out novels, after 1 and 16 forward passes. Sticky masks cover 60 % of the
+                tokens. The baseline is the probability of each token when it was sampled
     samples     NLL under the run's reference model at the 4-gram entropy of real text, for all policies at equal NFE
     infilling   share of correct tokens in the same sticky gaps
     cost        of the critic's head, and of the interface, in forward passes of the masked LM
@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from benchmarks import result_files
-from benchmarks.english_mlm import FULL, QUICK, Recipe, make, novels
+from benchmarks.english_mlm import FULL, QUICK, Training, make, novels
 from benchmarks.remasking_detection import error_detection
 from benchmarks.remasking_experiments import infilling, unconditional
 from benchmarks.remasking_lab import Trained
@@ -53,14 +53,14 @@ LOOK_BACK = {"": 0.0, "+look_back": 0.25}
 WITHOUT_CRITIC = ("ancestral", "confidence_order", "random_remask", "confidence_remask", "remdm_conf")
 WITH_CRITIC = ("critic", "critic_blend", "critic_partial", "critic_origin")
 MASKED_SHARE = 0.6
-PASSES = (1, 16)
+FORWARD_PASSES = (1, 16)
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is trained and measured."""
 
-    lm: Recipe
+    lm: Training
     characters: int  # of the run's text: the end of the novels, which the masked LM has not seen
     context: int
     steps: tuple[int, int, int]  # of the generator, the reference model and each critic
@@ -139,7 +139,7 @@ class Runs:
 def detection(trained: Trained, texts: int) -> dict[str, Any]:
     """Passes -> AUROC of the critic and of the stored confidence, each with an interval over texts, and the difference."""
     found = {}
-    for passes in PASSES:
+    for passes in FORWARD_PASSES:
         views = error_detection(trained, "sticky", MASKED_SHARE, passes, texts)["views"]
         found[str(passes)] = {
             "critic": views["critic_raw"]["auroc"],
@@ -254,7 +254,7 @@ def _means(found: dict[str, Any]) -> dict[str, Any]:
                 view: over_seeds([of[name]["detection"][passes][view] for of in found.values()])
                 for view in ("critic", "confidence", "critic_over_confidence")
             }
-            for passes in map(str, PASSES)
+            for passes in map(str, FORWARD_PASSES)
         }
         for name in names
     }
