@@ -198,6 +198,8 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
         """Start the work, or continue unfinished work of the same config and inputs."""
         where = runs.display_path(self.run_dir)
         self._work = UnfinishedWork(self.folder, self._dependencies)
+        if self.args.part is None:
+            durable.remove_temporaries(self.folder)
         # A command with --part may run beside others, which must have the same settings
         self.resuming = self._work.exists() and not (self.restarts and self.args.part is None)
         if self.resuming:
@@ -231,6 +233,7 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
             "environment": runs.environment() | runs.plain(self.environment),
         }
         manifest = make_manifest(self.name, self.run_dir, self.args, self._clock, content)
+        durable.remove_temporaries(self.folder)
         durable.write_json(self.folder / "manifest.json", manifest)
         self._work.finish()
         if self.folder != self._final_folder:

@@ -24,7 +24,7 @@ from lib.errors import (
     UsageError,
     did_you_mean,
 )
-from lib.log import say, silence
+from lib.log import printable_line, say, silence
 from lib.neighbours import share_with_neighbours
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
@@ -291,7 +291,7 @@ def _join_processes(allowed: bool) -> None:
 def _fail(message: str, code: int) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one process has failed
     if current().first_to_fail(message):
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        print(printable_line(f"{Path(sys.argv[0]).name}: error: {message}"), file=sys.stderr, flush=True)
         if current().size > 1:
             current().wait_for_failures(SECONDS_FOR_OTHERS)
     raise SystemExit(code)

@@ -1,7 +1,7 @@
 """Write files atomically: after a crash a file is either complete or absent.
 
 The steps are: write under a temporary name, fsync, rename, fsync the folder. Temporary names end in `.tmp`. A crash may
-leave such a file behind; nothing reads it.
+leave such a file behind; nothing reads it, and `remove_temporaries` removes it.
 """
 
 import contextlib
@@ -119,6 +119,16 @@ def remove(folder: Path) -> None:
         folder.unlink()
     else:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_temporaries(folder: Path, pattern: str = "**/*.tmp") -> None:
+    """Remove what killed processes left below `folder`. The caller has a lock: nobody else writes there now."""
+    for path in sorted(folder.glob(pattern), reverse=True):
+        if path.is_dir():
+            remove(path)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 On a terminal the progress bar is tqdm's. Elsewhere it is one line every 30 seconds, so that logs stay small.
 """
 
+import re
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -13,6 +14,8 @@ T = TypeVar("T")
 _file: IO[str] | None = None
 _silent = False
 HEARTBEAT_SECONDS = 30.0
+# What moves the cursor, changes colours or titles, or turns the direction of writing; line ends and tabs are no danger
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def log_to(path: Path | None) -> None:
@@ -33,10 +36,19 @@ def silence() -> None:
     _silent = True
 
 
+def printable_line(text: str) -> str:
+    """The text for a terminal: control characters, which could move the cursor or change its title, become escapes.
+
+    Line ends and tabs stay. Text of a user's file can be a part of any message.
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def say(text: str) -> None:
     """Print a line for the user on standard error: standard output is for results, which can be piped."""
     if _silent:
         return
+    text = printable_line(text)
     bar = Progress.current
     if bar is not None and bar.on_terminal:
         bar.clear()

@@ -116,6 +116,7 @@ def make_run_dir(run: Path) -> None:
 
 def store_config(run: Path, config: Config) -> None:
     """Write the config into the folder of a run. Stage 00 finds its run by it."""
+    durable.remove_temporaries(run, "config.json.*.tmp")
     durable.write_json(run / "config.json", config.model_dump(mode="json"))
 
 

@@ -229,6 +229,7 @@ class StageOfUnits(Stage):
             log_to(self.folder / LOG_FILE)
             content = describe_units(self.name, made, units)
             manifest = make_manifest(self.name, self.run_dir, self.args, Clock(), content)
+            durable.remove_temporaries(self.folder, "*.tmp")
             durable.write_json(self.folder / "manifest.json", manifest)
             self._work.finish()
             self._replace()

@@ -147,14 +147,16 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def _origin(base: Any, with_digest: bool, folder: Path) -> dict[str, Any]:
     """Where the backbone was loaded from, with the hash of its weights if the ranker does not contain them.
 
-    A model of the same stage is named relative to the ranker's `folder`, because the two move together.
+    A model of the same run is named relative to the ranker's `folder`, because the two move together.
     """
     name = base.config._name_or_path or None
     revision = getattr(base.config, "_commit_hash", None)
     digest = weights_digest(name) if with_digest and name is not None else None
     origin = {"name": name, "revision": revision, "weights_sha256": digest}
     if name is not None and Path(name).parts[-1:] == ("best_model",):
-        stages = [Path(path).absolute().parent.parent for path in (name, folder)]
-        if stages[0] == stages[1]:
+        runs = [
+            Path(path).absolute().parents[2:3] for path in (name, folder)
+        ]  # .../<run>/<stage>/<model>/best_model
+        if runs[0] == runs[1]:
             return origin | {"name": os.path.relpath(name, folder), "relative": True}
     return origin
