@@ -115,7 +115,12 @@ def groups(items: Iterator) -> Iterator[list]:
 def as_table(items: list, table_schema):
     import pyarrow as pa
 
-    return pa.Table.from_pylist([vars(item) for item in items], table_schema.arrow)
+    def stored(value):
+        """A lone surrogate, which no table can hold, as an escape."""
+        return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+    rows = [{name: stored(value) for name, value in vars(item).items()} for item in items]
+    return pa.Table.from_pylist(rows, table_schema.arrow)
 
 
 class ProblemCounters:

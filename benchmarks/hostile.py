@@ -180,7 +180,7 @@ def _contents(folder: Path) -> set[str]:
 
 def _wait(pid: int) -> tuple[int, float]:
     """(exit code, megabytes that it held at most). A command that takes far too long or too much is ended."""
-    deadline, peak = time.monotonic() + 2 * SECONDS, 0.0
+    deadline, peak = time.monotonic() + 1.5 * SECONDS, 0.0
     while True:
         peak = max(peak, _peak_megabytes(pid))
         ended, status, _ = os.wait4(pid, os.WNOHANG)

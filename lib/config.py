@@ -7,12 +7,13 @@ it is the same.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from lib import durable
 from lib.errors import BadConfig, MissingInput, UsageError, did_you_mean
 from lib.labels import class_names
 from lib.sections.base import Section
@@ -38,10 +39,12 @@ from lib.sections.models import (
 from lib.sections.pools import PoolFilesConfig
 from lib.sections.pretrained import PretrainedConfig
 from lib.sections.sampler import SamplerConfig
-from lib.strict_yaml import Location, parse_scalar, parse_yaml
+from lib.strict_yaml import MAX_CHARACTERS, Location, parse_scalar, parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAM_SOURCES = ("masked_lm", "random_tokens")  # can give the same example new candidates in each epoch
+MAX_DEPTH = 20  # parts of a key
+MAX_LISTED = 20  # problems in one message
 VERBATIM = (  # texts that keep the spaces at both ends
     "sampler.prompt", "sampler.infill", "ranker.yes_no.question", "ranker.yes_no.yes", "ranker.yes_no.no",
 )  # fmt: skip
@@ -193,7 +196,8 @@ def load_config(
 
 def _read(file: Path) -> tuple[dict, dict]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with open(file, "rb") if file.is_relative_to("/dev/fd") else durable.open_file(file) as opened:
+            text = opened.read(4 * MAX_CHARACTERS + 1).decode("utf-8-sig")
     except FileNotFoundError:
         existing = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")))
         raise MissingInput(f"config file {file} does not exist; existing ones: {existing}") from None
@@ -217,10 +221,10 @@ def _merge(into: dict, other: dict) -> None:
 
 def _without_dropped_models(block: dict, merged: dict) -> dict:
     """The block without changes to models that an earlier config set to null. With a `mode`, such a model returns."""
-    models = block.get("models")
-    if not isinstance(models, dict):
+    models, earlier = block.get("models"), merged.get("models")
+    if not isinstance(models, dict) or not isinstance(earlier, dict):
         return block
-    dropped = {name for name, spec in merged.get("models", {}).items() if spec is None}
+    dropped = {name for name, spec in earlier.items() if spec is None}
     kept = {n: s for n, s in models.items() if n not in dropped or (isinstance(s, dict) and "mode" in s)}
     return block | {"models": kept}
 
@@ -234,6 +238,8 @@ def _apply_override(merged: dict, where: dict, text: str) -> None:
     if not separator or not path.strip():
         raise UsageError(f"--set {text}: expected KEY=VALUE, such as --set training.steps=100")
     keys = tuple(path.strip().split("."))
+    if len(keys) > MAX_DEPTH:
+        raise UsageError(f"--set {text[:60]}...: a key has at most {MAX_DEPTH} parts")
     node = merged
     for k in keys[:-1]:
         node = node.setdefault(k, {}) if isinstance(node, dict) else None
@@ -271,20 +277,49 @@ def _expand(merged: dict) -> dict:
 
 def _validate(merged: dict, where: dict) -> Config:
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
+        if lines := [_at(path, where) + f"{'.'.join(path)} is true or false: give a number or a text"
+                     for path in _booleans_as_numbers(merged, config.model_dump(), ())]:  # fmt: skip
+            raise BadConfig("the config is wrong:\n  " + "\n  ".join(lines))
+        return config
     except ValidationError as error:
-        lines = sorted({_explain(problem, where) for problem in error.errors()})
+        problems, given = error.errors(), merged.get("models")
+        models = (
+            [n for n, m in given.items() if isinstance(m, dict) and "mode" in m]
+            if isinstance(given, dict)
+            else []
+        )
+        lines = sorted({_explain(problem, where, models) for problem in problems[:MAX_LISTED]})
+        if len(problems) > MAX_LISTED:
+            lines.append(f"and {len(problems) - MAX_LISTED:,} more")
         raise BadConfig("the config is wrong:\n  " + "\n  ".join(lines)) from None
 
 
-def _explain(problem: Any, where: dict) -> str:
+def _booleans_as_numbers(given: Any, taken: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The settings for which true or false was given and taken as 1 or 0."""
+    if isinstance(given, dict) and isinstance(taken, dict):
+        for name, value in given.items():
+            yield from _booleans_as_numbers(value, taken.get(name), (*path, str(name)))
+    elif isinstance(given, list) and isinstance(taken, list | tuple):
+        for value, other in zip(given, taken, strict=False):
+            yield from _booleans_as_numbers(value, other, path)
+    elif isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        yield path
+
+
+def _at(keys: tuple[str, ...], where: dict) -> str:
+    """`FILE:LINE: ` of the longest known beginning of a key, or nothing."""
+    location = next((where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in where), None)
+    return f"{location}: " if location else ""
+
+
+def _explain(problem: Any, where: dict, models: Iterable[str]) -> str:
     """One line: file and line, key, what is wrong, what is expected."""
     # pydantic puts the tag of a union into the path; it is not a key of the config
     loc = problem["loc"]
     path = tuple(p for i, p in enumerate(loc) if not (p in (*MASKINGS, *RATIOS) and _is_tag(loc, i)))
     keys = tuple(p for p in path if isinstance(p, str))
-    location = next((where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in where), None)
-    prefix = f"{location}: " if location else ""
+    prefix = _at(keys, where)
     name = ".".join(str(p) for p in path)
     kind, given = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
@@ -292,6 +327,8 @@ def _explain(problem: Any, where: dict) -> str:
     if kind == "missing":
         if "stages" in path or "modifiers" in path:
             return f"{prefix}{name}: missing"
+        if path[0] == "models" and path[-1] == "mode":
+            return f"{prefix}models.{path[1]}: a new model needs a mode{did_you_mean(path[1], models)}"
         return f"{prefix}{name}: missing, although configs/default.yaml has it: another file replaced its section"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":

@@ -10,7 +10,6 @@ python -m lib.doctor --fast           sizes of outputs are compared, not their h
 
 import argparse
 import fcntl
-import json
 import shlex
 import sys
 import time
@@ -166,7 +165,7 @@ def _progress(folder: Path) -> str:
     found = [f"{parts} parts are complete"] if parts else []
     for state in sorted(folder.glob("**/checkpoint/state.json")):
         try:
-            step = json.loads(state.read_text(encoding="utf-8")).get("step")
+            step = durable.read_json(state).get("step")
         except (OSError, ValueError, AttributeError, RecursionError):
             step = None
         found.append(f"checkpoint of step {step} in {state.parent.relative_to(folder)}")

@@ -5,14 +5,17 @@ leave such a file behind; nothing reads it, and `remove_temporaries` removes it.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+MAX_JSON_BYTES = 2**28
 NEW, OLD = ".new", ".old"  # suffixes of a folder's successor, and of the folder that was just replaced
 
 
@@ -47,6 +50,30 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises OSError also for pipes, devices and sockets, which may never end or never begin."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a file, but a folder, pipe or device", str(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The content of a JSON file. Raises OSError, and ValueError if it is not JSON, too large or nested too deeply."""
+    with open_file(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes:,} bytes")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @contextlib.contextmanager
@@ -137,7 +164,7 @@ def sha256(path: Path) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

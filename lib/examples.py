@@ -4,7 +4,6 @@ To cut documents takes one pass in order, since repeated text and splits depend 
 of every part to a folder, which is removed when the stage is complete. Tokenizing takes longer, and its parts are independent.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ def cut(config: Config, items: Iterable[Example | Dropped], texts: Parts) -> int
     """
     note = texts.folder / "count.json"
     try:
-        known = json.loads(note.read_text(encoding="utf-8"))
+        known = durable.read_json(note)
         if known["key"] == texts.key and not texts.missing(range(known["count"])):
             return known["count"]
     except (OSError, ValueError, KeyError, TypeError):

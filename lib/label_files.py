@@ -178,7 +178,7 @@ def _add(labels: Labels, source: str, key: tuple[str, str | None], value: Any, l
 def _key(name: str, split: str | None) -> Key:
     if split is None:
         return name
-    if not (name.isascii() and name.isdigit()):
+    if not (name.isascii() and name.isdigit() and len(name) < 19):
         raise InvalidLabel("malformed label", f"the key {name!r}", "the number of an example, from 0")
     return split, int(name)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+MAX_END = 2**31 - 1  # characters of a text
 MAX_CLASS = 127  # the tables store int8
 Span = tuple[int, int, int]  # first character, end, class
 
@@ -101,8 +102,8 @@ def _problem_of_spans(spans: Any, names: Sequence[str] | None) -> tuple[str, str
                 " or a class by name" if names else ""
             )
         start, end, class_id = span
-        if not 0 <= start < end:
-            return repr(span), "0 <= start < end"
+        if not 0 <= start < end <= MAX_END:
+            return repr(span), f"0 <= start < end <= {MAX_END:,}"
         if not 1 <= class_id <= highest:
             return repr(span), f"a class from 1 to {highest}"
     for span, following in itertools.pairwise(sorted(list(span) for span in spans)):

@@ -5,12 +5,12 @@ Hugging Face hub by their commit. `ranker.encoder` may name a revision: `owner/n
 commit, a tag or a branch.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lib import durable
 from lib.config import Config
 from lib.errors import BadConfig, MissingInput
 from lib.sections.models import ModelSpec
@@ -192,7 +192,7 @@ def is_folder(spec: ModelSpec, config: Config) -> bool:
 def _adapted_by(folder: Path) -> list[Path]:
     """The folder of the encoder that the adapters of a ranker were trained on."""
     try:
-        record = json.loads((folder / "ranker.json").read_text(encoding="utf-8"))
+        record = durable.read_json(folder / "ranker.json")
         base = Path(record["base"]["name"]) if record["lora"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -106,9 +106,9 @@ def _new_run(config: Config, outputs: Path, number: int) -> Path:
 
 def make_run_dir(run: Path) -> None:
     """Create the folder of a run if it is missing. Raises CannotCreate."""
-    if run.exists() and not run.is_dir():
-        raise CannotCreate(f"--run_dir {run} is a file; give a folder")
     try:
+        if run.exists() and not run.is_dir():
+            raise CannotCreate(f"--run_dir {run} is a file; give a folder")
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotCreate(f"cannot create the run folder {run}: {error.strerror}") from None
@@ -122,7 +122,7 @@ def store_config(run: Path, config: Config) -> None:
 
 def _stored_config(run: Path) -> dict | None:
     try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+        return durable.read_json(run / "config.json")
     except (OSError, ValueError):
         return None
 
@@ -134,19 +134,61 @@ def load_manifest(folder: Path) -> dict | None:
     """The manifest in the folder of a stage; None if the stage is not complete. Raises BadData if it is damaged."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if path.is_symlink():
+            raise OSError("it is a link")
+        manifest = durable.read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise BadData(f"{path} cannot be read ({error}); run its stage again with --overwrite") from None
-    needed = ("stage", "config", "inputs", "outputs", "stats")
-    if not isinstance(manifest, dict) or any(key not in manifest for key in needed):
-        raise BadData(f"{path} is not a manifest of this project; run its stage again with --overwrite")
+    if problem := _problem_of_manifest(manifest):
+        raise BadData(
+            f"{path} is not a manifest of this project ({problem}); run its stage again with --overwrite"
+        )
     for name, output in manifest["outputs"].items():
-        target = (folder / output["path"]).resolve()
-        if not target.is_relative_to(folder.resolve()):
+        if not is_inside(folder / output["path"], folder):
             raise BadData(f"{path}: output '{name}' points outside its folder: {output['path']}")
     return manifest
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies below a folder, after all links were followed. A link to itself does not."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _problem_of_manifest(manifest: Any) -> str:
+    """What a reader of the manifest would stumble over; empty if nothing. Stages check the rest by JSON Schema before writing."""
+    sections = ("config", "inputs", "outputs", "stats")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("stage"), str):
+        return "it has no stage"
+    if wrong := [key for key in sections if not isinstance(manifest.get(key), dict)]:
+        return f"{wrong[0]} is no map"
+    if not all(isinstance(entry, dict) for entry in manifest["inputs"].values()):
+        return "an input is no map"
+    units = manifest.get("units", {})
+    if not isinstance(units, dict) or not all(isinstance(digest, str) for digest in units.values()):
+        return "units is no map of hashes"
+    for name, record in manifest["outputs"].items():
+        parts = record.get("parts", []) if isinstance(record, dict) else None
+        records = [record, *parts] if isinstance(parts, list) else [None]
+        if not all(_is_record(one) for one in records) or not isinstance(record.get("path"), str):
+            return f"the record of output '{name}' is wrong"
+        if "\0" in record["path"]:
+            return f"the path of output '{name}' has a zero byte"
+    return ""
+
+
+def _is_record(record: Any) -> bool:
+    """Whether the record of a file has a hash and sizes."""
+    numbers = ("bytes", "rows") if isinstance(record, dict) and "rows" in record else ("bytes",)
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("sha256"), str)
+        and all(isinstance(record.get(key), int) and record[key] >= 0 for key in numbers)
+    )
 
 
 def score_stage(file: Path, prefix: str = SCORE) -> str:

@@ -95,10 +95,10 @@ class ShardStore:
     def manifest(self, number: int) -> dict[str, Any] | None:
         """The manifest of a shard; None if the shard is missing or has another key."""
         try:
-            found = json.loads((self.path(number) / "manifest.json").read_text(encoding="utf-8"))
+            found = durable.read_json(self.path(number) / "manifest.json")
         except (OSError, ValueError):
             return None
-        return found if found.get("key") == self.key else None
+        return found if isinstance(found, dict) and found.get("key") == self.key else None
 
     def missing(self) -> list[int]:
         """The wanted shards that are absent: from the cursor on, as many as `backlog`.
@@ -157,8 +157,8 @@ class ShardStore:
     @property
     def cursor(self) -> int:
         try:
-            return int(json.loads((self.folder / "cursor.json").read_text(encoding="utf-8"))["shard"])
-        except (OSError, ValueError, KeyError):
+            return int(durable.read_json(self.folder / "cursor.json")["shard"])
+        except (OSError, ValueError, KeyError, TypeError):
             return 0
 
     def move_cursor(self, number: int) -> None:
@@ -171,7 +171,10 @@ class ShardStore:
         """Whether a `producer` or a `trainer` of these shards had a heartbeat recently."""
         file = self.folder / f"{role}.alive"
         try:
-            return file.read_text() == self.key and time.time() - file.stat().st_mtime < MAX_SILENCE_SECONDS
+            # A clock that was put back must not keep a dead process alive
+            return (
+                file.read_text() == self.key and abs(time.time() - file.stat().st_mtime) < MAX_SILENCE_SECONDS
+            )
         except OSError:
             return False
 

@@ -1,8 +1,8 @@
 """Strict YAML: duplicate keys are errors, `1e-4` is a number, `no` and `12:30` are text.
 
 PyYAML follows YAML 1.1: `1e-4` is a string, `12:30` is 750, `010` is 8, and a repeated key silently replaces the first
-one. Here the keys of a mapping are plain words, and only `true` and `false` are booleans. The line of every key is kept
-for error messages.
+one. Here the keys of a mapping are plain words, and only `true` and `false` are booleans. Anchors, aliases and tags are
+refused: a few lines of them can stand for a billion values. The line of every key is kept for error messages.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import yaml
 
 from lib.errors import BadConfig
+
+MAX_CHARACTERS = 2**18
 
 
 class Location(NamedTuple):
@@ -26,6 +28,20 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with the implicit types of YAML 1.2's core schema only."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML's own protocol
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases (& and *) are not read; write the value itself",
+                problem_mark=event.start_mark,
+            )
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise yaml.MarkedYAMLError(
+                problem=f"tags ({event.tag}) are not read; write the value alone",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
 
 
 _POINT = r"(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
@@ -44,6 +60,8 @@ for _tag, _pattern, _first in (
 
 def parse_yaml(text: str, file: str) -> tuple[dict, dict[tuple, Location]]:
     """The mapping in `text` and the Location of every key path in it. Raises BadConfig."""
+    if len(text) > MAX_CHARACTERS:
+        raise BadConfig(f"{file}: {len(text):,} characters; a config has at most {MAX_CHARACTERS:,}")
     loader = None
     try:
         loader = _Loader(text)
@@ -59,7 +77,9 @@ def parse_yaml(text: str, file: str) -> tuple[dict, dict[tuple, Location]]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise BadConfig(f"{file}{line}: not valid YAML: {error.problem or error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise BadConfig(f"{file}: not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise BadConfig(f"{file}: not valid YAML: {error}") from None
     finally:
         if loader is not None:

@@ -14,7 +14,6 @@ Stage 01 writes one folder per split. All numbers are little-endian. Positions c
 A document is a run of examples that continue each other, and no token lies between them. Names of groups may repeat.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -324,12 +323,16 @@ def of_table(table: "pa.Table") -> TokenStore:
 def _facts(folder: Path) -> dict[str, Any]:
     path = folder / "store.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = durable.read_json(path)
         version = facts["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}", "a description of the store") from None
     if version != VERSION:
         raise _damaged(path, f"version {version}", f"version {VERSION}")
+    numbers = ("tokens", *_POSITIONS, "group_name_bytes", "vocabulary", "characters")
+    wrong = [key for key in numbers if not isinstance(facts.get(key), int) or facts[key] < 0]
+    if wrong or facts.get("dtype") not in ("uint16", "uint32"):
+        raise _damaged(path, f"{(wrong or ['dtype'])[0]} is missing or wrong", "sizes of the files")
     return facts
 
 

@@ -327,7 +327,7 @@ class Unit(Stage):
 def _marker(folder: Path) -> dict[str, Any] | None:
     """The record of a unit's unfinished work; None if there is none, or if it is damaged."""
     try:
-        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        record = durable.read_json(folder / MARKER)
         return record if "config" in record and "inputs" in record else None
     except (OSError, ValueError, TypeError):
         return None

@@ -272,7 +272,7 @@ FOLDERS: dict[str, Change] = {
     "cut in half": lambda place, folder: (folder / "model.safetensors").write_bytes(
         (folder / "model.safetensors").read_bytes()[: (folder / "model.safetensors").stat().st_size // 2]
     ),
-    "link to a secret": lambda place, folder: _replaced_by(lambda path: path.symlink_to(place.secret))(place, folder),
+    "link to a text": lambda place, folder: _replaced_by(lambda path: path.symlink_to(place.file("text", "a text")))(place, folder),
     "link to a device": _replaced_by(lambda path: path.symlink_to("/dev/zero")),
     "link to itself": _replaced_by(lambda path: path.symlink_to(path.name)),
     "pipe": _replaced_by(fifo),
@@ -304,7 +304,9 @@ def model_cases() -> list[Case]:
     def own(change: Change) -> Callable[[Place], list[str]]:
         def make(place: Place) -> list[str]:
             folder = place.folder / "model"
-            shutil.copytree(place.bases / "text" / "02_generate_candidates" / "generator", folder)
+            shutil.copytree(
+                place.bases / "text" / "02_generate_candidates" / "generator" / "best_model", folder
+            )
             change(place, folder)
             place.stages("00_check_data", "01_prepare_dataset")
             return place.command("04_train", f"models.generator.start={folder}", more=("--only", "generator"))
@@ -326,7 +328,7 @@ def model_cases() -> list[Case]:
     chosen = {
         "safetensors": ("empty", "header of 2^60 bytes", "overlapping offsets", "one million tensors"),
         "config.json": ("negative sizes", "10^9 layers", "10^6 layers", "width of 10^9", "auto_map to code", "list", "deep"),
-        "model folder": ("only pickled weights", "link to a secret", "pipe", "cut in half", "empty folder"),
+        "model folder": ("only pickled weights", "link to a text", "pipe", "cut in half", "empty folder"),
     }  # fmt: skip
     cases += [
         Case(f"{group}, start of a model", name, own(change), (DATA, MISSING, CONFIG))

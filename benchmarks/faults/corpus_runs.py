@@ -32,10 +32,10 @@ def _edit(change: Callable[[dict], Any]) -> Edit:
 
 
 def _output(**changes: Any) -> Edit:
-    """Change the record of the first output of a manifest; a value of None removes the key."""
+    """Change the record of the table of documents in a manifest; a value of None removes the key."""
 
     def change(manifest: dict) -> None:
-        record = next(iter(manifest["outputs"].values()))
+        record = manifest["outputs"]["documents"]
         record.update(changes)
         for key in [k for k, v in changes.items() if v is None]:
             del record[key]

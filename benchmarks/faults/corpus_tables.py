@@ -150,10 +150,9 @@ LABELS: dict[str, str] = {
 def label_cases() -> list[Case]:
     def of(name: str, content: str) -> Callable[[Place], list[str]]:
         def make(place: Place) -> list[str]:
-            settings = ("candidates={source: original_only, per_example: 1}", "models.generator=null")
             path = place.file(name, content)
-            return place.command("00_check_data", *settings, "models.judge.start=scratch", "models.inspector.start=scratch",
-                                 "models.ranker=null", "critic.generator=reference_lm", f'labels.path="{path}"')  # fmt: skip
+            words = ["00_check_data.py", "--config", "configs/own_labels.yaml", "--quick_test"]
+            return [*words, "--set", f'labels.path="{path}"', "--run_dir", str(place.run)]
 
         return make
 

@@ -1,5 +1,6 @@
 """Start the processes of one attempt, disturb one of them, and say what came of it."""
 
+import json
 import os
 import random
 import signal
@@ -23,11 +24,15 @@ REFUSED = (2, 65, 66, 73, 74, 75, 76, 78, 130, 143)  # exit codes that are docum
 
 @dataclass(frozen=True)
 class Disturbance:
-    """A signal to one process of a crew: at the n-th point (`point` = n), or after `seconds`."""
+    """A signal to one process of a crew: at the n-th point (`point` = n) of a kind, or after `seconds`.
+
+    `kind`: such as `rename before`; empty for points of all kinds.
+    """
 
     number: int  # of the signal
     victim: int
     point: int | None = None
+    kind: str = ""
     seconds: float = 0.0
 
 
@@ -50,12 +55,17 @@ class Outcome:
         return asdict(self)
 
 
-def draw_disturbance(draw: random.Random, crew: Crew, num_points: int, seconds: float) -> Disturbance:
-    """A random one. Most come early, since an attempt continues an earlier one and has less to do."""
+def draw_disturbance(
+    draw: random.Random, crew: Crew, num_points: dict[str, int], seconds: float
+) -> Disturbance:
+    """A random one. `num_points`: how many of each kind an undisturbed command passes.
+
+    Most come early, since an attempt continues an earlier one and has less to do."""
     number = int(draw.choices(SIGNALS, WEIGHTS)[0])
     victim, share = draw.randrange(len(crew)), draw.choice((0.15, 0.4, 0.7, 1.0))
     if draw.random() < 0.6 and crew[victim].rank == 0:  # the other processes of a launcher write nothing
-        return Disturbance(number, victim, point=draw.randrange(max(2, int(num_points * share))))
+        kind = draw.choice(sorted(num_points))
+        return Disturbance(number, victim, draw.randrange(max(1, int(num_points[kind] * share))), kind)
     return Disturbance(number, victim, seconds=draw.uniform(0.02, 1.0) * share * seconds)
 
 
@@ -133,12 +143,8 @@ class _Watch:
     def _look(self) -> None:
         for pid in set(self.pids) - set(self.codes):
             ended, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
-            if ended and os.WIFSTOPPED(status):
-                self._stopped = True
-            elif ended:
+            if ended and not os.WIFSTOPPED(status):
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
-
-    _stopped = False
 
     def _is_due(self) -> bool:
         d = self.disturbance
@@ -146,7 +152,7 @@ class _Watch:
             return False
         if d.point is not None:  # the process sends the signal to itself
             self.sent = d.number != signal.SIGSTOP and self.note.exists()
-            return d.number == signal.SIGSTOP and self._stopped
+            return d.number == signal.SIGSTOP and self.note.exists()
         return time.monotonic() - self.begin > d.seconds
 
     def _disturb(self, second: Command | None, work: Path) -> None:
@@ -162,7 +168,8 @@ class _Watch:
             self.outcome.landed = f"at {time.monotonic() - self.begin:.2f} s{who}"
         if d.number == signal.SIGSTOP:
             self._while_stopped(second, work)
-            forks.send(victim, signal.SIGCONT)
+            for pid in forks.session_of(victim):  # of a pipeline, a script has stopped itself
+                forks.send(pid, signal.SIGCONT)
 
     def _while_stopped(self, second: Command | None, work: Path) -> None:
         """A second command on the same stage is refused while the first one is stopped; it waits for nothing."""
@@ -214,25 +221,26 @@ class _Watch:
                 self.outcome.fault = f"exit code {code} after {self.outcome.signal}"
 
 
-def count_points(argv: tuple[str, ...], work: Path) -> int:
-    """How many points an undisturbed command passes. It runs."""
+def count_points(argv: tuple[str, ...], work: Path) -> dict[str, int]:
+    """How many points of each kind an undisturbed command passes. It runs."""
     file = work / "count.txt"
 
     def setup() -> None:
         _no_fsync()
-        found = [0]
+        found: dict[str, int] = {}
 
         def reached(kind: str, when: str, path: str) -> None:
-            found[0] += 1
+            name = f"{kind} {when}"
+            found[name] = found.get(name, 0) + 1
             with _QuietFile(file) as descriptor:
-                os.write(descriptor, str(found[0]).encode())
+                os.write(descriptor, json.dumps(found).encode())
 
         points.install(reached)
 
     code = forks.wait(forks.start(argv, work / "count_log.txt", setup=setup), 300)
     if code:
         raise RuntimeError((work / "count_log.txt").read_text()[-3000:])
-    return int(file.read_text()) if file.exists() else 0
+    return json.loads(file.read_text())
 
 
 class _QuietFile:
@@ -259,8 +267,9 @@ def _armed(disturbance: Disturbance | None, note: Path) -> Callable[[], None]:
         left = [disturbance.point]
 
         def reached(kind: str, when: str, path: str) -> None:
-            left[0] -= 1
+            left[0] -= disturbance.kind in ("", f"{kind} {when}")
             if left[0] == -1:
+                left[0] -= 1
                 with _QuietFile(note) as descriptor:
                     os.write(descriptor, f"{kind} {when}".encode())
                 os.kill(os.getpid(), disturbance.number)

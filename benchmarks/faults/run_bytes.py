@@ -20,7 +20,7 @@ VOLATILE = {
 }  # keys of JSON files that tell of the machine, the moment or the command  # fmt: skip
 LEFTOVERS = ("*.tmp", "*.new", "*.old", "unfinished.json", "overwrite_*.json")  # of work that is not complete
 TOLD_BY_TIME = re.compile(
-    r"<title>.*?</title>|<header>.*?</header>|<section[^>]*><h2>[^<]*provenance.*?</section>|<table(?:(?!</table>).)*>seconds<.*?</table>",
+    r"<title>.*?</title>|<header>.*?</header>|<section[^>]*><h2>[^<]*provenance.*?</section>|<table(?:(?!</table>).)*>seconds[^<]*<.*?</table>",
     re.DOTALL,
 )  # parts of a report
 

@@ -10,7 +10,6 @@ text, called readings:
 Each has a curve. The first two also have one for each quarter of the masked share that has enough tokens.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +147,7 @@ class Calibration:
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = durable.read_json(path)
             readings = {
                 name: Curves(
                     _curve(curves["whole"]), tuple(None if c is None else _curve(c) for c in curves["bands"])

@@ -1,11 +1,11 @@
 """What samples start from: masks only, a prompt followed by masks, or a text with gaps."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lib import durable
 from lib.artifacts import Stage
 from lib.diffusion.blocks import blocks_of
 from lib.errors import BadConfig, BadData
@@ -20,7 +20,7 @@ MAX_LISTED = 10  # row names in one message
 def generator_context(stage: Stage) -> int:
     """The number of tokens that the generator reads, without [CLS]."""
     file = stage.folder_of("05_train_critic", "best_model") / "config.json"
-    return json.loads(file.read_text(encoding="utf-8"))["max_position_embeddings"] - 1
+    return durable.read_json(file)["max_position_embeddings"] - 1
 
 
 def sampling_starts(settings: SamplerConfig, tokenizer: Any, context: int) -> list[Start]:

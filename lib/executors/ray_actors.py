@@ -9,11 +9,13 @@ import importlib
 import importlib.metadata
 import math
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lib.errors import BadConfig, MissingInput
+from lib.errors import BadConfig, Interrupted, MissingInput
 from lib.executors.base import MAX_LOSSES, Make, Work, answer_of, lost, portable, threads_of_each
 from lib.log import say, silence
 
@@ -137,6 +139,26 @@ def _init(ray: Any, workers: int) -> None:
         "runtime_env": {"env_vars": {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}},
     }
     address = os.environ.get("RAY_ADDRESS")
+    with _own_signals():
+        _join_or_start(ray, address, workers, common)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM by one that ends with code 15. Ours returns as soon as Ray has started."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:
+            raise
+        raise Interrupted("stopped by SIGTERM; run the same command again to continue", 143) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _join_or_start(ray: Any, address: str | None, workers: int, common: dict[str, Any]) -> None:
     if address and address != "local":
         try:
             ray.init(address=address, **common)

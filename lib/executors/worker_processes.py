@@ -56,7 +56,7 @@ class ProcessExecutor:
             gpu = len(self._crew) if self._work.uses_device else None
             try:
                 idle.append(_Worker(self._work, self._threads, gpu))
-            except BrokenPipeError:  # it was ended while it started
+            except (ConnectionError, EOFError):  # it, or the server that forks workers, was ended meanwhile
                 self._count_loss(None)
                 continue
             self._crew.append(idle[-1])

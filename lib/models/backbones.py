@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.models.folder_check import check_folder, shards_of
 from lib.models.packing import Packed, Pools, pack
 
 WEIGHTS_FILE, SHARDS_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -184,7 +185,7 @@ def _position_table(backbone: Any) -> Any:
 
 
 def require_model_files(folder: Path) -> None:
-    """Raise MissingInput or BadData if a folder has no Hugging Face model with a tokenizer."""
+    """Raise MissingInput or BadData if a folder has no Hugging Face model with a tokenizer; see lib/models/folder_check.py."""
     if not (folder / "config.json").exists():
         raise MissingInput(f"{folder} has no config.json; give the folder of a Hugging Face model")
     if not any((folder / name).exists() for name in (WEIGHTS_FILE, SHARDS_FILE)):
@@ -197,6 +198,8 @@ def require_model_files(folder: Path) -> None:
                 "Convert it to model.safetensors with save_pretrained, on a machine that may run it"
             )
         raise MissingInput(f"{folder} has no {WEIGHTS_FILE}; give a folder with the model's weights")
+    weights = [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else shards_of(folder / SHARDS_FILE)
+    check_folder(folder, weights)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise MissingInput(
             f"{folder} has no tokenizer (tokenizer.json or a vocabulary); copy the one of the model into it"

@@ -4,7 +4,6 @@ Transfer: any checkpoint can initialise any mode. All tensors of the backbone mu
 reported, and new ones are initialised. Anything else that does not match is an error.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,11 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from lib import randomness
+from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.labels import OUTSIDE
 from lib.models.families import FAMILIES, PRETRAINED, Family
+from lib.models.folder_check import check_config, read_header, refuse_non_finite
 from lib.models.hugging_face import AdaptedPreTrainedModel
 from lib.models.pretrained import Pretrained, code_files_of
 from lib.models.pretrained_tokenizer import framed_tokenizer
@@ -252,7 +252,6 @@ def _load_matching(
 
 def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """(config, tensors) of a saved folder of one of the families. Raises MissingInput or BadData."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
@@ -262,11 +261,13 @@ def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]
         raise MissingInput(
             f"{folder} has no model.safetensors{hint}; give a folder of a model that stage 04 or 05 trained"
         )
+    check_config(folder / "config.json", len(read_header(weights)), weights.stat().st_size)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tensors = load_file(str(weights))
-    except (SafetensorError, ValueError, OSError) as error:
+    except Exception as error:  # what the files say decides which kind
         raise BadData(f"{folder} cannot be loaded: {error}") from None
+    refuse_non_finite(tensors, folder)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise BadData(
@@ -278,10 +279,10 @@ def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]
 def is_ours(folder: Path) -> bool:
     """Whether the folder's config is of one of the families. Raises BadData if it is not JSON."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = durable.read_json(folder / "config.json")
     except ValueError as error:
         raise BadData(f"{folder / 'config.json'} is not JSON: {error}") from None
-    return content.get("model_type") in FAMILIES
+    return isinstance(content, dict) and content.get("model_type") in FAMILIES
 
 
 def load_model(folder: Path) -> Any:

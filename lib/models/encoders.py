@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -19,6 +18,7 @@ from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models import families as families  # registers this project's backbones with the Auto classes
 from lib.models.backbones import WEIGHTS_FILE, require_model_files
+from lib.models.folder_check import refuse_non_finite
 from lib.outside import encoder_not_found, encoder_source
 
 transformers_logging.disable_progress_bar()
@@ -58,7 +58,7 @@ def open_encoder(
         )  # fmt: skip
     except OSError as error:
         raise MissingInput(_encoder_not_found(name_or_folder, error)) from None
-    except (SafetensorError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # what config.json says decides which kind
         raise BadData(f"{name_or_folder} cannot be loaded: {error}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -71,6 +71,7 @@ def open_encoder(
             f"{name_or_folder} lacks {len(missing)} of the backbone's tensors, such as {', '.join(missing[:3])}; "
             "give a complete model"
         )
+    refuse_non_finite(backbone.state_dict(), name_or_folder)
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         raise BadData(
             f"{name_or_folder}: the tokenizer has {len(tokenizer)} ids, the model only "
@@ -97,7 +98,7 @@ def open_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> A
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **source)
     except OSError as error:
         raise MissingInput(_encoder_not_found(name_or_folder, error)) from None
-    except (ValueError, ImportError) as error:
+    except Exception as error:
         raise BadData(f"the tokenizer of {name_or_folder} cannot be loaded: {error}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise BadData(f"{name_or_folder} has no fast tokenizer; save it with a tokenizer.json")

@@ -4,7 +4,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from lib.errors import BadData, MissingInput
@@ -21,12 +20,14 @@ def load_masked_lm(folder: Path) -> tuple[Any, Any, int]:
     """
     from lib.models.backbones import longest_input, require_model_files
     from lib.models.build import is_ours
+    from lib.models.folder_check import refuse_non_finite
 
     require_model_files(folder)
     tokenizer = load_fast_tokenizer(folder)
     is_own = is_ours(folder)
     model: Any = _load_own(folder) if is_own else load_foreign(folder)
     size = model.get_input_embeddings().weight.shape[0]
+    refuse_non_finite(model.state_dict(), folder)
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         raise BadData(
@@ -48,7 +49,7 @@ def load_fast_tokenizer(folder: Path):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # what the files of a tokenizer say decides which kind
         raise MissingInput(f"{folder} has no tokenizer that can be loaded: {_first_line(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise BadData(f"{folder} has no fast tokenizer; save it with a tokenizer.json")
@@ -93,7 +94,7 @@ def load_foreign(folder: Path, where: str = "") -> nn.Module:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # what config.json says decides which kind
         raise BadData(
             f"{where}{folder} is not a masked LM that transformers can load: {_first_line(error)}"
         ) from None

@@ -10,7 +10,6 @@ All facts of the card come from the manifests: data, settings, held-out metrics 
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -131,12 +130,12 @@ def card(
     name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path, with_prompts: bool = False
 ) -> str:
     """The model card as Markdown with a YAML header. `with_prompts`: the model scores pairs of prompt and candidate."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = durable.read_json(folder / "config.json")
     architecture = config["architectures"][0]
     if "auto_map" not in config and architecture.endswith(
         "MaskedLM"
     ):  # a pretrained model of another project
-        words = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        words = durable.read_json(folder / "tokenizer_config.json")
         config |= {
             "max_position_embeddings": words["model_max_length"] + 1,
             "mask_token": words["mask_token"],

@@ -7,7 +7,6 @@ The folder has `ranker.json`, `score_head.safetensors`, the tokenizer, and one o
 - otherwise the whole backbone, in `config.json` and `model.safetensors`.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise MissingInput(f"{folder} has no {RANKER_FILE}; give the folder of a trained ranker")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = durable.read_json(path)
         weights = ADAPTER_FILE if record["lora"] else None
         keys = ("pooling", "head", "head_dropout", "attention", "dtype", "base")
         lacking = [key for key in keys if key not in record]

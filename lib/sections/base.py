@@ -6,6 +6,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
+Layers = Annotated[int, Field(gt=0, le=1_000)]  # more would not be built in a lifetime
+Width = Annotated[int, Field(gt=0, le=2**20)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -22,6 +24,8 @@ def _user_path(text: str) -> str:
         raise ValueError(
             "the path is not UTF-8; rename the file, or give the folder that contains it"
         ) from None
+    if "\0" in text:
+        raise ValueError("a path cannot hold a zero byte")
     return os.path.expanduser(text)
 
 
@@ -30,4 +34,4 @@ UserPath = Annotated[str, AfterValidator(_user_path)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

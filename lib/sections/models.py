@@ -5,7 +5,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lib.sections.base import AboveZero, BelowOne, Count, Fraction, NonNegative, Positive, Section, UserPath
+from lib.sections.base import (
+    AboveZero,
+    BelowOne,
+    Count,
+    Fraction,
+    Layers,
+    NonNegative,
+    Positive,
+    Section,
+    UserPath,
+    Width,
+)
 
 MODES = ("language_model", "token_classifier", "sequence_scorer", "ranker")
 MODE_ALIASES = {  # names of earlier versions
@@ -21,11 +32,11 @@ DTYPES = Literal["float32", "bfloat16"]  # of weights
 
 class ArchitectureConfig(Section):
     family: Literal["remask_gpt", "ltg_bert", "pretrained"]
-    num_hidden_layers: Positive
-    hidden_size: Positive
-    num_attention_heads: Positive
-    intermediate_size: Positive | None
-    context: Annotated[int, Field(ge=2)]
+    num_hidden_layers: Layers
+    hidden_size: Width
+    num_attention_heads: Width
+    intermediate_size: Width | None
+    context: Annotated[int, Field(ge=2, le=2**24)]
     dropout: BelowOne
     bias: bool
     position_buckets: Annotated[int, Field(ge=2)]

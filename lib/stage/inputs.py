@@ -161,7 +161,7 @@ class UpstreamReader:
 
     def rows(self, stage_name: str, output: str) -> int:
         """Number of rows of an earlier stage's table, from its manifest."""
-        return self._upstream[stage_name]["outputs"][output]["rows"]
+        return self._record(stage_name, output)["rows"]
 
     def has_output(self, stage_name: str, output: str) -> bool:
         return output in self._upstream[stage_name]["outputs"]
@@ -172,7 +172,7 @@ class UpstreamReader:
 
     def sha256_of(self, stage_name: str, output: str) -> str:
         """The hash of an earlier stage's output, from its manifest."""
-        return self._upstream[stage_name]["outputs"][output]["sha256"]
+        return self._record(stage_name, output)["sha256"]
 
     def table_metadata(self, stage_name: str, output: str) -> dict[str, str]:
         """The metadata that an earlier stage stored in the file of a table."""

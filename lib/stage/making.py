@@ -1,7 +1,6 @@
 """How a stage makes its parts: those that are not there, by the executor of the config; with --part i/n, a share of them."""
 
 import contextlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -143,6 +142,6 @@ class PartsMaker(ABC):
 def _read(file: Path) -> Any:
     """The content of a JSON file; None if it is missing or damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return durable.read_json(file)
     except (OSError, ValueError):
         return None

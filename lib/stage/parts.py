@@ -61,7 +61,7 @@ class Parts:
     def manifest(self, number: int) -> dict[str, Any] | None:
         """The manifest of a part; None if the part is absent, has another key, or has lost a file."""
         try:
-            found = json.loads(self._manifest_path(number).read_text(encoding="utf-8"))
+            found = durable.read_json(self._manifest_path(number))
             if found["key"] != self.key:
                 return None
             sizes = {name: self.path(name, number).stat().st_size for name in self.schemas}

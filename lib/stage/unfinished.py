@@ -101,7 +101,7 @@ class UnfinishedWork:
             record = self._read()
             self._dependencies.refuse_changes(record, f"{stage} was begun with")
             self._note_changed_code(record, stage)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadData(
                 f"{self.path} is damaged ({error}); run again with {self._dependencies.again}"
             ) from None
@@ -143,7 +143,7 @@ class UnfinishedWork:
         self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text(encoding="utf-8"))
+        return durable.read_json(self.path)
 
     def _content(self, mixed: list[str], overwrite: bool) -> dict[str, Any]:
         now = self._dependencies
@@ -179,8 +179,8 @@ class Attempt:
         key = json.dumps([chosen, dependencies.config, dependencies.inputs, code])
         self.path = folder / f"overwrite_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         try:
-            self.done = set(json.loads(self.path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            self.done = set(durable.read_json(self.path))
+        except (OSError, ValueError, TypeError):
             self.done = set()
 
     def add(self, name: str) -> None:

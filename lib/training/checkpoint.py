@@ -7,7 +7,7 @@ renamed into place. The previous checkpoint is removed after that.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ from lib import code_version, durable
 from lib.engine.sharding import whole
 from lib.errors import BadConfig, BadData
 from lib.log import say
+from lib.runs import is_inside
 
 FOLDER = "checkpoint"
+KINDS_OF_STATE = {
+    "step": int, "best_step": int, "summed_steps": int, "metrics_bytes": int, "best_metrics": dict, "sums": dict,
+}  # fmt: skip
 
 
 def save(
@@ -42,6 +46,7 @@ def save(
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
     """(tensors, state) of the last checkpoint, None if there is none. Raises BadData that names a damaged file."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / FOLDER
@@ -50,17 +55,67 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
         return None
     advice = "remove the checkpoint folder to train this model from the beginning"
     try:
-        hashes = json.loads((path / "hashes.json").read_text(encoding="utf-8"))
+        hashes = durable.read_json(path / "hashes.json")
         for name, expected in hashes.items():
+            if not is_inside(path / name, path):
+                raise BadData(f"{path / 'hashes.json'} names a file outside of its folder: {name}; {advice}")
             if durable.sha256_file(path / name) != expected:
                 raise BadData(
                     f"{path / name} is damaged: its sha256 differs from the one in hashes.json; {advice}"
                 )
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, AttributeError) as error:
+        state = durable.read_json(path / "state.json")
+        names = [
+            n.removesuffix(".safetensors") for n in hashes if n.endswith(".safetensors") and "/" not in n
+        ]
+        tensors = {n: load_file(str(path / f"{n}.safetensors")) for n in names}
+    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
         raise BadData(f"{path} is damaged ({error}); {advice}") from None
-    names = [n.removesuffix(".safetensors") for n in hashes if n.endswith(".safetensors") and "/" not in n]
-    return {n: load_file(str(path / f"{n}.safetensors")) for n in names}, state
+    wrong = [
+        k
+        for k, kind in KINDS_OF_STATE.items()
+        if not isinstance(state, dict) or not _is_of(state.get(k), kind)
+    ]
+    if wrong:
+        raise BadData(f"{path / 'state.json'} is damaged ({wrong[0]} is missing or wrong); {advice}")
+    return tensors, state
+
+
+def check_step(step: int, steps: int, folder: Path) -> None:
+    """Raises BadData if a checkpoint is of a later step than the last one."""
+    if step > steps:
+        raise BadData(
+            f"{folder / FOLDER} is of step {step}, but the training has {steps} steps; remove the checkpoint folder to train "
+            "this model from the beginning"
+        )
+
+
+def check_tensors(
+    saved: Mapping[str, Mapping[str, Tensor]], now: Mapping[str, Mapping[str, Tensor]], folder: Path
+) -> None:
+    """Raises BadData unless the tensors of a checkpoint are those of the model: names and shapes, group by group.
+
+    Moments of the optimizer, `<weight>/<moment>`, must belong to weights. There are none before the first step alone.
+    """
+    for group, tensors in now.items():
+        found = {name: tuple(value.shape) for name, value in saved.get(group, {}).items()}
+        wanted = {name: tuple(value.shape) for name, value in tensors.items()}
+        differing = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+        if differing:
+            raise BadData(
+                f"{folder / FOLDER / group}.safetensors does not fit the model: {len(differing)} tensors differ, such as "
+                f"{differing[0]}; remove the checkpoint folder to train this model from the beginning"
+            )
+    owners = {name.rpartition("/")[0] for name in saved.get("optimizer", {})}
+    if not owners or not owners <= set(now["weights"]):
+        raise BadData(
+            f"{folder / FOLDER}: the moments of the optimizer are missing or belong to another model; remove the checkpoint "
+            "folder to train this model from the beginning"
+        )
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    """Whether a value of state.json has a type; numbers must not be negative."""
+    return isinstance(value, kind) and not isinstance(value, bool) and not (kind is int and value < 0)
 
 
 def restore_folder(folder: Path, name: str) -> None:

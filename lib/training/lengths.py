@@ -5,7 +5,6 @@ the whole text. A candidate longer than their context is refused as early as its
 Language models read windows instead.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lib import durable
 from lib.config import Config
 from lib.errors import BadData
 from lib.sections.models import dependency_order
@@ -124,7 +124,7 @@ def contexts_of(config: Config) -> dict[str, int | None]:
 def _context_of_folder(folder: Path) -> int | None:
     """Context of a saved model; None for a missing or foreign folder, which loading the model reports."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = durable.read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     positions = content.get("max_position_embeddings") if isinstance(content, dict) else None

@@ -364,6 +364,9 @@ class _Run:
             self.folder,
         )
         checkpoint.check_frozen(state.pop("frozen_sha256", None), self.frozen_digest, self.label)
+        own = {"weights": self.optimizer.parameters, "ema": self.ema.params}
+        checkpoint.check_tensors(tensors, own, self.folder)
+        checkpoint.check_step(state["step"], self.settings.steps, self.folder)
         self.state = _State(**{k: v for k, v in state.items() if k in _State.__dataclass_fields__})
         with torch.no_grad():
             for name, value in tensors["weights"].items():

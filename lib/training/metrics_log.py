@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lib.errors import BadData
 from lib.training.trackers import Tracker
 
 
@@ -45,6 +46,12 @@ class MetricsLog:
 
     def truncate(self, size: int) -> None:
         """Remove what was written after a checkpoint, of which metrics.jsonl had `size` bytes."""
+        found = self.file.stat().st_size if self.file.exists() else 0
+        if found < size:
+            raise BadData(
+                f"{self.file} has {found:,} bytes, but had {size:,} at the checkpoint: lines are lost. Remove the checkpoint "
+                "folder to train this model from the beginning"
+            )
         if self.file.exists():
             os.truncate(self.file, size)
 

@@ -5,7 +5,6 @@ step are a function of (seed, step), as they are with tables. A resumed training
 checkpoint again.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -108,7 +107,7 @@ class StreamingDataset:
     def _record(self, number: int, digest: str) -> None:
         """Add a shard and its hash to shards.json. Raises BadData if the shard was used before with another hash."""
         try:
-            used = json.loads(self.record_file.read_text(encoding="utf-8"))
+            used = durable.read_json(self.record_file)
         except FileNotFoundError:
             used = {}
         except ValueError:

@@ -19,7 +19,7 @@ from torch import nn
 
 from lib import durable
 from lib.config import Config
-from lib.errors import BadConfig
+from lib.errors import BadConfig, BadData
 from lib.log import say
 from lib.models.backbones import longest_input
 from lib.models.block_attention import on_a_gpu
@@ -68,13 +68,23 @@ def train_model(
     return recorded(folder, lambda: _train(name, spec, stage_inputs, folder, start), stage_inputs.runtime)
 
 
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        record = durable.read_json(file)
+    except (OSError, ValueError) as error:
+        raise BadData(f"{file} is damaged ({error}); remove it to train this model again") from None
+    if not isinstance(record, dict):
+        raise BadData(f"{file} is no record of a training; remove it to train this model again")
+    return record
+
+
 def recorded(folder: Path, make: Callable[[], dict[str, Any]], runtime: Runtime) -> dict[str, Any]:
     """The record of a training in `folder`. If there is none, the training `make` makes it, and it is written.
 
     So an interrupted stage does not repeat a training that is complete. All processes call this together.
     """
     file, processes = folder / RECORD, runtime.processes
-    known = json.loads(file.read_text(encoding="utf-8")) if processes.is_main and file.exists() else None
+    known = _read_record(file) if processes.is_main and file.exists() else None
     if (known := processes.from_main(known)) is not None:
         say(f"{folder.name}: already trained")
         return known

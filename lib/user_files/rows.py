@@ -14,6 +14,8 @@ from lib.user_files import decoding
 from lib.user_files.decoding import decode, first_utf8_fault, length_fault, open_bytes, read_bytes, utf8_fault
 from lib.user_files.faults import Fault, UnreadableFile, kind_of
 
+MAX_RATIO, MAX_ROWS_PER_BYTE = 200, 100  # of a Parquet file; real texts shrink by less than 20 times
+
 
 class Row(NamedTuple):
     """One row, or the fault of it. `number`: the line, from 1, for .jsonl; otherwise the row, from 0."""
@@ -172,6 +174,19 @@ def _check_columns(columns: Mapping[str, str] | None, names: Sequence[str]) -> N
         )
 
 
+def _refuse_bomb(metadata: Any, size: int) -> None:
+    """Raises UnreadableFile if a small file says that it holds far more than a real table of its size."""
+    rows = metadata.num_rows
+    held = sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
+    if (rows > 2**20 and rows > MAX_ROWS_PER_BYTE * size) or (
+        held > decoding.MAX_BYTES and held > MAX_RATIO * size
+    ):
+        found = f"{rows:,} rows, {held:,} bytes in a file of {size:,}"
+        raise UnreadableFile(
+            Fault("too long", found, "a table of real texts", "write the table again, without padding")
+        )
+
+
 def _parquet(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -179,6 +194,7 @@ def _parquet(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
     number = 0
     try:
         file = pq.ParquetFile(path)
+        _refuse_bomb(file.metadata, path.stat().st_size)
         _check_columns(columns, file.schema_arrow.names)
         chosen = None if columns is None else list(columns)
         for batch in file.iter_batches(batch_size=64, columns=chosen):

@@ -5,13 +5,13 @@ python -m lib.models.ltg_bert model.bin OUT_DIR --config configs/base.json --tok
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from lib import durable
 from lib.durable import replacing_folder
 from lib.errors import BadData, CannotCreate, MissingInput, RemaskError
 
@@ -62,7 +62,7 @@ def _beside(checkpoint: Path, name: str) -> Path | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return durable.read_json(path)
     except (OSError, ValueError) as error:
         raise BadData(f"{path} is not a JSON config: {error}") from None
 

@@ -1,6 +1,5 @@
 """The account of every model of a config. Weights are counted on models without memory; nothing is downloaded."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
+from lib import durable
 from lib.config import Config
 from lib.errors import BadConfig, MissingInput
 from lib.models.build import fresh_backbone, heads_of, start_model
@@ -111,7 +111,7 @@ def encoder_config(encoder: str, shape: Path | None) -> Any:
             f"the shape of {encoder} is not known here; give its config.json with --shape FILE (known: {', '.join(KNOWN)})"
         )
     try:
-        values = dict(KNOWN[name] if file is None else json.loads(file.read_text(encoding="utf-8")))
+        values = dict(KNOWN[name] if file is None else durable.read_json(file))
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (OSError, ValueError, KeyError) as error:
         raise BadConfig(f"{file} is not the config.json of a model: {error}") from None
