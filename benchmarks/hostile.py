@@ -11,11 +11,13 @@ Terminal escapes of a file must not reach the terminal.
 
 import argparse
 import collections
+import json
 import os
 import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +140,7 @@ def run_case(case: Case, work: Path) -> Result:
     place.folder.mkdir(parents=True)
     place.secret.parent.mkdir()
     place.secret.write_text(SECRET)
-    argv = case.make(place)
+    argv = _made(case, place)
     notes, log = folder / "notes.txt", folder / "log.txt"
     before = _contents(folder)
     secret = guard.SecretWatch(place.secret.parent)
@@ -158,6 +160,23 @@ def run_case(case: Case, work: Path) -> Result:
     if SECRET.encode() in data:
         harms.append("the secret was shown")
     return Result(case, code, seconds, megabytes, data.decode(errors="replace"), harms)
+
+
+def _made(case: Case, place: Place) -> list[str]:
+    """The command of a case, after its files were made in a process of its own, whose memory is given back."""
+    note = place.folder.parent / "command.json"
+    pid = os.fork()
+    if not pid:
+        try:
+            note.write_text(json.dumps(case.make(place)), encoding="utf-8", errors="surrogateescape")
+            os._exit(0)
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise RuntimeError(f"{case.group}: {case.name} cannot be made")
+    return json.loads(note.read_text(encoding="utf-8", errors="surrogateescape"))
 
 
 def _guarded(place: Place, notes: Path) -> None:

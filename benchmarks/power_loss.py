@@ -67,7 +67,7 @@ def main() -> int:
     )
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", action="append", default=[], metavar="CASE")
-    parser.add_argument("--states", type=int, default=None, help="at most so many of each case, by chance")
+    parser.add_argument("--states", type=int, default=None, help="at most this many of each case, by chance")
     parser.add_argument(
         "--minutes", type=float, default=None, help="stop after this time; the same command continues"
     )

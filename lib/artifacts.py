@@ -19,7 +19,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from lib.stage.locks import StageLocks, with_stages
 from lib.stage.making import PartsMaker
 from lib.stage.manifest import Clock, code_differences, describe, make_manifest, upstream_differences
 from lib.stage.outputs import OutputWriter, check_sizes
-from lib.stage.unfinished import LOG_FILE, Dependencies, UnfinishedWork, choose_folder
+from lib.stage.unfinished import LOG_FILE, MARKER, Dependencies, UnfinishedWork, choose_folder
 
 PART_LOG = "log_{}_of_{}.txt"  # of a command with --part: several may run at the same time
 
@@ -184,6 +184,10 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
             return False
         self._dependencies.refuse_changes(manifest, f"{self.name} in {where} was made with")
         check_sizes(self._final_folder, manifest)
+        with suppress(
+            OSError
+        ):  # a process was killed after it had written the manifest; the folder may be read-only
+            (self._final_folder / MARKER).unlink(missing_ok=True)
         if self.args.resume:
             raise UsageError(f"--resume: {self.name} has finished in {where}; nothing to resume")
         line = f"{self.name} in {where} is up to date"

@@ -18,6 +18,7 @@ What a model of stage 04 reads and uses is in lib/training/model_plans.py.
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,8 @@ class StageOfUnits(Stage):
                 say(problem)
                 return None
             if stored is not None and list(stored["units"].items()) == list(units.items()):
+                with suppress(OSError):  # of a process that was killed after it had written the manifest
+                    (self.folder / MARKER).unlink(missing_ok=True)
                 return None
             log_to(self.folder / LOG_FILE)
             content = describe_units(self.name, made, units)

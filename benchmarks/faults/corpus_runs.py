@@ -157,9 +157,9 @@ def _add_tables(add: Callable[..., None]) -> None:
             from lib import durable
 
             _edit(change)(place, path)
-            tokens, manifest = path.parent.parent, path.parent.parent.parent / "manifest.json"
+            tokens, manifest = path.parent, path.parent.parent.parent / "manifest.json"
             content = json.loads(manifest.read_text())
-            record = content["outputs"]["tokens"]
+            record = content["outputs"]["tokens/train"]
             record.update(sha256=durable.sha256_folder(tokens), bytes=durable.folder_bytes(tokens))
             manifest.write_text(json.dumps(content))
 
@@ -257,15 +257,15 @@ def _checkpoints() -> list[Case]:
         Case("checkpoint", f"state: {name}", of(edit, "state.json", True)) for name, edit in STATES.items()
     ]
     edits: dict[str, tuple[str, Edit, bool]] = {
-        "flipped byte": ("model.safetensors", lambda place, path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"), False),
+        "flipped byte": ("weights.safetensors", lambda place, path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"), False),
         "hashes that are a list": ("hashes.json", lambda place, path: path.write_text("[]"), False),
         "no hashes": ("hashes.json", lambda place, path: path.unlink(), False),
         "hash of a file outside": ("hashes.json", _edit(lambda h: h | {"../../../../../etc/hostname": "0" * 64}), False),
         "hash of a pipe": ("pipe", lambda place, path: (fifo(path), _edit(lambda h: h | {"pipe": "0" * 64})(
             place, path.parent / "hashes.json")), False),
-        "weights of another shape": ("model.safetensors", tensors(lambda t: {k: v[..., :1].contiguous() for k, v in t.items()}), True),
-        "weights without a tensor": ("model.safetensors", tensors(lambda t: dict(list(t.items())[1:])), True),
-        "weights that are no safetensors": ("model.safetensors", lambda place, path: path.write_bytes(b"\x80\x02."), True),
+        "weights of another shape": ("weights.safetensors", tensors(lambda t: {k: v[..., :1].contiguous() for k, v in t.items()}), True),
+        "weights without a tensor": ("weights.safetensors", tensors(lambda t: dict(list(t.items())[1:])), True),
+        "weights that are no safetensors": ("weights.safetensors", lambda place, path: path.write_bytes(b"\x80\x02."), True),
         "no optimizer": ("optimizer.safetensors", lambda place, path: path.unlink(), True),
         "link to a secret": ("state.json", lambda place, path: (path.unlink(), path.symlink_to(place.secret)), True),
     }  # fmt: skip

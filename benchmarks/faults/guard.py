@@ -31,7 +31,7 @@ def watch(note: Path, writable: Iterable[Path], hostile: Path) -> None:
 
     Args:
         writable: folders in which it may change files.
-        hostile: a folder from which no code may be imported.
+        hostile: a folder whose code may not run.
     """
     allowed = tuple(os.path.realpath(folder) for folder in writable)
     code_folder = os.path.realpath(hostile)
@@ -53,8 +53,6 @@ def watch(note: Path, writable: Iterable[Path], hostile: Path) -> None:
             path, _, flags = arguments
             if isinstance(flags, int) and flags & WRITING and not inside(path):
                 note_it(f"writes {path!r}")
-            if str(path).endswith((".py", ".pyc")) and os.path.realpath(str(path)).startswith(code_folder):
-                note_it(f"reads code {path!r}")
         elif event in CHANGES and not all(
             inside(path) for path in arguments[:2] if isinstance(path, str | bytes)
         ):
@@ -63,6 +61,8 @@ def watch(note: Path, writable: Iterable[Path], hostile: Path) -> None:
             note_it(f"{event} {arguments[1:]!r}")
         elif event in PROGRAMS and not str(arguments[0]).endswith("git"):
             note_it(f"runs {arguments[:2]!r}")
+        elif event == "exec" and str(getattr(arguments[0], "co_filename", "")).startswith(code_folder):
+            note_it(f"runs code of {arguments[0].co_filename}")
         elif event == "pickle.find_class":
             note_it(f"unpickles {arguments!r}")
 

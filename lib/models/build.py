@@ -19,7 +19,7 @@ from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.labels import OUTSIDE
 from lib.models.families import FAMILIES, PRETRAINED, Family
-from lib.models.folder_check import check_config, read_header, refuse_non_finite
+from lib.models.folder_check import check_config, first_line, read_header, refuse_non_finite
 from lib.models.hugging_face import AdaptedPreTrainedModel
 from lib.models.pretrained import Pretrained, code_files_of
 from lib.models.pretrained_tokenizer import framed_tokenizer
@@ -263,10 +263,10 @@ def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]
         )
     check_config(folder / "config.json", len(read_header(weights)), weights.stat().st_size)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tensors = load_file(str(weights))
     except Exception as error:  # what the files say decides which kind
-        raise BadData(f"{folder} cannot be loaded: {error}") from None
+        raise BadData(f"{folder} cannot be loaded: {first_line(error)}") from None
     refuse_non_finite(tensors, folder)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)

@@ -18,7 +18,7 @@ from lib import durable, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models import families as families  # registers this project's backbones with the Auto classes
 from lib.models.backbones import WEIGHTS_FILE, require_model_files
-from lib.models.folder_check import refuse_non_finite
+from lib.models.folder_check import first_line, refuse_non_finite
 from lib.outside import encoder_not_found, encoder_source
 
 transformers_logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def open_encoder(
     except OSError as error:
         raise MissingInput(_encoder_not_found(name_or_folder, error)) from None
     except Exception as error:  # what config.json says decides which kind
-        raise BadData(f"{name_or_folder} cannot be loaded: {error}") from None
+        raise BadData(f"{name_or_folder} cannot be loaded: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     absent = sorted(report["missing_keys"])
@@ -99,7 +99,7 @@ def open_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> A
     except OSError as error:
         raise MissingInput(_encoder_not_found(name_or_folder, error)) from None
     except Exception as error:
-        raise BadData(f"the tokenizer of {name_or_folder} cannot be loaded: {error}") from None
+        raise BadData(f"the tokenizer of {name_or_folder} cannot be loaded: {first_line(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise BadData(f"{name_or_folder} has no fast tokenizer; save it with a tokenizer.json")
     if tokenizer.pad_token_id is None:

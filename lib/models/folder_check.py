@@ -39,7 +39,7 @@ def check_folder(folder: Path, weights: list[Path]) -> None:
     size = sum(path.stat().st_size for path in weights)
     check_config(folder / "config.json", tensors, size)
     if (folder / "tokenizer.json").exists():
-        check_tokenizer(folder / "tokenizer.json")
+        check_tokenizer(folder / "tokenizer.json", max_tokens=size)
 
 
 def shards_of(index: Path) -> list[Path]:
@@ -70,7 +70,7 @@ def read_header(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise BadData(f"{path} is no safetensors file: its header is nested too deeply; {ADVICE}") from None
     except (OSError, ValueError) as error:
-        raise BadData(f"{path} is no safetensors file: {_reason(error)}; {ADVICE}") from None
+        raise BadData(f"{path} is no safetensors file: {first_line(error)}; {ADVICE}") from None
     if not isinstance(header, dict):
         raise BadData(f"{path} is no safetensors file: its header is no map; {ADVICE}")
     header.pop("__metadata__", None)
@@ -104,8 +104,8 @@ def check_config(path: Path, tensors: int, weight_bytes: int) -> dict[str, Any]:
     return config
 
 
-def check_tokenizer(path: Path) -> None:
-    """Raises BadData if a tokenizer.json is damaged, or could make a text grow or a search run without end."""
+def check_tokenizer(path: Path, max_tokens: int = 2**31) -> None:
+    """Raises BadData if a tokenizer.json is damaged, has too many tokens, or could make a text grow or a search run on."""
     from tokenizers import Tokenizer
 
     content = _json_map(path, MAX_TOKENIZER_BYTES)
@@ -113,6 +113,8 @@ def check_tokenizer(path: Path) -> None:
     if not isinstance(model, dict):
         raise BadData(f"{path} has no model; {ADVICE}")
     vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict | list) and len(vocabulary) > max_tokens:
+        raise BadData(f"{path} has {len(vocabulary):,} tokens, more than the weights can embed; {ADVICE}")
     if isinstance(vocabulary, dict):
         ids = list(vocabulary.values())
         if not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
@@ -134,13 +136,13 @@ def check_tokenizer(path: Path) -> None:
             f"{path}: it makes up to {growth:,} characters of one, in {steps:,} steps; allowed are {MAX_GROWTH} and {MAX_STEPS:,}"
         )
     try:
-        Tokenizer.from_file(str(path))
+        Tokenizer.from_file(str(path)).encode("a word, ANOTHER 1")
     except Exception as error:  # the library raises errors of many kinds
-        raise BadData(f"{path} cannot be read: {_reason(error)}; {ADVICE}") from None
+        raise BadData(f"{path} cannot be read: {first_line(error)}; {ADVICE}") from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust
             raise
-        raise BadData(f"{path} cannot be read: {_reason(error)}; {ADVICE}") from None
+        raise BadData(f"{path} cannot be read: {first_line(error)}; {ADVICE}") from None
 
 
 def refuse_non_finite(tensors: Mapping[str, Any], folder: Path | str) -> None:
@@ -224,13 +226,13 @@ def _json_map(path: Path, max_bytes: int) -> dict[str, Any]:
     try:
         content = durable.read_json(path, max_bytes)
     except (OSError, ValueError) as error:
-        raise BadData(f"{path} is not JSON that can be read: {_reason(error)}; {ADVICE}") from None
+        raise BadData(f"{path} is not JSON that can be read: {first_line(error)}; {ADVICE}") from None
     if not isinstance(content, dict):
         raise BadData(f"{path} is no map of settings, but a {type(content).__name__}; {ADVICE}")
     return content
 
 
-def _reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, short enough for a line."""
     text = str(getattr(error, "strerror", None) or error).strip()
     return (text.partition("\n")[0] or type(error).__name__)[:200]

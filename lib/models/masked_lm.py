@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lib.errors import BadData, MissingInput
+from lib.models.folder_check import first_line
 
 DEFAULT_LENGTH = 512  # tokens, for a model without a limit
 
@@ -48,9 +49,9 @@ def load_fast_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what the files of a tokenizer say decides which kind
-        raise MissingInput(f"{folder} has no tokenizer that can be loaded: {_first_line(error)}") from None
+        raise MissingInput(f"{folder} has no tokenizer that can be loaded: {first_line(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise BadData(f"{folder} has no fast tokenizer; save it with a tokenizer.json")
     for name in ("mask", "pad"):
@@ -96,7 +97,7 @@ def load_foreign(folder: Path, where: str = "") -> nn.Module:
         )
     except Exception as error:  # what config.json says decides which kind
         raise BadData(
-            f"{where}{folder} is not a masked LM that transformers can load: {_first_line(error)}"
+            f"{where}{folder} is not a masked LM that transformers can load: {first_line(error)}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -115,8 +116,3 @@ def load_foreign(folder: Path, where: str = "") -> nn.Module:
             f"{where}{folder}: {type(model).__name__} takes no attention_mask, so it would read padding as text; give another masked LM"
         )
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]

@@ -66,7 +66,11 @@ class TableFiles:
         if key not in self.verified:
             if not path.exists():
                 raise MissingInput(f"{path} is missing; run `{self.again}` again")
-            if durable.sha256(path) != sha256:
+            try:
+                found = durable.sha256(path)
+            except OSError as error:
+                raise BadData(f"{path} cannot be read ({error.strerror}); run `{self.again}` again") from None
+            if found != sha256:
                 raise BadData(
                     f"{path} is damaged or was changed: its sha256 is not the one in {self.stage}/manifest.json; "
                     f"run `{self.again}` again"
