@@ -29,7 +29,7 @@ from benchmarks.faults.run_bytes import differences, leftovers, run_bytes
 from benchmarks.faults.scenarios import STAGES, Scenario, all_scenarios, command
 from benchmarks.provenance import provenance
 from benchmarks.result_files import add_out, write
-from lib import durable
+from lib import code_version, durable
 
 KILLS_PER_CHAIN = 6
 WAITS_FOR_ORPHANS = 30
@@ -225,7 +225,14 @@ class Chains:
     def _make(self, base: str, scenarios: list[Scenario]) -> None:
         """The undisturbed run of a base, with the number of points and the seconds of each of its stages."""
         run, note = self.work / base, self.work / f"{base}.json"
-        if not note.exists():
+        code = code_version.digest(
+            {
+                f"{stage} {file}": sha
+                for stage in STAGES
+                for file, sha in code_version.code_files(stage, "text").items()
+            }
+        )
+        if not note.exists() or json.loads(note.read_text()).pop("code", None) != code:
             shutil.rmtree(run, ignore_errors=True)
             figures: dict[str, Any] = {}
             for stage in STAGES:
@@ -243,8 +250,8 @@ class Chains:
                     f"undisturbed {base} {stage}: {sum(points.values())} points, {figures[stage]['seconds']:.1f} s",
                     flush=True,
                 )
-            durable.write_json(note, figures)
-        found = json.loads(note.read_text())
+            durable.write_json(note, figures | {"code": code})
+        found = {name: figure for name, figure in json.loads(note.read_text()).items() if name != "code"}
         for stage, figure in found.items():
             self.points[f"{base} {stage}"], self.seconds[f"{base} {stage}"] = (
                 figure["points"],

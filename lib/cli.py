@@ -20,6 +20,7 @@ from lib.errors import (
     CannotCreate,
     CannotWrite,
     Interrupted,
+    MissingInput,
     RemaskError,
     UsageError,
     did_you_mean,
@@ -273,6 +274,8 @@ def as_remask_error(error: BaseException) -> RemaskError | None:
         )
     if number in (errno.EIO, errno.EROFS, errno.EFBIG) or "File too large" in text:
         return CannotWrite(f"writing {where} failed: {os.strerror(number) if number else text}")
+    if number in (errno.ENAMETOOLONG, errno.ELOOP):
+        return MissingInput(f"{where} cannot be opened: {os.strerror(number)}")
     if number in (errno.EACCES, errno.EPERM):
         return CannotCreate(f"no permission to use {where}")
     return None

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lib.errors import BadConfig, Interrupted, MissingInput
+from lib.errors import BadConfig, Interrupted, MissingInput, ProcessLost
 from lib.executors.base import MAX_LOSSES, Make, Work, answer_of, lost, portable, threads_of_each
 from lib.log import say, silence
 
@@ -171,9 +171,15 @@ def _join_or_start(ray: Any, address: str | None, workers: int, common: dict[str
         return
     say("starting Ray on this machine")
     cores = max(workers * threads_of_each(workers), os.cpu_count() or 1)
-    ray.init(
-        address="local",
-        num_cpus=cores,
-        _node_ip_address="127.0.0.1",
-        **(common | {"include_dashboard": False}),
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cores,
+            _node_ip_address="127.0.0.1",
+            **(common | {"include_dashboard": False}),
+        )
+    except RuntimeError as error:  # of a machine that is too busy
+        reason = str(error).partition("\n")[0]
+        raise ProcessLost(
+            f"Ray did not start on this machine: {reason}; run the same command again"
+        ) from None
