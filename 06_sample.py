@@ -68,10 +68,8 @@ def sample(config: Config, args: RunArgs) -> None:
         sampling_starts(config.sampler, tokenizer, generator_context(stage))
 
     reads = (*READS, *units_of_roles(config), "05_train_critic")
-    uses, files = (
-        ("seed", "device", "precision", "sampler", "data.label_key", "data.spans_key"),
-        outside.of_samples(config),
-    )
+    uses = ("seed", "device", "precision", "sampler", "data.label_key", "data.spans_key")
+    files = outside.of_samples(config)
     with Stage(
         __file__, config, args, uses=uses, reads=reads, files=files, restarts=True, check=check
     ) as stage:
@@ -175,15 +173,9 @@ def rank_file(config: Config, args: RunArgs, file: Path) -> None:
         if not user.num_pools:
             raise BadData(f"--rank {file}: there is no pool to rank")
         uses, script = ("seed", "device", "precision", "ranker", "pools"), f"{score_stage(file, RANK)}.py"
+        reads, files, ignores = reads_of(config), user.files, ("pools",)
         with Stage(
-            script,
-            config,
-            args,
-            uses=uses,
-            reads=reads_of(config),
-            files=user.files,
-            restarts=True,
-            ignores=("pools",),
+            script, config, args, uses=uses, reads=reads, files=files, restarts=True, ignores=ignores
         ) as stage:
             if stage.finished:
                 return
@@ -192,10 +184,8 @@ def rank_file(config: Config, args: RunArgs, file: Path) -> None:
             runtime = Runtime.detect(config, stage.code)
             stage.environment |= runtime.fingerprint()
             scorer = open_scorer(stage, config, runtime)
-            with (
-                stage.writer("ranking", schema.RANKING) as writer,
-                Progress("pools", user.num_pools) as progress,
-            ):
+            ranking = stage.writer("ranking", schema.RANKING)
+            with ranking as writer, Progress("pools", user.num_pools) as progress:
                 for table in score_pools(user, scorer):
                     writer.write(table)
                     progress.update(user.done)
@@ -208,8 +198,8 @@ def rank_file(config: Config, args: RunArgs, file: Path) -> None:
             page = ranking_file_page(user.displayed, metrics, printable(file.name), scorer.name)
             durable.write_text(stage.folder / "ranking.html", page)
             stage.add_file("page", stage.folder / "ranking.html")
-            say("\n" + ranking_summary(user.displayed, metrics))
-            say(f"\nall scores:         {stage.display_path(stage.folder / 'ranking.parquet')}")
+            say(f"\n{ranking_summary(user.displayed, metrics)}\n")
+            say(f"all scores:         {stage.display_path(stage.folder / 'ranking.parquet')}")
             say(f"pools as a page:    {stage.display_path(stage.folder / 'ranking.html')}")
 
 
@@ -219,15 +209,8 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
 
     from lib import durable, schema
     from lib.errors import BadConfig, BadData
+    from lib.evaluation import text_scores
     from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
-    from lib.evaluation.text_scores import (
-        documents_of,
-        known_texts,
-        measured_rates,
-        read_user_texts,
-        score,
-        windows,
-    )
     from lib.report.detection import rates_in_words, thresholds_in_words
     from lib.report.text_scores import MAX_LINES, scores_page, scores_table
     from lib.runtime import Runtime
@@ -237,7 +220,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         raise BadConfig(
             "--score needs the models of critic.method: token_critic; a run with ppo has no model that reads single tokens"
         )
-    user = read_user_texts(config, file)
+    user = text_scores.read_user_texts(config, file)
     for problem in user.problems:
         say(f"{problem.source} {problem.location}: {problem.kind}: {problem.found}; {problem.advice}")
     if not user.texts:
@@ -257,21 +240,22 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         evaluator = SampleEvaluator(stage, config, runtime)
         context, tokenizer = evaluator.min_context, evaluator.tokenizer
         characters = config.data.passage_characters if config.data.has_labels else None
-        parts = list(windows(user.texts, tokenizer, context, config.tokenizer.unknown, characters))
+        unknown_as = config.tokenizer.unknown
+        parts = list(text_scores.windows(user.texts, tokenizer, context, unknown_as, characters))
         unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
         if unknown:
             say(f"tokens of {file} outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
-        longer = sum(part.number == 1 for part in parts)
         judge = evaluator.judge_figures
-        if longer:
+        if longer := sum(part.number == 1 for part in parts):
             say(
                 f"texts of several windows: {longer:,} of {len(user.texts):,}; a window has at most {context} tokens, and a "
                 f"text's score is the mean over its tokens; windows are joined for the judge by: {judge.get('join', 'mean')}"
             )
 
         # 3. Score the text, and two known texts to compare with
-        rows = score(parts, evaluator)
-        documents, known = documents_of(rows, judge), documents_of(score(known_texts(evaluator), evaluator))
+        rows = text_scores.score(parts, evaluator)
+        known_rows = text_scores.score(text_scores.known_texts(evaluator), evaluator)
+        documents, known = (text_scores.documents_of(some, judge) for some in (rows, known_rows))
         words = thresholds_in_words(judge["detection"]) if "detection" in judge else []
 
         # 4. Write the table and the page
@@ -280,14 +264,14 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         durable.write_text(stage.folder / "scores.html", page)
         stage.add_file("page", stage.folder / "scores.html")
         stage.stats |= {"scored": printable(file), "documents": documents[:1000], "known": known}
-        flagged = sum(document["alarm_at"] is not None for document in documents)
-        say("\n" + scores_table(documents[:MAX_LINES] + known))
-        say("".join(f"\n{line}" for line in words))
+        say("\n".join(["", scores_table(documents[:MAX_LINES] + known), "", *words]))
         if words:
+            flagged = sum(document["alarm_at"] is not None for document in documents)
             say(f"documents above a threshold: {flagged:,} of {len(documents):,}")
         if words and user.synthetic:
-            stage.stats["by_labels"] = measured_rates(documents, user.synthetic, judge["detection"])
-            say("\n".join(rates_in_words(stage.stats["by_labels"])))
+            rates = text_scores.measured_rates(documents, user.synthetic, judge["detection"])
+            stage.stats["by_labels"] = rates
+            say("\n".join(rates_in_words(rates)))
         say(f"\nscores of every token: {stage.display_path(stage.folder / 'scores.parquet')}")
         say(f"the same as a page:    {stage.display_path(stage.folder / 'scores.html')}")
 
