@@ -2,7 +2,7 @@
 Detection of rewritten passages with labels beside the text: the judge beside TF-IDF and other detectors, and on new text.
 
 A masked LM of the project rewrites passages of Python's documentation: half of them whole, half from a random place on. Originals
-and rewritten passages become a CSV file with labels, and with spans for the characters that the generator wrote. Stages 00 to 06 learn from it with configs/your_labels.yaml. Then
+and rewritten passages become a CSV file with labels and spans. Stages 00 to 06 learn from it with configs/your_labels.yaml. Then
 `--score` reads passages that no stage has seen, and their rewritten versions by another generator. How many of the originals does
 the judge flag, at the thresholds that the selection split chose? An interrupted benchmark continues where it stopped.
 
@@ -17,7 +17,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.prepared import RESULTS
@@ -45,9 +44,7 @@ LEARNING = [  # from the passages; the critic and the samples are not measured h
     "data.id_key=id", "data.group_key=source", "data.selection_fraction=0.4",
     "data.fractions={train: 0.63, held_out: 0.27, reference: 0.1}", "data.passage_characters=192", "architecture.context=192",
     "architecture.num_hidden_layers=3", "architecture.hidden_size=96", "training.compile=off",
-    "models.generator.training.steps=150", "models.reference_lm.training.steps=60", "models.ar_baseline.training.steps=80",
-    "models.inspector.training={steps: 150, batch_size: 32, muon_learning_rate: 0.05, learning_rate: 0.008}",
-    "models.judge.training={steps: 80, batch_size: 32, muon_learning_rate: 0.02, learning_rate: 0.004}",
+    "models.generator.training.steps=200", "models.inspector.training.steps=160", "models.judge.training.steps=90", "models.reference_lm.training.steps=100", "models.ar_baseline.training.steps=120",
     "critic.training.steps=20", "sampler.policies=[ancestral]", "sampler.num_samples=16",
 ]  # fmt: skip
 SHARE_OF_NEW = 0.2  # of the passages: those of the new text
@@ -61,42 +58,36 @@ def run(folder: Path, config: Config, stages: tuple[str, ...], score: Path | Non
         importlib.import_module(name).main(config, RunArgs(run_dir=folder, score=score))
 
 
-Passage = tuple[
-    str, str, str, np.ndarray
-]  # id, original, rewritten text, (characters,) bool: written by the generator
-
-
-def passages(folder: Path) -> list[Passage]:
-    """The passages of a run, whose tokens are characters."""
-    found: dict[str, dict[str, dict]] = {}
-    columns = ["example_id", "kind", "text", "token_labels"]
-    for row in pq.read_table(folder / STAGES[2] / "candidates", columns=columns).to_pylist():
-        found.setdefault(row["example_id"], {})[row["kind"]] = row
+def passages(folder: Path) -> list[tuple[str, str, str]]:
+    """(id, original, rewritten text) of the passages of a run."""
+    found: dict[str, dict[str, str]] = {}
+    for row in pq.read_table(
+        folder / STAGES[2] / "candidates", columns=["example_id", "kind", "text"]
+    ).to_pylist():
+        found.setdefault(row["example_id"], {})[row["kind"]] = row["text"]
     return [
-        (name, of["original"]["text"], of["masked_lm"]["text"], np.array(of["masked_lm"]["token_labels"]) > 0)
-        for name, of in found.items()
-        if len(of["original"]["text"]) >= MIN_CHARACTERS
+        (n, t["original"], t["masked_lm"]) for n, t in found.items() if len(t["original"]) >= MIN_CHARACTERS
     ]
 
 
-def rows_of(passage: Passage) -> list[dict[str, Any]]:
+def rows_of(name: str, original: str, rewritten: str) -> list[dict[str, Any]]:
     """The rows of the file: the original, and the rewritten passage, which in half of the cases begins like the original."""
-    name, original, rewritten, by_machine = passage
     start = 0
     if randomness.hash_fraction(SEED, "turns", name) < 0.5:
         start = int(len(original) * (0.2 + 0.6 * randomness.hash_fraction(SEED, "place of the turn", name)))
     made = original[:start] + rewritten[start:]
-    labelled = by_machine & (np.arange(len(by_machine)) >= start)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], labelled, [0]])))
-    spans = [[int(a), int(b), "machine"] for a, b in edges.reshape(-1, 2)]
-    rows = [{"id": f"{name} human", "source": name, "text": original, "label": "human", "spans": "[]"}]
-    if made.split() != original.split():  # by chance, a rewritten passage may equal the original
-        more = {"text": made, "label": "machine", "spans": json.dumps(spans)}
-        rows.append({"id": f"{name} machine", "source": name, **more})
-    return rows
+    kinds = [("human", original, "[]"), ("machine", made, f'[[{start}, {len(made)}, "machine"]]')]
+    return [
+        {"id": f"{name} {label}", "source": name, "text": text, "label": label, "spans": spans}
+        for label, text, spans in kinds
+        if label == "human"
+        or made.split() != original.split()  # a rewritten passage may by chance equal the original
+    ]
 
 
-def write_files(found: list[Passage], new: list[Passage], folder: Path) -> tuple[Path, Path]:
+def write_files(
+    found: list[tuple[str, str, str]], new: list[tuple[str, str, str]], folder: Path
+) -> tuple[Path, Path]:
     """(the file that the run learns from, the file of new text). A passage is in one of them only."""
     files = folder / "labelled.csv", folder / "new.csv"
     for file, chosen, is_new in ((files[0], found, False), (files[1], new, True)):
@@ -109,7 +100,7 @@ def write_files(found: list[Passage], new: list[Passage], folder: Path) -> tuple
         with file.open("w", newline="", encoding="utf-8") as out:
             writer = csv.DictWriter(out, ["id", "source", "text", "label", "spans"])
             writer.writeheader()
-            writer.writerows(row for passage in kept for row in rows_of(passage) if row["text"].strip())
+            writer.writerows(row for passage in kept for row in rows_of(*passage) if row["text"].strip())
     return files
 
 
