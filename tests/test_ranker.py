@@ -395,7 +395,7 @@ def test_pools_of_any_size_in_rows_of_equal_length_have_the_same_scores(name, mo
     for pooling in ("last", "cls", "mean"):
         model = make(name, pooling=pooling)
         rows = pack_by_tokens(pools, 24)
-        assert len(rows) == 2  # short and long prompts are read apart
+        assert len(rows) >= 2  # short and long prompts are read apart
         assert (
             max(int(r.segment.max()) for r in rows) > 0
         )  # rows with several pools, and pools in several rows
@@ -413,7 +413,7 @@ def test_rows_have_little_padding_and_each_candidate_is_there_once():
     mask = np.arange(30) < sizes[..., None]
     ids = draw.integers(3, 60, mask.shape)
     pools = Pools(ids[:, 0, :14], np.ones((24, 14), bool), ids, mask)
-    (rows,) = pack_by_tokens(pools, 384)
+    (rows,) = pack_by_tokens(pools, 384, one_pass=True)
     needed = 24 * 14 + sizes.sum()
     assert rows.ids.numel() < 1.15 * needed  # padding, and copies of prompts
     seen = list(zip(rows.pool.tolist(), rows.candidate.tolist(), strict=True))

@@ -135,8 +135,7 @@ def pack(pools: Pools) -> Packed:
 def pack_by_tokens(pools: Pools, width: int, one_pass: bool = False) -> list[Packed]:
     """Pools of any sizes as rows of about equal length, for few forward passes.
 
-    Rows are filled one after another. A pool that does not fit into the rest of a row continues in the next one, with another copy
-    of its prompt; the scores are the same. Prompts of similar length share a pass, so that short ones are not read in long rows.
+    A large pool may continue in another row, with another copy of its prompt; the scores are the same. Prompts of similar length share a pass, so that short ones are not read in long rows.
 
     Args:
         width: D of the backbone, which decides the length of the rows (`best_length`).
@@ -148,7 +147,8 @@ def pack_by_tokens(pools: Pools, width: int, one_pass: bool = False) -> list[Pac
     passes = []
     for kind in np.unique(kinds):
         chosen = np.flatnonzero(kinds == kind)
-        passes.append(tokens.packed(_filled(tokens, chosen, int(lengths[chosen].max()))))
+        fill = (lambda *given: [_cheapest(*given)]) if one_pass else _groups
+        passes += [tokens.packed(p) for p in fill(tokens, chosen, float(lengths[chosen].max()), width)]
     return passes
 
 
@@ -209,6 +209,10 @@ class _Tokens:
             np.cumsum(length) - length, length, pool, index,
         )  # fmt: skip
 
+    def totals(self) -> np.ndarray:
+        """(N,) tokens of each pool."""
+        return self.prompt_length + np.bincount(self.pool, self.length, self.num_pools).astype(np.int64)
+
     def packed(self, pieces: _Pieces) -> Packed:
         """The rows of some segments."""
         # 1. Where segments and their candidates begin in their rows
@@ -250,24 +254,81 @@ class _Tokens:
         )  # fmt: skip
 
 
-def _filled(tokens: _Tokens, pools: np.ndarray, length: int) -> _Pieces:
-    """Segments of some pools in rows of at most `length` tokens, or of one candidate where that is longer."""
-    first = np.searchsorted(tokens.pool, np.append(np.arange(tokens.num_pools), tokens.num_pools))
+def _groups(tokens: _Tokens, pools: np.ndarray, length: float, width: int) -> list[_Pieces]:
+    """Segments of some pools for one forward pass or, where that is clearly cheaper, for two: large pools and small ones."""
+    together = _cheapest(tokens, pools, length, width)
+    cost, total = _cost(tokens, together, width), tokens.totals()[pools]
+    least = float((total * (1 + np.minimum(total, length) / (6 * width))).sum())
+    if cost <= (1 + WORTH_DIVIDING) * least or len(pools) > MANY_POOLS:
+        return [together]
+    order = pools[np.argsort(-total, kind="stable")]
+    found = [(cost, [together])]
+    for size in sorted({len(order) * share // 4 for share in (1, 2, 3)} - {0}):
+        parts = [_cheapest(tokens, part, length, width) for part in (order[:size], order[size:])]
+        found.append((sum(_cost(tokens, part, width) for part in parts), parts))
+    return min(found, key=lambda item: item[0])[1]
+
+
+WORTH_DIVIDING = 0.1  # share of the least cost above which two forward passes are tried
+
+
+def _cheapest(tokens: _Tokens, pools: np.ndarray, length: float, width: int) -> _Pieces:
+    """Segments of some pools in rows of the length, near `length`, at which the rows cost least.
+
+    Rows are filled in two ways. Either every row is filled to its end, so that many pools are divided, or only pools that are longer
+    than a row are.
+    """
+    needed = float(
+        (tokens.prompt_length[tokens.pool] + tokens.length)[np.isin(tokens.pool, pools)].max(initial=1)
+    )
+    lengths = sorted({int(max(length * share, needed)) for share in SHARES})
+    if len(pools) > MANY_POOLS:
+        return _filled(tokens, pools, int(max(length, needed)), True)
+    found = [_filled(tokens, pools, size, divides) for size in lengths for divides in (True, False)]
+    return min(found, key=lambda pieces: _cost(tokens, pieces, width))
+
+
+MANY_POOLS = 64  # fill rows well in any order, so that one length is enough
+SHARES = (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of `best_length`: lengths of rows that are tried
+
+
+def _cost(tokens: _Tokens, pieces: _Pieces, width: int) -> float:
+    """What the rows cost, as in `best_length`, in multiplications per 12 D^2."""
+    ends = np.append(0, np.cumsum(tokens.length))
+    sizes = tokens.prompt_length[pieces.pool] + ends[pieces.end] - ends[pieces.first]
+    rows = np.bincount(pieces.row, sizes)
+    return len(rows) * float(rows.max(initial=0)) * (1 + float(rows.max(initial=0)) / (6 * width))
+
+
+def _filled(tokens: _Tokens, pools: np.ndarray, length: int, divides: bool) -> _Pieces:
+    """Segments of some pools in rows of at most `length` tokens.
+
+    With `divides`, a pool continues in the next row where it does not fit into the rest of this one. Otherwise only pools
+    that are longer than a row are divided, and each segment goes to the first row that has room (first fit decreasing).
+    """
     ends = np.append(0, np.cumsum(tokens.length))  # of candidates, in tokens
+    first, total = np.searchsorted(tokens.pool, np.arange(tokens.num_pools + 1)), tokens.totals()
     found: list[tuple[int, int, int, int]] = []
-    row, room = 0, length
-    for pool in pools.tolist():
+    room = [length]
+    for pool in pools[np.argsort(-total[pools], kind="stable")].tolist():
         at, stop, prompt = int(first[pool]), int(first[pool + 1]), int(tokens.prompt_length[pool])
         while at < stop:
-            fits = int(np.searchsorted(ends, ends[at] + room - prompt, side="right")) - 1
-            if fits <= at and room < length:  # not even one more candidate fits into this row
-                row, room = row + 1, length
-                continue
-            end = min(max(fits, at + 1), stop)
+            whole = prompt + int(ends[stop] - ends[at])
+            row = len(room) - 1
+            if not divides:
+                row = next((r for r, left in enumerate(room) if left >= min(whole, length)), len(room))
+            else:
+                longest = prompt + int(tokens.length[at])
+                row += longest > room[row] and room[row] < length  # not even one more candidate fits
+            if row == len(room):
+                room.append(length)
+            end = int(np.searchsorted(ends, ends[at] + room[row] - prompt, side="right")) - 1
+            end = min(max(end, at + 1), stop)
             found.append((pool, at, end, row))
-            room -= prompt + int(ends[end] - ends[at])
+            room[row] -= prompt + int(ends[end] - ends[at])
             at = end
-    return _Pieces(*np.array(found, np.int64).reshape(-1, 4).T)
+    pieces = np.array(found, np.int64).reshape(-1, 4)
+    return _Pieces(*pieces[np.argsort(pieces[:, 3], kind="stable")].T)
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
