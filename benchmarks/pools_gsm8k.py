@@ -99,12 +99,13 @@ def ranker_choices(
     options: argparse.Namespace, work: Path, train: list[dict[str, Any]], held_out: list[dict[str, Any]]
 ) -> list[list[float]]:
     """Train on one side of a fold, and rank the other: scores of each held-out problem."""
-    work.mkdir(parents=True, exist_ok=True)
+    data = work / "data"
+    data.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("dev", held_out)):
-        (work / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     steps = max(1, options.epochs * len(train) // options.pools_per_step)
     settings = [
-        f"data.path={work}", f"ranker.encoder={options.encoder}", "ranker.prompt_tokens=192", "ranker.candidate_tokens=256",
+        f"data.path={data}", f"ranker.encoder={options.encoder}", "ranker.prompt_tokens=192", "ranker.candidate_tokens=256",
         f"ranker.loss={options.loss}", "ranker.best_by=reward", f"models.ranker.training.steps={steps}",
         f"models.ranker.training.batch_size={options.pools_per_step}",
         f"models.ranker.training.evaluate_every={max(1, steps // options.epochs)}",

@@ -362,7 +362,7 @@ def planted(count: int, seed: int, shortcut: str = "") -> Any:
     "shortcut", ["length", "candidate_linear", "first", "kind", "recognised_kind", "overlap", ""]
 )
 def test_a_planted_shortcut_is_found_and_none_where_there_is_none(shortcut):
-    train, held_out = planted(300, 1, shortcut), planted(200, 2, shortcut)
+    train, held_out = planted(200, 1, shortcut), planted(150, 2, shortcut)
     scorers = SimpleScorers(train, 0)
     rows = {row["scorer"]: row for row in measured(held_out, scorers.scores(held_out))}
     assert all(row["chance"] == 0.25 for row in rows.values()) and len(rows) == 8
@@ -370,7 +370,7 @@ def test_a_planted_shortcut_is_found_and_none_where_there_is_none(shortcut):
         if name == shortcut:
             assert row["low"] > 0.7, name
         elif not shortcut:
-            assert row["low"] < 0.3 and row["accuracy"] < 0.36, name
+            assert row["low"] < 0.3 and row["accuracy"] < 0.37, name
 
 
 def test_the_leak_limit_ends_stage_02(tmp_path):
