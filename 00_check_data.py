@@ -35,7 +35,8 @@ def main(config: Config, args: RunArgs) -> None:
     from lib.tasks import Document, get_task
 
     task = get_task(config.task)
-    uses = ("seed", "task", "data", "finqa.drop", "pools", "labels")
+    own = ("pools",) if config.task == "pools" else ()
+    uses = ("seed", "task", "data", "finqa.drop", "labels", *own)
     files = [*task.sources(config), *(files_of(config.labels.path) if config.labels.path else ())]
     with Stage(__file__, config, args, uses=uses, files=files, restarts=True) as stage:
         if stage.finished:

@@ -60,11 +60,7 @@ def make_table(config: Config, args: RunArgs) -> None:
     from lib.tokenization import load_tokenizer
 
     files = outside.of_candidates(config)
-    encoder = (
-        ("ranker.encoder", "ranker.prompt_tokens", "ranker.candidate_tokens")
-        if config.task == "pools"
-        else ()
-    )
+    own = ("pools", "ranker.encoder", "ranker.prompt_tokens", "ranker.candidate_tokens")
     uses = (
         "seed",
         "task",
@@ -74,10 +70,9 @@ def make_table(config: Config, args: RunArgs) -> None:
         "generator",
         "candidates",
         "finqa.pools",
-        "pools",
         "pretrained",
-        *encoder,
     )
+    uses += own if config.task == "pools" else ()
     with Stage(__file__, config, args, uses=uses, reads=("01_prepare_dataset",), files=files) as stage:
         if stage.finished:
             return

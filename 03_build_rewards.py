@@ -23,7 +23,8 @@ def main(config: Config, args: RunArgs) -> None:
     from lib import schema
     from lib.candidates.reward_parts import RewardWork, merged_statistics, user_labels
 
-    uses = ("seed", "task", "rewards", "pools", "labels", "data.label_key", "data.label_classes")
+    own = ("pools",) if config.task == "pools" else ()
+    uses = ("seed", "task", "rewards", "labels", "data.label_key", "data.label_classes", *own)
     reads = (
         ("01_prepare_dataset", "02_generate_candidates")
         if config.labels.path
