@@ -200,7 +200,7 @@ def test_every_import_is_declared_in_a_requirements_file():
 
     main = declared("requirements.txt") | declared("requirements-cluster.txt")
     extra = declared("requirements-benchmarks.txt")
-    optional = {"tensorboard", "lm-eval"}  # asked for by name, with the command that installs it
+    optional = {"tensorboard", "lm-eval", "pocketsphinx"}  # asked for with the command that installs them
     own = {"lib", "tests", "benchmarks"} | {s.stem for s in SCRIPTS}
     missing = []
     for source in [*SOURCES, *(ROOT / "tests").glob("*.py"), *(ROOT / "docs").rglob("*.py")]:

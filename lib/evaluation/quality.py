@@ -84,9 +84,14 @@ def _windows(model: Any, ids: np.ndarray) -> list[slice]:
     return [slice(start, start + context) for start in range(0, ids.shape[1], context)]
 
 
+def words_of(text: str) -> list[str]:
+    """The lower-case words of a text, in order."""
+    return _WORD.findall(text.lower())
+
+
 def lexicon(texts) -> set[str]:
     """The lower-case words of texts."""
-    return {word for text in texts for word in _WORD.findall(text.lower())}
+    return {word for text in texts for word in words_of(text)}
 
 
 def valid_words(texts: list[str], known: set[str]) -> metrics.Estimate | None:

@@ -1,0 +1,94 @@
+"""Judges from outside a run: a causal LM, a trigram model, MAUVE."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from lib.errors import BadConfig, BadData, MissingInput
+from lib.evaluation.outside_judges import (
+    UNKNOWN_NATS,
+    CausalJudge,
+    frontier_area,
+    judge,
+    mauve,
+    pieces,
+    table,
+    texts_of_run,
+    trigram_nats,
+)
+from tests.pretrained_folders import masked_lm_folder
+from tests.test_foreign import make
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("causal")
+    size = max(make("byte_level").get_vocab().values()) + 1
+    torch.manual_seed(0)
+    model = hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=1, bos_token_id=2, eos_token_id=3)
+    )
+    torch.nn.init.normal_(model.transformer.wte.weight, std=0.5)
+    model.save_pretrained(folder)
+    make("byte_level").save_pretrained(folder)
+    return folder
+
+
+def test_nats_of_a_causal_lm_are_its_own_loss(causal):
+    judged = CausalJudge.open(causal)
+    texts = ["the quick brown fox", "dog"]
+    for text, nats in zip(texts, judged.nats(texts), strict=True):
+        ids = torch.tensor([judged.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        if (front := judged.tokenizer.bos_token_id or judged.tokenizer.eos_token_id) is not None:
+            ids = torch.cat([torch.tensor([[front]]), ids], 1)
+        loss = judged.model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
+        assert nats == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_a_bidirectional_model_is_no_judge(tmp_path):
+    with pytest.raises((BadData, MissingInput)):
+        CausalJudge.open(masked_lm_folder("distilbert", tmp_path))
+
+
+def test_the_trigram_model_knows_english_and_its_order():
+    pytest.importorskip("pocketsphinx", reason="needs pocketsphinx")
+    texts = [
+        "one of the most important things in the world",
+        "world the in things important most the of one",
+        "zzxq",
+    ]
+    nats, words, unknown = trigram_nats(texts)
+    assert list(words) == [9, 9, 1] and list(unknown) == [0, 0, 1]
+    assert nats[0] < 0.75 * nats[1] and nats[2] == UNKNOWN_NATS
+    assert 2 < nats[0] / 9 < 7  # nats per word of plain English
+
+
+def test_mauve_tells_equal_from_different_sets():
+    rng = np.random.default_rng(0)
+    one, same, other = rng.normal(size=(300, 8)), rng.normal(size=(300, 8)), rng.normal(size=(300, 8)) + 4
+    assert mauve(one, same) > 0.85 > 0.2 > mauve(one, other)
+    half = np.concatenate([same[:150], other[:150]])
+    assert mauve(one, other) < mauve(one, half) < mauve(one, same)
+    p = np.array([0.5, 0.5])
+    assert frontier_area(p, p) == pytest.approx(1, abs=1e-4)
+    assert frontier_area(np.array([1.0, 0]), np.array([0, 1.0])) < 0.05
+
+
+def test_a_finished_run_is_judged_beside_its_own_reference_model(quick_run, causal, tmp_path):
+    rows = judge(quick_run, causal, False, masked_lm_folder("bert", tmp_path))
+    samples, own, real = texts_of_run(quick_run)
+    assert {row["name"] for row in rows} == {*samples, "real text"}
+    for row in rows[:-1]:
+        assert row["reference_nll"] == own[row["name"]] and row["causal_nll"]["value"] > 0
+        assert row["mauve"] is None  # eight samples are too few
+    assert "MAUVE" in table(rows) and "trigram" not in table(rows)
+    assert "".join(pieces(real, 50)) in " ".join(real)
+    with pytest.raises(MissingInput, match=r"run 06_sample\.py"):
+        judge(tmp_path, causal, False, None)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pocketsphinx", None)
+    with pytest.raises(BadConfig, match="pip install pocketsphinx"):
+        trigram_nats(["the fox"])
