@@ -35,7 +35,7 @@ class Training:
 
 
 FULL = Training(characters=28_000_000, layers=6, width=256, vocabulary=8192, steps=4000, batch=32)
-QUICK = Training(characters=3_000_000, layers=3, width=128, vocabulary=2048, steps=250, batch=32)
+QUICK = Training(characters=3_000_000, layers=2, width=128, vocabulary=1024, steps=700, batch=32)
 
 
 def novels() -> str:

@@ -69,13 +69,13 @@ class Size:
     nfe: tuple[int, ...]
     temperatures: tuple[float, ...]
     seeds: tuple[int, ...]
-    kinds: tuple[str, ...]
+    critics: tuple[str, ...]  # kinds, some of them with look-back injection
 
 
 SIZES = {
     False: Size(FULL, 4_500_000, 126, (800, 1500, 800), 400, 200, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
-                (1, 2, 3), tuple(KINDS)),
-    True: Size(QUICK, 400_000, 62, (60, 80, 60), 48, 16, (16,), (0.7, 1.0), (1,), ("head", "lora")),
+                (1, 2, 3), tuple(k + suffix for k in KINDS for suffix in LOOK_BACK)),
+    True: Size(QUICK, 400_000, 62, (150, 150, 150), 100, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip
 
 
@@ -226,21 +226,21 @@ def measure(runs: Runs) -> dict[str, Any]:
     size, found = runs.size, {}
     for seed in size.seeds:
         of_seed: dict[str, Any] = {}
-        for kind in size.kinds:
-            for suffix, share in LOOK_BACK.items():
-                name = kind + suffix
-                trained = runs.trained(seed, name, KINDS[kind] | {"look_back": share})
-                policies = WITH_CRITIC if kind != "joint" else (*WITHOUT_CRITIC, *WITH_CRITIC)
-                if kind == size.kinds[0] and not suffix:  # frozen critics share the generator
-                    policies = (*WITHOUT_CRITIC, *WITH_CRITIC)
-                of_seed[name] = {
-                    "detection": detection(trained, size.texts),
-                    "samples": samples(trained, policies, size),
-                    "infilling": gaps(trained, policies, size),
-                }
-                if kind != "joint" and not suffix:
-                    of_seed[name]["cost"] = cost(trained)
-                print(_line(seed, name, of_seed[name]), flush=True)
+        for name in size.critics:
+            kind, _, look_back = name.partition("+")
+            critic = KINDS[kind] | {"look_back": LOOK_BACK["+" + look_back if look_back else ""]}
+            trained = runs.trained(seed, name, critic)
+            # Frozen critics share their generator, so policies without a critic are measured once for all of them
+            alone = kind == "joint" or name == size.critics[0]
+            policies = (*WITHOUT_CRITIC, *WITH_CRITIC) if alone else WITH_CRITIC
+            of_seed[name] = {
+                "detection": detection(trained, size.texts),
+                "samples": samples(trained, policies, size),
+                "infilling": gaps(trained, policies, size),
+            }
+            if kind != "joint" and not look_back:
+                of_seed[name]["cost"] = cost(trained)
+            print(_line(seed, name, of_seed[name]), flush=True)
         found[str(seed)] = of_seed
     return {"seeds": found, "means": _means(found)}
 
