@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: pipeline quick_test test test-fast test-commands benchmark-quick inspect report docs lint language types format setup help
+.PHONY: pipeline quick_test test test-fast test-commands benchmark-quick inspect doctor report docs lint language types format setup help
 
 ## Run all seven stages; finished ones are skipped (CONFIG=FILE, SET="key=value ...", RUN=FOLDER, QUICK=1)
 pipeline: $(STAMP)
@@ -47,6 +47,10 @@ benchmark-quick: $(STAMP)
 ## Print one line per manifest of the newest run (or RUN=FOLDER)
 inspect: $(STAMP)
 	@$(BIN)/python -m lib.runs $(if $(RUN),'$(RUN)')
+
+## Say what this machine has, what of the newest run (or RUN=FOLDER) is complete or damaged, and how to continue it
+doctor: $(STAMP)
+	@$(BIN)/python -m lib.doctor $(if $(RUN),'$(RUN)')
 
 ## Print the path of the report of the newest run (or RUN=FOLDER); run stage 06 if the report is missing
 report: $(STAMP)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import benchmark_rows
+from benchmarks import benchmark_rows, reliability_tables
 from benchmarks import remasking_tables as remasking
 from benchmarks import results_tables as tables
 from benchmarks.result_files import FOLDER, ResultFile, markdown, read_all, write
@@ -134,6 +134,7 @@ def page(files: dict[str, ResultFile], lines: list[dict[str, Any]]) -> str:
     parts += ["## Benchmarks", benchmark_rows.benchmark_table(files), *benchmark_rows.details(files)]
     if any(name.startswith("leaderboard_") for name in files):
         parts += ["## Leaderboard", LEADERBOARD_TEXT, tables.leaderboard_table(files)]
+    parts += reliability_tables.reliability(files)
     if lines:
         parts += ["## Re-masking policies", _remasking(lines)]
     parts += ["## Where the figures come from", provenance_table(files)]

@@ -21,7 +21,8 @@ from typing import Any
 
 from lib import code_version, durable
 from lib.config import ROOT, Config
-from lib.errors import BadData, CannotCreate, MissingInput
+from lib.errors import BadData, CannotCreate, MissingInput, RemaskError
+from lib.log import printable_line
 
 OUTPUTS = ROOT / "outputs"
 STAGES = (
@@ -363,7 +364,11 @@ def main() -> int:
         print("no run to inspect; start one with `python 00_check_data.py`", file=sys.stderr)
         return 66
     print(runs[0])
-    print(inspect(runs[0]))
+    try:
+        print(printable_line(inspect(runs[0])))
+    except RemaskError as error:
+        print(printable_line(f"lib.runs: error: {error}"), file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -80,6 +80,11 @@ SMALLER = {
     "benchmarks.pools_wikiqa": "--short --losses --questions 100",
     "benchmarks.executors": "--passages 40 --workers 1 --rounds 1 --set candidates.rows_per_group=40",
     "benchmarks.results_page": "--quick",
+    "benchmarks.kills": "--kills 2 --only=00_check_data/--overwrite",
+    "benchmarks.power_loss": "--only 00_check_data --states 5",
+    "benchmarks.hostile": "--only FinQA",
+    "benchmarks.fuzz": "--seconds 1",
+    "benchmarks.typos": "--share 0.01",
 }
 NOT_RUN = {
     "test",

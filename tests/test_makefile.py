@@ -74,3 +74,4 @@ def test_a_stage_that_fails_ends_make(make, tmp_path):
 def test_a_run_with_a_space_is_inspected(make):
     assert make("inspect", "RUN=my runs/run_1") == [["-m", "lib.runs", "my runs/run_1"]]
     assert make("inspect") == [["-m", "lib.runs"]]
+    assert make("doctor", "RUN=my runs/run_1") == [["-m", "lib.doctor", "my runs/run_1"]]
