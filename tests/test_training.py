@@ -123,6 +123,20 @@ def test_sigterm_finishes_the_step_commits_and_says_143(tmp_path, undisturbed):
     assert fingerprint(tmp_path) == undisturbed
 
 
+def test_the_last_metrics_are_synced_before_the_training_counts_as_complete(tmp_path, monkeypatch):
+    """A replayed loss of power found a training that was complete and had lost its last lines."""
+    synced: dict[int, int] = {}
+
+    def note(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    monkeypatch.setattr(os, "fsync", note)
+    start(tmp_path, steps=3, evaluate_every=1, checkpoint_every=2)
+    status = (tmp_path / "metrics.jsonl").stat()
+    assert synced[status.st_ino] == status.st_size > 0
+
+
 def test_an_evaluation_more_or_less_changes_no_weight(tmp_path, undisturbed):
     start(tmp_path, evaluate_every=12)
     assert (

@@ -381,6 +381,8 @@ class _Run:
         say(f"{self.label}: continuing from step {self.state.step}")
 
     def finish(self) -> Result:
+        if self.processes.is_main:
+            self.log.sync()  # the record of the training, which comes next, must not reach the disk before it
         with self.ema.swapped():
             self._save_model("final_model")
         self.processes.barrier()  # the others may read the models now
