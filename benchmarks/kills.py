@@ -300,7 +300,8 @@ def figures(scenarios: list[Scenario], chains: list[dict[str, Any]]) -> dict[str
     return {
         "rows": rows,
         "kills": len(kills),
-        "equal": sum(len(c["kills"]) for c in chains if c["equal"] and not c["faults"]),
+        "equal": sum(len(c["kills"]) for c in chains if c["equal"]),
+        "faults": sum(len(c["faults"]) for c in chains),
         "signals": dict(collections.Counter(kill["signal"] for kill in kills)),
         "landed": dict(sorted(landed.items())),
     }

@@ -24,7 +24,8 @@ def _kills(figures: dict[str, Any]) -> str:
     signals = ", ".join(f"{n} {name}" for name, n in sorted(figures["signals"].items()))
     return (
         f"### Kills\n\nReal signals to real processes ({signals}), {at_points} of them at chosen points between the calls that change the disk. "
-        "Equal: every byte of the outputs is that of an undisturbed run.\n\n"
+        "Equal: every byte of the outputs is that of an undisturbed run. "
+        f"Exit codes or messages other than the documented ones: {figures['faults']}.\n\n"
         + markdown(["stage", "started as", "kills", "equal"], rows)
     )
 

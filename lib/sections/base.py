@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
-Layers = Annotated[int, Field(gt=0, le=1_000)]  # more would not be built in a lifetime
-Width = Annotated[int, Field(gt=0, le=2**20)]
+Layers = Annotated[int, Field(ge=1, le=1_000)]  # more would not be built in a lifetime
+Width = Annotated[int, Field(ge=1, le=2**20)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
