@@ -306,7 +306,7 @@ def main() -> int:
         row = rows[-1]
         print(f"{target:<12} {row['inputs']:9,d} inputs, {row['crashes']} crashes {row['crash']}", flush=True)
     if args.target == "all":
-        figures = {"rows": [{k: v for k, v in row.items() if k != "crash"} for row in rows]}
+        figures: dict[str, Any] = {"rows": [{k: v for k, v in row.items() if k != "crash"} for row in rows]}
         figures["guided"] = bool(importlib.util.find_spec("atheris"))
         write(args.out, "fuzz", figures, provenance())
     return int(any(row["crashes"] for row in rows))

@@ -68,10 +68,12 @@ def compare_neighbours(steps: int) -> dict[str, Any]:
 
 
 def _say(found: dict[str, Any]) -> None:
-    rows = [("model", *(f"{name}, ms" for name in NEIGHBOURS), "nice 10, ratio", "nice 0, ratio")]
+    rows: list[tuple[str, ...]] = [
+        ("model", *(f"{name}, ms" for name in NEIGHBOURS), "nice 10, ratio", "nice 0, ratio")
+    ]
     for model, figures in found["modes"].items():
         milliseconds = [f"{1e3 * value:.0f}" for value in figures["seconds"].values()]
-        rows.append((model, *milliseconds, *(f"{value:.2f}" for value in figures["ratios"].values())))
+        rows.append((str(model), *milliseconds, *(f"{value:.2f}" for value in figures["ratios"].values())))
     print(aligned(rows))
     print(f"worst ratio beside a program of lower priority: {found['worst']:.2f}; the limit is {LIMIT}")
 

@@ -13,7 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 MAX_JSON_BYTES = 2**28
 NEW, OLD = ".new", ".old"  # suffixes of a folder's successor, and of the folder that was just replaced
@@ -165,7 +165,7 @@ def sha256(path: Path) -> str:
 
 def sha256_file(path: Path) -> str:
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def sha256_folder(folder: Path) -> str:

@@ -127,9 +127,9 @@ def test_look_back_injection_puts_earlier_predictions_into_later_text():
 def test_look_back_injection_reaches_its_share_of_the_rows():
     target = objective(rollout_passes=(2, 2), look_back=0.5)
     rows = np.arange(400)
-    many = [np.resize(x, (400, x.shape[1])) for x in target.diffusion.windows(range(8))[1:]]
-    plain = target.filler.fill(TwoMinds(), *many, rows, "critic", 8)
-    found = target.filler.fill_to_learn_from(TwoMinds(), *many, rows, "critic", 8)
+    ids, valid = (np.resize(x, (400, x.shape[1])) for x in target.diffusion.windows(range(8))[1:])
+    plain = target.filler.fill(TwoMinds(), ids, valid, rows, "critic", 8)
+    found = target.filler.fill_to_learn_from(TwoMinds(), ids, valid, rows, "critic", 8)
     assert 0.3 < (plain.ids != found.ids).any(1).mean() < 0.5
 
 

@@ -108,6 +108,7 @@ def test_a_causal_ltg_bert_is_refused():
 def test_the_shipped_configs_are_the_published_sizes(size):
     architecture = load_config([f"configs/models/ltg-bert-{size}.yaml"]).architecture
     family = FAMILIES["ltg_bert"]
+    assert family.config_of is not None
     made = family.config_of(architecture, 16384, "bidirectional").to_dict()
     expected = family.config_class.published(size).to_dict()  # pyright: ignore[reportAttributeAccessIssue]
     for key in family.shape:

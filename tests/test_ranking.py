@@ -357,14 +357,13 @@ def test_bm25_of_pools_is_that_of_the_library():
     present = np.arange(4) < rng.integers(1, 5, 30)[:, None]
     prompts = [" ".join(rng.choice([*words, "unheard"], 6)) for _ in range(30)]
     found = bm25_scores(prompts, texts, present)
-    index = bm25s.BM25(backend="numpy")
-    index.index(
-        bm25s.tokenize(texts[present].tolist(), stopwords=None, show_progress=False), show_progress=False
-    )
+    index: Any = bm25s.BM25(backend="numpy")
+    tokenize: Any = bm25s.tokenize
+    index.index(tokenize(texts[present].tolist(), stopwords=None, show_progress=False), show_progress=False)
     every = np.full(present.shape, -1)
     every[present] = np.arange(present.sum())
     for n in range(30):
-        tokens = bm25s.tokenize([prompts[n]], stopwords=None, show_progress=False, return_ids=False)[0]
+        tokens = tokenize([prompts[n]], stopwords=None, show_progress=False, return_ids=False)[0]
         expected = index.get_scores([token for token in tokens if token in index.vocab_dict])
         np.testing.assert_allclose(found[n, present[n]], expected[every[n, present[n]]], rtol=1e-5)
     assert (found[~present] == 0).all() and found.std() > 0.1

@@ -93,7 +93,7 @@ def test_a_replayed_disk_loses_what_was_not_synced_and_keeps_what_was(tmp_path):
     found = [(state.kind, state.at, state.files) for state in states_of(events, 0)]
     assert ("empty", 2, {"a.tmp": ("", "new", "lost")}) in found  # a name without its data
     assert not any(
-        files.get("a", ("new",))[0] != "new" for _, _, files in found
+        (files.get("a") or ("new",))[0] != "new" for _, _, files in found
     )  # the rename comes after the data
     disk = Disk()
     for one in events:

@@ -17,7 +17,8 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
     import pyarrow.parquet as pq
 
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, **({"compression": "zstd"} | options))
+    settings: dict[str, Any] = {"compression": "zstd"} | options
+    pq.write_table(pa.table(columns), sink, **settings)
     return sink.getvalue()
 
 

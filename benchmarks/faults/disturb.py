@@ -264,15 +264,15 @@ def _armed(disturbance: Disturbance | None, note: Path) -> Callable[[], None]:
         _no_fsync()
         if disturbance is None or disturbance.point is None:
             return
-        left = [disturbance.point]
+        chosen, left = disturbance, [disturbance.point]
 
         def reached(kind: str, when: str, path: str) -> None:
-            left[0] -= disturbance.kind in ("", f"{kind} {when}")
+            left[0] -= chosen.kind in ("", f"{kind} {when}")
             if left[0] == -1:
                 left[0] -= 1
                 with _QuietFile(note) as descriptor:
                     os.write(descriptor, f"{kind} {when}".encode())
-                os.kill(os.getpid(), disturbance.number)
+                os.kill(os.getpid(), chosen.number)
 
         points.install(reached)
 

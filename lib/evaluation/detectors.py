@@ -51,7 +51,7 @@ def bag_of_words(
     from sklearn.linear_model import LogisticRegression
 
     runs = (1, 2) if analyzer == "word" else (2, 4)
-    pattern = r"(?u)\w+|[^\w\s]" if analyzer == "word" else None
+    pattern: Any = r"(?u)\w+|[^\w\s]" if analyzer == "word" else None
     vectors = TfidfVectorizer(
         analyzer=analyzer,
         ngram_range=runs,

@@ -175,7 +175,8 @@ def as_lm(harness: Harness) -> Any:
 
     class MaskedLanguageModel(LM):
         def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-            return harness.loglikelihood(_questions(requests), [request.args for request in requests])
+            pairs: Any = [request.args for request in requests]
+            return harness.loglikelihood(_questions(requests), pairs)
 
         def loglikelihood_rolling(self, requests) -> list[float]:
             pairs = [("", request.args[0]) for request in requests]
@@ -208,7 +209,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if options.include_path is None else str(options.include_path))
-    found = lm_eval.simple_evaluate(
+    evaluate: Any = lm_eval.simple_evaluate
+    found = evaluate(
         lm,
         tasks=options.tasks,
         num_fewshot=options.num_fewshot,

@@ -160,7 +160,8 @@ def mauve(one: np.ndarray, other: np.ndarray, seed: int = 0) -> float:
     components = min(50, *vectors.shape)
     vectors = PCA(components, random_state=seed).fit_transform(vectors)
     clusters = max(2, min(500, min(len(one), len(other)) // 10))
-    labels = KMeans(clusters, n_init=5, random_state=seed).fit_predict(vectors)
+    starts: Any = 5
+    labels = KMeans(clusters, n_init=starts, random_state=seed).fit_predict(vectors)
     p, q = (np.bincount(part, minlength=clusters) / len(part) for part in np.split(labels, [len(one)]))
     return frontier_area(p, q)
 

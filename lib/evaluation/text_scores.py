@@ -97,7 +97,8 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
     synthetic = {}
     if _has_column(path, labelled.label_key):
         of_labels = task.check(config.model_copy(update={"data": labelled}))
-        found = ((d.document_id, d.label) for d in of_labels if isinstance(d, Document) and not d.piece)
+        documents_with_labels = (d for d in of_labels if isinstance(d, Document) and not d.piece)
+        found = ((d.document_id, d.label) for d in documents_with_labels if d.label is not None)
         named = labelled.label_classes is not None
         synthetic = {name: label != 0 if named else label < 1 for name, label in found}
     return UserTexts(texts, problems, files, synthetic)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -293,14 +293,14 @@ def load_model(folder: Path) -> Any:
     if name not in classes:
         raise BadData(f"{folder}/config.json names the architecture {name}; known: {', '.join(classes)}")
     if config.model_type == "remask_adapted":
-        return _load_adapted(classes[name], config, tensors)
+        return _load_adapted(cast(Any, classes[name]), config, tensors)
     return classes[name].from_pretrained(folder).eval()
 
 
 def _load_adapted(kind: type[AdaptedPreTrainedModel], config: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """A model with a backbone of another project, whose buffers only its own constructor fills."""
     with torch.random.fork_rng():
-        model = kind(config)
+        model: Any = kind(config)
     report = model.load_state_dict(tensors, strict=False)
     missing = sorted(set(report.missing_keys) - set(model.all_tied_weights_keys))
     if missing or report.unexpected_keys:

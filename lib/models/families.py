@@ -63,8 +63,13 @@ def _remask_gpt(
         attention=attention,
         dropout=architecture.dropout,
         bias=architecture.bias,
-        **(_OWN_IDS | heads),
+        **_with_own_ids(heads),
     )
+
+
+def _with_own_ids(heads: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the heads, and the special ids of this project's tokenizers where they name none."""
+    return _OWN_IDS | heads
 
 
 def _ltg_bert(
@@ -82,7 +87,7 @@ def _ltg_bert(
         hidden_dropout_prob=architecture.dropout,
         attention_probs_dropout_prob=architecture.dropout,
         sep_token_id=None,
-        **(_OWN_IDS | heads),
+        **_with_own_ids(heads),
     )
 
 

@@ -72,7 +72,7 @@ def ranking_summary(displayed: Sequence[Any], metrics: dict[str, Any]) -> str:
         lines.append((pool.pool_id, short, f"{probabilities[best]:.1%}"))
     parts = [aligned(lines)]
     if metrics:
-        rows = [("chosen by", *TITLES)]
+        rows: list[tuple[str, ...]] = [("chosen by", *TITLES)]
         for name, row in metrics.items():
             values = [row.get(metric) for metric in METRICS]
             rows.append((name, *("-" if v is None else f"{v['value']:.3f}" for v in values)))

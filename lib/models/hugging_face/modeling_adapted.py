@@ -69,7 +69,7 @@ def make_backbone(config: AdaptedConfig) -> Any:
     if config.backbone_class is None or config.backbone_config_class is None:
         inner = AutoConfig.for_model(values.pop("model_type"), **values)
         return AutoModelForMaskedLM.from_config(_with_dropout(inner, config.dropout))
-    folder = Path(config.name_or_path)
+    folder = Path(str(config.name_or_path))
     check_code(folder, config.code_files)
     inner = _own_class(config.backbone_config_class, folder)(
         **{k: v for k, v in values.items() if k != "model_type"}
@@ -262,9 +262,10 @@ class AdaptedPreTrainedModel(PreTrainedModel):
         config.adapter_rank = None
         state = {n: v.detach().clone() for n, v in self.state_dict().items() if not n.startswith("adapter.")}
         prefix = self.backbone_names[0]
+        added: Any
         for name, added in zip(self.adapter.names, self.adapter, strict=True):
             key = f"{prefix}{name}.weight"
-            product = added.product().detach()  # pyright: ignore[reportCallIssue]
+            product = added.product().detach()
             state[key] += product.to(state[key].dtype)
         with torch.random.fork_rng(devices=[]):
             model = type(self)(config).to(dtype=self.dtype, device=self.device)
@@ -350,7 +351,8 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
         self.critic = None
         if config.critic_layers is not None:
             self.critic = RemaskGptCritic(_critic_config(config))
-            width = self.get_input_embeddings().weight.shape[1]
+            embeddings: Any = self.get_input_embeddings()
+            width = int(embeddings.weight.shape[1])
             self.critic.given = nn.Embedding(1, width)
             self.critic.given.initial_std = 0.0  # pyright: ignore[reportArgumentType]
             if config.critic_rank is not None:
@@ -387,7 +389,8 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
         length = input_ids.shape[1]
         framed, valid = self.frame(input_ids, attention_mask)
         # 1. The language model
-        hidden = scored = None
+        hidden: Any = None
+        scored: Any = None
         token_head = TokenHead(self.lm_logits, class_loss, self.config.vocab_size)
         if head != "critic":
             hidden, known = self.states(framed, valid)

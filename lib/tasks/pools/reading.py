@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class _FileReader:
             return [error.fault]
         self.characters += len(row.prompt or "") + sum(len(entry.text) for entry in row.entries)
         if row.split is None and self.split is not None:
-            row = row.__class__(**(vars(row) | {"split": self.split}))
+            row = replace(row, split=self.split)
         fault = store.add(row, str(self.path), location)
         return [*faults, *([fault] if fault is not None else [])]
 
@@ -140,9 +141,9 @@ def clean(row: PoolRow) -> tuple[PoolRow, list[Fault]]:
         found.update({fault.kind: fault for fault in faults})
         return text.strip()
 
-    entries = [entry.__class__(**(vars(entry) | {"text": cleaned(entry.text)})) for entry in row.entries]
+    entries = [replace(entry, text=cleaned(entry.text)) for entry in row.entries]
     prompt = None if row.prompt is None else cleaned(row.prompt)
-    return row.__class__(**(vars(row) | {"prompt": prompt, "entries": entries})), list(found.values())
+    return replace(row, prompt=prompt, entries=entries), list(found.values())
 
 
 # Names of splits in files -> splits of the project. `test` is reported beside held_out

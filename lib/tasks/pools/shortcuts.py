@@ -119,8 +119,9 @@ class SimpleScorers:
             self._scorers["candidate_linear"] = _by_candidate(
                 lambda texts: linear.decision_function(words.of(texts))
             )
+            never: Any = False
             trees = HistGradientBoostingClassifier(
-                max_iter=120, learning_rate=0.08, max_leaf_nodes=15, min_samples_leaf=20, early_stopping=False,
+                max_iter=120, learning_rate=0.08, max_leaf_nodes=15, min_samples_leaf=20, early_stopping=never,
                 random_state=randomness.key(seed, "pools trees") % 2**31,
             ).fit(surface(train)[known], best)  # fmt: skip
             self._scorers["candidate_trees"] = lambda p: _spread(

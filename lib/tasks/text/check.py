@@ -82,7 +82,9 @@ def _labels_of(raw: RawText, text: "Iterable[str] | None", config: Config) -> tu
 
 def _document(name: str, content: str, raw: RawText, piece: int, labels: TextLabels) -> Document:
     spans = labels.spans
-    listed = None if spans is None else [dict(zip(("start", "end", "class"), s, strict=True)) for s in spans]
+    listed = None
+    if spans is not None:
+        listed = [{"start": start, "end": end, "class": kind} for start, end, kind in spans]
     group = None if labels.group is None else _printable(labels.group)
     return Document(name, content, _printable(raw.source), piece, group, labels.label, listed)
 

@@ -46,7 +46,8 @@ class TextLabels:
 def raw_labels(record: dict[str, Any], data: DataConfig, in_cells: bool) -> RawLabels:
     """The values of a row under the keys of the config."""
     keys = (data.label_key, data.spans_key, data.group_key)
-    return RawLabels(*(None if key is None else record.get(key) for key in keys), in_cells)
+    label, spans, group = (None if key is None else record.get(key) for key in keys)
+    return RawLabels(label, spans, group, in_cells)
 
 
 def read_labels(
