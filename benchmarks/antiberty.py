@@ -1,6 +1,6 @@
 """Convert AntiBERTy (Ruffolo et al., 2021), a masked LM of antibody sequences on PyPI (MIT licence), to a folder with safetensors.
 
-    pip download antiberty==0.1.3 --no-deps
+    pip download antiberty==0.1.3
     python -m benchmarks.antiberty antiberty-0.1.3-py3-none-any.whl OUT_DIR
 
 Its weights are a pickle. A process of its own reads them and accepts tensors only; no code of the package runs. The

@@ -10,7 +10,7 @@ lm = MaskedLM.open(sys.argv[1], context=64)
 
 # 2. Train a critic on a list of texts: here, paragraphs of Python's language reference
 paragraphs = [p for text in pydoc_data.topics.topics.values() for p in text.split("\n\n")]
-texts = [" ".join(p.split()) for p in paragraphs if 60 < len(p) < 400][:500]
+texts = [" ".join(p.split()) for p in paragraphs if 60 < len(p) < 400][:300]
 print(lm.train_critic(texts))
 
 # 3. Fill gaps. The critic reads each draft, and the policy re-masks the tokens that look generated

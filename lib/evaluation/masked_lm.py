@@ -91,7 +91,7 @@ class MaskedLM:
             MissingInput, BadData, BadConfig: it cannot be used, see `lib.models.pretrained`.
         """
         critic = ("critic.coupling=decoupled", "critic.num_layers=1", "critic.look_back=0.25")
-        training = ("optimizer=adamw", "learning_rate=0.002", "steps=100", "batch_size=16", "evaluate_every=50",
+        training = ("optimizer=adamw", "learning_rate=0.002", "steps=60", "batch_size=16", "evaluate_every=30",
                     "checkpoint_every=1000", "compile=off")  # fmt: skip
         given = [
             f"pretrained.model={name_or_folder}",
