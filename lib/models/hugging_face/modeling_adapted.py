@@ -13,7 +13,7 @@ import copy
 import hashlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -262,10 +262,9 @@ class AdaptedPreTrainedModel(PreTrainedModel):
         config.adapter_rank = None
         state = {n: v.detach().clone() for n, v in self.state_dict().items() if not n.startswith("adapter.")}
         prefix = self.backbone_names[0]
-        added: Any
         for name, added in zip(self.adapter.names, self.adapter, strict=True):
             key = f"{prefix}{name}.weight"
-            product = added.product().detach()
+            product = cast(Any, added).product().detach()
             state[key] += product.to(state[key].dtype)
         with torch.random.fork_rng(devices=[]):
             model = type(self)(config).to(dtype=self.dtype, device=self.device)
