@@ -10,8 +10,8 @@ is in OUT; an interrupted benchmark continues there.
     infilling   share of correct tokens in the same sticky gaps
     cost        of the critic's head, and of the interface, in forward passes of the masked LM
 
-python -m benchmarks.pretrained_critic OUT
-python -m benchmarks.pretrained_critic OUT --quick
+python -m benchmarks.pretrained_critic OUT_DIR
+python -m benchmarks.pretrained_critic OUT_DIR --quick
 """
 
 import argparse

@@ -4,6 +4,7 @@ import gc
 import importlib
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lib.training.objectives.language_model import MaskedDiffusion
 from lib.training.objectives.next_token import NextToken
 from tests.live_bytes import LiveBytes
 from tests.test_policy import Ranker, tokenizer, training
-from tests.test_pool_choice import Stub, choice_of
+from tests.test_pool_choice import Stub, choice_of, made_table
 from tests.test_ranker import make_pools
 from tests.test_ranker_files import saved_encoder
 from tests.trainings import TOKENIZER, TOKENS, MeanOfRows, context, settings, splits, train_tiny
@@ -374,8 +375,13 @@ def test_an_evaluation_of_long_rows_is_cut_by_tokens_and_measures_the_same(monke
 
 
 def test_pools_are_counted_with_a_prompt_for_each_candidate_that_is_read_alone(tokenizer):
-    choice = choice_of(tokenizer, prompt_tokens=2000, candidate_tokens=100)
+    table = made_table(missing=False)
+    table = replace(table, prompts=[" ".join(["w1"] * 1000)] * len(table))
+    choice = choice_of(tokenizer, held_out=table, prompt_tokens=2000, candidate_tokens=100)
+    pools = choice.reader.read(table.prompts[:1], table.texts[:1], table.present[:1])
+    prompt, candidates = int(pools.prompt_mask.sum()), int(pools.candidate_mask.sum())
+    assert prompt > 900
     stub: Any = Stub(lambda *_: 0.0)
-    for packs, tokens in ((True, 2000 + 4 * 100), (False, 4 * 2100)):
+    for packs, tokens in ((True, prompt + candidates), (False, table.texts.shape[1] * prompt + candidates)):
         stub.packs = packs
-        assert choice.reader.evaluation_pools(stub, choice.splits.held_out) == EVALUATION_TOKENS // tokens
+        assert choice.reader.evaluation_pools(stub, table) == EVALUATION_TOKENS // tokens

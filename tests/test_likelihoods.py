@@ -174,7 +174,9 @@ def test_groups_must_be_of_the_held_out_windows():
 
 def test_a_documents_scores_are_means_over_its_tokens():
     def row(tokens: int, value: float) -> dict:
-        numbers = ("critic_error_mean", "inspector_changed_mean", "reference_nll_mean", "judge_score")
+        numbers = (
+            "critic_error_mean", "inspector_changed_mean", "reference_nll_mean", "judge_score", "judge_suspicion",
+        )  # fmt: skip
         return {"document_id": "a", "token_ids": [5] * tokens} | dict.fromkeys(numbers, value)
 
     (line,) = documents_of([row(9, 1.0), row(1, 3.0)])

@@ -142,7 +142,7 @@ def run_folder(path, seed: int, value: float):
     folder.mkdir(parents=True)
     row = {"model": "judge", "metric": "R2", "baseline": "constant", "value": value, "baseline_value": 0.1}
     (folder / "training_manifest.json").write_text(json.dumps({"table": [row]}))
-    manifest = {"stage": "04_train", "config": {"seed": seed}, "inputs": [], "outputs": {}, "stats": {}}
+    manifest = {"stage": "04_train", "config": {"seed": seed}, "inputs": {}, "outputs": {}, "stats": {}}
     (folder.parent / "manifest.json").write_text(json.dumps(manifest))
     return path / f"run_{seed}"
 

@@ -228,7 +228,7 @@ def test_encoders_that_cannot_be_trusted_or_had_are_refused(tmp_path, monkeypatc
         open_encoder(folder)
     weights.write_bytes(b"")
     weights.rename(folder / "model.safetensors")
-    with pytest.raises(BadData, match="cannot be loaded"):
+    with pytest.raises(BadData, match="no safetensors file"):
         open_encoder(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(MissingInput, match="is not a folder, and the hub does not provide it"):

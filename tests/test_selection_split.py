@@ -292,7 +292,10 @@ def choosing(name: str) -> PoolTable:
 class ByTable:
     """A reader that always scores the first candidate higher."""
 
-    settings, runtime = SimpleNamespace(loss="cross_entropy", word_dropout=0.0), CPU
+    settings, runtime = (
+        SimpleNamespace(loss="cross_entropy", word_dropout=0.0, best_by="reward", sampled_candidates=None),
+        CPU,
+    )
 
     def tokens_per_pool(self, table):
         return 1

@@ -128,10 +128,11 @@ def test_every_model_has_a_manifest_and_the_stage_lists_their_hashes(run, traini
 def test_a_model_uses_and_reads_what_its_mode_and_start_need():
     plans = plan_models(load_config(quick_test=True))  # there, the generator starts from stage 02
     common = {"seed", "device", "precision"}
+    labels = {f"data.{key}" for key in ("label_key", "label_classes", "spans_key", "span_classes")}
     own = {name: set(plan.uses) - common - {f"models.{name}"} for name, plan in plans.items()}
     assert own == {
-        "generator": {"diffusion"}, "reference_lm": set(), "ar_baseline": set(), "inspector": {"stream.enabled"},
-        "judge": {"stream.enabled"}, "ranker": {"ranker"},
+        "generator": {"diffusion"}, "reference_lm": set(), "ar_baseline": set(), "inspector": {"stream.enabled", *labels},
+        "judge": {"stream.enabled", *labels}, "ranker": {"ranker"},
     }  # fmt: skip
     assert plans["reference_lm"].reads == BEFORE[:1] and plans["generator"].reads == BEFORE[:2]
     assert plans["inspector"].reads == (*BEFORE, "04_train/generator")

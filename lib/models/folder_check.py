@@ -65,7 +65,8 @@ def read_header(path: Path) -> dict[str, Any]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             size = path.stat().st_size
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"its header should have {length:,} bytes, the file has {size:,}")
+                found = f"its header should have {length:,} bytes, the file has {size:,}"
+                raise ValueError(found if len(start) == 8 else f"it has {size:,} bytes")
             header = json.loads(file.read(length))
     except RecursionError:
         raise BadData(f"{path} is no safetensors file: its header is nested too deeply; {ADVICE}") from None

@@ -37,8 +37,11 @@ def split_of(split: str | None, group: str, given: set[str], config: Config) -> 
     fractions, seed = config.data.fractions, config.seed
     if split not in (None, "train"):
         return str(split)
-    if "held_out" not in given and hash_fraction(seed, "held out", group) < fractions["held_out"]:
+    if "held_out" not in given and hash_fraction(seed, "pools held out", group) < fractions["held_out"]:
         return "held_out"
-    if "selection" not in given and hash_fraction(seed, "selection", group) < config.data.selection_fraction:
+    if (
+        "selection" not in given
+        and hash_fraction(seed, "pools selection", group) < config.data.selection_fraction
+    ):
         return "selection"
     return "train"
