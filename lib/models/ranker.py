@@ -152,9 +152,7 @@ class CandidateRanker(nn.Module):
         self.prompt_tokens: int | None = None
         self.candidate_tokens: int | None = None
         self.suffix = ""
-        self.one_pass = (
-            False  # several processes read together: each must have the same number of forward passes
-        )
+        self.one_pass = False  # with ranker.shard: processes that read together have equally many passes
         first = next(base.parameters())
         exact = torch.promote_types(first.dtype, torch.float32)
         self.head = ScoreHead(width_of(base), head, seed).to(first.device, exact)

@@ -23,6 +23,7 @@ def on_device(load: Callable[[], Loaded], shard: bool, runtime: Runtime) -> Load
     processes = runtime.processes
     if not shard or processes.size == 1:
         loaded = load()
+        loaded[0].one_pass = shard  # so that one process has the bits of several
         loaded[0].to(runtime.device)
         return loaded
     processes.passes_together = True
