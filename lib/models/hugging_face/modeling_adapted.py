@@ -267,7 +267,8 @@ class AdaptedPreTrainedModel(PreTrainedModel):
             product = cast(Any, added).product().detach()
             state[key] += product.to(state[key].dtype)
         with torch.random.fork_rng(devices=[]):
-            model = type(self)(config).to(dtype=self.dtype, device=self.device)
+            kind: Any = type(self)
+            model = kind(config).to(dtype=self.dtype, device=self.device)
         model.load_state_dict(state)
         return model.train(self.training)
 
