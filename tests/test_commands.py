@@ -77,6 +77,9 @@ SMALLER = {
     "benchmarks.over_seeds": "",
     "benchmarks.pools_speed": "--pools 2 --ranked 4 --rounds 1 --skip rank",
     "benchmarks.pools_gsm8k": "--short",
+    "benchmarks.pretrained_critic": "--help",  # its quick version takes five minutes
+    "benchmarks.english_mlm": "--help",
+    "benchmarks.antiberty": "--help",
     "benchmarks.pools_wikiqa": "--short --losses --questions 100",
     "benchmarks.executors": "--passages 40 --workers 1 --rounds 1 --set candidates.rows_per_group=40",
     "benchmarks.results_page": "--quick",

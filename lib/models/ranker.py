@@ -152,7 +152,9 @@ class CandidateRanker(nn.Module):
         self.prompt_tokens: int | None = None
         self.candidate_tokens: int | None = None
         self.suffix = ""
-        self.one_pass = False  # with ranker.shard: processes compute together, so each has one forward pass per batch
+        self.one_pass = (
+            False  # with ranker.shard: processes compute together, so each has one forward pass per batch
+        )
         first = next(base.parameters())
         exact = torch.promote_types(first.dtype, torch.float32)
         self.head = ScoreHead(width_of(base), head, seed).to(first.device, exact)
