@@ -10,20 +10,17 @@ python -m benchmarks.causal_speedrun --skip-plain --set models.generator.trainin
 """
 
 import argparse
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.plain_models import gpt2
-from benchmarks.prepared import prepare, shakespeare, stage_inputs_of
+from benchmarks.prepared import prepare, shakespeare, stage_inputs_of, train_in_memory
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, full, write
 from lib.config import Config
 from lib.models.build import start_model
-from lib.training.loop import train
 from lib.training.stage_inputs import StageInputs
 from lib.training.train_model import context_of, make_objective
 
@@ -42,17 +39,7 @@ def run(config: Config, stage_inputs: StageInputs, plain: bool) -> dict[str, Any
         model, _ = start_model(
             "language_model", spec.architecture, "causal", vocabulary, config.seed, "generator"
         )
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(trained: torch.nn.Module, folder: Path) -> None:
-        """Keep the evaluated weights: the EMA, where the recipe has one."""
-        kept.update({name: value.clone() for name, value in trained.state_dict().items()})
-        (folder / "none").touch()
-
-    with tempfile.TemporaryDirectory() as folder:
-        label = "plain" if plain else "ours"
-        result = train(model, objective, replace(context, label=label), Path(folder), save=keep)
-    model.load_state_dict(kept)
+    result = train_in_memory(model, objective, replace(context, label="plain" if plain else "ours"))
     with torch.no_grad():
         found, _ = objective.report(model.eval())
     return {

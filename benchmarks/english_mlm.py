@@ -113,7 +113,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out_dir", type=Path, help="a new folder")
-    parser.add_argument("--quick", action="store_true", help="a small model, in about a minute")
+    parser.add_argument("--quick", action="store_true", help="a small model")
     options = parser.parse_args()
     print(make(options.out_dir, QUICK if options.quick else FULL))
 

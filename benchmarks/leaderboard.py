@@ -15,22 +15,19 @@ python -m benchmarks.leaderboard my_row --config my.yaml --model my_package.mode
 
 import argparse
 import importlib
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.prepared import prepare, shakespeare, stage_inputs_of
+from benchmarks.prepared import prepare, shakespeare, stage_inputs_of, train_in_memory
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, full, write
 from lib.config import Config
 from lib.models.build import start_model
-from lib.training.loop import train
 from lib.training.stage_inputs import StageInputs
 from lib.training.train_model import context_of, make_objective
 
@@ -118,20 +115,11 @@ def _trained(
         model, _ = start_model(
             "language_model", spec.architecture, attention, vocabulary, config.seed, "generator"
         )
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(trained: nn.Module, folder: Path) -> None:
-        """Keep the evaluated weights: the EMA, where the recipe has one."""
-        kept.update({key: value.clone() for key, value in trained.state_dict().items()})
-        (folder / "none").touch()
-
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        train(model, objective, replace(context, label="leaderboard"), Path(folder), save=keep)
-        seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    train_in_memory(model, objective, replace(context, label="leaderboard"))
+    seconds = time.perf_counter() - begin
     found: dict[str, Any] = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
     if report:
-        model.load_state_dict(kept)
         with torch.no_grad():
             values, rows = objective.report(model.eval())
         figure = rows[0].as_dict()

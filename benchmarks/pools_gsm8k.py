@@ -4,7 +4,7 @@ GSM8K: choose the right one of the solutions that several language models wrote,
 The file has rows with prompt, candidates, rewards and writers. Each fold is held out once. Recognising the writer is a shortcut,
 since the models differ in strength; its rows show how far it leads. The majority is over the final answers of the solutions.
 
-python -m benchmarks.pools_gsm8k /path/to/solutions.jsonl --encoder /path/to/all-MiniLM-L6-v2           # 30 minutes on two cores
+python -m benchmarks.pools_gsm8k /path/to/solutions.jsonl --encoder /path/to/all-MiniLM-L6-v2
 python -m benchmarks.pools_gsm8k /path/to/solutions.jsonl --encoder /path/to/all-MiniLM-L6-v2 --short   # two folds, few problems
 """
 

@@ -3,16 +3,21 @@
 import contextlib
 import importlib
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from lib.artifacts import Stage
 from lib.config import ROOT, Config, load_config
 from lib.errors import BadConfig
 from lib.runs import RunArgs
 from lib.runtime import Runtime
+from lib.training.loop import Result, train
+from lib.training.objectives.base import TrainingContext
 from lib.training.stage_inputs import StageInputs, read_stage_inputs
 from lib.training.train_model import RECORD
 
@@ -56,6 +61,20 @@ def run_stage(script: str, config: Config, args: RunArgs) -> None:
         main(config, args)
     except BadConfig:
         main(config, replace(args, overwrite=True))
+
+
+def train_in_memory(model: Any, objective: Any, context: TrainingContext) -> Result:
+    """Train a model that stage 04 cannot train. It has the evaluated weights afterwards: the EMA, where the recipe has one."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(trained: nn.Module, folder: Path) -> None:
+        kept.update({name: value.clone() for name, value in trained.state_dict().items()})
+        (folder / "none").touch()
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(model, objective, context, Path(folder), save=keep)
+    model.load_state_dict(kept)
+    return result
 
 
 @contextlib.contextmanager

@@ -289,7 +289,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="for models and runs")
     parser.add_argument("--model", type=Path, help="folder of a masked LM; without it one is made")
-    parser.add_argument("--quick", action="store_true", help="small models, one seed: about five minutes")
+    parser.add_argument("--quick", action="store_true", help="small models, one seed")
     result_files.add_out(parser)
     options = parser.parse_args()
     size = SIZES[options.quick]

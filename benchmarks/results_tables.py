@@ -58,6 +58,8 @@ def policies_table(file: ResultFile) -> str:
 def leaderboard_table(files: dict[str, ResultFile]) -> str:
     """Rows of docs/leaderboard.md, the best of each kind of likelihood first."""
     found = [file for name, file in files.items() if name.startswith("leaderboard_")]
+    if not found:
+        return "No row has been measured yet."
     found.sort(key=lambda file: (file.figures["kind"], file.figures["value"]["value"]))
     rows = []
     for file in found:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -89,8 +88,6 @@ def _train(model: str, run: Path, flags: list[str]) -> Path:
 
 def _script(name: str, flags: list[str]) -> None:
     """Run a stage in a process of its own, as a user does: it looks at the cores when it starts."""
-    done = subprocess.run(
-        [sys.executable, f"{name}.py", *flags], cwd=ROOT, capture_output=True, text=True, env=os.environ
-    )
+    done = subprocess.run([sys.executable, f"{name}.py", *flags], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}.py failed:\n{done.stderr[-2000:]}")
