@@ -30,7 +30,7 @@ from lib.models.build import (
     save_model,
     start_model,
 )
-from lib.models.pretrained import open_pretrained
+from lib.models.pretrained import _config_of, open_pretrained
 from lib.models.pretrained_tokenizer import open_tokenizer
 from lib.outside import refuse_unnamed_pretrained
 from lib.sections.pretrained import AdapterConfig
@@ -506,3 +506,9 @@ def test_every_stage_runs(kind, folders, small_text, tmp_path):
     assert {"ancestral", "critic", "critic_origin"} <= policies
     generator = load_model(run_dir / "04_train" / "generator" / "best_model")
     assert generator.config.model_type == "remask_adapted" and generator.adapter is None
+
+
+def test_a_config_that_is_nested_too_deeply_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(BadData, match=r"config\.json.*nested too deeply"):
+        _config_of(tmp_path)

@@ -6,7 +6,6 @@ result = ranker.rank("how big is bmc software ?", ["it has 6,000 employees .", "
 print(result.best, result.order, result.scores, result.probabilities)
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lib import durable
 from lib.config import load_config
 from lib.errors import BadData, MissingInput
 from lib.log import say
@@ -96,7 +96,7 @@ class Ranker:
         runtime = runtime or Runtime.detect(load_config())
         ranker, tokenizer = load_ranker(own)
         ranker.to(runtime.device).eval()
-        record = json.loads((own / RANKER_FILE).read_text(encoding="utf-8"))
+        record = durable.read_json(own / RANKER_FILE)
         lengths = (record.get(f"{name}_tokens") or DEFAULT_TOKENS for name in ("prompt", "candidate"))
         return cls(ranker, tokenizer, runtime, *lengths)
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lib import durable
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.models.backbones import longest_input, require_model_files
 from lib.models.hugging_face.configuration_adapted import AdaptedConfig
@@ -119,7 +120,7 @@ def code_digest(folder: Path) -> str:
 
 def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = durable.read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise BadData(f"pretrained.model: {folder / 'config.json'} cannot be read: {error}") from None
     if not isinstance(content, dict) or "model_type" not in content:
