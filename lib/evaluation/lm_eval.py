@@ -169,7 +169,7 @@ class Harness:
 def as_lm(harness: Harness) -> Any:
     """The model as lm-eval's own class. Raises BadConfig if the package is not installed."""
     try:
-        from lm_eval.api.model import LM
+        from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise BadConfig(f"lm-eval is not installed; run {INSTALL}") from None
 
@@ -205,8 +205,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             block_tokens=options.block_tokens,
         )
     )
-    import lm_eval
-    from lm_eval.tasks import TaskManager
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     manager = TaskManager(include_path=None if options.include_path is None else str(options.include_path))
     evaluate: Any = lm_eval.simple_evaluate

@@ -103,7 +103,7 @@ def trigram_nats(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     Raises BadConfig if the package is not installed.
     """
     try:
-        from pocketsphinx import LogMath, NGramModel, get_model_path
+        from pocketsphinx import LogMath, NGramModel, get_model_path  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise BadConfig("--trigram needs the package pocketsphinx; run pip install pocketsphinx") from None
     model = NGramModel.readfile(os.path.join(get_model_path("en-us"), "en-us.lm.bin"))
