@@ -96,6 +96,17 @@ def test_a_control_is_the_same_program_with_the_words_of_the_other_page(planned)
     assert len(planned.dropped) == unfilled > 0 and len(found) == 6 * (len(RECORDS) - unfilled)
 
 
+def test_near_misses_are_in_training_pools_alone_and_the_leak_is_measured_without_them(planned):
+    rows = [{"example_id": r.id, "split": split_of(r)} for r in RECORDS]
+    found = candidates(pa.Table.from_pylist(rows), planned).to_pylist()
+    misses = {r["split"] for r in found if r["kind"] == "near_miss"}
+    of_train = [r["kind"] for r in found if r["split"] == "train"]
+    assert misses == {"train"}
+    share = of_train.count("near_miss") / (of_train.count("near_miss") + of_train.count("template"))
+    assert 0.35 < share < 0.65  # configs/finqa.yaml says a half
+    assert not [c for _, pool, _ in planned.plan.first_pools("train") for c in pool if c.kind == "near_miss"]
+
+
 def reviewed(context, monkeypatch, upper: float) -> tuple[dict, Any, dict[str, list]]:
     asked: dict[str, list] = {}
 

@@ -23,6 +23,7 @@ class PoolsConfig(Section):
     bank: Annotated[int, Field(ge=8)]
     rounds: Positive
     train_draws: Positive
+    near_misses: Fraction
     folds: Annotated[int, Field(ge=2)]
     min_difference: NonNegative
     leak_limit: Fraction

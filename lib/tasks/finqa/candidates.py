@@ -18,7 +18,9 @@ from lib.tasks import CandidateContext, Dropped
 from lib.tasks.finqa.examples import format_value
 from lib.tasks.finqa.grounding import ground
 from lib.tasks.finqa.leak import label_overlap, measure_leak, question_trees
+from lib.tasks.finqa.near_misses import with_near_misses
 from lib.tasks.finqa.numbers import PageNumbers
+from lib.tasks.finqa.page import Page
 from lib.tasks.finqa.pools import Candidate, Pool, PoolMaker, Unfilled
 from lib.tasks.finqa.record import Record
 
@@ -31,12 +33,14 @@ class Plan:
 
     Attributes:
         pools: example id -> its pools (several for training), or why it has none.
+        training: example id -> its pools with near misses, where a ranker learns from these instead.
         records: example id -> its record.
         splits: example id -> its split.
         off_page: example id -> a record of another page of the same split, for the off-page control.
     """
 
     pools: dict[str, list[Pool] | Unfilled] = field(default_factory=dict)
+    training: dict[str, list[Pool]] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     off_page: dict[str, Record] = field(default_factory=dict)
@@ -51,7 +55,7 @@ class Plan:
         return self._numbers[record.filename]
 
     def first_pools(self, split: str) -> LabelledPools:
-        """The first pool of every question of a split that has one."""
+        """The first pool of every question of a split that has one. It has no near misses."""
         found = []
         for name, pools in self.pools.items():
             if self.splits[name] == split and not isinstance(pools, Unfilled):
@@ -84,11 +88,23 @@ def plan_candidates(tables: Iterable[pa.Table], context: CandidateContext) -> No
     for names in with_progress("pools of each page", list(pages.values())):
         found = maker.pools([plan.records[name] for name in names], groups[names[0]])
         plan.pools.update(zip(names, found, strict=True))
+        if plan.splits[names[0]] == "train":
+            _add_near_misses(plan, names, context)
     for split in set(plan.splits.values()):
         plan.off_page.update(
             _off_page_records(plan, [page for page in pages if page[0] == split], pages, context)
         )
     context.plan = plan
+
+
+def _add_near_misses(plan: Plan, names: list[str], context: CandidateContext) -> None:
+    """Training pools with near misses for the questions of one page, if the config asks for them."""
+    share = context.config.finqa.pools.near_misses
+    page = Page(plan.records[names[0]])
+    for name in names if share > 0 else ():
+        pools = plan.pools[name]
+        if not isinstance(pools, Unfilled):
+            plan.training[name] = with_near_misses(pools, plan.records[name], page, share, context.seed)
 
 
 def _off_page_records(
@@ -115,6 +131,7 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
             context.dropped.append(Dropped(name, pools.reason, record.program or ""))
             continue
         page, other = plan.numbers(record), plan.numbers(plan.off_page[name])
+        pools = plan.training.get(name, pools)
         for number, candidate in enumerate(itertools.chain.from_iterable(pools)):
             rows.append(
                 {

@@ -28,10 +28,10 @@ def edit(program: str, kind: str, page: Page, draw: random.Random) -> str | None
     """The program with one edit, or None where it allows no edit of this kind. The result may fail to run.
 
     Args:
-        kind: one of EDITS, or "extend".
+        kind: one of EDITS, "extend" or "sentence".
     """
     steps = [[step.operation, step.first.text, step.second.text] for step in parse(program)]
-    if kind in ("row", "column", "number"):
+    if kind in ("row", "column", "sentence", "number"):
         done = _edit_number(steps, kind, page, draw)
     else:
         done = _EDIT[kind](steps, page, draw)
@@ -56,12 +56,12 @@ def _edit_order(steps: Steps, page: Page, draw: random.Random) -> bool:
 def _edit_number(steps: Steps, kind: str, page: Page, draw: random.Random) -> bool:
     """Replace one number of the program everywhere.
 
-    The new number is in the same column (kind "row"), in the same row (kind "column"), or anywhere (kind "number").
+    The new number is in the same column (kind "row"), row (kind "column") or sentence, or anywhere (kind "number").
     """
     parsed = parse(", ".join(f"{o}({a}, {b})" for o, a, b in steps))
     numbers = {a.text for s in parsed if not s.reads_table for a in (s.first, s.second) if is_number(a)}
     tables = [s for s in steps if s[0] in TABLE_OPERATIONS]
-    if tables and kind != "column" and (not numbers or draw.random() < 0.5):
+    if tables and kind in ("row", "number") and (not numbers or draw.random() < 0.5):
         draw.choice(tables)[1] = draw.choice(page.table)[0] or "none"
         return True
     if not numbers:
@@ -79,8 +79,12 @@ def _edit_number(steps: Steps, kind: str, page: Page, draw: random.Random) -> bo
 
 
 def _alternatives(span: Span | None, kind: str, page: Page) -> list[Span]:
-    if kind == "number" or span is None or not span.in_table:
-        return [] if kind in ("row", "column") else [p for p in page.spans if not p.year_like]
+    if kind == "number":
+        return [p for p in page.spans if not p.year_like]
+    if span is None or span.in_table == (kind == "sentence"):
+        return []
+    if kind == "sentence":
+        return [p for p in page.by_sentence[span.sentence] if p.year_like == span.year_like]
     if kind == "row":
         return [p for p in page.cells if p.column == span.column and p.row != span.row]
     return [p for p in page.cells if p.row == span.row and p.column != span.column]

@@ -23,7 +23,7 @@ from lib.tasks.finqa.templates import Templates, learn_template
 
 @dataclass(frozen=True)
 class Candidate:
-    """A program of a pool. `kind` is "gold", "page_gold" (of another question), "template", "chain" or "masked_lm"."""
+    """A program of a pool. `kind` is "gold", "page_gold" (of another question), "template", "chain", "masked_lm" or "near_miss"."""
 
     program: str
     value: float | str
