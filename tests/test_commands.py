@@ -72,6 +72,7 @@ SMALLER = {
     "benchmarks.ltg_attention": "--size xs --length 16 --batch 1 --steps 1 --rounds 1",
     "benchmarks.ranker_speed": "--pools 1 --rounds 1 --skip peer",
     "benchmarks.backbone_speed": "--seconds 0.01 --runs 1 --batch 2",
+    "benchmarks.finqa_programs": "",
     "benchmarks.finqa_leak": "--set finqa.pools.bank=24 --set finqa.pools.rounds=1 --set finqa.pools.folds=2",
     "benchmarks.memory": "--megabytes 1 2",
     "benchmarks.over_seeds": "",
@@ -125,7 +126,8 @@ def make_data(root: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
-    from lib.tasks.finqa.builtin import make_pages
+    from lib.config import load_config
+    from lib.tasks.finqa.builtin import builtin_records, make_pages
     from lib.tokenization import train_tokenizer
     from tests.test_ltg_bert import reference_dict, small_model
 
@@ -156,6 +158,12 @@ def make_data(root: Path) -> None:
     }
     (root / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
     (root / "finqa_data").mkdir()
+    programs = [  # three systems, for the questions of a quick run
+        json.dumps({"id": r.id, "programs": {"A": r.program, "B": r.program if i % 3 else "add(1, 2)", "C": "divide(7, 2)"}})
+        for i, r in enumerate(builtin_records("builtin_small", load_config().seed))
+        if r.split == "dev"
+    ]  # fmt: skip
+    (root / "programs.jsonl").write_text("\n".join(programs), encoding="utf-8")
     records = make_pages(0, 60)
     pages = sorted({r["filename"] for r in records})
     for split, names in (("train", set(pages[:48])), ("dev", set(pages[48:]))):
@@ -239,6 +247,8 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         return f"RUN={run}", [*before, [*_start(command), command.target, *given]]
     if command.target == "benchmarks.remasking":
         return "remasking", [small_remasking(arguments)]
+    if command.target == "benchmarks.finqa_programs":
+        return finqa_programs(command, [FINQA_RUN])
     if command.target.startswith("benchmarks"):
         arguments = [{"FOLDER": "encoder" if "ranker" in command.target else "finqa_data", "OUT": "outputs/out"}.get(a, a)
                      for a in arguments]  # fmt: skip
@@ -264,11 +274,22 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
         return group, [*before, ["python", *kind, *given]]
     kind = ["-m", command.target] if command.kind == "module" else [command.target]
     before = []
+    if command.target == "lib.evaluation.finqa_programs":
+        return finqa_programs(command, [{"outputs/default": FINQA_RUN}.get(a, a) for a in arguments])
     if "outputs/default" in arguments:
         before = [["make", "pipeline", "RUN=outputs/default", "QUICK=1"]]
     arguments = [{"config.json": "checkpoint/config.json", "tokenizer.json": "checkpoint/tokenizer.json",
                   "OUT.safetensors": f"out_{number}.safetensors"}.get(a, a) for a in arguments]  # fmt: skip
     return ("RUN=outputs/default" if before else "modules"), [*before, ["python", *kind, *arguments]]
+
+
+FINQA_RUN = "outputs/finqa_programs"
+
+
+def finqa_programs(command: Command, arguments: list[str]) -> tuple[str, list[list[str]]]:
+    """Commands that read a finished run of FinQA."""
+    made = ["make", "pipeline", "CONFIG=configs/finqa.yaml", f"RUN={FINQA_RUN}", "QUICK=1"]
+    return f"RUN={FINQA_RUN}", [made, ["python", "-m", command.target, *arguments]]
 
 
 def _start(command: Command) -> list[str]:

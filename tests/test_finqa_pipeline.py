@@ -16,6 +16,7 @@ from benchmarks.run_figures import figures_of
 from lib import schema
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, Interrupted, MissingInput
+from lib.evaluation import finqa_programs
 from lib.runs import STAGES, RunArgs, load_manifest, validate_manifest
 from lib.tasks.finqa.program import execute, parse
 from lib.tasks.finqa.record import Record
@@ -340,3 +341,45 @@ def test_figures_of_a_run_are_stored_as_they_were_measured(run):
     assert figures["without_question"]["value"] == max(row["accuracy"] for row in scorers)
     for name in ("ppo", "exact", "cross_entropy"):
         assert figures["further_training"][name]["accuracy"] == answers[name]["accuracy"]
+
+
+# --- programs of other systems ---------------------------------------------------------------------------------------
+
+
+def test_programs_of_other_systems_are_chosen_by_score_and_votes(run, tmp_path, capsys):
+    examples = [r for r in rows(run, "01_prepare_dataset/examples") if r["split"] == "held_out"]
+    gold = {r["example_id"]: Record.from_json(r["record"]).program or "" for r in examples}
+    lines = [
+        {"id": name, "programs": {"A": program, "B": program if i % 2 else "add(1, 2)", "C": "divide(7, 2)"}}
+        for i, (name, program) in enumerate(gold.items())
+    ]
+    learned = next(r for r in rows(run, "01_prepare_dataset/examples") if r["split"] == "train")
+    lines.append({"id": learned["example_id"], "programs": ["add(1, 2)"]})
+    file, out = tmp_path / "programs.jsonl", tmp_path / "chosen.json"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert finqa_programs.main([str(run), str(file), "--out", str(out)]) == 0
+    figures, printed = json.loads(out.read_text()), capsys.readouterr().out
+    of = {row["method"]: row for row in figures["rows"]}
+    assert figures["questions"] == figures["differ"] == len(gold) == len(figures["choices"])
+    assert figures["problems"] == {"unknown question": 1}  # the ranker learned from it
+    assert of["oracle"]["all"]["value"] == of["system A"]["all"]["value"] == 1
+    assert of["majority vote"]["all"]["value"] == pytest.approx(0.5 + 0.5 / 3, abs=0.02)
+    chosen = [
+        execute(c["program"], Record.from_json(r["record"]).table)
+        for c, r in zip(figures["choices"], examples, strict=True)
+    ]
+    assert chosen == [c["value"] for c in figures["choices"]]
+    assert of["ranker with votes"]["all"]["value"] == pytest.approx(
+        np.mean([c["right"] for c in figures["choices"]]), abs=1e-9
+    )
+    assert all(name in printed for name in ("ranker with votes", "system C", "random answer", "one argument"))
+
+
+def test_another_folder_or_an_unusable_file_is_one_clear_error(run, tmp_path, capsys):
+    file = tmp_path / "programs.jsonl"
+    file.write_text('{"id": "elsewhere", "programs": ["add(1, 2)"]}', encoding="utf-8")
+    assert finqa_programs.main([str(run), str(file)]) == 65
+    assert finqa_programs.main([str(tmp_path), str(file)]) == 65
+    assert finqa_programs.main([str(run), str(tmp_path / "none.jsonl")]) == 66
+    errors = capsys.readouterr().err
+    assert "no program to choose from" in errors and "not complete" in errors and "not a file" in errors

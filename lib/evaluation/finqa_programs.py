@@ -41,6 +41,7 @@ from lib.tasks.finqa.votes import Answers, VoteWeights, answers_of, measure_choi
 
 SPLITS = ("held_out", "test")  # whose questions the ranker has not seen
 SELECTION = "selection"
+POOL = 8  # programs of a question's pool that simulated systems know
 MOST_LEARNED = 1000  # questions that the simulated systems learn from
 
 
@@ -50,7 +51,7 @@ class FinqaRun:
 
     Attributes:
         prompts: question id -> the prompt that the ranker reads.
-        others: question id -> the programs of its pool that are wrong for it. Of the train and selection splits only.
+        others: question id -> the other programs of its first pool.
     """
 
     seed: int
@@ -74,9 +75,9 @@ class FinqaRun:
         for row in rows:
             records.setdefault(row["split"], {})[row["example_id"]] = Record.from_json(row["record"])
         others: dict[str, list[str]] = {}
-        columns = ["example_id", "candidate_id", "split", "kind", "program"]
+        columns = ["example_id", "candidate_id", "kind", "program"]
         for row in _read(folder / "02_generate_candidates" / "candidates", columns):
-            if row["split"] in ("train", SELECTION) and row["candidate_id"] < 8 and row["kind"] != "gold":
+            if row["candidate_id"] < POOL and row["kind"] != "gold":
                 others.setdefault(row["example_id"], []).append(row["program"])
         prompts = {row["example_id"]: row["prompt"] for row in rows}
         return cls(int(manifest["config"]["seed"]), records, prompts, others)
@@ -112,7 +113,8 @@ def choose(run: Path, file: Path, name: str = "ranker") -> dict[str, Any]:
         )
     own = run / name
     ranker = Ranker.load(own) if (own / RANKER_FILE).exists() else Ranker.load(run, name)
-    weights = VoteWeights.fit(scored(simulated(known), known.prompts, ranker))
+    (development,) = simulated(known, SELECTION)
+    weights = VoteWeights.fit(scored(development, known.prompts, ranker))
     answers = scored(written, known.prompts, ranker)
     figures = measure_choices(answers, weights, known.seed)
     figures["errors"] = errors_of(answers)
@@ -121,13 +123,16 @@ def choose(run: Path, file: Path, name: str = "ranker") -> dict[str, Any]:
     return figures
 
 
-def simulated(run: FinqaRun) -> list[Written]:
-    """The programs of simulated systems for the selection split. The systems learned from the train split."""
-    train, asked = run.questions("train"), run.questions(SELECTION)
+def simulated(run: FinqaRun, *splits: str) -> list[list[Written]]:
+    """The programs of simulated systems for each of the splits. The systems learn from the train split."""
+    train = run.questions("train")
     learned = sorted(train)[:: -(-len(train) // MOST_LEARNED)]
     systems = SimulatedSystems.fit([train[name] for name in learned], run.others, run.seed)
-    programs = systems.write(list(asked.values()), run.others)
-    return [Written(asked[name], dict(of_systems)) for name, of_systems in programs.items()]
+    found = []
+    for asked in map(run.questions, splits):
+        programs = systems.write(list(asked.values()), run.others)
+        found.append([Written(asked[name], dict(of_systems)) for name, of_systems in programs.items()])
+    return found
 
 
 def scored(written: Sequence[Written], prompts: Mapping[str, str], ranker: Ranker) -> list[Answers]:
@@ -196,7 +201,7 @@ def table(figures: Mapping[str, Any]) -> str:
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.evaluation.finqa_programs", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run_dir", type=Path, help="a finished run of task finqa, such as outputs/run_001")
@@ -205,7 +210,7 @@ def main() -> int:
         "--ranker", default="ranker", help="its name in stage 04, or its folder in the run; default: ranker"
     )
     parser.add_argument("--out", type=Path, help="file for the figures and the choices as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         figures = choose(options.run_dir, options.file, options.ranker)
         if options.out is not None:
