@@ -77,7 +77,7 @@ class FinqaRun:
         others: dict[str, list[str]] = {}
         columns = ["example_id", "candidate_id", "kind", "program"]
         for row in _read(folder / "02_generate_candidates" / "candidates", columns):
-            if row["candidate_id"] < POOL and row["kind"] != "gold":
+            if row["candidate_id"] < POOL and row["kind"] not in ("gold", "near_miss"):
                 others.setdefault(row["example_id"], []).append(row["program"])
         prompts = {row["example_id"]: row["prompt"] for row in rows}
         return cls(int(manifest["config"]["seed"]), records, prompts, others)
@@ -146,10 +146,8 @@ def scored(written: Sequence[Written], prompts: Mapping[str, str], ranker: Ranke
         texts.append([ground(program, value, page) for program, value in programs])
     asked = [prompts[one.record.id] for one in able]
     say_shortened(ranker.shortened(asked, texts), ranker)
-    scores = dict(zip((one.record.id for one in able), ranker.rank_all(asked, texts), strict=True))
-    return [
-        answers_of(one, scores[one.record.id].scores if one.record.id in scores else []) for one in written
-    ]
+    rankings = iter(ranker.rank_all(asked, texts))
+    return [answers_of(one, next(rankings).scores if one.votes() else []) for one in written]
 
 
 def errors_of(answers: Sequence[Answers]) -> dict[str, float]:
