@@ -15,11 +15,11 @@ from typing import Any
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
 from lib.errors import MissingInput
-from lib.evaluation.finqa_programs import SELECTION, FinqaRun, scored, simulated
+from lib.evaluation.finqa_programs import SELECTION, FinqaRun, fitted_weights, scored, simulated
 from lib.evaluation.rank import Ranker
 from lib.report.table import aligned, interval_text
 from lib.runs import load_manifest
-from lib.tasks.finqa.votes import BOTH, MAJORITY, RANDOM, RANKER, VoteWeights, measure_choices
+from lib.tasks.finqa.votes import BOTH, MAJORITY, RANDOM, RANKER, measure_choices
 
 METHODS = (RANKER, BOTH, MAJORITY, RANDOM)
 
@@ -33,10 +33,9 @@ def row_of(folder: Path) -> dict[str, Any]:
     )
     if trained is None or pools is None:
         raise MissingInput(f"{folder}: stages 02 and 04 are not complete; run them first")
-    development, held_out = (
-        scored(written, run.prompts, ranker) for written in simulated(run, SELECTION, "held_out")
-    )
-    figures = measure_choices(held_out, VoteWeights.fit(development), run.seed)
+    development, held_out = simulated(run, SELECTION, "held_out")
+    weights = fitted_weights(development, run.prompts, ranker)
+    figures = measure_choices(scored(held_out, run.prompts, ranker), weights, run.seed)
     return {
         "run": folder.name,
         "near_misses": pools["config"]["finqa.pools"].get("near_misses", 0.0),

@@ -41,6 +41,7 @@ from lib.tasks.finqa.votes import Answers, VoteWeights, answers_of, measure_choi
 
 SPLITS = ("held_out", "test")  # whose questions the ranker has not seen
 SELECTION = "selection"
+DRAWS = 4  # of the programs of simulated systems
 POOL = 8  # programs of a question's pool that simulated systems know
 MOST_LEARNED = 1000  # questions that the simulated systems learn from
 
@@ -114,7 +115,7 @@ def choose(run: Path, file: Path, name: str = "ranker") -> dict[str, Any]:
     own = run / name
     ranker = Ranker.load(own) if (own / RANKER_FILE).exists() else Ranker.load(run, name)
     (development,) = simulated(known, SELECTION)
-    weights = VoteWeights.fit(scored(development, known.prompts, ranker))
+    weights = fitted_weights(development, known.prompts, ranker)
     answers = scored(written, known.prompts, ranker)
     figures = measure_choices(answers, weights, known.seed)
     figures["errors"] = errors_of(answers)
@@ -124,15 +125,20 @@ def choose(run: Path, file: Path, name: str = "ranker") -> dict[str, Any]:
 
 
 def simulated(run: FinqaRun, *splits: str) -> list[list[Written]]:
-    """The programs of simulated systems for each of the splits. The systems learn from the train split."""
+    """For each of the splits the programs of simulated systems, `DRAWS` times. The systems learn from the train split."""
     train = run.questions("train")
     learned = sorted(train)[:: -(-len(train) // MOST_LEARNED)]
     systems = SimulatedSystems.fit([train[name] for name in learned], run.others, run.seed)
     found = []
     for asked in map(run.questions, splits):
-        programs = systems.write(list(asked.values()), run.others)
-        found.append([Written(asked[name], dict(of_systems)) for name, of_systems in programs.items()])
+        drawn = systems.write(list(asked.values()), run.others, DRAWS)
+        found.append([Written(asked[name], dict(of)) for programs in drawn for name, of in programs.items()])
     return found
+
+
+def fitted_weights(development: Sequence[Written], prompts: Mapping[str, str], ranker: Ranker) -> VoteWeights:
+    """The weights of scores and votes. Only the questions whose answers differ are scored, since the others say nothing."""
+    return VoteWeights.fit(scored([one for one in development if one.differ], prompts, ranker))
 
 
 def scored(written: Sequence[Written], prompts: Mapping[str, str], ranker: Ranker) -> list[Answers]:

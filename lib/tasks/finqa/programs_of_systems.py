@@ -46,6 +46,12 @@ class Written:
         """The value of the gold program."""
         return execute(self.record.program or "", self.record.table)
 
+    @property
+    def differ(self) -> bool:
+        """Whether there is something to choose: a right and a wrong answer."""
+        values = set(self.values())
+        return self.gold in values and len(values) > 1
+
     def votes(self) -> dict[str, int]:
         """Program -> how many systems wrote it, in the order of the file."""
         return dict(Counter(program for program in self.systems.values() if program is not None))

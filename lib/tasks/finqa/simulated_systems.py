@@ -91,11 +91,16 @@ class SimulatedSystems:
         near = list(_choices(train, {}, TO_LEARN, seed, "near misses"))
         return cls(_fitted(pools, None, seed), _fitted(near, len(NAMES), seed), seed)
 
-    def write(self, records: Sequence[Record], others: Others) -> dict[str, dict[str, str]]:
-        """Question id -> system -> its program, for the questions whose gold program has a number as value."""
+    def write(
+        self, records: Sequence[Record], others: Others, draws: int = 1
+    ) -> list[dict[str, dict[str, str]]]:
+        """For each draw of the noise: question id -> system -> its program.
+
+        Questions whose gold program has no number as value are left out.
+        """
         choices = list(_choices(records, others, TO_WRITE, self.seed, "programs of simulated systems"))
         if not choices:
-            return {}
+            return [{}] * draws
         shape = len(choices), max(len(c.programs) for c in choices)
         kinds = np.full(shape, -2)  # (N, C), -2 where there is no program
         for row, c in zip(kinds, choices, strict=True):
@@ -104,9 +109,16 @@ class SimulatedSystems:
         scores = np.zeros(shape)
         scores[kinds > -2] = QUESTION * self.question.decision_function(flat)
         scores[kinds > -2] += PRIOR * self.prior.decision_function(flat[:, : len(NAMES)])
-        draw = np.random.Generator(np.random.Philox(randomness.key(self.seed, "finqa noise of systems", 0)))
-        shared = draw.normal(0, SHARED_NOISE, shape)
-        own, of_wrong = draw.normal(0, 1, (2, len(ACCURACY), *shape))
+        return [self._written(choices, kinds, scores, number) for number in range(draws)]
+
+    def _written(
+        self, choices: Sequence[_Choices], kinds: np.ndarray, scores: np.ndarray, number: int
+    ) -> dict[str, dict[str, str]]:
+        draw = np.random.Generator(
+            np.random.Philox(randomness.key(self.seed, "finqa noise of systems", number))
+        )
+        shared = draw.normal(0, SHARED_NOISE, scores.shape)
+        own, of_wrong = draw.normal(0, 1, (2, len(ACCURACY), *scores.shape))
         written = _adjusted(scores + shared + OWN_NOISE * own, WRONG_NOISE * of_wrong, kinds)
         return {
             c.record.id: {s: c.programs[written[i, n]] for i, s in enumerate(ACCURACY)}
