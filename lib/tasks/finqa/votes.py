@@ -43,7 +43,7 @@ class Answers:
         return bool(self.right.any() and not self.right.all())
 
 
-def answers_of(written: Written, scores: Sequence[float]) -> Answers:
+def answers_of(written: Written, scores: Sequence[float] | np.ndarray) -> Answers:
     """The answers of a question with the scores of its distinct programs, in the order of `written.votes()`."""
     votes, values, gold = written.votes(), written.values(), written.gold
     of_program = dict(zip(votes, values, strict=True))
