@@ -60,9 +60,11 @@ def draw_disturbance(
 ) -> Disturbance:
     """A random one. `num_points`: how many of each kind an undisturbed command passes.
 
-    Most come early, since an attempt continues an earlier one and has less to do."""
+    Most come early, since an attempt continues an earlier one and has less to do, and commands beside each other share the work."""
     number = int(draw.choices(SIGNALS, WEIGHTS)[0])
-    victim, share = draw.randrange(len(crew)), draw.choice((0.15, 0.4, 0.7, 1.0))
+    victim, share = draw.randrange(len(crew)), draw.choice((0.1, 0.25, 0.5, 1.0))
+    if crew[victim].size == 1:
+        share /= len(crew)
     if draw.random() < 0.6 and crew[victim].rank == 0:  # the other processes of a launcher write nothing
         kind = draw.choice(sorted(num_points))
         return Disturbance(number, victim, draw.randrange(max(1, int(num_points[kind] * share))), kind)
