@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import corpus, points
+from benchmarks.faults.reads import ReadWatch
 from benchmarks.faults.run_bytes import differences, run_bytes
 from benchmarks.hostile import all_cases
-from benchmarks.power_loss import Disk, bytes_of, states_of
+from benchmarks.power_loss import Disk, State, Tried, bytes_of, states_of
 from lib import durable
 from lib.config import ROOT
 
@@ -113,6 +114,52 @@ def test_a_rename_before_its_data_is_found(tmp_path):
         event("names", changes=[[0, "a.tmp", None, False], [0, "a", 1, False]]),
     ]
     assert any(state.files.get("a") == ("", "new", "lost") for state in states_of(events, 0))
+
+
+def test_what_a_process_looked_into_is_known_whatever_opens_it(tmp_path):
+    """By Python, by Arrow, by another name; not what it only removes or writes anew."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("read", "appended", "size", "linked", "there", "removed", "anew"):
+        (tmp_path / name).write_text("text")
+    for name in ("arrow", "arrow_anew"):
+        pq.write_table(pa.table({"a": [1]}), tmp_path / name)
+    names = [path.name for path in tmp_path.iterdir()]
+    with ReadWatch(tmp_path, names, tmp_path / "note") as watch:
+        pid = os.fork()
+        if not pid:
+            try:
+                watch.install()
+                pq.read_table(tmp_path / "arrow", memory_map=True)
+                pq.write_table(pa.table({"a": [2]}), tmp_path / "arrow_anew")
+                assert (tmp_path / "there").is_file() and (tmp_path / "size").stat().st_size
+                (tmp_path / "read").read_text()
+                (tmp_path / "removed").unlink()
+                (tmp_path / "anew").write_text("other")
+                os.link(tmp_path / "linked", tmp_path / "link")
+                (tmp_path / "link").read_text()
+                with open(tmp_path / "appended", "a") as file:
+                    file.write("more")
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert watch.reads() == ["appended", "arrow", "linked", "read", "size"]
+
+
+def test_a_state_counts_as_tried_only_if_it_differs_where_nobody_looked(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+
+    def state(**files: str) -> State:
+        return State("kept", 1, {name: (content, content, "kept") for name, content in files.items()})
+
+    tried, first = Tried(tmp_path), state(seen="one", other="one")
+    line = {"state": first.digest_in(tmp_path), "reads": ["seen"], "outcome": "completed"}
+    tried.add(line, first)
+    assert tried.like(state(seen="one", other="two")) is line
+    assert tried.like(state(seen="two", other="one")) is None
+    assert tried.like(state(seen="one")) is None and tried.like(state(seen="one", new="one")) is None
 
 
 def test_a_point_is_passed_before_and_after_each_call_that_matters(tmp_path):

@@ -26,6 +26,12 @@ FINQA = (
     *SMALL, "models.ranker.training.steps=3", "models.ranker_blind.training.steps=2", "critic.training.steps=2",
     "ranker.prompt_tokens=16", "ranker.candidate_tokens=24", "finqa.pools.train_draws=2", "finqa.pools.bank=12",
 )  # fmt: skip
+WITHOUT = ("reference_lm", "ar_baseline", "inspector", "ranker")  # models that a tiny run lacks
+TINY = (
+    *(setting for setting in PLAIN if not setting.startswith(tuple(f"models.{name}." for name in WITHOUT))),
+    *(f"models.{name}=null" for name in WITHOUT), "training.parts=2", "models.generator.training.steps=2",
+    "models.judge.start=generator", "models.judge.training.steps=2", "critic.training.steps=2", "generator.training.steps=2",
+)  # fmt: skip
 INPUTS = "{inputs}"  # the folder of the files of benchmarks/faults/inputs.py
 PRETRAINED = (
     *SMALL, f"pretrained.model={INPUTS}/{MODEL}", f"data.path={INPUTS}/{TEXT}", "data.passage_characters=48",
@@ -49,6 +55,7 @@ def flags(settings: tuple[str, ...], *config: str) -> list[str]:
 
 BASES = {
     "text": flags(PLAIN),
+    "tiny": flags(TINY),
     "stream": flags((*PLAIN, *STREAM)),
     "finqa": flags(FINQA, *FINQA_CONFIG),
     "pretrained": flags(PRETRAINED, "--config", "configs/pretrained.yaml"),
