@@ -162,7 +162,7 @@ class Chains:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         run = folder / "run"
-        self._copy(scenario, run)
+        self.copy_start(scenario, run)
         kills: list[dict[str, Any]] = []
         faults: list[str] = []
         for _ in range(MAX_ATTEMPTS):
@@ -180,7 +180,7 @@ class Chains:
                 break
             if len(kills) == KILLS_PER_CHAIN:
                 break
-        faults += self._finish(scenario, run, draw, folder)
+        faults += self.finish(scenario, run, draw, folder)
         try:
             different = differences(self._bytes(run, scenario), self.wanted[scenario.base])
         except (OSError, ValueError) as error:
@@ -204,7 +204,7 @@ class Chains:
             "kills": kills, "equal": not different and not left, "different": different + left, "faults": faults,
         }  # fmt: skip
 
-    def _finish(self, scenario: Scenario, run: Path, draw: random.Random, folder: Path) -> list[str]:
+    def finish(self, scenario: Scenario, run: Path, draw: random.Random, folder: Path) -> list[str]:
         """Run the scenario once more without a disturbance, and whatever completes it. Returns what went wrong."""
         crews = [scenario.crew(draw, run), *([one] for one in scenario.last(run))]
         faults = []
@@ -226,9 +226,9 @@ class Chains:
             for name, digest in run_bytes(run / stage).items()
         }
 
-    def _copy(self, scenario: Scenario, run: Path) -> None:
+    def copy_start(self, scenario: Scenario, run: Path) -> None:
         """A run with the stages that are there at the start of the scenario."""
-        run.mkdir()
+        run.mkdir(exist_ok=True)
         for stage in scenario.begins:
             shutil.copytree(self.work / BASES_FOLDER / scenario.base / stage, run / stage)
         if scenario.begins:

@@ -32,12 +32,12 @@ def size(folder: Path) -> int:
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_says_before_it_starts_what_it_will_take_and_takes_no_more(stage, quick_run):
     folder = quick_run / stage
-    told = said(folder)
-    assert told
+    promised = said(folder)
+    assert promised
     tables = sum(size(path.parent) for path in folder.glob("*/part_*.parquet"))
     trained = {path.parent for path in folder.rglob("metrics.jsonl")}
-    assert sum(size(path) for path in trained) <= sum(v for k, v in told.items() if "training" in k)
-    assert tables <= sum(v for k, v in told.items() if "training" not in k) or not tables
+    assert sum(size(path) for path in trained) <= sum(v for k, v in promised.items() if "training" in k)
+    assert tables <= sum(v for k, v in promised.items() if "training" not in k) or not tables
     log = (folder / "log.txt").read_text() if (folder / "log.txt").exists() else ""
     assert "WARNING: disk" not in log
 

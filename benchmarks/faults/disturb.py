@@ -72,21 +72,27 @@ def draw_disturbance(
 
 
 def attempt(
-    scenario: Scenario, crew: Crew, disturbance: Disturbance | None, work: Path, second: Command | None = None
+    scenario: Scenario,
+    crew: Crew,
+    disturbance: Disturbance | None,
+    work: Path,
+    second: Command | None = None,
+    setup: Callable[[], None] | None = None,
 ) -> Outcome:
     """Start a crew, disturb it, and wait for its end.
 
     Args:
         work: a folder for the log and the note of the point that was hit.
         second: started while a process is stopped; it must be refused or find the stage complete.
+        setup: called in each process before its script.
     """
     log, note = work / "log.txt", work / "point.txt"
     log.unlink(missing_ok=True)
     note.unlink(missing_ok=True)
     port, pids, begin = _free_port(), [], time.monotonic()
     for place, one in enumerate(crew):
-        setup = _armed(disturbance if disturbance and disturbance.victim == place else None, note)
-        pids.append(forks.start(one.argv, log, env=_environment(one, port), setup=setup))
+        armed = _armed(disturbance if disturbance and disturbance.victim == place else None, note, setup)
+        pids.append(forks.start(one.argv, log, env=_environment(one, port), setup=armed))
     watch = _Watch(scenario, crew, pids, disturbance, note, begin)
     try:
         outcome = watch.until_all_ended(second, work)
@@ -213,8 +219,8 @@ class _Watch:
         d = self.disturbance
         for place, code in enumerate(self.outcome.codes):
             fine = {0, *REFUSED}
-            if d is not None and (place == d.victim or self.kill_at is not None):
-                fine |= {-d.number, -signal.SIGTERM, -signal.SIGKILL, 137}
+            if self.kill_at is not None or (d is not None and place == d.victim):
+                fine |= {-signal.SIGTERM, -signal.SIGKILL, 137, *([-d.number] if d is not None else [])}
             if code not in fine and not self.outcome.fault:
                 self.outcome.fault = f"exit codes {self.outcome.codes}"
         if d is not None and self.outcome.landed and d.number in ENDED_BY_SIGNAL:
@@ -259,11 +265,15 @@ class _QuietFile:
         os.close(self.descriptor)
 
 
-def _armed(disturbance: Disturbance | None, note: Path) -> Callable[[], None]:
+def _armed(
+    disturbance: Disturbance | None, note: Path, before: Callable[[], None] | None = None
+) -> Callable[[], None]:
     """What a fork does before its script: it counts points, and sends the signal to itself at the chosen one."""
 
     def setup() -> None:
         _no_fsync()
+        if before is not None:
+            before()
         if disturbance is None or disturbance.point is None:
             return
         chosen, left = disturbance, [disturbance.point]

@@ -30,7 +30,6 @@ from lib.errors import Interrupted, NonFiniteLoss
 from lib.log import Progress, say
 from lib.models.checkpointing import checkpoint_activations
 from lib.models.compiling import CompiledLayers
-from lib.room import check_room
 from lib.training import checkpoint
 from lib.training.ema import Ema
 from lib.training.freezing import Freezing
@@ -90,7 +89,7 @@ def train(
     if context.runtime.processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         durable.recover_folder(folder / BEST)
-        check_room(folder, bytes_on_disk(model, settings.ema_decay > 0), f"the training of {context.label}")
+        checkpoint.check_room(folder, model, settings.ema_decay > 0, context.label)
     run = _Run(model, objective, context, folder, save)
     run.restore()
     first = run.state.step
@@ -127,16 +126,6 @@ def may_draw_ahead(device: torch.device, objective: Objective) -> bool:
     """
     changes = isinstance(objective, StatefulObjective)
     return device.type == "cuda" and getattr(objective, "draws_ahead", False) and not changes
-
-
-def bytes_on_disk(model: nn.Module, with_ema: bool) -> int:
-    """The most that a training has on the disk at once: the best and the final model, and two checkpoints.
-
-    A checkpoint has the weights that learn, their EMA and two moments; the old one is there until the new one is complete.
-    """
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    learning = sum(size for size, learns in sizes if learns)
-    return 2 * sum(size for size, _ in sizes) + 2 * (3 + with_ema) * learning
 
 
 class _Run:
