@@ -190,6 +190,12 @@ def make_parser(
             help="instead of sampling, rank the candidates of this file by a trained ranker: a .jsonl, .json, .csv or .parquet file "
             "with prompts and candidates, rewards not needed",
         )
+        add(
+            "--out_dir",
+            type=user_path,
+            metavar="DIR",
+            help="with --score or --rank: write into this folder. Default: into the run, which may be read-only",
+        )
     return parser
 
 
@@ -224,6 +230,9 @@ def run_stage(
             )
         if getattr(options, "score", None) and options.rank:
             raise UsageError("--score and --rank are two things to do; give one of them")
+        out_dir = getattr(options, "out_dir", None)
+        if out_dir and not (options.score or options.rank):
+            raise UsageError("--out_dir is for --score and --rank; a stage itself is a part of its run")
         mode = getattr(options, "mode", None)
         if mode and options.only:
             raise UsageError("--mode and --only both select models; give one of them")
@@ -239,6 +248,7 @@ def run_stage(
             part=part,
             score=getattr(options, "score", None),
             rank=getattr(options, "rank", None),
+            out_dir=out_dir,
         )
         main(config, args)
         current().close()

@@ -33,7 +33,7 @@ OWN = {
     "02_generate_candidates.py": {"--stream", "--part"},
     "03_build_rewards.py": {"--part"},
     "04_train.py": {"--mode", "--only"},
-    "06_sample.py": {"--score", "--rank"},
+    "06_sample.py": {"--score", "--rank", "--out_dir"},
 }
 
 

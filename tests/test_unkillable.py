@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks import long_runs
 from benchmarks.faults import corpus, points
 from benchmarks.faults.reads import ReadWatch
 from benchmarks.faults.run_bytes import differences, run_bytes
@@ -183,6 +185,40 @@ def test_a_point_is_passed_before_and_after_each_call_that_matters(tmp_path):
             f"{kind} after",
         ] or kind == "write"
         assert f"{kind} before" in passed and f"{kind} after" in passed
+
+
+def test_growth_of_a_long_run_is_found_and_noise_is_not():
+    draw = np.random.default_rng(0)
+    steps = np.arange(0, 20_000, 50.0)
+    noise = np.repeat(draw.normal(0, 1e6, 100), 4)  # neighbours are alike
+
+    def row(memory: np.ndarray, files: np.ndarray | float = 9) -> dict:
+        return long_runs.row_of(np.column_stack([steps, memory, steps * 0 + files, steps * 0 + 5]))
+
+    flat = row(3e8 + noise)
+    assert flat["flat"] and flat["low"] < 0 < flat["high"] and flat["files_last"] == 9
+    assert row(3e8 + noise + 1e8 * (steps < 2000))["flat"]  # the warm-up is left out
+    leak = row(3e8 + noise + 2000 * steps)
+    assert not leak["flat"] and leak["low"] < 2000 < leak["high"] and leak["low"] > 1000
+    assert not row(3e8 + noise, 9 + (steps > 15_000))["flat"]
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_of_a_short_run_stay_flat(tmp_path):
+    """The short version of benchmarks.long_runs: 150 parts of stage 03."""
+    done = run("benchmarks.long_runs", str(tmp_path), "--share", "0.075", "--only", "03_build_rewards")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "open files" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_a_run_that_continues(tmp_path):
+    if subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], check=False).returncode:
+        pytest.skip("this user cannot mount in a namespace of their own")
+    only = ("--only", "03_build_rewards/--part", "--only", "01_prepare_dataset/--overwrite")
+    done = run("benchmarks.full_disk", str(tmp_path), "--chains", "2", *only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 times full" not in done.stdout.splitlines()[-1]
 
 
 def test_a_pickle_of_the_corpus_would_run_if_it_were_loaded(tmp_path):
