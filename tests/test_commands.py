@@ -228,6 +228,7 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
             "--only=",
             "--score=",
             "--rank=",
+            "--out_dir=",
             "--part=",
             "--set=sampler.",
         )
@@ -328,6 +329,7 @@ def _without(words: list[str], *flags: str) -> list[str]:
                 "--only",
                 "--score",
                 "--rank",
+                "--out_dir",
                 "--part",
                 "--set",
                 "--config",
