@@ -34,7 +34,6 @@ from lib.log import Progress, say
 from lib.runs import RunArgs, printable, score_stage
 
 RANKING = ("ppo", "none")  # critic.method of runs that rank candidates
-BYTES_OF_A_TOKEN, BYTES_OF_A_REPORT = 16, 3_000_000  # in the tables of samples; at most
 READS = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
 
 
@@ -88,10 +87,7 @@ def sample(config: Config, args: RunArgs) -> None:
         plan = [(policy, nfe) for nfe in config.sampler.nfe for policy in config.sampler.policies]
         parts = stage.parts(TABLES)
         work = SampleWork(evaluator, starts, plan, parts)
-        room = (
-            BYTES_OF_A_TOKEN * len(work) * config.sampler.num_samples * evaluator.context + BYTES_OF_A_REPORT
-        )
-        made = stage.make_parts(parts, work, len(work), "policies", room)
+        made = stage.make_parts(parts, work, len(work), "policies", work.num_bytes)
         if made is None:
             return
         stage.add_parts(made)

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from lib.neighbours import share_with_neighbours
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
+SECONDS_TO_SIGNAL = 0.05
 SECONDS_FOR_OTHERS = 3.0  # how long the process that reports an error waits for the others to fail, too
 
 
@@ -213,6 +215,7 @@ def run_stage(
         flags: groups of flags that only some scripts have, such as `with_stream=True`; see `make_parser`.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _deliver_again
     try:
         _join_processes(with_processes)
         parser = make_parser(description or "", **flags)
@@ -312,3 +315,14 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _terminate(signum, frame) -> NoReturn:
     raise Interrupted("stopped by SIGTERM; run the same command again to continue", 143)
+
+
+def _deliver_again(unraisable: Any) -> None:
+    """Python ignores an interruption that comes while it removes an object. Send the signal again, a moment later."""
+    number = {Interrupted: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
+    if number is None:
+        sys.__unraisablehook__(unraisable)
+        return
+    timer = threading.Timer(SECONDS_TO_SIGNAL, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()

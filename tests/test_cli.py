@@ -258,3 +258,36 @@ def test_paths_of_flags_may_begin_at_the_home_and_files_with_a_dash(monkeypatch)
     options = parser.parse(["--score=~/my text (v1).txt", "--run_dir=~/run"])
     assert (options.score, options.run_dir) == (Path("/home/me/my text (v1).txt"), Path("/home/me/run"))
     assert parser.parse(["--score=-dash.txt"]).score == Path("-dash.txt")
+
+
+IGNORED = """
+import os, signal, sys, time
+from lib.cli import run_stage
+
+class Removed:
+    def __del__(self):
+        os.kill(os.getpid(), getattr(signal, SIGNAL))
+        time.sleep(0.01)  # the handler raises here, where nothing can catch it
+
+def main(config, args):
+    Removed()
+    time.sleep(20)
+    print("it went on")
+
+SIGNAL = sys.argv.pop()
+run_stage(main, "")
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_that_comes_while_an_object_is_removed_ends_the_script(name, code):
+    done = subprocess.run(
+        [sys.executable, "-c", IGNORED, name],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=15,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "run the same command again to continue" in done.stderr

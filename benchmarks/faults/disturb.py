@@ -176,7 +176,7 @@ class _Watch:
             self.outcome.landed = f"at {time.monotonic() - self.begin:.2f} s{who}"
         if d.number == signal.SIGSTOP:
             self._while_stopped(second, work)
-            for pid in forks.session_of(victim):  # of a pipeline, a script has stopped itself
+            for pid in {victim, *forks.session_of(victim)}:  # of a pipeline, a script has stopped itself
                 forks.send(pid, signal.SIGCONT)
 
     def _while_stopped(self, second: Command | None, work: Path) -> None:

@@ -129,7 +129,8 @@ class _ServerWatch(threading.Thread):
     """Ends this process with a message and the code of ProcessLost when the server of Ray is gone.
 
     The main thread waits in Ray's own code then, where no exception reaches it; after a minute, Ray would end the process with
-    code 1. Parts are complete or absent at each moment, so that nothing is lost.
+    code 1. Parts are complete or absent at each moment, so that nothing is lost. While Ray starts, no other thread
+    runs for about a second. A server that is killed then ends the process after that minute, with a message of Ray.
     """
 
     def __init__(self, ray: Any):
