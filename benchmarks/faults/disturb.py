@@ -18,6 +18,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
 WEIGHTS = (6, 2, 2, 1)
 GRACE_SECONDS = 1.0  # from the SIGTERM of a launcher to its SIGKILL
 STOPPED_SECONDS = (0.1, 0.6)
+SECONDS_BETWEEN_CONTS = 2.0
+PAUSE_SECONDS = 30.0
 ENDED_BY_SIGNAL = {signal.SIGTERM: (143, -signal.SIGTERM), signal.SIGINT: (130, -signal.SIGINT)}
 REFUSED = (2, 65, 66, 73, 74, 75, 76, 78, 130, 143)  # exit codes that are documented, apart from 0 and 1
 
@@ -129,16 +131,25 @@ class _Watch:
         self.codes: dict[int, int] = {}
         self.sent = False
         self.kill_at: float | None = None  # when a launcher kills what is left
+        self.let_go_at: float | None = None  # when what was stopped gets its next SIGCONT
+        self.looked_at = begin
         self.outcome = Outcome()
 
     def until_all_ended(self, second: Command | None, work: Path) -> Outcome:
         if self.disturbance is not None:
             self.outcome.signal = signal.Signals(self.disturbance.number).name
         while len(self.codes) < len(self.pids):
+            self._forgive_pauses()
             self._look()
             if self._is_due():
                 self._disturb(second, work)
             self._end_the_others()
+            if (
+                self.let_go_at is not None
+                and time.monotonic() > self.let_go_at
+                and len(self.codes) < len(self.pids)
+            ):
+                self._let_go_on()
             if time.monotonic() > self.deadline:
                 self._end_all(f"stuck: no end within {self.scenario.seconds:.0f} s")
             time.sleep(forks.SECONDS_BETWEEN_LOOKS)
@@ -147,6 +158,13 @@ class _Watch:
         self.outcome.codes = tuple(self.codes[pid] for pid in self.pids)
         self._judge()
         return self.outcome
+
+    def _forgive_pauses(self) -> None:
+        """If this process was stopped itself, as all others were, nobody has more time than before."""
+        now = time.monotonic()
+        if now - self.looked_at > PAUSE_SECONDS:
+            self.deadline += now - self.looked_at
+        self.looked_at = now
 
     def _look(self) -> None:
         for pid in set(self.pids) - set(self.codes):
@@ -176,8 +194,15 @@ class _Watch:
             self.outcome.landed = f"at {time.monotonic() - self.begin:.2f} s{who}"
         if d.number == signal.SIGSTOP:
             self._while_stopped(second, work)
-            for pid in {victim, *forks.session_of(victim)}:  # of a pipeline, a script has stopped itself
-                forks.send(pid, signal.SIGCONT)
+            self._let_go_on()
+
+    def _let_go_on(self) -> None:
+        """Continue what is stopped; of a pipeline, a script has stopped itself. A slow process stops itself only after that."""
+        assert self.disturbance is not None
+        victim = self.pids[self.disturbance.victim]
+        for pid in {victim, *forks.session_of(victim)}:
+            forks.send(pid, signal.SIGCONT)
+        self.let_go_at = time.monotonic() + SECONDS_BETWEEN_CONTS
 
     def _while_stopped(self, second: Command | None, work: Path) -> None:
         """A second command on the same stage is refused while the first one is stopped; it waits for nothing."""
