@@ -54,9 +54,8 @@ def main() -> int:
     if INSIDE not in os.environ:
         words = [
             "unshare",
-            "--user",
-            "--map-root-user",
-            "--mount",
+            "-r",
+            "-m",
             sys.executable,
             "-m",
             "benchmarks.full_disk",
@@ -203,7 +202,7 @@ def unmount(run: Path) -> None:
             if not subprocess.run(["umount", str(run)], check=False, capture_output=True).returncode:
                 return
             time.sleep(0.1)
-        subprocess.run(["umount", "--lazy", str(run)], check=True)
+        subprocess.run(["umount", "-l", str(run)], check=True)
 
 
 if __name__ == "__main__":

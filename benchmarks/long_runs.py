@@ -103,16 +103,18 @@ def cases(share: float) -> list[Case]:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--measure"]:
-        return measure(Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=Path, nargs="?", default=Path("outputs/long_runs"))
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, parts and evaluations")
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="only these stages")
+    parser.add_argument("--measure", nargs=argparse.REMAINDER, help="in a process that is measured")
     add_out(parser)
     args = parser.parse_args()
+    if args.measure:
+        file, what, *argv = args.measure
+        return measure(Path(file), json.loads(what), argv)
     work = args.work.absolute()
     run, text = work / "run", work / "text.txt"
     shutil.rmtree(run, ignore_errors=True)

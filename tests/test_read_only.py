@@ -16,9 +16,7 @@ from lib.errors import CannotCreate, UsageError
 MOUNT = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
 CAN_MOUNT = (
     shutil.which("unshare") is not None
-    and not subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "true"], check=False, capture_output=True
-    ).returncode
+    and not subprocess.run(["unshare", "-r", "-m", "true"], check=False, capture_output=True).returncode
 )
 
 
@@ -56,9 +54,8 @@ def test_a_run_that_can_only_be_read_is_inspected_and_scored_from(quick_run, tmp
     script = f"from tests.test_read_only import *; inside(Path({str(run)!r}), Path({str(text)!r}), Path({str(out)!r}))"
     words = [
         "unshare",
-        "--user",
-        "--map-root-user",
-        "--mount",
+        "-r",
+        "-m",
         "sh",
         "-c",
         MOUNT,

@@ -213,7 +213,7 @@ def test_memory_and_open_files_of_a_short_run_stay_flat(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_a_run_that_continues(tmp_path):
-    if subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], check=False).returncode:
+    if subprocess.run(["unshare", "-r", "-m", "true"], check=False).returncode:
         pytest.skip("this user cannot mount in a namespace of their own")
     only = ("--only", "03_build_rewards/--part", "--only", "01_prepare_dataset/--overwrite")
     done = run("benchmarks.full_disk", str(tmp_path), "--chains", "2", *only)
