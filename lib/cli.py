@@ -20,9 +20,9 @@ from lib.errors import (
     BadConfig,
     CannotCreate,
     CannotWrite,
-    Interrupted,
     MissingInput,
     RemaskError,
+    Terminated,
     UsageError,
     did_you_mean,
 )
@@ -257,6 +257,8 @@ def run_stage(
         current().close()
     except RemaskError as error:
         _fail(str(error), error.exit_code)
+    except Terminated:
+        _fail("stopped by SIGTERM; run the same command again to continue", 143)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to continue", 130)
     except OSError as error:
@@ -314,12 +316,12 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _terminate(signum, frame) -> NoReturn:
-    raise Interrupted("stopped by SIGTERM; run the same command again to continue", 143)
+    raise Terminated
 
 
 def _deliver_again(unraisable: Any) -> None:
     """Python ignores an interruption that comes while it removes an object. Send the signal again, a moment later."""
-    number = {Interrupted: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
+    number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
     if number is None:
         sys.__unraisablehook__(unraisable)
         return

@@ -263,6 +263,7 @@ def test_paths_of_flags_may_begin_at_the_home_and_files_with_a_dash(monkeypatch)
 IGNORED = """
 import os, signal, sys, time
 from lib.cli import run_stage
+from lib.errors import BadData
 
 class Removed:
     def __del__(self):
@@ -270,19 +271,25 @@ class Removed:
         time.sleep(0.01)  # the handler raises here, where nothing can catch it
 
 def main(config, args):
-    Removed()
-    time.sleep(20)
-    print("it went on")
+    if PLACE == "removed":
+        Removed()
+        time.sleep(20)
+    try:
+        os.kill(os.getpid(), getattr(signal, SIGNAL))
+        time.sleep(20)
+    except Exception as error:  # as around a library that raises errors of many kinds
+        raise BadData(f"cannot be loaded: {error}")
 
-SIGNAL = sys.argv.pop()
+SIGNAL, PLACE = sys.argv.pop(), sys.argv.pop()
 run_stage(main, "")
 """
 
 
+@pytest.mark.parametrize("place", ["removed", "library"])
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_that_comes_while_an_object_is_removed_ends_the_script(name, code):
+def test_a_signal_that_comes_while_an_object_is_removed_or_a_library_works_ends_the_script(name, code, place):
     done = subprocess.run(
-        [sys.executable, "-c", IGNORED, name],
+        [sys.executable, "-c", IGNORED, place, name],
         cwd=ROOT,
         text=True,
         capture_output=True,
