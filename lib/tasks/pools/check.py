@@ -25,6 +25,7 @@ rejected in another: its reward is the share of its pairs that it wins.
 """
 
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -78,22 +79,22 @@ def _check(config: Config) -> Iterator[Document | Problem]:
     with PoolStore() as store, PromptGroups(settings.near_duplicates) as groups:
         yield from read_into(store, config)
         wrong_splits = set()
-        splits: dict[int, str | None] = {}
+        names: dict[str | None, int] = {}  # a number for each split, so that a prompt takes four bytes
+        splits = array("i")
         for number, prompt, split, group in store.prompts():
-            split = None if split is None else SPLITS.get(split.lower(), split)
-            splits[number] = split
+            split = _split_name(split)
+            splits.append(names.setdefault(split, len(names)))
             for other, same in groups.add(prompt, group):
-                if split is not None and splits[other] is not None and splits[other] != split:
+                if splits[other] not in (splits[number], names.get(None)) and split is not None:
                     wrong_splits.add(number) if same and prompt else None
-                    yield _two_splits(
-                        prompt, store.id_of(number), (split, splits[other]), store.id_of(other), same
-                    )
+                    both = (split, list(names)[splits[other]])
+                    yield _two_splits(prompt, store.id_of(number), both, store.id_of(other), same)
         yield from _few_groups(config, store, groups)
         for pool in store.pools():
             faults = list(pool_faults(pool, settings, with_rewards=True))
             entries, more = merged(pool, settings)
             faults += more
-            split = splits[pool.number]
+            split = _split_name(pool.split)
             if split is not None and split not in SPLITS.values():
                 found, known = f"'{pool.split}'", "train, selection, held_out (dev, validation) or test"
                 faults.append((pool.location, Fault("unknown split", found, known, "fix the column 'split'")))
@@ -105,6 +106,11 @@ def _check(config: Config) -> Iterator[Document | Problem]:
             ):
                 group = store.id_of(groups.root(pool.number))
                 yield Document(pool.pool_id, as_json(pool, entries, split, group), pool.source)
+
+
+def _split_name(given: str | None) -> str | None:
+    """The project's name of a split; an unknown name as it is."""
+    return None if given is None else SPLITS.get(given.lower(), given)
 
 
 def _two_splits(prompt: str, name: str, splits: tuple, other: str, same: bool) -> Problem:

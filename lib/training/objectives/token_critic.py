@@ -47,7 +47,7 @@ from lib.training.objectives.fills import Filled, Filler
 from lib.training.objectives.language_model import MaskedDiffusion
 
 EVALUATION_BATCH = 64
-REPORT_DRAWS = 4  # fills of each window
+REPORT_DRAWS = 2  # fills of each window
 MAX_SCORED_TOKENS = 2**22  # of a split, all draws together; about 100 bytes each are held in memory
 
 # (indices of a batch, its fills, (B, T) raw probability of error) -> arrays that are concatenated over the batches
