@@ -23,10 +23,12 @@ from lib.errors import BadData
 from lib.label_files import files_of, read_labels
 from lib.labels import LabelCounts
 from lib.log import Progress, say
+from lib.room import say_room
 from lib.runs import RunArgs, display_path
 
 MAX_LISTED = 5  # problems of each kind that are printed
 ROWS_PER_GROUP = 256
+BYTES_OF_EMPTY_TABLES = 10_000
 CHARACTERS_PER_GROUP = 2**22
 
 
@@ -45,6 +47,8 @@ def main(config: Config, args: RunArgs) -> None:
         # Read everything once: documents go to one table, problems to the other
         num_documents = num_characters = 0
         num_bytes = sum(file.stat().st_size for file in files)
+        if num_bytes:
+            say_room(stage.folder, num_bytes + BYTES_OF_EMPTY_TABLES, "documents")
         counters, labels = ProblemCounters(), LabelCounts(config.data.label_classes, config.data.span_classes)
         with (
             stage.writer("documents", schema.DOCUMENTS) as documents,

@@ -19,6 +19,10 @@ from lib.config import Config
 from lib.log import Progress, say
 from lib.runs import RunArgs
 
+BYTES_OF_A_CHARACTER = (
+    6  # in the tables and token stores of this stage, at most; tokens have two to four bytes
+)
+
 
 def main(config: Config, args: RunArgs) -> None:
     from lib import durable, outside, schema
@@ -71,9 +75,9 @@ def main(config: Config, args: RunArgs) -> None:
         parts = stage.parts(tables, also=stage.output_sha256("tokenizer"))
         with stage.alone("cut texts"):
             count = cut(config, task.prepare(config, Documents(stage, "cutting")), cut_parts(parts))
-        made = stage.make_parts(
-            parts, ExampleWork(config, parts, stage.folder / "tokenizer"), count, "examples"
-        )
+        work = ExampleWork(config, parts, stage.folder / "tokenizer")
+        room = BYTES_OF_A_CHARACTER * stage.upstream_stats("00_check_data")["characters"]
+        made = stage.make_parts(parts, work, count, "examples", room)
         if made is None:
             return
         stage.add_parts(made)

@@ -97,7 +97,9 @@ def make_table(config: Config, args: RunArgs) -> None:
 
         # 3. Make the parts that are absent; some tasks plan over all examples before the first candidate
         context = plan(config, work)
-        made = stage.make_parts(parts, replace(work, planned=context), len(groups), "candidates")
+        # A candidate takes about twice the room of an example: it has its own text, tokens and marks
+        room = 2 * config.candidates.per_example * stage.bytes_of("01_prepare_dataset", "examples")
+        made = stage.make_parts(parts, replace(work, planned=context), len(groups), "candidates", room)
         if made is None:
             return
         stage.add_parts(made)

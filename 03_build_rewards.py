@@ -18,6 +18,8 @@ from lib.label_files import files_of
 from lib.log import say
 from lib.runs import RunArgs
 
+BYTES_OF_A_REWARD = 128  # a row of the table, at most
+
 
 def main(config: Config, args: RunArgs) -> None:
     from lib import schema
@@ -40,7 +42,8 @@ def main(config: Config, args: RunArgs) -> None:
         tokenizer = stage.folder_of("01_prepare_dataset", "tokenizer") if config.labels.path else stage.folder
         parts = stage.parts({"rewards": schema.REWARDS})
         work = RewardWork(config, parts, candidates, tokenizer)
-        made = stage.make_parts(parts, work, len(candidates.files), "rewards")
+        room = BYTES_OF_A_REWARD * candidates.rows
+        made = stage.make_parts(parts, work, len(candidates.files), "rewards", room)
         if made is None:
             return
         stage.add_parts(made)

@@ -87,7 +87,7 @@ def sample(config: Config, args: RunArgs) -> None:
         plan = [(policy, nfe) for nfe in config.sampler.nfe for policy in config.sampler.policies]
         parts = stage.parts(TABLES)
         work = SampleWork(evaluator, starts, plan, parts)
-        made = stage.make_parts(parts, work, len(work), "policies")
+        made = stage.make_parts(parts, work, len(work), "policies", work.num_bytes)
         if made is None:
             return
         stage.add_parts(made)

@@ -9,7 +9,7 @@ outputs are those of an undisturbed run and nothing unfinished is left.
 
 Results go to WORK/chains.jsonl, one line per chain; the same command continues. All draws depend on the seed alone.
 
-    python -m benchmarks.kills outputs/kills                      # 1,000 kills, an hour on one core
+    python -m benchmarks.kills outputs/kills                      # 1,000 kills, more than an hour on one core
     python -m benchmarks.kills outputs/kills --kills 40 --only "04_train/torchrun"
 """
 
@@ -26,7 +26,17 @@ from typing import Any
 from benchmarks.faults import forks
 from benchmarks.faults.disturb import attempt, count_points, draw_disturbance
 from benchmarks.faults.run_bytes import differences, leftovers, run_bytes
-from benchmarks.faults.scenarios import STAGES, Scenario, all_scenarios, command
+from benchmarks.faults.scenarios import (
+    FILE_FLAGS,
+    STAGES,
+    Command,
+    Scenario,
+    all_scenarios,
+    command,
+    file_stage,
+    of_file,
+    use_inputs,
+)
 from benchmarks.provenance import provenance
 from benchmarks.result_files import add_out, write
 from lib import code_version, durable
@@ -42,6 +52,7 @@ SLOW_SCENARIOS = {
 }  # they get a third of the kills of the others, as do
 SLOW_STAGE = "02_generate_candidates (finqa)"  # all scenarios of this stage
 CHAINS = "chains.jsonl"
+BASES_FOLDER = "undisturbed"  # as deep as chains: manifests have a user's model relative to the run
 
 
 def main() -> int:
@@ -65,6 +76,7 @@ def main() -> int:
     )
     add_out(parser)
     args = parser.parse_args()
+    use_inputs(args.work / "inputs")
     scenarios = [
         scenario
         for scenario in all_scenarios(importlib.util.find_spec("ray") is not None)
@@ -150,7 +162,7 @@ class Chains:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         run = folder / "run"
-        self._copy(scenario, run)
+        self.copy_start(scenario, run)
         kills: list[dict[str, Any]] = []
         faults: list[str] = []
         for _ in range(MAX_ATTEMPTS):
@@ -168,7 +180,7 @@ class Chains:
                 break
             if len(kills) == KILLS_PER_CHAIN:
                 break
-        faults += self._finish(scenario, run, draw, folder)
+        faults += self.finish(scenario, run, draw, folder)
         try:
             different = differences(self._bytes(run, scenario), self.wanted[scenario.base])
         except (OSError, ValueError) as error:
@@ -192,7 +204,7 @@ class Chains:
             "kills": kills, "equal": not different and not left, "different": different + left, "faults": faults,
         }  # fmt: skip
 
-    def _finish(self, scenario: Scenario, run: Path, draw: random.Random, folder: Path) -> list[str]:
+    def finish(self, scenario: Scenario, run: Path, draw: random.Random, folder: Path) -> list[str]:
         """Run the scenario once more without a disturbance, and whatever completes it. Returns what went wrong."""
         crews = [scenario.crew(draw, run), *([one] for one in scenario.last(run))]
         faults = []
@@ -214,17 +226,17 @@ class Chains:
             for name, digest in run_bytes(run / stage).items()
         }
 
-    def _copy(self, scenario: Scenario, run: Path) -> None:
+    def copy_start(self, scenario: Scenario, run: Path) -> None:
         """A run with the stages that are there at the start of the scenario."""
-        run.mkdir()
+        run.mkdir(exist_ok=True)
         for stage in scenario.begins:
-            shutil.copytree(self.work / scenario.base / stage, run / stage)
+            shutil.copytree(self.work / BASES_FOLDER / scenario.base / stage, run / stage)
         if scenario.begins:
-            shutil.copy(self.work / scenario.base / "config.json", run / "config.json")
+            shutil.copy(self.work / BASES_FOLDER / scenario.base / "config.json", run / "config.json")
 
     def _make(self, base: str, scenarios: list[Scenario]) -> None:
         """The undisturbed run of a base, with the number of points and the seconds of each of its stages."""
-        run, note = self.work / base, self.work / f"{base}.json"
+        run, note = self.work / BASES_FOLDER / base, self.work / f"{base}.json"
         code = code_version.digest(
             {
                 f"{stage} {file}": sha
@@ -235,7 +247,7 @@ class Chains:
         if not note.exists() or json.loads(note.read_text()).pop("code", None) != code:
             shutil.rmtree(run, ignore_errors=True)
             figures: dict[str, Any] = {}
-            for stage in STAGES:
+            for stage, words in undisturbed(base, run):
                 begin = time.monotonic()
                 if base == "stream" and stage == "04_train":
                     self._stream(run)
@@ -244,7 +256,7 @@ class Chains:
                         "seconds": time.monotonic() - begin,
                     }
                     break
-                points = count_points(command(base, stage, run).argv, self.work)
+                points = count_points(words.argv, self.work)
                 figures[stage] = {"points": points, "seconds": time.monotonic() - begin}
                 print(
                     f"undisturbed {base} {stage}: {sum(points.values())} points, {figures[stage]['seconds']:.1f} s",
@@ -271,6 +283,12 @@ class Chains:
         outcome = attempt(scenario, scenario.crew(random.Random(0), run), None, self.work)
         if any(outcome.codes):
             raise RuntimeError((self.work / "log.txt").read_text()[-3000:])
+
+
+def undisturbed(base: str, run: Path) -> list[tuple[str, Command]]:
+    """(folder that it makes, command) of all that makes the undisturbed run of a base."""
+    of_files = [(file_stage(*words), of_file(base, *words, run)) for words in FILE_FLAGS.get(base, ())]
+    return [*((stage, command(base, stage, run)) for stage in STAGES), *of_files]
 
 
 def _key(scenario: Scenario) -> str:

@@ -13,15 +13,19 @@ is lost. What was synced is there. Of the rest, a file system with a journal may
 | lost    | none is there                         | lost                               |
 | mixed   | each folder's first few, by chance    | each file's: all, none, or a half  |
 
-The names of one folder appear in their order; folders are independent. Equal states are tried once. The stage must complete with
-the bytes of an undisturbed run, or refuse with a message that names what is damaged. It must not end with other bytes.
+The names of one folder appear in their order; folders are independent. The stage must complete with the bytes of an undisturbed
+run, or refuse with a message that names what is damaged. It must not end with other bytes.
 
-    python -m benchmarks.power_loss outputs/power_loss                # all stages, about an hour on one core
+Equal states are tried once. So are states that differ only in files that the stage did not look into: neither opened, as the kernel
+tells, nor asked for their size. A stage whose every draw depends on its seed does the same on both.
+
+    python -m benchmarks.power_loss outputs/power_loss                # all stages and prefixes, about an hour on one core
     python -m benchmarks.power_loss outputs/power_loss --only 01_prepare_dataset --states 100
 """
 
 import argparse
 import collections
+import functools
 import hashlib
 import json
 import random
@@ -32,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults import forks
+from benchmarks.faults.reads import ReadWatch
 from benchmarks.faults.recorder import ROOT_ID, Recorder
 from benchmarks.faults.run_bytes import differences, leftovers, run_bytes
 from benchmarks.faults.scenarios import STAGES, command
@@ -41,6 +46,7 @@ from benchmarks.result_files import add_out, write
 KINDS = ("kept", "empty", "torn", "zeros", "lost", "mixed")
 REFUSED = (65, 66, 78)
 SECONDS = 120.0
+BASE = "tiny"  # whose flags the runs have
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def make_base(work: Path) -> None:
     """The undisturbed run."""
     for stage in STAGES:
         if not (work / "base" / stage / "manifest.json").exists():
-            code = forks.wait(forks.start(command("text", stage, work / "base").argv, work / "log.txt"), 300)
+            code = forks.wait(forks.start(command(BASE, stage, work / "base").argv, work / "log.txt"), 300)
             if code:
                 raise RuntimeError((work / "log.txt").read_text()[-3000:])
 
@@ -111,40 +117,79 @@ def replay(case: Case, work: Path, limit: int | None, seed: int, end: float) -> 
     """(row of the table, whether all states were tried) of a case. Results are kept in `<work>/<case>.jsonl`."""
     name = case.name.replace(" ", "_")
     events = record(case, work, name)
-    states = list(states_of(events, seed))
+    by_content = {
+        state.digest_in(work / "contents"): state for state in reversed(list(states_of(events, seed)))
+    }
+    states = list(reversed(by_content.values()))
     if limit is not None and len(states) > limit:
         states = random.Random(seed).sample(states, limit)
     results = work / f"{name}.jsonl"
-    done = {}
+    done = Tried(work / "contents")
     if results.exists():
-        done = {line["state"]: line for line in map(json.loads, results.read_text().splitlines())}
+        for line in map(json.loads, results.read_text().splitlines()):
+            done.add(line, by_content.get(line["state"]))
     wanted = run_bytes(work / "base" / case.stage)
-    for state in states:
-        if state.digest in done:
+    for number, state in enumerate(states):
+        digest = state.digest_in(work / "contents")
+        if digest in done.lines or (same := done.like(state)):
+            if digest not in done.lines:
+                done.lines[digest] = same | {"state": digest, "run": False}
             continue
         if time.monotonic() > end:
             break
         outcome = run_again(case, state, work, name, wanted)
-        done[state.digest] = {"state": state.digest, "kind": state.kind, "at": state.at} | outcome
+        line = {"state": digest, "kind": state.kind, "at": state.at, "run": True} | outcome
+        done.add(line, state)
         with open(results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(done[state.digest]) + "\n")
+            file.write(json.dumps(line) + "\n")
         if outcome["outcome"] == "wrong":
             print(
                 f"{case.name}: {state.kind} after {state.at} of {len(events)}: {outcome['detail'][-900:]}",
                 flush=True,
             )
-    tried = [done[state.digest] for state in states if state.digest in done]
+        if not len(done.lines) % 50:
+            print(f"{case.name}: {number + 1} of {len(states)} states", flush=True)
+    found = (done.lines.get(state.digest_in(work / "contents")) for state in states)
+    tried = [line for line in found if line is not None]
     counts = collections.Counter(line["outcome"] for line in tried)
     row = {
-        "case": case.name, "events": len(events), "states": len(tried), "completed": counts["completed"],
-        "refused": counts["refused"], "wrong": counts["wrong"],
+        "case": case.name, "events": sum(not event["first"] for event in events), "states": len(tried),
+        "runs": sum(line["run"] for line in tried), "completed": counts["completed"], "refused": counts["refused"],
+        "wrong": counts["wrong"],
     }  # fmt: skip
     return row, len(tried) == len(states)
 
 
+class Tried:
+    """The states of a case that were tried.
+
+    Attributes:
+        lines: digest of a state -> what came of it.
+    """
+
+    def __init__(self, contents: Path):
+        self.lines: dict[str, dict[str, Any]] = {}
+        self._contents = contents
+        self._of_names: dict[frozenset[str], list[tuple[dict[str, str], dict[str, Any]]]] = {}
+
+    def add(self, line: dict[str, Any], state: "State | None") -> None:
+        """Note what came of a state, and what its run looked into (`reads`)."""
+        self.lines[line["state"]] = line
+        if state is not None:
+            seen = {name: state.content_of(name, self._contents) for name in line["reads"]}
+            self._of_names.setdefault(frozenset(state.files), []).append((seen, line))
+
+    def like(self, state: "State") -> dict[str, Any] | None:
+        """What came of a state with the same names, and the same contents wherever its run looked."""
+        for seen, line in self._of_names.get(frozenset(state.files), []):
+            if all(state.content_of(name, self._contents) == digest for name, digest in seen.items()):
+                return line
+        return None
+
+
 def line_of(row: dict[str, Any]) -> str:
     return (
-        f"{row['case']:<36} {row['events']:5d} events {row['states']:5d} states: {row['completed']} completed, "
+        f"{row['case']:<36} {row['events']:5d} events {row['states']:5d} states, {row['runs']:5d} runs: {row['completed']} completed, "
         f"{row['refused']} refused, {row['wrong']} wrong"
     )
 
@@ -157,7 +202,7 @@ def record(case: Case, work: Path, name: str) -> list[dict[str, Any]]:
         run = _fresh(case, work)
         part = log.with_suffix(".part")
         part.unlink(missing_ok=True)
-        argv = command("text", case.stage, run, *case.more).argv
+        argv = command(BASE, case.stage, run, *case.more).argv
         pid = forks.start(argv, work / "log.txt", setup=Recorder(run, part, contents).install)
         if forks.wait(pid, 300):
             raise RuntimeError((work / "log.txt").read_text()[-3000:])
@@ -186,6 +231,16 @@ class State:
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(sorted(self.files.items(), key=str)).encode()).hexdigest()[:16]
+
+    def content_of(self, name: str, contents: Path) -> str:
+        """The hash of the bytes of a file; the empty text for a folder."""
+        content = self.files[name]
+        return "" if content is None else _digest(*content, contents)
+
+    def digest_in(self, contents: Path) -> str:
+        """The same for states with the same bytes."""
+        found = [(name, self.content_of(name, contents)) for name in sorted(self.files)]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 Change = list[Any]  # [folder, name, id or None, whether it is a folder]
@@ -303,19 +358,33 @@ def bytes_of(old: str, new: str, how: str, contents: Path) -> bytes:
     return kept + (rest[: len(rest) // 2] if how == "torn" else bytes(len(rest)))
 
 
+@functools.cache
+def _digest(old: str, new: str, how: str, contents: Path) -> str:
+    return hashlib.sha256(bytes_of(old, new, how, contents)).hexdigest()
+
+
 def run_again(case: Case, state: State, work: Path, name: str, wanted: dict[str, str]) -> dict[str, Any]:
     """Run the stage on a state, and once more with --overwrite if it refuses. What came of it."""
-    run, log = work / "run", work / "log.txt"
+    run = work / "run"
     build(state, run, work / "contents")
-    first = _start(case, run, log, case.more)
+    files = [path for path, content in state.files.items() if content is not None]
+    with ReadWatch(run, files, work / "reads.txt") as watch:
+        outcome = _outcome(case, run, work / "log.txt", wanted, watch)
+        return {"reads": watch.reads()} | outcome
+
+
+def _outcome(case: Case, run: Path, log: Path, wanted: dict[str, str], watch: ReadWatch) -> dict[str, Any]:
+    first = _start(case, run, log, case.more, watch)
     refusal = ""
     if first in REFUSED:
         refusal = log.read_text(errors="replace")[-600:]
         if "Traceback" in refusal or str(run.name) not in refusal:
             return {"outcome": "wrong", "detail": f"refused without the name of what is damaged: {refusal}"}
-        first = _start(case, run, log, ("--overwrite", *(w for w in case.more if w != "--overwrite")))
+        more = ("--overwrite", *(w for w in case.more if w != "--overwrite"))
+        first = _start(case, run, log, more, watch)
     if first:
         return {"outcome": "wrong", "detail": f"exit code {first}: {log.read_text(errors='replace')[-1500:]}"}
+    reads = watch.reads()  # before the comparison reads all
     try:
         different = differences(run_bytes(run / case.stage), wanted)
     except (OSError, ValueError) as error:
@@ -323,14 +392,19 @@ def run_again(case: Case, state: State, work: Path, name: str, wanted: dict[str,
     left = leftovers(run / case.stage)
     if different or left:
         return {"outcome": "wrong", "detail": f"differs in {different[:5]}, left over {left[:5]}"}
-    return {"outcome": "refused" if refusal else "completed", "detail": refusal[-200:]}
+    return {"outcome": "refused" if refusal else "completed", "detail": refusal[-200:], "reads": reads}
 
 
-def _start(case: Case, run: Path, log: Path, more: tuple[str, ...]) -> int:
+def _start(case: Case, run: Path, log: Path, more: tuple[str, ...], watch: ReadWatch) -> int:
     log.unlink(missing_ok=True)
-    argv = command("text", case.stage, run, *more).argv
+    argv = command(BASE, case.stage, run, *more).argv
+
+    def setup() -> None:
+        _no_fsync()
+        watch.install()
+
     try:
-        return forks.wait(forks.start(argv, log, setup=_no_fsync), SECONDS)
+        return forks.wait(forks.start(argv, log, setup=setup), SECONDS)
     except TimeoutError:
         return -9
 

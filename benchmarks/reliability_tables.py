@@ -6,10 +6,11 @@ from benchmarks.result_files import ResultFile, markdown
 
 
 def reliability(files: dict[str, ResultFile]) -> list[str]:
-    """Kills, losses of power, hostile files, fuzzing and slips; nothing of what was not measured."""
+    """Kills, losses of power, full disks, hostile files, fuzzing, slips and long runs; nothing of what was not measured."""
     parts = []
     for name, make in (
-        ("kills", _kills), ("power_loss", _power_loss), ("hostile", _hostile), ("fuzz", _fuzz), ("typos", _typos),
+        ("kills", _kills), ("power_loss", _power_loss), ("full_disk", _full_disk), ("hostile", _hostile), ("fuzz", _fuzz),
+        ("typos", _typos), ("long_runs", _long_runs),
     ):  # fmt: skip
         if (file := files.get(name)) is not None:
             parts += [make(file.figures), f"`{file.command}`, {file.source}. {file.note}".strip()]
@@ -31,19 +32,65 @@ def _kills(figures: dict[str, Any]) -> str:
 
 
 def _power_loss(figures: dict[str, Any]) -> str:
+    names = ("events", "states", "runs", "completed", "refused", "wrong")
+    rows = [[r["case"], *(f"{r[name]:,}" for name in names)] for r in figures["rows"]]
+    rows.append(["all", *(f"{sum(r[name] for r in figures['rows']):,}" for name in names)])
+    head = [
+        "stage",
+        "events",
+        "different states",
+        "of them run",
+        "same bytes",
+        "refused, then made again",
+        "wrong",
+    ]
+    return (
+        "### Loss of power\n\nStates after every event. A state that was not run differs from one that was in files that its run did not "
+        "look into.\n\n" + markdown(head, rows)
+    )
+
+
+def _full_disk(figures: dict[str, Any]) -> str:
+    names = ("chains", "full", "refused", "equal", "faults")
+    rows = [[r["stage"], r["scenario"], *(str(r[name]) for name in names)] for r in figures["rows"]]
+    rows.append(["all", "", *(str(figures[name]) for name in names)])
+    head = [
+        "stage",
+        "started as",
+        "runs",
+        "times full",
+        "of them refused before the work",
+        "equal runs",
+        "faults",
+    ]
+    return (
+        "### Full disks\n\nA run on a disk that the kernel lets become full, again and again. Equal: every byte is that of an undisturbed "
+        "run in the end.\n\n" + markdown(head, rows)
+    )
+
+
+def _long_runs(figures: dict[str, Any]) -> str:
     rows = [
         [
-            r["case"],
-            str(r["events"]),
-            str(r["states"]),
-            str(r["completed"]),
-            str(r["refused"]),
-            str(r["wrong"]),
+            r["case"], f"{r['count']:,} {r['unit']}", f"{r['megabytes']:.0f}", f"{r['bytes_per_unit']:+.0f}",
+            f"{r['low']:+.0f} – {r['high']:+.0f}", f"{r['growth']:+.1%}", f"{r['files_first']} → {r['files_last']}",
+            f"{r['disk_most'] / 1e6:.1f}",
         ]
         for r in figures["rows"]
+    ]  # fmt: skip
+    head = [
+        "stage",
+        "length",
+        "memory, MB",
+        "growth, bytes each",
+        "95 % interval",
+        "growth in all",
+        "open files",
+        "most disk, MB",
     ]
-    head = ["stage", "events", "different states", "same bytes", "refused, then made again", "wrong"]
-    return "### Loss of power\n\n" + markdown(head, rows)
+    return "### Long runs\n\nMemory after the first fifth; a line through 20 means.\n\n" + markdown(
+        head, rows
+    )
 
 
 def _hostile(figures: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 from lib import code_version, durable, runs
 from lib.config import Config
 from lib.engine.processes import current
-from lib.errors import UsageError
+from lib.errors import CannotCreate, UsageError
 from lib.log import log_to, say
 from lib.outside import HubModel
 from lib.stage.inputs import UpstreamReader, describe_inputs, upstream_manifest
@@ -87,7 +87,7 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
 
     def _enter_main(self) -> None:
         self._find_place()
-        self._locks = StageLocks(self.run_dir)
+        self._locks = StageLocks(self.run_dir, {self.name: self.args.out_dir} if self.args.out_dir else {})
         try:
             self._lock()
             self._find_upstream()
@@ -139,8 +139,9 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
         self.name = Path(self.script).stem
         runs.check_stage_name(self.name)
         self.run_dir = runs.find_run(self.name, self.config, self.args, self.outputs_root)
-        runs.make_run_dir(self.run_dir)
-        self._final_folder = self.run_dir / self.name
+        place = self.args.out_dir or self.run_dir
+        runs.make_run_dir(place)
+        self._final_folder = place / self.name
         self._outputs, self._verified, self._digests = {}, set(), {}
         self._again = "--overwrite"  # the flags that make this stage again
 
@@ -209,7 +210,7 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
         if self.resuming:
             self._work.resume(f"{self.name} in {where}")
         else:
-            self._work.start(self.args.overwrite)
+            self._start()
         if self.name == runs.STAGES[0]:
             runs.store_config(self.run_dir, self.config)
         self._clock = Clock()
@@ -218,6 +219,14 @@ class Stage(UpstreamReader, OutputWriter, PartsMaker):
         detail = f" ({self.folder.name} until it is complete)" if self.folder != self._final_folder else ""
         say(f"{self.name}: {verb} in {where}{detail}")
         self._upstream_differs = upstream_differences(self._upstream, self.config.task)
+
+    def _start(self) -> None:
+        try:
+            self._work.start(self.args.overwrite)
+        except CannotCreate as error:
+            if not (self.args.score or self.args.rank):
+                raise
+            raise CannotCreate(f"{error}; --out_dir DIR writes into another folder") from None
 
     # ------------------------------------------------------------------------------ completing
 

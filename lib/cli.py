@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,9 +20,9 @@ from lib.errors import (
     BadConfig,
     CannotCreate,
     CannotWrite,
-    Interrupted,
     MissingInput,
     RemaskError,
+    Terminated,
     UsageError,
     did_you_mean,
 )
@@ -30,6 +31,7 @@ from lib.neighbours import share_with_neighbours
 from lib.runs import RunArgs
 from lib.sections.models import MODE_ALIASES, MODES
 
+SECONDS_TO_SIGNAL = 0.05
 SECONDS_FOR_OTHERS = 3.0  # how long the process that reports an error waits for the others to fail, too
 
 
@@ -190,6 +192,12 @@ def make_parser(
             help="instead of sampling, rank the candidates of this file by a trained ranker: a .jsonl, .json, .csv or .parquet file "
             "with prompts and candidates, rewards not needed",
         )
+        add(
+            "--out_dir",
+            type=user_path,
+            metavar="DIR",
+            help="with --score or --rank: write into this folder. Default: into the run, which may be read-only",
+        )
     return parser
 
 
@@ -207,6 +215,7 @@ def run_stage(
         flags: groups of flags that only some scripts have, such as `with_stream=True`; see `make_parser`.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _deliver_again
     try:
         _join_processes(with_processes)
         parser = make_parser(description or "", **flags)
@@ -224,6 +233,9 @@ def run_stage(
             )
         if getattr(options, "score", None) and options.rank:
             raise UsageError("--score and --rank are two things to do; give one of them")
+        out_dir = getattr(options, "out_dir", None)
+        if out_dir and not (options.score or options.rank):
+            raise UsageError("--out_dir is for --score and --rank; a stage itself is a part of its run")
         mode = getattr(options, "mode", None)
         if mode and options.only:
             raise UsageError("--mode and --only both select models; give one of them")
@@ -239,11 +251,14 @@ def run_stage(
             part=part,
             score=getattr(options, "score", None),
             rank=getattr(options, "rank", None),
+            out_dir=out_dir,
         )
         main(config, args)
         current().close()
     except RemaskError as error:
         _fail(str(error), error.exit_code)
+    except Terminated:
+        _fail("stopped by SIGTERM; run the same command again to continue", 143)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to continue", 130)
     except OSError as error:
@@ -301,4 +316,15 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _terminate(signum, frame) -> NoReturn:
-    raise Interrupted("stopped by SIGTERM; run the same command again to continue", 143)
+    raise Terminated
+
+
+def _deliver_again(unraisable: Any) -> None:
+    """Python ignores an interruption that comes while it removes an object. Send the signal again, a moment later."""
+    number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
+    if number is None:
+        sys.__unraisablehook__(unraisable)
+        return
+    timer = threading.Timer(SECONDS_TO_SIGNAL, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()

@@ -72,6 +72,10 @@ class Interrupted(RemaskError):
         self.exit_code = exit_code
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM (exit code 143), raised wherever a script is. It is no Exception: code that catches those must not keep it."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'steps'?` if a known word is similar, otherwise the list of known words."""
     known = sorted(known)

@@ -57,6 +57,7 @@ class RunArgs:
     part: tuple[int, int] | None = None  # 01 to 03: (i, n), make parts i, i + n, i + 2 n and so on
     score: Path | None = None  # 06 only: score this text instead of sampling
     rank: Path | None = None  # 06 only: rank the candidates of this file instead
+    out_dir: Path | None = None  # with score and rank: a folder besides the run for what is made
 
 
 def run_number(path: Path) -> int | None:

@@ -319,7 +319,9 @@ class Unit(Stage):
     def _decide(self) -> None:
         folder = self._final_folder
         known = any((folder / file).exists() for file in ("manifest.json", MARKER))
-        if folder.exists() and any(folder.iterdir()) and not known and not self.args.overwrite:
+        # A process that is killed while it writes its first file leaves a temporary one
+        has_files = folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir())
+        if has_files and not known and not self.args.overwrite:
             raise BadData(
                 f"{folder} has files, but neither manifest.json nor {MARKER}: an earlier version of this project made it. "
                 f"Pass {self._again} to make it again, or choose another --run_dir"

@@ -33,7 +33,7 @@ OWN = {
     "02_generate_candidates.py": {"--stream", "--part"},
     "03_build_rewards.py": {"--part"},
     "04_train.py": {"--mode", "--only"},
-    "06_sample.py": {"--score", "--rank"},
+    "06_sample.py": {"--score", "--rank", "--out_dir"},
 }
 
 
@@ -258,3 +258,43 @@ def test_paths_of_flags_may_begin_at_the_home_and_files_with_a_dash(monkeypatch)
     options = parser.parse(["--score=~/my text (v1).txt", "--run_dir=~/run"])
     assert (options.score, options.run_dir) == (Path("/home/me/my text (v1).txt"), Path("/home/me/run"))
     assert parser.parse(["--score=-dash.txt"]).score == Path("-dash.txt")
+
+
+IGNORED = """
+import os, signal, sys, time
+from lib.cli import run_stage
+from lib.errors import BadData
+
+class Removed:
+    def __del__(self):
+        os.kill(os.getpid(), getattr(signal, SIGNAL))
+        time.sleep(0.01)  # the handler raises here, where nothing can catch it
+
+def main(config, args):
+    if PLACE == "removed":
+        Removed()
+        time.sleep(20)
+    try:
+        os.kill(os.getpid(), getattr(signal, SIGNAL))
+        time.sleep(20)
+    except Exception as error:  # as around a library that raises errors of many kinds
+        raise BadData(f"cannot be loaded: {error}")
+
+SIGNAL, PLACE = sys.argv.pop(), sys.argv.pop()
+run_stage(main, "")
+"""
+
+
+@pytest.mark.parametrize("place", ["removed", "library"])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_that_comes_while_an_object_is_removed_or_a_library_works_ends_the_script(name, code, place):
+    done = subprocess.run(
+        [sys.executable, "-c", IGNORED, place, name],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=15,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "run the same command again to continue" in done.stderr

@@ -88,6 +88,8 @@ SMALLER = {
     "benchmarks.power_loss": "--only 00_check_data --states 5",
     "benchmarks.hostile": "--only FinQA",
     "benchmarks.fuzz": "--seconds 1",
+    "benchmarks.full_disk": "--chains 1 --only=00_check_data/--overwrite",
+    "benchmarks.long_runs": "--share 0.001 --only 03_build_rewards",
     "benchmarks.typos": "--share 0.01",
 }
 NOT_RUN = {
@@ -234,6 +236,7 @@ def small(command: Command, number: int) -> tuple[str, list[list[str]]]:
             "--only=",
             "--score=",
             "--rank=",
+            "--out_dir=",
             "--part=",
             "--set=sampler.",
         )
@@ -347,6 +350,7 @@ def _without(words: list[str], *flags: str) -> list[str]:
                 "--only",
                 "--score",
                 "--rank",
+                "--out_dir",
                 "--part",
                 "--set",
                 "--config",

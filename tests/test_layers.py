@@ -15,6 +15,7 @@ FLOORS = [
         "digest_table",
         "log",
         "machine",
+        "room",
         "user_files",
         "engine",
         "devices",
@@ -84,6 +85,7 @@ NO_TORCH = {
     "cli",
     "doctor",
     "machine",
+    "room",
     "pipeline",
     "neighbours",
 }

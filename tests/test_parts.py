@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from lib import durable, schema
 from lib.artifacts import Stage
-from lib.config import load_config
+from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, Busy, MissingInput, ProcessLost
 from lib.executors import Work, open_executor, ray_actors
 from lib.executors.ray_actors import RayExecutor
@@ -271,6 +273,37 @@ def test_without_ray_one_message_says_what_to_do(parts, monkeypatch):
 def test_the_version_of_ray_is_the_pinned_one():
     lines = (Path(__file__).parent.parent / "requirements-cluster.txt").read_text().splitlines()
     assert f"ray=={ray_actors.VERSION}" in lines
+
+
+RAY_IS_LOST = """
+import os, signal, sys, time
+from pathlib import Path
+from lib.executors.ray_actors import RayExecutor
+from lib.stage.parts import Parts
+from lib import schema
+from tests.killed import NumbersWork
+work = NumbersWork(Parts(Path(sys.argv[1]), "key", {"rewards": schema.REWARDS}))
+with RayExecutor(work, 1) as executor:
+    for number in executor.make(range(1000)):
+        if number == 2:
+            for kind, process in executor._ray._private.worker._global_node.live_processes():
+                if kind == sys.argv[2]:
+                    process.send_signal(signal.SIGKILL)
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+def test_without_its_server_ray_ends_with_a_message_and_the_code_to_try_again(server, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_IS_LOST, str(tmp_path), server], cwd=ROOT, env=environment, text=True,
+        capture_output=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert done.returncode == ProcessLost.exit_code, done.stderr
+    assert "the server of Ray was ended from outside" in done.stderr and "Traceback" not in done.stderr
+    assert Parts(tmp_path, "key", {"rewards": schema.REWARDS}).missing(range(3)) == []
 
 
 # ------------------------------------------------------------------------------------------- job arrays

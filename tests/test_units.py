@@ -640,6 +640,14 @@ def without_units(run: Path) -> None:
         (run / "04_train" / name / "manifest.json").unlink()
 
 
+def test_a_kill_while_the_first_file_of_a_unit_is_written_does_no_harm(run, trainings):
+    unit = run / "04_train" / "generator"
+    unit.mkdir(parents=True)
+    (unit / "unfinished.json.123.tmp").write_bytes(b"{")
+    make(run)
+    assert trainings.made == NAMES and summary(run) is not None and not list(unit.glob("*.tmp"))
+
+
 def test_a_run_of_an_earlier_version_is_refused_with_what_to_do(run, trainings):
     without_units(run)
     trainings.made.clear()

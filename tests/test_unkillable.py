@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks import long_runs
 from benchmarks.faults import corpus, points
+from benchmarks.faults.reads import ReadWatch
 from benchmarks.faults.run_bytes import differences, run_bytes
 from benchmarks.hostile import all_cases
-from benchmarks.power_loss import Disk, bytes_of, states_of
+from benchmarks.power_loss import Disk, State, Tried, bytes_of, states_of
 from lib import durable
 from lib.config import ROOT
 
@@ -115,6 +118,52 @@ def test_a_rename_before_its_data_is_found(tmp_path):
     assert any(state.files.get("a") == ("", "new", "lost") for state in states_of(events, 0))
 
 
+def test_what_a_process_looked_into_is_known_whatever_opens_it(tmp_path):
+    """By Python, by Arrow, by another name; not what it only removes or writes anew."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("read", "appended", "size", "linked", "there", "removed", "anew"):
+        (tmp_path / name).write_text("text")
+    for name in ("arrow", "arrow_anew"):
+        pq.write_table(pa.table({"a": [1]}), tmp_path / name)
+    names = [path.name for path in tmp_path.iterdir()]
+    with ReadWatch(tmp_path, names, tmp_path / "note") as watch:
+        pid = os.fork()
+        if not pid:
+            try:
+                watch.install()
+                pq.read_table(tmp_path / "arrow", memory_map=True)
+                pq.write_table(pa.table({"a": [2]}), tmp_path / "arrow_anew")
+                assert (tmp_path / "there").is_file() and (tmp_path / "size").stat().st_size
+                (tmp_path / "read").read_text()
+                (tmp_path / "removed").unlink()
+                (tmp_path / "anew").write_text("other")
+                os.link(tmp_path / "linked", tmp_path / "link")
+                (tmp_path / "link").read_text()
+                with open(tmp_path / "appended", "a") as file:
+                    file.write("more")
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert watch.reads() == ["appended", "arrow", "linked", "read", "size"]
+
+
+def test_a_state_counts_as_tried_only_if_it_differs_where_nobody_looked(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+
+    def state(**files: str) -> State:
+        return State("kept", 1, {name: (content, content, "kept") for name, content in files.items()})
+
+    tried, first = Tried(tmp_path), state(seen="one", other="one")
+    line = {"state": first.digest_in(tmp_path), "reads": ["seen"], "outcome": "completed"}
+    tried.add(line, first)
+    assert tried.like(state(seen="one", other="two")) is line
+    assert tried.like(state(seen="two", other="one")) is None
+    assert tried.like(state(seen="one")) is None and tried.like(state(seen="one", new="one")) is None
+
+
 def test_a_point_is_passed_before_and_after_each_call_that_matters(tmp_path):
     """In a fork: nothing takes the wrappers away again."""
     note = tmp_path / "points"
@@ -136,6 +185,40 @@ def test_a_point_is_passed_before_and_after_each_call_that_matters(tmp_path):
             f"{kind} after",
         ] or kind == "write"
         assert f"{kind} before" in passed and f"{kind} after" in passed
+
+
+def test_growth_of_a_long_run_is_found_and_noise_is_not():
+    draw = np.random.default_rng(0)
+    steps = np.arange(0, 20_000, 50.0)
+    noise = np.repeat(draw.normal(0, 1e6, 100), 4)  # neighbours are alike
+
+    def row(memory: np.ndarray, files: np.ndarray | float = 9) -> dict:
+        return long_runs.row_of(np.column_stack([steps, memory, steps * 0 + files, steps * 0 + 5]))
+
+    flat = row(3e8 + noise)
+    assert flat["flat"] and flat["low"] < 0 < flat["high"] and flat["files_last"] == 9
+    assert row(3e8 + noise + 1e8 * (steps < 2000))["flat"]  # the warm-up is left out
+    leak = row(3e8 + noise + 2000 * steps)
+    assert not leak["flat"] and leak["low"] < 2000 < leak["high"] and leak["low"] > 1000
+    assert not row(3e8 + noise, 9 + (steps > 15_000))["flat"]
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_of_a_short_run_stay_flat(tmp_path):
+    """The short version of benchmarks.long_runs: 150 parts of stage 03."""
+    done = run("benchmarks.long_runs", str(tmp_path), "--share", "0.075", "--only", "03_build_rewards")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "open files" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_a_run_that_continues(tmp_path):
+    if subprocess.run(["unshare", "-r", "-m", "true"], check=False).returncode:
+        pytest.skip("this user cannot mount in a namespace of their own")
+    only = ("--only", "03_build_rewards/--part", "--only", "01_prepare_dataset/--overwrite")
+    done = run("benchmarks.full_disk", str(tmp_path), "--chains", "2", *only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 times full" not in done.stdout.splitlines()[-1]
 
 
 def test_a_pickle_of_the_corpus_would_run_if_it_were_loaded(tmp_path):

@@ -18,6 +18,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
 WEIGHTS = (6, 2, 2, 1)
 GRACE_SECONDS = 1.0  # from the SIGTERM of a launcher to its SIGKILL
 STOPPED_SECONDS = (0.1, 0.6)
+SECONDS_BETWEEN_CONTS = 2.0
+PAUSE_SECONDS = 30.0
 ENDED_BY_SIGNAL = {signal.SIGTERM: (143, -signal.SIGTERM), signal.SIGINT: (130, -signal.SIGINT)}
 REFUSED = (2, 65, 66, 73, 74, 75, 76, 78, 130, 143)  # exit codes that are documented, apart from 0 and 1
 
@@ -60,9 +62,11 @@ def draw_disturbance(
 ) -> Disturbance:
     """A random one. `num_points`: how many of each kind an undisturbed command passes.
 
-    Most come early, since an attempt continues an earlier one and has less to do."""
+    Most come early, since an attempt continues an earlier one and has less to do, and commands beside each other share the work."""
     number = int(draw.choices(SIGNALS, WEIGHTS)[0])
-    victim, share = draw.randrange(len(crew)), draw.choice((0.15, 0.4, 0.7, 1.0))
+    victim, share = draw.randrange(len(crew)), draw.choice((0.1, 0.25, 0.5, 1.0))
+    if crew[victim].size == 1:
+        share /= len(crew)
     if draw.random() < 0.6 and crew[victim].rank == 0:  # the other processes of a launcher write nothing
         kind = draw.choice(sorted(num_points))
         return Disturbance(number, victim, draw.randrange(max(1, int(num_points[kind] * share))), kind)
@@ -70,21 +74,27 @@ def draw_disturbance(
 
 
 def attempt(
-    scenario: Scenario, crew: Crew, disturbance: Disturbance | None, work: Path, second: Command | None = None
+    scenario: Scenario,
+    crew: Crew,
+    disturbance: Disturbance | None,
+    work: Path,
+    second: Command | None = None,
+    setup: Callable[[], None] | None = None,
 ) -> Outcome:
     """Start a crew, disturb it, and wait for its end.
 
     Args:
         work: a folder for the log and the note of the point that was hit.
         second: started while a process is stopped; it must be refused or find the stage complete.
+        setup: called in each process before its script.
     """
     log, note = work / "log.txt", work / "point.txt"
     log.unlink(missing_ok=True)
     note.unlink(missing_ok=True)
     port, pids, begin = _free_port(), [], time.monotonic()
     for place, one in enumerate(crew):
-        setup = _armed(disturbance if disturbance and disturbance.victim == place else None, note)
-        pids.append(forks.start(one.argv, log, env=_environment(one, port), setup=setup))
+        armed = _armed(disturbance if disturbance and disturbance.victim == place else None, note, setup)
+        pids.append(forks.start(one.argv, log, env=_environment(one, port), setup=armed))
     watch = _Watch(scenario, crew, pids, disturbance, note, begin)
     try:
         outcome = watch.until_all_ended(second, work)
@@ -121,16 +131,25 @@ class _Watch:
         self.codes: dict[int, int] = {}
         self.sent = False
         self.kill_at: float | None = None  # when a launcher kills what is left
+        self.let_go_at: float | None = None  # when what was stopped gets its next SIGCONT
+        self.looked_at = begin
         self.outcome = Outcome()
 
     def until_all_ended(self, second: Command | None, work: Path) -> Outcome:
         if self.disturbance is not None:
             self.outcome.signal = signal.Signals(self.disturbance.number).name
         while len(self.codes) < len(self.pids):
+            self._forgive_pauses()
             self._look()
             if self._is_due():
                 self._disturb(second, work)
             self._end_the_others()
+            if (
+                self.let_go_at is not None
+                and time.monotonic() > self.let_go_at
+                and len(self.codes) < len(self.pids)
+            ):
+                self._let_go_on()
             if time.monotonic() > self.deadline:
                 self._end_all(f"stuck: no end within {self.scenario.seconds:.0f} s")
             time.sleep(forks.SECONDS_BETWEEN_LOOKS)
@@ -139,6 +158,13 @@ class _Watch:
         self.outcome.codes = tuple(self.codes[pid] for pid in self.pids)
         self._judge()
         return self.outcome
+
+    def _forgive_pauses(self) -> None:
+        """If this process was stopped itself, as all others were, nobody has more time than before."""
+        now = time.monotonic()
+        if now - self.looked_at > PAUSE_SECONDS:
+            self.deadline += now - self.looked_at
+        self.looked_at = now
 
     def _look(self) -> None:
         for pid in set(self.pids) - set(self.codes):
@@ -168,8 +194,15 @@ class _Watch:
             self.outcome.landed = f"at {time.monotonic() - self.begin:.2f} s{who}"
         if d.number == signal.SIGSTOP:
             self._while_stopped(second, work)
-            for pid in forks.session_of(victim):  # of a pipeline, a script has stopped itself
-                forks.send(pid, signal.SIGCONT)
+            self._let_go_on()
+
+    def _let_go_on(self) -> None:
+        """Continue what is stopped; of a pipeline, a script has stopped itself. A slow process stops itself only after that."""
+        assert self.disturbance is not None
+        victim = self.pids[self.disturbance.victim]
+        for pid in {victim, *forks.session_of(victim)}:
+            forks.send(pid, signal.SIGCONT)
+        self.let_go_at = time.monotonic() + SECONDS_BETWEEN_CONTS
 
     def _while_stopped(self, second: Command | None, work: Path) -> None:
         """A second command on the same stage is refused while the first one is stopped; it waits for nothing."""
@@ -211,8 +244,8 @@ class _Watch:
         d = self.disturbance
         for place, code in enumerate(self.outcome.codes):
             fine = {0, *REFUSED}
-            if d is not None and (place == d.victim or self.kill_at is not None):
-                fine |= {-d.number, -signal.SIGTERM, -signal.SIGKILL, 137}
+            if self.kill_at is not None or (d is not None and place == d.victim):
+                fine |= {-signal.SIGTERM, -signal.SIGKILL, 137, *([-d.number] if d is not None else [])}
             if code not in fine and not self.outcome.fault:
                 self.outcome.fault = f"exit codes {self.outcome.codes}"
         if d is not None and self.outcome.landed and d.number in ENDED_BY_SIGNAL:
@@ -257,11 +290,15 @@ class _QuietFile:
         os.close(self.descriptor)
 
 
-def _armed(disturbance: Disturbance | None, note: Path) -> Callable[[], None]:
+def _armed(
+    disturbance: Disturbance | None, note: Path, before: Callable[[], None] | None = None
+) -> Callable[[], None]:
     """What a fork does before its script: it counts points, and sends the signal to itself at the chosen one."""
 
     def setup() -> None:
         _no_fsync()
+        if before is not None:
+            before()
         if disturbance is None or disturbance.point is None:
             return
         chosen, left = disturbance, [disturbance.point]

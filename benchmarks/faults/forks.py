@@ -38,7 +38,7 @@ def prepare() -> None:
     from lib.runs import STAGES
 
     torch.set_num_threads(1)
-    for task in ("text", "finqa"):
+    for task in ("text", "finqa", "pools"):
         for stage in STAGES:
             code_files(stage, task)
     gc.collect()

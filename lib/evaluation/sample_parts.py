@@ -14,6 +14,7 @@ from lib.evaluation.sample_evaluator import SampleEvaluator
 from lib.evaluation.sampling import SamplingResults, add_baselines, choose_best_of, sample_policy
 from lib.stage.parts import MadeParts, Parts
 
+BYTES_OF_A_TOKEN, BYTES_OF_A_REPORT = 16, 3_000_000
 TABLES = {"samples": schema.SAMPLES, "trace": schema.TRACE}
 
 
@@ -36,6 +37,12 @@ class SampleWork:
     def __len__(self) -> int:
         """Number of parts."""
         return len(self.plan) + 1
+
+    @property
+    def num_bytes(self) -> int:
+        """What the tables and the report take on the disk, estimated from above."""
+        tokens = len(self) * len(self.starts) * self.evaluator.context
+        return BYTES_OF_A_TOKEN * tokens + BYTES_OF_A_REPORT
 
     def open(self, threads: int | None):
         """Returns a function that makes the part of a number."""

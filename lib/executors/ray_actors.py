@@ -10,9 +10,13 @@ import importlib.metadata
 import math
 import os
 import signal
+import socket
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from lib.errors import BadConfig, Interrupted, MissingInput, ProcessLost
@@ -20,6 +24,9 @@ from lib.executors.base import MAX_LOSSES, Make, Work, answer_of, lost, portable
 from lib.log import say, silence
 
 VERSION = "2.60.0"  # as in requirements-cluster.txt
+SERVERS = {"gcs_server", "raylet"}  # of a Ray of our own; without them nothing goes on
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_OF_ABSENCE = 45  # of a cluster's server, which may restart; after 60, Ray ends the process
 ADVICE = "run `pip install -r requirements-cluster.txt`, or set executor.type to local or processes"
 
 
@@ -34,12 +41,15 @@ class RayExecutor:
         self._work, self._workers = work, workers
         self._actors: list[Any] = []
         self._owns_ray = False
+        self._watch: _ServerWatch | None = None
 
     def __enter__(self) -> "RayExecutor":
         self._ray = _import_ray()
         return self
 
     def __exit__(self, *_) -> None:
+        if self._watch is not None:
+            self._watch.over.set()
         for actor in self._actors:
             with contextlib.suppress(Exception):  # the cluster may be gone
                 self._ray.kill(actor)
@@ -73,6 +83,8 @@ class RayExecutor:
         """Join or start Ray, and start the actors."""
         ray = self._ray
         if not ray.is_initialized():
+            self._watch = _ServerWatch(ray)
+            self._watch.start()
             _init(ray, self._workers)
             self._owns_ray = True
         resources = ray.cluster_resources()
@@ -111,6 +123,41 @@ class _Actor:
         except Exception as error:
             return number, portable(error)
         return answer_of(self._make, number)
+
+
+class _ServerWatch(threading.Thread):
+    """Ends this process with a message and the code of ProcessLost when the server of Ray is gone.
+
+    The main thread waits in Ray's own code then, where no exception reaches it; after a minute, Ray would end the process with
+    code 1. Parts are complete or absent at each moment, so that nothing is lost. While Ray starts, no other thread
+    runs for about a second. A server that is killed then ends the process after that minute, with a message of Ray.
+    """
+
+    def __init__(self, ray: Any):
+        super().__init__(daemon=True)
+        self.over = threading.Event()
+        self._worker = ray._private.worker
+        self._seen = time.monotonic()  # when the server of a cluster answered last
+
+    def run(self) -> None:
+        while not self.over.wait(SECONDS_BETWEEN_LOOKS):
+            node = self._worker._global_node  # there as soon as Ray has started
+            if node is not None and self._is_lost(node) and not self.over.is_set():
+                script = Path(sys.argv[0]).name
+                print(
+                    f"{script}: error: the server of Ray was ended from outside. Complete parts are kept: run the same command again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(ProcessLost.exit_code)
+
+    def _is_lost(self, node: Any) -> bool:
+        if node.is_head():
+            return any(name in SERVERS for name, _ in node.dead_processes())
+        host, _, port = node.gcs_address.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+            self._seen = time.monotonic()
+        return time.monotonic() - self._seen > SECONDS_OF_ABSENCE
 
 
 def _import_ray() -> Any:

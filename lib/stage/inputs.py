@@ -163,6 +163,10 @@ class UpstreamReader:
         """Number of rows of an earlier stage's table, from its manifest."""
         return self._record(stage_name, output)["rows"]
 
+    def bytes_of(self, stage_name: str, output: str) -> int:
+        """Size of an output of an earlier stage on the disk, from its manifest."""
+        return self._record(stage_name, output)["bytes"]
+
     def has_output(self, stage_name: str, output: str) -> bool:
         return output in self._upstream[stage_name]["outputs"]
 

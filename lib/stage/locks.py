@@ -5,8 +5,10 @@ or reads it, also shares the lock of its stage, so that nobody replaces the whol
 """
 
 import contextlib
+import errno
 import fcntl
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +17,8 @@ from lib.errors import Busy, CannotCreate
 from lib.log import say
 from lib.runs import display_path, stage_of
 from lib.stage.unfinished import MARKER
+
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def with_stages(names: Iterable[str]) -> list[str]:
@@ -25,12 +29,16 @@ def with_stages(names: Iterable[str]) -> list[str]:
 class StageLocks:
     """Locks that one process holds on stages and units of a run, until `close`.
 
-    The lock files lie in `<run>/.locks`: a stage's folder may be replaced while the stage is locked.
+    The lock files lie in `<run>/.locks`: a stage's folder may be replaced while the stage is locked. A run on a disk that can
+    only be read keeps the files that it has; what has none is not locked, since nobody can change it from here.
+
+    Args:
+        places: stage -> the folder that has it in place of the run.
     """
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, places: Mapping[str, Path] | None = None):
         self._run_dir = run_dir
-        self._folder = run_dir / ".locks"
+        self._places = dict(places or {})
         self._held = contextlib.ExitStack()
         self._files: dict[str, IO[str]] = {}
 
@@ -39,12 +47,10 @@ class StageLocks:
 
         `subject` names in the message what is locked, if it is no stage.
         """
-        file = self._file(stage_name)
-        try:
-            file.parent.mkdir(exist_ok=True)
-            handle = self._held.enter_context(open(file, "a+"))  # noqa: SIM115
-        except OSError as error:
-            raise CannotCreate(f"cannot create {file}: {error.strerror}") from None
+        handle = _open(self._file(stage_name))
+        if handle is None:
+            return
+        self._held.enter_context(handle)
         self._files[stage_name] = handle
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -77,7 +83,11 @@ class StageLocks:
 
         `waiting` is said if another process holds it; give it if the block may take long.
         """
-        with open(self._file(what), "a+") as handle:
+        opened = _open(self._file(what))
+        if opened is None:
+            yield
+            return
+        with opened as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -88,17 +98,20 @@ class StageLocks:
 
     def _file(self, name: str) -> Path:
         """The lock file. A model's name is an identifier, so the files of two names are never the same."""
-        return self._folder / name.replace("/", "--")
+        return self._place(name) / ".locks" / name.replace("/", "--")
+
+    def _place(self, name: str) -> Path:
+        return self._places.get(name, self._run_dir)
 
     def recover(self, stage_name: str) -> None:
         """Finish a replacement of the stage's folder that a crash interrupted.
 
         Several readers may get here at once, since they share the stage's lock. A lock of its own lets in one at a time.
         """
-        folder = self._run_dir / stage_name
+        folder = self._place(stage_name) / stage_name
         new, old = (durable.beside(folder, suffix) for suffix in (durable.NEW, durable.OLD))
-        if not new.exists() and not old.exists():
-            return
+        if not (new.exists() or old.exists()) or not os.access(folder.parent, os.W_OK):
+            return  # of a run that can only be read, nothing can be repaired
         with self.alone(f"{stage_name}.recovery"):
             complete = (new / "manifest.json").exists()
             if new.exists() and (complete or not (folder.exists() or old.exists())):
@@ -107,3 +120,14 @@ class StageLocks:
                 durable.replace_folder(folder, new)
             durable.recover_folder(folder)
             durable.remove(old)
+
+
+def _open(file: Path) -> IO[str] | None:
+    """A lock file, made if it is absent; None if that is impossible, since the run can only be read. Raises CannotCreate."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        return open(file, "a+")
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise CannotCreate(f"cannot create {file}: {error.strerror}") from None
+    return open(file) if os.access(file, os.R_OK) else None

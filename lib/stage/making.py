@@ -11,6 +11,7 @@ from lib.config import Config
 from lib.errors import Busy
 from lib.executors import Work, open_executor
 from lib.log import Progress, say
+from lib.room import say_room
 from lib.runs import RunArgs, command, display_path, load_manifest
 from lib.stage.locks import StageLocks
 from lib.stage.parts import MANIFESTS, MadeParts, Parts, part_key
@@ -52,8 +53,12 @@ class PartsMaker(ABC):
             self.folder, part_key(self._dependencies.digest, also), dict(schemas), dict(metadata or {})
         )
 
-    def make_parts(self, parts: Parts, work: Work, count: int, label: str) -> MadeParts | None:
+    def make_parts(
+        self, parts: Parts, work: Work, count: int, label: str, num_bytes: int = 0
+    ) -> MadeParts | None:
         """Make the parts 0 to `count` - 1 that are absent.
+
+        `num_bytes`: what all parts take on the disk, estimated from above; it is said before the first part is made.
 
         Returns them, or None if other commands have to make some of them (--part). Then the stage stays incomplete.
         """
@@ -62,6 +67,8 @@ class PartsMaker(ABC):
         absent = parts.missing(own)
         if len(absent) < len(own):
             say(f"{label}: {len(own) - len(absent)} of {len(own)} parts are complete already")
+        if num_bytes and absent:
+            say_room(self.folder, num_bytes * len(absent) // count, label)
         with (
             Progress(label, len(own), start=len(own) - len(absent)) as progress,
             open_executor(self.config.executor, work) as executor,

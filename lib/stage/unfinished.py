@@ -189,4 +189,5 @@ class Attempt:
 
     def finish(self) -> None:
         """Remove the file: the next command makes all units again."""
-        self.path.unlink(missing_ok=True)
+        if self.path.exists():  # otherwise a run that can only be read would refuse
+            self.path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib import code_version, durable
+from lib import code_version, durable, room
 from lib.engine.sharding import whole
 from lib.errors import BadConfig, BadData
 from lib.log import say
@@ -42,6 +42,18 @@ def save(
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         hashes = {p.relative_to(temporary).as_posix(): durable.sha256_file(p) for p in files}
         (temporary / "hashes.json").write_text(json.dumps(hashes, indent=2), encoding="utf-8")
+
+
+def check_room(folder: Path, model: nn.Module, with_ema: bool, label: str) -> None:
+    """Say what a training has on the disk at most. Raises CannotWrite if the disk has less.
+
+    That is the best and the final model, and two checkpoints. A checkpoint has the weights that learn, their EMA and two moments;
+    the old one is there until the new one is complete.
+    """
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    learning = sum(size for size, learns in sizes if learns)
+    needed = 2 * sum(size for size, _ in sizes) + 2 * (3 + with_ema) * learning
+    room.check_room(folder, needed, f"the training of {label}")
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:

@@ -89,6 +89,7 @@ def train(
     if context.runtime.processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         durable.recover_folder(folder / BEST)
+        checkpoint.check_room(folder, model, settings.ema_decay > 0, context.label)
     run = _Run(model, objective, context, folder, save)
     run.restore()
     first = run.state.step
