@@ -287,7 +287,9 @@ class Chains:
 
 def undisturbed(base: str, run: Path) -> list[tuple[str, Command]]:
     """(folder that it makes, command) of all that makes the undisturbed run of a base."""
-    of_files = [(file_stage(*words), of_file(base, *words, run)) for words in FILE_FLAGS.get(base, ())]
+    of_files = [
+        (file_stage(flag, name), of_file(base, flag, name, run)) for flag, name in FILE_FLAGS.get(base, ())
+    ]
     return [*((stage, command(base, stage, run)) for stage in STAGES), *of_files]
 
 

@@ -131,9 +131,9 @@ def replay(case: Case, work: Path, limit: int | None, seed: int, end: float) -> 
     wanted = run_bytes(work / "base" / case.stage)
     for number, state in enumerate(states):
         digest = state.digest_in(work / "contents")
-        if digest in done.lines or (same := done.like(state)):
-            if digest not in done.lines:
-                done.lines[digest] = same | {"state": digest, "run": False}
+        if digest not in done.lines and (same := done.like(state)):
+            done.lines[digest] = same | {"state": digest, "run": False}
+        if digest in done.lines:
             continue
         if time.monotonic() > end:
             break

@@ -50,9 +50,16 @@ def masked_lm(folder: Path) -> None:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = BertForMaskedLM(
-        BertConfig(vocab_size=len(vocabulary), max_position_embeddings=96, pad_token_id=0, **shape)
+        BertConfig(
+            vocab_size=len(vocabulary),
+            max_position_embeddings=96,
+            pad_token_id=0,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
     )
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
