@@ -10,7 +10,7 @@ python -m benchmarks.leaderboard bert_diffusion    # masked diffusion with BERT 
 python -m benchmarks.leaderboard remask_causal
 python -m benchmarks.leaderboard remask_diffusion
 python -m benchmarks.leaderboard my_row --config configs/nelbo.yaml --set training.muon_learning_rate=0.03
-python -m benchmarks.leaderboard my_row --config my.yaml --model my_package.models:build
+python -m benchmarks.leaderboard my_row --config configs/nelbo.yaml --model benchmarks.plain_models:bert
 """
 
 import argparse
