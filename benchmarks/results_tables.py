@@ -48,7 +48,7 @@ def policies_table(file: ResultFile) -> str:
             number(row["valid_words"]["value"], 0, percent=True),
         ])  # fmt: skip
     head = ["policy", "NFE", f"NLL, nats/{file.figures['unit']}", "95 % interval", "character entropy", "4-gram entropy",
-            "valid words"]  # fmt: skip
+            "real words"]  # fmt: skip
     return markdown(head, rows)
 
 

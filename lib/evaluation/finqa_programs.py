@@ -31,10 +31,11 @@ from lib.log import say
 from lib.models.ranker_files import RANKER_FILE
 from lib.report.table import aligned, interval_text
 from lib.runs import load_manifest, plain
+from lib.tasks import problem_lines
 from lib.tasks.finqa.error_kinds import error_kind
 from lib.tasks.finqa.grounding import ground
 from lib.tasks.finqa.numbers import PageNumbers
-from lib.tasks.finqa.programs_of_systems import Written, problem_lines, read_written
+from lib.tasks.finqa.programs_of_systems import Written, read_written
 from lib.tasks.finqa.record import Record
 from lib.tasks.finqa.simulated_systems import SimulatedSystems
 from lib.tasks.finqa.votes import Answers, VoteWeights, answers_of, measure_choices

@@ -4,7 +4,6 @@ A run of task text scores each candidate by itself: by its judge, or without one
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from lib.evaluation.text_scores import documents_of, score, windows
 from lib.ranking.bm25 import bm25_scores
 from lib.ranking.metrics import ranking_metrics, summarise
 from lib.runtime import Runtime
-from lib.tasks import Problem
+from lib.tasks import Problem, problem_lines
 from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import merged, pool_faults
 from lib.tasks.pools.layouts import Entry
@@ -33,7 +32,6 @@ from lib.training.model_plans import unit_of
 
 BLOCK = 512  # pools that are read and scored at a time
 SHOWN = 24  # pools on the page
-MAX_LISTED = 5  # problems of each kind that are printed
 RANKER, BM25 = "ranker", "bm25"
 
 
@@ -85,16 +83,8 @@ class UserPools:
         self.store.__exit__(*error)
 
     def problem_lines(self) -> Iterator[str]:
-        """A line for the first problems of each kind, and how many more there are."""
-        counts = Counter(p.kind for p in self.problems)
-        listed: Counter[str] = Counter()
-        for p in self.problems:
-            listed[p.kind] += 1
-            if listed[p.kind] <= MAX_LISTED:
-                yield f"{p.source} {p.location}: {p.kind}: {p.found}; expected {p.expected}; {p.advice}"
-        for kind, count in counts.items():
-            if count > MAX_LISTED:
-                yield f"{kind}: {count - MAX_LISTED:,} more"
+        """What is wrong with the file, in lines."""
+        return problem_lines(self.problems)
 
     def blocks(self) -> Iterator[list[tuple[FoundPool, list[Entry]]]]:
         """The valid pools, `BLOCK` at a time."""

@@ -193,7 +193,11 @@ def _marker(layer: nn.Module, trial: _Trial) -> Path | None:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         folder = Path(cache_dir())
-    except Exception:  # a private function of torch
+    except (
+        ImportError,
+        AttributeError,
+        OSError,
+    ):  # a private module of torch, which other versions may not have
         return None
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in layer.named_parameters()]
     kinds = [_kind(value) for value in (*trial.args, *itertools.chain(*sorted(trial.kwargs.items())))]

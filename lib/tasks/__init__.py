@@ -22,6 +22,7 @@ and may have these:
 import importlib
 import pkgutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -75,6 +76,18 @@ class Problem:
     found: str
     expected: str
     advice: str
+
+
+def problem_lines(problems: Iterable[Problem], most: int = 5) -> Iterator[str]:
+    """A line for the first `most` problems of each kind, and how many more there are."""
+    counts: Counter[str] = Counter()
+    for p in problems:
+        counts[p.kind] += 1
+        if counts[p.kind] <= most:
+            yield f"{p.source} {p.location}: {p.kind}: {p.found}; expected {p.expected}; {p.advice}"
+    for kind, count in counts.items():
+        if count > most:
+            yield f"{kind}: {count - most:,} more"
 
 
 @dataclass(frozen=True)

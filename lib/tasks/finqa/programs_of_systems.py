@@ -10,7 +10,7 @@ A program is a text in FinQA's notation, or the list of its tokens: ["divide(", 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,15 +179,3 @@ class _Reader:
             )  # fmt: skip
             return None
         return text
-
-
-def problem_lines(problems: Sequence[Problem], most: int = 5) -> Iterator[str]:
-    """A line for the first problems of each kind, and how many more there are."""
-    listed: Counter[str] = Counter()
-    for p in problems:
-        listed[p.kind] += 1
-        if listed[p.kind] <= most:
-            yield f"{p.source} {p.location}: {p.kind}: {p.found}; expected {p.expected}; {p.advice}"
-    for kind, count in listed.items():
-        if count > most:
-            yield f"{kind}: {count - most:,} more"
