@@ -124,11 +124,12 @@ def _hostile(figures: dict[str, Any]) -> str:
 
 def _fuzz(figures: dict[str, Any]) -> str:
     rows = [
-        [r["target"], f"{r['inputs']:,}", f"{r['seconds']:.0f}", str(r["crashes"])] for r in figures["rows"]
+        [r["target"], f"{r['inputs']:,}", f"{r.get('kept', 0):,}", f"{r['seconds']:.0f}", str(r["crashes"])]
+        for r in figures["rows"]
     ]
     how = "guided by coverage (atheris)" if figures["guided"] else "random changes of seeds"
     return f"### Fuzzing\n\nInputs are {how}.\n\n" + markdown(
-        ["target", "inputs", "seconds", "crashes and hangs"], rows
+        ["target", "inputs", "reached new code", "seconds", "crashes and hangs"], rows
     )
 
 
