@@ -1,14 +1,17 @@
 """docs/results.md and README's results table are what the stored result files give; figures of runs are stored as measured."""
 
+import errno
 import json
 
 import pytest
 
+import benchmarks
 from benchmarks import results_page, results_tables, run_figures
 from benchmarks.benchmark_rows import BENCHMARKS
 from benchmarks.leaderboard import TOLERANCE
 from benchmarks.result_files import FOLDER, full, interval, number, read, read_all, without_machine, write
 from lib.config import ROOT
+from lib.errors import BadConfig
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +138,13 @@ def test_an_unfinished_run_is_not_stored(tmp_path, capsys):
 
 def test_every_result_is_stored_below_docs():
     assert FOLDER == ROOT / "docs" / "results" and read_all()
+
+
+def test_a_benchmark_ends_with_the_message_of_an_error_for_users_and_with_the_traceback_of_a_bug(capsys):
+    benchmarks._say(BadConfig, BadConfig("the config is wrong"), None)
+    assert capsys.readouterr().err == "error: the config is wrong\n"
+    full = OSError(errno.ENOSPC, "No space left on device", "there")
+    benchmarks._say(OSError, full, None)
+    assert "error: the disk is full, while writing there" in capsys.readouterr().err
+    benchmarks._say(ZeroDivisionError, ZeroDivisionError("a bug"), None)
+    assert "ZeroDivisionError: a bug" in capsys.readouterr().err
