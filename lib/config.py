@@ -6,6 +6,7 @@ each with file, line and the closest known name. A loaded Config is frozen and c
 it is the same.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -180,10 +181,15 @@ def load_config(
     where: dict[tuple, Location] = {}
     quick_blocks = []
     for file in files:
-        tree, locations = _read(file)
-        block = tree.pop("quick_test", None)
+        whole, locations = _read(file)
+        tree = {name: value for name, value in whole.items() if name != "quick_test"}
+        block = whole.get("quick_test")
         if isinstance(block, dict):
             quick_blocks.append((block, {k[1:]: v for k, v in locations.items() if k[:1] == ("quick_test",)}))
+        elif block is not None:
+            raise BadConfig(
+                f"{locations['quick_test',]}: quick_test is {block!r}: expected a section with settings"
+            )
         _merge(merged, _without_dropped_models(tree, merged))
         where.update(locations)
     for block, locations in quick_blocks if quick_test else []:
@@ -195,6 +201,7 @@ def load_config(
 
 
 def _read(file: Path) -> tuple[dict, dict]:
+    """What `parse_yaml` says of the file. The result is shared: nobody changes it."""
     try:
         with open(file, "rb") if file.is_relative_to("/dev/fd") else durable.open_file(file) as opened:
             text = opened.read(4 * MAX_CHARACTERS + 1).decode("utf-8-sig")
@@ -203,7 +210,11 @@ def _read(file: Path) -> tuple[dict, dict]:
         raise MissingInput(f"config file {file} does not exist; existing ones: {existing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"config file {file} cannot be read: {error}") from None
-    return parse_yaml(text, str(file))
+    return _parsed(text, str(file))
+
+
+# Reading the defaults takes most of the time of load_config, and one process may load many configs
+_parsed = functools.lru_cache(maxsize=16)(parse_yaml)
 
 
 def _merge(into: dict, other: dict) -> None:

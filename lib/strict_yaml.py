@@ -115,6 +115,7 @@ def _note_keys(node: yaml.Node, path: tuple, file: str, locations: dict) -> None
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             raise BadConfig(f"{file}:{line}: a key must be a plain word")
+        key_node.tag = "tag:yaml.org,2002:str"  # a model may be called 1 or null
         name = key_node.value
         if name in first_lines:
             raise BadConfig(

@@ -99,6 +99,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path):
         ("sampler.policies=[]", "sampler.policies"),
         ("sampler.infill_file=''", "sampler.infill_file"),
         ("models.judge.start=judge", "models start from each other: judge -> judge"),
+        ("models={1: {start: judge}}", "models.1: a new model needs a mode"),
         ("training.warmup_fraction=0.9", "must not exceed 1"),
         ("rewards.curve=[[0, 1], [0.5, 2]]", "less than or equal to 1"),
     ],
@@ -112,6 +113,19 @@ def test_names_of_earlier_versions_are_accepted():
     for old, new in (("unmasking", "language_model"), ("remasking_binary", "token_classifier"),
                      ("token_classification", "token_classifier"), ("sequence_scoring", "sequence_scorer")):  # fmt: skip
         assert load_config(overrides=[f"models.extra={{mode: {old}}}"]).models["extra"].mode == new
+
+
+def test_a_config_is_the_same_after_others_were_loaded(tmp_path):
+    """What is read once and kept must not take on the changes of a config."""
+    file = tmp_path / "more.yaml"
+    file.write_text("models: {judge: {training: {steps: 7}}}\nquick_test: {seed: 5}\n")
+    before = [load_config(quick_test=quick) for quick in (False, True)]
+    for quick in (False, True):
+        load_config([file], quick_test=quick, overrides=["sampler.nfe=[3]", "models.new={mode: sequence_scorer}"])
+    assert [load_config(quick_test=quick) for quick in (False, True)] == before
+    file.write_text("quick_test: 5\n")
+    with pytest.raises(BadConfig, match=r"more.yaml:1: quick_test is 5: expected a section"):
+        load_config([file])
 
 
 def test_a_missing_file_and_a_bad_override():

@@ -58,6 +58,14 @@ def test_every_key_has_its_place():
     assert str(places["b", "e"]) == "f:5" and str(Location("--set a=1", 0)) == "--set a=1"
 
 
+def test_a_key_is_text_as_it_is_written():
+    tree, places = parse_yaml("1: a\nnull: b\n1e3: {true: c}\n", "file")
+    assert tree == {"1": "a", "null": "b", "1e3": {"true": "c"}}
+    assert set(places) == {("1",), ("null",), ("1e3",), ("1e3", "true")}
+    with pytest.raises(BadConfig, match="given here and on line 1"):
+        parse_yaml("1: a\n'1': b\n", "file")
+
+
 def test_an_empty_file_holds_nothing():
     for text in ("", "# only a comment\n", "---\n"):
         assert parse_yaml(text, "f") == ({}, {})
