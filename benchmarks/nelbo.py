@@ -30,6 +30,9 @@ def measure(name: str, overrides: list[str]) -> dict[str, Any]:
         "tokens_per_second": speed["tokens_per_second"],
         "nelbo": {key: row[key] for key in ("value", "low", "high")},
         "train_nelbo": held_out["train_nelbo"],
+        "by_masked_share": {
+            name: value for name, value in held_out.items() if name.startswith("nelbo_masked_")
+        },
         "masked_accuracy": held_out["masked_accuracy"],
         "unigram_nll": held_out["unigram_nll"],
     }
@@ -48,6 +51,8 @@ def main() -> None:
     print(f"parameters           {found['parameters']:,}")
     print(f"training             {found['minutes']:.1f} minutes, {found['tokens_per_second']:,.0f} tokens/s")
     print(f"held-out NELBO       {full(found['nelbo'], 4)} nats/character (95 % interval over blocks)")
+    for name, value in found["by_masked_share"].items():
+        print(f"  {'up to ' + name.rpartition('_')[2] + ' % masked':<19}{value:.4f}")
     print(f"train NELBO          {found['train_nelbo']:.4f}")
     print(f"masked accuracy      {found['masked_accuracy']:.4f}")
     print(f"unigram baseline     {found['unigram_nll']:.4f}")

@@ -121,7 +121,9 @@ def test_a_config_is_the_same_after_others_were_loaded(tmp_path):
     file.write_text("models: {judge: {training: {steps: 7}}}\nquick_test: {seed: 5}\n")
     before = [load_config(quick_test=quick) for quick in (False, True)]
     for quick in (False, True):
-        load_config([file], quick_test=quick, overrides=["sampler.nfe=[3]", "models.new={mode: sequence_scorer}"])
+        load_config(
+            [file], quick_test=quick, overrides=["sampler.nfe=[3]", "models.new={mode: sequence_scorer}"]
+        )
     assert [load_config(quick_test=quick) for quick in (False, True)] == before
     file.write_text("quick_test: 5\n")
     with pytest.raises(BadConfig, match=r"more.yaml:1: quick_test is 5: expected a section"):

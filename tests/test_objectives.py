@@ -206,6 +206,17 @@ def test_masked_accuracy_is_over_masked_tokens_only():
     assert 0 < found["masked_accuracy"] < 1
 
 
+def test_the_bound_by_masked_share_is_that_of_windows_with_this_share():
+    """Of 16 tokens, 3 are at most 20 %, 6 at most 40 %, 9 at most 60 %, 12 at most 80 %."""
+    nats = {20: 0.1, 40: 0.3, 60: 0.6, 80: 1.1, 100: 2.0}
+    target = diffusion(FIVES, FIVES, FIVES)
+    found = report(
+        target,
+        Says(lambda k: next(nats[s] for s, most in zip(nats, (3, 6, 9, 12, 16), strict=True) if k <= most)),
+    )[0]
+    assert {share: found[f"nelbo_masked_{share}"] for share in nats} == pytest.approx(nats, rel=1e-5)
+
+
 def test_padding_changes_no_loss_and_is_never_read_as_text():
     target, model = diffusion(SHORT, SHORT, SHORT), Says(lambda k: 0.7)
     for rows in (range(8), range(8, 16)):

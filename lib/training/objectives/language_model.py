@@ -44,6 +44,7 @@ from lib.training.objectives.modifiers import MaskedPredictions, Modifiers
 
 EVALUATION_BATCH = 64  # also the number of rows over which evaluation spreads the masking ratios evenly
 REPORT_DRAWS = 4  # masks per held-out window
+BANDS = 5  # of the masked share, for the report
 MAX_REPORTED_WINDOWS = (
     2**16
 )  # a report reads at most this number of held-out windows; more hardly narrow its interval
@@ -301,7 +302,8 @@ class MaskedDiffusion(WindowObjective):
     def report(self, model: nn.Module) -> tuple[dict[str, float], list[ResultRow]]:
         """NELBO of the `reported` windows, `REPORT_DRAWS` masks each, and of as many windows of the train split.
 
-        `nelbo_half_width` is the half-width of the 95 % interval.
+        `nelbo_half_width` is the half-width of the 95 % interval. `nelbo_masked_20` is the mean over masks of at most 20 % of
+        a window, `nelbo_masked_40` over masks of 20 to 40 %, and so on. The NELBO is the mean over all shares.
         """
         found = self.window_nelbos(model, self.splits.held_out, self.reported, REPORT_DRAWS)
         train = self.splits.train.tiled()
@@ -317,6 +319,7 @@ class MaskedDiffusion(WindowObjective):
             "train_nelbo": float(on_train.nats.sum() / on_train.tokens.sum()),
             "train_masked_accuracy": float(on_train.correct.sum() / on_train.masked.sum()),
             "unigram_nll": unigram,
+            **found.by_masked_share(),
         }
         metrics["bits_per_character"], rows = self.result_rows("NELBO", nelbo, unigram)
         return metrics, rows
@@ -355,3 +358,13 @@ class WindowNelbos:
     tokens: np.ndarray
     correct: np.ndarray  # masked tokens for which the clean token is the most likely
     masked: np.ndarray
+
+    def by_masked_share(self) -> dict[str, float]:
+        """`nelbo_masked_20` to `nelbo_masked_100`: nats per token of the windows with that masked share, where there are any."""
+        band = np.ceil(BANDS * self.masked / self.tokens - 1e-9).astype(int)  # 1 to BANDS
+        nats, tokens = (np.bincount(band, column, BANDS + 1) for column in (self.nats, self.tokens))
+        return {
+            f"nelbo_masked_{100 * b // BANDS}": float(nats[b] / tokens[b])
+            for b in range(1, BANDS + 1)
+            if tokens[b]
+        }
