@@ -195,8 +195,9 @@ def engine_share(steps: int) -> float:
 
     config = load_config()
     settings = training_of(config.models["generator"].training, steps + WARM_UP, 1)
-    model, objective = make("generator", "", settings, Runtime.detect(config))
-    optimizer = Optimizer(model, settings)
+    runtime = Runtime.detect(config)
+    model, objective = make("generator", "", settings, runtime)
+    optimizer = Optimizer(model, settings, runtime.matrix_dtype)
     parts = Parts(1, settings.batch_size, Processes(), "generator")
     total = GradientSum(optimizer.parameters.values(), 1, Processes())
     engine = whole = 0.0

@@ -176,7 +176,7 @@ def compare_logits() -> Figures:
 
     methods = ("masked", "everywhere", "plain")
     model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
-    optimizer = Optimizer(model, training)
+    optimizer = Optimizer(model, training, runtime.matrix_dtype)
     with torch.no_grad():
         runtime, kept = Runtime(runtime.device, "fp32"), runtime
         losses = {method: loss_of(model, method).item() for method in methods}
@@ -279,7 +279,7 @@ def measure_overhead() -> Figures:
 
 def _step_seconds(model, objective: MaskedDiffusion, training: TrainingConfig) -> float:
     """Seconds of an optimizer step."""
-    optimizer = Optimizer(model, training)
+    optimizer = Optimizer(model, training, objective.runtime.matrix_dtype)
 
     def step() -> None:
         batch_losses(objective, model, 0, range(training.batch_size))["loss"].backward()

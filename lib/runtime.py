@@ -63,6 +63,11 @@ class Runtime:
         else:
             yield
 
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """For products that need no more than bf16, outside of autocast."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything except the code that must be the same for a resumed run to give the same bits."""
         device = str(self.device)

@@ -19,7 +19,7 @@ from lib.models.ranker import CandidateRanker
 from lib.ranking.actor_critic import ActorCritic, ValueHead
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
-from lib.training.normuon import NorMuon, _stacks, orthogonalised
+from lib.training.muon import Muon, NorMuon, _stacks, orthogonalised
 from lib.training.optimizer import Optimizer, hidden_matrices, learning_rate_factor
 from tests.trainings import settings
 
@@ -268,9 +268,9 @@ def check_record(record: dict, learning: int, training: TrainingConfig) -> None:
 # --- NorMuon ---------------------------------------------------------------------------------------------------------
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Five Newton-Schulz iterations with Muon's coefficients, in bfloat16, written out once more."""
-    x = matrix.bfloat16()
+def orthogonal(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Five Newton-Schulz iterations with Muon's coefficients, written out once more."""
+    x = matrix.to(dtype)
     wide = x if x.shape[0] <= x.shape[1] else x.T
     wide = wide / wide.norm()
     for _ in range(5):
@@ -280,23 +280,45 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
-def test_normuon_follows_its_formula_over_several_steps(shape):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_normuon_follows_its_formula_over_several_steps(shape, dtype, tolerance):
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(shape))
     start = p.detach().clone()
     wanted, momentum, moment = start.clone(), torch.zeros(shape), torch.zeros(shape[0], 1)
-    optimizer = NorMuon([p], lr=0.1, weight_decay=0.3, momentum=0.8, adjust_lr_fn="match_rms_adamw")
+    optimizer = NorMuon(
+        [p], lr=0.1, weight_decay=0.3, momentum=0.8, adjust_lr_fn="match_rms_adamw", dtype=dtype
+    )
     for _ in range(4):
         grad = torch.randn(shape) * torch.logspace(-2, 0, shape[0])[:, None]  # rows of very different size
         p.grad = grad.clone()
         optimizer.step()
         momentum = 0.8 * momentum + 0.2 * grad
-        update = orthogonal(0.2 * grad + 0.8 * momentum)
+        update = orthogonal(0.2 * grad + 0.8 * momentum, dtype)
         moment = 0.95 * moment + 0.05 * (update**2).mean(1, keepdim=True)
         equal = update / (moment + 1e-8).sqrt()
         equal *= update.norm() / equal.norm()
         wanted = wanted * (1 - 0.1 * 0.3) - 0.1 * 0.2 * max(shape) ** 0.5 * equal
-        assert (p - wanted).norm() < 0.02 * (wanted - start).norm()
+        assert (p - wanted).norm() < tolerance * (wanted - start).norm()
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
+def test_muon_is_that_of_torch(shape):
+    """In bfloat16 over several steps, many matrices at once, with momentum, weight decay and the scale of the update."""
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    starts = [p.detach().clone() for p in ours]
+    given = {"lr": 0.1, "weight_decay": 0.3, "momentum": 0.8, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Muon(ours, **given), torch.optim.Muon(theirs, **given)  # type: ignore[arg-type]
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(shape)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, start in zip(ours, theirs, starts, strict=True):
+        assert (p - q).norm() < 0.02 * (q - start).norm()
 
 
 def test_the_first_update_of_normuon_has_equal_rows_and_the_norm_of_muon():
@@ -332,7 +354,7 @@ def test_matrices_that_are_orthogonalised_together_are_those_of_torch():
 
 
 def test_large_matrices_are_orthogonalised_one_by_one(monkeypatch):
-    monkeypatch.setattr("lib.training.normuon.MAX_STACKED", 150)
+    monkeypatch.setattr("lib.training.muon.MAX_STACKED", 150)
     matrices = [torch.ones(8, 8), torch.ones(8, 8), torch.ones(8, 8), torch.ones(8, 100)]
     assert [len(stack) for stack in _stacks(matrices)] == [2, 1, 1]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lib import randomness
 from lib.errors import BadConfig, NonFiniteLoss
+from lib.runtime import Runtime
 from lib.training import checkpoint, loop
 from tests.trainings import CPU, Killed, MeanOfRows, context
 
@@ -66,6 +67,22 @@ def loss_of(model: nn.Module, rows: range) -> dict[str, Tensor]:
     return {"loss": error, "twice": 2 * error}
 
 
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Five Newton-Schulz iterations with Muon's coefficients."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+@pytest.fixture(autouse=True)
+def in_double_precision(monkeypatch):
+    """Like the tiny model's weights, so that the loop and the reference agree to many digits."""
+    monkeypatch.setattr(Runtime, "matrix_dtype", torch.float64)
+
+
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
@@ -85,10 +102,7 @@ def reference(
     ema = {n: w.detach().clone() for n, w in weights.items()}
     first = {n: torch.zeros_like(w) for n, w in weights.items()}
     second, updates = copy.deepcopy(first), dict.fromkeys(weights, 0)
-    muon = torch.optim.Muon(
-        [weights[n] for n in MATRICES], lr=1.0, weight_decay=weight_decay, momentum=0.85, nesterov=True,
-        ns_coefficients=(3.4445, -4.775, 2.0315), eps=1e-7, ns_steps=5, adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
+    momentum = copy.deepcopy(first)
     for step, factor in enumerate(FACTORS):
         torch.manual_seed(randomness.key(SEED, f"{LABEL} dropout", step) % 2**63)
         loss = loss_of(model, range(step * BATCH, (step + 1) * BATCH))["loss"]
@@ -102,7 +116,15 @@ def reference(
             for name, gradient in gradients.items():
                 g, w = gradient * min(1.0, clip / (norm + 1e-6)), weights[name]
                 if optimizer == "muon" and name in MATRICES:
-                    w.grad = g
+                    momentum[name].mul_(0.85).add_(0.15 * g)
+                    rate_of_matrix = factor * muon_rate
+                    w.mul_(1 - rate_of_matrix * weight_decay)
+                    w.sub_(
+                        rate_of_matrix
+                        * 0.2
+                        * max(w.shape) ** 0.5
+                        * orthogonal(0.15 * g + 0.85 * momentum[name])
+                    )
                     continue
                 updates[name] += 1
                 lr = factor * (head_rate if head_rate is not None and name in HEAD else rate)
@@ -113,9 +135,6 @@ def reference(
                 mean = first[name] / (1 - BETAS[0] ** updates[name])
                 square = second[name] / (1 - BETAS[1] ** updates[name])
                 w.sub_(lr * mean / (square.sqrt() + EPS))
-            muon.param_groups[0]["lr"] = factor * muon_rate
-            muon.step()  # no update without a gradient
-            muon.zero_grad(set_to_none=True)
             kept = min(ema_decay, (1 + step) / (10 + step))
             for name, w in weights.items():
                 ema[name] = kept * ema[name] + (1 - kept) * w

@@ -15,11 +15,14 @@ import torch
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, Interrupted, NonFiniteLoss
 from lib.models.build import load_model, start_model
+from lib.runtime import Runtime
+from lib.training import loop, muon
 from lib.training.data import Rows, Windows, first_lengths, pools
 from lib.training.objectives.base import batch_losses
 from lib.training.objectives.language_model import MaskedDiffusion, MaskingTokens
 from lib.training.objectives.next_token import NextToken
 from lib.training.optimizer import Optimizer, learning_rate_factor
+from tests import trainings
 from tests.process_runs import run_jobs
 from tests.trainings import TOKENS, Killed, context, fingerprint, settings, splits, train_tiny, windows
 
@@ -190,6 +193,25 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
     values = [learning_rate_factor(step, s) for step in range(101)]
     assert values[0] == pytest.approx(0.1) and values[9] == 1 and values[50] == 1 and values[100] == 0
     assert (np.diff(values[50:]) < 0).all()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_muon_computes_in_bfloat16_only_if_the_training_does(
+    tmp_path, monkeypatch, optimizer, precision, dtype
+):
+    """Where the hardware lacks bfloat16, its products take five times as long as those of float32."""
+    used = set()
+
+    def noted(matrices, coefficients, steps, eps, dtype):
+        used.add(dtype)
+        return matrices
+
+    monkeypatch.setattr(muon, "orthogonalised", noted)
+    monkeypatch.setattr(loop, "matmul_peak", lambda *_: 1e9)
+    monkeypatch.setattr(trainings, "CPU", Runtime(torch.device("cpu"), precision))
+    start(tmp_path, steps=1, evaluate_every=1, optimizer=optimizer)
+    assert used == {dtype}
 
 
 def test_muon_takes_the_hidden_matrices_and_adam_the_rest():

@@ -156,7 +156,7 @@ class _Run:
             label=self.label,
             processes=self.processes,
         )
-        self.optimizer = Optimizer(model, settings)
+        self.optimizer = Optimizer(model, settings, self.runtime.matrix_dtype)
         self.gradients = GradientSum(self.optimizer.parameters.values(), settings.parts, self.processes)
         if settings.optimizer != "adamw" and not self.optimizer.has_muon:
             say(f"{self.label}: no hidden matrix is trained, so Muon updates nothing; AdamW updates the rest")

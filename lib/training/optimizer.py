@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lib.errors import BadConfig
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
-from lib.training.normuon import NorMuon
+from lib.training.muon import Muon, NorMuon
 
 
 def learning_rate_factor(step: int, settings: TrainingConfig, *, of_muon: bool = False) -> float:
@@ -33,6 +33,9 @@ class Optimizer:
 
     A parameter that is frozen for the first steps has no gradient and no state; its state starts with its first update.
 
+    Args:
+        dtype: in which Muon orthogonalises; see `Runtime.matrix_dtype`.
+
     Attributes:
         parameters: name -> parameter, of those that are trained.
         optimizers: one or two of torch's.
@@ -40,7 +43,7 @@ class Optimizer:
     Raises BadConfig for `muon` and a model without hidden matrices.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainingConfig):
+    def __init__(self, model: nn.Module, settings: TrainingConfig, dtype: torch.dtype = torch.float32):
         self.settings = settings
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = hidden_matrices(model)
@@ -69,13 +72,14 @@ class Optimizer:
         }
         self.optimizers: list[torch.optim.Optimizer] = []
         if settings.optimizer != "adamw" and hidden["params"]:
-            kind = torch.optim.Muon if settings.optimizer == "muon" else NorMuon
+            kind = Muon if settings.optimizer == "muon" else NorMuon
             self.optimizers.append(
                 kind(
                     [hidden],
                     lr=settings.muon_learning_rate,
                     momentum=settings.muon_momentum,
                     adjust_lr_fn="match_rms_adamw",
+                    dtype=dtype,
                 )
             )
             hidden = {**hidden, "params": []}
@@ -88,7 +92,7 @@ class Optimizer:
 
     @property
     def has_muon(self) -> bool:
-        return any(isinstance(part, torch.optim.Muon) for part in self.optimizers)
+        return any(isinstance(part, Muon) for part in self.optimizers)
 
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups with their settings and the names of their weights, for the training manifest."""
@@ -114,7 +118,7 @@ class Optimizer:
     def step(self, step: int) -> None:
         """Update every parameter with this step's learning rate, and clear the gradients."""
         for part, rates in zip(self.optimizers, self._full_rates, strict=True):
-            factor = learning_rate_factor(step, self.settings, of_muon=isinstance(part, torch.optim.Muon))
+            factor = learning_rate_factor(step, self.settings, of_muon=isinstance(part, Muon))
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             part.step()
