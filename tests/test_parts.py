@@ -277,6 +277,15 @@ def test_the_version_of_ray_is_the_pinned_one():
     assert f"ray=={ray_actors.VERSION}" in lines
 
 
+@needs_ray
+@pytest.mark.slow
+def test_workers_of_our_own_ray_have_the_priority_of_the_command(ray_here):
+    """Ray gives its workers the lowest one but four. On a busy machine, they would take minutes to start."""
+    import ray
+
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
 RAY_IS_LOST = """
 import os, signal, sys, time
 from pathlib import Path
