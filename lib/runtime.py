@@ -47,7 +47,7 @@ class Runtime:
             if cuda and config.device != "cpu"
             else torch.device("cpu")
         )
-        native = _has_native_bf16(device)
+        native = has_native_bf16(device)
         precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
         torch.set_flush_denormal(True)  # denormals are 40 times slower and do not matter here
         if device.type == "cuda":
@@ -106,7 +106,7 @@ def _make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False  # it would choose kernels by measured speed, which varies
 
 
-def _has_native_bf16(device: torch.device) -> bool:
+def has_native_bf16(device: torch.device) -> bool:
     """Whether the hardware has bf16. Emulated bf16 is more than twice as slow as fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
