@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from lib.config import ROOT, Config, load_config
@@ -65,7 +66,10 @@ def pytest_configure() -> None:
     """Nothing here outlives a loss of power, so files need not reach the disk. That waiting is a sixth of a stage.
 
     A killed process loses nothing that it wrote. Tests of failing disks put their own function in this place.
+    On a busy machine, an example of hypothesis may take long: that is no failure.
     """
+    hypothesis.settings.register_profile("remask", deadline=None)
+    hypothesis.settings.load_profile("remask")
     os.fsync = os.fstat  # fails, as it does, for what is no open file
 
 

@@ -281,6 +281,7 @@ def main(config, args):
         raise BadData(f"cannot be loaded: {error}")
 
 SIGNAL, PLACE = sys.argv.pop(), sys.argv.pop()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell inherit that it is ignored
 run_stage(main, "")
 """
 
