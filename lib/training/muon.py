@@ -17,7 +17,7 @@ class Muon(torch.optim.Muon):
     """torch's Muon, which orthogonalises many matrices at once, in a precision of choice.
 
     Args:
-        dtype: of the orthogonalisation. torch uses bfloat16. Where the hardware lacks it, float32 is several times faster.
+        dtype: of the orthogonalisation. torch uses bfloat16. Where the hardware lacks it, float32 is about twenty times faster.
         settings: those of torch's Muon.
 
     State of a parameter (M, N): `momentum_buffer` (M, N).
