@@ -223,9 +223,8 @@ def _join_or_start(ray: Any, address: str | None, workers: int, common: dict[str
             address="local",
             num_cpus=cores,
             _node_ip_address="127.0.0.1",
-            _system_config={
-                "worker_niceness": 0
-            },  # 15 by default: on a busy machine, an actor would take minutes to start
+            # The default is 15: on a busy machine, an actor would take minutes to start
+            _system_config={"worker_niceness": 0},
             **(common | {"include_dashboard": False}),
         )
     except RuntimeError as error:  # of a machine that is too busy
