@@ -1,14 +1,18 @@
 """A critic on a frozen masked LM of another project: detection of wrong tokens, samples, cost.
 
 The masked LM is one that Hugging Face's own code trained on novels (benchmarks/english_mlm.py), or a folder. Stage 04 tunes it
-as a masked-diffusion model. Stage 05 then trains each kind of critic on it, with and without look-back injection. Everything
-is in OUT; an interrupted benchmark continues there.
+as a masked-diffusion model, once for all seeds. Stage 05 then trains each kind of critic on it, with and without look-back
+injection. A seed is that of the critic, of the held-out texts and of the samples.
 
     detection   AUROC of wrong tokens in fills of held-out novels, after 1 and 16 forward passes. Sticky masks cover 60 % of the
                 tokens. The baseline is the probability of each token when it was sampled
-    samples     NLL under the run's reference model at the 4-gram entropy of real text, for all policies at equal NFE
+    samples     NLL under the run's reference model at the 4-gram entropy of real text, at equal NFE. All policies with the first
+                critic and the joint one, which has a generator of its own; two policies with each other critic
     infilling   share of correct tokens in the same sticky gaps
     cost        of the critic's head, and of the interface, in forward passes of the masked LM
+
+Everything is in OUT_DIR. What is trained or measured there is not done again, so an interrupted benchmark continues, and
+--seeds and --critics measure a part.
 
 python -m benchmarks.pretrained_critic OUT_DIR
 python -m benchmarks.pretrained_critic OUT_DIR --quick
@@ -18,14 +22,15 @@ import argparse
 import importlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from tqdm import tqdm
 
 from benchmarks import result_files
 from benchmarks.english_mlm import FULL, QUICK, Training, make, novels
@@ -33,7 +38,7 @@ from benchmarks.remasking_detection import error_detection
 from benchmarks.remasking_experiments import infilling, unconditional
 from benchmarks.remasking_lab import Trained
 from benchmarks.remasking_numbers import at_entropy, over_seeds
-from lib import metrics
+from lib import durable, metrics
 from lib.config import Config, load_config
 from lib.evaluation.quality import characters
 from lib.models.pretrained import open_pretrained
@@ -42,6 +47,7 @@ from lib.runtime import Runtime
 
 BASE = ("00_check_data", "01_prepare_dataset", "04_train")
 CRITIC = "05_train_critic"
+BASE_SEED = 1
 LORA = {"rank": 16, "alpha": 32.0}
 KINDS: dict[str, dict[str, Any]] = {
     "head": {"coupling": "decoupled", "num_layers": 0},
@@ -52,6 +58,8 @@ KINDS: dict[str, dict[str, Any]] = {
 LOOK_BACK = {"": 0.0, "+look_back": 0.25}
 WITHOUT_CRITIC = ("ancestral", "confidence_order", "random_remask", "confidence_remask", "remdm_conf")
 WITH_CRITIC = ("critic", "critic_blend", "critic_partial", "critic_origin")
+SHORT = ("critic", "critic_origin")  # policies for critics that share their generator with the first one
+AGAINST = "ancestral"
 MASKED_SHARE = 0.6
 FORWARD_PASSES = (1, 16)
 
@@ -73,7 +81,7 @@ class Size:
 
 
 SIZES = {
-    False: Size(FULL, 4_500_000, 126, (800, 1500, 800), 400, 200, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+    False: Size(FULL, 4_500_000, 126, (600, 1000, 600), 256, 100, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
                 (1, 2, 3), tuple(k + suffix for k in KINDS for suffix in LOOK_BACK)),
     True: Size(QUICK, 400_000, 62, (150, 150, 150), 100, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip
@@ -81,7 +89,7 @@ SIZES = {
 
 @dataclass
 class Runs:
-    """The runs of a benchmark: a base for each seed, and beside it one for each critic."""
+    """The runs of a benchmark: one base, and for each seed and critic a run beside it with a stage 05 of its own."""
 
     out: Path
     model: Path
@@ -91,7 +99,7 @@ class Runs:
         """The end of the novels, which the masked LM has not learned from."""
         file = self.out / "novels.txt"
         if not file.exists():
-            file.write_text(novels()[-self.size.characters :], encoding="utf-8")
+            durable.write_text(file, novels()[-self.size.characters :])
         return file
 
     def config(self, seed: int, name: str, critic: dict[str, Any]) -> Config:
@@ -113,24 +121,50 @@ class Runs:
         }  # fmt: skip
         if critic.get("coupling") == "joint":
             content["critic"]["training"]["learning_rate"] = 0.0003
-        file = self.out / f"seed_{seed}" / f"{name}.yaml"
+        file = self.out / "configs" / f"{name}_{seed}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(json.loads(json.dumps(content))), encoding="utf-8")
+        durable.write_text(file, yaml.safe_dump(json.loads(json.dumps(content))))
         return load_config(["configs/pretrained.yaml", file])
 
-    def trained(self, seed: int, name: str, critic: dict[str, Any]) -> Trained:
-        """A critic on the tuned masked LM of a seed. What does not exist yet is trained."""
-        base = self.out / f"seed_{seed}" / "base"
-        folder = base.parent / name.replace("+", "_")
+    def trained(self, seed: int, name: str) -> Trained:
+        """A critic on the tuned masked LM. What does not exist yet is trained."""
+        base, folder = self.out / "base", self.out / f"seed_{seed}" / name.replace("+", "_")
         for stage in BASE:
-            importlib.import_module(stage).main(self.config(seed, "base", {}), RunArgs(run_dir=base))
-        folder.mkdir(exist_ok=True)
+            importlib.import_module(stage).main(self.config(BASE_SEED, "base", {}), RunArgs(run_dir=base))
+        folder.mkdir(parents=True, exist_ok=True)
         for stage in BASE:
             if not (folder / stage).exists():
-                (folder / stage).symlink_to(Path("..") / "base" / stage)
+                (folder / stage).symlink_to(Path("..", "..", "base", stage))
+        kind, _, look_back = name.partition("+")
+        critic = KINDS[kind] | {"look_back": LOOK_BACK["+" + look_back if look_back else ""]}
         config = self.config(seed, name, critic)
         importlib.import_module(CRITIC).main(config, RunArgs(run_dir=folder))
         return Trained(config, folder, Runtime.detect(config), seed)
+
+    def measured(self, seed: int, name: str) -> dict[str, Any]:
+        """The figures of a critic. Measured once, unless the size of the benchmark has changed."""
+        file = self.out / f"seed_{seed}" / f"{name.replace('+', '_')}.json"
+        size = json.loads(json.dumps(asdict(self.size)))
+        if file.exists() and (stored := json.loads(file.read_text()))["size"] == size:
+            return stored["figures"]
+        trained = self.trained(seed, name)
+        policies = policies_of(name, self.size.critics[0])
+        found = {
+            "detection": detection(trained, self.size.texts),
+            "samples": samples(trained, policies, self.size),
+            "infilling": gaps(trained, policies, self.size),
+        }
+        if not name.startswith("joint") and "+" not in name:
+            found["cost"] = cost(trained)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_json(file, {"size": size, "figures": found})
+        return found
+
+
+def policies_of(critic: str, first: str) -> tuple[str, ...]:
+    """The policies that are measured with a critic. Frozen critics share their generator, so one of them has them all."""
+    alone = critic == first or critic.startswith("joint")
+    return (*WITHOUT_CRITIC, *WITH_CRITIC) if alone else SHORT
 
 
 # --------------------------------------------------------------------------------------------------- measurements
@@ -154,7 +188,7 @@ def samples(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str
     """Policy -> NFE -> NLL per character at the 4-gram entropy of real text, and the passes that were counted."""
     real = metrics.ngram_entropy(characters(trained.texts(trained.held_out[: size.samples])), 4)
     found: dict[str, Any] = {"real": {"fourgram_entropy": real}}
-    for policy in policies:
+    for policy in tqdm(policies, desc="samples", unit="policy"):
         runs = unconditional(trained, policy, size.nfe, size.samples, size.temperatures)["runs"]
         for nfe in size.nfe:
             points = [run for run in runs if run["nfe"] == nfe]
@@ -221,43 +255,78 @@ def _timer(call: Callable[[], Any]) -> Callable[[], float]:
     return seconds
 
 
-def measure(runs: Runs) -> dict[str, Any]:
+def measure(runs: Runs, seeds: Sequence[int], critics: Sequence[str]) -> dict[str, Any]:
     """All figures: seed -> critic -> measurements. `means` are over seeds."""
-    size, found = runs.size, {}
-    for seed in size.seeds:
-        of_seed: dict[str, Any] = {}
-        for name in size.critics:
-            kind, _, look_back = name.partition("+")
-            critic = KINDS[kind] | {"look_back": LOOK_BACK["+" + look_back if look_back else ""]}
-            trained = runs.trained(seed, name, critic)
-            # Frozen critics share their generator, so policies without a critic are measured once for all of them
-            alone = kind == "joint" or name == size.critics[0]
-            policies = (*WITHOUT_CRITIC, *WITH_CRITIC) if alone else WITH_CRITIC
-            of_seed[name] = {
-                "detection": detection(trained, size.texts),
-                "samples": samples(trained, policies, size),
-                "infilling": gaps(trained, policies, size),
-            }
-            if kind != "joint" and not look_back:
-                of_seed[name]["cost"] = cost(trained)
-            print(_line(seed, name, of_seed[name]), flush=True)
-        found[str(seed)] = of_seed
-    return {"seeds": found, "means": _means(found)}
+    found: dict[str, dict[str, Any]] = {}
+    for seed in seeds:
+        for name in critics:
+            found.setdefault(str(seed), {})[name] = figures = runs.measured(seed, name)
+            print(_line(seed, name, figures), flush=True)
+    return {"seeds": found, "means": means(found, runs.size.critics[0])}
 
 
-def _means(found: dict[str, Any]) -> dict[str, Any]:
-    """Critic -> passes -> mean AUROC over seeds with its interval, of the critic and of the stored confidence."""
-    names = next(iter(found.values()))
-    return {
-        name: {
-            passes: {
-                view: over_seeds([of[name]["detection"][passes][view] for of in found.values()])
-                for view in ("critic", "confidence", "critic_over_confidence")
-            }
-            for passes in map(str, FORWARD_PASSES)
-        }
-        for name in names
-    }
+def means(found: dict[str, dict[str, Any]], first: str) -> dict[str, Any]:
+    """Critic -> means over seeds with their intervals.
+
+    Args:
+        found: seed -> critic -> measurements.
+        first: the critic whose measurements of `ancestral` count for all frozen ones.
+
+    Returns:
+        detection: passes -> AUROC of critic and stored confidence, their difference, and the difference to the first critic.
+        samples: NFE -> policy -> NLL at the 4-gram entropy of real text, and its difference to `ancestral` on the same seeds.
+        infilling: NFE -> policy -> share of correct tokens.
+    """
+    result: dict[str, Any] = {}
+    for name in next(iter(found.values())):
+        own = [of_seed[name] for of_seed in found.values()]
+        firsts = [of_seed.get(first) for of_seed in found.values()]
+        result[name] = {
+            "detection": {
+                passes: {
+                    view: over_seeds([of["detection"][passes][view] for of in own])
+                    for view in ("critic", "confidence", "critic_over_confidence")
+                }
+                | {f"over_{first}": _over([_auroc(of, passes) for of in own], [_auroc(of, passes) for of in firsts])}
+                for passes in map(str, FORWARD_PASSES)
+            },
+            "samples": {
+                nfe: {
+                    policy: {
+                        "nll": over_seeds([_nll(of, policy, nfe) for of in own]),
+                        f"over_{AGAINST}": _over(
+                            [_nll(of, policy, nfe) for of in own],
+                            [_nll(of if AGAINST in of["samples"] else one, AGAINST, nfe)
+                             for of, one in zip(own, firsts, strict=True)],
+                        ),
+                    }
+                    for policy in own[0]["samples"]
+                    if policy != "real"
+                }
+                for nfe in own[0]["infilling"]
+            },
+            "infilling": {
+                nfe: {p: over_seeds([of["infilling"][nfe][p]["accuracy"] for of in own]) for p in policies}
+                for nfe, policies in own[0]["infilling"].items()
+            },
+        }  # fmt: skip
+    return result
+
+
+def _auroc(figures: dict[str, Any] | None, passes: str) -> float | None:
+    return figures and figures["detection"][passes]["critic"]["value"]
+
+
+def _nll(figures: dict[str, Any] | None, policy: str, nfe: str) -> float | None:
+    """None if the policy was not measured, or its samples are not as diverse as real text at any temperature."""
+    point = figures and figures["samples"].get(policy, {}).get(nfe)
+    return point["at_entropy"]["value"] if point else None
+
+
+def _over(values: Sequence[float | None], others: Sequence[float | None]) -> dict[str, Any] | None:
+    """The mean over seeds of paired differences, with its interval."""
+    pairs = zip(values, others, strict=True)
+    return over_seeds([None if a is None or b is None else a - b for a, b in pairs])
 
 
 def _line(seed: int, name: str, found: dict[str, Any]) -> str:
@@ -290,12 +359,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for models and runs")
     parser.add_argument("--model", type=Path, help="folder of a masked LM; without it one is made")
     parser.add_argument("--quick", action="store_true", help="small models, one seed")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="only these")
+    parser.add_argument(
+        "--critics",
+        nargs="+",
+        metavar="CRITIC",
+        choices=SIZES[False].critics,
+        help=f"only these, of {', '.join(SIZES[False].critics)}",
+    )
     result_files.add_out(parser)
     options = parser.parse_args()
     size = SIZES[options.quick]
     options.folder.mkdir(parents=True, exist_ok=True)
     model = options.model or make(options.folder / "english_mlm", size.lm)
-    figures = measure(Runs(options.folder, model.resolve(), size))
+    figures = measure(
+        Runs(options.folder, model.resolve(), size),
+        options.seeds or size.seeds,
+        [name for name in size.critics if name in (options.critics or size.critics)],
+    )
     result_files.write(
         options.out, "pretrained_critic_quick" if options.quick else "pretrained_critic", figures
     )

@@ -1,0 +1,81 @@
+"""The figures of benchmarks/pretrained_critic.py: means over seeds, paired differences, measurements that are kept."""
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import pretrained_critic
+from benchmarks.pretrained_critic import SIZES, Runs, means, policies_of
+
+
+def measured(auroc: float, nll: dict[str, float]) -> dict:
+    """What is stored of a critic, with one NFE."""
+    views = {
+        "critic": {"value": auroc},
+        "confidence": {"value": 0.6},
+        "critic_over_confidence": {"value": auroc - 0.6},
+    }
+    points = {policy: {"16": {"at_entropy": {"value": value}}} for policy, value in nll.items()}
+    return {
+        "detection": {passes: views for passes in ("1", "16")},
+        "samples": {"real": {}} | points,
+        "infilling": {"16": {policy: {"accuracy": {"value": 0.3}} for policy in nll}},
+    }  # fmt: skip
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by 1.0, and policies by 0.2 in each seed: the interval of the difference has no width."""
+    found = {
+        str(seed): {
+            "head": measured(0.7 + seed / 10, {"ancestral": seed + 0.5, "critic_origin": seed + 0.3}),
+            "lora": measured(0.75 + seed / 10, {"critic_origin": seed + 0.2}),
+            "joint": measured(0.6, {"ancestral": seed + 2.0, "critic_origin": seed + 1.0}),
+        }
+        for seed in (0, 1, 2)
+    }
+    result = means(found, "head")
+
+    def over_ancestral(critic: str) -> float:
+        row = result[critic]["samples"]["16"]["critic_origin"]["over_ancestral"]
+        assert row["high"] - row["low"] < 1e-9
+        return row["value"]
+
+    assert over_ancestral("head") == pytest.approx(-0.2)
+    assert over_ancestral("lora") == pytest.approx(
+        -0.3
+    )  # against that of the head: the generator is the same
+    assert over_ancestral("joint") == pytest.approx(
+        -1.0
+    )  # its generator is its own, and so is its ancestral row
+    lead = result["lora"]["detection"]["16"]["over_head"]
+    assert lead["value"] == pytest.approx(0.05) and lead["high"] - lead["low"] < 1e-9
+    nll = result["head"]["samples"]["16"]["ancestral"]["nll"]
+    assert nll["value"] == pytest.approx(1.5) and nll["low"] < 0 < nll["high"]
+
+
+def test_a_seed_without_diverse_samples_leaves_no_mean():
+    seeds = {"1": {"head": measured(0.7, {"ancestral": 1.0, "critic": 0.9})},
+             "2": {"head": measured(0.7, {"ancestral": 1.0, "critic": float("nan")})}}  # fmt: skip
+    row = means(seeds, "head")["head"]["samples"]["16"]["critic"]
+    assert row == {"nll": None, "over_ancestral": None}
+
+
+def test_critics_with_one_generator_measure_its_own_policies_once():
+    with_all = [name for name in SIZES[False].critics if "ancestral" in policies_of(name, "head")]
+    assert with_all == ["head", "joint", "joint+look_back"]
+    assert all("critic_origin" in policies_of(name, "head") for name in SIZES[False].critics)
+
+
+def test_what_was_measured_is_kept_until_the_size_changes(tmp_path, monkeypatch):
+    runs = Runs(tmp_path, tmp_path / "model", SIZES[True])
+    trained = []
+    monkeypatch.setattr(Runs, "trained", lambda self, seed, name: trained.append((seed, name)))
+    for name in ("detection", "samples", "gaps", "cost"):
+        monkeypatch.setattr(pretrained_critic, name, lambda *arguments, name=name: {"of": name})
+    first = runs.measured(1, "head+look_back")
+    assert runs.measured(1, "head+look_back") == first and trained == [(1, "head+look_back")]
+    assert json.loads((tmp_path / "seed_1" / "head_look_back.json").read_text())["figures"] == first
+    more = dataclasses.replace(SIZES[True], samples=25)
+    Runs(tmp_path, tmp_path / "model", more).measured(1, "head+look_back")
+    assert len(trained) == 2
