@@ -29,8 +29,8 @@ quick_test: $(STAMP)
 	    --run_dir outputs/quick_test
 
 ## Run all tests except those of the documented commands
-test: $(STAMP)  # two processes of one thread each are faster than one of two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not commands"
+test: $(STAMP)  # on two cores, three processes of one thread: many tests wait for processes of their own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not commands"
 
 ## Run the tests that need no pipeline run, in under 90 seconds
 test-fast: $(STAMP)

@@ -169,54 +169,6 @@ def _detection_detail(f: Figures) -> str:
     )
 
 
-def _pretrained(f: Figures) -> str:
-    best = {}
-    for name, means in f["means"].items():
-        for policy, row in means["samples"]["16"].items():
-            if row["nll"] is not None and (not best or row["nll"]["value"] < best["row"]["nll"]["value"]):
-                best = {"row": row, "what": f"`{policy}` ({name})"}
-    name, means = next(iter(f["means"].items()))
-    at = means["detection"]["16"]
-    text = f"AUROC after 16 passes: {name} {full(at['critic'])}, stored confidence {full(at['confidence'])}"
-    if best:
-        text += f"; lowest NLL at 16 passes: {best['what']}, {full(best['row']['nll'])}"
-    return text
-
-
-def _pretrained_detail(f: Figures) -> str:
-    """Three tables: detection, likelihood of samples, infilling; a row per critic and policy."""
-    detection, samples, gaps = [], [], []
-    for name, means in f["means"].items():
-        detection.append([
-            name,
-            *(_or_dash(at[view]) for at in means["detection"].values()
-              for view in ("critic", "confidence", "critic_over_confidence", "over_head")),
-        ])  # fmt: skip
-        by_nfe = means["samples"]
-        for policy in next(iter(by_nfe.values())):
-            cells = [_or_dash(row[policy][k]) for row in by_nfe.values() for k in ("nll", "over_ancestral")]
-            accuracy = [_or_dash(row[policy], 1, percent=True) for row in means["infilling"].values()]
-            samples.append([f"`{policy}`", name, *cells])
-            gaps.append([f"`{policy}`", name, *accuracy])
-    passes, nfe = (list(next(iter(f["means"].values()))[part]) for part in ("detection", "samples"))
-    heads = [
-        f"{what}, {n}"
-        for n in passes
-        for what in ("critic", "confidence", "critic − confidence", "critic − head")
-    ]
-    likelihoods = [f"{what}, {n}" for n in nfe for what in ("NLL", "minus ancestral")]
-    return "\n\n".join((
-        "AUROC of wrong tokens, after 1 and after 16 forward passes:", markdown(["critic", *heads], detection),
-        "Samples: NLL per character at the 4-gram entropy of real text, by forward passes:",
-        markdown(["policy", "critic", *likelihoods], samples),
-        "Infilling: correct tokens, by forward passes:", markdown(["policy", "critic", *nfe], gaps),
-    ))  # fmt: skip
-
-
-def _or_dash(estimate: dict[str, Any] | None, digits: int = 3, percent: bool = False) -> str:
-    return "–" if estimate is None else full(estimate, digits, percent)
-
-
 def _staging(f: Figures) -> str:
     staged, bound = f["masks"]["staged"], f["masks"]["continuous"]
     gain = staged["gain"]
@@ -336,9 +288,6 @@ BENCHMARKS = (
         "Held-out documents, with thresholds chosen on the selection split. Intervals resample passages; an original and its rewritten "
         "version are one group. Text by another generator: passages that no stage has seen, rewritten by a generator of another size, "
         "seed, masking and temperature."),
-    Row("pretrained_critic", "a critic on a frozen BERT that Hugging Face's Trainer made from novels", _pretrained, _pretrained_detail,
-        "Means over seeds with intervals by Student's t; differences are paired. A seed is that of the critic, of the held-out texts "
-        "and of the samples; the masked LM is the same. A dash: in a seed, samples are less diverse than real text at every temperature."),
     Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail,
         "`continuous` trains on the bound itself. `random` draws all mask ratios from the start, with equal weights of masked "
         "tokens in a row. The last column has the steps at which phases joined, for each seed."),

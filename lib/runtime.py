@@ -4,6 +4,7 @@ On a GPU only deterministic kernels are used. torch raises an error for an opera
 """
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,7 @@ class Runtime:
         torch.set_flush_denormal(True)  # denormals are 40 times slower and do not matter here
         if device.type == "cuda":
             _make_deterministic()
+        _keep_imports()
         return cls(device, precision, code or {}, processes)
 
     @contextlib.contextmanager
@@ -92,6 +94,12 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@functools.cache
+def _keep_imports() -> None:
+    """Once, before the first model is made. Modules live to the end, so `release_memory` need not visit them: that takes a second."""
+    gc.freeze()
 
 
 def _make_deterministic() -> None:

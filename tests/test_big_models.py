@@ -351,9 +351,9 @@ def test_an_evaluation_of_long_rows_is_cut_by_tokens_and_measures_the_same(monke
     attention = "causal" if kind == "causal" else "bidirectional"
     model, _ = start_model("language_model", small(), attention, len(TOKENIZER), 0, "m")
     objective: Any = (
-        NextToken(context(), splits(), TOKENIZER.cls_token_id)
+        NextToken(context(evaluation_examples=64), splits(), TOKENIZER.cls_token_id)
         if kind == "causal"
-        else MaskedDiffusion(context(), splits(), load_config().diffusion, TOKENS)
+        else MaskedDiffusion(context(evaluation_examples=64), splits(), load_config().diffusion, TOKENS)
     )
     sizes: list[int] = []
     plain = objective.runtime.processes.share

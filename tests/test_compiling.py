@@ -1,7 +1,10 @@
 """Compiled layers: they compute what plain ones do, auto compiles where that pays back, and a resumed training follows."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 from lib.config import load_config
@@ -14,10 +17,19 @@ from tests.trainings import TOKENS, Killed, context, fingerprint, settings, spli
 
 
 @pytest.fixture(scope="module")
-def compiler() -> None:
-    """Skips a test where torch cannot compile. It takes seconds to find out, so only these tests ask."""
-    if not can_compile():
-        pytest.skip("torch finds no C++ compiler here")
+def compiler() -> Iterator[None]:
+    """Skips a test where torch cannot compile. It takes seconds to find out, so only these tests ask.
+
+    The C++ compiler does not optimise: that takes a third of the time, and the code computes the same.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
+        patch.setattr(
+            torch._inductor.config, "compile_threads", 1
+        )  # no processes that would import torch first
+        if not can_compile():
+            pytest.skip("torch finds no C++ compiler here")
+        yield
 
 
 def new_model(family="remask_gpt", attention="bidirectional", **changes):
@@ -158,11 +170,10 @@ def train_once(folder, fault=None, **changes):
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 def test_a_killed_training_goes_on_with_compiled_layers_to_the_same_bits(tmp_path):
+    """The first half of the killed training computes activations again, which changes no bit either."""
     train_once(tmp_path / "whole", compile="on")
-    train_once(tmp_path / "forgetful", compile="on", activation_checkpointing=True)
-    assert fingerprint(tmp_path / "forgetful") == fingerprint(tmp_path / "whole")
     with pytest.raises(Killed):
-        train_once(tmp_path / "killed", 7, compile="on")
+        train_once(tmp_path / "killed", 7, compile="on", activation_checkpointing=True)
     with pytest.raises(BadConfig, match="compiled: True -> False"):
         train_once(tmp_path / "killed", compile="off")
     train_once(

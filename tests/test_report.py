@@ -317,7 +317,7 @@ def test_a_users_text_is_scored_token_by_token(scored):
     held_out, rewritten = manifest["stats"]["known"]
     assert "held-out" in held_out["document_id"] and rewritten["tokens"] == held_out["tokens"] > 0
     assert (
-        rewritten["reference_nll_mean"] > held_out["reference_nll_mean"] + 0.3
+        rewritten["reference_nll_mean"] > held_out["reference_nll_mean"] + 0.1
     )  # the generator is hardly trained
 
 

@@ -354,7 +354,7 @@ def test_unfinished_work_of_other_settings_is_refused_before_any_other_model_is_
         make(run, only=("ar_baseline",))
     trainings.fail = {}
     with pytest.raises(
-        BadConfig, match=r"04_train/ar_baseline: models\.ar_baseline\.training\.steps: 30 -> 5"
+        BadConfig, match=r"04_train/ar_baseline: models\.ar_baseline\.training\.steps: 20 -> 5"
     ):
         make(run, "models.ar_baseline.training.steps=5")
     assert not trainings.made

@@ -5,6 +5,7 @@ Padding may be on either side of the input. Masks mark it, never an id.
 Shapes: N pools, K candidates, P prompt tokens, S candidate tokens, B rows, T tokens of a row.
 """
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -127,7 +128,7 @@ class Packed:
 def pack(pools: Pools) -> Packed:
     """Pools as rows `prompt | c1 | ... | cK` of valid tokens only, one row for each pool."""
     tokens = _Tokens.of(pools)
-    first = np.searchsorted(tokens.pool, np.arange(tokens.num_pools + 1))
+    first = tokens.first
     pieces = _Pieces(np.arange(tokens.num_pools), first[:-1], first[1:], np.arange(tokens.num_pools))
     return tokens.packed(pieces)
 
@@ -209,6 +210,17 @@ class _Tokens:
             np.cumsum(length) - length, length, pool, index,
         )  # fmt: skip
 
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """(M + 1,) tokens of all candidates before each one, and of all."""
+        return np.append(0, np.cumsum(self.length))
+
+    @functools.cached_property
+    def first(self) -> np.ndarray:
+        """(N + 1,) the first candidate of each pool, and M."""
+        return np.searchsorted(self.pool, np.arange(self.num_pools + 1))
+
+    @functools.cached_property
     def totals(self) -> np.ndarray:
         """(N,) tokens of each pool."""
         return self.prompt_length + np.bincount(self.pool, self.length, self.num_pools).astype(np.int64)
@@ -257,7 +269,7 @@ class _Tokens:
 def _groups(tokens: _Tokens, pools: np.ndarray, length: float, width: int) -> list[_Pieces]:
     """Segments of some pools for one forward pass or, where that is clearly cheaper, for two: large pools and small ones."""
     together = _cheapest(tokens, pools, length, width)
-    cost, total = _cost(tokens, together, width), tokens.totals()[pools]
+    cost, total = _cost(tokens, together, width), tokens.totals[pools]
     least = float((total * (1 + np.minimum(total, length) / (6 * width))).sum())
     if cost <= (1 + WORTH_DIVIDING) * least or len(pools) > MANY_POOLS:
         return [together]
@@ -281,7 +293,8 @@ def _cheapest(tokens: _Tokens, pools: np.ndarray, length: float, width: int) -> 
     needed = float(
         (tokens.prompt_length[tokens.pool] + tokens.length)[np.isin(tokens.pool, pools)].max(initial=1)
     )
-    lengths = sorted({int(max(length * share, needed)) for share in SHARES})
+    whole = int(tokens.totals[pools].sum())  # all of them in one row: longer rows would be the same
+    lengths = sorted({min(int(max(length * share, needed)), whole) for share in SHARES})
     if len(pools) > MANY_POOLS:
         return _filled(tokens, pools, int(max(length, needed)), True)
     found = [_filled(tokens, pools, size, divides) for size in lengths for divides in (True, False)]
@@ -294,7 +307,7 @@ SHARES = (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of `best_length`: lengths 
 
 def _cost(tokens: _Tokens, pieces: _Pieces, width: int) -> float:
     """What the rows cost, as in `best_length`, in multiplications per 12 D^2."""
-    ends = np.append(0, np.cumsum(tokens.length))
+    ends = tokens.ends
     sizes = tokens.prompt_length[pieces.pool] + ends[pieces.end] - ends[pieces.first]
     rows = np.bincount(pieces.row, sizes)
     return len(rows) * float(rows.max(initial=0)) * (1 + float(rows.max(initial=0)) / (6 * width))
@@ -306,8 +319,7 @@ def _filled(tokens: _Tokens, pools: np.ndarray, length: int, divides: bool) -> _
     With `divides`, a pool continues in the next row where it does not fit into the rest of this one. Otherwise only pools
     that are longer than a row are divided, and each segment goes to the first row that has room (first fit decreasing).
     """
-    ends = np.append(0, np.cumsum(tokens.length))  # of candidates, in tokens
-    first, total = np.searchsorted(tokens.pool, np.arange(tokens.num_pools + 1)), tokens.totals()
+    ends, first, total = tokens.ends, tokens.first, tokens.totals
     found: list[tuple[int, int, int, int]] = []
     room = [length]
     for pool in pools[np.argsort(-total[pools], kind="stable")].tolist():

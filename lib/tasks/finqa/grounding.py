@@ -5,6 +5,7 @@
 The text of a candidate does not depend on the question.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -191,6 +192,11 @@ def _clip(words: list[str], budget: int, from_end: bool = False) -> list[str]:
 
 
 def _header_words(name: str) -> list[str]:
+    return list(_words_of(name))
+
+
+@functools.lru_cache(maxsize=4096)
+def _words_of(name: str) -> list[str]:
     return _WORD.findall(_FOOTNOTE.sub(" ", _GLUED.sub(" ", CHARACTER_CODE.sub(" ", name))))
 
 
@@ -213,6 +219,7 @@ def _row_words(name: str, page: PageNumbers, off_page: PageNumbers | None, budge
     return " ".join(name.split()), ", ".join(" ".join(n) for n in names if n) if short else ""
 
 
+@functools.lru_cache(maxsize=4096)  # the programs of a pool describe the same numbers again and again
 def _around(sentence: str, span: Span, budget: int) -> str:
     """Informative words close to the number, in the order of the sentence, then the year of the number.
 

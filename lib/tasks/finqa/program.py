@@ -88,6 +88,13 @@ class Step:
 
 def parse(program: str) -> list[Step]:
     """The steps of a program. All numbers are valid, and all references are to earlier steps. Raises ProgramError."""
+    return list(_parse(program))
+
+
+@functools.lru_cache(
+    maxsize=16384
+)  # a candidate is read several times: to run it, to describe it, to compare it
+def _parse(program: str) -> list[Step]:
     if len(program) > MAX_CHARACTERS:
         raise ProgramError(f"the program has {len(program)} characters, more than {MAX_CHARACTERS}")
     tokens = [token for piece in program.split(", ") for token in _TOKEN.findall(piece)]
