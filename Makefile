@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: pipeline quick_test test test-fast test-commands benchmark-quick inspect doctor report docs lint language types format setup help
+.PHONY: pipeline quick_test test test-fast test-long test-commands benchmark-quick inspect doctor report docs lint language types format setup help
 
 ## Run all seven stages; finished ones are skipped (CONFIG=FILE, SET="key=value ...", RUN=FOLDER, QUICK=1)
 pipeline: $(STAMP)
@@ -29,12 +29,16 @@ quick_test: $(STAMP)
 	    --run_dir outputs/quick_test
 
 ## Run all tests except those of the documented commands
-test: $(STAMP)  # on two cores, three processes of one thread: many tests wait for processes of their own
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not commands"
+test: $(STAMP)  # two processes of one thread each are faster than one of two
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not commands and not long"
+
+## Run the tests that repeat at length what shorter ones assert
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 ## Run the tests that need no pipeline run, in under 90 seconds
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not commands and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not commands and not slow and not long"
 
 ## Run every command of README, docs, configs and docstrings, small, in a copy of the tree
 test-commands: $(STAMP)
@@ -85,7 +89,8 @@ $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; a few files of packages are templates
 	@touch $(STAMP)
 
 ## Print this list

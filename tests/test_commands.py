@@ -95,6 +95,7 @@ SMALLER = {
 NOT_RUN = {
     "test",
     "test-fast",
+    "test-long",
     "test-commands",
     "lint",
     "language",

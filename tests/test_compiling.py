@@ -60,7 +60,7 @@ def loss_and_gradients(model, ids, mask):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [("remask_gpt", "bidirectional"), ("remask_gpt", "causal")],
+    [("remask_gpt", "bidirectional"), pytest.param("remask_gpt", "causal", marks=pytest.mark.long)],
 )
 def test_compiled_layers_compute_what_plain_layers_do(family, attention):
     plain, model = new_model(family, attention), new_model(family, attention)
@@ -80,7 +80,7 @@ def test_compiled_layers_compute_what_plain_layers_do(family, attention):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["remask_gpt", "ltg_bert"])
+@pytest.mark.parametrize("family", [pytest.param("remask_gpt", marks=pytest.mark.long), "ltg_bert"])
 def test_compiled_passes_without_gradients_give_the_same_logits(family):
     plain, model = new_model(family).eval(), new_model(family).eval()
     layers = CompiledLayers(model, "on", 0, learns=False, label="sampler")

@@ -93,4 +93,4 @@ def test_ci_checks_style_format_types_and_tests():
     (lint,) = re.findall(r"^lint: .*\n\t(.*)$", makefile, re.M)
     assert "ruff check ." in lint and "ruff format --check ." in lint
     (fast,) = re.findall(r"^test-fast: .*\n\t(.*)$", makefile, re.M)
-    assert '-m "not commands and not slow"' in fast
+    assert '-m "not commands and not slow and not long"' in fast

@@ -74,7 +74,7 @@ def pools_of(tokens: int) -> Pools:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter_dropout", [0.0, 0.05])
+@pytest.mark.parametrize("adapter_dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.05])
 def test_a_wide_llama_with_adapters_keeps_what_the_formula_says(adapter_dropout):
     model, tokens = wide_llama(adapter_dropout).train(), 64
     training = settings(optimizer="adamw")

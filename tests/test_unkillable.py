@@ -203,20 +203,20 @@ def test_growth_of_a_long_run_is_found_and_noise_is_not():
     assert not row(3e8 + noise, 9 + (steps > 15_000))["flat"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_and_open_files_of_a_short_run_stay_flat(tmp_path):
-    """The short version of benchmarks.long_runs: 80 parts of stage 03."""
-    done = run("benchmarks.long_runs", str(tmp_path), "--share", "0.04", "--only", "03_build_rewards")
+    """The short version of benchmarks.long_runs: 150 parts of stage 03."""
+    done = run("benchmarks.long_runs", str(tmp_path), "--share", "0.075", "--only", "03_build_rewards")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "open files" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_leaves_a_run_that_continues(tmp_path):
     if subprocess.run(["unshare", "-r", "-m", "true"], check=False).returncode:
         pytest.skip("this user cannot mount in a namespace of their own")
     only = ("--only", "03_build_rewards/--part", "--only", "01_prepare_dataset/--overwrite")
-    done = run("benchmarks.full_disk", str(tmp_path), "--chains", "1", *only)
+    done = run("benchmarks.full_disk", str(tmp_path), "--chains", "2", *only)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 times full" not in done.stdout.splitlines()[-1]
 
