@@ -314,13 +314,14 @@ def means(found: dict[str, dict[str, Any]], first: str) -> dict[str, Any]:
 
 
 def _auroc(figures: dict[str, Any] | None, passes: str) -> float | None:
-    return figures and figures["detection"][passes]["critic"]["value"]
+    return None if figures is None else figures["detection"][passes]["critic"]["value"]
 
 
 def _nll(figures: dict[str, Any] | None, policy: str, nfe: str) -> float | None:
     """None if the policy was not measured, or its samples are not as diverse as real text at any temperature."""
-    point = figures and figures["samples"].get(policy, {}).get(nfe)
-    return point["at_entropy"]["value"] if point else None
+    if figures is None or nfe not in figures["samples"].get(policy, {}):
+        return None
+    return figures["samples"][policy][nfe]["at_entropy"]["value"]
 
 
 def _over(values: Sequence[float | None], others: Sequence[float | None]) -> dict[str, Any] | None:
