@@ -170,10 +170,9 @@ def train_once(folder, fault=None, **changes):
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 def test_a_killed_training_goes_on_with_compiled_layers_to_the_same_bits(tmp_path):
-    """The first half of the killed training computes activations again, which changes no bit either."""
     train_once(tmp_path / "whole", compile="on")
     with pytest.raises(Killed):
-        train_once(tmp_path / "killed", 7, compile="on", activation_checkpointing=True)
+        train_once(tmp_path / "killed", 7, compile="on")
     with pytest.raises(BadConfig, match="compiled: True -> False"):
         train_once(tmp_path / "killed", compile="off")
     train_once(
@@ -182,3 +181,11 @@ def test_a_killed_training_goes_on_with_compiled_layers_to_the_same_bits(tmp_pat
     assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
     train_once(tmp_path / "plain", compile="off")
     assert fingerprint(tmp_path / "plain") != fingerprint(tmp_path / "whole"), "nothing was compiled"
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.long
+def test_compiled_layers_that_compute_activations_again_have_the_same_bits(tmp_path):
+    train_once(tmp_path / "whole", compile="on")
+    train_once(tmp_path / "forgetful", compile="on", activation_checkpointing=True)
+    assert fingerprint(tmp_path / "forgetful") == fingerprint(tmp_path / "whole")
