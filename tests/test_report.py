@@ -28,7 +28,7 @@ from lib.report import plots
 from lib.report.data import ReportData
 from lib.report.html import build_report
 from lib.report.html_table import interval, table
-from lib.report.results import verdict
+from lib.report.results import results_html, verdict
 from lib.report.table import aligned, results_table, sampling_table
 from lib.runs import RunArgs, check_stage_name, inspect, load_manifest, score_stage
 
@@ -710,3 +710,22 @@ def test_one_group_alone_has_no_interval_and_the_tables_say_so():
     data.policies[0]["reference_nll"] = {"value": 1.0, "low": math.nan, "high": math.nan}
     parsed = Page(build_report(data))
     assert not parsed.problems and "± is half the width of one" in parsed.text
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_metric_without_a_value_is_shown_as_a_dash(nothing):
+    """AUROC of the critic where all fills are wrong: NaN while it is measured, None in a manifest."""
+    row = {
+        "model": "critic", "metric": "AUROC", "value": nothing, "low": nothing, "high": nothing, "baseline": "confidence",
+        "baseline_value": nothing, "lower_is_better": False, "beats_baseline": False,
+    }  # fmt: skip
+    assert "not significant" in results_html([row]) and "<td" in results_html([row])
+    assert results_table([row]).splitlines()[-1].split() == [
+        "critic",
+        "AUROC",
+        "-",
+        "-",
+        "confidence",
+        "-",
+        "NO",
+    ]

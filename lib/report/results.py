@@ -3,7 +3,7 @@
 from html import escape
 
 from lib.report.html_table import interval, table
-from lib.report.table import has_interval, interval_text
+from lib.report.table import has_interval, interval_text, value_text
 
 WORSE, NOT_SIGNIFICANT, BETTER = "worse", "not significant", "better"
 
@@ -29,10 +29,10 @@ def results_html(rows: list[dict]) -> str:
         [
             escape(row["model"]),
             escape(row["metric"]),
-            f"{row['value']:.3f}",
+            value_text(row["value"]),
             interval(interval_text(row, between=" – ")),
             escape(row["baseline"]),
-            f"{row['baseline_value']:.3f}",
+            value_text(row["baseline_value"]),
             f"<b>{found}</b>" if found == WORSE else found,
         ]
         for row, found in zip(rows, verdicts, strict=True)

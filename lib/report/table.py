@@ -31,6 +31,11 @@ def has_interval(estimate: Mapping[str, Any]) -> bool:
     return all(end is not None and end == end for end in (estimate["low"], estimate["high"]))
 
 
+def value_text(value: float | None) -> str:
+    """Three digits; `-` if there is no value, such as an AUROC where all tokens are wrong. Manifests hold None for NaN."""
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
 def interval_text(estimate: Mapping[str, Any], percent: bool = False, between: str = " .. ") -> str:
     """The ends of an estimate's interval; `-` if it has none."""
     if not has_interval(estimate):
@@ -54,10 +59,10 @@ def results_table(rows: list[dict]) -> str:
             (
                 row["model"],
                 row["metric"],
-                f"{row['value']:.3f}",
+                value_text(row["value"]),
                 interval_text(row),
                 row["baseline"],
-                f"{row['baseline_value']:.3f}",
+                value_text(row["baseline_value"]),
                 "yes" if row["beats_baseline"] else "NO",
             )
         )
