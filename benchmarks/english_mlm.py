@@ -34,7 +34,7 @@ class Training:
     batch: int
 
 
-FULL = Training(characters=28_000_000, layers=6, width=256, vocabulary=8192, steps=4000, batch=32)
+FULL = Training(characters=28_000_000, layers=6, width=256, vocabulary=8192, steps=1500, batch=32)
 QUICK = Training(characters=3_000_000, layers=2, width=128, vocabulary=1024, steps=700, batch=32)
 
 
@@ -63,6 +63,8 @@ def make(folder: Path, training: Training) -> Path:
         set_seed,
     )
 
+    from lib.runtime import has_native_bf16
+
     # 1. WordPiece, which keeps the case of letters
     lines = [" ".join(p.split()) for p in novels()[: training.characters].split("\n\n") if p.strip()]
     words = BertWordPieceTokenizer(lowercase=False)
@@ -84,6 +86,7 @@ def make(folder: Path, training: Training) -> Path:
 
     # 3. Train as BERT is trained, with more masks: a masked-diffusion model meets all ratios
     set_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=training.width, num_hidden_layers=training.layers,
         num_attention_heads=max(2, training.width // 64), intermediate_size=4 * training.width, max_position_embeddings=LENGTH,
@@ -93,8 +96,8 @@ def make(folder: Path, training: Training) -> Path:
     arguments = TrainingArguments(
         output_dir=str(place), max_steps=training.steps, per_device_train_batch_size=training.batch, learning_rate=1e-3,
         warmup_steps=training.steps // 20, lr_scheduler_type="linear", weight_decay=0.01, save_strategy="no",
-        logging_steps=max(1, training.steps // 20), report_to=[], seed=0, use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),
+        logging_steps=max(1, training.steps // 20), report_to=[], seed=0, use_cpu=device.type == "cpu",
+        bf16=has_native_bf16(device),
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator).train()
