@@ -7,12 +7,13 @@ injection. A seed is that of the critic, of the held-out texts and of the sample
     detection   AUROC of wrong tokens in fills of held-out novels, after 1 and 16 forward passes. Sticky masks cover 60 % of the
                 tokens. The baseline is the probability of each token when it was sampled
     samples     NLL under the run's reference model at the 4-gram entropy of real text, at equal NFE. All policies with the first
-                critic and the joint one, which has a generator of its own; two policies with each other critic
+                critic; two with each other critic, beside `ancestral` where the critic has a generator of its own
     infilling   share of correct tokens in the same sticky gaps
     cost        of the critic's head, and of the interface, in forward passes of the masked LM
 
 Everything is in OUT_DIR. What is trained or measured there is not done again, so an interrupted benchmark continues, and
---seeds and --critics measure a part.
+--seeds and --critics measure a part. Two processes with parts of their own share the work once one of them has trained the
+generator.
 
 python -m benchmarks.pretrained_critic OUT_DIR
 python -m benchmarks.pretrained_critic OUT_DIR --quick
@@ -81,7 +82,7 @@ class Size:
 
 
 SIZES = {
-    False: Size(FULL, 4_500_000, 126, (600, 1000, 600), 256, 100, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+    False: Size(FULL, 4_500_000, 62, (600, 1000, 400), 256, 64, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
                 (1, 2, 3), tuple(k + suffix for k in KINDS for suffix in LOOK_BACK)),
     True: Size(QUICK, 400_000, 62, (150, 150, 150), 100, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip
@@ -142,10 +143,10 @@ class Runs:
         return Trained(config, folder, Runtime.detect(config), seed)
 
     def measured(self, seed: int, name: str) -> dict[str, Any]:
-        """The figures of a critic. Measured once, unless the size of the benchmark has changed."""
+        """The figures of a critic. Measured once, unless the size of the benchmark or its masked LM has changed."""
         file = self.out / f"seed_{seed}" / f"{name.replace('+', '_')}.json"
-        size = json.loads(json.dumps(asdict(self.size)))
-        if file.exists() and (stored := json.loads(file.read_text()))["size"] == size:
+        of = {"size": json.loads(json.dumps(asdict(self.size))), "model": str(self.model)}
+        if file.exists() and (stored := json.loads(file.read_text())) | of == stored:
             return stored["figures"]
         trained = self.trained(seed, name)
         policies = policies_of(name, self.size.critics[0])
@@ -157,14 +158,15 @@ class Runs:
         if not name.startswith("joint") and "+" not in name:
             found["cost"] = cost(trained)
         file.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_json(file, {"size": size, "figures": found})
+        durable.write_json(file, of | {"figures": found})
         return found
 
 
 def policies_of(critic: str, first: str) -> tuple[str, ...]:
     """The policies that are measured with a critic. Frozen critics share their generator, so one of them has them all."""
-    alone = critic == first or critic.startswith("joint")
-    return (*WITHOUT_CRITIC, *WITH_CRITIC) if alone else SHORT
+    if critic == first:
+        return *WITHOUT_CRITIC, *WITH_CRITIC
+    return (AGAINST, *SHORT) if critic.startswith("joint") else SHORT
 
 
 # --------------------------------------------------------------------------------------------------- measurements
@@ -371,12 +373,15 @@ def main() -> None:
     result_files.add_out(parser)
     options = parser.parse_args()
     size = SIZES[options.quick]
+    critics = [name for name in size.critics if name in (options.critics or size.critics)]
+    if not critics:
+        parser.error(f"--quick measures {', '.join(size.critics)} only; choose one of them with --critics")
     options.folder.mkdir(parents=True, exist_ok=True)
     model = options.model or make(options.folder / "english_mlm", size.lm)
     figures = measure(
         Runs(options.folder, model.resolve(), size),
         options.seeds or size.seeds,
-        [name for name in size.critics if name in (options.critics or size.critics)],
+        critics,
     )
     result_files.write(
         options.out, "pretrained_critic_quick" if options.quick else "pretrained_critic", figures

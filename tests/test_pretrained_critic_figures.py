@@ -42,12 +42,9 @@ def test_differences_are_paired_by_seed():
         return row["value"]
 
     assert over_ancestral("head") == pytest.approx(-0.2)
-    assert over_ancestral("lora") == pytest.approx(
-        -0.3
-    )  # against that of the head: the generator is the same
-    assert over_ancestral("joint") == pytest.approx(
-        -1.0
-    )  # its generator is its own, and so is its ancestral row
+    # lora: against `ancestral` of the head, whose generator it shares. joint: against that of its own generator
+    assert over_ancestral("lora") == pytest.approx(-0.3)
+    assert over_ancestral("joint") == pytest.approx(-1.0)
     lead = result["lora"]["detection"]["16"]["over_head"]
     assert lead["value"] == pytest.approx(0.05) and lead["high"] - lead["low"] < 1e-9
     nll = result["head"]["samples"]["16"]["ancestral"]["nll"]
@@ -62,12 +59,25 @@ def test_a_seed_without_diverse_samples_leaves_no_mean():
 
 
 def test_critics_with_one_generator_measure_its_own_policies_once():
-    with_all = [name for name in SIZES[False].critics if "ancestral" in policies_of(name, "head")]
-    assert with_all == ["head", "joint", "joint+look_back"]
-    assert all("critic_origin" in policies_of(name, "head") for name in SIZES[False].critics)
+    """`ancestral` once per generator, the other policies without a critic once, and two policies with every critic."""
+    critics = SIZES[False].critics
+    assert [name for name in critics if "ancestral" in policies_of(name, "head")] == [
+        "head",
+        "joint",
+        "joint+look_back",
+    ]
+    assert [name for name in critics if "confidence_order" in policies_of(name, "head")] == ["head"]
+    assert all({"critic", "critic_origin"} <= set(policies_of(name, "head")) for name in critics)
 
 
-def test_what_was_measured_is_kept_until_the_size_changes(tmp_path, monkeypatch):
+def test_critics_that_the_quick_size_leaves_out_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pretrained_critic", str(tmp_path), "--quick", "--critics", "joint"])
+    with pytest.raises(SystemExit):
+        pretrained_critic.main()
+    assert "--quick measures head, head+look_back, lora only" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept_until_the_size_or_the_masked_lm_changes(tmp_path, monkeypatch):
     runs = Runs(tmp_path, tmp_path / "model", SIZES[True])
     trained = []
     monkeypatch.setattr(Runs, "trained", lambda self, seed, name: trained.append((seed, name)))
@@ -79,3 +89,5 @@ def test_what_was_measured_is_kept_until_the_size_changes(tmp_path, monkeypatch)
     more = dataclasses.replace(SIZES[True], samples=25)
     Runs(tmp_path, tmp_path / "model", more).measured(1, "head+look_back")
     assert len(trained) == 2
+    Runs(tmp_path, tmp_path / "other", more).measured(1, "head+look_back")
+    assert len(trained) == 3
