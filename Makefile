@@ -28,7 +28,7 @@ quick_test: $(STAMP)
 	@$(SETTINGS); REMASK_MAKE=1 $(BIN)/python -m lib.pipeline $(CONFIGS) "$$@" --quick_test --overwrite \
 	    --run_dir outputs/quick_test
 
-## Run all tests except those of the documented commands
+## Run all tests except the long ones and those of the documented commands
 test: $(STAMP)  # two processes of one thread each are faster than one of two
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not commands and not long"
 

@@ -98,7 +98,7 @@ def release_memory() -> None:
 
 @functools.cache
 def _keep_imports() -> None:
-    """Once, before the first model is made. Modules live to the end, so `release_memory` need not visit them: that takes a second."""
+    """Once, before the first model is made. Modules live to the end, so `release_memory` need not visit them each time."""
     gc.freeze()
 
 

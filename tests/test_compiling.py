@@ -20,13 +20,12 @@ from tests.trainings import TOKENS, Killed, context, fingerprint, settings, spli
 def compiler() -> Iterator[None]:
     """Skips a test where torch cannot compile. It takes seconds to find out, so only these tests ask.
 
-    The C++ compiler does not optimise: that takes a third of the time, and the code computes the same.
+    The C++ compiler does not optimise: code that runs for a moment need not be fast, and it computes the same.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
-        patch.setattr(
-            torch._inductor.config, "compile_threads", 1
-        )  # no processes that would import torch first
+        # No processes of a compiler of their own: each would import torch first
+        patch.setattr(torch._inductor.config, "compile_threads", 1)
         if not can_compile():
             pytest.skip("torch finds no C++ compiler here")
         yield

@@ -1,10 +1,12 @@
 """Pretrained masked LMs of other projects behind the interface of this project's models, in every stage."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ from tests.test_foreign import TOKENIZERS, make
 from tests.trainings import CPU, TOKENS, Killed, context, fingerprint, settings, splits, train_tiny
 
 LORA = AdapterConfig(rank=3, alpha=6.0, targets="all-linear")
-TEXT_LENGTH = 11
+TEXT_LENGTH, ROWS = 11, 64
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,16 @@ def started(opened: Any, mode: str = "language_model", adapter: Any = None, **ch
     return model.eval()
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def some_ids(opened: Any, rows: int, length: int = TEXT_LENGTH) -> torch.Tensor:
     known = np.setdiff1d(np.arange(num_ids(opened.tokenizer)), forbidden_ids(opened.tokenizer))
     return torch.from_numpy(np.random.default_rng(0).choice(known, (rows, length)))
@@ -94,20 +106,20 @@ def some_ids(opened: Any, rows: int, length: int = TEXT_LENGTH) -> torch.Tensor:
 def test_one_interface(kind, folders, tmp_path):
     """Logits are those of the model itself around its own special tokens, in any batch, with padding, saved and loaded."""
     opened = open_pretrained(settings_of(folders(kind)))
-    ids, size = some_ids(opened, 20), num_ids(opened.tokenizer)
+    ids, size = some_ids(opened, ROWS), num_ids(opened.tokenizer)
     plain, model = started(opened), started(opened, critic_layers=1)
     # 1. As the model itself, to the bit
     before, after = opened.values["prefix_ids"], opened.values["suffix_ids"]
-    row = torch.cat([torch.tensor([before] * 20).long(), ids, torch.tensor([after] * 20).long()], 1)
+    row = torch.cat([torch.tensor([before] * ROWS).long(), ids, torch.tensor([after] * ROWS).long()], 1)
     theirs = opened.model(input_ids=row).logits[:, len(before) : len(before) + TEXT_LENGTH, :size]
     assert torch.equal(plain(ids).logits, theirs)
-    assert plain(ids).logits.shape == (20, TEXT_LENGTH, size)
+    assert plain(ids).logits.shape == (ROWS, TEXT_LENGTH, size)
     # 2. The critic changes no logit, whichever head is asked for
     both = model(ids, head="both")
     assert torch.equal(both.logits, theirs) and torch.equal(model(ids).logits, theirs)
     critic = model(ids, head="critic")
     assert torch.equal(critic.logits, both.critic_logits) and critic.logits.shape == ids.shape
-    marked = model(ids, head="critic", conditioning_mask=torch.arange(TEXT_LENGTH).expand(20, -1) < 4)
+    marked = model(ids, head="critic", conditioning_mask=torch.arange(TEXT_LENGTH).expand(ROWS, -1) < 4)
     assert not torch.equal(marked.logits, critic.logits)
     assert torch.equal(model(ids).logits, theirs)  # the marks are gone
     # 3. Only where they are wanted; any batch
@@ -115,10 +127,16 @@ def test_one_interface(kind, folders, tmp_path):
     assert torch.equal(plain(ids, logits_at=where).logits, plain(ids[:2], logits_at=where).logits)
     torch.testing.assert_close(plain(ids, logits_at=where).logits, theirs.flatten(0, 1)[where])
     assert torch.equal(model(ids[3:4], head="critic").logits, critic.logits[3:4])
+    with threads(2):  # which split a product by its rows, so sums may be rounded in another order
+        alone = [model(ids[row : row + 1], head="both") for row in (0, 40)]
+        together = model(ids, head="both")
+    for row, one in zip((0, 40), alone, strict=True):
+        torch.testing.assert_close(one.logits[0], together.logits[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.critic_logits[0], together.critic_logits[row], rtol=1e-4, atol=1e-5)
     # 4. Padding changes nothing, and the special tokens come right behind the text
     pad = opened.tokenizer.pad_token_id
-    short = torch.cat([ids[:, :7], torch.full((20, 4), pad)], 1)
-    valid = torch.arange(TEXT_LENGTH).expand(20, -1) < 7
+    short = torch.cat([ids[:, :7], torch.full((ROWS, 4), pad)], 1)
+    valid = torch.arange(TEXT_LENGTH).expand(ROWS, -1) < 7
     torch.testing.assert_close(
         plain(short, valid).logits[:, :7], plain(ids[:, :7]).logits, rtol=1e-3, atol=1e-4
     )
@@ -206,7 +224,7 @@ def test_shifted_logits_are_those_of_the_position_before(folders):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "adapter"), [("bert", LORA), ("own_code", None)])
+@pytest.mark.parametrize(("kind", "adapter"), [("bert", LORA), *((kind, None) for kind in KINDS)])
 def test_killed_and_resumed_it_ends_with_the_same_bits(kind, adapter, folders, tmp_path):
     opened = open_pretrained(settings_of(folders(kind)))
 
@@ -482,13 +500,10 @@ def small_text(tmp_path_factory) -> Path:
 
 
 CORE = ("bert", "modernbert", "deberta_v2", "esm", "own_code")  # every kind of tokenizer and of head
-MORE = pytest.mark.skipif(
-    not os.environ.get("REMASK_ALL_FAMILIES"), reason="set REMASK_ALL_FAMILIES=1 to run all families"
-)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [k if k in CORE else pytest.param(k, marks=MORE) for k in KINDS])
+@pytest.mark.parametrize("kind", [k if k in CORE else pytest.param(k, marks=pytest.mark.long) for k in KINDS])
 def test_every_stage_runs(kind, folders, small_text, tmp_path):
     """Stages 00 to 06. The text is what its tokens say, and special tokens are neither masked nor generated."""
     run_dir = tmp_path / "run_001"

@@ -127,17 +127,8 @@ def test_a_divided_encoder_outlives_the_loss_of_a_process(trained, prepared):
 def test_torchrun_starts_the_processes(trained, prepared):
     run = copy_of(prepared["text", "fp32"], "torchrun")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [
-        *launcher,
-        "04_train.py",
-        *TEXT,
-        "--only",
-        "generator",
-        "--set",
-        "precision=fp32",
-        "--run_dir",
-        str(run),
-    ]
+    stage = ["04_train.py", *TEXT, "--only", "generator", "--set", "precision=fp32", "--run_dir", str(run)]
+    command = launcher + stage
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("04_train/generator: starting") == 1  # one process speaks

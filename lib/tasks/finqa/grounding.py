@@ -196,8 +196,8 @@ def _header_words(name: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _words_of(name: str) -> list[str]:
-    return _WORD.findall(_FOOTNOTE.sub(" ", _GLUED.sub(" ", CHARACTER_CODE.sub(" ", name))))
+def _words_of(name: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(_FOOTNOTE.sub(" ", _GLUED.sub(" ", CHARACTER_CODE.sub(" ", name)))))
 
 
 def _column_words(page: PageNumbers, column: int) -> list[str]:
@@ -219,7 +219,8 @@ def _row_words(name: str, page: PageNumbers, off_page: PageNumbers | None, budge
     return " ".join(name.split()), ", ".join(" ".join(n) for n in names if n) if short else ""
 
 
-@functools.lru_cache(maxsize=4096)  # the programs of a pool describe the same numbers again and again
+# The programs of a pool describe the same numbers again and again
+@functools.lru_cache(maxsize=4096)
 def _around(sentence: str, span: Span, budget: int) -> str:
     """Informative words close to the number, in the order of the sentence, then the year of the number.
 

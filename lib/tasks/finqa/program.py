@@ -91,10 +91,9 @@ def parse(program: str) -> list[Step]:
     return list(_parse(program))
 
 
-@functools.lru_cache(
-    maxsize=16384
-)  # a candidate is read several times: to run it, to describe it, to compare it
-def _parse(program: str) -> list[Step]:
+# A candidate is read several times: to run it, to describe it, to compare it
+@functools.lru_cache(maxsize=16384)
+def _parse(program: str) -> tuple[Step, ...]:
     if len(program) > MAX_CHARACTERS:
         raise ProgramError(f"the program has {len(program)} characters, more than {MAX_CHARACTERS}")
     tokens = [token for piece in program.split(", ") for token in _TOKEN.findall(piece)]
@@ -106,7 +105,7 @@ def _parse(program: str) -> list[Step]:
         if number == MAX_STEPS:
             raise ProgramError(f"the program has more than {MAX_STEPS} steps")
         steps.append(_parse_step(tokens[start : start + 4], number))
-    return steps
+    return tuple(steps)
 
 
 def _parse_step(tokens: list[str], number: int) -> Step:
