@@ -1,19 +1,18 @@
 """A critic on a frozen masked LM of another project: detection of wrong tokens, samples, cost.
 
 The masked LM is one that Hugging Face's own code trained on novels (benchmarks/english_mlm.py), or a folder. Stage 04 tunes it
-as a masked-diffusion model, once for all seeds. Stage 05 then trains each kind of critic on it, with and without look-back
-injection. A seed is that of the critic, of the held-out texts and of the samples.
+as a masked-diffusion model, once per seed. Stage 05 then trains each kind of critic on it, with and without look-back injection.
+A seed is that of the splits, of all trainings after the masked LM's own, of the held-out texts and of the samples.
 
     detection   AUROC of wrong tokens in fills of held-out novels, after 1 and 16 forward passes. Sticky masks cover 60 % of the
                 tokens. The baseline is the probability of each token when it was sampled
     samples     NLL under the run's reference model at the 4-gram entropy of real text, at equal NFE. All policies with the first
-                critic; two with each other critic, beside `ancestral` where the critic has a generator of its own
-    infilling   share of correct tokens in the same sticky gaps
+                critic. With each other critic two policies at the lowest NFE, beside `ancestral` if its generator is its own
+    infilling   share of correct tokens in the same sticky gaps, by the same policies
     cost        of the critic's head, and of the interface, in forward passes of the masked LM
 
 Everything is in OUT_DIR. What is trained or measured there is not done again, so an interrupted benchmark continues, and
---seeds and --critics measure a part. Two processes with parts of their own share the work once one of them has trained the
-generator.
+--seeds and --critics measure a part. Processes with seeds of their own share the work.
 
 python -m benchmarks.pretrained_critic OUT_DIR
 python -m benchmarks.pretrained_critic OUT_DIR --quick
@@ -48,7 +47,6 @@ from lib.runtime import Runtime
 
 BASE = ("00_check_data", "01_prepare_dataset", "04_train")
 CRITIC = "05_train_critic"
-BASE_SEED = 1
 LORA = {"rank": 16, "alpha": 32.0}
 KINDS: dict[str, dict[str, Any]] = {
     "head": {"coupling": "decoupled", "num_layers": 0},
@@ -82,7 +80,7 @@ class Size:
 
 
 SIZES = {
-    False: Size(FULL, 4_500_000, 62, (600, 1000, 400), 256, 64, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+    False: Size(FULL, 4_500_000, 62, (600, 1000, 200), 128, 64, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
                 (1, 2, 3), tuple(k + suffix for k in KINDS for suffix in LOOK_BACK)),
     True: Size(QUICK, 400_000, 62, (150, 150, 150), 100, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip
@@ -90,7 +88,7 @@ SIZES = {
 
 @dataclass
 class Runs:
-    """The runs of a benchmark: one base, and for each seed and critic a run beside it with a stage 05 of its own."""
+    """The runs of a benchmark: for each seed a base, and for each critic a run beside it with a stage 05 of its own."""
 
     out: Path
     model: Path
@@ -106,7 +104,8 @@ class Runs:
     def config(self, seed: int, name: str, critic: dict[str, Any]) -> Config:
         size = self.size
         generator, reference, of_critic = size.steps
-        training = {"batch_size": 16, "evaluate_every": max(20, of_critic // 4), "checkpoint_every": 10_000}
+        training = {"batch_size": 16, "evaluate_every": max(20, generator // 6), "checkpoint_every": 10_000}
+        twice = {"steps": of_critic, "evaluate_every": of_critic // 2, "evaluation_examples": 64}
         content = {
             "seed": seed,
             "pretrained": {"model": str(self.model), "adapter": "none"},
@@ -118,7 +117,7 @@ class Runs:
             "models": {"generator": {"start": "scratch", "training": {"steps": generator, "learning_rate": 0.0003}},
                        "reference_lm": {"training": {"steps": reference}},
                        "ar_baseline": None, "inspector": None, "judge": None, "ranker": None},
-            "critic": {"lora": None, "training": {"steps": of_critic, "learning_rate": 0.001}} | critic,
+            "critic": {"lora": None, "training": twice | {"learning_rate": 0.001}} | critic,
         }  # fmt: skip
         if critic.get("coupling") == "joint":
             content["critic"]["training"]["learning_rate"] = 0.0003
@@ -129,13 +128,13 @@ class Runs:
 
     def trained(self, seed: int, name: str) -> Trained:
         """A critic on the tuned masked LM. What does not exist yet is trained."""
-        base, folder = self.out / "base", self.out / f"seed_{seed}" / name.replace("+", "_")
+        base, folder = (self.out / f"seed_{seed}" / kind for kind in ("base", name.replace("+", "_")))
         for stage in BASE:
-            importlib.import_module(stage).main(self.config(BASE_SEED, "base", {}), RunArgs(run_dir=base))
+            importlib.import_module(stage).main(self.config(seed, "base", {}), RunArgs(run_dir=base))
         folder.mkdir(parents=True, exist_ok=True)
         for stage in BASE:
             if not (folder / stage).exists():
-                (folder / stage).symlink_to(Path("..", "..", "base", stage))
+                (folder / stage).symlink_to(Path("..", "base", stage))
         kind, _, look_back = name.partition("+")
         critic = KINDS[kind] | {"look_back": LOOK_BACK["+" + look_back if look_back else ""]}
         config = self.config(seed, name, critic)
@@ -149,11 +148,12 @@ class Runs:
         if file.exists() and (stored := json.loads(file.read_text())) | of == stored:
             return stored["figures"]
         trained = self.trained(seed, name)
-        policies = policies_of(name, self.size.critics[0])
+        first = self.size.critics[0]
+        policies, budgets = policies_of(name, first), self.size.nfe if name == first else self.size.nfe[:1]
         found = {
             "detection": detection(trained, self.size.texts),
-            "samples": samples(trained, policies, self.size),
-            "infilling": gaps(trained, policies, self.size),
+            "samples": samples(trained, policies, budgets, self.size),
+            "infilling": gaps(trained, policies, budgets, self.size.samples),
         }
         if not name.startswith("joint") and "+" not in name:
             found["cost"] = cost(trained)
@@ -186,13 +186,15 @@ def detection(trained: Trained, texts: int) -> dict[str, Any]:
     return found
 
 
-def samples(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, Any]:
+def samples(
+    trained: Trained, policies: tuple[str, ...], budgets: tuple[int, ...], size: Size
+) -> dict[str, Any]:
     """Policy -> NFE -> NLL per character at the 4-gram entropy of real text, and the passes that were counted."""
     real = metrics.ngram_entropy(characters(trained.texts(trained.held_out[: size.samples])), 4)
     found: dict[str, Any] = {"real": {"fourgram_entropy": real}}
     for policy in tqdm(policies, desc="samples", unit="policy"):
-        runs = unconditional(trained, policy, size.nfe, size.samples, size.temperatures)["runs"]
-        for nfe in size.nfe:
+        runs = unconditional(trained, policy, budgets, size.samples, size.temperatures)["runs"]
+        for nfe in budgets:
             points = [run for run in runs if run["nfe"] == nfe]
             if points:
                 found.setdefault(policy, {})[str(nfe)] = {
@@ -211,7 +213,7 @@ def samples(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str
     return found
 
 
-def gaps(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, Any]:
+def gaps(trained: Trained, policies: tuple[str, ...], budgets: tuple[int, ...], count: int) -> dict[str, Any]:
     """NFE -> policy -> share of correct tokens in sticky gaps of 60 % of held-out texts."""
     lines = {policy: (policy, {}) for policy in policies}
     return {
@@ -221,9 +223,9 @@ def gaps(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, A
                 "over_truth": row["reference_over_truth"],
                 "passes": row["passes"],
             }
-            for name, row in infilling(trained, MASKED_SHARE, nfe, lines, size.samples)["policies"].items()
+            for name, row in infilling(trained, MASKED_SHARE, nfe, lines, count)["policies"].items()
         }
-        for nfe in size.nfe
+        for nfe in budgets
     }
 
 
@@ -278,6 +280,7 @@ def means(found: dict[str, dict[str, Any]], first: str) -> dict[str, Any]:
         detection: passes -> AUROC of critic and stored confidence, their difference, and the difference to the first critic.
         samples: NFE -> policy -> NLL at the 4-gram entropy of real text, and its difference to `ancestral` on the same seeds.
         infilling: NFE -> policy -> share of correct tokens.
+        cost: of the head in forward passes, and speed through the interface, where they were measured.
     """
     result: dict[str, Any] = {}
     for name in next(iter(found.values())):
@@ -311,6 +314,7 @@ def means(found: dict[str, dict[str, Any]], first: str) -> dict[str, Any]:
                 nfe: {p: over_seeds([of["infilling"][nfe][p]["accuracy"] for of in own]) for p in policies}
                 for nfe, policies in own[0]["infilling"].items()
             },
+            "cost": {what: over_seeds([of["cost"][what] for of in own]) for what in own[0].get("cost", ())},
         }  # fmt: skip
     return result
 
