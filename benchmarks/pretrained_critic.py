@@ -80,9 +80,9 @@ class Size:
 
 
 SIZES = {
-    False: Size(FULL, 4_500_000, 62, (600, 1000, 200), 128, 64, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+    False: Size(FULL, 2_000_000, 62, (400, 800, 160), 128, 48, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
                 (1, 2, 3), tuple(k + suffix for k in KINDS for suffix in LOOK_BACK)),
-    True: Size(QUICK, 400_000, 62, (150, 150, 150), 100, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
+    True: Size(QUICK, 400_000, 62, (150, 150, 150), 64, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip
 
 
@@ -109,8 +109,8 @@ class Runs:
         content = {
             "seed": seed,
             "pretrained": {"model": str(self.model), "adapter": "none"},
-            "data": {"path": str(self.text()), "passage_characters": 1024, "block_characters": 16384,
-                     "fractions": {"train": 0.5, "held_out": 0.2, "reference": 0.3}},
+            "data": {"path": str(self.text()), "passage_characters": 1024, "block_characters": 4096,
+                     "fractions": {"train": 0.71, "held_out": 0.03, "reference": 0.26}, "selection_fraction": 0.03},
             "tokenizer": {"unknown": "unk"},
             "architecture": {"context": size.context},
             "training": training | {"learning_rate": 0.0003},
