@@ -35,7 +35,7 @@ class Training:
     batch: int
 
 
-FULL = Training(characters=28_000_000, layers=6, width=256, vocabulary=8192, steps=2000, batch=16)
+FULL = Training(characters=28_000_000, layers=6, width=256, vocabulary=512, steps=2400, batch=16)
 QUICK = Training(characters=3_000_000, layers=2, width=128, vocabulary=1024, steps=700, batch=32)
 
 

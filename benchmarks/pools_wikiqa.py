@@ -7,6 +7,8 @@ the dev file.
 sentence-transformers has three losses, and the one with the highest MAP of that other part is reported. The time is that of
 training steps, without evaluations, on the same machine. Differences are paired by question; intervals resample questions.
 
+The ranker with `full` attention is also exported: CrossEncoder reads the folder and scores the questions of the dev file.
+
 The folder has train.jsonl and dev.jsonl, or the same as .jsonl.xz.
 
 python -m benchmarks.pools_wikiqa /path/to/wikiqa --encoder /path/to/all-MiniLM-L6-v2           # about an hour on two cores
@@ -142,6 +144,33 @@ def scores_of_ours(run: Path, pools: list[dict[str, Any]], runtime: Runtime) -> 
     return [ranking.scores for ranking in found]
 
 
+def export_difference(
+    run: Path, folder: Path, pools: list[dict[str, Any]], device: torch.device
+) -> dict[str, float]:
+    """How far CrossEncoder's scores are from ours when it reads the exported ranker, in float32.
+
+    Texts that one of them would truncate are left out: the two truncate in different ways.
+
+    Returns:
+        pairs: how many were compared.
+        largest_difference: of two scores of a pair, relative to 1 + the largest score.
+    """
+    from sentence_transformers.cross_encoder import CrossEncoder  # pyright: ignore[reportMissingImports]
+
+    from lib.models.ranker_export import export_classifier
+
+    ranker = Ranker.load(run, runtime=Runtime(device, "fp32"))
+    whole = [p for p in pools if not any(ranker.shortened([p["prompt"]], [p["candidates"]]))]
+    export_classifier(ranker.model, folder, ranker.tokenizer)
+    ours = ranker.rank_all([p["prompt"] for p in whole], [p["candidates"] for p in whole])
+    expected = np.concatenate([ranking.scores for ranking in ours])
+    pairs = [(p["prompt"], c) for p in whole for c in p["candidates"]]
+    stock = CrossEncoder(str(folder), local_files_only=True, device=str(device))
+    found = np.asarray(stock.predict(pairs, batch_size=32, show_progress_bar=False))
+    largest = float(np.abs(found - expected).max() / (1 + np.abs(expected).max()))
+    return {"pairs": len(pairs), "largest_difference": largest}
+
+
 def train_peer(
     options: argparse.Namespace, run: Path, seed: int, loss_name: str
 ) -> tuple[float, float, dict[str, np.ndarray]]:
@@ -260,6 +289,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     runtime = Runtime(Runtime.detect(load_config()).device, "fp32")
     ours: dict[str, list] = {attention: [] for attention in options.attention}
     peers: dict[str, list] = {loss: [] for loss in options.losses}
+    exported = []
     for seed in range(1, options.seeds + 1):
         run = None
         for attention in options.attention:
@@ -271,6 +301,10 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             say(
                 f"seed {seed}, {attention}: MAP {np.nanmean(found['map']):.4f}, selection {chosen_by:.4f}, {seconds:.1f} s"
             )
+            if attention == "full" and options.losses:
+                exported.append(export_difference(run, work / f"exported_{seed}", dev, runtime.device))
+                say(f"seed {seed}, exported: scores of {exported[-1]['pairs']:,} pairs differ by at most "
+                    f"{exported[-1]['largest_difference']:.1e}")  # fmt: skip
         for loss in options.losses:
             assert run is not None
             peers[loss].append(train_peer(options, run, seed, loss))
@@ -293,6 +327,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "seeds": options.seeds,
         "epochs": options.epochs,
         "questions": options.questions,
+        "exported": exported,
     }
     head = ("model", "seconds", "MAP", "95 % interval", "MRR@10", "NDCG@10", "accuracy", "selection MAP")
     lines = [

@@ -49,9 +49,9 @@ BASE = ("00_check_data", "01_prepare_dataset", "04_train")
 CRITIC = "05_train_critic"
 LORA = {"rank": 16, "alpha": 32.0}
 KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"coupling": "decoupled", "num_layers": 0, "lora": LORA},
     "head": {"coupling": "decoupled", "num_layers": 0},
     "blocks": {"coupling": "decoupled", "num_layers": 2},
-    "lora": {"coupling": "decoupled", "num_layers": 0, "lora": LORA},
     "joint": {"coupling": "joint", "num_layers": 0},
 }
 LOOK_BACK = {"": 0.0, "+look_back": 0.25}
@@ -80,7 +80,7 @@ class Size:
 
 
 SIZES = {
-    False: Size(FULL, 2_000_000, 62, (400, 800, 160), 128, 48, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+    False: Size(FULL, 2_000_000, 62, (400, 800, 1000), 256, 48, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
                 (1, 2, 3), tuple(k + suffix for k in KINDS for suffix in LOOK_BACK)),
     True: Size(QUICK, 400_000, 62, (150, 150, 150), 64, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip

@@ -207,6 +207,30 @@ def test_the_critics_adapter_is_off_when_the_generator_generates(folders, tmp_pa
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "albert"])  # the embeddings of ALBERT are narrower than its states
+def test_a_linear_critic_compares_each_state_with_the_token_it_belongs_to(kind, folders):
+    """As the formula says, from the backbone's own states and embeddings."""
+    opened = open_pretrained(settings_of(folders(kind)))
+    ids = some_ids(opened, 4)
+    model = started(opened, critic_layers=0)
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + model.critic.eps).rsqrt()
+
+    before, after = (torch.tensor([opened.values[k]] * 4).long() for k in ("prefix_ids", "suffix_ids"))
+    output = opened.model(input_ids=torch.cat([before, ids, after], 1), output_hidden_states=True)
+    first = before.shape[1]
+    state = normalised(output.hidden_states[-1][:, first : first + TEXT_LENGTH])
+    token = normalised(opened.model.get_input_embeddings().weight[ids]) @ model.critic.own.weight.T
+    wanted = (state + state * token) @ model.critic.score.weight[0] + model.critic.score.bias
+    found = model(ids, head="critic").logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    model.critic.own.weight.zero_()  # where it starts: then the score is linear in the state
+    plain = state @ model.critic.score.weight[0] + model.critic.score.bias
+    torch.testing.assert_close(model(ids, head="critic").logits, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_shifted_logits_are_those_of_the_position_before(folders):
     folder = folders("own_code")
     plain = open_pretrained(settings_of(folder))

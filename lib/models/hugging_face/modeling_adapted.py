@@ -355,6 +355,7 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
             width = int(embeddings.weight.shape[1])
             self.critic.given = nn.Embedding(1, width)
             self.critic.given.initial_std = 0.0  # pyright: ignore[reportArgumentType]
+            self.critic.own = make_linear(width, config.hidden_size, bias=False, initial_std=0.0)
             if config.critic_rank is not None:
                 self.critic.lora = Adapters(self._base, config.critic_rank, config.critic_alpha)
                 self.critic.lora.is_on = False
@@ -404,7 +405,7 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
         if self.critic is not None and head != "lm":
             if head == "critic" or self.separate_critic_pass:
                 hidden = self._critic_pass(self.critic, framed, valid, conditioning_mask)
-            states = self._critic_states(self.critic, self.of_text(hidden, length), attention_mask)
+            states = self._critic_states(self.critic, self.of_text(hidden, length), input_ids, attention_mask)
             origin_logits = self.critic.origin_logits(states)
             if head == "both":
                 critic_logits = self.critic.score_rows(states.flatten(0, 1)).view(states.shape[:2])
@@ -440,11 +441,19 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
                 adapter.is_on = False
 
     def _critic_states(
-        self, critic: RemaskGptCritic, hidden: Tensor, attention_mask: Tensor | None
+        self, critic: RemaskGptCritic, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
-        """The critic's states (B, T, D) of the text's hidden states (B, T, D), which are normalised first."""
+        """The critic's states (B, T, D) of the text's hidden states (B, T, D), which are normalised first.
+
+        Each state is multiplied by a linear function of its token's embedding. So a linear score can tell whether the state
+        predicts the token, as the logits of the language model do. A sum of both could not, and a frozen backbone has no
+        other reason to compare them: it learned to predict hidden tokens.
+        """
         batch, length, _ = hidden.shape
         hidden = rms_norm(hidden, critic.eps)
+        embeddings: Any = self.get_input_embeddings()
+        token = rms_norm(F.embedding(input_ids, embeddings.weight), critic.eps)
+        hidden = hidden + hidden * critic.own(token)
         mask = None
         if attention_mask is not None:
             mask = unblock_empty_rows(expand_mask(attention_mask, batch, length, length), hidden.dtype)
