@@ -190,7 +190,7 @@ def _pretrained(f: Figures) -> str:
             )
     cost = first["cost"]
     parts.append(
-        f"the head takes {number(cost['critic']['value'], 1, percent=True)} of a forward pass; through the interface the model "
+        f"the critic ({name}) takes {number(cost['critic']['value'], 0, percent=True)} of a forward pass; through the interface the model "
         f"has {number(cost['interface']['value'], 2)} x its own speed"
     )
     return "; ".join(parts)
@@ -200,7 +200,7 @@ def _pretrained_detail(f: Figures) -> str:
     """Three tables: detection, likelihood of samples, infilling; a row per critic and policy."""
     detection, samples, gaps = [], [], []
     first = next(iter(f["means"]))
-    passes, nfe = (list(next(iter(f["means"].values()))[part]) for part in ("detection", "samples"))
+    numbers, nfe = (list(f["means"][first][part]) for part in ("detection", "samples"))
     for name, means in f["means"].items():
         detection.append([
             name,
@@ -215,7 +215,7 @@ def _pretrained_detail(f: Figures) -> str:
             gaps.append([f"`{policy}`", name, *(_or_dash(a, 1, percent=True) for a in accuracy)])
     heads = [
         f"{what}, {n}"
-        for n in passes
+        for n in numbers
         for what in ("critic", "confidence", "critic − confidence", f"critic − {first}")
     ]
     likelihoods = [f"{what}, {n}" for n in nfe for what in ("NLL", "minus ancestral")]
@@ -350,7 +350,7 @@ BENCHMARKS = (
         "Held-out documents, with thresholds chosen on the selection split. Intervals resample passages; an original and its rewritten "
         "version are one group. Text by another generator: passages that no stage has seen, rewritten by a generator of another size, "
         "seed, masking and temperature."),
-    Row("pretrained_critic", "a critic on a frozen ModernBERT that Hugging Face's Trainer made from novels", _pretrained, _pretrained_detail,
+    Row("pretrained_critic", "critics on a frozen ModernBERT that Hugging Face's Trainer made from novels", _pretrained, _pretrained_detail,
         "Means over seeds with intervals by Student's t; differences are paired. A seed is that of the critic, of the held-out texts "
         "and of the samples; the masked LM is the same. A dash: not measured, or in a seed samples are less diverse than real text at every temperature."),
     Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail,

@@ -9,7 +9,7 @@ A seed is that of the splits, of all trainings after the masked LM's own, of the
     samples     NLL under the run's reference model at the 4-gram entropy of real text, at equal NFE. All policies with the first
                 critic. With each other critic two policies at the lowest NFE, beside `ancestral` if its generator is its own
     infilling   share of correct tokens in the same sticky gaps, by the same policies
-    cost        of the critic's head, and of the interface, in forward passes of the masked LM
+    cost        of the critic, and of the interface, in forward passes of the masked LM
 
 Everything is in OUT_DIR. What is trained or measured there is not done again, so an interrupted benchmark continues, and
 --seeds and --critics measure a part. Processes with seeds of their own share the work.
