@@ -200,10 +200,7 @@ def samples(
                 found.setdefault(policy, {})[str(nfe)] = {
                     "passes": points[0]["passes"],
                     "at_entropy": {
-                        bound: at_entropy(
-                            [(p["fourgram_entropy"], p["reference_nll"][bound]) for p in points], real
-                        )
-                        for bound in ("value", "low", "high")
+                        bound: _at_entropy(points, bound, real) for bound in ("value", "low", "high")
                     },
                     "runs": [
                         {k: p[k] for k in ("temperature", "fourgram_entropy", "reference_nll")}
@@ -211,6 +208,12 @@ def samples(
                     ],
                 }
     return found
+
+
+def _at_entropy(points: Sequence[dict[str, Any]], bound: str, real: float) -> float | None:
+    """None if the samples are at no temperature as diverse as real text."""
+    found = at_entropy([(p["fourgram_entropy"], p["reference_nll"][bound]) for p in points], real)
+    return found if np.isfinite(found) else None
 
 
 def gaps(trained: Trained, policies: tuple[str, ...], budgets: tuple[int, ...], count: int) -> dict[str, Any]:
@@ -348,7 +351,7 @@ def _line(seed: int, name: str, found: dict[str, Any]) -> str:
         parts += [
             f"{policy} at NFE {nfe}: {row['at_entropy']['value']:.3f}"
             for nfe, row in by_nfe.items()
-            if policy != "real"
+            if policy != "real" and row["at_entropy"]["value"] is not None
         ]
     if "cost" in found:
         parts.append(

@@ -9,7 +9,7 @@ from benchmarks import pretrained_critic
 from benchmarks.pretrained_critic import SIZES, Runs, means, policies_of
 
 
-def measured(auroc: float, nll: dict[str, float]) -> dict:
+def measured(auroc: float, nll: dict[str, float | None]) -> dict:
     """What is stored of a critic, with one NFE."""
     views = {
         "critic": {"value": auroc},
@@ -51,11 +51,28 @@ def test_differences_are_paired_by_seed():
     assert nll["value"] == pytest.approx(1.5) and nll["low"] < 0 < nll["high"]
 
 
+@pytest.mark.parametrize("entropies, found", [((5.0, 7.0), 2.0), ((3.0, 5.0), None)])
+def test_samples_less_diverse_than_real_text_have_no_value(entropies, found):
+    points = [
+        {"fourgram_entropy": e, "reference_nll": {"value": nll}}
+        for e, nll in zip(entropies, (1.0, 3.0), strict=True)
+    ]
+    assert pretrained_critic._at_entropy(points, "value", 6.0) == found
+
+
 def test_a_seed_without_diverse_samples_leaves_no_mean():
     seeds = {"1": {"head": measured(0.7, {"ancestral": 1.0, "critic": 0.9})},
-             "2": {"head": measured(0.7, {"ancestral": 1.0, "critic": float("nan")})}}  # fmt: skip
+             "2": {"head": measured(0.7, {"ancestral": 1.0, "critic": None})}}  # fmt: skip
     row = means(seeds, "head")["head"]["samples"]["16"]["critic"]
     assert row == {"nll": None, "over_ancestral": None}
+    assert "critic at NFE" not in pretrained_critic._line(2, "head", with_intervals(seeds["2"]["head"]))
+
+
+def with_intervals(figures: dict) -> dict:
+    for views in figures["detection"].values():
+        for view in views.values():
+            view |= {"low": 0.0, "high": 1.0}
+    return figures
 
 
 def test_critics_with_one_generator_measure_its_own_policies_once():
