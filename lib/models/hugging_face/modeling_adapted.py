@@ -453,7 +453,7 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
         hidden = rms_norm(hidden, critic.eps)
         embeddings: Any = self.get_input_embeddings()
         token = rms_norm(F.embedding(input_ids, embeddings.weight), critic.eps)
-        hidden = hidden + hidden * critic.own(token)
+        hidden = hidden + hidden * cast(nn.Module, critic.own)(token)
         mask = None
         if attention_mask is not None:
             mask = unblock_empty_rows(expand_mask(attention_mask, batch, length, length), hidden.dtype)
