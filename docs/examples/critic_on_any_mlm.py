@@ -1,4 +1,4 @@
-"""Put a critic on any masked LM: `python docs/examples/critic_on_any_mlm.py FOLDER_OR_HUB_NAME`."""
+"""Put a critic on any masked LM: `python -m docs.examples.critic_on_any_mlm FOLDER_OR_HUB_NAME`."""
 
 import pydoc_data.topics
 import sys
