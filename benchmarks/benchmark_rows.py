@@ -182,7 +182,7 @@ def _pretrained(f: Figures) -> str:
             for policy, row in means["samples"].get(nfe, {}).items()
             if row["nll"] is not None
         }
-        if ancestral := rows.get(("ancestral", name)):
+        if len(rows) > 1 and (ancestral := rows.get(("ancestral", name))):
             policy, critic = min(rows, key=lambda key: rows[key]["value"])
             parts.append(
                 f"lowest NLL with {nfe} forward passes: `{policy}` ({critic}) {full(rows[policy, critic])}, "
@@ -351,8 +351,9 @@ BENCHMARKS = (
         "version are one group. Text by another generator: passages that no stage has seen, rewritten by a generator of another size, "
         "seed, masking and temperature."),
     Row("pretrained_critic", "critics on a frozen ModernBERT that Hugging Face's Trainer made from novels", _pretrained, _pretrained_detail,
-        "Means over seeds with intervals by Student's t; differences are paired. A seed is that of the critic, of the held-out texts "
-        "and of the samples; the masked LM is the same. A dash: not measured, or in a seed samples are less diverse than real text at every temperature."),
+        "Means over seeds with intervals by Student's t; differences are paired. A seed is that of the splits, of the generator's tuning, of the "
+        "critic and of the samples; the masked LM is the same. The critics that were measured are those in the table. A dash: in a seed, samples "
+        "are less diverse than real text at every temperature. At equal NFE a critic with an adapter (lora) has half of the rounds."),
     Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail,
         "`continuous` trains on the bound itself. `random` draws all mask ratios from the start, with equal weights of masked "
         "tokens in a row. The last column has the steps at which phases joined, for each seed."),

@@ -105,7 +105,7 @@ class Runs:
         size = self.size
         generator, reference, of_critic = size.steps
         training = {"batch_size": 16, "evaluate_every": max(20, generator // 6), "checkpoint_every": 10_000}
-        twice = {"steps": of_critic, "evaluate_every": of_critic // 2, "evaluation_examples": 64}
+        schedule = {"steps": of_critic, "evaluate_every": of_critic // 2, "evaluation_examples": 64}
         content = {
             "seed": seed,
             "pretrained": {"model": str(self.model), "adapter": "none"},
@@ -117,7 +117,7 @@ class Runs:
             "models": {"generator": {"start": "scratch", "training": {"steps": generator, "learning_rate": 0.0003}},
                        "reference_lm": {"training": {"steps": reference}},
                        "ar_baseline": None, "inspector": None, "judge": None, "ranker": None},
-            "critic": {"lora": None, "training": twice | {"learning_rate": 0.001}} | critic,
+            "critic": {"lora": None, "training": schedule | {"learning_rate": 0.001}} | critic,
         }  # fmt: skip
         if critic.get("coupling") == "joint":
             content["critic"]["training"]["learning_rate"] = 0.0003
