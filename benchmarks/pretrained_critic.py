@@ -7,7 +7,7 @@ A seed is that of the splits, of all trainings after the masked LM's own, of the
     detection   AUROC of wrong tokens in fills of held-out novels, after 1 and 16 forward passes. Sticky masks cover 60 % of the
                 tokens. The baseline is the probability of each token when it was sampled
     samples     NLL under the run's reference model at the 4-gram entropy of real text, at equal NFE. All policies with the first
-                critic. With each other critic two policies at the lowest NFE, beside `ancestral` if its generator is its own
+                critic. Two policies with each other critic, beside `ancestral` if its generator is its own
     infilling   share of correct tokens in the same sticky gaps, by the same policies
     cost        of the critic, and of the interface, in forward passes of the masked LM
 
@@ -49,9 +49,9 @@ BASE = ("00_check_data", "01_prepare_dataset", "04_train")
 CRITIC = "05_train_critic"
 LORA = {"rank": 16, "alpha": 32.0}
 KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"coupling": "decoupled", "num_layers": 0, "lora": LORA},
     "head": {"coupling": "decoupled", "num_layers": 0},
     "blocks": {"coupling": "decoupled", "num_layers": 2},
+    "lora": {"coupling": "decoupled", "num_layers": 0, "lora": LORA},
     "joint": {"coupling": "joint", "num_layers": 0},
 }
 LOOK_BACK = {"": 0.0, "+look_back": 0.25}
@@ -80,8 +80,8 @@ class Size:
 
 
 SIZES = {
-    False: Size(FULL, 2_000_000, 62, (400, 800, 1000), 256, 48, (16, 32), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
-                (1, 2, 3), tuple(k + suffix for k in KINDS for suffix in LOOK_BACK)),
+    False: Size(FULL, 2_000_000, 62, (400, 800, 1000), 256, 48, (16, 32), tuple(t / 10 for t in range(4, 15)),
+                (1, 2, 3), tuple(k + suffix for suffix in LOOK_BACK for k in KINDS)),
     True: Size(QUICK, 400_000, 62, (150, 150, 150), 64, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip
 
@@ -120,7 +120,9 @@ class Runs:
             "critic": {"lora": None, "training": schedule | {"learning_rate": 0.001}} | critic,
         }  # fmt: skip
         if critic.get("coupling") == "joint":
-            content["critic"]["training"]["learning_rate"] = 0.0003
+            # A step takes twice as long, and the generator has learned already
+            half = {"steps": of_critic // 2, "evaluate_every": of_critic // 4}
+            content["critic"]["training"] |= half | {"learning_rate": 0.0003}
         file = self.out / "configs" / f"{name}_{seed}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         durable.write_text(file, yaml.safe_dump(json.loads(json.dumps(content))))
@@ -149,11 +151,11 @@ class Runs:
             return stored["figures"]
         trained = self.trained(seed, name)
         first = self.size.critics[0]
-        policies, budgets = policies_of(name, first), self.size.nfe if name == first else self.size.nfe[:1]
+        policies = policies_of(name, first)
         found = {
             "detection": detection(trained, self.size.texts),
-            "samples": samples(trained, policies, budgets, self.size),
-            "infilling": gaps(trained, policies, budgets, self.size.samples),
+            "samples": samples(trained, policies, self.size),
+            "infilling": gaps(trained, policies, self.size),
         }
         if not name.startswith("joint") and "+" not in name:
             found["cost"] = cost(trained)
@@ -186,15 +188,13 @@ def detection(trained: Trained, texts: int) -> dict[str, Any]:
     return found
 
 
-def samples(
-    trained: Trained, policies: tuple[str, ...], budgets: tuple[int, ...], size: Size
-) -> dict[str, Any]:
+def samples(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, Any]:
     """Policy -> NFE -> NLL per character at the 4-gram entropy of real text, and the passes that were counted."""
     real = metrics.ngram_entropy(characters(trained.texts(trained.held_out[: size.samples])), 4)
     found: dict[str, Any] = {"real": {"fourgram_entropy": real}}
     for policy in tqdm(policies, desc="samples", unit="policy"):
-        runs = unconditional(trained, policy, budgets, size.samples, size.temperatures)["runs"]
-        for nfe in budgets:
+        runs = unconditional(trained, policy, size.nfe, size.samples, size.temperatures)["runs"]
+        for nfe in size.nfe:
             points = [run for run in runs if run["nfe"] == nfe]
             if points:
                 found.setdefault(policy, {})[str(nfe)] = {
@@ -216,7 +216,7 @@ def _at_entropy(points: Sequence[dict[str, Any]], bound: str, real: float) -> fl
     return found if np.isfinite(found) else None
 
 
-def gaps(trained: Trained, policies: tuple[str, ...], budgets: tuple[int, ...], count: int) -> dict[str, Any]:
+def gaps(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, Any]:
     """NFE -> policy -> share of correct tokens in sticky gaps of 60 % of held-out texts."""
     lines = {policy: (policy, {}) for policy in policies}
     return {
@@ -226,9 +226,9 @@ def gaps(trained: Trained, policies: tuple[str, ...], budgets: tuple[int, ...], 
                 "over_truth": row["reference_over_truth"],
                 "passes": row["passes"],
             }
-            for name, row in infilling(trained, MASKED_SHARE, nfe, lines, count)["policies"].items()
+            for name, row in infilling(trained, MASKED_SHARE, nfe, lines, size.samples)["policies"].items()
         }
-        for nfe in budgets
+        for nfe in size.nfe
     }
 
 

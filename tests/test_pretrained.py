@@ -35,6 +35,7 @@ from lib.models.build import (
 from lib.models.pretrained import _config_of, open_pretrained
 from lib.models.pretrained_tokenizer import open_tokenizer
 from lib.outside import refuse_unnamed_pretrained
+from lib.sections.critic import CriticConfig
 from lib.sections.pretrained import AdapterConfig
 from lib.tokenization import (
     decode_batch,
@@ -44,12 +45,14 @@ from lib.tokenization import (
     load_tokenizer,
     num_ids,
 )
+from lib.training.critic_setup import critic_heads
 from lib.training.objectives.language_model import MaskedDiffusion
 from tests.conftest import manifest_of, run_stages
 from tests.pretrained_folders import KINDS, masked_lm_folder, settings_of
 from tests.test_foreign import TOKENIZERS, make
 from tests.trainings import CPU, TOKENS, Killed, context, fingerprint, settings, splits, train_tiny
 
+ROOT = Path(__file__).parents[1]
 LORA = AdapterConfig(rank=3, alpha=6.0, targets="all-linear")
 TEXT_LENGTH, ROWS = 11, 64
 
@@ -229,6 +232,36 @@ def test_a_linear_critic_compares_each_state_with_the_token_it_belongs_to(kind, 
     model.critic.own.weight.zero_()  # where it starts: then the score is linear in the state
     plain = state @ model.critic.score.weight[0] + model.critic.score.bias
     torch.testing.assert_close(model(ids, head="critic").logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mark", ["embeddings", "states"])
+def test_the_mark_of_known_tokens_is_added_before_or_behind_the_backbone(mark, folders):
+    """Behind it, no other token notices; before it, all do. Either way the marked tokens do, and the vector starts at zero."""
+    opened = open_pretrained(settings_of(folders("albert")))  # whose embeddings are narrower than its states
+    ids, marked = some_ids(opened, 3), torch.arange(TEXT_LENGTH).expand(3, -1) < 4
+    model = started(opened, critic_layers=0, critic_mark=mark)
+    model.critic.given.weight.zero_()  # where it starts
+    plain = model(ids, head="critic").logits
+    assert torch.equal(model(ids, head="critic", conditioning_mask=marked).logits, plain)
+    model.critic.given.weight.normal_()
+    found = model(ids, head="critic", conditioning_mask=marked).logits
+    assert (found[marked] != plain[marked]).all()
+    assert (found[~marked] == plain[~marked]).all() == (mark == "states")
+    if mark == "states":
+        more = (model.critic.given.weight[0] * model.critic.score.weight[0]).sum()
+        torch.testing.assert_close(found[marked], plain[marked] + more, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("coupling", "lora", "mark"),
+    [("decoupled", None, "states"), ("decoupled", {"rank": 2}, "embeddings"), ("joint", None, "embeddings")],
+)
+def test_only_a_frozen_backbone_is_marked_behind(coupling, lora, mark):
+    config = load_config([ROOT / "configs/pretrained.yaml"], overrides=["pretrained.model=/nowhere"])
+    critic = CriticConfig.model_validate(config.critic.model_dump() | {"coupling": coupling, "lora": lora})
+    heads = critic_heads(critic, config.models["generator"])
+    assert heads.get("critic_mark", "embeddings") == mark
 
 
 def test_shifted_logits_are_those_of_the_position_before(folders):

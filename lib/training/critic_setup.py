@@ -55,7 +55,8 @@ def critic_heads(critic: CriticConfig, spec: ModelSpec) -> dict[str, Any]:
     """The config keys of a critic. Raises BadConfig for adapters that the generator cannot have."""
     heads: dict[str, Any] = {"critic_layers": critic.num_layers}
     if critic.lora is None:
-        return heads
+        frozen = spec.architecture.family == PRETRAINED and critic.coupling == "decoupled"
+        return heads | ({"critic_mark": "states"} if frozen else {})
     if spec.architecture.family != PRETRAINED or critic.coupling != "decoupled":
         raise BadConfig(
             f"critic.lora is for a frozen pretrained backbone, but the generator's family is {spec.architecture.family} and "

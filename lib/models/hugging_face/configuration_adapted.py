@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from .shared_configuration import SCORE_ACTIVATIONS, ConfigProblems, refuse_unknown_keys
 
 HEADS = ("separate", "whole")
+MARKS = ("embeddings", "states")
 
 
 # trf-ignore: TRF010  (check() refuses more than types, all problems at once)
@@ -36,6 +37,8 @@ class AdaptedConfig(PreTrainedConfig):
         adapter_targets: "all-linear", or endings of layer names separated by commas.
         critic_layers: None for no critic head; n >= 0 for n transformer blocks and two linear layers with one output.
         critic_rank, critic_alpha: LoRA on the backbone that only the critic's own forward pass uses; rank None: none.
+        critic_mark: what the critic's mark of conditioning tokens is added to. "embeddings": the input of the backbone.
+            "states": its hidden states, for a frozen backbone, which has not learned what a mark in its input means.
         score_activation: "none", or "sigmoid" for a sequence head with one label whose score lies in [0, 1].
 
     Raises:
@@ -68,6 +71,7 @@ class AdaptedConfig(PreTrainedConfig):
         critic_layers: int | None = None,
         critic_rank: int | None = None,
         critic_alpha: float = 32.0,
+        critic_mark: str = "embeddings",
         score_activation: str = "none",
         **kwargs,
     ):
@@ -94,6 +98,7 @@ class AdaptedConfig(PreTrainedConfig):
         self.critic_layers = critic_layers
         self.critic_rank = critic_rank
         self.critic_alpha = critic_alpha
+        self.critic_mark = critic_mark
         self.score_activation = score_activation
         self.check()
         super().__init__(**kwargs)
@@ -114,6 +119,7 @@ class AdaptedConfig(PreTrainedConfig):
             f"backbone must be a config with a model_type, got {self.backbone!r}",
         )
         problems.choice("lm_head", HEADS)
+        problems.choice("critic_mark", MARKS)
         problems.choice("score_activation", SCORE_ACTIVATIONS)
         problems.probabilities("dropout")
         problems.critic_layers()

@@ -39,6 +39,7 @@ from .shared_configuration import require_token_classes, sequence_config
 from .shared_modeling import (
     MaskedLMOutputWithCritic,
     TokenHead,
+    add_conditioning,
     check_head,
     class_loss,
     error_loss,
@@ -49,7 +50,7 @@ from .shared_modeling import (
 )
 
 # The linter of transformers asks which published checkpoints take each side of a branch. These keys choose modes.
-# trf-ignore: TRF041 lm_head, critic_layers, critic_rank, adapter_rank, score_activation, shift_logits, backbone_class, backbone_config_class, prefix_ids
+# trf-ignore: TRF041 lm_head, critic_layers, critic_rank, critic_mark, adapter_rank, score_activation, shift_logits, backbone_class, backbone_config_class, prefix_ids
 EVERY_LINEAR = "all-linear"
 MAX_HEAD_DIM = 64  # of the attention in the critic's blocks
 
@@ -353,7 +354,8 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
             self.critic = RemaskGptCritic(_critic_config(config))
             embeddings: Any = self.get_input_embeddings()
             width = int(embeddings.weight.shape[1])
-            self.critic.given = nn.Embedding(1, width)
+            self._marks_states = config.critic_mark == "states"
+            self.critic.given = nn.Embedding(1, config.hidden_size if self._marks_states else width)
             self.critic.given.initial_std = 0.0  # pyright: ignore[reportArgumentType]
             self.critic.own = make_linear(width, config.hidden_size, bias=False, initial_std=0.0)
             if config.critic_rank is not None:
@@ -403,9 +405,12 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
         # 2. The critic: from the same hidden states, unless its adapter or its conditioning changes them
         critic_logits = origin_logits = None
         if self.critic is not None and head != "lm":
+            before, after = (None, conditioning_mask) if self._marks_states else (conditioning_mask, None)
             if head == "critic" or self.separate_critic_pass:
-                hidden = self._critic_pass(self.critic, framed, valid, conditioning_mask)
-            states = self._critic_states(self.critic, self.of_text(hidden, length), input_ids, attention_mask)
+                hidden = self._critic_pass(self.critic, framed, valid, before)
+            states = self._critic_states(
+                self.critic, self.of_text(hidden, length), input_ids, attention_mask, after
+            )
             origin_logits = self.critic.origin_logits(states)
             if head == "both":
                 critic_logits = self.critic.score_rows(states.flatten(0, 1)).view(states.shape[:2])
@@ -427,23 +432,30 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
         return logits[..., : self.config.vocab_size]
 
     def _critic_pass(
-        self, critic: RemaskGptCritic, framed: Tensor, valid: Tensor | None, conditioning_mask: Tensor | None
+        self, critic: RemaskGptCritic, framed: Tensor, valid: Tensor | None, marked: Tensor | None
     ) -> Tensor:
-        """Hidden states (B, F, D) for the critic, with its adapter and the conditioning tokens marked."""
+        """Hidden states (B, F, D) for the critic, with its adapter. The mark is added to the embeddings of `marked` (B, T)."""
         adapter: Any = critic.lora if self.separate_critic_pass else None
         try:
             if adapter is not None:
                 adapter.is_on = True
-            with self._added_to_embeddings(conditioning_mask, critic.given.weight):
+            with self._added_to_embeddings(marked, critic.given.weight):
                 return self.states(framed, valid)[0]
         finally:
             if adapter is not None:
                 adapter.is_on = False
 
     def _critic_states(
-        self, critic: RemaskGptCritic, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+        self,
+        critic: RemaskGptCritic,
+        hidden: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        marked: Tensor | None,
     ) -> Tensor:
         """The critic's states (B, T, D) of the text's hidden states (B, T, D), which are normalised first.
+
+        The mark is added to the states of `marked` (B, T).
 
         Each state is multiplied by a linear function of its token's embedding. So a linear score can tell whether the state
         predicts the token, as the logits of the language model do. A sum of both could not, and a frozen backbone has no
@@ -454,6 +466,8 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
         embeddings: Any = self.get_input_embeddings()
         token = rms_norm(F.embedding(input_ids, embeddings.weight), critic.eps)
         hidden = hidden + hidden * cast(nn.Module, critic.own)(token)
+        if marked is not None:
+            hidden = add_conditioning(hidden, marked, critic.given.weight)
         mask = None
         if attention_mask is not None:
             mask = unblock_empty_rows(expand_mask(attention_mask, batch, length, length), hidden.dtype)
