@@ -37,8 +37,8 @@ class AdaptedConfig(PreTrainedConfig):
         adapter_targets: "all-linear", or endings of layer names separated by commas.
         critic_layers: None for no critic head; n >= 0 for n transformer blocks and two linear layers with one output.
         critic_rank, critic_alpha: LoRA on the backbone that only the critic's own forward pass uses; rank None: none.
-        critic_mark: what the critic's mark of conditioning tokens is added to. "embeddings": the input of the backbone.
-            "states": its hidden states, for a frozen backbone, which has not learned what a mark in its input means.
+        critic_mark: where the critic marks conditioning tokens. "embeddings": in the input of the backbone. "states": in its
+            hidden states, for a frozen backbone. It has not learned what a mark in its input means.
         score_activation: "none", or "sigmoid" for a sequence head with one label whose score lies in [0, 1].
 
     Raises:
