@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from lib import durable
+from lib import durable, own_code
 from lib.errors import BadConfig, MissingInput, UsageError, did_you_mean
 from lib.labels import class_names
 from lib.sections.base import Section
@@ -292,6 +292,8 @@ def _validate(merged: dict, where: dict) -> Config:
         if lines := [_at(path, where) + f"{'.'.join(path)} is true or false: give a number or a text"
                      for path in _booleans_as_numbers(merged, config.model_dump(), ())]:  # fmt: skip
             raise BadConfig("the config is wrong:\n  " + "\n  ".join(lines))
+        if config.pretrained.code_sha256 is not None:
+            own_code.allow(config.pretrained.code_sha256)
         return config
     except ValidationError as error:
         problems, given = error.errors(), merged.get("models")

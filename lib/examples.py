@@ -4,6 +4,7 @@ To cut documents takes one pass in order, since repeated text and splits depend 
 of every part to a folder, which is removed when the stage is complete. Tokenizing takes longer, and its parts are independent.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -105,9 +106,10 @@ class ExampleWork:
         if self.config.pretrained.model is not None:
             known = as_written(tokenizer, texts, ids, self.config.pretrained.text)
             counters.rewritten = sum(a != b for a, b in zip(texts, known, strict=True))
-            place = examples.schema.get_field_index("target")
-            column = pa.array(known, examples.schema.field(place).type)
-            examples = examples.set_column(place, examples.schema.field(place), column)
+            if self.config.data.spans_key is not None:
+                records = spans_as_written(tokenizer, examples["record"].to_pylist(), texts, known)
+                examples = _with(examples, "record", records)
+            examples = _with(examples, "target", known)
         position = schema.EXAMPLES.arrow.names.index("token_ids")
         column = pa.array(ids, schema.EXAMPLES.arrow.field("token_ids").type)
         table = examples.add_column(position, schema.EXAMPLES.arrow.field("token_ids"), column)
@@ -117,6 +119,13 @@ class ExampleWork:
             counters.add(table)
             counters.drop(dropped["reason"].to_pylist())
             part.counters = counters.state()
+
+
+def _with(table: pa.Table, name: str, values: list) -> pa.Table:
+    place = table.schema.get_field_index(name)
+    return table.set_column(
+        place, table.schema.field(place), pa.array(values, table.schema.field(place).type)
+    )
 
 
 def as_written(tokenizer: Any, texts: list[str], ids: list, policy: str) -> list[str]:
@@ -145,6 +154,41 @@ def as_written(tokenizer: Any, texts: list[str], ids: list, policy: str) -> list
             "writes it, or give a model with a tokenizer that keeps them, such as byte-level BPE"
         )
     return written
+
+
+def spans_as_written(
+    tokenizer: Any, records: list[str | None], texts: list[str], written: list[str]
+) -> list[str | None]:
+    """The records of passages that are stored as their tokens are decoded, with the spans on the stored text.
+
+    A span covers the tokens of which it covered a character.
+
+    Raises:
+        BadData: the stored text of a passage with spans has other tokens.
+    """
+    result = list(records)
+    for i, (record, before, after) in enumerate(zip(records, texts, written, strict=True)):
+        if record is None or before == after or not (content := json.loads(record)).get("spans"):
+            continue
+        coded = tokenizer(
+            [before, after], add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        if coded["input_ids"][0] != coded["input_ids"][1]:
+            raise BadData(
+                f"pretrained.text=normalise stores the passage {before[:80]!r} as {after[:80]!r}, which has other tokens, so its spans "
+                "(data.spans_key) have no place there; leave the row out, or give a model whose tokenizer keeps all characters"
+            )
+        old, new = coded["offset_mapping"]
+        spans, free = [], 0  # free: characters before it belong to the span before
+        for start, end, kind in content["spans"]:
+            covered = [
+                n for (a, b), n in zip(old, new, strict=True) if a < end and b > start and n[0] >= free
+            ]
+            if covered:
+                free = covered[-1][1]
+                spans.append([covered[0][0], free, kind])
+        result[i] = json.dumps(content | {"spans": spans})
+    return result
 
 
 def _lost_characters(changed: list[tuple[str, str]]) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from lib.config import load_config
 from lib.models.build import make_model, model_config, save_model
-from lib.models.pretrained import code_digest
+from lib.own_code import hashes_of, version_of
 from lib.sections.pretrained import PretrainedConfig
 from lib.tokenization import train_tokenizer
 from tests.test_foreign import FAMILIES, LETTERS, SIGNS, WORDS, make, save
@@ -128,6 +128,6 @@ def masked_lm_folder(kind: str, folder: Path, positions: int = 96) -> Path:
 
 def settings_of(folder: Path, **changes: Any) -> PretrainedConfig:
     """The section `pretrained` for a folder. Code in it is allowed."""
-    digest = code_digest(folder) if (folder / "modeling_tiny_diffusion.py").exists() else None
+    digest = version_of(hashes_of(folder)) if (folder / "modeling_tiny_diffusion.py").exists() else None
     base = load_config().pretrained.model_dump()
     return PretrainedConfig.model_validate(base | {"model": str(folder), "code_sha256": digest} | changes)

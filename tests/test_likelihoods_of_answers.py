@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.errors import BadConfig
+from lib.errors import BadConfig, BadData
 from lib.evaluation.likelihoods import LikelihoodEstimator, Request
 from lib.evaluation.lm_eval import Harness, as_lm, run
 from tests.pretrained_folders import masked_lm_folder
@@ -99,6 +99,24 @@ def test_a_request_depends_on_no_other():
         list(estimator(draws=1).estimate(requests))
 
 
+def test_an_answer_that_the_model_cannot_read_is_refused():
+    with pytest.raises(BadData, match="an answer has 40 tokens, but the model reads 32 at most"):
+        list(estimator(draws=2).estimate([Request(PROMPT, np.ones(40, np.int64), 0)]))
+
+
+def test_a_document_is_the_sum_of_its_windows(tmp_path):
+    """No token is left out: lm-eval divides by all words of a document."""
+    harness = Harness.open(str(masked_lm_folder("bert", tmp_path)), draws=4)
+    harness.context = 5
+    words = ["the", "quick", "fox", "jumps", "over", "the", "lazy", "dog"]
+    (whole,) = harness.of_documents([" ".join(words)])
+    assert len(harness._encode("", " ".join(words))[1]) == len(words)  # one token each
+    harness.context = 50
+    alone = harness.of_documents([" ".join(words[:5]), " ".join(words[5:])])
+    assert whole == pytest.approx(sum(alone), rel=1e-5)
+    assert len(harness.standard_errors) == 4
+
+
 @pytest.mark.slow
 def test_lm_eval_runs_a_task_file(tmp_path):
     pytest.importorskip("lm_eval", reason="needs lm-eval")
@@ -117,7 +135,7 @@ def test_lm_eval_runs_a_task_file(tmp_path):
         f"task: writes\n{files}output_type: generate_until\ndoc_to_text: q\ndoc_to_target: q\n"
         "generation_kwargs: {until: [' '], max_gen_toks: 6}\nmetric_list:\n  - metric: exact_match\n"
     )
-    options = argparse.Namespace(model=str(folder), tasks=["choices", "writes"], include_path=tmp_path, limit=None, num_fewshot=0,
+    options = argparse.Namespace(model=str(folder), settings=["pretrained.mask_token=[MASK]"], tasks=["choices", "writes"], include_path=tmp_path, limit=None, num_fewshot=0,
                                  draws=4, seed=0, policy="confidence_order", block_tokens=4)  # fmt: skip
     found = run(options)
     assert found["likelihoods"]["likelihoods"] == 8 and 0 <= found["results"]["choices"]["acc,none"] <= 1

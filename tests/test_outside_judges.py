@@ -1,5 +1,7 @@
 """Judges from outside a run: a causal LM, a trigram model, MAUVE."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,19 @@ def test_nats_of_a_causal_lm_are_its_own_loss(causal):
 def test_a_bidirectional_model_is_no_judge(tmp_path):
     with pytest.raises((BadData, MissingInput)):
         CausalJudge.open(masked_lm_folder("distilbert", tmp_path))
+
+
+def test_a_model_without_its_head_and_a_text_that_is_too_long_are_refused(causal, tmp_path):
+    judged = CausalJudge.open(causal)
+    with pytest.raises(BadData, match="reads 1,024 tokens at most"):
+        judged.nats(["the quick brown fox " * 600])
+    shutil.copytree(causal, tmp_path / "m")
+    config = hf.LlamaConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    hf.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(BadData, match=r"lacks 1 tensors of LlamaForCausalLM, such as lm_head\.weight"):
+        CausalJudge.open(tmp_path / "m")
 
 
 def test_the_trigram_model_knows_english_and_its_order():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,16 +16,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from lib import own_code
 from lib.config import load_config
 from lib.diffusion.policies import POLICIES
 from lib.diffusion.sampler import Sampler
 from lib.diffusion.samples import MaskedTexts
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.examples import as_written
+from lib.evaluation.lm_eval import Harness
+from lib.examples import as_written, spans_as_written
 from lib.models.build import (
+    Checkpoint,
     PretrainedStart,
     heads_of,
     load_model,
@@ -34,6 +39,7 @@ from lib.models.build import (
 )
 from lib.models.pretrained import _config_of, open_pretrained
 from lib.models.pretrained_tokenizer import open_tokenizer
+from lib.models.publish import publish
 from lib.outside import refuse_unnamed_pretrained
 from lib.sections.critic import CriticConfig
 from lib.sections.pretrained import AdapterConfig
@@ -317,7 +323,7 @@ assert not [name for name in sys.modules if name.startswith("lib.")]
 @pytest.mark.slow
 def test_a_saved_folder_loads_in_a_fresh_process_without_this_project(folders, tmp_path):
     wanted = {}
-    for kind in ("esm", "own_code"):
+    for kind in ("esm", "own_code", "ltg_bert", "remask_gpt"):
         opened = open_pretrained(settings_of(folders(kind)))
         model, ids, folder = (
             started(opened, critic_layers=1, critic_rank=2),
@@ -402,6 +408,146 @@ def _causal(folder: Path) -> None:
     hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=113, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
 
 
+def _without_code(folder: Path) -> None:
+    """As it was saved from the hub: its code lies in another repository."""
+    names = json.loads((folder / "config.json").read_text())["auto_map"]
+    _edit(folder, auto_map={auto: f"owner/name--{name}" for auto, name in names.items()})
+    for file in folder.glob("*.py"):
+        file.unlink()
+
+
+def _loose(folder: Path) -> None:
+    """The decoder has weights of its own, although the config ties it to the embeddings."""
+    weights = load_file(folder / "model.safetensors")
+    decoder = weights["bert.embeddings.word_embeddings.weight"] * 2
+    save_file(
+        weights | {"cls.predictions.decoder.weight": decoder}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def _damaged_values(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["ln_f.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _code(old: str, new: str) -> Any:
+    """Changes the code of a model that brings its own."""
+
+    def spoil(folder: Path) -> None:
+        file = folder / "modeling_tiny_diffusion.py"
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+
+    return spoil
+
+
+ATTENTION = "scaled_dot_product_attention(q, k, v, mask)"
+REFUSED_CODE = {
+    "causal": (_code(ATTENTION, "scaled_dot_product_attention(q, k, v, is_causal=True)"), "is causal only"),
+    "reads padding": (_code(ATTENTION, "scaled_dot_product_attention(q, k, v)"), "reads padding although"),
+    "no hidden states": (_code("tuple(states) if output_hidden_states else None", "None"), "no logits and hidden states"),
+    "no attention mask": (_code("attention_mask=None, ", ""), "takes no attention_mask"),
+    "missing package": (_code("import torch\n", "import torch\nimport no_such_package\n"), "by its own code.*no_such_package"),
+    "fails": (_code("states = []", "raise KeyError('x')"), "cannot read a text: KeyError"),
+    "not finite": (_damaged_values, "not finite"),
+    "code elsewhere": (_without_code, "no modeling_tiny_diffusion.py. Copy it from owner/name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_CODE)
+def test_code_that_cannot_serve_is_refused_by_one_message(name, folders, tmp_path):
+    spoil, message = REFUSED_CODE[name]
+    folder = tmp_path / "model"
+    shutil.copytree(folders("own_code"), folder)
+    spoil(folder)
+    with pytest.raises(BadData, match=message):
+        open_pretrained(settings_of(folder))
+
+
+@torch.no_grad()
+def test_a_decoder_with_weights_of_its_own_keeps_them(folders, tmp_path):
+    """Although the config says that they are those of the embeddings: as transformers reads such a folder."""
+    shutil.copytree(folders("bert"), tmp_path / "model")
+    _loose(tmp_path / "model")
+    opened = open_pretrained(settings_of(tmp_path / "model"))
+    ids = some_ids(opened, 3)
+    row = torch.cat([torch.full((3, 1), 2), ids, torch.full((3, 1), 3)], 1)
+    theirs = AutoModelForMaskedLM.from_pretrained(tmp_path / "model")(input_ids=row).logits[:, 1:-1]
+    theirs, model = theirs[..., : num_ids(opened.tokenizer)], started(opened)
+    assert torch.equal(model(ids).logits, theirs)
+    (tmp_path / "saved").mkdir()
+    save_model(model, tmp_path / "saved", opened.tokenizer)
+    assert torch.equal(load_model(tmp_path / "saved")(ids).logits, theirs)
+    tied = open_pretrained(settings_of(folders("bert"))).model
+    assert tied.config.tie_word_embeddings
+
+
+def test_the_code_of_a_saved_model_runs_only_if_the_user_allowed_it(folders, tmp_path, monkeypatch):
+    """A folder cannot allow its own code: neither by the hashes in its config, nor by leaving them out."""
+    opened = open_pretrained(settings_of(folders("own_code")))
+    (tmp_path / "saved").mkdir()
+    save_model(started(opened), tmp_path / "saved", opened.tokenizer)
+    monkeypatch.setattr(own_code, "_allowed", allowed := set())
+    monkeypatch.setattr(own_code.require_allowed, "__defaults__", (allowed, ""))
+    evil = tmp_path / "evil"
+    shutil.copytree(tmp_path / "saved", evil)
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass M: pass\nclass C: pass\n")
+    _edit(evil, backbone_class="evil.M", backbone_config_class="evil.C", code_files={})
+    with pytest.raises(BadData, match=r"evil needs code of its own, and has no evil\.py"):
+        load_model(evil)
+    _edit(evil, code_files=own_code.hashes_of(evil))
+    for folder in (evil, tmp_path / "saved"):
+        start = Checkpoint(folder, 0.0)
+        for opening in (
+            lambda folder=folder: load_model(folder),
+            lambda folder=folder: Harness.open(str(folder)),
+            lambda start=start: start_model("language_model", start, "bidirectional", num_ids(opened.tokenizer), 0, "x"),
+        ):  # fmt: skip
+            with pytest.raises(BadData, match=r"runs code of its own .*pretrained\.code_sha256="):
+                opening()
+    assert not (tmp_path / "ran").exists()
+    digest = settings_of(folders("own_code")).code_sha256
+    load_config(overrides=[f"pretrained.code_sha256={digest}"])
+    assert load_model(tmp_path / "saved").config.backbone_class
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["modernbert", "esm_rotary"])
+def test_bfloat16_weights_leave_rotary_frequencies_exact(kind, folders, tmp_path):
+    opened = open_pretrained(settings_of(folders(kind)))
+    start = PretrainedStart(opened, 60, 0.0, "bfloat16")
+    model, _ = start_model("language_model", start, "bidirectional", num_ids(opened.tokenizer), 0, "x")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    exact = dict(opened.model.named_buffers())
+    save_model(model, tmp_path, opened.tokenizer)
+    for other in (model, load_model(tmp_path)):
+        found = {n.removeprefix("backbone."): b for n, b in other.named_buffers() if "inv_freq" in n}
+        assert found and all(torch.equal(b, exact[n]) for n, b in found.items())
+
+
+@torch.no_grad()
+def test_an_adapter_leaves_a_layer_alone_that_is_also_the_embedding(folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders("own_code"), folder)
+    _code("    config_class", "    _tied_weights_keys = {'ff_out.weight': 'wte.weight'}\n    config_class")(
+        folder
+    )
+    _edit(folder, tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    del weights["ff_out.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    opened = open_pretrained(settings_of(folder))
+    assert opened.model.ff_out.weight is opened.model.wte.weight
+    model, ids = started(opened, adapter=LORA), some_ids(opened, 4)
+    assert model.adapter.names and "ff_out" not in model.adapter.names
+    (tmp_path / "saved").mkdir()
+    save_model(model, tmp_path / "saved", opened.tokenizer)
+    torch.testing.assert_close(
+        load_model(tmp_path / "saved")(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4
+    )
+
+
 REFUSED = {
     "no tokenizer": (_no_tokenizer, MissingInput, "has no tokenizer"),
     "no mask": (_no_mask, BadData, "no mask token.*pretrained.mask_token"),
@@ -427,6 +573,25 @@ def test_a_model_that_cannot_serve_is_refused_in_stage_01(name, folders, small_t
     with pytest.raises(error, match=message):
         run_stages(tmp_path / "run", config, ["00_check_data", "01_prepare_dataset"])
     assert not (tmp_path / "run" / "01_prepare_dataset" / "manifest.json").exists()
+
+
+def test_a_name_on_the_hub_and_a_long_context_are_refused_in_stage_01(
+    folders, small_text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    stages = ["00_check_data", "01_prepare_dataset"]
+    for more, error, message in (
+        (
+            "pretrained.model=owner/no-such-model",
+            MissingInput,
+            "owner/no-such-model is not a folder.*HF_HUB_OFFLINE=0",
+        ),
+        ("architecture.context=200", BadConfig, "reads 96 tokens at most.*architecture.context=94"),
+    ):
+        with pytest.raises(error, match=message):
+            run_stages(tmp_path / "run", small_config(folders("bert"), small_text, more), stages)
+        assert not (tmp_path / "run" / "01_prepare_dataset" / "manifest.json").exists()
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 def test_code_runs_only_if_its_hash_is_given(folders, tmp_path):
@@ -487,6 +652,24 @@ def test_tokens_decode_to_the_passage_or_the_tokenizer_is_refused(name, tmp_path
         (written,) = as_written(tokenizer, [text], ids, "normalise")
         assert decode_batch(tokenizer, ids) == [written]
     assert (kept == len(HARD)) == (name in ("byte_level", "bpe_metaspace"))
+
+
+def test_spans_move_with_a_text_that_is_normalised(tmp_path):
+    """Spans are in characters of the passage as the user wrote it; the stored text is shorter."""
+    make("word_piece_uncased").save_pretrained(tmp_path)
+    tokenizer, _ = open_tokenizer(tmp_path)
+    text = "the \n\n Quick  fox\tjumps over"
+    (written,) = as_written(tokenizer, [text], encode_batch(tokenizer, [text], "unk"), "normalise")
+    marked = [[text.index("Quick"), text.index("  fox"), 1], [text.index("\tjumps"), len(text), 2]]
+    record = json.dumps({"label": None, "spans": marked})
+    (found, other) = spans_as_written(tokenizer, [record, None], [text, "x"], [written, "x"])
+    assert other is None and written == "the quick fox jumps over"
+    assert [(written[a:b], kind) for a, b, kind in json.loads(found)["spans"]] == [
+        ("quick", 1),
+        ("jumps over", 2),
+    ]
+    with pytest.raises(BadData, match="has other tokens, so its spans"):
+        spans_as_written(tokenizer, [record], [text], ["the fox"])
 
 
 def test_what_a_tokenizer_loses_is_named(tmp_path):
@@ -578,6 +761,13 @@ def test_every_stage_runs(kind, folders, small_text, tmp_path):
     assert {"ancestral", "critic", "critic_origin"} <= policies
     generator = load_model(run_dir / "04_train" / "generator" / "best_model")
     assert generator.config.model_type == "remask_adapted" and generator.adapter is None
+    for name in ("generator", "critic"):
+        card = (publish(run_dir, name, tmp_path / name) / "README.md").read_text()
+        (block, *_) = re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)
+        made: dict[str, Any] = {}
+        exec(block.replace("THIS_FOLDER", str(tmp_path / name)), made)
+        assert made["logits"].isfinite().all() if name == "generator" else np.isfinite(made["errors"]).all()
+        assert tokenizer.mask_token in card
 
 
 def test_a_config_that_is_nested_too_deeply_is_refused_by_name(tmp_path):

@@ -21,6 +21,7 @@ from scipy.special import stdtrit
 from torch import nn
 
 from lib import randomness
+from lib.errors import BadData
 from lib.runtime import Runtime
 from lib.training.objectives.base import tensor
 
@@ -86,7 +87,7 @@ class LikelihoodEstimator:
     batch_size: int = 64
 
     def estimate(self, requests: Sequence[Request]) -> Iterator[Likelihood]:
-        """The likelihood of each request, in order."""
+        """The likelihood of each request, in order. Raises BadData for an answer that is longer than the context."""
         if self.draws < 2:
             raise ValueError(f"a standard error needs at least two draws, got {self.draws}")
         size = max(1, self.batch_size // (self.draws + 1))
@@ -115,7 +116,12 @@ class LikelihoodEstimator:
         # 1. A row for each draw, and one with the whole answer masked
         texts, masks = [], []
         for number, request in enumerate(requests):
-            answer = request.answer[: self.context]
+            answer = request.answer
+            if len(answer) > self.context:
+                raise BadData(
+                    f"an answer has {len(answer):,} tokens, but the model reads {self.context:,} at most; give a model with a longer "
+                    "context, or leave the question out"
+                )
             prompt = request.prompt[max(0, len(request.prompt) + len(answer) - self.context) :]
             text = np.concatenate([prompt, answer]).astype(np.int64)
             key = request.question if self.common else (first + number) * 2**20 + request.question

@@ -3,7 +3,8 @@
 python -m lib.evaluation.lm_eval --model outputs/run_001/04_train/generator/best_model --tasks arc_easy --limit 100
 python -m lib.evaluation.lm_eval --model FOLDER --tasks my_task --include_path FOLDER_OF_TASK_FILES --out results.json
 
-The model is a generator of this project, or any masked LM that `pretrained.model` could name. Likelihoods are estimates with
+The model is a generator of this project, or any masked LM that `pretrained.model` could name; --set gives it the other settings of
+that section. Likelihoods are estimates with
 standard errors (lib/evaluation/likelihoods.py); the options of a question share their random numbers. The results say how often the
 two best options of a question are closer than two standard errors. Text is generated block by block.
 """
@@ -46,15 +47,19 @@ class Harness:
     close: list[bool] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: str, **choices: Any) -> "Harness":
-        """The masked LM of a folder. Raises MissingInput or BadData."""
+    def open(cls, folder: str, settings: Sequence[str] = (), **choices: Any) -> "Harness":
+        """The masked LM of a folder. Raises MissingInput, BadData or BadConfig.
+
+        Args:
+            settings: `KEY=VALUE` as for --set, such as `pretrained.mask_token=<mask>`.
+        """
         from lib.config import load_config
         from lib.models.build import PretrainedStart, is_ours, load_model, start_model
         from lib.models.pretrained import open_pretrained
         from lib.runtime import Runtime
         from lib.tokenization import load_tokenizer, num_ids
 
-        config = load_config(overrides=[f"pretrained.model={folder}"])
+        config = load_config(overrides=[f"pretrained.model={folder}", *settings])
         runtime = Runtime.detect(config)
         path = Path(folder)
         if path.is_dir() and not (path / "config.json").exists():
@@ -78,21 +83,40 @@ class Harness:
 
         `questions`: pairs of the same number are options of one question.
         """
-        from lib.evaluation.likelihoods import LikelihoodEstimator, Request
+        from lib.evaluation.likelihoods import Request
+
+        requests = [Request(*self._encode(*pair), q) for pair, q in zip(pairs, questions, strict=True)]
+        found = self._estimate(requests)
+        self._count_close(questions, found)
+        return [(one.value, one.is_greedy) for one in found]
+
+    def of_documents(self, texts: Sequence[str]) -> list[float]:
+        """The log-likelihood of each text: the sum over consecutive windows of at most `context` tokens."""
+        from lib.evaluation.likelihoods import Request
+
+        windows, owners = [], []
+        for number, text in enumerate(texts):
+            _, ids = self._encode("", text)
+            for start in range(0, len(ids), self.context):
+                windows.append(Request(ids[:0], ids[start : start + self.context], len(windows)))
+                owners.append(number)
+        values = [one.value for one in self._estimate(windows)]
+        return np.bincount(owners, values, minlength=len(texts)).tolist()
+
+    def _estimate(self, requests: Sequence[Any]) -> list[Any]:
+        from lib.evaluation.likelihoods import LikelihoodEstimator
 
         estimator = LikelihoodEstimator(
             self.model, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id, self.context, self.runtime, self.seed,
             self.draws,
         )  # fmt: skip
-        requests = [Request(*self._encode(*pair), q) for pair, q in zip(pairs, questions, strict=True)]
         found = []
         with Progress("likelihoods", len(requests)) as progress:
             for likelihood in estimator.estimate(requests):
                 found.append(likelihood)
                 progress.update(len(found))
         self.standard_errors += [one.standard_error for one in found]
-        self._count_close(questions, found)
-        return [(one.value, one.is_greedy) for one in found]
+        return found
 
     def _encode(self, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids of both. They are encoded together, and the continuation has the tokens that the context alone has not."""
@@ -179,8 +203,7 @@ def as_lm(harness: Harness) -> Any:
             return harness.loglikelihood(_questions(requests), pairs)
 
         def loglikelihood_rolling(self, requests) -> list[float]:
-            pairs = [("", request.args[0]) for request in requests]
-            return [value for value, _ in harness.loglikelihood(list(range(len(pairs))), pairs)]
+            return harness.of_documents([request.args[0] for request in requests])
 
         def generate_until(self, requests) -> list[str]:
             return harness.generate(*zip(*(request.args for request in requests), strict=True))
@@ -199,6 +222,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     lm = as_lm(
         harness := Harness.open(
             options.model,
+            options.settings,
             draws=options.draws,
             seed=options.seed,
             policy=options.policy,
@@ -226,6 +250,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.evaluation.lm_eval", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--model", required=True, help="folder of a masked LM, or its name on the hub")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
+                        help="a setting of the section pretrained, such as pretrained.shift_logits=true")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
     parser.add_argument("--include_path", type=Path, help="folder with task files of your own")
     parser.add_argument("--limit", type=int, help="questions per task")

@@ -56,15 +56,22 @@ class CausalJudge:
         require_model_files(folder)
         tokenizer = open_tokenizer(folder)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any
+            model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadData(f"--causal_lm {folder} is no causal LM: {str(error).splitlines()[0]}") from None
+        if missing := sorted(report["missing_keys"]):
+            raise BadData(
+                f"--causal_lm {folder} lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; give a language "
+                "model with its head, not a classifier or a reward model"
+            )
         if not is_causal_backbone(model):
             raise BadData(
                 f"--causal_lm {folder}: {type(model).__name__} is bidirectional and sees the token that it scores"
@@ -73,7 +80,12 @@ class CausalJudge:
 
     @torch.no_grad()
     def nats(self, texts: Sequence[str]) -> np.ndarray:
-        """(N,) nats of each text. The first token is read behind the token that begins or ends texts, if there is one."""
+        """(N,) nats of each text. The first token is read behind the token that begins or ends texts, if there is one.
+
+        Raises BadData for a text that is longer than the model can read.
+        """
+        from lib.models.backbones import longest_input
+
         front = (
             self.tokenizer.bos_token_id
             if self.tokenizer.bos_token_id is not None
@@ -84,6 +96,11 @@ class CausalJudge:
             rows = self.tokenizer(list(texts[start : start + BATCH]), add_special_tokens=False)["input_ids"]
             rows = [([] if front is None else [front]) + list(row) for row in rows]
             width = max(2, *(len(row) for row in rows))
+            if (longest := longest_input(self.model)) is not None and width > longest:
+                raise BadData(
+                    f"--causal_lm reads {longest:,} tokens at most, but a text has {width:,} of its tokens; give a model with a longer "
+                    "context"
+                )
             pad = self.tokenizer.pad_token_id
             ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
             valid = torch.arange(width) < torch.tensor([[len(row)] for row in rows])

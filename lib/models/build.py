@@ -15,12 +15,13 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from lib import durable, randomness
+from lib import durable, own_code, randomness
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.labels import OUTSIDE
 from lib.models.families import FAMILIES, PRETRAINED, Family
 from lib.models.folder_check import check_config, first_line, read_header, refuse_non_finite
 from lib.models.hugging_face import AdaptedPreTrainedModel
+from lib.models.hugging_face.modeling_adapted import with_dtype
 from lib.models.pretrained import Pretrained, code_files_of
 from lib.models.pretrained_tokenizer import framed_tokenizer
 from lib.models.ranker import SequenceRanker
@@ -208,7 +209,9 @@ def start_model(
     if adapter is not None and is_adapted:
         heads |= {f"adapter_{key}": value for key, value in adapter.model_dump().items()}
     config = family.restarted(source, backbone.dropout, **heads)
-    model = make_model(mode, config, seed, label).to(getattr(torch, backbone.dtype))
+    model = make_model(mode, config, seed, label)
+    dtype = getattr(torch, backbone.dtype)
+    model = with_dtype(model, dtype) if is_adapted else model.to(dtype)
     inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
     report = _load_matching(inner, tensors, inner.backbone_names if is_adapted else family.backbone, start)
     if adapter is not None and is_adapted:
@@ -273,7 +276,14 @@ def read_folder(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]
         raise BadData(
             f"{folder}/config.json has model_type {config.model_type}; a checkpoint must be of {known}"
         )
+    if code := [name for name in _code_classes(config) if name is not None]:
+        own_code.require_allowed(folder, config.code_files, code)
     return config, tensors
+
+
+def _code_classes(config: PreTrainedConfig) -> tuple[str | None, ...]:
+    """The classes of a model that are defined in its folder."""
+    return tuple(getattr(config, key, None) for key in ("backbone_class", "backbone_config_class"))
 
 
 def is_ours(folder: Path) -> bool:
@@ -307,8 +317,9 @@ def _load_adapted(kind: type[AdaptedPreTrainedModel], config: Any, tensors: dict
         raise BadData(
             f"{config.name_or_path}: its tensors do not match its config: missing {missing[:3]}, unknown {report.unexpected_keys[:3]}"
         )
-    dtype = next(iter(tensors.values())).dtype
-    return model.to(dtype).eval()
+    weights = {name for name, _ in model.named_parameters()}
+    dtype = next(value.dtype for name, value in tensors.items() if name in weights)
+    return with_dtype(model, dtype).eval()
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer: Any) -> None:

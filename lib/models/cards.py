@@ -37,6 +37,15 @@ model = {auto}.from_pretrained("{folder}", trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 """
 
+OWN_CLASS = """inputs = tokenizer("The val{mask}e of an object", return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits  # (texts, tokens, vocabulary)
+masked = inputs["input_ids"] == tokenizer.mask_token_id
+print(tokenizer.decode(logits[masked].argmax(-1)))
+```
+
+`{mask}` is a token to be generated. {around} All masks of one forward pass are filled independently of each other. The model
+was trained on up to {text_tokens} tokens."""
 MASKED = """inputs = tokenizer("The val{mask}e of an object", return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits  # (texts, tokens, vocabulary)
@@ -151,11 +160,11 @@ output to the frequency of errors on held-out text. The same model fills masks:
 from transformers import pipeline
 
 fill = pipeline("fill-mask", model="{folder}", trust_remote_code=True)
-for found in fill("The val[MASK]e of an object"):
+for found in fill("The val{mask}e of an object"):
     print(found["score"], found["sequence"])
 ```
 
-No special tokens are added around a text; `[MASK]` in it is the mask. The model was trained on up to {text_tokens} tokens."""
+No special tokens are added around a text; `{mask}` in it is the mask. The model was trained on up to {text_tokens} tokens."""
 
 PAIRS = """```python
 import torch
@@ -198,7 +207,11 @@ def usage(
     architecture = config["architectures"][0]
     has_code = "auto_map" in config
     about = (OWN_CODE if has_code else STOCK_CODE).format(folder=FOLDER, floor=FLOOR)
-    words: dict[str, Any] = {"folder": FOLDER, "text_tokens": config.get("max_position_embeddings", 1) - 1}
+    words: dict[str, Any] = {
+        "folder": FOLDER,
+        "text_tokens": config.get("max_position_embeddings", 1) - 1,
+        "mask": config.get("mask_token", "[MASK]"),
+    }
     if kind == "pairs":
         words |= {
             "trust": ", trust_remote_code=True" if has_code else "",
@@ -220,15 +233,20 @@ def usage(
 def _head_of(
     architecture: str, config: dict[str, Any], own_labels: bool
 ) -> tuple[str, str, str, dict[str, str]]:
-    """(Auto class, pipeline, template, further values for the template) of an architecture."""
+    """(Auto class, pipeline, template, further values for the template) of an architecture.
+
+    `config["own_class"]`: the Auto class of a masked LM of another project that brings its own code.
+    """
     if architecture.endswith("MaskedLM"):
         around = NOTHING_AROUND if "auto_map" in config else FRAMED
         return (
             "AutoModelForMaskedLM",
             "fill-mask",
             MASKED,
-            {"around": around, "mask": config.get("mask_token", "[MASK]")},
+            {"around": around},
         )
+    if config.get("own_class"):
+        return config["own_class"], "fill-mask", OWN_CLASS, {"around": FRAMED}
     if architecture.endswith("CausalLM"):
         return "AutoModelForCausalLM", "text-generation", CAUSAL, {}
     names = [f"`{name}`" for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]

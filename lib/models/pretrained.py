@@ -7,21 +7,21 @@ is refused here, with one message that says what to do; stage 01 opens the model
     adapted          a model of any mode that starts from it
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from lib import durable
-from lib.errors import BadConfig, BadData, MissingInput
+from lib import durable, own_code
+from lib.errors import BadConfig, BadData, MissingInput, RemaskError
 from lib.models.backbones import longest_input, require_model_files
+from lib.models.folder_check import first_line
 from lib.models.hugging_face.configuration_adapted import AdaptedConfig
 from lib.models.hugging_face.modeling_adapted import check_code, logits_of
+from lib.models.masked_lm import argument_names, load_foreign
 from lib.models.pretrained_tokenizer import Framing, open_tokenizer
 from lib.outside import pretrained_folder
 from lib.sections.pretrained import PretrainedConfig
@@ -30,6 +30,11 @@ from lib.tokenization import forbidden_ids, num_ids
 EXTRA_IDS = 256  # rows that the embedding may have without an id of the tokenizer; or 1 % of its rows
 TOLERANCE = 1e-3  # of logits that are computed in two ways, relative to their size
 NO_LIMIT = 8192  # tokens that a model without a declared maximum is trusted to read
+CODE_CLASSES = (
+    "AutoModelForMaskedLM",
+    "AutoModel",
+    "AutoModelForCausalLM",
+)  # the first one in auto_map is used
 LENGTHS = ("max_sequence_length", "n_positions", "max_seq_len")  # where custom code keeps a maximum
 
 
@@ -78,12 +83,20 @@ def open_pretrained(settings: PretrainedConfig) -> Pretrained:
     content = _config_of(folder)
     _refuse_kinds(folder, content)
     classes, code_files = _code_of(folder, content, settings.code_sha256)
-    model = _load_with_code(folder, classes) if classes else _load_stock(folder)
+    model = _load_with_code(folder, classes) if classes else load_foreign(folder, "pretrained.model: ")
     _check_vocabulary(folder, model, tokenizer)
+    _untie(model)
     longest = _longest_text(model, framing)
     whole = bool(classes) or not _head_is_separate(model, tokenizer)
     probe = Probe(model, tokenizer, framing, whole, settings.shift_logits)
-    probe.check(folder)
+    try:
+        probe.check(folder)
+    except RemaskError:
+        raise
+    except Exception as error:  # of code that this project does not know
+        raise BadData(
+            f"pretrained.model: {folder}: {type(model).__name__} cannot read a text: {type(error).__name__}: {first_line(error)}"
+        ) from None
     values: dict[str, Any] = {
         "backbone": json.loads(model.config.to_json_string(use_diff=False)),
         "backbone_class": classes[0] if classes else None,
@@ -105,14 +118,6 @@ def special_ids(tokenizer: Any) -> dict[str, int | None]:
     return {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "mask", "cls", "unk")
     }
-
-
-def code_digest(folder: Path) -> str:
-    """sha256 of the names and contents of all Python files of a folder: the value of `pretrained.code_sha256`."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
-        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------- what is refused
@@ -161,52 +166,40 @@ def _code_of(
     if content["model_type"] in CONFIG_MAPPING:
         return None, {}
     auto = content.get("auto_map", {})
-    names = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
-    model = next((auto[name] for name in names if name in auto), None)
+    model = next((auto[name] for name in CODE_CLASSES if name in auto), None)
     if model is None or "AutoConfig" not in auto:
         raise BadData(
             f"pretrained.model: {folder} is of type {content['model_type']}, which this version of transformers does not have, "
             "and its config.json names no code (auto_map); give another model"
         )
-    digest = code_digest(folder)
-    if pinned != digest:
-        files = ", ".join(sorted(f.name for f in folder.glob("*.py"))) or "no Python file"
-        raise BadData(
-            f"pretrained.model: {folder} runs code of its own ({files}), which is off. Read the code; to allow exactly this "
-            f"version, set pretrained.code_sha256={digest}"
-        )
-    files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.py"))}
+    if pinned is not None:
+        own_code.allow(pinned)
+    files = own_code.hashes_of(folder)
+    own_code.require_allowed(folder, files, (model, auto["AutoConfig"]), {pinned}, "pretrained.model: ")
     return (model.rpartition("--")[2], auto["AutoConfig"].rpartition("--")[2]), files
-
-
-def _load_stock(folder: Path) -> Any:
-    from lib.models.masked_lm import load_foreign
-
-    return load_foreign(folder, "pretrained.model: ")
 
 
 def _load_with_code(folder: Path, classes: tuple[str, str]) -> Any:
     """A model whose class is defined in the folder. Its code was compared with the pinned hash."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    kind, of_config = (get_class_from_dynamic_module(c, str(folder), local_files_only=True) for c in classes)
     try:
+        kind, of_config = (
+            get_class_from_dynamic_module(c, str(folder), local_files_only=True) for c in classes
+        )
         config = of_config.from_pretrained(folder, local_files_only=True)
         model, report = kind.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise BadData(f"pretrained.model: {folder} cannot be loaded by its own code: {error}") from None
+    except Exception as error:  # the code of another project may raise anything
+        raise BadData(
+            f"pretrained.model: {folder} cannot be loaded by its own code: {type(error).__name__}: {first_line(error)}"
+        ) from None
+    if "attention_mask" not in argument_names(model):
+        raise BadData(
+            f"pretrained.model: {folder}: {kind.__name__} takes no attention_mask, so it would read padding as text; give another model"
+        )
     if missing := sorted(report["missing_keys"]):
         raise BadData(
             f"pretrained.model: {folder} lacks {len(missing)} tensors of {kind.__name__}, such as {', '.join(missing[:3])}"
@@ -221,6 +214,16 @@ def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
             f"pretrained.model: {folder} has {rows:,} embeddings, but its tokenizer has {ids:,} ids, so they do not belong "
             "together; copy the tokenizer that the model was trained with into the folder"
         )
+
+
+def _untie(model: Any) -> None:
+    """Correct the config of a model whose file has two tensors where the config says that they are one.
+
+    transformers then keeps both and leaves the config as it is, so a model that is made from the config would have one.
+    """
+    by_config = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if set(by_config) - set(model.all_tied_weights_keys):
+        model.config.tie_word_embeddings = False
 
 
 def _longest_text(model: Any, framing: Framing) -> int:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lib import durable
+from lib import durable, own_code
 from lib.errors import BadData, CannotCreate, MissingInput, RemaskError, did_you_mean
 from lib.labels import class_names
 from lib.models.cards import usage
@@ -32,6 +32,8 @@ CODE_LICENCE = """The Python files in this folder are part of Remask, licensed u
 
 def publish(run: Path, name: str, out: Path) -> Path:
     """Copy the best model `name` of a run to the new folder `out`, with a card as README.md.
+
+    A backbone with code of its own is read only if that code is allowed, see `lib.own_code`.
 
     Raises:
         MissingInput: the run, its stage or the model is missing.
@@ -121,6 +123,25 @@ def _has_own_labels(config: dict[str, Any]) -> bool:
     return beside or config["labels"]["path"] is not None
 
 
+def _facts_of_foreign(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the card says of a masked LM or critic with a backbone of another project; nothing for other models."""
+    from lib.models.families import FAMILIES
+    from lib.models.pretrained import CODE_CLASSES
+
+    is_critic = config["model_type"] == "remask_adapted"
+    classes = [name for name in CODE_CLASSES if name in config.get("auto_map", {})]
+    is_masked = config["architectures"][0].endswith("MaskedLM")
+    if not is_critic and (config["model_type"] in FAMILIES or not (is_masked or classes)):
+        return {}
+    words = durable.read_json(folder / "tokenizer_config.json")
+    mask = words.get("mask_token")
+    facts: dict[str, Any] = {"mask_token": mask["content"] if isinstance(mask, dict) else mask}
+    if is_critic:
+        return facts
+    facts["max_position_embeddings"] = words["model_max_length"] + 1
+    return facts if is_masked else facts | {"own_class": classes[0]}
+
+
 def _interval(row: dict) -> str:
     """The interval of a row; there is none for a single group of held-out text."""
     return "–" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
@@ -131,15 +152,7 @@ def card(
 ) -> str:
     """The model card as Markdown with a YAML header. `with_prompts`: the model scores pairs of prompt and candidate."""
     config = durable.read_json(folder / "config.json")
-    architecture = config["architectures"][0]
-    if "auto_map" not in config and architecture.endswith(
-        "MaskedLM"
-    ):  # a pretrained model of another project
-        words = durable.read_json(folder / "tokenizer_config.json")
-        config |= {
-            "max_position_embeddings": words["model_max_length"] + 1,
-            "mask_token": words["mask_token"],
-        }
+    config |= _facts_of_foreign(config, folder)
     rows = [row for row in manifest["stats"]["table"] if row["model"] == name]
     if name in POLICIES:
         settings, split = manifest["config"]["critic"], "train"
@@ -183,7 +196,7 @@ tags:
 
 # {name}
 
-`{architecture}`: {what}. Trained by Remask from {source}.
+`{config["architectures"][0]}`: {what}. Trained by Remask from {source}.
 
 {code}No licence is chosen for the weights. Set `license` above before you share this folder. The licences of the training
 data, and of a model that this one started from, may limit your choice.
@@ -244,7 +257,12 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path, help="a finished run, such as outputs/run_001")
     parser.add_argument("model", help="a model of stage 04; critic, or ppo, exact, cross_entropy of stage 05")
     parser.add_argument("out_dir", type=Path, help="a new folder")
+    parser.add_argument(
+        "--code_sha256", help="of a backbone with code of its own, as pretrained.code_sha256 of the run"
+    )
     options = parser.parse_args()
+    if options.code_sha256 is not None:
+        own_code.allow(options.code_sha256)
     try:
         print(
             f"{publish(options.run_dir, options.model, options.out_dir)}: ready to push; read its README.md first"

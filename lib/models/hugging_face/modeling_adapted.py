@@ -25,11 +25,14 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_adapted import AdaptedConfig
+from .configuration_ltg_bert import LtgBertConfig
 from .configuration_remask_gpt import RemaskGptConfig
+from .modeling_ltg_bert import LtgBertForMaskedLM
 from .modeling_remask_gpt import (
     HEAD_STD,
     MIN_ROWS,
     RemaskGptCritic,
+    RemaskGptForMaskedLM,
     linear_rows,
     make_linear,
     rms_norm,
@@ -53,6 +56,10 @@ from .shared_modeling import (
 # trf-ignore: TRF041 lm_head, critic_layers, critic_rank, critic_mark, adapter_rank, score_activation, shift_logits, backbone_class, backbone_config_class, prefix_ids
 EVERY_LINEAR = "all-linear"
 MAX_HEAD_DIM = 64  # of the attention in the critic's blocks
+OWN_BACKBONES: dict[str, Any] = {  # which transformers alone does not know
+    "remask_gpt": (RemaskGptConfig, RemaskGptForMaskedLM),
+    "ltg_bert": (LtgBertConfig, LtgBertForMaskedLM),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +74,9 @@ def make_backbone(config: AdaptedConfig) -> Any:
         ValueError: code files differ from those that the config pins.
     """
     values = dict(config.backbone)
+    if values["model_type"] in OWN_BACKBONES:
+        of_config, of_model = OWN_BACKBONES[values.pop("model_type")]
+        return of_model(_with_dropout(of_config(**values), config.dropout))
     if config.backbone_class is None or config.backbone_config_class is None:
         inner = AutoConfig.for_model(values.pop("model_type"), **values)
         return AutoModelForMaskedLM.from_config(_with_dropout(inner, config.dropout))
@@ -97,6 +107,13 @@ def _with_dropout(inner: Any, probability: float) -> Any:
         if "dropout" in key and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(inner, key, probability)
     return inner
+
+
+def with_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """The model with parameters of this type. Buffers keep theirs: rounded rotary frequencies would move late positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 class _Given(nn.Module):
@@ -163,6 +180,8 @@ class _Hook:
 class Adapters(nn.ModuleList):
     """Low-rank adapters on the linear layers of a backbone.
 
+    A layer whose weight is also an embedding has none: merged, it would change the embedding, too.
+
     Attributes:
         names: of the layers, in the order of the adapters.
         is_on: whether the layers use them.
@@ -170,10 +189,13 @@ class Adapters(nn.ModuleList):
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, targets: str = EVERY_LINEAR):
         endings = tuple(word.strip() for word in targets.split(","))
+        embeddings = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
         layers = {
             name: module
             for name, module in base.named_modules()
-            if isinstance(module, nn.Linear) and (targets == EVERY_LINEAR or name.endswith(endings))
+            if isinstance(module, nn.Linear)
+            and (targets == EVERY_LINEAR or name.endswith(endings))
+            and id(module.weight) not in embeddings
         }
         if not layers:
             raise ValueError(f"adapter_targets {targets!r}: the backbone has no such linear layers")
@@ -269,7 +291,7 @@ class AdaptedPreTrainedModel(PreTrainedModel):
             state[key] += product.to(state[key].dtype)
         with torch.random.fork_rng(devices=[]):
             kind: Any = type(self)
-            model = kind(config).to(dtype=self.dtype, device=self.device)
+            model = with_dtype(kind(config), self.dtype).to(self.device)
         model.load_state_dict(state)
         return model.train(self.training)
 
