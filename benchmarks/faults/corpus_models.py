@@ -1,5 +1,6 @@
 """Hostile folders of models: safetensors, config.json, tokenizers, pickled weights and code."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -266,6 +267,17 @@ def _adapter(place: Place, folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(pickled(place))
 
 
+def _trained_with_code(place: Place, folder: Path) -> None:
+    """It says that this project trained it on a backbone with code, and allows that code itself."""
+    (folder / "evil.py").write_text(place.payload() + "\nclass Config: pass\nclass Model: pass\n")
+    content = {
+        "model_type": "remask_adapted", "architectures": ["AdaptedForMaskedLM"], "backbone": {"model_type": "x"},
+        "backbone_class": "evil.Model", "backbone_config_class": "evil.Config",
+        "code_files": {"evil.py": hashlib.sha256((folder / "evil.py").read_bytes()).hexdigest()},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(content))
+
+
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 FOLDERS: dict[str, Change] = {
     "only pickled weights": _only_pickled,
@@ -284,6 +296,7 @@ FOLDERS: dict[str, Change] = {
     "index without names": _index({}),
     "weights of NaN": _nan,
     "adapter beside the weights": _adapter,
+    "trained model with code": _trained_with_code,
     "config that is a pipe": lambda place, folder: ((folder / "config.json").unlink(), fifo(folder / "config.json")),
     "tokenizer that is a pipe": lambda place, folder: ((folder / "tokenizer.json").unlink(), fifo(folder / "tokenizer.json")),
     "empty folder": lambda place, folder: (shutil.rmtree(folder), folder.mkdir()),
@@ -328,7 +341,7 @@ def model_cases() -> list[Case]:
     chosen = {
         "safetensors": ("empty", "header of 2^60 bytes", "overlapping offsets", "300,000 tensors"),
         "config.json": ("negative sizes", "10^9 layers", "10^6 layers", "width of 10^9", "auto_map to code", "list", "deep"),
-        "model folder": ("only pickled weights", "link to a text", "pipe", "cut in half", "empty folder"),
+        "model folder": ("only pickled weights", "link to a text", "pipe", "cut in half", "empty folder", "trained model with code"),
     }  # fmt: skip
     cases += [
         Case(f"{group}, start of a model", name, own(change), (DATA, MISSING, CONFIG))
