@@ -40,7 +40,7 @@ def require_allowed(
     Args:
         files: name -> sha256 of its code files.
         classes: `module.Class` of the classes that will be used, perhaps behind `repository--`.
-        allowed: the versions that may run; most often what `allow` was told.
+        allowed: the versions that may run. By default those of `allow`.
         where: begins the message.
     """
     for name in classes:
