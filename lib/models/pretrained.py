@@ -83,9 +83,10 @@ def open_pretrained(settings: PretrainedConfig) -> Pretrained:
     content = _config_of(folder)
     _refuse_kinds(folder, content)
     classes, code_files = _code_of(folder, content, settings.code_sha256)
-    model = _load_with_code(folder, classes) if classes else load_foreign(folder, "pretrained.model: ")
+    model: Any = _load_with_code(folder, classes) if classes else load_foreign(folder, "pretrained.model: ")
+    if not classes:
+        _untie(model)
     _check_vocabulary(folder, model, tokenizer)
-    _untie(model)
     longest = _longest_text(model, framing)
     whole = bool(classes) or not _head_is_separate(model, tokenizer)
     probe = Probe(model, tokenizer, framing, whole, settings.shift_logits)
