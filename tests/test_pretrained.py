@@ -158,6 +158,42 @@ def test_one_interface(kind, folders, tmp_path):
 
 
 @torch.no_grad()
+def test_a_protein_model_as_it_is_published(tmp_path):
+    """ESM-2 has a slow tokenizer of its own, special tokens <cls> and <eos>, and scales embeddings by the share of masks."""
+    residues = [*"LAGVSERTIDPKQNFYMHWCXBUZO.-"]
+    vocabulary = ["<cls>", "<pad>", "<eos>", "<unk>", *residues, "<null_1>", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    hf.EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    config = hf.EsmConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
+        mask_token_id=vocabulary.index("<mask>"), max_position_embeddings=66, position_embedding_type="rotary", token_dropout=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf.EsmForMaskedLM(config).save_pretrained(tmp_path)
+    opened = open_pretrained(settings_of(tmp_path))
+    texts = ["MKTAYIAKQR", "GSHMLEDPVW"]
+    ids = encode_batch(opened.tokenizer, texts)
+    assert decode_batch(opened.tokenizer, ids) == texts
+    assert (opened.values["prefix_ids"], opened.values["suffix_ids"]) == ([0], [2])
+    rows = torch.from_numpy(np.stack(ids)).long()
+    rows[:, 2:4] = opened.tokenizer.mask_token_id
+    theirs = opened.model(
+        **hf.EsmTokenizer.from_pretrained(tmp_path)(
+            [t[:2] + "<mask><mask>" + t[4:] for t in texts], return_tensors="pt"
+        )
+    )
+    model = started(opened, critic_layers=0)
+    assert torch.equal(model(rows).logits, theirs.logits[:, 1:-1])
+    padded = torch.cat([rows, torch.full((2, 5), 1)], 1)
+    valid = torch.arange(15).expand(2, -1) < 10
+    found = model(padded, valid, head="both")
+    torch.testing.assert_close(found.logits[:, :10], theirs.logits[:, 1:-1], rtol=1e-3, atol=1e-4)
+    alone = model(rows[1:], head="both")
+    assert torch.equal(alone.logits[0], model(rows).logits[1])
+    torch.testing.assert_close(alone.critic_logits[0], found.critic_logits[1, :10], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "own_code"])
 def test_classifiers_share_the_backbone(kind, folders, tmp_path):
     opened = open_pretrained(settings_of(folders(kind)))
