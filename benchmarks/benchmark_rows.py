@@ -171,9 +171,10 @@ def _detection_detail(f: Figures) -> str:
 
 def _pretrained(f: Figures) -> str:
     name, first = next(iter(f["means"].items()))
-    at = first["detection"]["16"]
+    best = max(f["means"], key=lambda critic: f["means"][critic]["detection"]["16"]["critic"]["value"])
+    at = f["means"][best]["detection"]["16"]
     parts = [
-        f"AUROC after 16 forward passes: {name} {full(at['critic'])}, stored confidence {full(at['confidence'])}"
+        f"AUROC after 16 forward passes: {best} {full(at['critic'])}, stored confidence {full(at['confidence'])}"
     ]
     for nfe in first["samples"]:
         rows = {
