@@ -3,11 +3,14 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 MAX_END = 2**31 - 1  # characters of a text
 MAX_CLASS = 127  # the tables store int8
+_WHOLE = re.compile(r"-?\d+\.0+")
+_NUMBER = re.compile(r"-?\d+(\.\d*)?")
 Span = tuple[int, int, int]  # first character, end, class
 
 
@@ -42,29 +45,42 @@ def score_of(value: Any) -> float:
     return float(value)
 
 
+def plain(value: Any) -> str:
+    """A value as every format of file has it: 1, 1.0, "1" and "1.0" are "1"; True and "True" are "true".
+
+    Tables turn whole numbers into fractions where a value is missing, and write truth values with a capital.
+    """
+    text = str(value).strip()
+    if text in ("True", "False"):
+        return text.lower()
+    return text.partition(".")[0] if _WHOLE.fullmatch(text) else text
+
+
 def class_of(value: Any, names: Sequence[str]) -> int:
-    """The number of a class, from 0. `value`: its name, or its number. Raises InvalidLabel for any other value."""
-    text = str(value).lower() if isinstance(value, bool) else str(value).strip()
-    if text in names:
-        return names.index(text)
-    number = None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        number = value
-    elif text.isascii() and text.isdigit():
-        number = int(text[:9])
-    if number is not None and number in range(len(names)):
-        return int(number)
-    listed = ", ".join(names)
-    raise InvalidLabel(
-        "unknown class", repr(value), f"one of {listed}, or a number from 0 to {len(names) - 1}"
-    )
+    """The number of a class, from 0. Raises InvalidLabel for any other value.
+
+    Args:
+        value: the name of a class. If no name is a number, also the number of a class.
+    """
+    if str(value).strip() in names:
+        return names.index(str(value).strip())
+    text, plain_names = plain(value), [plain(name) for name in names]
+    if text in plain_names:
+        return plain_names.index(text)
+    expected = f"one of {', '.join(names)}"
+    if not any(_NUMBER.fullmatch(name) for name in names):
+        if text.isascii() and text.isdigit() and int(text[:9]) < len(names):
+            return int(text[:9])
+        expected += f", or a number from 0 to {len(names) - 1}"
+    raise InvalidLabel("unknown class", repr(value), expected)
 
 
 def spans_of(value: Any, names: Sequence[str] | None = None) -> tuple[Span, ...]:
     """Sorted spans that do not overlap.
 
     Args:
-        value: a list of spans: [start, end, class], [start, end] of class 1, or a map with start, end and class (or label).
+        value: a list of spans: [start, end, class], or a map with start, end and class (or label). [start, end] if there is
+            only one class.
         names: of the classes from 1 on. None: classes are numbers.
 
     Raises:
@@ -80,7 +96,7 @@ def _as_triple(span: Any, names: Sequence[str] | None) -> Any:
     """A span of any form as [start, end, class number]; anything else as it is."""
     if isinstance(span, dict) and set(span) in ({"start", "end", "class"}, {"start", "end", "label"}):
         span = [span["start"], span["end"], span.get("class", span.get("label"))]
-    if names is not None and isinstance(span, list | tuple) and len(span) == 2:
+    if names is not None and len(names) == 1 and isinstance(span, list | tuple) and len(span) == 2:
         span = [*span, 1]
     if names is not None and isinstance(span, list | tuple) and len(span) == 3 and isinstance(span[2], str):
         try:

@@ -91,6 +91,20 @@ def _spread(squares: np.ndarray, scale: np.ndarray, size: int) -> np.ndarray:
     return np.sqrt(np.where(squares > 1e-10 * scale, squares, 0.0) * size / (size - 1))
 
 
+def share(hits: np.ndarray, counts: np.ndarray) -> Estimate:
+    """The share of hits, from (G,) hits and (G,) counts of independent groups.
+
+    If all groups agree on 0 or on 1, resampling them shows no spread. Then the exact interval holds, with a group as one trial
+    (Clopper and Pearson, 1934).
+    """
+    found, size = ratio(hits, counts, limits=SHARE), len(counts)
+    if found.value not in (0.0, 1.0):
+        return found
+    furthest = (1 - LEVEL) / 2
+    reach = 1 - furthest ** (1 / size)
+    return Estimate(0.0, 0.0, reach) if found.value == 0.0 else Estimate(1.0, 1 - reach, 1.0)
+
+
 def ratio(
     numerators: np.ndarray,
     denominators: np.ndarray | None = None,

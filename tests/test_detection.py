@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
 from lib.config import load_config
@@ -30,7 +31,8 @@ from lib.detection import (
 from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
 from lib.evaluation.labelled_documents import LabelledDocuments
 from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
-from lib.evaluation.text_scores import documents_of, measured_rates, windows
+from lib.evaluation.text_scores import about_windows, documents_of, measured_rates, read_user_texts, windows
+from lib.metrics import SHARE, ratio, share
 from lib.models.publish import publish
 from lib.report.detection import detection_html, detection_tables, thresholds_in_words
 from lib.report.text_scores import verdict
@@ -187,8 +189,9 @@ def test_a_bag_of_words_finds_a_planted_word_and_nothing_else():
 class Fixed(torch.nn.Module):
     """A causal model whose distribution depends on the previous token only: `table` (V, V) of log-probabilities."""
 
-    def __init__(self, seed: int, size: int = 7):
+    def __init__(self, seed: int, context: int, size: int = 7):
         super().__init__()
+        self.config = SimpleNamespace(max_position_embeddings=context + 1)
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.log_softmax(2 * torch.randn(size, size, generator=generator), -1)
 
@@ -196,8 +199,10 @@ class Fixed(torch.nn.Module):
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-def test_likelihoods_follow_the_formulas_of_the_papers():
-    performer, observer = Fixed(1), Fixed(2)
+@pytest.mark.parametrize("contexts", [(9, 9), (2, 9), (9, 3)])
+def test_likelihoods_follow_the_formulas_of_the_papers(contexts):
+    """A window longer than the shorter context is read in parts."""
+    performer, observer = Fixed(1, contexts[0]), Fixed(2, contexts[1])
     tokenizer = SimpleNamespace(pad_token_id=0, cls_token_id=2)
     ids = [np.array([4, 5, 6, 4]), np.array([5]), np.array([6, 6, 5])]
     docs = LabelledDocuments(
@@ -214,7 +219,8 @@ def test_likelihoods_follow_the_formulas_of_the_papers():
     scores = found.detectors(docs)
     for number, windows_of in enumerate(([ids[0], ids[1]], [ids[2]])):
         logs, expected, variance, cross = [], [], [], []
-        for window in windows_of:
+        context = min(contexts)
+        for window in [w[at : at + context] for w in windows_of for at in range(0, len(w), context)]:
             for before, token in zip([2, *window[:-1]], window, strict=True):
                 p, q = performer.table[before].double(), observer.table[before].double()
                 logs.append(float(p[token]))
@@ -227,6 +233,12 @@ def test_likelihoods_follow_the_formulas_of_the_papers():
         )
         assert scores["Binoculars"][number] == pytest.approx(-sum(-x for x in logs) / sum(cross), rel=1e-5)
     assert [len(n) for n in found.nll] == [4, 1, 3]
+    context = min(contexts)
+    for nats, window in zip(found.nll, ids, strict=True):
+        before = [2 if i % context == 0 else window[i - 1] for i in range(len(window))]
+        assert nats == pytest.approx(
+            [-float(performer.table[b, t]) for b, t in zip(before, window, strict=True)]
+        )
     assert "Binoculars" not in likelihoods(performer, None, runtime, docs, tokenizer).detectors(docs)
 
 
@@ -250,6 +262,15 @@ def test_words_and_turns_of_a_text():
     assert tokens.turn() == 5 and tokens.predicted_turn(None) == 5
     assert LabelledTokens(text, letters(text), ~labelled, labelled).turn() is None, "from machine to human"
     assert LabelledTokens(text, letters(text), np.ones(10, bool), labelled).turn() is None
+
+
+def test_white_space_that_no_span_covers_is_no_turn():
+    text = "ab. cd.\n"
+    labelled = np.array([False] * 4 + [True] * 3 + [False])
+    assert LabelledTokens(text, letters(text), labelled, labelled * 1.0).turn() == 4
+    text = "ab. cd. ef"
+    labelled = np.array([False] * 4 + [True] * 3 + [False] + [True] * 2)
+    assert LabelledTokens(text, letters(text), labelled, labelled * 1.0).turn() == 4
 
 
 def test_parts_are_measured_beside_answers_that_read_nothing():
@@ -314,6 +335,43 @@ def test_rates_on_labelled_documents():
     assert measured_rates(rows, {"0": True}, {"thresholds": [{"target": 0.01}]})[0]["fpr"] is None
 
 
+def test_rates_of_none_and_all_have_intervals():
+    """No false alarm among 20 says little about a rate of 5 %: Clopper and Pearson, with a group as one trial."""
+    rows = [{"document_id": str(i), "alarm_at": None if i < 20 else 0.01} for i in range(22)]
+    (rates,) = measured_rates(rows, {str(i): i >= 20 for i in range(22)}, {"thresholds": [{"target": 0.01}]})
+    for name, value, count in (("fpr", 0.0, 20), ("tpr", 1.0, 2)):
+        exact = binomtest(int(value * count), count).proportion_ci(0.95, "exact")
+        assert [rates[name][k] for k in ("value", "low", "high")] == pytest.approx(
+            [value, exact.low, exact.high]
+        )
+    grouped = share(np.zeros(2), np.array([10.0, 10.0]))  # two authors, not twenty texts
+    assert grouped.high == pytest.approx(binomtest(0, 2).proportion_ci(0.95, "exact").high)
+    assert share(np.array([1.0, 0.0]), np.ones(2)) == ratio(np.array([1.0, 0.0]), np.ones(2), limits=SHARE)
+
+
+def test_labels_of_a_scored_file_belong_to_their_rows(tmp_path):
+    """A row without a label keeps its score; wrong labels are said; ids may repeat."""
+    rows = [{"id": "q7", "text": "No label here."}, {"id": "q7", "text": "Made by a machine.", "label": "machine"},
+            {"id": "a", "text": "Made by a person.", "label": "human"}, {"id": "b", "text": "Who knows?", "label": "Alien"},
+            {"id": "c", "text": "Made by a person.", "label": "machine"}]  # fmt: skip
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config(["configs/your_labels.yaml"], overrides=["data.path=unused.jsonl", "data.id_key=id"])
+    found = read_user_texts(config, tmp_path / "x.jsonl")
+    by_text = [(text, found.synthetic.get(name)) for name, text in found.texts]
+    assert by_text == [("No label here.", None), ("Made by a machine.", True), ("Made by a person.", False),
+                       ("Who knows?", None), ("Made by a person.", True)]  # fmt: skip
+    (problem,) = (p for p in found.problems if p.kind == "label")
+    assert problem.kind == "label" and "1 labels cannot be used" in problem.found and "Alien" in problem.found
+    (tmp_path / "y.csv").write_text("text\nNo column of labels.\n")
+    assert (
+        read_user_texts(
+            config.model_copy(update={"data": config.data.model_copy(update={"id_key": None})}),
+            tmp_path / "y.csv",
+        ).synthetic
+        == {}
+    )
+
+
 def test_too_few_originals_are_said():
     figures = measure(scored(1, 40, 1.0), scored(2, 40, 1.0))
     one, five = thresholds_in_words(figures)
@@ -325,6 +383,16 @@ def test_windows_are_as_long_as_those_that_the_judge_learned_from():
     found = [len(w.ids) for w in windows([("d", "a" * 130), ("e", "b")], tokenizer, 100, "unk", 50)]
     assert found == [43, 43, 44, 1]
     assert [len(w.ids) for w in windows([("d", "a" * 130)], tokenizer, 100, "unk")] == [100, 30]
+    said = about_windows(list(windows([("d", "a" * 130)], tokenizer, 100, "unk")), 1, 100, 100, "max")
+    assert (
+        said is not None
+        and "1 of 1" in said
+        and "joined for the judge by: max" in said
+        and "may not hold" not in said
+    )
+    longer = about_windows(list(windows([("d", "a" * 130)], tokenizer, 100, "unk")), 1, 100, 200, "max")
+    assert longer is not None and "the judge learned from up to 200, so its thresholds may not hold" in longer
+    assert about_windows(list(windows([("e", "b")], tokenizer, 100, "unk")), 1, 100, 100, "max") is None
 
 
 # --- in the pipeline -------------------------------------------------------------------------------------------------

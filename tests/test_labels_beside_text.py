@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from lib import schema
 from lib.config import load_config
 from lib.errors import BadConfig, BadData
-from lib.label_values import InvalidLabel, class_of, spans_of
+from lib.label_values import InvalidLabel, class_of, plain, spans_of
 from lib.labels import LabelCounts
 from lib.models.build import heads_of
 from lib.tasks import Document, Example, Problem
@@ -225,6 +226,16 @@ def test_windows_carry_their_part_of_the_labels(tmp_path):
         assert marked == (text[30:80] if number % 2 else "")
 
 
+def test_windows_of_a_document_longer_than_a_block_have_equal_lengths_too(tmp_path):
+    rows = [
+        {"text": f"{'x' * 1_060}{i}", "label": i % 2, "spans": []} for i in range(8)
+    ]  # blocks have 1,024 characters
+    config = config_for(write_rows(tmp_path / "a.jsonl", rows))
+    documents = [i for i in check(config) if isinstance(i, Document)]
+    lengths = {len(e.target) for e in prepare(config, documents) if isinstance(e, Example)}
+    assert lengths == {39, 40}
+
+
 def test_groups_stay_together_in_one_split(tmp_path):
     rows = [GOOD | {"text": f"Text number {i}.", "label": i % 2, "author": f"a{i // 4}"} for i in range(80)]
     config = config_for(write_rows(tmp_path / "a.jsonl", rows), "data.group_key=author")
@@ -286,9 +297,57 @@ def test_names_and_numbers_of_classes():
     for wrong in (-1, 2, 0.5, "Human", None, [], float("nan")):
         with pytest.raises(InvalidLabel):
             class_of(wrong, ["human", "machine"])
-    assert spans_of([[5, 6], [0, 2, "b"]], ["a", "b"]) == ((0, 2, 2), (5, 6, 1))
+    assert spans_of([[5, 6], [0, 2, "a"]], ["a"]) == ((0, 2, 1), (5, 6, 1))
+    for names in (None, ["a", "b"]):  # of which class?
+        with pytest.raises(InvalidLabel):
+            spans_of([[0, 2]], names)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1", "1.0", " 1 ", np.float64(1)])
+def test_a_label_means_the_same_in_every_format(value):
+    """pandas writes whole numbers with a fraction where a value is missing. A name that is a number is no position."""
+    assert class_of(value, ["1", "0"]) == 0
+    assert class_of(value, ["5", "4", "3", "2", "1"]) == 4
+    assert class_of(value, ["human", "machine"]) == 1
     with pytest.raises(InvalidLabel):
-        spans_of([[0, 2]])
+        class_of(value, ["2", "3"])
+    assert plain(value) == "1"
+
+
+def test_truth_values_of_tables_are_those_of_json():
+    assert [class_of(v, ["false", "true"]) for v in (True, "True", "true", False, "False")] == [1, 1, 1, 0, 0]
+    assert class_of("True", ["False", "True"]) == class_of(True, ["False", "True"]) == 1
+
+
+def test_groups_are_equal_in_every_format(tmp_path):
+    """A rewritten text and its original stay in one split, also if one file has whole numbers and the other has fractions."""
+    (tmp_path / "a.jsonl").write_text('{"text": "One text.", "label": 0, "spans": [], "g": 7}\n')
+    (tmp_path / "b.csv").write_text("text,label,spans,g\nOther text.,1.0,[],7.0\n")
+    config = config_for(tmp_path, "data.group_key=g")
+    assert {d.group for d in check(config) if isinstance(d, Document)} == {"7"}
+
+
+def test_contradictions_are_found_behind_the_message_and_not_in_white_space(tmp_path):
+    spans = [[3 * i, 3 * i + 2, "machine"] for i in range(12)]
+    text = "ab " * 12
+    rows = [{"text": text, "label": "machine", "spans": s} for s in (spans, spans[:-1])]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kinds = [p.kind for p in check(config_for(tmp_path / "x.jsonl")) if isinstance(p, Problem)]
+    assert "contradicting labels" in kinds
+    rows = [
+        {"text": "One  two", "label": "machine", "spans": [[5, 8]]},
+        {"text": "One two", "label": "machine", "spans": [[4, 7]]},
+    ]
+    (tmp_path / "y.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kinds = [p.kind for p in check(config_for(tmp_path / "y.jsonl")) if isinstance(p, Problem)]
+    assert "contradicting labels" not in kinds
+
+
+def test_the_advice_names_the_setting_and_the_column(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "A text.", "label": "human", "spans": [[0, 1, "alien"]]}\n')
+    problem = next(p for p in check(config_for(tmp_path / "x.jsonl")) if isinstance(p, Problem))
+    assert problem.kind == "unknown class" and "data.span_classes" in problem.advice
+    assert "under 'spans'" in problem.expected
 
 
 @pytest.mark.parametrize(
@@ -312,9 +371,9 @@ def test_settings_that_do_not_fit_are_refused(settings, words):
 
 
 def test_memory_stays_flat_with_many_rows(tmp_path):
-    """The checks of labels hold one row at a time: twenty times the rows need no more memory.."""
+    """The checks of labels hold one row at a time: 7,800 more rows need less than 16 bytes each."""
     peaks = []
-    for count in (200, 4_000):
+    for count in (200, 8_000):
         path = tmp_path / f"{count}.csv"
         with path.open("w") as file:
             file.write("text,label,spans\n")
@@ -324,7 +383,7 @@ def test_memory_stays_flat_with_many_rows(tmp_path):
         assert sum(isinstance(item, Document) for item in check(config)) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 2**19
+    assert peaks[1] < peaks[0] + 16 * 7_800
 
 
 def test_stage_00_lists_wrong_labels_and_ends(tmp_path):

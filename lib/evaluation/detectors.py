@@ -15,7 +15,7 @@ length: small models and other ways to make text can turn it round.
 Legend: D documents, W windows, B rows, T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,16 +79,18 @@ def lengths(documents: LabelledDocuments) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ models of the run
 
 
-def batches(documents: LabelledDocuments, pad_id: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """((B,) windows, (B, T) ids, (B, T) validity). Windows of similar length are together."""
-    order = np.argsort([len(ids) for ids in documents.ids], kind="stable")
-    longest = max((len(ids) for ids in documents.ids), default=1)
+def batches(
+    windows: Sequence[np.ndarray], pad_id: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """((B,) numbers of windows, (B, T) their ids, (B, T) validity). Windows of similar length are together."""
+    order = np.argsort([len(ids) for ids in windows], kind="stable")
+    longest = max((len(ids) for ids in windows), default=1)
     for part in chunks(len(order), evaluation_rows(BATCH, longest)):
         rows = order[part]
-        width = max(len(documents.ids[w]) for w in rows)
-        valid = np.arange(max(width, 1)) < np.array([len(documents.ids[w]) for w in rows])[:, None]
+        width = max(len(windows[w]) for w in rows)
+        valid = np.arange(max(width, 1)) < np.array([len(windows[w]) for w in rows])[:, None]
         ids = np.full(valid.shape, pad_id, np.int64)
-        ids[valid] = np.concatenate([documents.ids[w] for w in rows])
+        ids[valid] = np.concatenate([windows[w] for w in rows])
         yield rows, ids, valid
 
 
@@ -96,7 +98,7 @@ def batches(documents: LabelledDocuments, pad_id: int) -> Iterator[tuple[np.ndar
 def judge_suspicion(model: Any, runtime: Runtime, documents: LabelledDocuments, tokenizer: Any) -> np.ndarray:
     """(W,) in [0, 1]: one minus the judge's score, or one minus the probability of its first class."""
     found = np.zeros(len(documents.ids))
-    for rows, ids, valid in batches(documents, tokenizer.pad_token_id):
+    for rows, ids, valid in batches(documents.ids, tokenizer.pad_token_id):
         logits = forward(model, runtime, *with_cls(ids, valid, tokenizer.cls_token_id)).logits.float()
         score = logits[:, 0] if logits.shape[-1] == 1 else torch.softmax(logits, -1)[:, 0]
         found[rows] = 1 - score.cpu().numpy()
@@ -109,7 +111,7 @@ def inspector_suspicion(
 ) -> list[np.ndarray]:
     """(W,) arrays of tokens: the probability of any class but 0."""
     found: list[np.ndarray] = [np.zeros(0)] * len(documents.ids)
-    for rows, ids, valid in batches(documents, tokenizer.pad_token_id):
+    for rows, ids, valid in batches(documents.ids, tokenizer.pad_token_id):
         shares = torch.softmax(forward(model, runtime, ids, valid).logits.float(), -1)
         changed = (1 - shares[..., 0]).cpu().numpy()
         for row, window in enumerate(rows):
@@ -150,11 +152,21 @@ def likelihoods(
 ) -> Likelihoods:
     """Likelihoods under the performer; the observer gives the cross-entropy for Binoculars.
 
-    Let p be the performer's distribution of a token, and q the observer's. The expectation of the log-probability is the sum of
-    p log p. The cross-entropy is minus the sum of q log p.
+    Let p be the performer's distribution of a token, and q the observer's. The log-probability has the expectation `sum p log p`.
+    The cross-entropy is `-sum q log p`. A window that is longer than a model's context is read in parts.
     """
-    sums, nll = np.zeros((len(documents.ids), 5)), [np.zeros(0)] * len(documents.ids)
-    for rows, ids, valid in batches(documents, tokenizer.pad_token_id):
+    sums = np.zeros((len(documents.ids), 5))
+    nll: list[list[np.ndarray]] = [[] for _ in documents.ids]
+    models = [performer] if observer is None else [performer, observer]
+    context = min(model.config.max_position_embeddings - 1 for model in models)
+    parts = [
+        (window, ids[start : start + context])
+        for window, ids in enumerate(documents.ids)
+        for start in range(0, max(len(ids), 1), context)
+    ]
+    window_of = np.array([window for window, _ in parts], np.int64)
+    order: list[tuple[int, np.ndarray]] = []
+    for rows, ids, valid in batches([ids for _, ids in parts], tokenizer.pad_token_id):
         inputs, seen = with_cls(ids[:, :-1], valid[:, :-1], tokenizer.cls_token_id)
         logs = _log_probabilities(performer, runtime, inputs, seen)  # (B, T, V)
         of_token = logs.gather(-1, tensor(ids, runtime)[..., None])[..., 0]  # (B, T)
@@ -165,11 +177,12 @@ def likelihoods(
         if observer is not None:
             cross = -(_log_probabilities(observer, runtime, inputs, seen).exp() * logs).sum(-1)
         columns = torch.stack([of_token, expected, variance, cross, torch.ones_like(cross)], -1).double()
-        sums[rows] = (columns * tensor(valid, runtime)[..., None]).sum(1).cpu().numpy()
+        np.add.at(sums, window_of[rows], (columns * tensor(valid, runtime)[..., None]).sum(1).cpu().numpy())
         nats = -of_token.cpu().numpy()
-        for row, window in enumerate(rows):
-            nll[window] = nats[row, : len(documents.ids[window])]
-    return Likelihoods(sums, nll, observer is not None)
+        order += [(part, nats[row, : len(parts[part][1])]) for row, part in enumerate(rows.tolist())]
+    for part, nats in sorted(order, key=lambda found: found[0]):
+        nll[window_of[part]].append(nats)
+    return Likelihoods(sums, [np.concatenate(found) for found in nll], observer is not None)
 
 
 def _log_probabilities(model: Any, runtime: Runtime, inputs: np.ndarray, seen: np.ndarray) -> torch.Tensor:

@@ -5,7 +5,8 @@ Without labels beside the text, every candidate is a document: the original text
 Legend: D documents, W windows.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,11 +64,12 @@ class LabelledDocuments:
 
 def read_documents(stage: Stage, config: Config, split: str, limit: int) -> LabelledDocuments:
     """The documents of a split: all, or a random sample of at most about `limit`, which a line says."""
-    count = (
-        stage.upstream_stats("01_prepare_dataset")["examples"].get(split, 0) * config.candidates.per_example
-    )
-    share = min(1.0, limit / max(count, 1))
-    groups = _groups(stage, split)
+    share = min(1.0, limit / max(_count_documents(stage, config, split), 1))
+
+    def is_chosen(name: str) -> bool:
+        return share >= 1 or randomness.hash_fraction(config.seed, "documents for detection", name) < share
+
+    groups = _groups(stage, config, split, is_chosen)
     number: dict[str, int] = {}
     group_of: list[str] = []
     synthetic: list[bool] = []
@@ -77,7 +79,7 @@ def read_documents(stage: Stage, config: Config, split: str, limit: int) -> Labe
     document: list[int] = []
     for row in _rows(stage, split):
         name = _name(row, config)
-        if share < 1 and randomness.hash_fraction(config.seed, "documents for detection", name) >= share:
+        if not is_chosen(name):
             continue
         if name not in number:
             number[name] = len(number)
@@ -108,18 +110,40 @@ def _rows(stage: Stage, split: str) -> Iterator[dict]:
                 yield row
 
 
-def _groups(stage: Stage, split: str) -> dict[str, str]:
+def _examples(stage: Stage, split: str) -> Iterator[tuple[str, str]]:
+    """(id, group) of the examples of a split, in order."""
     columns = ["example_id", "group", "split"]
-    found: dict[str, str] = {}
     for table in stage.tables("01_prepare_dataset", "examples", schema.EXAMPLES, columns):
         rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
-        found |= {example: group for example, group, of in rows if of == split}
-    return found
+        yield from ((example, group) for example, group, of in rows if of == split)
+
+
+def _count_documents(stage: Stage, config: Config, split: str) -> int:
+    """The windows of a document follow each other."""
+    if not config.data.has_labels:
+        return sum(1 for _ in _examples(stage, split)) * config.candidates.per_example
+    return sum(1 for _ in itertools.groupby(_document_of(example) for example, _ in _examples(stage, split)))
+
+
+def _groups(stage: Stage, config: Config, split: str, is_chosen: Callable[[str], bool]) -> dict[str, str]:
+    """The groups of the examples of which a document is chosen."""
+    numbers = range(config.candidates.per_example)
+
+    def is_needed(example: str) -> bool:
+        if config.data.has_labels:
+            return is_chosen(_document_of(example))
+        return any(is_chosen(f"{example}/{number}") for number in numbers)
+
+    return {example: group for example, group in _examples(stage, split) if is_needed(example)}
+
+
+def _document_of(example: str) -> str:
+    return example.rpartition(":")[0]
 
 
 def _name(row: dict, config: Config) -> str:
     if config.data.has_labels:
-        return row["example_id"].rpartition(":")[0]
+        return _document_of(row["example_id"])
     return f"{row['example_id']}/{row['candidate_id']}"
 
 

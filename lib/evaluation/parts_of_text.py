@@ -54,10 +54,12 @@ class LabelledTokens:
 
     def turn(self) -> int | None:
         """The character at which the text turns from human to machine; None if it does not turn exactly once, that way."""
-        changes = np.flatnonzero(np.diff(self.labelled.astype(np.int8)))
-        if len(changes) != 1 or not self.labelled[-1]:
+        seen = np.flatnonzero([bool(self.text[start:end].strip()) for start, end in self.bounds])
+        labelled = self.labelled[seen]  # white space belongs to neither side: spans often leave it out
+        changes = np.flatnonzero(np.diff(labelled.astype(np.int8)))
+        if len(changes) != 1 or not labelled[-1]:
             return None
-        return int(self.bounds[changes[0] + 1, 0])
+        return int(self.bounds[seen[changes[0] + 1], 0])
 
     def predicted_turn(self, calibration: Calibration | None) -> int:
         """The most likely character of that turn; see `change_point`."""

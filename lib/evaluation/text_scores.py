@@ -8,8 +8,8 @@ Legend: B windows, T tokens.
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lib.diffusion.samples import MaskedTexts
 from lib.errors import MissingInput, RemaskError
 from lib.evaluation.quality import sequence_scores
 from lib.tasks import Document, Problem, get_task
+from lib.tasks.text.check import check
 from lib.tokenization import decode_batch, encode_batch
 from lib.training.objectives.base import chunks, forward
 from lib.training.objectives.next_token import causal_nll
@@ -31,6 +32,8 @@ from lib.user_files.faults import kind_of
 from lib.user_files.rows import read_rows
 
 BATCH = 64
+NO_LABEL = "no label"
+LABEL_PROBLEMS = (NO_LABEL, "unknown class", "label not a number", "label not finite", "label out of range")
 HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same text, half of it rewritten)"
 
 # Settings under which every text is read whole. The minimum amounts are for training
@@ -75,17 +78,11 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
         raise MissingInput(f"--score {path}: there is no such file or folder")
     # A file whose name begins with "builtin" is a file, not a text that the project ships
     name = os.path.join(".", path) if str(path).startswith("builtin") else str(path)
-    data, task = config.data.model_copy(update={"path": name, **READ_WHOLE}), get_task("text")
-    labelled = config.data.model_copy(
-        update={
-            "path": name,
-            **READ_WHOLE,
-            **{k: getattr(config.data, k) for k in ("label_key", "label_classes")},
-        }
-    )
-    config = config.model_copy(update={"data": data})
+    of_labels = {k: getattr(config.data, k) for k in ("label_key", "label_classes")}
+    changes = {"path": name, **READ_WHOLE} | (of_labels if _may_have(path, config.data.label_key) else {})
+    config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
     try:
-        files, items = task.sources(config), list(task.check(config))
+        files, items = get_task("text").sources(config), list(check(config, keeps_unlabelled=True))
     except RemaskError as error:  # the message names the setting, but the user gave the flag
         raise type(error)(str(error).replace("data.path", "--score")) from None
     documents = [item for item in items if isinstance(item, Document)]
@@ -93,21 +90,32 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
         (name, "".join(piece.content for piece in pieces))
         for name, pieces in itertools.groupby(documents, key=lambda document: document.document_id)
     ]
-    problems = [p for p in items if isinstance(p, Problem) and p.kind != "too little text"]
-    synthetic = {}
-    if _has_column(path, labelled.label_key):
-        of_labels = task.check(config.model_copy(update={"data": labelled}))
-        documents_with_labels = (d for d in of_labels if isinstance(d, Document) and not d.piece)
-        found = ((d.document_id, d.label) for d in documents_with_labels if d.label is not None)
-        named = labelled.label_classes is not None
-        synthetic = {name: label != 0 if named else label < 1 for name, label in found}
+    problems = [
+        p for p in items if isinstance(p, Problem) and p.kind not in ("too little text", *LABEL_PROBLEMS)
+    ]
+    problems += _of_labels([p for p in items if isinstance(p, Problem) and p.kind in LABEL_PROBLEMS])
+    found = ((d.document_id, d.label) for d in documents if d.label is not None and not d.piece)
+    named = config.data.label_classes is not None
+    synthetic = {name: label != 0 if named else label < 1 for name, label in found}
     return UserTexts(texts, problems, files, synthetic)
 
 
-def _has_column(path: Path, key: str | None) -> bool:
-    """Whether the first row of a file has a value under a key."""
-    if key is None or not path.is_file() or kind_of(path).removesuffix(".gz") in ("", ".txt"):
+def _of_labels(problems: list[Problem]) -> list[Problem]:
+    """One problem for all labels that cannot be used. A row without a label is none: only some may have one."""
+    wrong = [p for p in problems if p.kind != NO_LABEL]
+    if not wrong:
+        return []
+    found = f"{len(wrong):,} labels cannot be used, the first one {wrong[0].found}"
+    advice = f"expected {wrong[0].expected}; these texts get scores, but do not count in the rates"
+    return [replace(wrong[0], severity="warning", kind="label", found=found, advice=advice)]
+
+
+def _may_have(path: Path, key: str | None) -> bool:
+    """Whether rows of a file may have a value under a key. The rows of a table have the columns of the first one."""
+    if key is None or not path.is_file() or (kind := kind_of(path).removesuffix(".gz")) in ("", ".txt"):
         return False
+    if kind in (".json", ".jsonl"):
+        return True
     row = next(read_rows(path, wanted=[key]), None)
     return row is not None and isinstance(row.value, dict) and key in row.value
 
@@ -128,7 +136,9 @@ def measured_rates(
     for target in (rates["target"] for rates in figures["thresholds"]):
         alarm = np.array([(at := d["alarm_at"]) is not None and at <= target for d in known], bool)
         rates = {
-            name: metrics.ratio(alarm[of].astype(float), limits=metrics.SHARE)._asdict() if of.any() else None
+            name: metrics.share(alarm[of].astype(float), np.ones(int(of.sum())))._asdict()
+            if of.any()
+            else None
             for name, of in (("fpr", ~truth), ("tpr", truth))
         }
         found.append(
@@ -167,6 +177,27 @@ def windows(
             starts = [len(ids) * i // count for i in range(count)]
         for number, (start, end) in enumerate(itertools.pairwise([*starts, len(ids)])):
             yield Window(document_id, number, ids[start:end])
+
+
+def about_windows(
+    parts: Sequence[Window], texts: int, context: int, of_judge: int | None, join: str
+) -> str | None:
+    """What a user must know about texts of several windows; None if there are none.
+
+    Args:
+        texts: how many there are; context: tokens of a window.
+        of_judge: tokens that the judge reads, None without a judge; join: how its windows are joined.
+    """
+    longer = sum(part.number == 1 for part in parts)
+    if not longer:
+        return None
+    said = (
+        f"texts of several windows: {longer:,} of {texts:,}; a window has at most {context} tokens, and a text's score is the mean "
+        f"over its tokens; windows are joined for the judge by: {join}"
+    )
+    if of_judge is not None and of_judge > context:
+        said += f"; the judge learned from up to {of_judge}, so its thresholds may not hold"
+    return said
 
 
 def score(parts: list[Window], evaluator: Any) -> list[dict]:

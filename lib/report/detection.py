@@ -49,7 +49,8 @@ def _figures(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _parts(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, lines) of the table of parts of texts."""
     parts = found["parts"]
-    head = ["parts of a text", "word F1", "95 % interval", "error of the turn", "95 % interval", "median"]
+    turning = f"error of the turn, {parts['num_turns']:,} texts"
+    head = ["parts of a text", "word F1", "95 % interval", turning, "95 % interval", "median"]
     lines = []
     for name in dict.fromkeys([*parts["words"], *parts["turns"]]):
         f1, turn = parts["words"].get(name), parts["turns"].get(name)

@@ -27,10 +27,10 @@ _SQUEEZE_RULES = (
 _CHUNK = 2**20  # characters that `text_digest` divides into words at a time
 
 
-def check(config: Config) -> Iterator[Document | Problem]:
+def check(config: Config, keeps_unlabelled: bool = False) -> Iterator[Document | Problem]:
     """Valid documents with clean line ends, and problems. A problem is an error if training on it would be wrong.
 
-    Kinds that `data.drop` names are left out with a warning. Raises BadConfig for a kind that it cannot name.
+    `keeps_unlabelled`: a document whose label is missing or wrong is kept without it, and labels need not agree. Kinds that `data.drop` names are left out with a warning. Raises BadConfig for a kind that it cannot name.
     """
     drop = frozenset(config.data.drop)
     for kind in sorted(drop - set(DROPPABLE)):
@@ -44,11 +44,11 @@ def check(config: Config) -> Iterator[Document | Problem]:
             text, faults = _text_of(raw, squeezed=config.data.whitespace == "squeeze")
             labels, wrong = _labels_of(raw, text, config)
             faults += wrong
-            if text is not None and not wrong:
+            if text is not None and (keeps_unlabelled or not wrong):
                 digest, length = text_digest(text)
                 fault = (
                     labelled.contradiction(digest, raw.location or raw.document_id, labels)
-                    if length
+                    if length and not keeps_unlabelled
                     else None
                 )
                 fault = fault or _reason_to_drop(digest, length, config, known_texts)
@@ -65,7 +65,7 @@ def check(config: Config) -> Iterator[Document | Problem]:
                 num_errors += fault.severity == "error"
                 yield _problem(fault, raw.source, raw.location)
         # With errors, the amount of text is known only after they are fixed
-        missing = [] if num_errors else [*labelled.absent_classes()]
+        missing = [] if num_errors or keeps_unlabelled else [*labelled.absent_classes()]
     for fault in (
         missing if num_errors or missing else _too_little_text(config, num_characters, num_documents)
     ):

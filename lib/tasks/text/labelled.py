@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from lib.digest_table import DigestTable
-from lib.label_values import InvalidLabel, Span, class_of, from_cell, score_of, spans_in_json, spans_of
+from lib.label_values import (
+    InvalidLabel,
+    Span,
+    class_of,
+    from_cell,
+    plain,
+    score_of,
+    spans_in_json,
+    spans_of,
+)
 from lib.sections.data import DataConfig
 from lib.user_files.faults import Fault
 
@@ -36,11 +45,15 @@ class RawLabels:
 
 @dataclass(frozen=True)
 class TextLabels:
-    """The labels of a document; see `lib.tasks.Document`. Spans count characters of the clean text."""
+    """The labels of a document; see `lib.tasks.Document`. Spans count characters of the clean text.
+
+    `visible`: the same spans in visible characters, which are equal for texts that differ in white space.
+    """
 
     group: str | None = None
     label: float | None = None
     spans: tuple[Span, ...] | None = None
+    visible: tuple[Span, ...] | None = None
 
 
 def raw_labels(record: dict[str, Any], data: DataConfig, in_cells: bool) -> RawLabels:
@@ -68,7 +81,7 @@ def read_labels(
         if _is_missing(raw.group):
             faults.append(Fault("no group", "no value", f"a value under '{data.group_key}'", ADVICE))
         else:
-            found["group"] = str(raw.group)
+            found["group"] = plain(raw.group)
     for key, name, value in (("label", data.label_key, raw.label), ("spans", data.spans_key, raw.spans)):
         if name is None:
             continue
@@ -80,7 +93,13 @@ def read_labels(
                 _label(value, raw, data) if key == "label" else _spans(value, str(before), after, data)
             )
         except InvalidLabel as error:
-            faults.append(Fault(error.kind, error.found, error.expected, _advice(error, value, data)))
+            expected = error.expected if name in error.expected else f"{error.expected}, under '{name}'"
+            faults.append(Fault(error.kind, error.found, expected, _advice(error, value, data, key)))
+    if found.get("spans"):
+        before_each = np.append(0, np.cumsum(_is_ink(after)))  # visible characters before each character
+        found["visible"] = tuple(
+            (int(before_each[start]), int(before_each[end]), kind) for start, end, kind in found["spans"]
+        )
     return TextLabels(**found), faults
 
 
@@ -99,13 +118,14 @@ def _label(value: Any, raw: RawLabels, data: DataConfig) -> float:
     return score_of(from_cell(value, float) if raw.in_cells else value)
 
 
-def _advice(error: InvalidLabel, value: Any, data: DataConfig) -> str:
+def _advice(error: InvalidLabel, value: Any, data: DataConfig, key: str) -> str:
+    """What to do. `key`: label or spans."""
     if error.kind == "label not a number" and isinstance(value, str):
         return "fix the value or, if it is the name of a class, list the names in data.label_classes"
     if error.kind == "label out of range":
         return "fix the value or, if it is the number of a class, name the classes in data.label_classes"
     if error.kind == "unknown class":
-        setting = "data.label_classes" if data.label_classes is not None else "data.span_classes"
+        setting = "data.label_classes" if key == "label" else "data.span_classes"
         return f"fix the value, add the class to {setting}, or set data.drop=[unknown class]"
     return "fix it, leave the row out, or set data.drop=[no label]" if error.kind == "no label" else ADVICE
 
@@ -160,11 +180,11 @@ class LabelledTexts:
 
     def contradiction(self, digest: bytes, name: str, labels: TextLabels) -> Fault | None:
         """The fault of a text that occurred before with other labels. `digest`: of the text."""
-        words = self.in_words(labels)
-        if not self.data.has_labels or self.known.add(digest, json.dumps([name, words])):
+        words, whole = self.in_words(labels), repr((labels.label, labels.visible))
+        if not self.data.has_labels or self.known.add(digest, json.dumps([name, words, whole])):
             return None
-        other, other_words = json.loads(str(self.known.get(digest)))
-        if other_words == words:
+        other, other_words, other_whole = json.loads(str(self.known.get(digest)))
+        if other_whole == whole:
             return None
         found = f"{words}, but {other} has the same text with {other_words}"
         return Fault(

@@ -124,9 +124,14 @@ def _without_repeats(text: str, data: DataConfig, known: DigestTable) -> tuple[l
 def _blocks(text: str, stretch: Span, data: DataConfig) -> Iterator[Span]:
     """Blocks of about `block_characters`, cut at the last paragraph end in their second half.
 
-    If there is none, the cut is inside a paragraph. With `data.passages: paragraph` the block is longer instead.
+    If there is none, the cut is inside a paragraph. With `data.passages: paragraph` the block is longer instead. A document
+    with labels is one block.
     """
     start, end = stretch
+    if data.has_labels:  # a document is one block, so all of its windows have equal lengths
+        if start < end:
+            yield start, end
+        return
     size = data.block_characters
     while end - start > size:
         limit = start + size
