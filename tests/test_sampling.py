@@ -86,8 +86,18 @@ def test_schedules():
     assert temperatures(settings(**few, corrector_share=0.5, corrector_temperature=0.3), 7).std() == 0
     many = masked_shares(settings(end_ratio=0.1, corrector_share=0.5, corrector_resampling=1.5), 101)
     np.testing.assert_allclose(many[50:100], 1.5 / 50)  # a token is resampled 1.5 times on average
-    once = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 5, remasks=False)
-    np.testing.assert_array_equal(once, linear)  # a policy that never re-masks has no corrector steps
+    for rounds in (
+        5,
+        32,
+        128,
+    ):  # a policy that never re-masks draws as few tokens at once as it can, and has no corrector steps
+        once = masked_shares(
+            settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), rounds, remasks=False
+        )
+        counts = masked_counts_by_round(once, np.array([128, 60]))
+        drawn = -np.diff(counts, axis=0, prepend=[[128, 60]])
+        for row, free in enumerate((128, 60)):
+            assert drawn[:, row].sum() == free and drawn[:, row].max() == -(-free // rounds)
     cosine = masked_shares(settings(schedule="cosine"), 4)
     np.testing.assert_allclose(cosine, [np.cos(np.pi / 8), np.cos(np.pi / 4), np.cos(3 * np.pi / 8), 0])
     assert masked_shares(settings(schedule="custom", masking_ratios=(0.5, 0.2)), 3).tolist() == [0.5, 0.2, 0]

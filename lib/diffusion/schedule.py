@@ -1,7 +1,8 @@
 """Schedules of sampling: how many tokens are masked after each round, and the temperature of each round.
 
 All policies that re-mask share one schedule, so they differ only in the positions that they choose. A policy that never
-re-masks unmasks until the last round, at one temperature.
+re-masks unmasks as many tokens in every round, as in MDLM and LLaDA, at one temperature: what it unmasks at once, it draws
+independently, so any other division would harm it.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ MIN_ROUNDS = 8  # with fewer rounds, corrector steps would leave too few rounds 
 def masked_shares(config: SamplerConfig, rounds: int, remasks: bool = True) -> np.ndarray:
     """(rounds,) share of the free tokens that is masked after each round; the last is 0.
 
-    - linear: evenly from `start_ratio` to `end_ratio`.
+    - linear: evenly from `start_ratio` to `end_ratio`. Policies that never re-mask: evenly from 1 to 0.
     - cosine: cos(pi/2 x done), which unmasks slowly at first (MaskGIT, Chang et al. 2022).
     - custom: `masking_ratios`, one for each round but the last. For another number of rounds they are interpolated.
     - threshold: the shares of linear, as an upper limit.
@@ -27,6 +28,8 @@ def masked_shares(config: SamplerConfig, rounds: int, remasks: bool = True) -> n
         ratios = np.asarray(config.masking_ratios)
         progress = np.linspace(0, 1, rounds - 1)
         return np.append(np.interp(progress, np.linspace(0, 1, len(ratios)), ratios), 0.0)
+    if not remasks and config.schedule != "cosine":
+        return 1 - np.arange(1, rounds + 1) / rounds
     steps = corrector_steps(config, rounds, remasks)
     unmasking_rounds = rounds - steps
     end = min(config.end_ratio, config.corrector_resampling / steps) if steps else config.end_ratio
