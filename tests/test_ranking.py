@@ -369,6 +369,17 @@ def test_bm25_of_pools_is_that_of_the_library():
     assert (found[~present] == 0).all() and found.std() > 0.1
 
 
+def test_bm25_reads_words_of_one_character_and_gives_0_where_there_is_no_word():
+    from lib.ranking.bm25 import bm25_scores
+
+    present = np.array([[True, True, True], [True, True, False]])
+    texts = np.array([["A", "B", "7"], ["B", "7", ""]], object)
+    found = bm25_scores(["which one is B ?", "3 + 4 = 7 ?"], texts, present)
+    assert (found > 0).tolist() == [[False, True, False], [False, True, False]]
+    signs = np.array([["+", "-", "?"], ["=", "!", ""]], object)
+    assert (bm25_scores(["which sign?", "+"], signs, present) == 0).all()
+
+
 @pytest.mark.parametrize("tied_scores", [False, True])
 def test_order_metrics(tied_scores):
     scores, rewards, present = pools(6, tied_scores=tied_scores)

@@ -11,15 +11,19 @@ import numpy as np
 from scipy import sparse
 
 POOLS = 1024  # scored at a time
+WORD = r"(?u)\b\w+\b"  # a word may have one character, such as the answers A, B and 7
 
 
 def bm25_scores(prompts: list[str], texts: np.ndarray, present: np.ndarray) -> np.ndarray:
     """(N, K) scores of the (N, K) texts of N pools; 0 where there is no candidate."""
     import bm25s
 
-    words: Any = {"stopwords": None, "show_progress": False}
+    scores = np.zeros(present.shape)
+    words: Any = {"stopwords": None, "show_progress": False, "token_pattern": WORD}
     documents = bm25s.tokenize(texts[present].tolist(), **words)
     queries = bm25s.tokenize(prompts, **words)
+    if not any(documents.ids):  # no candidate has a word, and the library refuses an empty index
+        return scores
     index = bm25s.BM25(backend="numpy")
     index.index(documents, show_progress=False)
     stored: Any = index.scores
@@ -34,7 +38,6 @@ def bm25_scores(prompts: list[str], texts: np.ndarray, present: np.ndarray) -> n
     for start, end in itertools.pairwise(ends):
         product = matrix[start:end].multiply(asked[pool[start:end]])
         found[start:end] = np.asarray(product.sum(1)).ravel()
-    scores = np.zeros(present.shape)
     scores[present] = found
     return scores
 
