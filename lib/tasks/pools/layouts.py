@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import did_you_mean
+from lib.tasks.pools.values import RowFault, as_list, chat_text, described, is_chat, parsed_number
 from lib.user_files.faults import Fault
 
 # Names that a role may have in a file, the most usual one first. `pools.keys` adds a name of the user's own
@@ -47,14 +48,6 @@ NEEDED = {  # by which a layout is recognised, in this order
 ALIASES = {"lists": "pools", "rewardbench": "pairs"}
 ONCE, SAME, PREFERRED = 0, 1, 2
 _NUMBERED = re.compile(r"(negative|neg)_\d+")
-
-
-class RowFault(Exception):
-    """A row cannot be read as the layout says. `fault` says why."""
-
-    def __init__(self, fault: Fault):
-        super().__init__(fault.found)
-        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -329,46 +322,6 @@ def _one_value(columns: dict[str, str], record: Mapping[str, Any], keys: Mapping
         for role, column in columns.items()
         if role != "rewards" or role in keys or isinstance(record[column], list)
     }
-
-
-def as_list(value: Any) -> list[Any]:
-    """A list of texts or chats; a single one becomes a list of one, and None an empty list."""
-    if value is None:
-        return []
-    if isinstance(value, list | tuple) and not is_chat(value):
-        return list(value)
-    return [value]
-
-
-def is_chat(value: Any) -> bool:
-    """Whether a value is a list of chat messages: {"role": ..., "content": ...}."""
-    return (
-        isinstance(value, list | tuple)
-        and len(value) > 0
-        and all(isinstance(turn, Mapping) and "content" in turn for turn in value)
-    )
-
-
-def chat_text(chat: Sequence[Mapping[str, Any]]) -> str:
-    """The text of chat messages: the content of a single message, otherwise a line `role: content` for each."""
-    if len(chat) == 1:
-        return str(chat[0]["content"])
-    return "\n".join(f"{turn.get('role', 'user')}: {turn['content']}" for turn in chat)
-
-
-def parsed_number(text: str) -> float | str | None:
-    """The number that a text states; None for an empty text, and the text itself if it states none."""
-    if not text.strip():
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def described(value: Any) -> str:
-    """A value in a message: its type and its beginning."""
-    return "no value" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def reward_fault(entry: Entry, low: float, high: float) -> Fault | None:

@@ -12,8 +12,9 @@ from lib.log import Progress
 from lib.sections.pools import PoolFilesConfig
 from lib.tasks import Problem
 from lib.tasks.pools import builtin
-from lib.tasks.pools.layouts import Layout, PoolRow, RowFault, recognise
+from lib.tasks.pools.layouts import Layout, PoolRow, recognise
 from lib.tasks.pools.store import PoolStore
+from lib.tasks.pools.values import RowFault
 from lib.tasks.text import raw
 from lib.user_files.decoding import clean_text
 from lib.user_files.faults import Fault, kind_of
