@@ -99,6 +99,15 @@ LAYOUTS: dict[str, Any] = {
         {"chosen": user(row["prompt"]) + answer(row["right"]), "rejected": user(row["prompt"]) + answer(text)}
         for text in row["wrong"]
     ],
+    "prompt_and_chats": lambda row: [
+        {"prompt": row["prompt"], "chosen": user(row["prompt"]) + answer(row["right"]),
+         "rejected": user(row["prompt"]) + answer(text)}
+        for text in row["wrong"]
+    ],
+    "chats_as_text": lambda row: [
+        {side: f"\n\nHuman: {row['prompt']}\n\nAssistant: {said}" for side, said in (("chosen", row["right"]), ("rejected", text))}
+        for text in row["wrong"]
+    ],
     "tuples": lambda row: [
         {"anchor": row["prompt"], "positive": row["right"]}
         | {f"negative_{k}": row["wrong"][k - 1] if k <= len(row["wrong"]) else None for k in range(1, 4)}
@@ -184,6 +193,28 @@ def test_pairs_of_one_prompt_are_one_pool_with_the_share_of_wins(tmp_path):
         {"prompt": "order?", "chosen": "b", "rejected": "a"},
     ]
     assert kinds(checked(write(tmp_path / "both.jsonl", both))[1]) == {"contradicting rewards"}
+
+
+def test_several_shared_turns_are_the_prompt_and_none_is_a_fault(tmp_path):
+    turns = [{"role": "system", "content": "be brief"}, *user("how big is it?")]
+    pairs = {"chosen": [*turns, *answer("big")], "rejected": [*turns, *answer("small")]}
+    text = "Human: hello\n\nAssistant: hi\n\nHuman: is it big?\n\nAssistant: "
+    apart = {"chosen": user("yes?") + answer("yes"), "rejected": user("no?") + answer("no")}
+    rows = [
+        pairs, pairs | {"prompt": "how big is it?"}, pairs | {"prompt": "be brief. how big?"},
+        {"chosen": text + "yes", "rejected": text + "no"}, apart, apart | {"id": "apart"},
+        {"prompt": "go on", "chosen": answer("so") + answer("yes"), "rejected": answer("so") + answer("no")},
+    ]  # fmt: skip
+    found, problems = checked(write(tmp_path / "turns.jsonl", rows))
+    assert [d["prompt"] for d in found] == [
+        "system: be brief\nuser: how big is it?", "be brief. how big?", "user: hello\nassistant: hi\nuser: is it big?", "",
+        "go on",
+    ]  # fmt: skip
+    assert [d["candidates"][0] for d in found] == [
+        "big", "big", "yes", "user: yes?\nassistant: yes", "assistant: so\nassistant: yes",
+    ]  # fmt: skip
+    assert [(p.kind, p.location) for p in problems if p.severity == "error"] == [("no prompt", "line 5")]
+    assert kinds(problems, "warning") == {"empty prompt"}
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import did_you_mean
-from lib.tasks.pools.values import RowFault, as_list, chat_text, described, is_chat, parsed_number
+from lib.tasks.pools.values import (
+    RowFault,
+    as_list,
+    chat_text,
+    described,
+    is_chat,
+    parsed_number,
+    without_shared_turns,
+)
 from lib.user_files.faults import Fault
 
 # Names that a role may have in a file, the most usual one first. `pools.keys` adds a name of the user's own
@@ -160,8 +168,7 @@ class Layout:
 
     def _pair(self, record: Mapping[str, Any], prompt: str | None) -> tuple[str | None, list[Entry]]:
         sides = [as_list(self._value(record, role)) for role in ("chosen", "rejected")]
-        if prompt is None and all(side and is_chat(side[0]) for side in sides):
-            prompt, sides = self._split_chats(sides)
+        prompt, sides = without_shared_turns(prompt, sides)
         entries = [
             Entry(self._text(text, role, k), reward, repeats=PREFERRED)
             for role, reward, side in zip(("chosen", "rejected"), (1.0, 0.0), sides, strict=True)
@@ -193,14 +200,6 @@ class Layout:
         if both := sorted(right & wrong):
             found = f"{both[0][:40]!r} is both right and wrong"
             raise RowFault(Fault("contradicting rewards", found, "different texts", "fix or remove the row"))
-
-    def _split_chats(self, sides: list[list[Any]]) -> tuple[str, list[list[Any]]]:
-        """The turns that all chats begin with are the prompt, as in TRL's implicit prompts."""
-        chats = [chat for side in sides for chat in side]
-        shared = 0
-        while all(len(chat) > shared + 1 and chat[shared] == chats[0][shared] for chat in chats):
-            shared += 1
-        return chat_text(chats[0][:shared]), [[chat[shared:] for chat in side] for side in sides]
 
     # --- values ----------------------------------------------------------------------------------------------------
 

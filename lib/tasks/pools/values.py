@@ -1,9 +1,14 @@
 """Values in the rows of a file with candidates: texts, chats, lists and numbers."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib.user_files.faults import Fault
+
+# A turn of a chat that is one text, as in the data set HH-RLHF of Anthropic
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class RowFault(Exception):
@@ -37,6 +42,36 @@ def chat_text(chat: Sequence[Mapping[str, Any]]) -> str:
     if len(chat) == 1:
         return str(chat[0]["content"])
     return "\n".join(f"{turn.get('role', 'user')}: {turn['content']}" for turn in chat)
+
+
+def turns_of(text: str) -> list[dict[str, str]] | None:
+    """The turns of a chat that is one text, "Human: ...", an empty line, "Assistant: ..."; None if it is no such text."""
+    before, *parts = _SPEAKER.split(text.strip())
+    if before or parts[:1] != ["Human"] or "Assistant" not in parts[2::2]:
+        return None
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in turns]
+
+
+def without_shared_turns(prompt: str | None, sides: list[list[Any]]) -> tuple[str | None, list[list[Any]]]:
+    """(prompt, sides) where the turns that all chats of the sides begin with are the prompt, as in TRL's implicit prompts.
+
+    A prompt that the row states stays, unless it is only one of several shared turns. Sides that are not chats stay as they
+    are, and so do chats that continue the prompt with a turn of the assistant.
+    """
+    read = [[turns_of(text) or text if isinstance(text, str) else text for text in side] for side in sides]
+    chats = [chat for side in read for chat in side]
+    if not all(read) or not all(is_chat(chat) for chat in chats):
+        return prompt, sides
+    shared = 0
+    while all(len(chat) > shared + 1 and chat[shared] == chats[0][shared] for chat in chats):
+        shared += 1
+    turns = chats[0][:shared]
+    if not turns or (prompt is not None and turns[0].get("role") == "assistant"):
+        return prompt, read
+    if prompt is None or any(prompt.strip() == str(turn["content"]).strip() for turn in turns):
+        prompt = chat_text(turns)
+    return prompt, [[chat[shared:] for chat in side] for side in read]
 
 
 def parsed_number(text: str) -> float | str | None:
