@@ -234,3 +234,20 @@ def test_a_file_is_read_whatever_the_task(tmp_path):
     file.write_text("query,passage\nwho?,me\nwho?,you\n")
     with read_user_pools(load_config(quick_test=True), file) as user:
         assert user.num_pools == 1 and not user.problems
+
+
+def test_only_pools_with_different_rewards_in_range_are_measured(tmp_path):
+    file = tmp_path / "rewards.jsonl"
+    rewards = {"a": [1, 0], "b": [1, 1], "c": [12.3, 0], "d": [1, None], "e": [1], "f": [None, None]}
+    rows = [{"prompt": f"which of {name}?", "candidate": f"{name}{k}", "reward": reward}
+            for name, pool in rewards.items() for k, reward in enumerate(pool)]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with read_user_pools(load_config(quick_test=True), file) as user:
+        assert user.num_pools == 6 and not user.problems
+        for block in user.blocks():
+            user.measure(block, [np.arange(len(entries), 0.0, -1) for _, entries in block])
+        assert user.done == 6 and {m["pools"] for m in user.metrics(0).values()} == {1}
+        assert (user.undecided, user.incomplete) == (2, 2)
+        assert user.not_measured() == (
+            "2 pools have equal rewards; 2 pools lack a reward, or have one outside pools.reward_range (0 to 1)"
+        )

@@ -25,7 +25,7 @@ from lib.runtime import Runtime
 from lib.tasks import Problem, problem_lines
 from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import merged, pool_faults
-from lib.tasks.pools.layouts import Entry
+from lib.tasks.pools.layouts import Entry, reward_fault
 from lib.tasks.pools.reading import problem, read_into, sources
 from lib.tasks.pools.store import FoundPool, PoolStore
 from lib.training.model_plans import unit_of
@@ -64,6 +64,8 @@ class UserPools:
         num_pools: pools that can be ranked, counted when the file is read.
         done: pools that were ranked.
         displayed: the first ranked pools.
+        incomplete, undecided: ranked pools that are not measured, because some rewards are missing or outside
+            pools.reward_range, or because all are equal.
     """
 
     config: Config
@@ -73,8 +75,9 @@ class UserPools:
     num_pools: int = 0
     done: int = 0
     displayed: list[ShownPool] = field(default_factory=list)
+    incomplete: int = 0
+    undecided: int = 0
     _per_pool: dict[str, dict[str, list[np.ndarray]]] = field(default_factory=dict)
-    _without_rewards: int = 0
 
     def __enter__(self) -> "UserPools":
         return self
@@ -100,15 +103,14 @@ class UserPools:
             yield block
 
     def measure(self, block: list[tuple[FoundPool, list[Entry]]], scores: list[np.ndarray]) -> None:
-        """Keep the metrics of the pools of a block that have rewards, and some pools for the page."""
+        """Keep the metrics of the pools of a block that have different rewards, and some pools for the page."""
         self.done += len(block)
         for (pool, entries), row in list(zip(block, scores, strict=True))[
             : max(0, SHOWN - len(self.displayed))
         ]:
             texts, rewards = [e.text for e in entries], [e.reward for e in entries]
             self.displayed.append(ShownPool(pool.pool_id, pool.prompt, texts, row, rewards))
-        known = [n for n, (_, entries) in enumerate(block) if all(e.reward is not None for e in entries)]
-        self._without_rewards += len(block) - len(known)
+        known = [n for n, (_, entries) in enumerate(block) if self._decided(entries)]
         if not known:
             return
         sizes = [len(block[n][1]) for n in known]
@@ -128,6 +130,25 @@ class UserPools:
             for metric, value in found.items():
                 kept.setdefault(metric, []).append(value)
 
+    def _decided(self, entries: list[Entry]) -> bool:
+        """Whether a pool can be measured: all rewards are known and in range, and not all are equal."""
+        rewards = [entry.reward for entry in entries if entry.reward is not None]
+        faults = [reward_fault(entry, *self.config.pools.reward_range) for entry in entries]
+        if len(rewards) < len(entries) or any(faults):
+            self.incomplete += bool(rewards)
+            return False
+        self.undecided += min(rewards) == max(rewards)
+        return min(rewards) < max(rewards)
+
+    def not_measured(self) -> str:
+        """Why some of the ranked pools with rewards are not measured; empty if all are."""
+        low, high = self.config.pools.reward_range
+        reasons = {
+            "have equal rewards": self.undecided,
+            f"lack a reward, or have one outside pools.reward_range ({low:g} to {high:g})": self.incomplete,
+        }
+        return "; ".join(f"{count:,} pools {reason}" for reason, count in reasons.items() if count)
+
     def metrics(self, seed: int) -> dict[str, Any]:
         """Name of a row -> its metrics with intervals over pools; empty if no pool has rewards."""
         found = {}
@@ -139,7 +160,7 @@ class UserPools:
 
 
 def valid_entries(pool: FoundPool, config: Config) -> list[Entry]:
-    """The candidates of a pool that can be ranked, each text once; none if the pool has an error."""
+    """The candidates of a pool that can be ranked, each text once; none if the pool has an error. Rewards do not matter."""
     if any(fault.severity == "error" for _, fault in pool_faults(pool, config.pools, with_rewards=False)):
         return []
     return merged(pool, config.pools)[0]

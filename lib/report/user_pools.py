@@ -22,7 +22,7 @@ def ranking_file_page(displayed: Sequence[Any], metrics: dict[str, Any], source:
     sections = []
     if metrics:
         lines = [[escape(name), *_cells(row), f"{row['pools']:,}"] for name, row in metrics.items()]
-        caption = "Pools whose candidates all have rewards. 95 % intervals resample pools."
+        caption = "Pools whose candidates have different rewards. 95 % intervals resample pools."
         sections.append(Section("Metrics", caption, table(["chosen by", *TITLES, "pools"], lines)))
     caption = f"The first {len(displayed)} pools of the file, the best candidate first. ranking.parquet has all of them."
     sections.append(

@@ -138,7 +138,7 @@ def _few_groups(config: Config, store: PoolStore, groups: PromptGroups) -> Itera
 def pool_faults(
     pool: FoundPool, settings: PoolFilesConfig, with_rewards: bool
 ) -> Iterator[tuple[str, Fault]]:
-    """(place, fault) of the candidates of a pool. `with_rewards`: every candidate needs a reward."""
+    """(place, fault) of the candidates of a pool. `with_rewards`: every candidate needs a reward in pools.reward_range."""
     if len(pool.entries) > settings.max_candidates:
         found = f"{len(pool.entries)} candidates"
         advice = "remove some, or raise pools.max_candidates"
@@ -165,7 +165,7 @@ def pool_faults(
                     "no reward", found, "a number for each candidate", "give it, or name pools.keys.reward"
                 ),
             )
-        elif (fault := reward_fault(entry, *settings.reward_range)) is not None:
+        elif with_rewards and (fault := reward_fault(entry, *settings.reward_range)) is not None:
             yield place, fault._replace(found=f"candidate {k}: {fault.found}")
 
 
