@@ -182,6 +182,13 @@ def test_rows_of_a_pool_may_be_anywhere_and_own_names_are_read(tmp_path):
         config_of(tmp_path, "pools.keys={promt: ask}")
 
 
+@pytest.mark.parametrize("name", ["reward", "label", "score", "relevance", "labels"])
+def test_every_name_of_a_reward_is_read_in_rows(tmp_path, name):
+    rows = [{"query": "which?", "doc": text, name: float(text == "this")} for text in ("that", "this")]
+    found, problems = checked(write(tmp_path / "rows.jsonl", rows))
+    assert found[0]["rewards"] == [0, 1] and not problems
+
+
 def test_pairs_of_one_prompt_are_one_pool_with_the_share_of_wins(tmp_path):
     better = [("a", "b"), ("b", "c"), ("a", "c")]
     rows = [{"prompt": "order?", "chosen": x, "rejected": y} for x, y in better]

@@ -315,12 +315,12 @@ def recognise(record: Any, keys: Mapping[str, str], name: str = "auto") -> Layou
 
 
 def _one_value(columns: dict[str, str], record: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, str]:
-    """Columns of the layout rows: names such as `relevance` mean one number here, and not a list."""
-    return {
-        role: column
-        for role, column in columns.items()
-        if role != "rewards" or role in keys or isinstance(record[column], list)
-    }
+    """Columns of the layout rows: a name such as `relevance`, whose value is one number, is the reward."""
+    if "rewards" not in columns or "rewards" in keys or isinstance(record[columns["rewards"]], list):
+        return columns
+    columns = dict(columns)
+    column = columns.pop("rewards")
+    return {"reward": column} | columns
 
 
 def reward_fault(entry: Entry, low: float, high: float) -> Fault | None:
