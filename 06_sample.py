@@ -195,6 +195,9 @@ def rank_file(config: Config, args: RunArgs, file: Path) -> None:
             if metrics := user.metrics(config.seed):
                 stage.write_json("metrics", metrics)
                 stage.stats["metrics"] = metrics
+            if not_measured := user.not_measured():
+                stage.stats["not_measured"] = not_measured
+                say(f"not measured: {not_measured}")
             page = ranking_file_page(user.displayed, metrics, printable(file.name), scorer.name)
             durable.write_text(stage.folder / "ranking.html", page)
             stage.add_file("page", stage.folder / "ranking.html")
