@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,8 @@ import pytest
 
 from benchmarks import over_seeds
 from lib.errors import BadData, MissingInput
-from lib.training.pool_table import PoolTable, decided_pools
+from lib.training.pool_table import PoolTable, decided_pools, terms_of
+from lib.training.train_model import learns_from_equal
 
 K = 4
 
@@ -135,6 +138,19 @@ def test_pools_of_equal_rewards_are_skipped_and_counted():
     assert rows.tolist() == [[2, 3, 4]] and skipped == 2
     with pytest.raises(BadData, match="no pool has candidates of different reward"):
         decided_pools(candidates({"a": [1, 1]}))
+
+
+def test_a_term_counts_where_all_candidates_have_it_and_a_teacher_teaches_pools_of_equal_rewards():
+    taught = candidates({"a": [1.0, 0.0], "b": [0.5, 0.5]})
+    taught = taught.append_column("term_teacher", pa.array([3.0, 1.0, 2.0, 0.0]))
+    unknown = taught.set_column(taught.num_columns - 1, "term_teacher", pa.array([3.0, 1.0, np.nan, 0.0]))
+    assert "teacher" in terms_of(taught) and "teacher" not in terms_of(unknown)
+    wanted = {"margin_mse": (True, False), "mse": (True, True), "pairwise": (False, False)}
+    for loss, expected in wanted.items():
+        config: Any = SimpleNamespace(ranker=SimpleNamespace(loss=loss))
+        inputs: list[Any] = [SimpleNamespace(candidates=lambda split, t=t: t) for t in (taught, unknown)]
+        spec: Any = SimpleNamespace(split="train")
+        assert tuple(learns_from_equal(config, spec, i) for i in inputs) == expected
 
 
 def run_folder(path, seed: int, value: float):

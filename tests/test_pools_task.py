@@ -146,6 +146,33 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, ending):
     assert checked(path)[0] == checked(write(tmp_path / "pools.jsonl", rows_of("pools")))[0]
 
 
+def test_rewards_have_the_term_of_a_teacher_in_every_part_or_in_none(tmp_path):
+    """The train pools have a teacher and the others have none: stages 02 and 03 write several tables, each with the term."""
+    rows = [
+        row | {"split": split, "teacher": [3.0 - k for k in range(len(row["candidates"]))]}
+        for split, count in (("train", 30), ("selection", 10), ("dev", 10))
+        for row in rows_of("pools", 60)[:count]
+    ]
+    for n, row in enumerate(rows):
+        row["prompt"] += f" {n * n} {'abcdefgh'[n % 8]}"
+        if row["split"] == "dev":
+            del row["teacher"]
+    config = config_of(
+        write(tmp_path / "taught.jsonl", rows), "candidates.rows_per_group=16", "pools.near_duplicates=null"
+    )
+    run = tmp_path / "run"
+    for name in FIRST_STAGES:
+        importlib.import_module(name).main(config, RunArgs(run_dir=run, quick_test=True, command=(name,)))
+    table = pq.read_table(table_of(run, "03_build_rewards/rewards"))
+    split = pq.read_table(table_of(run, "02_generate_candidates/candidates"))["split"].to_pylist()
+    unknown = np.isnan(table["term_teacher"].to_numpy())
+    np.testing.assert_array_equal(unknown, np.array(split) == "held_out")
+    manifest = json.loads((run / "03_build_rewards" / "manifest.json").read_text())
+    assert manifest["stats"]["terms"]["teacher"] == pytest.approx(
+        table["term_teacher"].to_numpy()[~unknown].mean()
+    )
+
+
 @pytest.mark.slow
 def test_every_layout_gives_byte_equal_tables(tmp_path):
     found = {}
@@ -297,6 +324,26 @@ def test_a_prompt_in_two_given_splits_is_an_error_and_a_similar_one_a_warning(tm
 def test_an_unknown_kind_in_drop_is_refused(tmp_path):
     with pytest.raises(BadConfig, match="not a kind of problem that can be dropped"):
         checked(write(tmp_path / "a.jsonl", [pool(0)]), "data.drop=[bad luck]")
+
+
+def test_a_teacher_scores_all_candidates_of_a_split_or_none(tmp_path):
+    rows = [
+        pool(0, split="train", teacher=[2, -3]), pool(1, split="train", teacher=[1, None]), pool(2), pool(3, split="dev"),
+    ]  # fmt: skip
+    path = write(tmp_path / "taught.jsonl", rows)
+    wrong = [(p.kind, p.location) for p in checked(path)[1] if p.severity == "error"]
+    assert wrong == [("no teacher", "line 2 (p1)"), *[("no teacher", "line 3 (p2)")] * 2]
+    found, problems = checked(path, "data.drop=[no teacher]")
+    assert not kinds(problems) and [d["teacher"] for d in found] == [[2, -3], [None, None]]
+    assert "teacher" not in checked(write(tmp_path / "plain.jsonl", [pool(0)]))[0][0]
+
+
+@pytest.mark.parametrize("layout", ["pairs", "tuples", "rewardbench"])
+def test_a_column_that_the_layout_does_not_read_is_a_warning(tmp_path, layout):
+    rows = [row | {"teacher": 0.5, "models": "m"} for row in rows_of(layout, 2)]
+    found, problems = checked(write(tmp_path / "rows.jsonl", rows))
+    assert {p.found.split("'")[1] for p in problems} == {"teacher", "models"} and len(problems) == 2
+    assert kinds(problems, "warning") == {"unread column"} and len(found) == 2
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------------

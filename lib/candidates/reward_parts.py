@@ -102,7 +102,7 @@ class RewardStatistics:
         self.count = self.best = self.tied = 0
         self.mean = self.squares = 0.0  # squares: sum of the squared differences from the mean
         self.histogram = np.zeros(BINS, np.int64)
-        self.terms: dict[str, tuple[float, int]] = {}  # term -> sum and number of its values
+        self.terms: dict[str, tuple[float, int]] = {}  # term -> sum and number of its known values
 
     def add(self, table: pa.Table, terms: dict[str, np.ndarray]) -> None:
         """Count a table of schema.REWARDS; `terms` as the task gave them."""
@@ -114,7 +114,7 @@ class RewardStatistics:
             "mean": float(reward.mean()),
             "squares": float(np.square(reward - reward.mean()).sum()),
             "histogram": np.histogram(reward, bins=BINS, range=(0, 1))[0].tolist(),
-            "terms": {name: [float(np.sum(value)), len(value)] for name, value in terms.items()},
+            "terms": {name: [float(np.nansum(v)), int((~np.isnan(v)).sum())] for name, v in terms.items()},
         })  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class RewardStatistics:
             "best": self.best,
             "tied": self.tied,
             "histogram": self.histogram,
-            "terms": {name: value / count for name, (value, count) in self.terms.items()},
+            "terms": {name: value / count for name, (value, count) in self.terms.items() if count},
         }
 
 

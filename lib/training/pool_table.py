@@ -228,8 +228,9 @@ def say_skipped(name: str, split: str, skipped: int) -> None:
 
 
 def terms_of(candidates: pa.Table) -> list[str]:
-    """Names of the reward terms, from the columns of candidates joined with their rewards."""
-    return [c.removeprefix("term_") for c in candidates.column_names if c.startswith("term_")]
+    """Names of the reward terms that all candidates have, from the columns of candidates joined with their rewards."""
+    names = [c for c in candidates.column_names if c.startswith("term_")]
+    return [c.removeprefix("term_") for c in names if not np.isnan(candidates[c].to_numpy()).any()]
 
 
 def _aligned(

@@ -29,7 +29,7 @@ from lib.models.pretrained import open_pretrained, special_ids
 from lib.models.ranker import SequenceRanker
 from lib.models.ranker_files import load_ranker, save_ranker
 from lib.models.ranker_placement import on_device
-from lib.ranking.losses import POINTWISE
+from lib.ranking.losses import POINTWISE, TEACHER
 from lib.runs import plain
 from lib.runtime import Runtime, release_memory
 from lib.sections.models import ArchitectureConfig, ModelSpec
@@ -45,7 +45,7 @@ from lib.training.objectives.ranker import ranker_objective
 from lib.training.objectives.sequence_scorer import sequence_scorer_objective
 from lib.training.objectives.staged import StagedUnmasking
 from lib.training.objectives.token_classifier import token_classifier_objective
-from lib.training.pool_table import say_skipped
+from lib.training.pool_table import TEACHER_TERM, say_skipped, terms_of
 from lib.training.ranker_start import start_in_run, start_ranker
 from lib.training.stage_inputs import StageInputs
 
@@ -261,6 +261,12 @@ def refuse_longer_than_positions(model: Any, config: Config) -> None:
         )
 
 
+def learns_from_equal(config: Config, spec: ModelSpec, stage_inputs: StageInputs) -> bool:
+    """Whether a ranker learns from pools of equal rewards: each candidate by itself, or the scores of a teacher."""
+    taught = config.ranker.loss in TEACHER and TEACHER_TERM in terms_of(stage_inputs.candidates(spec.split))
+    return taught or config.ranker.loss in POINTWISE
+
+
 def set_up_prompt_ranker(
     context: TrainingContext, spec: ModelSpec, stage_inputs: StageInputs, folder: Path, start: Path | None
 ) -> TrainerSetup:
@@ -275,7 +281,7 @@ def set_up_prompt_ranker(
     model.prompt_tokens, model.candidate_tokens = config.ranker.prompt_tokens, config.ranker.candidate_tokens
     model.suffix = config.ranker.suffix
     splits = PoolSplits(
-        stage_inputs.draws(spec.split, with_equal=config.ranker.loss in POINTWISE),
+        stage_inputs.draws(spec.split, with_equal=learns_from_equal(config, spec, stage_inputs)),
         stage_inputs.pools_for_selection(),
         stage_inputs.pools("held_out"),
     )

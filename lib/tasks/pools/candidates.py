@@ -25,7 +25,12 @@ def candidates(examples: pa.Table, context: CandidateContext) -> pa.Table:
         pool = json.loads(record)
         texts = pool["candidates"]
         kinds = pool.get("kinds") or [None] * len(texts)
-        teacher = pool.get("teacher") or [None] * len(texts)
+        # Either all records have a teacher's scores, or none. Null would be no column, and NaN is an unknown score
+        teacher = (
+            [np.nan if v is None else v for v in pool["teacher"]]
+            if "teacher" in pool
+            else [None] * len(texts)
+        )
         order = sorted(range(len(texts)), key=lambda k: randomness.key(context.seed, f"place of {texts[k]}"))
         rows += [
             {
@@ -47,7 +52,10 @@ _COLUMNS = pa.schema([schema.CANDIDATES.arrow.field(name) for name in _NAMES])
 
 
 def rewards(config: Config, table: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(rows,) rewards of whole pools by `pools.reward_rule`, and their terms: the reward and the teacher's score as given."""
+    """(rows,) rewards of whole pools by `pools.reward_rule`, and their terms: the reward and the teacher's score as given.
+
+    All tables of a run have the term of the teacher, or none has it. It is NaN in splits without a teacher.
+    """
     given = table["given_reward"].to_numpy().astype(np.float64)
     reward = mapped(given, np.asarray(table["example_id"].to_pylist(), dtype=object), config.pools)
     terms = {"given": given}

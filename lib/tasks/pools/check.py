@@ -10,6 +10,7 @@
 | unknown split          | a split is neither train, selection, held_out nor test, nor one of their usual names |
 | empty candidate        | a candidate has no visible character                                                 |
 | no reward, no rewards  | a candidate, or none of a pool, has a reward                                         |
+| no teacher             | a candidate has no teacher's score, while others of its split have one               |
 | not finite, reward out of range | a reward is NaN or infinite, or outside pools.reward_range                  |
 | contradicting rewards  | a pool has the same candidate twice, with different rewards                          |
 | too many candidates    | a pool has more than pools.max_candidates                                            |
@@ -18,9 +19,10 @@
 | one candidate          | a pool has one candidate                                                             |
 | empty prompt           | a pool has no prompt: its candidates are ranked by themselves                        |
 | similar prompts in two splits | prompts of two given splits are nearly the same                               |
+| unread column          | a file of pairs or tuples has a column that only other layouts read                   |
 | few groups             | most prompts are so similar that they are one group, which cannot be divided         |
 
-The last seven are warnings. `data.drop` names errors whose rows are left out. In pairs, one text may be chosen in one row and
+The last eight are warnings. `data.drop` names errors whose rows are left out. In pairs, one text may be chosen in one row and
 rejected in another: its reward is the share of its pairs that it wins.
 """
 
@@ -43,7 +45,7 @@ from lib.user_files.faults import Fault
 
 DROPPABLE = (
     *UNREADABLE, "unknown layout", "not a record", "no prompt", "no candidates", "no candidate", "no rewards", "no reward",
-    "no chosen", "no rejected", "no positive", "not a list", "not a number", "wrong length", "contradicting prompts",
+    "no teacher", "no chosen", "no rejected", "no positive", "not a list", "not a number", "wrong length", "contradicting prompts",
     "prompt in two splits", "unknown split", "empty candidate", "not finite", "reward out of range", "contradicting rewards",
     "too many candidates",
 )  # fmt: skip
@@ -90,11 +92,14 @@ def _check(config: Config) -> Iterator[Document | Problem]:
                     both = (split, list(names)[splits[other]])
                     yield _two_splits(prompt, store.id_of(number), both, store.id_of(other), same)
         yield from _few_groups(config, store, groups)
+        # A teacher scores a whole split or none of it. Pools without a split may come into train
+        taught = {_split_name(split) or "train" for split in store.splits_with_teacher()}
         for pool in store.pools():
+            split = _split_name(pool.split)
             faults = list(pool_faults(pool, settings, with_rewards=True))
+            faults += _untaught(pool) if (split or "train") in taught else ()
             entries, more = merged(pool, settings)
             faults += more
-            split = _split_name(pool.split)
             if split is not None and split not in SPLITS.values():
                 found, known = f"'{pool.split}'", "train, selection, held_out (dev, validation) or test"
                 faults.append((pool.location, Fault("unknown split", found, known, "fix the column 'split'")))
@@ -105,7 +110,7 @@ def _check(config: Config) -> Iterator[Document | Problem]:
                 and entries
             ):
                 group = store.id_of(groups.root(pool.number))
-                yield Document(pool.pool_id, as_json(pool, entries, split, group), pool.source)
+                yield Document(pool.pool_id, as_json(pool, entries, split, group, bool(taught)), pool.source)
 
 
 def _split_name(given: str | None) -> str | None:
@@ -167,6 +172,15 @@ def pool_faults(
             )
         elif with_rewards and (fault := reward_fault(entry, *settings.reward_range)) is not None:
             yield place, fault._replace(found=f"candidate {k}: {fault.found}")
+
+
+def _untaught(pool: FoundPool) -> Iterator[tuple[str, Fault]]:
+    """The fault of each candidate without a teacher's score."""
+    for k, (entry, place) in enumerate(zip(pool.entries, pool.places, strict=True)):
+        if entry.teacher is None:
+            found = f"candidate {k} has none: {entry.text[:_SHOWN]!r}"
+            advice = "give it, or give no candidate of the split one"
+            yield place, Fault("no teacher", found, "a teacher's score for each candidate", advice)
 
 
 def merged(pool: FoundPool, settings: PoolFilesConfig) -> tuple[list[Entry], list[tuple[str, Fault]]]:
@@ -231,8 +245,13 @@ def relevant_reward(settings: PoolFilesConfig) -> float:
     return low + settings.relevant * (high - low)
 
 
-def as_json(pool: FoundPool, entries: list[Entry], split: str | None, group: str) -> str:
-    """What stages 01 and 02 read. It does not depend on the layout of the file."""
+def as_json(
+    pool: FoundPool, entries: list[Entry], split: str | None, group: str, with_teacher: bool = False
+) -> str:
+    """What stages 01 and 02 read. It does not depend on the layout of the file.
+
+    `with_teacher`: some pools have the scores of a teacher. Then every record has them, of null where a pool has none.
+    """
     record: dict[str, Any] = {
         "id": pool.pool_id,
         "prompt": pool.prompt,
@@ -244,9 +263,10 @@ def as_json(pool: FoundPool, entries: list[Entry], split: str | None, group: str
         "split": split,
         "tags": list(pool.tags) or None,
         "kinds": [entry.kind for entry in entries],
-        "teacher": [entry.teacher for entry in entries],
     }
     for name, value in optional.items():
         if value is not None and not (isinstance(value, list) and all(v is None for v in value)):
             record[name] = value
+    if with_teacher:
+        record["teacher"] = [entry.teacher for entry in entries]
     return json.dumps(record, ensure_ascii=False)

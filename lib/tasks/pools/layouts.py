@@ -132,6 +132,15 @@ class Layout:
             self._tags(record),
         )
 
+    @property
+    def unread(self) -> list[str]:
+        """Columns of candidates that this layout does not read, although another one does."""
+        if self.name not in ("pairs", "tuples"):
+            return []
+        return [
+            self.columns[role] for role in ("reward", "rewards", "kind", "teacher") if role in self.columns
+        ]
+
     # --- the layouts -----------------------------------------------------------------------------------------------
 
     def _pool(self, record: Mapping[str, Any]) -> list[Entry]:

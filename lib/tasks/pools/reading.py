@@ -122,15 +122,23 @@ class _FileReader:
         return found
 
     def _add(self, record: Any, location: str, store: PoolStore) -> list[Fault]:
+        first = self.layout is None
         try:
-            row, faults = clean(self._layout_of(record).read(record, self.texts_only))
+            layout = self._layout_of(record)
+            row, faults = clean(layout.read(record, self.texts_only))
         except RowFault as error:
             return [error.fault]
+        faults += [_unread(column, layout.name) for column in layout.unread if first]
         self.characters += len(row.prompt or "") + sum(len(entry.text) for entry in row.entries)
         if row.split is None and self.split is not None:
             row = replace(row, split=self.split)
         fault = store.add(row, str(self.path), location)
         return [*faults, *([fault] if fault is not None else [])]
+
+
+def _unread(column: str, layout: str) -> Fault:
+    found, advice = f"'{column}' in the layout {layout}", "it is not read; use the layout pools or rows"
+    return Fault("unread column", found, "columns that the layout has", advice, "warning")
 
 
 def clean(row: PoolRow) -> tuple[PoolRow, list[Fault]]:
