@@ -23,7 +23,7 @@ from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import check
 from lib.tasks.pools.examples import prepare
 from lib.tasks.pools.near_duplicates import PromptGroups, minima, similarity
-from lib.tasks.pools.shortcuts import SimpleScorers, measured, pools_of
+from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, pools_of
 from tests.conftest import table_of
 
 POOLS = ROOT / "configs" / "pools.yaml"
@@ -451,7 +451,9 @@ def test_a_planted_shortcut_is_found_and_none_where_there_is_none(shortcut):
     pools = (80, 60) if shortcut else (200, 150)  # what is there is found in few pools
     train, held_out = (planted(count, seed, shortcut) for seed, count in enumerate(pools, 1))
     scorers = SimpleScorers(train, 0)
-    rows = {row["scorer"]: row for row in measured(held_out, scorers.scores(held_out))}
+    shortcuts = Shortcuts()
+    shortcuts.add(held_out, scorers.scores(held_out))
+    rows = {row["scorer"]: row for row in shortcuts.rows()}
     assert all(row["chance"] == 0.25 for row in rows.values()) and len(rows) == 8
     for name, row in rows.items():
         if name == shortcut:

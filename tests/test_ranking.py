@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -397,6 +398,23 @@ def test_order_metrics(tied_scores):
         assert got["pairwise_accuracy"][n] == pytest.approx(np.mean(points))
         tau = kendalltau(s, r).statistic if len(set(s)) > 1 else 0.0
         assert got["kendall_tau"][n] == pytest.approx(tau, abs=1e-12)
+
+
+def test_metrics_of_many_pools_need_the_memory_of_some(monkeypatch):
+    """Pairs of candidates are compared for some pools at a time, and the values are the same."""
+    scores, rewards, present = pools(7, count=50, width=40, tied_scores=True)
+    gold = present.argmax(1)
+    whole = metrics.ranking_metrics(scores, rewards, present, gold)
+    monkeypatch.setattr(metrics, "_MOST_PAIRS", 3 * 40**2)
+    tracemalloc.start()
+    parts = metrics.ranking_metrics(scores, rewards, present, gold)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert parts.keys() == whole.keys() and all((len(v) == 50) for v in parts.values())
+    for name, values in whole.items():
+        np.testing.assert_array_equal(parts[name], values, name)
+    np.testing.assert_array_equal(metrics.winner_accuracy(scores, rewards, present), whole["accuracy"])
+    assert most < 50 * 40**2 * 8  # bytes of one number for each pair of all pools
 
 
 def test_gold_counts_only_the_one_candidate_and_shares_tied_scores():

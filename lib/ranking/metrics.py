@@ -15,6 +15,7 @@ from lib.metrics import SHARE, Estimate, ratio, sum_by
 _LIMITS = {"kendall_tau": (-1.0, 1.0), "normalised_reward_ratio": (-np.inf, 1.0), "difference": (-1.0, 1.0)}
 RELEVANT, CUTOFF = 0.5, 10  # reward from which a candidate is relevant; ranks of mrr_at_10 and ndcg_at_10
 _Z = 1.959964  # the 97.5 % quantile of the standard normal distribution
+_MOST_PAIRS = 2**22  # pairs of candidates that are compared at a time: memory does not grow with the pools
 _BASELINES = ("chance", "best_reward", "mean_reward")  # they do not depend on the scores and have no interval
 
 
@@ -53,6 +54,26 @@ def ranking_metrics(
         ValueError: a pool has no candidates, or a score is not finite.
     """
     _check(scores, present)
+    size = max(1, _MOST_PAIRS // max(scores.shape[1], 1) ** 2)
+    found = []
+    for start in range(0, max(len(scores), 1), size):
+        block = slice(start, start + size)
+        golden = None if gold is None else np.asarray(gold)[block]
+        found.append(_metrics(scores[block], rewards[block], present[block], golden, relevant))
+    return {name: np.concatenate([values[name] for values in found]) for name in found[0]}
+
+
+def winner_accuracy(scores: np.ndarray, rewards: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """(N,) the accuracy of `ranking_metrics` alone. Arguments and errors are the same."""
+    _check(scores, present)
+    reward = np.where(present, rewards, -np.inf)
+    return (_choice(np.where(present, scores, -np.inf)) * (reward == reward.max(1, keepdims=True))).sum(1)
+
+
+def _metrics(
+    scores: np.ndarray, rewards: np.ndarray, present: np.ndarray, gold: np.ndarray | None, relevant: float
+) -> dict[str, np.ndarray]:
+    """`ranking_metrics` of some pools. Needs memory for all pairs of their candidates."""
     score = np.where(present, scores, -np.inf).astype(np.float64)
     reward = np.where(present, rewards, -np.inf)
     gain = np.where(present, rewards, 0.0).astype(np.float64)
@@ -76,7 +97,7 @@ def ranking_metrics(
         "ndcg_at_10": np.where(any_gain, _ndcg(score, gain, present, CUTOFF), np.nan),
     }
     if gold is not None:
-        values["gold_accuracy"] = np.take_along_axis(choice, np.asarray(gold)[:, None], 1)[:, 0]
+        values["gold_accuracy"] = np.take_along_axis(choice, gold[:, None], 1)[:, 0]
     return values | _order_metrics(score, gain, present)
 
 

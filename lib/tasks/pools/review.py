@@ -13,7 +13,7 @@ from lib.log import say
 from lib.randomness import hash_fraction
 from lib.tasks import CandidateContext
 from lib.tasks.pools.candidates import mapped
-from lib.tasks.pools.shortcuts import FIRST, MOST_CANDIDATES, SimpleScorers, SomePools, measured, pools_of
+from lib.tasks.pools.shortcuts import FIRST, MOST_CANDIDATES, Shortcuts, SimpleScorers, SomePools, pools_of
 
 TESTED = ("selection", "held_out", "test")
 BLOCK = 1024  # pools that are scored at a time
@@ -32,14 +32,12 @@ def review_candidates(context: CandidateContext) -> tuple[dict[str, Any], pa.Tab
     columns: dict[str, list[np.ndarray]] = {}
     names: list[str] = []
     numbers: list[np.ndarray] = []
-    held_out: list[SomePools] = []
-    found: dict[str, list[np.ndarray]] = {}
+    shortcuts, held_out = Shortcuts(), 0
     for split, pools in _tested(context):
         scores = scorers.scores(pools)
         if split == "held_out":
-            held_out.append(_without_texts(pools))
-            for name, values in scores.items():
-                found.setdefault(name, []).append(values)
+            held_out += len(pools)
+            shortcuts.add(pools, scores)
         del scores[FIRST]  # the report has this row for every task
         if encode is not None:
             scores[BI_ENCODER] = encode(pools)
@@ -50,7 +48,7 @@ def review_candidates(context: CandidateContext) -> tuple[dict[str, Any], pa.Tab
             columns.setdefault(name, []).append(values[rows])
     figures: dict[str, Any] = {}
     if held_out:
-        figures["shortcuts"] = rows = _measure(held_out, found)
+        figures["shortcuts"] = rows = list(shortcuts.rows())
         _report(rows, config.pools.leak_limit)
     if not names:
         return figures, None
@@ -91,33 +89,6 @@ def _report(rows: list[dict[str, Any]], limit: float | None) -> None:
 def _bound(row: dict[str, Any]) -> float:
     """The upper end of the interval; 1 where a single group has none."""
     return 1.0 if np.isnan(row["high"]) else row["high"]
-
-
-def _measure(parts: list[SomePools], found: dict[str, list[np.ndarray]]) -> list[dict[str, Any]]:
-    """The rows of all blocks together."""
-    width = max(part.present.shape[1] for part in parts)
-    pools = SomePools(
-        [name for part in parts for name in part.ids], [""] * sum(len(part) for part in parts),
-        np.concatenate([part.groups for part in parts]),
-        **{
-            name: np.concatenate([_widened(getattr(part, name), width) for part in parts])
-            for name in ("texts", "kinds", "places", "rewards", "present")
-        },
-    )  # fmt: skip
-    scores = {name: np.concatenate([_widened(v, width) for v in values]) for name, values in found.items()}
-    return list(measured(pools, scores))
-
-
-def _widened(values: np.ndarray, width: int) -> np.ndarray:
-    """(N, width) the columns of (N, K) values, and 0 or "" in further ones."""
-    result = np.zeros((len(values), width), values.dtype)
-    result[:, : values.shape[1]] = values
-    return result
-
-
-def _without_texts(pools: SomePools) -> SomePools:
-    empty = np.zeros(pools.present.shape, bool)
-    return SomePools(pools.ids, [], pools.groups, empty, empty, pools.places, pools.rewards, pools.present)
 
 
 def _records(context: CandidateContext) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -27,9 +27,9 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 
 from lib import randomness
-from lib.metrics import SHARE, Estimate, ratio, sum_by
+from lib.metrics import SHARE, ratio, sum_by
 from lib.ranking.bm25 import bm25_scores
-from lib.ranking.metrics import ranking_metrics
+from lib.ranking.metrics import winner_accuracy
 
 MOST_CANDIDATES = 40_000  # of the train split that scorers learn from
 COLUMNS = 2**18
@@ -69,9 +69,14 @@ class SomePools:
         known = np.where(self.present, self.rewards, -np.inf)
         return self.present & (known == known.max(1, keepdims=True))
 
+    @property
+    def are_decided(self) -> np.ndarray:
+        """(N,) bool: the candidates have different rewards."""
+        return self.best.sum(1) < self.present.sum(1)
+
     def decided(self) -> "SomePools":
         """The pools with candidates of different reward."""
-        kept = (self.best.sum(1) < self.present.sum(1)).nonzero()[0]
+        kept = self.are_decided.nonzero()[0]
         arrays = {
             name: getattr(self, name)[kept]
             for name in ("groups", "texts", "kinds", "places", "rewards", "present")
@@ -139,8 +144,10 @@ class SimpleScorers:
         def lengths(pools: SomePools) -> np.ndarray:
             return np.vectorize(len, otypes=[float])(pools.texts)
 
-        long = accuracy(train, lengths(train)).value
-        sign = 1.0 if long >= accuracy(train, -lengths(train)).value else -1.0
+        known, found = lengths(train), []
+        for scores in (known, -known):
+            found.append(winner_accuracy(scores, train.rewards, train.present).mean())
+        sign = 1.0 if found[0] >= found[1] else -1.0
         return lambda pools: sign * lengths(pools)
 
     def _add_kinds(self, train: SomePools) -> None:
@@ -201,26 +208,36 @@ def overlap(pools: SomePools) -> np.ndarray:
     return scores
 
 
-def accuracy(pools: SomePools, scores: np.ndarray) -> Estimate:
-    """Share of the pools in which the highest score has the best reward. The interval resamples groups."""
-    per_pool = ranking_metrics(scores, pools.rewards, pools.present)["accuracy"]
-    hits, count = sum_by(pools.groups.astype(str), per_pool, np.ones(len(per_pool)))
-    return ratio(hits, count, limits=SHARE)
+class Shortcuts:
+    """How many right candidates scorers choose in decided pools, block by block. Memory holds a number per pool and scorer."""
 
+    def __init__(self) -> None:
+        self._groups: list[np.ndarray] = []
+        self._chance: list[np.ndarray] = []
+        self._accuracy: dict[str, list[np.ndarray]] = {}
 
-def measured(pools: SomePools, scores: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-    """A row per scorer: its accuracy on decided pools, with its interval, beside chance."""
-    kept = np.isin(pools.ids, pools.decided().ids)
-    decided = pools.decided()
-    if not len(decided):
-        return
-    chance = float((decided.best.sum(1) / decided.present.sum(1)).mean())
-    for name, values in scores.items():
-        found = accuracy(decided, values[kept])
-        yield {
-            "scorer": name, "accuracy": found.value, "low": found.low, "high": found.high, "chance": chance,
-            "pools": len(decided), "reads_prompt": name in (OVERLAP, BM25),
-        }  # fmt: skip
+    def add(self, pools: SomePools, scores: dict[str, np.ndarray]) -> None:
+        """Measure some pools. `scores`: name -> (N, K)."""
+        kept = pools.are_decided
+        rewards, present = pools.rewards[kept], pools.present[kept]
+        if not len(rewards):
+            return
+        self._groups.append(pools.groups[kept].astype(str))
+        self._chance.append(pools.best[kept].sum(1) / present.sum(1))
+        for name, values in scores.items():
+            self._accuracy.setdefault(name, []).append(winner_accuracy(values[kept], rewards, present))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row per scorer: its accuracy on all pools, beside chance. The interval resamples groups."""
+        for name, parts in self._accuracy.items():
+            per_pool = np.concatenate(parts)
+            hits, count = sum_by(np.concatenate(self._groups), per_pool, np.ones(len(per_pool)))
+            found = ratio(hits, count, limits=SHARE)
+            yield {
+                "scorer": name, "accuracy": found.value, "low": found.low, "high": found.high,
+                "chance": float(np.concatenate(self._chance).mean()), "pools": len(per_pool),
+                "reads_prompt": name in (OVERLAP, BM25),
+            }  # fmt: skip
 
 
 def _some(pools: SomePools, seed: int) -> SomePools:
