@@ -195,6 +195,34 @@ def test_every_layout_gives_byte_equal_tables(tmp_path):
     assert all(data == found["pools"] for data in found.values())
 
 
+def test_a_blank_cell_is_no_value(tmp_path):
+    """Prompts, tags, kinds and further negatives may be blank in a table of texts. Candidates may not."""
+    ragged, rows = tmp_path / "ragged.csv", tmp_path / "rows.csv"
+    ragged.write_text(
+        "anchor,positive,negative_1,negative_2,tag\nq one?,a,b,,\nq two?,a,b,c,t\nq three?,,b,c,t\n"
+    )
+    found, problems = checked(ragged)
+    assert [d["candidates"] for d in found] == [["a", "b"], ["a", "b", "c"]]
+    assert "tags" not in found[0] and found[1]["tags"] == ["t"]
+    assert [(p.kind, p.location) for p in problems] == [("null text", "row 2, line 4")]
+    rows.write_text(
+        "id,prompt,candidate,reward,kind\n1,which?,this,1,\n1,,that,0, \n2,who?,,1,\n2,,me,0,\n,,you,0,\n"
+    )
+    found, problems = checked(rows)
+    assert [(d["prompt"], d["candidates"], "kinds" in d) for d in found] == [
+        ("which?", ["this", "that"], False)
+    ]
+    assert [p.kind for p in problems] == ["no prompt", "empty candidate", "one candidate"]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected", "positive"])
+def test_a_side_without_a_text_is_a_fault(tmp_path, side):
+    layout = "tuples" if side == "positive" else "pairs"
+    rows = rows_of(layout, 2)
+    rows[0][side] = None
+    assert kinds(checked(write(tmp_path / "null.jsonl", rows))[1]) == {"null text"}
+
+
 def test_rows_of_a_pool_may_be_anywhere_and_own_names_are_read(tmp_path):
     rows = [
         {"qid": n % 5, "ask": f"question {n % 5} of five", "say": f"reply {n}", "mark": n // 15}

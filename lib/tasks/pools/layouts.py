@@ -100,11 +100,15 @@ class Layout:
         """The pool, or the part of one, that a row states.
 
         Args:
-            texts_only: all values are texts, as in a .csv file; rewards are parsed.
+            texts_only: all values are texts, as in a .csv file; rewards are parsed. A blank one is no value, other than a
+                blank candidate.
 
         Raises:
             RowFault: the row lacks a column, or a value has another type than the layout says.
         """
+        if texts_only:
+            kept = self.columns.get("candidate") if self.name == "rows" else None
+            record = {c: v if c == kept or not _is_blank(v) else None for c, v in record.items()}
         prompt = self._prompt(record)
         if self.name == "pairs":
             prompt, entries = self._pair(record, prompt)
@@ -176,7 +180,7 @@ class Layout:
         return Entry(text, number("reward"), None if kind is None else str(kind), number("teacher"))
 
     def _pair(self, record: Mapping[str, Any], prompt: str | None) -> tuple[str | None, list[Entry]]:
-        sides = [as_list(self._value(record, role)) for role in ("chosen", "rejected")]
+        sides = [self._side(record, role) for role in ("chosen", "rejected")]
         prompt, sides = without_shared_turns(prompt, sides)
         entries = [
             Entry(self._text(text, role, k), reward, repeats=PREFERRED)
@@ -194,7 +198,7 @@ class Layout:
         columns += [name for name in record if _NUMBERED.fullmatch(name) and name not in columns]
         entries = [
             Entry(self._text(text, "positive", k), 1.0, repeats=SAME)
-            for k, text in enumerate(as_list(self._value(record, "positive")))
+            for k, text in enumerate(self._side(record, "positive"))
         ]
         for name in columns:  # a tuple with fewer negatives than others has nulls
             values = [v for v in as_list(record.get(name)) if v is not None]
@@ -222,7 +226,7 @@ class Layout:
 
     def _tags(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         value = record.get(self.columns["tag"]) if "tag" in self.columns else None
-        return tuple(str(v) for v in as_list(value) if v is not None)
+        return tuple(str(v) for v in as_list(value) if v is not None and v != "")
 
     def _missing(self, record: Mapping[str, Any], role: str) -> Fault:
         column = self.columns[role]
@@ -233,6 +237,11 @@ class Layout:
         if self.columns[role] not in record:
             raise RowFault(self._missing(record, role))
         return record[self.columns[role]]
+
+    def _side(self, record: Mapping[str, Any], role: str) -> list[Any]:
+        """The texts or chats of a role; a single one is a list of one."""
+        value = self._value(record, role)
+        return as_list(self._text(value, role) if value is None else value)
 
     def _list(self, record: Mapping[str, Any], role: str) -> Sequence[Any]:
         value = self._value(record, role)
@@ -286,6 +295,10 @@ class Layout:
     def _where(self, role: str, index: int | None, column: str | None = None) -> str:
         column = column or self.columns.get(role, role)
         return f"under '{column}'" + ("" if index is None else f", place {index}")
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def recognise(record: Any, keys: Mapping[str, str], name: str = "auto") -> Layout:
