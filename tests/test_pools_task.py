@@ -22,7 +22,7 @@ from lib.tasks import Document, Problem
 from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import check
 from lib.tasks.pools.examples import prepare
-from lib.tasks.pools.near_duplicates import PromptGroups, minima, similarity
+from lib.tasks.pools.near_duplicates import SAME_PROMPT, PromptGroups, minima, similarity
 from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, pools_of
 from tests.conftest import table_of
 
@@ -349,6 +349,36 @@ def test_a_prompt_in_two_given_splits_is_an_error_and_a_similar_one_a_warning(tm
     assert [d["split"] for d in found] == ["train", "test", "train"]
 
 
+def test_a_pool_without_a_split_takes_that_of_its_group(tmp_path):
+    asked = "how many people live in the city of houston in texas today"
+    rows = [
+        pool(0, prompt=asked + " please"), pool(1, prompt=asked, split="test"), pool(2, prompt=asked.upper()),
+        pool(3, group="g"), pool(4, group="g", split="dev"), pool(5, group="g"), pool(6), pool(7, split="train"),
+    ]  # fmt: skip
+    path = write(tmp_path / "splits.jsonl", rows)
+    found, problems = checked(path)
+    assert [d.get("split") for d in found] == [*["test"] * 3, *["held_out"] * 3, None, "train"]
+    assert not problems
+    write(tmp_path / "data.jsonl", [pool(0, prompt=asked), pool(1)])
+    write(tmp_path / "test.jsonl", [pool(2, prompt=asked + " please")])
+    path.unlink()
+    assert [d.get("split") for d in checked(tmp_path)[0]] == ["test", None, "test"]
+
+
+def test_a_group_in_two_given_splits_is_an_error(tmp_path):
+    rows = [
+        pool(0, group="g"),
+        pool(1, group="g", split="train"),
+        pool(2, group="g", split="test"),
+        pool(3, group="h"),
+    ]
+    path = write(tmp_path / "groups.jsonl", rows)
+    errors = [p for p in checked(path)[1] if p.severity == "error"]
+    assert [(p.kind, p.location) for p in errors] == [("group in two splits", "p2")]
+    found, problems = checked(path, "data.drop=[group in two splits]")
+    assert [d["id"] for d in found] == ["p0", "p1", "p3"] and not kinds(problems)
+
+
 def test_an_unknown_kind_in_drop_is_refused(tmp_path):
     with pytest.raises(BadConfig, match="not a kind of problem that can be dropped"):
         checked(write(tmp_path / "a.jsonl", [pool(0)]), "data.drop=[bad luck]")
@@ -407,7 +437,7 @@ def test_minhash_estimates_the_jaccard_index():
         assert (
             groups.add("one two three four five six") == [] and groups.add("") == [] and groups.add("") == []
         )
-        assert groups.add("One two, three four five six!") == [(0, True)] and groups.root(3) == 0
+        assert groups.add("One two, three four five six!") == [(0, SAME_PROMPT)] and groups.root(3) == 0
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):

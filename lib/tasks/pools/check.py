@@ -7,6 +7,7 @@
 | not text, null text, not a list, not a number, wrong length | a value has another type than the layout says    |
 | contradicting prompts  | one id has two prompts                                                               |
 | prompt in two splits   | the same prompt is in two splits that the files give                                 |
+| group in two splits    | pools of the same `group` have different splits in the files                         |
 | unknown split          | a split is neither train, selection, held_out nor test, nor one of their usual names |
 | empty candidate        | a candidate has no visible character                                                 |
 | no reward, no rewards  | a candidate, or none of a pool, has a reward                                         |
@@ -27,7 +28,6 @@ rejected in another: its reward is the share of its pairs that it wins.
 """
 
 import json
-from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -36,8 +36,9 @@ from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.sections.pools import PoolFilesConfig
 from lib.tasks import Document, Problem
+from lib.tasks.pools.given_splits import GivenSplits
 from lib.tasks.pools.layouts import PREFERRED, SAME, Entry, reward_fault
-from lib.tasks.pools.near_duplicates import PromptGroups
+from lib.tasks.pools.near_duplicates import SAME_GROUP, SAME_PROMPT, PromptGroups
 from lib.tasks.pools.reading import SPLITS, problem, read_into
 from lib.tasks.pools.store import FoundPool, PoolStore
 from lib.tasks.text.check import DROPPABLE as UNREADABLE
@@ -46,7 +47,7 @@ from lib.user_files.faults import Fault
 DROPPABLE = (
     *UNREADABLE, "unknown layout", "not a record", "no prompt", "no candidates", "no candidate", "no rewards", "no reward",
     "no teacher", "no chosen", "no rejected", "no positive", "not a list", "not a number", "wrong length", "contradicting prompts",
-    "prompt in two splits", "unknown split", "empty candidate", "not finite", "reward out of range", "contradicting rewards",
+    "prompt in two splits", "group in two splits", "unknown split", "empty candidate", "not finite", "reward out of range", "contradicting rewards",
     "too many candidates",
 )  # fmt: skip
 LARGEST_GROUP = 0.5  # share of the pools above which one group is reported
@@ -80,28 +81,24 @@ def _check(config: Config) -> Iterator[Document | Problem]:
     settings = config.pools
     with PoolStore() as store, PromptGroups(settings.near_duplicates) as groups:
         yield from read_into(store, config)
-        wrong_splits = set()
-        names: dict[str | None, int] = {}  # a number for each split, so that a prompt takes four bytes
-        splits = array("i")
+        given, wrong_splits = GivenSplits(groups), set()
         for number, prompt, split, group in store.prompts():
-            split = _split_name(split)
-            splits.append(names.setdefault(split, len(names)))
-            for other, same in groups.add(prompt, group):
-                if splits[other] not in (splits[number], names.get(None)) and split is not None:
-                    wrong_splits.add(number) if same and prompt else None
-                    both = (split, list(names)[splits[other]])
-                    yield _two_splits(prompt, store.id_of(number), both, store.id_of(other), same)
+            for other, how, *splits in given.add(prompt, _split_name(split), group):
+                if how == SAME_GROUP or (how == SAME_PROMPT and prompt):
+                    wrong_splits.add(number)
+                yield _two_splits(prompt, (store.id_of(number), store.id_of(other)), splits, how)
+        given.settle()
         yield from _few_groups(config, store, groups)
         # A teacher scores a whole split or none of it. Pools without a split may come into train
         taught = {_split_name(split) or "train" for split in store.splits_with_teacher()}
         for pool in store.pools():
-            split = _split_name(pool.split)
+            split = given.of(pool.number)
             faults = list(pool_faults(pool, settings, with_rewards=True))
             faults += _untaught(pool) if (split or "train") in taught else ()
             entries, more = merged(pool, settings)
             faults += more
             if split is not None and split not in SPLITS.values():
-                found, known = f"'{pool.split}'", "train, selection, held_out (dev, validation) or test"
+                found, known = f"'{split}'", "train, selection, held_out (dev, validation) or test"
                 faults.append((pool.location, Fault("unknown split", found, known, "fix the column 'split'")))
             yield from (problem(fault, pool.source, f"{place} ({pool.pool_id})") for place, fault in faults)
             if (
@@ -118,14 +115,18 @@ def _split_name(given: str | None) -> str | None:
     return None if given is None else SPLITS.get(given.lower(), given)
 
 
-def _two_splits(prompt: str, name: str, splits: tuple, other: str, same: bool) -> Problem:
-    found = f"{name} of {splits[0]} and {other} of {splits[1]}: {prompt[:_SHOWN]!r}"
-    if same and prompt:
+def _two_splits(prompt: str, names: tuple[str, str], splits: list[str], how: str) -> Problem:
+    """The problem of two pools of one group. `names` and `splits`: of the later and of the earlier one."""
+    found = f"{names[0]} of {splits[0]} and {names[1]} of {splits[1]}: {prompt[:_SHOWN]!r}"
+    if how == SAME_GROUP:
+        advice = "give its pools one split, or another group"
+        fault = Fault("group in two splits", found, "one split per group", advice)
+    elif how == SAME_PROMPT and prompt:
         fault = Fault("prompt in two splits", found, "one split per prompt", "remove it from one of them")
     else:
         advice = "results may be too good; remove one of them"
         fault = Fault("similar prompts in two splits", found, "different prompts", advice, "warning")
-    return problem(fault, "", name)
+    return problem(fault, "", names[0])
 
 
 def _few_groups(config: Config, store: PoolStore, groups: PromptGroups) -> Iterator[Problem]:

@@ -15,6 +15,11 @@ from lib.digest_table import DigestTable, digest
 
 NUMBERS, ROWS = 100, 5  # minima per prompt, and minima per band: 20 bands
 PIECE = 2048  # words and pairs that are hashed at a time
+SAME_PROMPT, SIMILAR_PROMPT, SAME_GROUP = (
+    "same prompt",
+    "similar prompt",
+    "same group",
+)  # why two pools are united
 _WORD = re.compile(r"\w+")
 _MULTIPLIERS = randomness.bits(randomness.key(0, "minhash multipliers"), 0, NUMBERS)[0] | np.uint64(1)
 _SHIFTS = randomness.bits(randomness.key(0, "minhash shifts"), 0, NUMBERS)[0]
@@ -61,28 +66,29 @@ class PromptGroups:
         for table in (self._bands, self._minima, self._exact, self._named):
             table.__exit__(*error)
 
-    def add(self, prompt: str, group: str | None = None) -> list[tuple[int, bool]]:
+    def add(self, prompt: str, group: str | None = None) -> list[tuple[int, str]]:
         """Add the next prompt, with the group that the user gave it.
 
-        Returns the numbers of earlier prompts that it was united with, each with whether the words are the same.
+        Returns the numbers of earlier prompts that it was united with, each with the reason. `SAME_PROMPT`: the words are the
+        same. `SAME_GROUP`: it is the first prompt of the given group.
         """
         number = len(self._parent)
         self._parent.append(number)
-        found: dict[int, bool] = {}
-        if group is not None:
-            self._unite_named(number, group)
+        found: list[tuple[int, str]] = []
+        if group is not None and not self._named.add(key := digest(group), number):
+            found.append((int(self._named.get(key) or 0), SAME_GROUP))
         words = " ".join(_WORD.findall(prompt.lower())) or prompt
         exact = digest(words)
         first = self._exact.get(exact)
         if first is not None:
-            found[int(first)] = True
+            found.append((int(first), SAME_PROMPT))
         elif words:
             self._exact.set(exact, number)
             if self.threshold is not None:
-                found |= dict.fromkeys(self._similar(number, prompt), False)
-        for other in found:
+                found += [(other, SIMILAR_PROMPT) for other in self._similar(number, prompt)]
+        for other, _ in found:
             self._unite(number, other)
-        return list(found.items())
+        return found
 
     def _similar(self, number: int, prompt: str) -> list[int]:
         """Earlier prompts of at least the threshold's similarity. Keeps the minima of this one."""
@@ -101,11 +107,6 @@ class PromptGroups:
                     found.add(int(earlier))
         return sorted(found)
 
-    def _unite_named(self, number: int, group: str) -> None:
-        key = digest(group)
-        if not self._named.add(key, number):
-            self._unite(number, int(self._named.get(key) or 0))
-
     def _unite(self, one: int, other: int) -> None:
         a, b = self.root(one), self.root(other)
         self._parent[max(a, b)] = min(a, b)
@@ -121,7 +122,10 @@ class PromptGroups:
     def __len__(self) -> int:
         return len(self._parent)
 
+    def roots(self) -> np.ndarray:
+        """(prompts,) the first prompt of the group of each."""
+        return np.fromiter(map(self.root, range(len(self._parent))), np.int64, len(self._parent))
+
     def sizes(self) -> np.ndarray:
         """(prompts,) size of each group at its root; 0 elsewhere."""
-        roots = np.fromiter((self.root(i) for i in range(len(self._parent))), np.int64, len(self._parent))
-        return np.bincount(roots, minlength=len(roots))
+        return np.bincount(self.roots(), minlength=len(self._parent))
