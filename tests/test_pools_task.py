@@ -337,6 +337,19 @@ def test_pools_that_teach_little_are_warnings_and_stay(tmp_path):
     assert found[3]["candidates"] == ["yes", "no"]
 
 
+def test_the_indentation_of_code_makes_another_candidate(tmp_path):
+    code = "if a:\n    b()\nc()", "if a:\n    b()\n    c()", "if a: \n    b()\nc()\n"
+    found, problems = checked(write(tmp_path / "code.jsonl", [pool(0, code[:2]), pool(1, code, (1, 0, 1))]))
+    assert [d["candidates"] for d in found] == [list(code[:2])] * 2
+    assert kinds(problems, "warning") == {"repeated candidate"} and not kinds(problems)
+    rows = [
+        {"prompt": "which?", "chosen": code[0], "rejected": code[2]},
+        {"prompt": "what?", "chosen": "a\tb", "rejected": "a b"},
+    ]
+    found, problems = checked(write(tmp_path / "pairs.jsonl", rows))
+    assert kinds(problems) == {"contradicting rewards"} and [d["rewards"] for d in found] == [[1, 0]]
+
+
 def test_a_prompt_in_two_given_splits_is_an_error_and_a_similar_one_a_warning(tmp_path):
     asked = "how many people live in the city of houston in texas today"
     rows = [

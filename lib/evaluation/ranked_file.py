@@ -28,6 +28,7 @@ from lib.tasks.pools.check import merged, pool_faults
 from lib.tasks.pools.layouts import Entry, reward_fault
 from lib.tasks.pools.reading import problem, read_into, sources
 from lib.tasks.pools.store import FoundPool, PoolStore
+from lib.tasks.pools.values import identity
 from lib.training.model_plans import unit_of
 
 BLOCK = 512  # pools that are read and scored at a time
@@ -261,14 +262,14 @@ def score_pools(user: UserPools, scorer: Scorer) -> Iterator[pa.Table]:
         rows = []
         for (pool, entries), row in zip(block, scores, strict=True):
             number = {id(entry): k for k, entry in enumerate(pool.entries)}
-            where = {" ".join(entry.text.split()): k for k, entry in reversed(list(enumerate(pool.entries)))}
+            where = {identity(entry.text): k for k, entry in reversed(list(enumerate(pool.entries)))}
             probability = softmax(row)
             for k in np.argsort(-row, kind="stable"):
                 entry = entries[k]
                 rows.append(
                     {
                         "pool_id": pool.pool_id,
-                        "candidate_id": number.get(id(entry), where[" ".join(entry.text.split())]),
+                        "candidate_id": number.get(id(entry), where[identity(entry.text)]),
                         "prompt": pool.prompt,
                         "text": entry.text,
                         "score": float(row[k]),

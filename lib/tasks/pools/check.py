@@ -41,6 +41,7 @@ from lib.tasks.pools.layouts import PREFERRED, SAME, Entry, reward_fault
 from lib.tasks.pools.near_duplicates import SAME_GROUP, SAME_PROMPT, PromptGroups
 from lib.tasks.pools.reading import SPLITS, problem, read_into
 from lib.tasks.pools.store import FoundPool, PoolStore
+from lib.tasks.pools.values import identity
 from lib.tasks.text.check import DROPPABLE as UNREADABLE
 from lib.user_files.faults import Fault
 
@@ -185,11 +186,11 @@ def _untaught(pool: FoundPool) -> Iterator[tuple[str, Fault]]:
 
 
 def merged(pool: FoundPool, settings: PoolFilesConfig) -> tuple[list[Entry], list[tuple[str, Fault]]]:
-    """(the candidates with each text once, faults of repeated texts and of equal rewards)."""
+    """(the candidates with each text once, faults of repeated texts and of equal rewards). See `identity` for what is once."""
     places: dict[str, list[int]] = {}
     for k, entry in enumerate(pool.entries):
         if entry.text:
-            places.setdefault(" ".join(entry.text.split()), []).append(k)
+            places.setdefault(identity(entry.text), []).append(k)
     entries: list[Entry] = []
     faults: list[tuple[str, Fault]] = []
     for text, numbers in places.items():

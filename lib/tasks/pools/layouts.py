@@ -23,6 +23,7 @@ from lib.tasks.pools.values import (
     as_list,
     chat_text,
     described,
+    identity,
     is_chat,
     parsed_number,
     without_shared_turns,
@@ -209,7 +210,7 @@ class Layout:
 
     def _refuse_both(self, entries: list[Entry]) -> None:
         """Raises RowFault if one text of a row is both right and wrong."""
-        right, wrong = ({e.text for e in entries if e.reward == reward} for reward in (1.0, 0.0))
+        right, wrong = ({identity(e.text) for e in entries if e.reward == reward} for reward in (1.0, 0.0))
         if both := sorted(right & wrong):
             found = f"{both[0][:40]!r} is both right and wrong"
             raise RowFault(Fault("contradicting rewards", found, "different texts", "fix or remove the row"))

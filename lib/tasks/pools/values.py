@@ -74,6 +74,14 @@ def without_shared_turns(prompt: str | None, sides: list[list[Any]]) -> tuple[st
     return prompt, [[chat[shared:] for chat in side] for side in read]
 
 
+def identity(text: str) -> str:
+    """What two candidates have in common if they are the same: the text without white space at the ends of its lines.
+
+    Other white space counts, since the indentation of code has a meaning.
+    """
+    return "\n".join(line.rstrip() for line in text.strip().split("\n"))
+
+
 def parsed_number(text: str) -> float | str | None:
     """The number that a text states; None for an empty text, and the text itself if it states none."""
     if not text.strip():
