@@ -14,17 +14,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import BertConfig, BertModel
 
 from lib.config import ROOT, Config, load_config
 from lib.errors import BadConfig, BadData
 from lib.runs import RunArgs
 from lib.tasks import Document, Problem
+from lib.tasks.pools.bi_encoder import BiEncoder
 from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import check
 from lib.tasks.pools.examples import prepare
 from lib.tasks.pools.near_duplicates import SAME_PROMPT, PromptGroups, minima, similarity
 from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, pools_of
+from lib.tokenization import train_tokenizer
 from tests.conftest import table_of
+from tests.test_ranker import HEADS
+from tests.trainings import CPU
 
 POOLS = ROOT / "configs" / "pools.yaml"
 FIRST_STAGES = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
@@ -287,9 +292,14 @@ def pool(n: int, candidates: Any = ("yes", "no"), rewards: Any = (1, 0), **other
             "rewards": list(rewards)} | others  # fmt: skip
 
 
+def chat_pool(chosen: Any) -> dict:
+    return {"id": "p1", "prompt": "is a chat a candidate?", "candidates": [chosen, "no"], "rewards": [1, 0]}
+
+
 FAULTS: dict[str, tuple[Any, str]] = {
     "empty candidate": (pool(1, ("yes", "  ")), "line 2 (p1)"),
     "wrong length": (pool(1, rewards=(1, 0, 0)), "line 2"),
+    "null text": (chat_pool([{"role": "assistant", "content": None, "tool_calls": []}]), "line 2"),
     "not finite": (pool(1, rewards=(1, float("nan"))), "line 2"),
     "reward out of range": (pool(1, rewards=(7, 0)), "line 2 (p1)"),
     "not a number": (pool(1, rewards=("good", 0)), "line 2"),
@@ -318,6 +328,42 @@ def test_a_fault_is_named_with_its_row_and_may_be_left_out(tmp_path, kind):
     assert [d["id"] for d in found][-1] == "p2"
     kept, problems = checked(path, f"data.drop=[{kind}]")
     assert not kinds(problems) and [d["id"] for d in kept] == ["p0", "p2"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    {
+        "empty candidate": pool(1, ("yes", "\u200b\u00ad\ufe0f \u2060")),
+        "not finite": pool(1, rewards=(int("9" * 400), 0)),
+        "not text": chat_pool([{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]),
+        "null text": chat_pool([{"role": "assistant", "content": [{"type": "text", "text": None}]}]),
+    }.items(),
+)
+def test_a_row_that_no_ranker_can_read_is_a_fault(tmp_path, kind, row):
+    found, problems = checked(write(tmp_path / "bad.jsonl", [pool(0), row]))
+    assert kinds(problems) == {kind} and len(found) == 1
+
+
+def test_parts_of_a_message_are_one_text_and_halves_of_characters_are_replaced(tmp_path):
+    parts = [{"type": "text", "text": "first, "}, {"type": "text", "text": "then"}]
+    names = {"id": "p\ud800", "group": "\ud800", "tag": "t\udc00", "kind": ["\udfff", "b"]}
+    row = chat_pool([{"role": "assistant", "content": parts}]) | names
+    found, problems = checked(write(tmp_path / "odd.jsonl", [row]))
+    assert found[0]["candidates"] == ["first, then", "no"] and kinds(problems, "warning") == {
+        "lone surrogates"
+    }
+    names = found[0]["id"], found[0]["tags"], found[0]["kinds"]
+    assert names == ("p\ufffd", ["t\ufffd"], ["\ufffd", "b"]) and not kinds(problems)
+
+
+def test_the_untrained_encoder_reads_no_more_tokens_than_it_has_positions(tmp_path):
+    shape: dict[str, Any] = HEADS | {"max_position_embeddings": 16}
+    BertModel(BertConfig(**shape)).save_pretrained(tmp_path)
+    train_tokenizer("character", ["abc"], 0).save_pretrained(tmp_path)
+    encoder = BiEncoder(str(tmp_path), 96, CPU)
+    texts = np.array([["abc" * 30, "a"]], object)
+    scores = encoder.scores(["cab" * 30], texts, np.ones((1, 2), bool))
+    assert encoder.max_tokens == 16 and np.isfinite(scores).all()
 
 
 def test_pools_that_teach_little_are_warnings_and_stay(tmp_path):

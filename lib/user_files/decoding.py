@@ -199,7 +199,7 @@ def _fault_at(file: gzip.GzipFile | IO[bytes], position: int) -> Fault:
 # The C0 and C1 codes, and byte order marks inside a text, which are invisible
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 _WHITE = {"\x0b": "\n", "\x0c": "\n", "\x1c": "\n", "\x1d": "\n", "\x1e": "\n", "\x1f": " ", "\x85": "\n"}
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def clean_text(text: str) -> tuple[str, list[Fault]]:
@@ -233,10 +233,10 @@ class Cleaner:
             self._control += control
             text = _CONTROL.sub(lambda match: _WHITE.get(match[0], ""), text)
         self._replacements += text.count("\ufffd")
-        surrogates = len(_SURROGATE.findall(text))
+        surrogates = len(SURROGATE.findall(text))
         if surrogates:
             self._surrogates += surrogates
-            text = _SURROGATE.sub("\ufffd", text)
+            text = SURROGATE.sub("\ufffd", text)
         return text
 
     def faults(self) -> list[Fault]:

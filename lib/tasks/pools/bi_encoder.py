@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lib.models.backbones import longest_input
 from lib.models.encoders import configured, open_encoder
 from lib.runtime import Runtime
 
@@ -16,14 +17,14 @@ class BiEncoder:
 
     Args:
         encoder: as in `ranker.encoder`.
-        max_tokens: longer texts are truncated.
+        max_tokens: longer texts are truncated, as are those that are longer than the encoder reads.
     """
 
     def __init__(self, encoder: str, max_tokens: int, runtime: Runtime):
         source, revision = configured(encoder)
         self.model, self.tokenizer = open_encoder(source, torch.float32, revision)
         self.model.to(runtime.device).eval()
-        self.max_tokens, self.runtime = max_tokens, runtime
+        self.max_tokens, self.runtime = min(max_tokens, longest_input(self.model) or max_tokens), runtime
 
     @torch.no_grad()
     def vectors(self, texts: list[str]) -> np.ndarray:

@@ -41,7 +41,7 @@ from lib.tasks.pools.layouts import PREFERRED, SAME, Entry, reward_fault
 from lib.tasks.pools.near_duplicates import SAME_GROUP, SAME_PROMPT, PromptGroups
 from lib.tasks.pools.reading import SPLITS, problem, read_into
 from lib.tasks.pools.store import FoundPool, PoolStore
-from lib.tasks.pools.values import identity
+from lib.tasks.pools.values import identity, is_visible
 from lib.tasks.text.check import DROPPABLE as UNREADABLE
 from lib.user_files.faults import Fault
 
@@ -150,7 +150,7 @@ def pool_faults(
         found = f"{len(pool.entries)} candidates"
         advice = "remove some, or raise pools.max_candidates"
         yield pool.location, Fault("too many candidates", found, f"at most {settings.max_candidates}", advice)
-    if not pool.prompt:
+    if not is_visible(pool.prompt):
         advice = "its candidates are ranked without a prompt"
         yield pool.location, Fault("empty prompt", "no text", "a prompt", advice, "warning")
     if with_rewards and all(entry.reward is None for entry in pool.entries):
@@ -161,8 +161,8 @@ def pool_faults(
         )
         with_rewards = False
     for k, (entry, place) in enumerate(zip(pool.entries, pool.places, strict=True)):
-        if not entry.text:
-            found = f"candidate {k} has no text"
+        if not is_visible(entry.text):
+            found = f"candidate {k} has no visible character"
             yield place, Fault("empty candidate", found, "a text", "fix it, or remove the candidate")
         if entry.reward is None and with_rewards:
             found = f"candidate {k} has none: {entry.text[:_SHOWN]!r}"
@@ -189,7 +189,7 @@ def merged(pool: FoundPool, settings: PoolFilesConfig) -> tuple[list[Entry], lis
     """(the candidates with each text once, faults of repeated texts and of equal rewards). See `identity` for what is once."""
     places: dict[str, list[int]] = {}
     for k, entry in enumerate(pool.entries):
-        if entry.text:
+        if is_visible(entry.text):
             places.setdefault(identity(entry.text), []).append(k)
     entries: list[Entry] = []
     faults: list[tuple[str, Fault]] = []

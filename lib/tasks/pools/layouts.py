@@ -284,10 +284,14 @@ class Layout:
             return None
         if not isinstance(value, int | float):
             raise RowFault(self._no_number(value, role, index))
-        if not math.isfinite(value):
-            found = f"{float(value)} {self._where(role, index)}"
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf
+        if not math.isfinite(number):
+            found = f"{number} {self._where(role, index)}"
             raise RowFault(Fault("not finite", found, "a finite number", "fix it, or remove the candidate"))
-        return float(value)
+        return number
 
     def _no_number(self, value: Any, role: str, index: int | None) -> Fault:
         where = self._where(role, index)

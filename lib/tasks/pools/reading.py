@@ -16,7 +16,7 @@ from lib.tasks.pools.layouts import Layout, PoolRow, recognise
 from lib.tasks.pools.store import PoolStore
 from lib.tasks.pools.values import RowFault
 from lib.tasks.text import raw
-from lib.user_files.decoding import clean_text
+from lib.user_files.decoding import SURROGATE, clean_text
 from lib.user_files.faults import Fault, kind_of
 from lib.user_files.folders import find_files
 from lib.user_files.rows import read_rows
@@ -150,9 +150,15 @@ def clean(row: PoolRow) -> tuple[PoolRow, list[Fault]]:
         found.update({fault.kind: fault for fault in faults})
         return text.strip()
 
-    entries = [replace(entry, text=cleaned(entry.text)) for entry in row.entries]
+    def named(name: str | None) -> str | None:
+        """A name as it is, unless it has half a character, which no database can store."""
+        return cleaned(name) if name is not None and SURROGATE.search(name) else name
+
+    entries = [replace(e, text=cleaned(e.text), kind=named(e.kind)) for e in row.entries]
     prompt = None if row.prompt is None else cleaned(row.prompt)
-    return replace(row, prompt=prompt, entries=entries), list(found.values())
+    tags = tuple(named(tag) or "" for tag in row.tags)
+    names = {field: named(getattr(row, field)) for field in ("pool_id", "split", "group")}
+    return replace(row, prompt=prompt, entries=entries, tags=tags, **names), list(found.values())
 
 
 # Names of splits in files -> splits of the project. `test` is reported beside held_out

@@ -1,6 +1,7 @@
 """Values in the rows of a file with candidates: texts, chats, lists and numbers."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,21 @@ def is_chat(value: Any) -> bool:
 def chat_text(chat: Sequence[Mapping[str, Any]]) -> str:
     """The text of chat messages: the content of a single message, otherwise a line `role: content` for each."""
     if len(chat) == 1:
-        return str(chat[0]["content"])
-    return "\n".join(f"{turn.get('role', 'user')}: {turn['content']}" for turn in chat)
+        return _content(chat[0])
+    return "\n".join(f"{turn.get('role', 'user')}: {_content(turn)}" for turn in chat)
+
+
+def _content(turn: Mapping[str, Any]) -> str:
+    """The text of a message, which may be a list of parts. Raises RowFault if it is no text."""
+    content = turn["content"]
+    parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
+    for part in parts:
+        said = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+        if not isinstance(said, str) or not isinstance(part, Mapping):
+            kind = "null text" if said is None else "not text"
+            where = "under 'content' of a message"
+            raise RowFault(Fault(kind, f"{described(said)} {where}", f"a text {where}", "fix the row"))
+    return "".join(part["text"] for part in parts)
 
 
 def turns_of(text: str) -> list[dict[str, str]] | None:
@@ -69,9 +83,14 @@ def without_shared_turns(prompt: str | None, sides: list[list[Any]]) -> tuple[st
     turns = chats[0][:shared]
     if not turns or (prompt is not None and turns[0].get("role") == "assistant"):
         return prompt, read
-    if prompt is None or any(prompt.strip() == str(turn["content"]).strip() for turn in turns):
+    if prompt is None or any(prompt.strip() == _content(turn).strip() for turn in turns):
         prompt = chat_text(turns)
     return prompt, [[chat[shared:] for chat in side] for side in read]
+
+
+def is_visible(text: str) -> bool:
+    """Whether a text has a character that tokenizers keep: none of controls, formats, white space and lone marks."""
+    return any(unicodedata.category(character)[0] not in "CZM" for character in text)
 
 
 def identity(text: str) -> str:
