@@ -18,14 +18,15 @@ from transformers import BertConfig, BertModel
 
 from lib.config import ROOT, Config, load_config
 from lib.errors import BadConfig, BadData
+from lib.ranking.bm25 import bm25_scores
 from lib.runs import RunArgs
 from lib.tasks import Document, Problem
 from lib.tasks.pools.bi_encoder import BiEncoder
 from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import check
 from lib.tasks.pools.examples import prepare
-from lib.tasks.pools.near_duplicates import SAME_PROMPT, PromptGroups, minima, similarity
-from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, pools_of
+from lib.tasks.pools.near_duplicates import SAME_PROMPT, SIMILAR_PROMPT, PromptGroups, minima, similarity
+from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, overlap, pools_of
 from lib.tokenization import train_tokenizer
 from tests.conftest import table_of
 from tests.test_ranker import HEADS
@@ -496,7 +497,44 @@ def test_minhash_estimates_the_jaccard_index():
         assert (
             groups.add("one two three four five six") == [] and groups.add("") == [] and groups.add("") == []
         )
-        assert groups.add("One two, three four five six!") == [(0, SAME_PROMPT)] and groups.root(3) == 0
+        assert groups.add("One two, three four five six!") == [(0, SIMILAR_PROMPT)] and groups.root(3) == 0
+        assert groups.add("One two  THREE four five six") == [(0, SAME_PROMPT)] and groups.root(4) == 0
+
+
+def test_prompts_that_differ_in_signs_alone_are_similar_and_not_the_same(tmp_path):
+    rows = [
+        pool(0, prompt="What is 7 + 5?", split="train"), pool(1, prompt="What is 7 - 5?", split="test"),
+        pool(2, prompt="what is c++", split="train"), pool(3, prompt="What is  C", split="test"),
+    ]  # fmt: skip
+    found, problems = checked(write(tmp_path / "signs.jsonl", rows))
+    assert len(found) == 4 and not kinds(problems)
+    assert [p.kind for p in problems] == ["similar prompts in two splits"] * 2
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        (
+            "北京市有多少人口居住在城市的中心地区和郊区",
+            "北京市有多少人口居住在城市的中心地区和郊区呢",
+            "这本书的作者是谁写的时候在哪里",
+        ),
+        (
+            "東京の人口は何人ですか、教えてください",
+            "東京の人口は何人ですか、教えてくださいね",
+            "この本の著者は誰でしょうか",
+        ),
+        ("กรุงเทพมหานครมีประชากรกี่คนในปีนี้", "กรุงเทพมหานครมีประชากรกี่คนในปีนี้ครับ", "หนังสือเล่มนี้ใครเขียน"),
+    ],
+    ids=["chinese", "japanese", "thai"],
+)
+def test_similar_prompts_and_shared_words_are_found_without_spaces(sentences):
+    with PromptGroups(0.7) as groups:
+        assert [groups.add(text) for text in sentences] == [[], [(0, SIMILAR_PROMPT)], []]
+    record = {"id": "a", "prompt": sentences[0], "group": "a", "candidates": list(sentences)}
+    pools = pools_of([record], [np.array([1.0, 0.0, 0.0])])
+    for scores in (overlap(pools)[0], bm25_scores(pools.prompts, pools.texts, pools.present)[0]):
+        assert scores[0] > 0 and scores[1] > 0.8 * scores[0] and scores[2] < 0.3 * scores[0]
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from lib.ranking.words import words_of
+
 POOLS = 1024  # scored at a time
-WORD = r"(?u)\b\w+\b"  # a word may have one character, such as the answers A, B and 7
 
 
 def bm25_scores(prompts: list[str], texts: np.ndarray, present: np.ndarray) -> np.ndarray:
@@ -19,9 +20,9 @@ def bm25_scores(prompts: list[str], texts: np.ndarray, present: np.ndarray) -> n
     import bm25s
 
     scores = np.zeros(present.shape)
-    words: Any = {"stopwords": None, "show_progress": False, "token_pattern": WORD}
-    documents = bm25s.tokenize(texts[present].tolist(), **words)
-    queries = bm25s.tokenize(prompts, **words)
+    options: Any = {"stopwords": None, "show_progress": False, "token_pattern": r"\S+"}
+    spaced = [[" ".join(words_of(text)) for text in some] for some in (texts[present].tolist(), prompts)]
+    documents, queries = (bm25s.tokenize(some, **options) for some in spaced)
     if not any(documents.ids):  # no candidate has a word, and the library refuses an empty index
         return scores
     index = bm25s.BM25(backend="numpy")

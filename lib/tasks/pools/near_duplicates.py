@@ -4,7 +4,6 @@ The similarity of two prompts is the Jaccard index of their sets of words and of
 it (Broder, 1997), and bands of its numbers find prompts that may be similar (locality-sensitive hashing).
 """
 
-import re
 from array import array
 
 import numpy as np
@@ -12,6 +11,7 @@ import pandas as pd
 
 from lib import randomness
 from lib.digest_table import DigestTable, digest
+from lib.ranking.words import words_of
 
 NUMBERS, ROWS = 100, 5  # minima per prompt, and minima per band: 20 bands
 PIECE = 2048  # words and pairs that are hashed at a time
@@ -20,7 +20,6 @@ SAME_PROMPT, SIMILAR_PROMPT, SAME_GROUP = (
     "similar prompt",
     "same group",
 )  # why two pools are united
-_WORD = re.compile(r"\w+")
 _MULTIPLIERS = randomness.bits(randomness.key(0, "minhash multipliers"), 0, NUMBERS)[0] | np.uint64(1)
 _SHIFTS = randomness.bits(randomness.key(0, "minhash shifts"), 0, NUMBERS)[0]
 _PAIR = np.uint64(0x9E3779B97F4A7C15)
@@ -28,7 +27,7 @@ _PAIR = np.uint64(0x9E3779B97F4A7C15)
 
 def minima(prompt: str) -> np.ndarray:
     """(NUMBERS,) uint32: the minimum of each hash function over the words and pairs of a prompt."""
-    words = _WORD.findall(prompt.lower()) or [prompt]
+    words = words_of(prompt) or [prompt]
     single = pd.util.hash_array(np.array(words, dtype=object), categorize=False)
     pairs = (single[:-1] * _PAIR) ^ (single[1:] + (single[:-1] >> np.uint64(7)))
     shingles = np.unique(np.concatenate([single, pairs]))
@@ -57,38 +56,46 @@ class PromptGroups:
     def __init__(self, threshold: float | None):
         self.threshold = threshold
         self._parent = array("q")
-        self._bands, self._minima, self._exact, self._named = (DigestTable() for _ in range(4))
+        self._tables = tuple(DigestTable() for _ in range(5))
+        self._bands, self._minima, self._exact, self._words, self._named = self._tables
 
     def __enter__(self) -> "PromptGroups":
         return self
 
     def __exit__(self, *error) -> None:
-        for table in (self._bands, self._minima, self._exact, self._named):
+        for table in self._tables:
             table.__exit__(*error)
 
     def add(self, prompt: str, group: str | None = None) -> list[tuple[int, str]]:
         """Add the next prompt, with the group that the user gave it.
 
-        Returns the numbers of earlier prompts that it was united with, each with the reason. `SAME_PROMPT`: the words are the
-        same. `SAME_GROUP`: it is the first prompt of the given group.
+        Returns the numbers of earlier prompts that it was united with, each with the reason. `SAME_PROMPT`: only case and
+        white space may differ. `SIMILAR_PROMPT`: the words are the same or nearly so. `SAME_GROUP`: it is the first prompt of
+        the given group.
         """
         number = len(self._parent)
         self._parent.append(number)
         found: list[tuple[int, str]] = []
         if group is not None and not self._named.add(key := digest(group), number):
             found.append((int(self._named.get(key) or 0), SAME_GROUP))
-        words = " ".join(_WORD.findall(prompt.lower())) or prompt
-        exact = digest(words)
-        first = self._exact.get(exact)
-        if first is not None:
-            found.append((int(first), SAME_PROMPT))
-        elif words:
-            self._exact.set(exact, number)
-            if self.threshold is not None:
-                found += [(other, SIMILAR_PROMPT) for other in self._similar(number, prompt)]
+        found += self._alike(number, prompt)
         for other, _ in found:
             self._unite(number, other)
         return found
+
+    def _alike(self, number: int, prompt: str) -> list[tuple[int, str]]:
+        """Earlier prompts that are the same or similar, each with the reason."""
+        text = " ".join(prompt.lower().split())
+        if not text:
+            return []
+        if not self._exact.add(key := digest(text), number):
+            return [(int(self._exact.get(key) or 0), SAME_PROMPT)]
+        words = digest(" ".join(words_of(prompt)) or text)
+        if not self._words.add(words, number):
+            return [(int(self._words.get(words) or 0), SIMILAR_PROMPT)]
+        if self.threshold is None:
+            return []
+        return [(other, SIMILAR_PROMPT) for other in self._similar(number, prompt)]
 
     def _similar(self, number: int, prompt: str) -> list[int]:
         """Earlier prompts of at least the threshold's similarity. Keeps the minima of this one."""

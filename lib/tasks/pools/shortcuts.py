@@ -30,11 +30,11 @@ from lib import randomness
 from lib.metrics import SHARE, ratio, sum_by
 from lib.ranking.bm25 import bm25_scores
 from lib.ranking.metrics import winner_accuracy
+from lib.ranking.words import words_of
 
 MOST_CANDIDATES = 40_000  # of the train split that scorers learn from
 COLUMNS = 2**18
 FIRST, OVERLAP, BM25 = "first", "overlap", "bm25"
-_WORD = re.compile(r"\w+")
 _SURFACE = tuple(
     re.compile(p) for p in (r"\d", r"[A-Z]", r"[.!?]", r"[,;:]", r"[^\w\s]", r"\s", r"\n", r"\w+")
 )
@@ -202,9 +202,9 @@ def overlap(pools: SomePools) -> np.ndarray:
     """(N, K) the share of the prompt's words that a candidate has."""
     scores = np.zeros(pools.present.shape)
     for n, prompt in enumerate(pools.prompts):
-        asked = set(_WORD.findall(prompt.lower()))
+        asked = set(words_of(prompt))
         for k in np.flatnonzero(pools.present[n]):
-            scores[n, k] = len(asked & set(_WORD.findall(pools.texts[n, k].lower()))) / max(len(asked), 1)
+            scores[n, k] = len(asked & set(words_of(pools.texts[n, k]))) / max(len(asked), 1)
     return scores
 
 
