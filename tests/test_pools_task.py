@@ -26,7 +26,7 @@ from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import check
 from lib.tasks.pools.examples import prepare
 from lib.tasks.pools.near_duplicates import SAME_PROMPT, SIMILAR_PROMPT, PromptGroups, minima, similarity
-from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, overlap, pools_of
+from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, frequent, overlap, pools_of
 from lib.tokenization import train_tokenizer
 from tests.conftest import table_of
 from tests.test_ranker import HEADS
@@ -615,6 +615,30 @@ def test_a_planted_shortcut_is_found_and_none_where_there_is_none(shortcut):
             assert row["low"] > 0.7, name
         elif not shortcut:
             assert row["low"] < 0.3 and row["accuracy"] < 0.37, name
+
+
+def test_many_writers_need_no_more_memory_than_few():
+    """Of 40 writers, the most frequent one wrote the right candidates, and one of their words says so."""
+    train, held_out = planted(60, 1), planted(40, 2)
+    for pools in (train, held_out):
+        pools.kinds[:] = [[f"writer {(n * 3 + k) % 39 + 1}" for k in range(4)] for n in range(len(pools))]
+        rows = np.arange(len(pools)), pools.rewards.argmax(1)
+        pools.kinds[rows] = "writer 0"
+        pools.texts[rows] += " thus"
+    assert np.unique(train.kinds).size == 40
+    numbers = frequent(train.kinds.ravel())
+    assert numbers.max() == 20 and set(numbers[train.kinds.ravel() == "writer 0"]) == {0}
+    tracemalloc.start()
+    scorers = SimpleScorers(train, 0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (
+        most < 100 * 2**20
+    )  # bytes; a dense weight for each of 2^19 features and 40 writers would be 168 million
+    shortcuts = Shortcuts()
+    shortcuts.add(held_out, scorers.scores(held_out))
+    rows = {row["scorer"]: row for row in shortcuts.rows()}
+    assert rows["recognised_kind"]["low"] > 0.7 and rows["kind"]["low"] > 0.7
 
 
 def test_the_leak_limit_ends_stage_02(tmp_path):

@@ -25,6 +25,7 @@ from scipy import sparse
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 
 from lib import randomness
 from lib.metrics import SHARE, ratio, sum_by
@@ -34,6 +35,7 @@ from lib.ranking.words import words_of
 
 MOST_CANDIDATES = 40_000  # of the train split that scorers learn from
 COLUMNS = 2**18
+MOST_KINDS = 20  # that are recognised by their words; all others count as one
 FIRST, OVERLAP, BM25 = "first", "overlap", "bm25"
 _SURFACE = tuple(
     re.compile(p) for p in (r"\d", r"[A-Z]", r"[.!?]", r"[,;:]", r"[^\w\s]", r"\s", r"\n", r"\w+")
@@ -158,14 +160,22 @@ class SimpleScorers:
         mean = {kind: float(reward[kinds == kind].mean()) for kind in set(kinds)}
         middle = float(reward.mean())
         self._scorers["kind"] = lambda p: np.vectorize(lambda k: mean.get(k, middle), otypes=[float])(p.kinds)
-        words = Words(texts)
-        model = LogisticRegression(C=1.0, max_iter=100).fit(words.train, kinds.astype(str))
-        value = np.array([mean[kind] for kind in model.classes_])
+        words, label = Words(texts), frequent(kinds)
+        # A classifier for each kind alone: a single one of all kinds would need their number times its memory
+        model = OneVsRestClassifier(LogisticRegression(C=1.0, max_iter=100)).fit(words.train, label)
+        value = np.bincount(label, reward) / np.bincount(label)
         self._scorers["recognised_kind"] = _by_candidate(lambda t: model.predict_proba(words.of(t)) @ value)
 
 
+def frequent(kinds: np.ndarray) -> np.ndarray:
+    """(R,) the number of each kind by its frequency, the most frequent is 0. All beyond `MOST_KINDS` share a number."""
+    _, index, count = np.unique(kinds.astype(str), return_inverse=True, return_counts=True)
+    order = np.argsort(np.argsort(-count, kind="stable"))
+    return np.minimum(order[index], MOST_KINDS)
+
+
 class Words:
-    """TF-IDF of words, pairs of words and character n-grams, fitted on some texts."""
+    """TF-IDF of words, pairs of words and character n-grams, fitted on some texts. Other features are left out."""
 
     def __init__(self, texts: list[str]):
         self._makers = [
@@ -177,10 +187,13 @@ class Words:
             ),
         ]
         self._weights = TfidfTransformer(sublinear_tf=True)
-        self.train: Sparse = self._weights.fit_transform(self._count(texts))
+        train: Sparse = self._weights.fit_transform(self._count(texts))
+        self._used = np.flatnonzero(train.getnnz(0))
+        self.train: Sparse = train[:, self._used]
 
     def of(self, texts: list[str]) -> Sparse:
-        return self._weights.transform(self._count(texts))
+        found: Sparse = self._weights.transform(self._count(texts))
+        return found[:, self._used]
 
     def _count(self, texts: list[str]) -> Sparse:
         return sparse.hstack([maker.transform(texts) for maker in self._makers], "csr")
