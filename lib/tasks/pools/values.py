@@ -73,7 +73,7 @@ def without_shared_turns(prompt: str | None, sides: list[list[Any]]) -> tuple[st
     A prompt that the row states stays, unless it is only one of several shared turns. Sides that are not chats stay as they
     are, and so do chats that continue the prompt with a turn of the assistant.
     """
-    read = [[turns_of(text) or text if isinstance(text, str) else text for text in side] for side in sides]
+    read: list[list[Any]] = [[(isinstance(v, str) and turns_of(v)) or v for v in side] for side in sides]
     chats = [chat for side in read for chat in side]
     if not all(read) or not all(is_chat(chat) for chat in chats):
         return prompt, sides
