@@ -169,7 +169,10 @@ def test_rewards_have_the_term_of_a_teacher_in_every_part_or_in_none(tmp_path):
     run = tmp_path / "run"
     for name in FIRST_STAGES:
         importlib.import_module(name).main(config, RunArgs(run_dir=run, quick_test=True, command=(name,)))
-    table = pq.read_table(table_of(run, "03_build_rewards/rewards"))
+    folder = table_of(run, "03_build_rewards/rewards")
+    parts = [pq.read_schema(file).names for file in folder.glob("*.parquet")]
+    assert len(parts) > 3 and all("term_teacher" in names for names in parts)
+    table = pq.read_table(folder)
     split = pq.read_table(table_of(run, "02_generate_candidates/candidates"))["split"].to_pylist()
     unknown = np.isnan(table["term_teacher"].to_numpy())
     np.testing.assert_array_equal(unknown, np.array(split) == "held_out")
