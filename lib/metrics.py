@@ -97,7 +97,7 @@ def share(hits: np.ndarray, counts: np.ndarray) -> Estimate:
     If all groups agree on 0 or on 1, resampling them shows no spread. Then the exact interval holds, with a group as one trial
     (Clopper and Pearson, 1934).
     """
-    found, size = ratio(hits, counts, limits=SHARE), len(counts)
+    found, size = ratio(hits, counts, limits=SHARE), int(np.count_nonzero(counts))
     if found.value not in (0.0, 1.0):
         return found
     furthest = (1 - LEVEL) / 2

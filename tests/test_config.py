@@ -189,3 +189,10 @@ def test_config_files_may_lie_in_the_home(tmp_path, monkeypatch):
 def test_a_path_that_no_manifest_could_hold_is_refused_at_once():
     with pytest.raises(BadConfig, match=r"data\.path: the path is not UTF-8; rename the file"):
         load_config(overrides=["data.path=caf\udce9.txt"])
+
+
+def test_masks_that_are_drawn_one_by_one_have_no_pattern():
+    with pytest.raises(BadConfig, match="masking sticky would have no effect; set weight to exact_count"):
+        load_config(
+            overrides=["diffusion.weight=inverse_t", "diffusion.masking={type: sticky, p1: 0.02, p2: 0.9}"]
+        )

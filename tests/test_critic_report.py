@@ -1,5 +1,6 @@
 """Training data and report of a critic, tested with generators and critics whose every probability is known."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -269,6 +270,16 @@ def test_copies_of_a_group_tell_nothing_new():
     found = [detection(views_of(60, 4, grouped=g), Calibration())["critic"]["auroc"] for g in (True, False)]
     widths = [f["high"] - f["low"] for f in found]
     assert widths[0] > 1.6 * widths[1] and found[0]["value"] == found[1]["value"]
+
+
+def test_a_reading_without_tokens_has_no_value():
+    """All generated tokens of a short text may be masked again: then the text in the middle of sampling shows none."""
+    seen = views_of(6)
+    hidden = replace(seen, partial=np.full(6, np.nan), partial_share=np.ones(6))
+    found = detection(hidden, Calibration())
+    for name in ("critic_partial", "confidence_visible"):
+        assert np.isnan([found[name]["auroc"]["value"], found[name]["ece"], found[name]["brier"]]).all()
+    assert np.isfinite(found["critic"]["auroc"]["value"])
 
 
 def test_given_tokens_are_in_no_reading_but_that_of_a_text_of_which_nothing_is_known():

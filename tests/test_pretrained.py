@@ -306,6 +306,14 @@ def test_only_a_frozen_backbone_is_marked_behind(coupling, lora, mark):
     assert heads.get("critic_mark", "embeddings") == mark
 
 
+def test_layers_are_not_computed_twice_with_other_weights():
+    config = load_config(
+        overrides=["critic.coupling=stop_gradient", "critic.training.activation_checkpointing=true"]
+    )
+    with pytest.raises(BadConfig, match=r"stop_gradient.*activation_checkpointing to false"):
+        critic_heads(config.critic, config.models["generator"])
+
+
 def test_shifted_logits_are_those_of_the_position_before(folders):
     folder = folders("own_code")
     plain = open_pretrained(settings_of(folder))

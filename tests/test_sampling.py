@@ -249,10 +249,14 @@ def test_gumbel_selection_draws_by_the_odds():
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
-@pytest.mark.parametrize("remask_share", [0.0, 0.3, 1.0])
-def test_every_policy_keeps_to_the_schedule(name, remask_share):
-    """After each round, exactly the schedule's number of positions is masked, whatever is re-masked."""
-    sampler = oracle_sampler(remask_share=remask_share, remdm_share=remask_share)
+@pytest.mark.parametrize(
+    ("remask_share", "strength"), [(0.0, 0.6), (0.3, 0.6), (1.0, 0.6), (0.3, 0.0), (1.0, 0.0)]
+)
+def test_every_policy_keeps_to_the_schedule(name, remask_share, strength):
+    """After each round, exactly the schedule's number of positions is masked, whatever is re-masked, also of equal scores."""
+    sampler = oracle_sampler(
+        remask_share=remask_share, remdm_share=remask_share, randomness_strength=strength
+    )
     result = run(sampler, name, 9, 5, trace=True)
     rounds = rounds_for(POLICIES[name], 9)
     shares = masked_shares(sampler.settings, rounds, POLICIES[name].remasks)

@@ -100,13 +100,13 @@ MODES = {
 }
 
 
-@pytest.mark.slow
 def objective_of(name: str, given: StageInputs):
     return train_model.make_objective(
         train_model.context_of(name, MODES[name], given), MODES[name], given, 16
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
 def test_what_is_reported_chooses_nothing(tokenizer, tmp_path, name):
     """Other held-out text changes the report but neither metrics.jsonl nor the best model; other selection text changes the metrics."""

@@ -344,8 +344,8 @@ def test_the_training_loss_counts_every_token_alike():
         model = torch.nn.Linear(1, 1)
         steps = [float(batch_losses(objective, model, s, range(s * data.count, (s + 1) * data.count))["loss"]) for s in range(300)]  # fmt: skip
         expected = 50 + np.arange(32).mean()
-        tolerance = 1e-4 if weight == "exact_count" else 0.05
-        assert np.mean(steps) == pytest.approx(expected, rel=max(tolerance, 0.01)), weight
+        tolerance = 1e-3 if weight == "exact_count" else 0.05
+        assert np.mean(steps) == pytest.approx(expected, rel=tolerance), weight
 
 
 def test_tiles_hold_every_token_exactly_once():

@@ -5,7 +5,7 @@ With the linear schedule alpha(t) = 1 - t (Sahoo et al., MDLM, 2024; Shi et al.,
 
     -log p(x)  <=  E_t  (1 / t)  sum over masked positions of  -log p(x_i | rest).
 
-- `inverse_t` draws exactly this.
+- `inverse_t` draws this, with 1 / t limited to 1,000.
 - `exact_count` draws the number of masks k ~ U{1..n} instead, with weight n / k (Ou et al., RADD, 2024). It is the same bound
   with less variance.
 

@@ -308,7 +308,8 @@ class Sampler:
             odds = np.clip(scores, 1e-6, 1 - 1e-6)
             gumbel = np.log(-np.log(np.clip(noise, 1e-12, 1 - 1e-12)))
             score = np.log(odds / (1 - odds)) / temperature - gumbel
-        return lowest_k(-(score + EPSILON * noise), eligible, counts)
+        # Equal scores are told apart by noise. Some scores hold EPSILON * noise with the other sign, which must not cancel
+        return lowest_k(-(score - EPSILON * noise), eligible, counts)
 
     # ------------------------------------------------------------------------------------------ scores of texts
 

@@ -1,7 +1,7 @@
 """Schedules of sampling: how many tokens are masked after each round, and the temperature of each round.
 
 All policies that re-mask share one schedule, so they differ only in the positions that they choose. A policy that never
-re-masks unmasks as many tokens in every round, as in MDLM and LLaDA, at one temperature: what it unmasks at once, it draws
+re-masks unmasks as many tokens in every round, as in MDLM and LLaDA, at one temperature. Tokens of one round are drawn
 independently, so any other division would harm it.
 """
 

@@ -7,7 +7,7 @@ to 25 seconds, serves a whole training. torch keeps the result on disk, and a la
     auto    compile if the rest of the run will gain more time than it costs, as measured with the first batch
     off     never
 
-Compiled code rounds in other places, so its results differ in their last bits. A training decides once, at its first
+Compiled code rounds in other places, so its results differ in their last bits. With dropout, it draws other numbers. A training decides once, at its first
 step; its checkpoints record the decision, and a resumed training follows it.
 """
 

@@ -258,7 +258,9 @@ def main() -> int:
     parser.add_argument("model", help="a model of stage 04; critic, or ppo, exact, cross_entropy of stage 05")
     parser.add_argument("out_dir", type=Path, help="a new folder")
     parser.add_argument(
-        "--allow_code", metavar="SHA256", help="of a backbone with code of its own: pretrained.code_sha256 of the run"
+        "--allow_code",
+        metavar="SHA256",
+        help="of a backbone with code of its own: pretrained.code_sha256 of the run",
     )
     options = parser.parse_args()
     if options.allow_code is not None:

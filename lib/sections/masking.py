@@ -143,3 +143,12 @@ class DiffusionConfig(Section):
     corruption: Literal["mask", "bert"]
     stages: tuple[UnmaskingStage, ...]
     use_all_stages: bool
+
+    @model_validator(mode="after")
+    def _independent_masks(self):
+        if self.weight == "inverse_t" and self.masking.type != "random":
+            raise ValueError(
+                f"weight inverse_t masks each token on its own, so masking {self.masking.type} would have no effect; set weight to "
+                "exact_count, or masking to {type: random}"
+            )
+        return self

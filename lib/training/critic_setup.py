@@ -52,8 +52,13 @@ def critic_model(stage: Stage, config: Config, tokenizer: Any) -> tuple[Any, Tra
 
 
 def critic_heads(critic: CriticConfig, spec: ModelSpec) -> dict[str, Any]:
-    """The config keys of a critic. Raises BadConfig for adapters that the generator cannot have."""
+    """The config keys of a critic. Raises BadConfig for settings that exclude each other."""
     heads: dict[str, Any] = {"critic_layers": critic.num_layers}
+    if critic.coupling == "stop_gradient" and critic.training.activation_checkpointing:
+        raise BadConfig(
+            "critic.coupling stop_gradient computes layers with other weights than it trains, so they cannot be computed twice; set "
+            "critic.training.activation_checkpointing to false"
+        )
     if critic.lora is None:
         frozen = spec.architecture.family == PRETRAINED and critic.coupling == "decoupled"
         return heads | ({"critic_mark": "states"} if frozen else {})

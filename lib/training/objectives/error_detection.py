@@ -93,6 +93,11 @@ def detection(scored: ScoredTokens, calibration: Calibration) -> dict[str, dict]
     found = {}
     for name, (score, index) in scores.items():
         wrong = scored.wrong[index]
+        if not len(index):  # a short text whose generated tokens are all masked again
+            unknown = float("nan")
+            estimate = metrics.Estimate(unknown, unknown, unknown)._asdict()
+            found[name] = {"auroc": estimate, **dict.fromkeys(("average_precision", "ece", "brier"), unknown)}
+            continue
         found[name] = {
             "auroc": metrics.auroc_estimate(score, wrong, scored.group[index])._asdict(),
             "average_precision": metrics.average_precision(score, wrong),
