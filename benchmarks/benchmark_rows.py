@@ -170,25 +170,20 @@ def _detection_detail(f: Figures) -> str:
 
 
 def _pretrained(f: Figures) -> str:
+    """Nothing is selected by its figures: all critics, and two baselines beside the policy of the first critic."""
     name, first = next(iter(f["means"].items()))
-    best = max(f["means"], key=lambda critic: f["means"][critic]["detection"]["16"]["critic"]["value"])
-    at = f["means"][best]["detection"]["16"]
+    at = {critic: means["detection"]["16"] for critic, means in f["means"].items() if "+" not in critic}
+    critics = ", ".join(f"{critic} {full(row['critic'])}" for critic, row in at.items())
     parts = [
-        f"AUROC after 16 forward passes: {best} {full(at['critic'])}, stored confidence {full(at['confidence'])}"
+        f"AUROC after 16 forward passes: {critics}; stored confidence {full(first['detection']['16']['confidence'])}"
     ]
-    for nfe in first["samples"]:
-        rows = {
-            (policy, critic): row["nll"]
-            for critic, means in f["means"].items()
-            for policy, row in means["samples"].get(nfe, {}).items()
-            if row["nll"] is not None
-        }
-        if len(rows) > 1 and (ancestral := rows.get(("ancestral", name))):
-            policy, critic = min(rows, key=lambda key: rows[key]["value"])
-            parts.append(
-                f"lowest NLL with {nfe} forward passes: `{policy}` ({critic}) {full(rows[policy, critic])}, "
-                f"`ancestral` {full(ancestral)}"
-            )
+    for nfe, policies in first["samples"].items():
+        rows = [
+            f"`{policy}` {full(policies[policy]['nll'])}"
+            for policy in ("critic_origin", "random_remask", "ancestral")
+            if policies.get(policy, {}).get("nll") is not None
+        ]
+        parts.append(f"NLL with {nfe} forward passes ({name}): {', '.join(rows)}")
     cost = first["cost"]
     parts.append(
         f"the critic ({name}) takes {number(cost['critic']['value'], 0, percent=True)} of a forward pass; through the interface the model "
