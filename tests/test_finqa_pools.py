@@ -171,6 +171,22 @@ def test_reasons_for_no_pool(maker):
     assert all(isinstance(p, Unfilled) and "templates" in p.reason for p in nothing.pools(page, "x"))
 
 
+def test_pools_are_made_when_a_fold_has_no_train_page(maker):
+    first = [r for r in TRAIN if maker.filter.fold(r.filename) == 0][:60]
+    pages = by_page(first)
+    found = filled(fit(train=first), pages)
+    assert len(pages) > 3 and len(found) > 30
+
+
+def test_a_train_split_of_too_few_numbers_has_no_pools_and_says_so():
+    page = next(iter(by_page(TRAIN).values()))
+    bare = replace(
+        page[0], table=(("", "2013"), ("pilots", "7")), pre_text=(), post_text=(), program="add(7, const_1)"
+    )
+    (few,) = fit(train=[bare]).pools([bare], bare.filename)
+    assert isinstance(few, Unfilled) and "fewer than 8" in few.reason
+
+
 @pytest.mark.slow
 def test_training_questions_have_several_pools_and_others_one(maker):
     for name, page in PAGES.items():

@@ -284,7 +284,7 @@ def _describe(bank: Bank, pools: Pools, log_weight: np.ndarray) -> np.ndarray:
 def _fit_pools(described: np.ndarray, seed: int) -> TreeScorer:
     gold = np.zeros(described.shape[:2], bool)
     gold[:, 0] = True
-    flat = described.reshape(gold.size, -1)
+    flat = described.reshape(-1, described.shape[-1])
     return TreeScorer(flat, gold.ravel(), balanced(gold.ravel()), seed, WHOLE_TREES)
 
 

@@ -37,7 +37,9 @@ class WordScorer:
             self.model.fit(words, gold, sample_weight=weight)
 
     def score(self, words: Sparse) -> np.ndarray:
-        return np.zeros(words.shape[0]) if self.model is None else self.model.decision_function(words)
+        if self.model is None or not words.shape[0]:
+            return np.zeros(words.shape[0])
+        return self.model.decision_function(words)
 
 
 class TreeScorer:
