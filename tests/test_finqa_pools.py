@@ -283,6 +283,16 @@ def test_numbers_of_a_sentence_stay_in_one_sentence():
     assert all(numbers_in(p) <= {"8", "9"} or numbers_in(p) <= {"6", "2"} for p in made)
 
 
+def test_rows_without_cells_are_never_chosen():
+    program = "table_max(pilots, none)"
+    record = replace(page_of([["", "2013"], [], ["pilots", "7900"], [], ["crews", "60"]]), program=program)
+    page, draw = Page(record), random.Random(0)
+    template = learn_template(record, page, "a")
+    assert set(Templates([template]).make(page, "b", draw, 60)) == {program, "table_max(crews, none)"}
+    edited = {edit(program, kind, page, draw) for kind in ("row", "number") for _ in range(30)}
+    assert edited == {"table_max(none, none)", program, "table_max(crews, none)"}
+
+
 def test_edits_change_one_thing():
     records = [r for r in TRAIN if len(parse(r.program or "")) == 2 and "#1" not in (r.program or "")][:40]
     made = dict.fromkeys(EDITS, 0)

@@ -61,8 +61,9 @@ def _edit_number(steps: Steps, kind: str, page: Page, draw: random.Random) -> bo
     parsed = parse(", ".join(f"{o}({a}, {b})" for o, a, b in steps))
     numbers = {a.text for s in parsed if not s.reads_table for a in (s.first, s.second) if is_number(a)}
     tables = [s for s in steps if s[0] in TABLE_OPERATIONS]
-    if tables and kind in ("row", "number") and (not numbers or draw.random() < 0.5):
-        draw.choice(tables)[1] = draw.choice(page.table)[0] or "none"
+    rows = [row for row in page.table if row]  # a row without cells has no name
+    if tables and rows and kind in ("row", "number") and (not numbers or draw.random() < 0.5):
+        draw.choice(tables)[1] = draw.choice(rows)[0] or "none"
         return True
     if not numbers:
         return False

@@ -175,10 +175,11 @@ def _fill(template: Template, page: Page, draw: random.Random) -> str | None:
         chosen.append(span)
         texts.append(text)
     names = {}
+    rows = [row for row in page.table[1:] if row]  # a row without cells has no name
     for number in range(template.rows):
-        if len(page.table) < 2:
+        if not rows:
             return None
-        name = page.table[draw.randrange(1, len(page.table))][0]
+        name = rows[draw.randrange(len(rows))][0]
         if not name or any(c in name for c in "()#") or ", " in name or name in names.values():
             return None
         names[f"r{number}"] = name
