@@ -13,7 +13,9 @@ from lib.tasks.finqa import error_kinds
 from lib.tasks.finqa.builtin import builtin_records
 from lib.tasks.finqa.error_kinds import error_kind
 from lib.tasks.finqa.features import NAMES
+from lib.tasks.finqa.grounding import ground
 from lib.tasks.finqa.near_misses import near_misses, with_near_misses
+from lib.tasks.finqa.numbers import PageNumbers
 from lib.tasks.finqa.page import Page
 from lib.tasks.finqa.pools import Candidate
 from lib.tasks.finqa.program import execute
@@ -70,6 +72,24 @@ def test_every_layout_gives_the_same_programs(tmp_path, rows):
 
 def test_row_names_with_spaces_are_one_token():
     assert program_text(["table_max(", "total pilots", "none", ")", "EOF"]) == "table_max(total pilots, none)"
+
+
+def test_a_token_with_a_comma_and_a_space_is_one_argument(tmp_path):
+    """FinQA's evaluator computes these programs from their tokens."""
+    name = "balance , december 31 , 2009"
+    record = replace(ONE, table=(("", "2019", "2018"), (name, "10", "20"), ("balance", "7", "7")))
+    average = ["table_average(", name, "none", ")"]
+    programs = [
+        [*average, "EOF"],
+        [*average, "add(", "#0", "1,000", ")", "EOF"],
+        ["add(", "6, 3", "3", ")", "EOF"],
+    ]
+    (written,), problems = read(tmp_path, {"id": "one", "programs": programs}, records={"one": record})
+    assert written.values() == [15.0, 1015.0]
+    assert [(p.kind, p.location.split()[-1]) for p in problems] == [("program cannot run", "3")]
+    text = next(iter(written.votes()))
+    assert program_text(text) == text and execute(text, record.table) == 15.0
+    assert ground(text, 15.0, PageNumbers(record)) == f"table_average({name} [2019, 2018]) = 15"
 
 
 def test_each_bad_row_is_reported_and_the_others_are_read(tmp_path):

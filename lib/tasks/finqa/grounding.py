@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from lib.tasks.finqa.examples import format_value
 from lib.tasks.finqa.numbers import PageNumbers, Span
-from lib.tasks.finqa.program import Argument, Step, parse
+from lib.tasks.finqa.program import Argument, Step, as_argument, parse
 from lib.tasks.finqa.sentence import CHARACTER_CODE, year_of
 
 WORDS = 10  # describe one number
@@ -208,7 +208,8 @@ def _column_words(page: PageNumbers, column: int) -> list[str]:
 
 def _row_words(name: str, page: PageNumbers, off_page: PageNumbers | None, budget: int) -> tuple[str, str]:
     """(name of the row that a table operation reads, names of its columns if they fit the budget)."""
-    row = max((i for i in range(len(page.table)) if page.table[i][:1] == (name,)), default=-1)
+    named = [i for i, row in enumerate(page.table) if row and as_argument(row[0]) == name]
+    row = named[-1] if named else -1
     if off_page is not None and row >= 0 and len(off_page.table) > 1:
         page, row = off_page, _wrapped(row, len(off_page.table))
         name = page.row_name(row)

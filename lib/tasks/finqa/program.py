@@ -11,7 +11,8 @@ A program is a sequence of steps, `subtract(5829, 5735), divide(#0, 5735)`. Its 
 A value is a number (`1,234.5`, `-7`, `12%` for 0.12), a constant (`const_100`, `const_m1` for -1) or `#k`, the value of
 step k counted from 0. A cell of a row may have FinQA's formats `$ 1,234` and `-32 ( 32 )`; the part before the bracket
 counts. Of several rows with the same name the last one counts. The text is split at `, ` and at brackets: `1,234` is
-one number. A row name with a bracket or `, ` in it cannot be written.
+one number. A row name with a bracket in it cannot be written. FinQA cannot write `, ` in a row name either, except in
+lists of tokens. Here the space of it becomes a no-break space, see `as_argument`.
 
 `execute` is FinQA's execution accuracy, reimplemented from the answers of its evaluator. `equivalence.equivalent` is its
 program accuracy. Both differ from the published evaluator on purpose. The numbers in brackets say how many of its 5,890
@@ -84,6 +85,11 @@ class Step:
     @property
     def reads_table(self) -> bool:
         return self.operation in TABLE_OPERATIONS
+
+
+def as_argument(row_name: str) -> str:
+    """The name of a row as programs write it: the text of a program is split at `, `, so that no name may contain it."""
+    return row_name.replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def parse(program: str) -> list[Step]:
@@ -220,7 +226,7 @@ def _power(base: float, exponent: float, number: int) -> float:
 
 def _row(table: Sequence[Sequence[str]], name: str, number: int) -> list[float]:
     """The numbers of the last row of this name."""
-    rows = [row for row in table if row and row[0] == name]
+    rows = [row for row in table if row and as_argument(row[0]) == name]
     if not rows:
         raise ProgramError(f"the table has no row {_quote(name)}", number)
     cells = [_to_number(cell.replace("$", "").split("(")[0].strip()) for cell in rows[-1][1:]]

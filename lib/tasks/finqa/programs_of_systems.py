@@ -17,7 +17,7 @@ from typing import Any
 
 from lib.errors import BadData, MissingInput
 from lib.tasks import Problem
-from lib.tasks.finqa.program import ProgramError, execute, parse
+from lib.tasks.finqa.program import ProgramError, as_argument, execute, parse
 from lib.tasks.finqa.record import Record
 from lib.user_files.faults import KINDS_IN_WORDS, kind_of
 from lib.user_files.rows import read_rows
@@ -105,7 +105,7 @@ def _joined(tokens: Sequence[Any]) -> str:
         if token == "(" and kept:
             kept[-1] += token
         elif token != ",":
-            kept.append(token)
+            kept.append(as_argument(token))  # a token is one argument, also with `, ` in it
     steps = [kept[start : start + 4] for start in range(0, len(kept), 4)]
     return ", ".join(f"{step[0]}{', '.join(step[1:3])}{''.join(step[3:])}" for step in steps)
 
