@@ -96,17 +96,30 @@ def test_each_bad_row_is_reported_and_the_others_are_read(tmp_path):
     written, problems = read(
         tmp_path, "{", [1], {"id": "elsewhere", "programs": [TEXT]}, {"id": "one"}, {"id": "one", "programs": []},
         {"id": "one", "programs": {"A": "divide(6, 0)", "B": "6 / 3", "C": 5, "D": ["add(", 6], "E": TEXT}},
-        {"id": "one", "programs": [TEXT]}, {"id": "two", "system": "A", "program": TEXT}, {"id": "two", "system": "A", "program": TEXT},
+        {"id": "two", "system": "A", "program": TEXT}, {"id": "two", "system": "A", "program": TEXT},
+        {"id": "two", "programs": [TEXT]}, {"id": "two", "programs": ["add(6, 3)", TEXT]},
     )  # fmt: skip
     assert {w.record.id: w.systems for w in written} == {
         "one": {"A": None, "B": None, "C": None, "D": None, "E": TEXT},
-        "two": {"A": TEXT},
+        "two": {"A": TEXT, "1": TEXT},
     }
     assert [(p.kind, p.location.split()[1]) for p in problems] == [
         ("not JSON", "1"), ("no question", "2"), ("unknown question", "3"), ("no programs", "4"), ("no programs", "5"),
-        *[("program cannot run", "6")] * 4, ("repeated question", "7"), ("repeated system", "9"),
+        *[("program cannot run", "6")] * 4, ("repeated system", "8"), ("repeated question", "10"),
     ]  # fmt: skip
     assert "6 is divided by 0" in problems[5].found and "system A" in problems[5].location
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_of_one_question_are_merged_in_any_order(tmp_path, turned):
+    rows = [
+        {"id": "one", "programs": {"A": TEXT}},
+        {"id": "one", "system": "B", "program": "add(6, 3)"},
+        {"id": "one", "programs": {"C": None, "D": TEXT}},
+    ]
+    written, problems = read(tmp_path, *(reversed(rows) if turned else rows))
+    assert not problems
+    assert [w.systems for w in written] == [{"A": TEXT, "B": "add(6, 3)", "C": None, "D": TEXT}]
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):

@@ -6,6 +6,7 @@ A row of the file (.jsonl, .json or .parquet) has one of these layouts:
     {"id": "AAL/2013/page_15.pdf-1", "programs": {"system A": "divide(24800, 15400)", "system B": "divide(15400, 24800)"}}
     {"id": "AAL/2013/page_15.pdf-1", "system": "system A", "program": "divide(24800, 15400)"}
 
+Several rows of one question are merged, in any order of the rows. A system has one program, and a question one list.
 A program is a text in FinQA's notation, or the list of its tokens: ["divide(", "24800", "15400", ")", "EOF"].
 """
 
@@ -117,7 +118,7 @@ class _Reader:
         self.path, self.records = path, records
         self.written: dict[str, Written] = {}
         self.problems: list[Problem] = []
-        self._whole: set[str] = set()  # questions that a row with `programs` gave
+        self._listed: set[str] = set()  # questions with a list of programs
 
     def report(self, kind: str, location: str, found: str, expected: str, advice: str) -> None:
         self.problems.append(Problem("error", kind, str(self.path), location, found, expected, advice))
@@ -151,9 +152,12 @@ class _Reader:
                 "many programs", location, f"{len(found):,}", f"at most {MAX_PROGRAMS}", "it is left out"
             )
             return
-        if programs is not None and name in self.written:
-            self.report("repeated question", location, name, "one row per question", "the first row counts")
-            return
+        if isinstance(programs, list):
+            if name in self._listed:
+                expected, advice = "one list of programs per question", "the first one counts"
+                self.report("repeated question", location, name, expected, advice)
+                return
+            self._listed.add(name)
         self._add(location, name, found)
 
     def _add(self, location: str, name: str, found: Mapping[str, Any]) -> None:
