@@ -53,6 +53,21 @@ def test_ppo_samples_and_the_exact_method_sums(training, tokenizer):
         np.testing.assert_array_equal(goal.present.numpy(), training.pools.train.present)
 
 
+def test_ppo_and_the_exact_method_take_the_same_pools_in_every_step(training, tokenizer):
+    ppo = training.config.critic.ppo.model_copy(update={"rollout_pools": 12, "epochs": 2})
+    steps = training.config.critic.training.model_copy(update={"batch_size": 4})
+    critic = training.config.critic.model_copy(update={"ppo": ppo, "training": steps})
+    training.config = training.config.model_copy(update={"critic": critic})
+    pools = [
+        [goal.pools_of(step).tolist() for step in range(18)]  # three rollouts of two epochs
+        for goal in (
+            training._policy_gradient(method, Stub(reads_candidate), reader_of(tokenizer))
+            for method in ("ppo", "exact")
+        )
+    ]
+    assert pools[0] == pools[1] and pools[0][:3] != pools[0][3:6]
+
+
 def test_the_policy_is_held_to_the_chances_that_it_had_at_its_start(training, tokenizer):
     goal: Any = training._policy_gradient("ppo", Stub(reads_candidate), reader_of(tokenizer))
     np.testing.assert_allclose(goal.log_start.exp(), softmax(by_candidate(training.pools.train)), atol=1e-6)

@@ -28,6 +28,9 @@ from lib.ranking.ppo import (
     sample_actions,
 )
 
+# Purposes of the random orders. They do not depend on the label, so that both estimators take the same pools in a step
+POOL_ORDER, MINIBATCH_ORDER = "ppo pools", "ppo minibatches"
+
 
 @dataclass
 class _Rollout:
@@ -59,7 +62,7 @@ class LoopSettings:
     """What the training loop and the objective share.
 
     Attributes:
-        seed, label: every random draw is keyed by them; messages start with the label.
+        seed, label: the sampled actions are keyed by them; messages start with the label.
         batch_size: pools of a step.
         parts: equal parts of a step's pools; each is one forward pass.
         processes: those among which the forward passes are divided.
@@ -81,8 +84,8 @@ class PolicyGradient:
 
     A rollout takes `epochs * rollout_pools / batch_size` steps. At the first of them the policy scores all pools of the
     rollout and samples actions. Each epoch then takes the pools in minibatches. Which pools belong to a step is a
-    function of the step alone, and the same for both estimators. The checkpoint of a run must hold `state()`, so that
-    an interrupted run continues with its rollout.
+    function of seed and step alone, and the same for both estimators and every label. The checkpoint of a run must hold
+    `state()`, so that an interrupted run continues with its rollout.
 
     The policy runs in eval mode, in the loss too. With dropout, the updated policy would differ from the one that
     sampled, and ratios would differ from 1 before any update.
@@ -127,7 +130,7 @@ class PolicyGradient:
         # The first epoch has the batches in which the old policy scored: ratios at its first step are exactly 1
         order = np.arange(size)
         if epoch_of_rollout:
-            order = randomness.permutation(self.seed, f"{self.label} minibatches", epoch, size)
+            order = randomness.permutation(self.seed, MINIBATCH_ORDER, epoch, size)
         return number, order[start : start + self.batch_size]
 
     def _pools(self, number: int) -> np.ndarray:
@@ -136,7 +139,7 @@ class PolicyGradient:
         epochs = draws // len(self.rewards)
         pools = np.empty_like(draws)
         for epoch in np.unique(epochs):
-            order = randomness.permutation(self.seed, f"{self.label} pools", int(epoch), len(self.rewards))
+            order = randomness.permutation(self.seed, POOL_ORDER, int(epoch), len(self.rewards))
             pools[epochs == epoch] = order[draws[epochs == epoch] % len(self.rewards)]
         return pools
 

@@ -1,12 +1,13 @@
 """Stage 05 `ppo`: train a ranker further, as a policy over the K candidates of a pool, by the rewards of its choices.
 
-Three methods start from the same ranker and see the same pools for the same number of steps:
+Three methods start from the same ranker and learn from the same training pools, for the same number of steps of equal size:
 
     ppo            actions are sampled, as if the rewards of the other candidates were unknown
     exact          the exact gradient of the expected reward, which all K rewards make possible; no sampling noise
     cross_entropy  the plain ranking loss
 
-PPO has helped only if it beats the other two.
+`ppo` and `exact` take the same pools in each step, and use every pool of a rollout `epochs` times in a row.
+`cross_entropy` takes the pools in an order of its own, each once per epoch. PPO has helped only if it beats the other two.
 
 Legend: B pools of a batch, N pools, K candidates, D features.
 """
