@@ -28,6 +28,7 @@ def made_bank(number: int, group: str = "") -> Any:
         kinds=kinds,
         is_gold=np.array([k == "gold" for k in kinds]),
         golds=[0, 1],
+        rivals=[1, 2],
         owner=np.full(count, -1),
         step=np.zeros(count, int),
         operators=np.full(count, "add"),

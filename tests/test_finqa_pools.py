@@ -141,6 +141,23 @@ def test_golds_of_other_questions_are_taken_where_there_are_any(every_draw):
     assert several > 20
 
 
+def test_the_gold_program_of_the_same_question_in_another_record_is_in_no_pool(maker):
+    page = next(p for p in PAGES.values() if p[0].split == "dev" and sum(map(numeric, p)) > 3)
+    one, other, *rest = (r for r in page if numeric(r))
+    both = (one.program, other.program)
+    as_two_questions = filled(maker, {one.filename: [one, other, *rest]})
+    assert any(
+        {c.program for c in pool} >= set(both)
+        for record, pool, _ in as_two_questions
+        if record in (one, other)
+    )
+    same = replace(other, question=f" {one.question.upper()}  ?")
+    found = filled(maker, {one.filename: [one, same, *rest]})
+    assert [record.id for record, *_ in found[:2]] == [one.id, other.id]
+    for record, pool, _ in found[:2]:
+        assert not {c.program for c in pool} >= set(both), record.id
+
+
 @pytest.mark.slow
 def test_the_gold_program_stands_anywhere(pools):
     spans = [place for made in (pools, filled(fit(1, TRAIN[:60]))) for *_, place in made]

@@ -214,7 +214,7 @@ class AdversarialFilter:
         program are not more frequent than others.
         """
         pool = [bank.golds[question]]
-        excluded = bank.near[pool[0]]
+        excluded = bank.near[pool[0]] | bank.rivals[question]
 
         def add(programs: np.ndarray, count: int) -> None:
             nonlocal excluded

@@ -30,6 +30,8 @@ class Bank:
 
     Attributes:
         golds: for each question of the page the index of its gold program, -1 where its value is yes, no or an error.
+        rivals: for each question a bit set of the programs that are near a gold program of the same question in another
+            record. They may be right, so the pools of the question have none of them.
         owner: (N,) the only question that may use the program, -1 for all questions.
         step: (N,) for programs made by changing a gold program: the number of changes before (-) or after it.
         operators: (N,) operations of each program, as `templates.operators_of` gives them.
@@ -43,6 +45,7 @@ class Bank:
     values: np.ndarray
     kinds: list[str]
     golds: list[int]
+    rivals: list[int]
     owner: np.ndarray
     step: np.ndarray
     operators: np.ndarray
@@ -123,6 +126,7 @@ def make_bank(
         ProgramFeatures.of(program, value, page) for program, value in zip(programs, values, strict=True)
     ]
     array = np.array(values)
+    near = _near(array, settings.min_difference)
     return Bank(
         records=records,
         group=questions.group,
@@ -130,10 +134,11 @@ def make_bank(
         values=array,
         kinds=kinds,
         golds=golds,
+        rivals=_rivals(records, golds, near),
         owner=np.array(owner),
         step=np.array(step),
         operators=np.array([operators_of(program) for program in programs], object),
-        near=_near(array, settings.min_difference),
+        near=near,
         rows=np.array([d.row for d in described], np.float32).reshape(-1, len(NAMES)),
         words=[d.words for d in described],
         numbers=number_table(described),
@@ -166,6 +171,15 @@ def _from_templates(
             found.append((program, value))
             missing -= 1
     return found
+
+
+def _rivals(records: Sequence[Record], golds: Sequence[int], near: Sequence[int]) -> list[int]:
+    """For each question the bit set of the programs near a gold program of any record with the same question."""
+    of_question: dict[str, int] = {}
+    for record, gold in zip(records, golds, strict=True):
+        if gold >= 0:
+            of_question[record.question_key] = of_question.get(record.question_key, 0) | near[gold]
+    return [of_question.get(record.question_key, 0) for record in records]
 
 
 def _rounded(value: float) -> float:

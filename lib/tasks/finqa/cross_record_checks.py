@@ -61,7 +61,7 @@ class CrossRecordChecks:
         return next((s for s in order[:rank] if s in self.splits[digest]), "")
 
     def _question_problems(self, record: Record, page: bytes) -> Iterator[Finding]:
-        question = " ".join(record.question.lower().split()).rstrip(" ?.")
+        question = record.question_key
         if not question:
             return
         first = self.first_record.setdefault((record.split, page, question), record)

@@ -56,6 +56,11 @@ class Record:
         """The report that contains the page: company and year, such as `AAL/2013`."""
         return self.filename.rpartition("/")[0] or self.filename
 
+    @property
+    def question_key(self) -> str:
+        """The question without capitals, repeated spaces and the mark at its end. The same question has the same key."""
+        return " ".join(self.question.lower().split()).rstrip(" ?.")
+
     def to_json(self) -> str:
         """The record in FinQA's format, with its split. This is the content of a document of stage 00."""
         return json.dumps(
