@@ -224,6 +224,17 @@ def test_a_good_record_is_a_document(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "given, right", [(1234567, True), (1234567.00001, True), (1234567.001, False), (1234570, False)]
+)
+def test_large_values_are_compared_to_five_decimals_too(tmp_path, given, right):
+    data = raw(
+        qa_program="add(1234567, const_0)", qa_exe_ans=given, qa_answer="1234567", pre_text=["1234567 ."]
+    )
+    _, problems = checked(tmp_path, train=[data])
+    assert ("wrong exe_ans" not in {p.kind for p in problems}) == right
+
+
+@pytest.mark.parametrize(
     ("changes", "severity", "kind", "kept"),
     [
         ({"qa_program": None}, "warning", "missing program", False),

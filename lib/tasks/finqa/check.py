@@ -209,7 +209,8 @@ def _record_problems(record: Record) -> Iterator[Finding]:
 def _same_value(value: float | str, other: float | str) -> bool:
     if isinstance(value, str) or isinstance(other, str):
         return value == other
-    return math.isclose(value, other, rel_tol=1e-5, abs_tol=1.01e-5)
+    # FinQA compares values rounded to five decimals, however large they are
+    return abs(value - other) <= 1.01e-5 + 1e-12 * abs(value)
 
 
 def _format(value: float | str) -> str:
