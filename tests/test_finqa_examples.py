@@ -68,6 +68,19 @@ def test_no_group_is_in_two_splits(group, with_dev):
     assert {"train", "held_out", "selection"} <= {e.split for e in examples.values()}
 
 
+@pytest.mark.parametrize("group", ["page", "report"])
+def test_a_page_under_two_file_names_is_in_one_split(group):
+    records = [r for r in RECORDS if r.split == "train"]
+    copies = [replace(r, id=f"{r.id} copy", filename=f"copy of {r.filename}") for r in records]
+    examples = prepared(
+        [*records, *copies], f"finqa.group={group}", "finqa.selection_share=0.3",
+        "data.fractions={train: 0.7, held_out: 0.3}", "models.reference_lm=null",
+    )  # fmt: skip
+    pairs = [(e, examples[f"{name} copy"]) for name, e in examples.items() if not name.endswith(" copy")]
+    assert all((one.split, one.group) == (copy.split, copy.group) for one, copy in pairs)
+    assert {one.split for one, _ in pairs} == {"train", "held_out", "selection"}
+
+
 def test_held_out_questions_say_whether_their_report_was_seen_in_training():
     """One of them moves to a new page of a report that is in the train split."""
     examples = prepared(RECORDS)

@@ -23,12 +23,12 @@ class CrossRecordChecks:
         # (split, page, question) -> its first record
         self.first_record: dict[tuple[str, bytes, str], Record] = {}
         for record in records:
-            for digest in (_name_digest(record), _page_digest(record), _table_digest(record)):
+            for digest in (_name_digest(record), page_digest(record), _table_digest(record)):
                 self.splits.setdefault(digest, set()).add(record.split)
 
     def problems(self, record: Record) -> Iterator[Finding]:
         """The problems of a record. Records must come in order, each once."""
-        split, page = record.split, _page_digest(record)
+        split, page = record.split, page_digest(record)
         if record.id in self.split_of_id:
             found = f"a record with the same id in {self.split_of_id[record.id]}.json"
             yield "repeated id", found, "a unique id", ""
@@ -101,7 +101,8 @@ def _name_digest(record: Record) -> bytes:
     return _digest("name", record.filename)
 
 
-def _page_digest(record: Record) -> bytes:
+def page_digest(record: Record) -> bytes:
+    """Equal for records whose pages have the same text and table, whatever the names of their files."""
     return _digest("page", [record.pre_text, record.table, record.post_text])
 
 

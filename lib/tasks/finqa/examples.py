@@ -2,7 +2,8 @@
 
 FinQA's splits are kept: `train.json` is train, `dev.json` is held_out, `test.json` is test. Without `dev.json`, a share
 of the training groups is held out. Another share is the split `selection`, which chooses the best step of a training
-run, so that the held-out questions are unseen until the end. A group is a page, or a report with all its pages.
+run, so that the held-out questions are unseen until the end. A group is a page, or a report with all its pages. Groups
+that contain the same page under two file names are one group.
 """
 
 import os
@@ -12,6 +13,7 @@ from functools import partial
 from lib.config import Config
 from lib.randomness import hash_fraction
 from lib.tasks import SHORTENED, Document, Dropped, Example
+from lib.tasks.finqa.cross_record_checks import page_digest
 from lib.tasks.finqa.page_text import serialise, whole_page
 from lib.tasks.finqa.program import ProgramError, execute, parse
 from lib.tasks.finqa.record import Record
@@ -22,9 +24,10 @@ SEEN_REPORT, NEW_REPORT = "report seen in training", "report new"
 
 def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example | Dropped]:
     """An example for each record, or why there is none. Iterates over the documents several times."""
-    splits = {r.id: split_of(r, config) for r in _records(documents)}
+    groups = groups_of(_records(documents), config)
+    splits = {r.id: split_of(r, groups[r.id], config) for r in _records(documents)}
     if "held_out" not in splits.values():
-        splits = {r.id: _held_out_or(splits[r.id], r, config) for r in _records(documents)}
+        splits = {name: _held_out_or(split, groups[name], config) for name, split in splits.items()}
     train_reports = {r.report for r in _records(documents) if splits[r.id] == "train"}
     count_tokens = token_counter(config)
     for record in _records(documents):
@@ -48,7 +51,7 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
             prompt=prompt,
             target=f"{record.program} = {format_value(value)}",
             split=splits[record.id],
-            group=group_of(record, config),
+            group=groups[record.id],
             record=record.to_json(),
             tags=tags,
         )
@@ -59,24 +62,38 @@ def _records(documents: Iterable[Document]) -> Iterator[Record]:
         yield Record.from_json(document.content)
 
 
-def group_of(record: Record, config: Config) -> str:
-    """The unit that stays in one split: the page, or the whole report."""
-    return record.filename if config.finqa.group == "page" else record.report
+def groups_of(records: Iterable[Record], config: Config) -> dict[str, str]:
+    """Question id -> the unit that stays in one split: the page, or the whole report.
+
+    Pages or reports with an equal page have one name, the first of theirs in alphabetical order.
+    """
+    own: dict[str, str] = {}  # question id -> its page or report
+    earlier: dict[str, str] = {}  # page or report -> one that it is the same as, at last itself
+    first: dict[bytes, str] = {}  # digest of a page -> the first page or report that has it
+
+    def final(name: str) -> str:
+        while earlier.setdefault(name, name) != name:
+            name = earlier[name]
+        return name
+
+    for record in records:
+        own[record.id] = name = record.filename if config.finqa.group == "page" else record.report
+        low, high = sorted((final(name), final(first.setdefault(page_digest(record), name))))
+        earlier[high] = low
+    return {question: final(name) for question, name in own.items()}
 
 
-def split_of(record: Record, config: Config) -> str:
+def split_of(record: Record, group: str, config: Config) -> str:
     """The split of a record. A share of the training groups is for selection."""
     split = SPLIT_OF[record.split]
-    if split == "train" and hash_fraction(config.seed, "selection", group_of(record, config)) < (
-        config.finqa.selection_share
-    ):
+    if split == "train" and hash_fraction(config.seed, "selection", group) < config.finqa.selection_share:
         return "selection"
     return split
 
 
-def _held_out_or(split: str, record: Record, config: Config) -> str:
+def _held_out_or(split: str, group: str, config: Config) -> str:
     share = config.data.fractions["held_out"]
-    drawn = hash_fraction(config.seed, "held out", group_of(record, config))
+    drawn = hash_fraction(config.seed, "held out", group)
     return "held_out" if split in ("train", "selection") and drawn < share else split
 
 
