@@ -1,6 +1,7 @@
 """PPO over K candidates: sampling, agreement of its mean gradient with the exact one, and exact resume."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -332,6 +333,23 @@ def test_advantages_are_over_the_critic_and_of_one_scale():
     assert torch.from_numpy(PRESENT[pools]).gather(1, state["actions"]).all()
     values = scaled.state()["advantages"]
     assert abs(values.mean()) < 1e-6 and values.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_normalised_advantages_scale_the_policy_term_of_the_sampled_estimator_alone():
+    model, _ = start()
+    found: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
+    for estimator, scaled in itertools.product(("sampled", "exact"), (False, True)):
+        goal = objective(estimator, normalise_advantages=scaled)
+        found[estimator, scaled] = batch_losses(goal, model, 0, range(8))
+        if (estimator, scaled) == ("sampled", False):
+            advantages = goal.state()["advantages"]
+    for name, value in found["exact", False].items():
+        torch.testing.assert_close(found["exact", True][name], value)
+    plain, scaled = found["sampled", False], found["sampled", True]
+    for name in ("value_loss", "entropy", "kl_to_start"):
+        torch.testing.assert_close(scaled[name], plain[name])
+    expected = (plain["policy_loss"] + advantages.mean()) / advantages.std(correction=0)
+    torch.testing.assert_close(scaled["policy_loss"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rollout_must_be_whole_batches():

@@ -1,14 +1,18 @@
 """Policy gradients for a choice among K candidates. The policy is softmax(scores) of a ranker.
 
 One pool is one decision: the state is the pool, the action a candidate, the return its reward. There is no next
-state. The advantage is therefore `reward - value of the pool`, and nothing is discounted. Two estimators have the same
-objective, expected reward - kl_weight * KL(policy || start) + entropy_weight * entropy:
+state. The advantage is therefore `reward - value of the pool`, and nothing is discounted. Two estimators maximise
+expected reward - kl_weight * KL(policy || start) + entropy_weight * entropy:
 
     sampled  PPO (Schulman et al., 2017): actions sampled from an old policy, clipped ratios, a value baseline
     exact    the gradient of sum_k p_k r_k. All K rewards are known, so it exists: it is the baseline for PPO
 
 In both, KL and entropy are exact sums over the candidates, with gradients. Not implemented: KL estimated from samples,
 early stopping of an epoch, clipped values.
+
+Implementations of PPO usually normalise advantages, and `normalise_advantages` does so over a rollout. The sampled estimator
+then divides the reward by the standard deviation of the advantages, but not KL, entropy and value error. These count less
+than in `exact` where that deviation is below 1. Without normalisation, both estimators have the same objective.
 
 Legend: N pools, K candidates, S sampled actions per pool.
 """
