@@ -24,7 +24,14 @@ __all__ = ["tokenizer"]  # a fixture
 @pytest.fixture
 def training(tmp_path) -> PolicyTraining:
     config = load_config(quick_test=True)
-    ranker = config.ranker.model_copy(update={"loss": "listwise", "word_dropout": 0.3})
+    changes = {
+        "loss": "listwise",
+        "word_dropout": 0.3,
+        "sampled_candidates": 3,
+        "hard_negatives": 1.0,
+        "best_by": "map",
+    }
+    ranker = config.ranker.model_copy(update=changes)
     config = config.model_copy(update={"ranker": ranker})
     tables = made_table(1), made_table(2), made_table(3)
     return PolicyTraining(config, CPU, tmp_path / "start", tmp_path / "05", Splits(*tables))
@@ -73,18 +80,23 @@ def test_the_policy_is_held_to_the_chances_that_it_had_at_its_start(training, to
     np.testing.assert_allclose(goal.log_start.exp(), softmax(by_candidate(training.pools.train)), atol=1e-6)
 
 
-def test_the_best_step_is_that_of_least_regret_on_the_selection_pools(training, tokenizer):
-    """The regret is that of sampled actions, not of the highest score."""
-    goal: Any = training._policy_gradient("ppo", Stub(reads_candidate), reader_of(tokenizer))
-    table = training.pools.selection
-    expected = (softmax(by_candidate(table)) * table.rewards).sum(1)
-    found = goal.evaluate(actor_critic(reads_candidate))
-    assert found["expected_reward"] == pytest.approx(expected.mean(), rel=1e-5)
-    assert found["regret"] == pytest.approx((table.rewards.max(1) - expected).mean(), rel=1e-5)
+def test_all_methods_choose_the_best_step_by_the_same_regret_of_the_same_pools(training, tokenizer):
+    steps = training.config.critic.training.model_copy(update={"evaluation_examples": 10})
+    critic = training.config.critic.model_copy(update={"training": steps})
+    training.config = training.config.model_copy(update={"critic": critic})
+    reader, table = reader_of(tokenizer), training.pools.selection
+    plain: Any = training._choice("cross_entropy", reader)
+    expected = plain.evaluate(Stub(reads_candidate))
     chosen = table.rewards[np.arange(len(table)), by_candidate(table).argmax(1)]
-    assert found["average_reward"] == pytest.approx(chosen.mean())
-    sure = goal.evaluate(actor_critic(lambda *a: 50 * reads_prompt(*a)))
-    assert sure["regret"] < 1e-6 < found["regret"] and sure["accuracy"] == 1
+    assert len(plain.evaluated) == 10
+    assert expected["regret"] == pytest.approx((table.rewards.max(1) - chosen)[plain.evaluated].mean())
+    assert expected.pop("loss") > 0  # the plain loss, which a policy does not minimise
+    for method in ("ppo", "exact"):
+        goal: Any = training._policy_gradient(method, Stub(reads_candidate), reader)
+        assert goal.selection == plain.selection == "regret"
+        assert goal.evaluate(actor_critic(reads_candidate)) == expected
+        sure = goal.evaluate(actor_critic(reads_prompt))
+        assert sure["regret"] < 1e-6 < expected["regret"] and sure["accuracy"] == 1
 
 
 class Ranker(torch.nn.Module):
@@ -112,6 +124,8 @@ def test_plain_cross_entropy_is_trained_whatever_the_ranker_s_loss_and_the_best_
     found = training.run("cross_entropy")
     settings = caught["objective"].reader.settings
     assert settings.loss == "cross_entropy" and settings.word_dropout == 0
+    assert settings.sampled_candidates is None and settings.hard_negatives == 0
+    assert caught["objective"].selection == "regret"
     splits = caught["objective"].splits
     assert splits.held_out is training.pools.held_out and splits.train == [training.pools.train]
     assert caught["settings"].head_learning_rate is None

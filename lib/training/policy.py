@@ -8,6 +8,7 @@ Three methods start from the same ranker and learn from the same training pools,
 
 `ppo` and `exact` take the same pools in each step, and use every pool of a rollout `epochs` times in a row.
 `cross_entropy` takes the pools in an order of its own, each once per epoch. PPO has helped only if it beats the other two.
+The best step of each method has the lowest regret of the chosen candidates, on the same selection pools.
 
 Legend: B pools of a batch, N pools, K candidates, D features.
 """
@@ -76,17 +77,19 @@ class PolicyTraining:
         config, folder = self.config, self.folder / method
         ranker, tokenizer = self._load(self.start, learning=True)
         on_a_gpu(config.ranker.mask, ranker, self.runtime.device)
-        reader = PoolReader(tokenizer, config.ranker, self.runtime, config.seed)
+        # The same for all methods, whatever the ranker was trained with
+        plain = {"loss": "cross_entropy", "word_dropout": 0.0, "sampled_candidates": None, "hard_negatives": 0.0,
+                 "best_by": "reward"}  # fmt: skip
+        settings = config.ranker.model_copy(update=plain)
+        reader = PoolReader(tokenizer, settings, self.runtime, config.seed)
         context = TrainingContext(method, config.seed, config.critic.training, self.runtime)
         if method == "cross_entropy":
             model: nn.Module = ranker
             # The ranker's head is already trained, so it gets no learning rate of its own
-            settings = context.settings.model_copy(update={"head_learning_rate": None})
-            context = replace(context, settings=settings)
-            plain_loss = config.ranker.model_copy(update={"loss": "cross_entropy", "word_dropout": 0.0})
-            loss_reader = PoolReader(tokenizer, plain_loss, self.runtime, config.seed)
-            splits = PoolSplits([self.pools.train], self.pools.selection, self.pools.held_out)
-            objective: Any = PoolChoice(context, splits, loss_reader)
+            context = replace(
+                context, settings=context.settings.model_copy(update={"head_learning_rate": None})
+            )
+            objective: Any = self._choice(method, reader)
         else:
             value = ValueHead(width_of(ranker.base), seed=config.seed).to(self.runtime.device)
             model = ActorCritic(ranker, value)
@@ -120,7 +123,7 @@ class PolicyTraining:
         ppo = self.config.critic.ppo
         names = ("clip", "value_weight", "entropy_weight", "kl_weight", "rollout_pools", "epochs",
                  "samples_per_pool", "normalise_advantages")  # fmt: skip
-        table = self.pools.train
+        table, choice = self.pools.train, self._choice(method, reader)
         start_scores = reader.all_scores(ranker.eval(), table)
         log_start = torch.log_softmax(torch.from_numpy(start_scores), -1).numpy()
 
@@ -136,14 +139,14 @@ class PolicyTraining:
 
         return PolicyGradient(
             scores_and_features,
-            lambda model: self._regret(model, reader),
+            lambda model: evaluate_policy(model, choice),
             TrainingPools(table.rewards, table.present, log_start),
             PpoSettings(**{name: getattr(ppo, name) for name in names}),
             "sampled" if method == "ppo" else "exact",
             LoopSettings(
                 seed=self.config.seed,
                 batch_size=self.config.critic.training.batch_size,
-                selection="regret",
+                selection=choice.selection,
                 tokens_per_row=reader.tokens_per_pool(table),
                 label=method,
                 parts=self.config.critic.training.parts,
@@ -151,23 +154,17 @@ class PolicyTraining:
             ),
         )
 
-    def _regret(self, model: nn.Module, reader: PoolReader) -> dict[str, float]:
-        """Rewards of the policy's choices on the selection pools.
+    def _choice(self, method: str, reader: PoolReader) -> PoolChoice:
+        """The plain ranking loss. Its regret on the selection pools chooses the best step of all three methods."""
+        context = TrainingContext(method, self.config.seed, self.config.critic.training, self.runtime)
+        splits = PoolSplits([self.pools.train], self.pools.selection, self.pools.held_out)
+        return PoolChoice(context, splits, reader)
 
-        `regret` is the mean reward of the best candidates less the expected reward of an action.
-        """
-        assert isinstance(model, ActorCritic)
-        table = self.pools.selection
-        scores = reader.all_scores(model.policy, table)
-        per_pool = ranking_metrics(scores, table.rewards, table.present)
-        probabilities = torch.softmax(torch.from_numpy(scores), -1).numpy()
-        expected = (probabilities * np.where(table.present, table.rewards, 0)).sum(1)
-        return {
-            "regret": float((per_pool["best_reward"] - expected).mean()),
-            "expected_reward": float(expected.mean()),
-            "average_reward": float(per_pool["average_reward"].mean()),
-            "accuracy": float(per_pool["accuracy"].mean()),
-        }
+
+def evaluate_policy(model: nn.Module, choice: PoolChoice) -> dict[str, float]:
+    """The numbers of `choice` for the policy. Its loss is left out, because a policy does not minimise it."""
+    assert isinstance(model, ActorCritic)
+    return {name: value for name, value in choice.evaluate(model.policy).items() if name != "loss"}
 
 
 def save_policy(model: nn.Module, folder: Path, tokenizer: Any) -> None:
