@@ -164,7 +164,7 @@ def _finqa(files: dict[str, ResultFile]) -> list[str]:
         parts.append(tables.finqa_text(file))
         if file.figures.get("further_training"):
             parts += [
-                "Further training of this ranker (stage 05), on the same pools:",
+                "Further training of this ranker (stage 05). In this version, each method drew the pools of its steps in an order of its own:",
                 tables.further_table(file),
             ]
     if (file := files.get("finqa_seeds")) is not None:
