@@ -248,10 +248,8 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
         if unknown:
             say(f"tokens of {file} outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
-        judge, model = evaluator.judge_figures, evaluator.judge
-        of_judge = None if model is None else model.config.max_position_embeddings - 1
-        join = judge.get("join", "mean")
-        if said := text_scores.about_windows(parts, len(user.texts), context, of_judge, join):
+        judge = evaluator.judge_figures
+        if said := text_scores.about_windows(parts, len(user.texts), evaluator):
             say(said)
 
         # 3. Score the text, and two known texts to compare with

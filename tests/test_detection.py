@@ -383,16 +383,13 @@ def test_windows_are_as_long_as_those_that_the_judge_learned_from():
     found = [len(w.ids) for w in windows([("d", "a" * 130), ("e", "b")], tokenizer, 100, "unk", 50)]
     assert found == [43, 43, 44, 1]
     assert [len(w.ids) for w in windows([("d", "a" * 130)], tokenizer, 100, "unk")] == [100, 30]
-    said = about_windows(list(windows([("d", "a" * 130)], tokenizer, 100, "unk")), 1, 100, 100, "max")
-    assert (
-        said is not None
-        and "1 of 1" in said
-        and "joined for the judge by: max" in said
-        and "may not hold" not in said
-    )
-    longer = about_windows(list(windows([("d", "a" * 130)], tokenizer, 100, "unk")), 1, 100, 200, "max")
-    assert longer is not None and "the judge learned from up to 200, so its thresholds may not hold" in longer
-    assert about_windows(list(windows([("e", "b")], tokenizer, 100, "unk")), 1, 100, 100, "max") is None
+    for of_judge, may_not_hold in ((101, False), (201, True)):
+        judge = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=of_judge))
+        evaluator = SimpleNamespace(min_context=100, judge=judge, judge_figures={"join": "max"})
+        said = about_windows(list(windows([("d", "a" * 130)], tokenizer, 100, "unk")), 1, evaluator)
+        assert said is not None and "1 of 1" in said and "joined for the judge by: max" in said
+        assert ("learned from up to 200, so its thresholds may not hold" in said) == may_not_hold
+        assert about_windows(list(windows([("e", "b")], tokenizer, 100, "unk")), 1, evaluator) is None
 
 
 # --- in the pipeline -------------------------------------------------------------------------------------------------

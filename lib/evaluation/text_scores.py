@@ -179,15 +179,10 @@ def windows(
             yield Window(document_id, number, ids[start:end])
 
 
-def about_windows(
-    parts: Sequence[Window], texts: int, context: int, of_judge: int | None, join: str
-) -> str | None:
-    """What a user must know about texts of several windows; None if there are none.
-
-    Args:
-        texts: how many there are; context: tokens of a window.
-        of_judge: tokens that the judge reads, None without a judge; join: how its windows are joined.
-    """
+def about_windows(parts: Sequence[Window], texts: int, evaluator: Any) -> str | None:
+    """What a user must know about texts of several windows; None if there are none. `texts`: how many there are."""
+    context, join = evaluator.min_context, evaluator.judge_figures.get("join", "mean")
+    of_judge = None if evaluator.judge is None else evaluator.judge.config.max_position_embeddings - 1
     longer = sum(part.number == 1 for part in parts)
     if not longer:
         return None
