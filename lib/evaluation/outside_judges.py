@@ -56,8 +56,7 @@ class CausalJudge:
         require_model_files(folder)
         tokenizer = open_tokenizer(folder)
         try:
-            model: Any
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
@@ -65,6 +64,7 @@ class CausalJudge:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
+            model, report = loaded
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadData(f"--causal_lm {folder} is no causal LM: {str(error).splitlines()[0]}") from None
         if missing := sorted(report["missing_keys"]):
