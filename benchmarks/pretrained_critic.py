@@ -80,7 +80,7 @@ class Size:
 
 
 SIZES = {
-    False: Size(FULL, 2_000_000, 62, (400, 800, 1000), 256, 48, (16, 32), tuple(t / 10 for t in range(4, 21)),
+    False: Size(FULL, 2_000_000, 62, (400, 800, 1000), 256, 96, (16, 32), tuple(t / 10 for t in range(4, 21)),
                 (1, 2, 3), tuple(k + suffix for suffix in LOOK_BACK for k in KINDS)),
     True: Size(QUICK, 400_000, 62, (150, 150, 150), 64, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip
