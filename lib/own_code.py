@@ -32,7 +32,7 @@ def require_allowed(
     folder: Path,
     files: Mapping[str, str],
     classes: Iterable[str],
-    allowed: Collection[str | None] = _allowed,
+    allowed: Collection[str | None] | None = None,
     where: str = "",
 ) -> None:
     """Raise BadData if the code of a folder may not run.
@@ -40,7 +40,7 @@ def require_allowed(
     Args:
         files: name -> sha256 of its code files.
         classes: `module.Class` of the classes that will be used, perhaps behind `repository--`.
-        allowed: the versions that may run. By default those of `allow`.
+        allowed: the versions that may run. None: those of `allow`.
         where: begins the message.
     """
     for name in classes:
@@ -49,7 +49,7 @@ def require_allowed(
             source = f" Copy it from {repository}." if repository else ""
             raise BadData(f"{where}{folder} needs code of its own, and has no {module}.{source}")
     version = version_of(files)
-    if version not in allowed:
+    if version not in (_allowed if allowed is None else allowed):
         raise BadData(
             f"{where}{folder} runs code of its own ({', '.join(sorted(files))}), which is off. Read the code; to allow exactly this "
             f"version, set pretrained.code_sha256={version}"

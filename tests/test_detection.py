@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ from lib.detection import (
     threshold_for,
 )
 from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
-from lib.evaluation.labelled_documents import LabelledDocuments
+from lib.evaluation.labelled_documents import LabelledDocuments, _count_documents, _groups
 from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
 from lib.evaluation.text_scores import about_windows, documents_of, measured_rates, read_user_texts, windows
 from lib.metrics import SHARE, ratio, share
@@ -111,6 +112,18 @@ def test_the_windows_of_a_document_are_found_by_its_name():
     )
     found = documents_of_table(table, config)
     assert found.document.tolist() == [0, 0, 1, 2, 2] and found.tokens.tolist() == [1, 2, 1, 1, 1]
+
+
+def test_a_sample_of_documents_is_counted_in_documents():
+    """Not in their windows: a detector that learns from fewer documents than the judge would look worse than it is."""
+    names = [f"d{n}:{window}" for n in range(40) for window in range(10)]
+    rows = pa.table({"example_id": names, "group": names, "split": ["train"] * 400})
+    stage: Any = SimpleNamespace(tables=lambda *arguments: [rows[:155], rows[155:]])
+    labelled = load_config(["configs/your_labels.yaml"], overrides=["data.path=x.jsonl"])
+    assert _count_documents(stage, labelled, "train") == 40
+    assert set(_groups(stage, labelled, "train", lambda name: name == "d7")) == set(names[70:80])
+    every = load_config(overrides=["candidates.per_example=3"])
+    assert _count_documents(stage, every, "train") == 1200
 
 
 def test_the_join_is_chosen_by_what_separates_documents():

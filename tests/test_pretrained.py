@@ -532,8 +532,7 @@ def test_the_code_of_a_saved_model_runs_only_if_the_user_allowed_it(folders, tmp
     opened = open_pretrained(settings_of(folders("own_code")))
     (tmp_path / "saved").mkdir()
     save_model(started(opened), tmp_path / "saved", opened.tokenizer)
-    monkeypatch.setattr(own_code, "_allowed", allowed := set())
-    monkeypatch.setattr(own_code.require_allowed, "__defaults__", (allowed, ""))
+    monkeypatch.setattr(own_code, "_allowed", set())
     evil = tmp_path / "evil"
     shutil.copytree(tmp_path / "saved", evil)
     (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass M: pass\nclass C: pass\n")

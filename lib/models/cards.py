@@ -37,23 +37,15 @@ model = {auto}.from_pretrained("{folder}", trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 """
 
-OWN_CLASS = """inputs = tokenizer("The val{mask}e of an object", return_tensors="pt")
+FILL = """inputs = tokenizer("The val{mask}e of an object", return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits  # (texts, tokens, vocabulary)
 masked = inputs["input_ids"] == tokenizer.mask_token_id
 print(tokenizer.decode(logits[masked].argmax(-1)))
 ```
 
-`{mask}` is a token to be generated. {around} All masks of one forward pass are filled independently of each other. The model
-was trained on up to {text_tokens} tokens."""
-MASKED = """inputs = tokenizer("The val{mask}e of an object", return_tensors="pt")
-with torch.no_grad():
-    logits = model(**inputs).logits  # (texts, tokens, vocabulary)
-masked = inputs["input_ids"] == tokenizer.mask_token_id
-print(tokenizer.decode(logits[masked].argmax(-1)))
-```
-
-or, with several proposals for the token,
+"""
+PROPOSALS = """or, with several proposals for the token,
 
 ```python
 from transformers import pipeline
@@ -63,7 +55,8 @@ for found in fill("The val{mask}e of an object"):
     print(found["score"], found["sequence"])
 ```
 
-`{mask}` is a token to be generated. {around} All masks of one forward pass are filled independently of each other. The model
+"""
+OF_MASKS = """`{mask}` is a token to be generated. {around} All masks of one forward pass are filled independently of each other. The model
 was trained on up to {text_tokens} tokens."""
 NOTHING_AROUND = "The tokenizer adds no special tokens."
 FRAMED = "The tokenizer puts the special tokens of the model around a text. They count as tokens."
@@ -242,11 +235,11 @@ def _head_of(
         return (
             "AutoModelForMaskedLM",
             "fill-mask",
-            MASKED,
+            FILL + PROPOSALS + OF_MASKS,
             {"around": around},
         )
     if config.get("own_class"):
-        return config["own_class"], "fill-mask", OWN_CLASS, {"around": FRAMED}
+        return config["own_class"], "fill-mask", FILL + OF_MASKS, {"around": FRAMED}
     if architecture.endswith("CausalLM"):
         return "AutoModelForCausalLM", "text-generation", CAUSAL, {}
     names = [f"`{name}`" for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]
