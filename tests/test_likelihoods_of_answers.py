@@ -135,7 +135,7 @@ def test_lm_eval_runs_a_task_file(tmp_path):
         f"task: writes\n{files}output_type: generate_until\ndoc_to_text: q\ndoc_to_target: q\n"
         "generation_kwargs: {until: [' '], max_gen_toks: 6}\nmetric_list:\n  - metric: exact_match\n"
     )
-    options = argparse.Namespace(model=str(folder), settings=["pretrained.mask_token=[MASK]"], tasks=["choices", "writes"], include_path=tmp_path, limit=None, num_fewshot=0,
+    options = argparse.Namespace(model=str(folder), settings=['pretrained.mask_token="[MASK]"'], tasks=["choices", "writes"], include_path=tmp_path, limit=None, num_fewshot=0,
                                  draws=4, seed=0, policy="confidence_order", block_tokens=4)  # fmt: skip
     found = run(options)
     assert found["likelihoods"]["likelihoods"] == 8 and 0 <= found["results"]["choices"]["acc,none"] <= 1
@@ -144,6 +144,8 @@ def test_lm_eval_runs_a_task_file(tmp_path):
     text = "the quick fox"
     values = [value for value, _ in harness.loglikelihood([0, 0], [(text, " jumps"), (text + " ", "jumps")])]
     assert values[0] == values[1] < 0  # the space belongs to the answer
+    rolling: Any = as_lm(harness).loglikelihood_rolling([SimpleNamespace(args=(text,))])
+    assert rolling == pytest.approx(harness.of_documents([text]))
     (made,) = harness.generate([text], [{"until": [], "max_gen_toks": 6}])
     assert made and "[MASK]" not in made
 
