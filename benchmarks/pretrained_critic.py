@@ -12,9 +12,11 @@ A seed is that of the splits, of all trainings after the masked LM's own, of the
     cost        of the critic, and of the interface, in forward passes of the masked LM
 
 Everything is in OUT_DIR. What is trained or measured there is not done again, so an interrupted benchmark continues, and
---seeds and --critics measure a part. Processes with seeds of their own share the work.
+--seeds and --critics measure a part. Processes with seeds of their own share the work. --samples makes more samples than 48, which
+narrows their intervals.
 
 python -m benchmarks.pretrained_critic OUT_DIR
+python -m benchmarks.pretrained_critic OUT_DIR --critics head --samples 96
 python -m benchmarks.pretrained_critic OUT_DIR --quick
 """
 
@@ -23,7 +25,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ class Size:
 
 
 SIZES = {
-    False: Size(FULL, 2_000_000, 62, (400, 800, 1000), 256, 96, (16, 32), tuple(t / 10 for t in range(4, 21)),
+    False: Size(FULL, 2_000_000, 62, (400, 800, 1000), 256, 48, (16, 32), tuple(t / 10 for t in range(4, 21)),
                 (1, 2, 3), tuple(k + suffix for suffix in LOOK_BACK for k in KINDS)),
     True: Size(QUICK, 400_000, 62, (150, 150, 150), 64, 24, (16,), (0.6, 0.8, 1.0), (1,), ("head", "head+look_back", "lora")),
 }  # fmt: skip
@@ -145,7 +147,7 @@ class Runs:
 
     def measured(self, seed: int, name: str) -> dict[str, Any]:
         """The figures of a critic. Measured once, unless the size of the benchmark or its masked LM has changed."""
-        file = self.out / f"seed_{seed}" / f"{name.replace('+', '_')}.json"
+        file = self.out / f"seed_{seed}" / f"{name.replace('+', '_')}_{self.size.samples}.json"
         of = {"size": json.loads(json.dumps(asdict(self.size))), "model": str(self.model)}
         if file.exists() and (stored := json.loads(file.read_text())) | of == stored:
             return stored["figures"]
@@ -377,9 +379,14 @@ def main() -> None:
         choices=SIZES[False].critics,
         help=f"only these, of {', '.join(SIZES[False].critics)}",
     )
+    parser.add_argument("--samples", type=int, metavar="COUNT", help="of each policy; also texts with gaps")
     result_files.add_out(parser)
     options = parser.parse_args()
     size = SIZES[options.quick]
+    result = "pretrained_critic_quick" if options.quick else "pretrained_critic"
+    if options.samples is not None and options.samples != size.samples:
+        size = replace(size, samples=options.samples)
+        result += f"_{options.samples}"
     critics = [name for name in size.critics if name in (options.critics or size.critics)]
     if not critics:
         parser.error(f"--quick measures {', '.join(size.critics)} only; choose one of them with --critics")
@@ -390,9 +397,7 @@ def main() -> None:
         options.seeds or size.seeds,
         critics,
     )
-    result_files.write(
-        options.out, "pretrained_critic_quick" if options.quick else "pretrained_critic", figures
-    )
+    result_files.write(options.out, result, figures)
 
 
 if __name__ == "__main__":

@@ -102,9 +102,34 @@ def test_what_was_measured_is_kept_until_the_size_or_the_masked_lm_changes(tmp_p
         monkeypatch.setattr(pretrained_critic, name, lambda *arguments, name=name: {"of": name})
     first = runs.measured(1, "head+look_back")
     assert runs.measured(1, "head+look_back") == first and trained == [(1, "head+look_back")]
-    assert json.loads((tmp_path / "seed_1" / "head_look_back.json").read_text())["figures"] == first
+    assert json.loads((tmp_path / "seed_1" / "head_look_back_24.json").read_text())["figures"] == first
     more = dataclasses.replace(SIZES[True], samples=25)
     Runs(tmp_path, tmp_path / "model", more).measured(1, "head+look_back")
     assert len(trained) == 2
+    runs.measured(1, "head+look_back")  # more samples do not replace it
+    assert len(trained) == 2
     Runs(tmp_path, tmp_path / "other", more).measured(1, "head+look_back")
     assert len(trained) == 3
+
+
+def test_more_samples_have_a_result_of_their_own(tmp_path, monkeypatch):
+    """A table of 96 samples never replaces that of 48."""
+    made = []
+    monkeypatch.setattr(pretrained_critic, "make", lambda folder, training: folder)
+    monkeypatch.setattr(
+        pretrained_critic, "measure", lambda runs, seeds, critics: made.append(runs.size.samples) or {}
+    )
+    monkeypatch.setattr(pretrained_critic.result_files, "write", lambda out, name, figures: made.append(name))
+    for options in ([], ["--samples", "48"], ["--samples", "96"], ["--quick", "--samples", "96"]):
+        monkeypatch.setattr("sys.argv", ["pretrained_critic", str(tmp_path), *options])
+        pretrained_critic.main()
+    assert made == [
+        48,
+        "pretrained_critic",
+        48,
+        "pretrained_critic",
+        96,
+        "pretrained_critic_96",
+        96,
+        "pretrained_critic_quick_96",
+    ]
