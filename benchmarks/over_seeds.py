@@ -22,6 +22,7 @@ from benchmarks.result_files import add_out, write
 from lib.errors import MissingInput, RemaskError
 from lib.report.table import aligned
 from lib.runs import load_manifest
+from lib.stage.unfinished import config_changes
 
 
 def rows_of(run: Path) -> dict[tuple[str, str], dict]:
@@ -41,6 +42,20 @@ def seed_of(run: Path) -> int:
     if manifest is None:
         raise MissingInput(f"stage 04 of {run} is not complete; run it to its end first")
     return int(manifest["config"]["seed"])
+
+
+def differing_settings(runs: list[Path]) -> list[str]:
+    """A line `key: old -> new` for settings of stage 04 in which runs differ from the first one, except the seed."""
+    configs = [(load_manifest(run / "04_train") or {})["config"] | {"seed": None} for run in runs]
+    return list(dict.fromkeys(line for config in configs[1:] for line in config_changes(configs[0], config)))
+
+
+def left_out(runs: list[Path]) -> dict[tuple[str, str], list[str]]:
+    """(model, metric) that some runs lack -> the names of these runs."""
+    per_run = {run.name: rows_of(run) for run in runs}
+    keys = dict.fromkeys(key for rows in per_run.values() for key in rows)
+    lacking = {key: [name for name, rows in per_run.items() if key not in rows] for key in keys}
+    return {key: names for key, names in lacking.items() if names}
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
@@ -100,6 +115,10 @@ def main() -> int:
         print(f"these runs have the seeds {seeds}; give runs with different seeds", file=sys.stderr)
         return 2
     print(f"seeds {', '.join(map(str, seeds))}")
+    for line in differing_settings(runs):
+        print(f"these runs differ in more than their seed: {line}")
+    for row, lacking in left_out(runs).items():
+        print(f"left out: {' '.join(row)}, which {', '.join(lacking)} does not have")
     entries = compare(runs)
     print(table(entries))
     write(options.out, options.out.stem if options.out else "over_seeds", {"seeds": seeds, "rows": entries})

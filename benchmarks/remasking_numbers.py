@@ -15,7 +15,10 @@ Likelihoods = dict[tuple[str, int, float], dict[int, float]]
 
 
 def over_seeds(estimates: Sequence[dict[str, Any] | float | None]) -> dict[str, Any] | None:
-    """{"value", "low", "high"} of the mean; None where a seed has no number. For one seed, low and high may be None."""
+    """{"value", "low", "high"} of the mean; None where a seed has no number.
+
+    One seed shows nothing about others: a plain number has no interval then, and an estimate keeps its own.
+    """
     if not estimates or any(e is None for e in estimates):
         return None
     values = np.array([e["value"] if isinstance(e, dict) else e for e in estimates], float)
@@ -24,7 +27,7 @@ def over_seeds(estimates: Sequence[dict[str, Any] | float | None]) -> dict[str, 
     mean = float(values.mean())
     if len(values) == 1:
         only = estimates[0]
-        return only if isinstance(only, dict) else {"value": mean, "low": mean, "high": mean}
+        return only if isinstance(only, dict) else {"value": mean, "low": None, "high": None}
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

@@ -38,12 +38,13 @@ def in_order(line: str) -> int:
 def format_half_width(
     mean: dict[str, Any] | None, digits: int = 3, percent: bool = False, signed: bool = False
 ) -> str:
-    """`2.547 ± 0.058`; a dash where a seed has no number."""
+    """`2.547 ± 0.058`; the value alone without an interval, a dash where a seed has no number."""
     if mean is None:
         return "–"
     scale = 100 if percent else 1
-    value, half = scale * mean["value"], scale * (mean["high"] - mean["low"]) / 2
-    text = f"{value:{'+' if signed else ''}.{digits}f} ± {half:.{digits}f}"
+    text = f"{scale * mean['value']:{'+' if signed else ''}.{digits}f}"
+    if mean["low"] is not None and mean["high"] is not None:
+        text += f" ± {scale * (mean['high'] - mean['low']) / 2:.{digits}f}"
     return text.replace("-", "−")
 
 
@@ -137,7 +138,8 @@ def sums_table(records: Sequence[Record]) -> str:
     ratios = []
     for nfe in budgets:
         critic, other = leaders[nfe]
-        ratio = over_seeds([a / b for a, b in zip(wrong[critic][nfe], wrong[other][nfe], strict=True)])
+        pairs = zip(wrong[critic][nfe], wrong[other][nfe], strict=True)
+        ratio = over_seeds([a / b if b else None for a, b in pairs])
         ratios.append(format_half_width(ratio, 2))
     rows.append(["errors of the best with a critic / of the best without", *ratios])
     return markdown(["policy", *(f"NFE {nfe}" for nfe in budgets)], rows)

@@ -61,7 +61,7 @@ class ResultFile:
         if "--out" in words:
             at = words.index("--out")
             del words[at : at + 2]
-        return " ".join(words)
+        return " ".join(words) if self.transcribed else shlex.join(words)
 
     @property
     def source(self) -> str:
@@ -183,6 +183,6 @@ def percent_cells(estimate: dict[str, Any]) -> list[str]:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    """A Markdown table. A `|` of a cell does not end it."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])

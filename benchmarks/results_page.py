@@ -101,7 +101,8 @@ Differences between `critic_origin` and other policies, with the same models and
 ### Correct sentences
 
 A language of sums in brackets, such as `[(47+85=132)];`, in which correct and wrong can be decided exactly. Share of correct
-sentences in %, at the better of the temperatures 0.5 and 1, three seeds. No corrector steps except where the line says so.
+sentences in %, three seeds, at the better of the temperatures 0.5 and 1. No corrector steps except where the line says so; those
+lines have the temperature 1 alone.
 `sharp` sets `randomness_strength` to 0. Bold: the best line with a critic and the best one without.
 
 {sums}

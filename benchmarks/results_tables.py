@@ -55,11 +55,34 @@ def policies_table(file: ResultFile) -> str:
 # -------------------------------------------------------------------------------------------- the leaderboard
 
 
+BUDGET = 300.0  # seconds of training
+TOLERANCE = 1.02  # of the budget: a training that takes longer is no row
+THREADS = 2
+
+
+def broken_rules_of(figures: dict[str, Any]) -> list[str]:
+    """What in the figures of a measured row breaks the rules, in words."""
+    found = []
+    if figures["budget"] != BUDGET:
+        found.append(f"its budget was {figures['budget']:.0f} s; expected {BUDGET:.0f}")
+    if figures["seconds"] > TOLERANCE * BUDGET:
+        found.append(f"its training took {figures['seconds']:.0f} s; expected {BUDGET:.0f}")
+    if figures["threads"] > THREADS:
+        found.append(f"it used {figures['threads']} threads; expected {THREADS}")
+    return found
+
+
 def leaderboard_table(files: dict[str, ResultFile]) -> str:
-    """Rows of docs/leaderboard.md, the best of each kind of likelihood first."""
+    """Rows of docs/leaderboard.md, the best of each kind of likelihood first.
+
+    Raises ValueError for a row that breaks the rules of that page.
+    """
     found = [file for name, file in files.items() if name.startswith("leaderboard_")]
     if not found:
         return "No row has been measured yet."
+    for file in found:
+        if broken := broken_rules_of(file.figures):
+            raise ValueError(f"{file.name}.json is no row of the leaderboard: {'; '.join(broken)}")
     found.sort(key=lambda file: (file.figures["kind"], file.figures["value"]["value"]))
     rows = []
     for file in found:

@@ -89,7 +89,8 @@ def hugging_face(steps: int, vocabulary: int, compiled: bool) -> float:
     model = BertForMaskedLM(
         BertConfig(vocab_size=vocabulary, hidden_size=architecture.hidden_size, num_hidden_layers=architecture.num_hidden_layers,
                    num_attention_heads=architecture.num_attention_heads, intermediate_size=4 * architecture.hidden_size,
-                   max_position_embeddings=architecture.context)
+                   max_position_embeddings=architecture.context, hidden_dropout_prob=architecture.dropout,
+                   attention_probs_dropout_prob=architecture.dropout)
     )  # fmt: skip
     clock = StepClock()
 

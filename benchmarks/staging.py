@@ -80,7 +80,9 @@ def say(masks: dict[str, dict[str, Any]]) -> None:
     lines = [("masks", "NELBO of each seed", "mean", "less than continuous (95 %)", "masked accuracy", "stages joined at")]  # fmt: skip
     for method, row in masks.items():
         gain = row.get("gain")
-        difference = "-" if gain is None else f"{gain['value']:+.3f} +- {gain['half_width']:.3f}"
+        difference = "-" if gain is None else f"{gain['value']:+.3f}"
+        if gain is not None and gain["half_width"] is not None:
+            difference += f" +- {gain['half_width']:.3f}"
         each = " ".join(f"{value:.3f}" for value in row["nelbo"])
         joined = "; ".join(" ".join(map(str, steps)) or "-" for steps in row["joined"])
         accuracy = f"{row['masked_accuracy']:.3f}"
@@ -88,10 +90,10 @@ def say(masks: dict[str, dict[str, Any]]) -> None:
     print(aligned(lines))
 
 
-def paired(gains: np.ndarray) -> dict[str, float]:
-    """Mean over seeds and half-width of its 95 % interval (Student's t); 0 for one seed."""
+def paired(gains: np.ndarray) -> dict[str, float | None]:
+    """Mean over seeds and half-width of its 95 % interval (Student's t); None for one seed."""
     if len(gains) < 2:
-        return {"value": float(gains.mean()), "half_width": 0.0}
+        return {"value": float(gains.mean()), "half_width": None}
     half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
     return {"value": float(gains.mean()), "half_width": float(half)}
 

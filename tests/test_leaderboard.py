@@ -61,6 +61,30 @@ def test_plain_models_have_the_size_of_the_config():
         torch.testing.assert_close(both(input_ids=ids, logits_at=chosen).logits, logits)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.compile=on", "training.compile is on; expected off"),
+        ("data.fractions={train: 0.99, held_out: 0.01}", "data.fractions is"),
+        ("data.split=hash", "data.split is hash"),
+        ("data.path=other.txt", "expected tinyshakespeare"),
+    ],
+)
+def test_a_config_that_breaks_the_rules_is_refused(override, said, tmp_path, monkeypatch):
+    text = tmp_path / "input.txt"
+    monkeypatch.setattr(leaderboard, "shakespeare", lambda: text)
+    rules = ["training.compile=off", f"data.path={text}"]
+    assert leaderboard.broken_rules(load_config(["configs/nelbo.yaml"], overrides=rules)) == []
+    assert (
+        leaderboard.broken_rules(
+            load_config(["configs/speedrun.yaml", "configs/speedrun_plain.yaml"], overrides=rules)
+        )
+        == []
+    )
+    (found,) = leaderboard.broken_rules(load_config(["configs/nelbo.yaml"], overrides=[*rules, override]))
+    assert said in found
+
+
 def test_a_model_that_cannot_be_imported_is_named():
     row = leaderboard.Row((), model="benchmarks.plain_models:nothing")
     with pytest.raises(SystemExit, match=r"plain_models:nothing.*PACKAGE.MODULE:FUNCTION"):

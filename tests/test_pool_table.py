@@ -168,6 +168,14 @@ def test_figures_over_seeds(tmp_path, capsys, monkeypatch):
     runs = [run_folder(tmp_path, seed, value) for seed, value in ((1, 0.5), (2, 0.6), (3, 0.7))]
     text = over_seeds.table(over_seeds.compare(runs))
     assert "0.500 0.600 0.700" in text and "0.600 +- 0.248" in text and "0.500 +- 0.248" in text
+    assert over_seeds.differing_settings(runs) == [] and over_seeds.left_out(runs) == {}
+    manifest = runs[2] / "04_train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 3', '"seed": 3, "steps": 9'))
+    file = next(runs[2].glob("04_train/*/training_manifest.json"))
+    file.write_text(file.read_text().replace("R2", "map"))
+    assert over_seeds.differing_settings(runs) == ["steps: (none) -> 9"]
+    names = {metric: lacking for (_, metric), lacking in over_seeds.left_out(runs).items()}
+    assert names == {"R2": ["run_3"], "map": ["run_1", "run_2"]}
     with pytest.raises(MissingInput, match="no model of stage 04"):
         over_seeds.rows_of(tmp_path)
     for given, said in (([runs[0]], "two runs"), ([runs[0], runs[0]], "different seeds")):

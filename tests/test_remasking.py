@@ -15,6 +15,7 @@ from benchmarks.languages import MOST_BRACKETS, NgramJudge, Sums
 from benchmarks.remasking_experiments import next_temperature
 from benchmarks.remasking_numbers import at_entropy, over_seeds, shared_seeds
 from benchmarks.remasking_summary import format_estimate, matched_table, valid_strings
+from benchmarks.remasking_tables import format_half_width
 from benchmarks.text_quality import divergence, longest_copy, repeated
 from lib.config import ROOT
 
@@ -118,6 +119,10 @@ def test_intervals_over_seeds_are_students():
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert found is not None and (found["low"], found["high"]) == pytest.approx((low, high))
     assert over_seeds([{"value": 0.5, "low": 0.4, "high": 0.7}]) == {"value": 0.5, "low": 0.4, "high": 0.7}
+    assert over_seeds([0.5]) == {"value": 0.5, "low": None, "high": None}  # one seed shows no spread
+    assert format_half_width(over_seeds([0.5])) == "0.500" and format_half_width(
+        over_seeds([0.4, 0.6])
+    ).startswith("0.500 ± 1.27")
     assert over_seeds([0.5, None]) is None and over_seeds([0.5, float("nan")]) is None
     assert (
         format_estimate({"value": 0.1, "low": 0.05, "high": 0.2}, signed=True)
