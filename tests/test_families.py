@@ -5,6 +5,7 @@ Known here: `architecture.family`, lib.models.build and lib.models.publish.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 import yaml
 
-from lib.config import load_config
+from lib.config import ROOT, load_config
 from lib.diffusion.calibration import Calibration, Curve, Curves
 from lib.diffusion.sampler import Sampler
 from lib.errors import BadConfig, BadData, CannotCreate, MissingInput
@@ -256,6 +258,33 @@ def planted_folder(run: Path, family: str, head: str, tokenizer, folder: Path) -
     text = card(name, manifest, data, folder)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
+
+
+HEADS_OF_DOCUMENT = {
+    "masked language model": "masked",
+    "causal language model": "causal",
+    "critic": "critic",
+    "inspector": "token",
+    "judge": "score",
+    "ranker of texts": "ranker",
+}
+
+
+def test_the_classes_of_the_document_load_every_weight(tmp_path):
+    """Each row of docs/your_models.md: a class with another head would drop weights and make random ones."""
+    rows = re.findall(
+        r"^\| ([^|`]+) \| `(AutoModelFor\w+)` \|$", (ROOT / "docs/your_models.md").read_text(), re.M
+    )
+    classes = {mode: name for modes, name in rows for mode in modes.split(", ")}
+    assert classes.keys() == HEADS_OF_DOCUMENT.keys()
+    tokenizer = train_tokenizer("bpe", ["the value of the list "] * 20, 300)
+    for mode, name in classes.items():
+        head = HEADS_OF_DOCUMENT[mode]
+        save_model(planted_model("remask_gpt", head, len(tokenizer)), tmp_path / head, tokenizer)
+        model, found = getattr(transformers, name).from_pretrained(tmp_path / head, output_loading_info=True)
+        assert not found["missing_keys"] and not found["unexpected_keys"], mode
+        if mode == "critic":
+            assert model(torch.tensor([[5, 6, 7]]), head="critic").logits.shape == (1, 3)
 
 
 @pytest.fixture(scope="module")
