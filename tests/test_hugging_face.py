@@ -375,6 +375,15 @@ def test_critic_head(family):
 
 
 @every_family
+def test_an_untrained_conditioning_vector_changes_nothing(family):
+    torch.manual_seed(0)
+    model, ids = CLASSES[family, "masked"](make_config(family, critic_layers=1)).eval(), make_ids()
+    known = torch.ones(ids.shape, dtype=torch.bool)
+    plain = model(ids, head="critic").logits
+    assert torch.equal(model(ids, head="critic", conditioning_mask=known).logits, plain)
+
+
+@every_family
 def test_the_critic_can_be_conditioned_on_known_tokens(family, tmp_path):
     model, ids = make((family, "masked"), critic_layers=1), make_ids()
     known = torch.zeros(ids.shape, dtype=torch.bool)

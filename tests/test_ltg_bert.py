@@ -91,17 +91,20 @@ def test_published_sizes(size, millions):
 # --- relative positions ----------------------------------------------------------------------------------------------
 
 
-def test_buckets_are_exact_near_and_logarithmic_far():
-    distance = torch.arange(-600, 601)
-    bucket = bucket_of_distance(distance, 32, 512) - 31
+@pytest.mark.parametrize("longest", [129, 512, 1025])
+def test_buckets_are_exact_near_and_logarithmic_far(longest):
+    """Also where the logarithm is an integer: 128 = 16 * 2^3 and 1024 = 16 * 2^6, and there are 15 far buckets."""
+    distance = torch.arange(-1100, 1101)
+    bucket = bucket_of_distance(distance, 32, longest) - 31
     assert torch.equal(bucket, -bucket.flip(0))  # odd
     near = distance.abs() <= 16
     assert torch.equal(bucket[near], distance[near])
     assert (bucket.diff() >= 0).all() and bucket.max() == 31
-    for far in (17, 40, 123, 400, 511):  # by the formula, one at a time
-        expected = math.ceil(math.log(far / 16) / math.log(511 / 16) * 15 - 1e-12) + 16
-        assert bucket[600 + far] == expected
-    assert (bucket[distance >= 511] == 31).all()
+    last = longest - 1
+    for far in range(17, last + 1):  # the formula in integers: the first n with (far / 16)^15 <= (last / 16)^n
+        expected = 16 + next(n for n in range(1, 16) if far**15 * 16**n <= last**n * 16**15)
+        assert bucket[1100 + far] == expected
+    assert (bucket[distance >= last] == 31).all()
 
 
 def test_index_depends_on_differences_only():

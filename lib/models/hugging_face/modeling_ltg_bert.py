@@ -46,6 +46,7 @@ from .shared_modeling import (
 
 # The linter of transformers asks which published checkpoints take each side of a branch. These keys choose heads.
 # trf-ignore: TRF041 score_activation, critic_layers
+ROUNDING = 1e-9  # above the error of a quotient of logarithms in float64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,7 +65,8 @@ def bucket_of_distance(distance: Tensor, buckets: int, longest: int) -> Tensor:
     # At least `middle`: the logarithm of a shorter distance would be negative, and its bucket is exact anyway.
     far = size.clamp(min=middle).to(torch.float64)
     log_share = torch.log(far / middle) / math.log((longest - 1) / middle)
-    bucket = torch.ceil(log_share * (middle - 1)).to(distance.dtype) + middle
+    # In float64 log(2) / log(8) * 15 is 5.000000000000001, which must not be rounded up to 6.
+    bucket = torch.ceil(log_share * (middle - 1) - ROUNDING).to(distance.dtype) + middle
     return torch.where(size <= middle, distance, bucket * distance.sign()) + buckets - 1
 
 
@@ -73,9 +75,10 @@ def bucket_index(config: LtgBertConfig, positions: Tensor) -> Tensor:
     positions = positions if positions.dim() == 2 else positions.unsqueeze(0)
     distance = positions.unsqueeze(2) - positions.unsqueeze(1)  # (1 or B, T, T)
     longest = config.max_position_embeddings
-    # Take the logarithm once per distance, not once per pair.
-    every = torch.arange(1 - longest, longest, device=positions.device)
-    table = bucket_of_distance(every, config.position_bucket_size, longest)
+    # Take the logarithm once per distance, not once per pair. MPS has no float64.
+    device = torch.device("cpu") if positions.device.type == "mps" else positions.device
+    every = torch.arange(1 - longest, longest, device=device)
+    table = bucket_of_distance(every, config.position_bucket_size, longest).to(positions.device)
     return table[distance.clamp(1 - longest, longest - 1) + longest - 1]
 
 
@@ -316,6 +319,8 @@ class LtgBertPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=scaled, a=-2 * scaled, b=2 * scaled)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
         elif isinstance(module, nn.Embedding):
             init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         elif isinstance(module, LtgBertEmbedding):
@@ -434,8 +439,10 @@ class LtgBertCritic(nn.Module):
         )
         self.score = LtgBertHead(config, 1)
         self.origin = LtgBertHead(config, 1)
-        # Added to the embeddings of tokens in the conditioning mask. The name is part of saved weights.
+        # Added to the embeddings of tokens in the conditioning mask. The name is part of saved weights. It starts at zero,
+        # so an untrained vector changes nothing.
         self.given = nn.Embedding(1, config.hidden_size)
+        self.given.starts_at_zero = True  # pyright: ignore[reportArgumentType]
 
     def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """States (B, T, D) for `score` and `origin`, from the backbone's hidden states (B, T, D)."""
