@@ -140,7 +140,8 @@ def test_a_published_folder_has_a_card_from_the_manifest(ltg_run, name, tmp_path
     rows = [row for row in stage["stats"]["table"] if name in ("critic", row["model"])]
     assert rows and all(row["metric"] in body and f"{row['value']:.4g}" in body for row in rows)
     assert "AutoModelForMaskedLM" in body and stage["environment"]["torch"] in body
-    assert "Python files in this folder are part of Remask, licensed under Apache-2.0" in body
+    assert "Python files are part of Remask, licensed under Apache-2.0" in body
+    assert "`modeling_ltg_bert.py`" in body and "authors of the pretrained model" not in body
     assert "No licence is chosen for the weights" in body
 
 

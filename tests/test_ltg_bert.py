@@ -101,7 +101,8 @@ def test_buckets_are_exact_near_and_logarithmic_far(longest):
     assert torch.equal(bucket[near], distance[near])
     assert (bucket.diff() >= 0).all() and bucket.max() == 31
     last = longest - 1
-    for far in range(17, last + 1):  # the formula in integers: the first n with (far / 16)^15 <= (last / 16)^n
+    # The formula in integers: the first n with (far / 16)^15 <= (last / 16)^n
+    for far in range(17, last + 1):
         expected = 16 + next(n for n in range(1, 16) if far**15 * 16**n <= last**n * 16**15)
         assert bucket[1100 + far] == expected
     assert (bucket[distance >= last] == 31).all()

@@ -39,7 +39,7 @@ from lib.models.build import (
 )
 from lib.models.pretrained import _config_of, open_pretrained
 from lib.models.pretrained_tokenizer import open_tokenizer
-from lib.models.publish import publish
+from lib.models.publish import _about_code, publish
 from lib.outside import refuse_unnamed_pretrained
 from lib.sections.critic import CriticConfig
 from lib.sections.pretrained import AdapterConfig
@@ -457,6 +457,22 @@ def _without_code(folder: Path) -> None:
     names = json.loads((folder / "config.json").read_text())["auto_map"]
     _edit(folder, auto_map={auto: f"owner/name--{name}" for auto, name in names.items()})
     for file in folder.glob("*.py"):
+def test_a_card_says_who_owns_each_code_file(folders, tmp_path):
+    """A critic's folder has the code of both projects, a generator's has that of its backbone alone."""
+    opened = open_pretrained(settings_of(folders("own_code")))
+    model = started(opened, critic_layers=0)
+    theirs = {"configuration_tiny_diffusion.py", "modeling_tiny_diffusion.py"}
+    assert set(model.config.code_files) == theirs
+    for name, save in (("critic", save_model), ("generator", save_as_pretrained)):
+        (tmp_path / name).mkdir()
+        save(model, tmp_path / name, opened.tokenizer)
+        text = _about_code(tmp_path / name, model.config.code_files)
+        ours, _, others = text.partition("These Python files belong to the authors of the pretrained model")
+        assert set(re.findall(r"`(.+?)`", others)) == theirs
+        assert ("modeling_adapted.py" in ours) == ("Apache-2.0" in ours) == (name == "critic")
+        assert not theirs & set(re.findall(r"`(.+?)`", ours))
+
+
         file.unlink()
 
 
@@ -817,3 +833,4 @@ def test_a_config_that_is_nested_too_deeply_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(BadData, match=r"config\.json.*nested too deeply"):
         _config_of(tmp_path)
+        assert ("belong to the authors of the pretrained model" in card) == (kind == "own_code")

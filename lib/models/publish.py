@@ -12,6 +12,7 @@ All facts of the card come from the manifests: data, settings, held-out metrics 
 import argparse
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ RANKER_FILE = "ranker.json"  # only in the folder of a ranker with prompts
 POLICIES = ("ppo", "exact", "cross_entropy")  # methods by which stage 05 trains a ranker
 
 CALIBRATION = "calibration.json"
-CODE_LICENCE = """The Python files in this folder are part of Remask, licensed under Apache-2.0
-(https://www.apache.org/licenses/LICENSE-2.0), copyright of the Remask authors.
+CODE_LICENCE = """These Python files are part of Remask, licensed under Apache-2.0
+(https://www.apache.org/licenses/LICENSE-2.0), copyright of the Remask authors: {files}.
+"""
+FOREIGN_CODE = """These Python files belong to the authors of the pretrained model, whose licence applies: {files}.
 """
 
 
@@ -60,7 +63,9 @@ def publish(run: Path, name: str, out: Path) -> Path:
             publish_model(source, folder, manifest, name)
         if name == "critic":
             shutil.copyfile(run / stage / manifest["outputs"][CALIBRATION]["path"], folder / CALIBRATION)
-        text = card(name, manifest, data, folder, with_prompts)
+        # The config names the code files of a backbone with code of its own. A ranker with prompts has none.
+        foreign = () if with_prompts else durable.read_json(source / "config.json").get("code_files") or ()
+        text = card(name, manifest, data, folder, with_prompts, foreign)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return out
 
@@ -148,9 +153,19 @@ def _interval(row: dict) -> str:
 
 
 def card(
-    name: str, manifest: dict[str, Any], data: dict[str, Any], folder: Path, with_prompts: bool = False
+    name: str,
+    manifest: dict[str, Any],
+    data: dict[str, Any],
+    folder: Path,
+    with_prompts: bool = False,
+    foreign_code: Collection[str] = (),
 ) -> str:
-    """The model card as Markdown with a YAML header. `with_prompts`: the model scores pairs of prompt and candidate."""
+    """The model card as Markdown with a YAML header.
+
+    Args:
+        with_prompts: the model scores pairs of prompt and candidate.
+        foreign_code: names of the code files that belong to the pretrained model.
+    """
     config = durable.read_json(folder / "config.json")
     config |= _facts_of_foreign(config, folder)
     rows = [row for row in manifest["stats"]["table"] if row["model"] == name]
@@ -184,7 +199,6 @@ def card(
         else ""
     )
     commit = manifest["code"].get("commit") or "unknown"
-    code = CODE_LICENCE if any(folder.glob("*.py")) else ""
     return f"""---
 library_name: transformers
 license: unknown
@@ -198,7 +212,7 @@ tags:
 
 `{config["architectures"][0]}`: {what}. Trained by Remask from {source}.
 
-{code}No licence is chosen for the weights. Set `license` above before you share this folder. The licences of the training
+{_about_code(folder, foreign_code)}No licence is chosen for the weights. Set `license` above before you share this folder. The licences of the training
 data, and of a model that this one started from, may limit your choice.
 
 ## Use
@@ -224,6 +238,15 @@ The baseline is computed on the same held-out data. "yes" means that the whole i
 {versions["torch"]}, transformers {versions["transformers"]}, {versions.get("device", "cpu")}, {precision}; code at
 commit {commit}.
 """
+
+
+def _about_code(folder: Path, foreign: Collection[str]) -> str:
+    """Who owns the Python files of a folder."""
+    names = {file.name for file in folder.glob("*.py")}
+    owners = ((CODE_LICENCE, names - set(foreign)), (FOREIGN_CODE, names & set(foreign)))
+    return "".join(
+        text.format(files=", ".join(f"`{name}`" for name in sorted(owned))) for text, owned in owners if owned
+    )
 
 
 def _prompt_of(config: dict[str, Any], settings: dict[str, Any]) -> str:
