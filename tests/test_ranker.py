@@ -18,6 +18,8 @@ from transformers import (
     Qwen2Model,
     RobertaConfig,
     RobertaModel,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from lib.errors import BadConfig, BadData
@@ -318,6 +320,14 @@ def test_a_bidirectional_backbone_that_cannot_share_rows_is_refused(backbone, sa
     with pytest.raises(BadConfig, match=rf"prefix-LM: .*{said}.*Set ranker\.attention to full"):
         CandidateRanker(encoder, seed=0)
     assert CandidateRanker(encoder, attention="full", seed=0).packs is False
+
+
+def test_a_backbone_without_a_limit_reads_any_length():
+    backbone = XLNetModel(XLNetConfig(vocab_size=VOCAB, d_model=8, n_layer=1, n_head=2, d_inner=16))
+    assert backbone.config.max_position_embeddings == -1
+    pools = make_pools((2,))
+    scores = CandidateRanker(backbone, attention="full", seed=0).eval()(pools)
+    assert scores[pools.present()].isfinite().all()
 
 
 def test_what_a_ranker_packs_does_not_depend_on_what_it_reads_first():

@@ -15,12 +15,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.evaluation.rank import Ranker
 from lib.models.collation import collate, hide_words, too_long
 from lib.models.encoders import open_encoder, with_lora
 from lib.models.packing import Pools
 from lib.models.ranker import CandidateRanker, HeadOptions
 from lib.models.ranker_export import export_classifier
 from lib.models.ranker_files import load_ranker, save_ranker
+from lib.sections.finqa import YesNoConfig
 from lib.training.objectives.pool_choice import PoolReader, say_shortened
 from tests.process_runs import run_jobs
 from tests.test_ranker import make_backbone
@@ -112,13 +114,15 @@ def test_texts_are_cut_at_their_ends_and_keep_the_special_tokens():
 def test_what_is_cut_is_counted(capsys):
     """At every budget: exactly the texts whose tokens are not all in the pools."""
     tokenizer = make_tokenizer("bert")
-    whole = collate(tokenizer, PROMPTS, CANDIDATES, 99, 99)
     flat = [text for row in CANDIDATES for text in row]
-    for prompt_tokens, candidate_tokens in ((3, 2), (4, 3), (5, 4), (99, 99)):
-        cut = collate(tokenizer, PROMPTS, CANDIDATES, prompt_tokens, candidate_tokens)
-        prompts = (cut.prompt_mask.sum(1) < whole.prompt_mask.sum(1)).sum()
-        candidates = (cut.candidate_mask.sum(2) < whole.candidate_mask.sum(2)).sum()
-        assert too_long(tokenizer, PROMPTS, flat, prompt_tokens, candidate_tokens) == (prompts, candidates)
+    for suffix, tokens_of_suffix in (("", 0), (" d e", 2)):
+        whole = collate(tokenizer, PROMPTS, CANDIDATES, 99, 99, suffix)
+        for prompt_tokens, candidate_tokens in ((3, 2), (4, 3), (5, 4), (99, 99)):
+            budgets = prompt_tokens, candidate_tokens + tokens_of_suffix
+            cut = collate(tokenizer, PROMPTS, CANDIDATES, *budgets, suffix)
+            prompts = (cut.prompt_mask.sum(1) < whole.prompt_mask.sum(1)).sum()
+            candidates = (cut.candidate_mask.sum(2) < whole.candidate_mask.sum(2)).sum()
+            assert too_long(tokenizer, PROMPTS, flat, *budgets, suffix) == (prompts, candidates)
     assert too_long(tokenizer, PROMPTS, flat, 3, 2) > (0, 0)
 
     settings = load_config(quick_test=True).ranker.model_copy(
@@ -134,6 +138,17 @@ def test_what_is_cut_is_counted(capsys):
                          "candidates": 2 * room[1], "of_candidates": 6}  # fmt: skip
         said = capsys.readouterr().err
         assert ("1 of 1 prompts in train are longer than ranker.prompt_tokens (4)" in said) == (not blind)
+
+
+def test_the_question_behind_a_candidate_takes_room_in_training_and_in_use():
+    tokenizer, question = make_tokenizer("bert"), " d e"
+    yes_no = {"head": "yes_no", "yes_no": YesNoConfig(question=question, yes=" f", no=" g")}
+    settings = load_config(quick_test=True).ranker.model_copy(update={"candidate_tokens": 4, **yes_no})
+    table: Any = SimpleNamespace(prompts=["a"], texts=np.array([["b", "b c"]]), present=np.ones((1, 2), bool))
+    assert PoolReader(tokenizer, settings, CPU, 0).shortened(table)["candidates"] == 1
+    model: Any = SimpleNamespace(suffix=question)
+    ranker = Ranker(model, tokenizer, CPU, prompt_tokens=8, candidate_tokens=4)
+    assert ranker.shortened(["a"], [["b", "b c"]]) == (0, 1)
 
 
 def test_a_trained_ranker_packs_as_it_did_in_training(tmp_path):
@@ -421,7 +436,7 @@ def test_a_causal_language_model_scores_by_yes_and_no_without_new_weights(tmp_pa
     """The score is the logit of the token `yes` less that of `no`, behind prompt, candidate and question."""
     from transformers import LlamaForCausalLM
 
-    from lib.training.ranker_start import start_ranker
+    from lib.training.ranker_start import answer_rows, start_ranker
     from tests.test_ranker import GROUPED, LlamaConfig
 
     torch.manual_seed(0)
@@ -458,8 +473,12 @@ def test_a_causal_language_model_scores_by_yes_and_no_without_new_weights(tmp_pa
     torch.testing.assert_close(again(pools), scores)
     long = collate(own, ["a"], [["1 " * 40]], 8, 8, model.suffix)
     assert tokens(long, 0, 0)[-2:] == [WORDS.index("d"), WORDS.index("e")]  # the question is not truncated
-    with pytest.raises(BadConfig, match="begin with the same token"):
-        same = load_config(
-            quick_test=True, overrides=[*settings, "ranker.yes_no.yes= f", "ranker.yes_no.no= f g"]
-        )
-        start_ranker("r", same.models["ranker"], same, None, None, tmp_path / "out")
+    # Only the first token behind the question counts
+    for yes, no, message in (
+        (" f", " f g", "begin with the same token"),
+        (" f g", " f h", "begin with the same token"),
+        ("x", " f", r"'x' adds no token of its own to the question"),
+    ):
+        given = YesNoConfig(question=" d e", yes=yes, no=no)
+        with pytest.raises(BadConfig, match=message):
+            answer_rows(str(tmp_path / "lm"), tokenizer, given)

@@ -120,7 +120,8 @@ class Ranker:
     def shortened(self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]) -> tuple[int, int]:
         """(prompts, candidates) that are longer than the ranker reads."""
         flat = [text for texts in candidates for text in texts]
-        return too_long(self.tokenizer, prompts, flat, self.prompt_tokens, self.candidate_tokens)
+        lengths = self.prompt_tokens, self.candidate_tokens
+        return too_long(self.tokenizer, prompts, flat, *lengths, self.model.suffix)
 
     @torch.inference_mode()
     def _scores(self, prompts: list[str], candidates: list[Sequence[str]]) -> np.ndarray:

@@ -41,8 +41,7 @@ def collate(
         BadData: a prompt without candidates, or a candidate without a token.
         BadConfig: a maximum leaves no room for text beside the special tokens.
     """
-    before, between, after = pair_layout(tokenizer)
-    after = [*(_encode(tokenizer, [suffix])[0] if suffix else ()), *after]
+    before, between, after = _layout_with_suffix(tokenizer, suffix)
     for name, budget, around in (
         ("prompt_tokens", prompt_tokens, len(before) + len(between)),
         ("candidate_tokens", candidate_tokens, len(after)),
@@ -69,9 +68,10 @@ def too_long(
     candidates: Sequence[str],
     prompt_tokens: int,
     candidate_tokens: int,
+    suffix: str = "",
 ) -> tuple[int, int]:
-    """(prompts, candidates) that `collate` would truncate at these lengths."""
-    before, between, after = pair_layout(tokenizer)
+    """(prompts, candidates) that `collate` would truncate at these lengths, with this suffix."""
+    before, between, after = _layout_with_suffix(tokenizer, suffix)
 
     def longer(texts: Sequence[str], room: int) -> int:
         return sum(len(tokens) > room for tokens in _encode(tokenizer, list(texts)))
@@ -92,6 +92,12 @@ def pair_layout(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     parts = ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
     before, between, after = (part.tolist() for part in parts)
     return before, between, after
+
+
+def _layout_with_suffix(tokenizer: Any, suffix: str) -> tuple[list[int], list[int], list[int]]:
+    """`pair_layout` with the suffix's ids in front of those after the texts. They are not truncated either."""
+    before, between, after = pair_layout(tokenizer)
+    return before, between, [*(_encode(tokenizer, [suffix])[0] if suffix else ()), *after]
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

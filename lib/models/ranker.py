@@ -261,7 +261,8 @@ class CandidateRanker(nn.Module):
         positions. The others have a 4-D mask and positions.
         """
         limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and packed.longest > limit - self._position_offset:
+        # A limit of -1, as of XLNet, is none.
+        if limit is not None and limit > 0 and packed.longest > limit - self._position_offset:
             raise BadData(
                 f"prompt and candidate have {packed.longest} tokens together, but this backbone has only "
                 f"{limit - self._position_offset} positions; lower ranker.prompt_tokens or ranker.candidate_tokens"

@@ -63,15 +63,12 @@ def start_ranker(
 def answer_rows(source: str, tokenizer: Any, settings: YesNoConfig) -> tuple[Tensor, Tensor]:
     """(D,) rows of a causal language model's output layer: those of the first tokens of the two answers.
 
-    Raises BadConfig if the encoder is no causal language model, or if the two answers begin with the same token.
+    Raises BadConfig if the encoder is no causal language model, if the two answers begin with the same token, or if an
+    answer changes the tokens of the question.
     """
     name, _, revision = source.partition("@")
-    ids = [
-        tokenizer(settings.question + word, add_special_tokens=False)["input_ids"]
-        for word in (settings.yes, settings.no)
-    ]
-    first = next((pair for pair in zip(*ids, strict=False) if pair[0] != pair[1]), None)
-    if first is None:
+    yes, no = (_first_token(tokenizer, settings.question, word) for word in (settings.yes, settings.no))
+    if yes == no:
         raise BadConfig(
             f"ranker.yes_no: '{settings.yes}' and '{settings.no}' begin with the same token of this tokenizer; give other words"
         )
@@ -88,7 +85,20 @@ def answer_rows(source: str, tokenizer: Any, settings: YesNoConfig) -> tuple[Ten
             f"ranker.head is yes_no, but {source} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
         ) from None
     weight = model.get_output_embeddings().weight.detach()
-    return weight[first[0]].clone(), weight[first[1]].clone()
+    return weight[yes].clone(), weight[no].clone()
+
+
+def _first_token(tokenizer: Any, question: str, answer: str) -> int:
+    """The id that follows the question's ids in question and answer. The model predicts it behind the question."""
+    asked, both = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, question + answer)
+    )
+    if both[: len(asked)] != asked or len(both) == len(asked):
+        raise BadConfig(
+            f"ranker.yes_no: '{answer}' adds no token of its own to the question '{question}'; end the question without a "
+            "space, and begin the answers with one"
+        )
+    return both[len(asked)]
 
 
 def start_in_run(start: str | Path, folder: Path) -> str:

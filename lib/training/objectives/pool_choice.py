@@ -91,7 +91,7 @@ class PoolReader:
         prompts = [] if self.blind else table.prompts
         texts = table.texts[table.present].tolist()
         budgets = self.settings.prompt_tokens, self.settings.candidate_tokens
-        cut = too_long(self.tokenizer, prompts, texts, *budgets)
+        cut = too_long(self.tokenizer, prompts, texts, *budgets, self.settings.suffix)
         return {
             "prompts": cut[0],
             "of_prompts": len(prompts),
