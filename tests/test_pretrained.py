@@ -52,7 +52,9 @@ from lib.tokenization import (
     num_ids,
 )
 from lib.training.critic_setup import critic_heads
+from lib.training.freezing import Freezing
 from lib.training.objectives.language_model import MaskedDiffusion
+from lib.training.optimizer import Optimizer, hidden_matrices
 from tests.conftest import manifest_of, run_stages
 from tests.pretrained_folders import KINDS, masked_lm_folder, settings_of
 from tests.test_foreign import TOKENIZERS, make
@@ -232,6 +234,55 @@ def test_adapters_learn_alone_and_merge(kind, folders, tmp_path):
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_an_adapter_is_part_of_the_backbone_and_the_critics_is_part_of_its_head(folders):
+    opened = open_pretrained(settings_of(folders("bert")))
+
+    def learning(model: Any) -> set[str]:
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    model = started(opened, "token_classifier", adapter=LORA)
+    adapter = {name for name in learning(model) if name.startswith("adapter.")}
+    head = {"classifier.weight", "classifier.bias"}
+    assert adapter and learning(model) == adapter | head
+    choices = settings(
+        steps=4, optimizer="normuon", freeze_backbone=True, unfreeze_at_step=2, head_learning_rate=0.5
+    )
+    groups = {group["group"]: group for group in Optimizer(model, choices).groups()}
+    assert set(groups["hidden matrices"]["names"]) == adapter and set(groups["head"]["names"]) == head
+    assert groups["hidden matrices"]["optimizer"] == "NorMuon" and groups["head"]["learning_rate"] == 0.5
+    freezing = Freezing(model, choices, None)
+    freezing.at(0)
+    assert learning(model) == head
+    freezing.at(2)
+    assert learning(model) == adapter | head
+    with pytest.raises(BadConfig, match="nothing would learn"):
+        Freezing(started(opened, adapter=LORA), choices, None)
+    critic = started(opened, critic_layers=0, critic_rank=2)
+    Freezing(critic, choices, None).at(0)
+    own = {name for name, _ in critic.named_parameters() if name.startswith("critic.lora.")}
+    assert own and own <= learning(critic) and own <= hidden_matrices(critic)
+
+
+def test_adapters_of_a_rounded_backbone_stay_exact(folders, tmp_path):
+    """The merged weights are those of float32, rounded once."""
+    opened = open_pretrained(settings_of(folders("bert")))
+    start = PretrainedStart(opened, 60, 0.0, "bfloat16", LORA)
+    vocabulary, heads = num_ids(opened.tokenizer), heads_of("token_classifier")
+    model, _ = start_model("token_classifier", start, "bidirectional", vocabulary, 0, "x", **heads)
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if name.startswith("adapter.") else torch.bfloat16), name
+        if name.startswith("adapter."):
+            nn.init.normal_(p, std=0.3)
+    ids = some_ids(opened, 2)
+    model(ids, labels=ids % 3).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.adapter.parameters())
+    merged = model.merged()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    name, added = model.adapter.names[0], model.adapter[0]
+    before, after = (m.backbone.base_model.get_submodule(name).weight for m in (model, merged))
+    assert torch.equal(after, (before.float() + added.product()).bfloat16())
+
+
 @torch.no_grad()
 def test_the_critics_adapter_is_off_when_the_generator_generates(folders, tmp_path):
     opened = open_pretrained(settings_of(folders("bert")))
@@ -406,6 +457,22 @@ def test_a_generator_is_published_as_the_class_of_its_backbone(folders, tmp_path
     torch.testing.assert_close(model(ids).logits, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_a_card_says_who_owns_each_code_file(folders, tmp_path):
+    """A critic's folder has the code of both projects, a generator's has that of its backbone alone."""
+    opened = open_pretrained(settings_of(folders("own_code")))
+    model = started(opened, critic_layers=0)
+    theirs = {"configuration_tiny_diffusion.py", "modeling_tiny_diffusion.py"}
+    assert set(model.config.code_files) == theirs
+    for name, save in (("critic", save_model), ("generator", save_as_pretrained)):
+        (tmp_path / name).mkdir()
+        save(model, tmp_path / name, opened.tokenizer)
+        text = _about_code(tmp_path / name, model.config.code_files)
+        ours, _, others = text.partition("These Python files belong to the authors of the pretrained model")
+        assert set(re.findall(r"`(.+?)`", others)) == theirs
+        assert ("modeling_adapted.py" in ours) == ("Apache-2.0" in ours) == (name == "critic")
+        assert not theirs & set(re.findall(r"`(.+?)`", ours))
+
+
 @torch.no_grad()
 def test_a_critic_with_an_adapter_pays_for_its_own_pass(folders):
     """Rounds and passes are counted from the calls of the backbone."""
@@ -457,22 +524,6 @@ def _without_code(folder: Path) -> None:
     names = json.loads((folder / "config.json").read_text())["auto_map"]
     _edit(folder, auto_map={auto: f"owner/name--{name}" for auto, name in names.items()})
     for file in folder.glob("*.py"):
-def test_a_card_says_who_owns_each_code_file(folders, tmp_path):
-    """A critic's folder has the code of both projects, a generator's has that of its backbone alone."""
-    opened = open_pretrained(settings_of(folders("own_code")))
-    model = started(opened, critic_layers=0)
-    theirs = {"configuration_tiny_diffusion.py", "modeling_tiny_diffusion.py"}
-    assert set(model.config.code_files) == theirs
-    for name, save in (("critic", save_model), ("generator", save_as_pretrained)):
-        (tmp_path / name).mkdir()
-        save(model, tmp_path / name, opened.tokenizer)
-        text = _about_code(tmp_path / name, model.config.code_files)
-        ours, _, others = text.partition("These Python files belong to the authors of the pretrained model")
-        assert set(re.findall(r"`(.+?)`", others)) == theirs
-        assert ("modeling_adapted.py" in ours) == ("Apache-2.0" in ours) == (name == "critic")
-        assert not theirs & set(re.findall(r"`(.+?)`", ours))
-
-
         file.unlink()
 
 
@@ -827,10 +878,10 @@ def test_every_stage_runs(kind, folders, small_text, tmp_path):
         exec(block.replace("THIS_FOLDER", str(tmp_path / name)), made)
         assert made["logits"].isfinite().all() if name == "generator" else np.isfinite(made["errors"]).all()
         assert tokenizer.mask_token in card
+        assert ("belong to the authors of the pretrained model" in card) == (kind == "own_code")
 
 
 def test_a_config_that_is_nested_too_deeply_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(BadData, match=r"config\.json.*nested too deeply"):
         _config_of(tmp_path)
-        assert ("belong to the authors of the pretrained model" in card) == (kind == "own_code")

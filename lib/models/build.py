@@ -213,7 +213,9 @@ def start_model(
     dtype = getattr(torch, backbone.dtype)
     model = with_dtype(model, dtype) if is_adapted else model.to(dtype)
     inner: Any = model.encoder if isinstance(model, SequenceRanker) else model
-    report = _load_matching(inner, tensors, inner.backbone_names if is_adapted else family.backbone, start)
+    # The adapter of a new model is not part of the checkpoint.
+    backbone_names = (inner.pretrained_prefix,) if is_adapted else family.backbone
+    report = _load_matching(inner, tensors, backbone_names, start)
     if adapter is not None and is_adapted:
         for parameter in inner.backbone.parameters():
             parameter.requires_grad_(False)

@@ -1,6 +1,6 @@
 """Which weights are trained at which step: the backbone may stay frozen until its new head has settled.
 
-A head is everything outside the backbone. What belongs to the backbone is known from the family's tensor names, from a
+A head is everything outside the backbone. The adapter of a pretrained backbone is part of the backbone. What belongs to the backbone is known from the family's tensor names, from a
 wrapper's `backbone_names`, or from the `base_model_prefix` of any other transformers model.
 """
 
@@ -58,7 +58,7 @@ class Freezing:
         if settings.freeze_backbone:
             self.until = settings.steps if settings.unfreeze_at_step is None else settings.unfreeze_at_step
         heads = head_parameters(model)
-        if self.until and not heads:
+        if self.until and not any(p.requires_grad for n, p in model.named_parameters() if n in heads):
             raise BadConfig(
                 "training.freeze_backbone is true, but this model has no head, so nothing would learn. Set it only for "
                 "models with a head, such as token classifiers"

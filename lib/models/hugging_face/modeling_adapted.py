@@ -110,9 +110,14 @@ def _with_dropout(inner: Any, probability: float) -> Any:
 
 
 def with_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """The model with parameters of this type. Buffers keep theirs: rounded rotary frequencies would move late positions."""
+    """The model with parameters of this type. Buffers and adapters keep theirs.
+
+    Rounded rotary frequencies would move late positions. Rounded adapters would ignore small updates.
+    """
+    adapters = {id(p) for m in model.modules() if isinstance(m, LowRank) for p in m.parameters()}
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if id(parameter) not in adapters:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -266,10 +271,16 @@ class AdaptedPreTrainedModel(PreTrainedModel):
         return self.backbone.base_model if self.config.lm_head == "separate" else self.backbone
 
     @property
+    def pretrained_prefix(self) -> str:
+        """Prefix of the names of the pretrained parameters that every head shares."""
+        return (
+            "backbone." if self.config.lm_head == "whole" else f"backbone.{self.backbone.base_model_prefix}."
+        )
+
+    @property
     def backbone_names(self) -> tuple[str, ...]:
-        """Prefixes of the names of the parameters that every head shares."""
-        whole = self.config.lm_head == "whole"
-        return ("backbone.",) if whole else (f"backbone.{self.backbone.base_model_prefix}.",)
+        """Prefixes of the names of the parameters that are not the head's: the pretrained ones, and the adapter on them."""
+        return self.pretrained_prefix, "adapter."
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -284,11 +295,11 @@ class AdaptedPreTrainedModel(PreTrainedModel):
         config = copy.deepcopy(self.config)
         config.adapter_rank = None
         state = {n: v.detach().clone() for n, v in self.state_dict().items() if not n.startswith("adapter.")}
-        prefix = self.backbone_names[0]
         for name, added in zip(self.adapter.names, self.adapter, strict=True):
-            key = f"{prefix}{name}.weight"
-            product = cast(Any, added).product().detach()
-            state[key] += product.to(state[key].dtype)
+            key = f"{self.pretrained_prefix}{name}.weight"
+            # The sum has the wider type of the two, so it is rounded only once.
+            merged = state[key] + cast(Any, added).product().detach()
+            state[key] = merged.to(state[key].dtype)
         with torch.random.fork_rng(devices=[]):
             kind: Any = type(self)
             model = with_dtype(kind(config), self.dtype).to(self.device)
