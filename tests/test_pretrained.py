@@ -160,6 +160,26 @@ def test_one_interface(kind, folders, tmp_path):
 
 
 @torch.no_grad()
+def test_what_would_be_ignored_is_refused(folders):
+    """Padding in front of a text, and arguments that a stock model reads."""
+    opened = open_pretrained(settings_of(folders("bert")))
+    ids = some_ids(opened, 2)
+    left = torch.arange(TEXT_LENGTH).expand(2, -1) >= 2
+    front = torch.full((2, 1), opened.tokenizer.cls_token_id)
+    for mode in ("language_model", "token_classifier", "sequence_scorer"):
+        model = started(opened, mode)
+        rows, mask = ids, left
+        if mode == "sequence_scorer":
+            rows, mask = torch.cat([front, ids], 1), torch.cat([left[:, :1], left], 1)
+        with pytest.raises(ValueError, match="padding must come last"):
+            model(rows, mask)
+        for given in ({"output_hidden_states": True}, {"position_ids": torch.arange(TEXT_LENGTH)}):
+            with pytest.raises(ValueError, match=f"does not read {next(iter(given))}"):
+                model(rows, **given)
+        model(rows, mask.flip(1), output_attentions=False, inputs_embeds=None)  # as peft calls a model
+
+
+@torch.no_grad()
 def test_a_protein_model_as_it_is_published(tmp_path):
     """ESM-2 has a slow tokenizer of its own, special tokens <cls> and <eos>, and scales embeddings by the share of masks."""
     residues = [*"LAGVSERTIDPKQNFYMHWCXBUZO.-"]

@@ -47,6 +47,7 @@ from .shared_modeling import (
     class_loss,
     error_loss,
     expand_mask,
+    may_read,
     sequence_loss,
     token_outputs,
     unblock_empty_rows,
@@ -56,6 +57,7 @@ from .shared_modeling import (
 # trf-ignore: TRF041 lm_head, critic_layers, critic_rank, critic_mark, adapter_rank, score_activation, shift_logits, backbone_class, backbone_config_class, prefix_ids
 EVERY_LINEAR = "all-linear"
 MAX_HEAD_DIM = 64  # of the attention in the critic's blocks
+UNREAD = ("position_ids", "inputs_embeds", "output_hidden_states", "output_attentions")
 OWN_BACKBONES: dict[str, Any] = {  # which transformers alone does not know
     "remask_gpt": (RemaskGptConfig, RemaskGptForMaskedLM),
     "ltg_bert": (LtgBertConfig, LtgBertForMaskedLM),
@@ -215,6 +217,16 @@ class Adapters(nn.ModuleList):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def refuse_unread(arguments: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of other models that would have no effect here. None and False ask for nothing.
+
+    A caller of a text without framing tokens cannot place positions, embeddings or states among them.
+    """
+    given = [name for name in UNREAD if arguments.get(name) is not None and arguments[name] is not False]
+    if given:
+        raise ValueError(f"a model with a pretrained backbone does not read {', '.join(given)}")
+
+
 class AdaptedPreTrainedModel(PreTrainedModel):
     """The pretrained model with framing, adapters and hidden states, for all heads."""
 
@@ -311,6 +323,9 @@ class AdaptedPreTrainedModel(PreTrainedModel):
 
         Args:
             input_ids: (B, T); attention_mask: (B, T), 1 for the tokens of the text, which come first. None: all are.
+
+        Raises:
+            ValueError: a mask of another shape, or padding in front of a text that gets framing tokens.
         """
         batch = len(input_ids)
         before, after = self.config.prefix_ids, self.config.suffix_ids
@@ -324,6 +339,10 @@ class AdaptedPreTrainedModel(PreTrainedModel):
             return torch.cat([front, input_ids, back], 1), None
         pad = self.config.pad_token_id or 0
         valid = attention_mask.bool()
+        if may_read(valid) and bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+            raise ValueError(
+                'padding must come last, behind the text: set padding_side="right" in the tokenizer'
+            )
         text = input_ids.masked_fill(~valid, pad)
         framed = torch.cat([front, text, torch.full_like(back, pad)], 1)  # (B, F)
         lengths = valid.sum(1, keepdim=True) + len(before)  # (B, 1)
@@ -422,6 +441,7 @@ class AdaptedForMaskedLM(AdaptedPreTrainedModel):
             `logits` (B, T, V) or (N, V) for "lm", (B, T) or (N,) for "critic".
         """
         check_head(head, self.critic is not None, conditioning_mask)
+        refuse_unread(kwargs)
         length = input_ids.shape[1]
         framed, valid = self.frame(input_ids, attention_mask)
         # 1. The language model
@@ -547,6 +567,7 @@ class AdaptedForTokenClassification(AdaptedPreTrainedModel):
         **kwargs,
     ) -> TokenClassifierOutput:
         """Class logits (B, T, num_labels). `labels`: as in `RemaskGptForTokenClassification.forward`."""
+        refuse_unread(kwargs)
         hidden, _ = self.states(*self.frame(input_ids, attention_mask))
         hidden = self.dropout(self.of_text(hidden, input_ids.shape[1]))
         logits, loss = token_outputs(
@@ -585,6 +606,7 @@ class AdaptedForSequenceClassification(AdaptedPreTrainedModel):
                 instead of it. The state of the first token is classified.
             labels: as in `RemaskGptForSequenceClassification.forward`.
         """
+        refuse_unread(kwargs)
         if self.config.prefix_ids:
             input_ids = input_ids[:, 1:]
             attention_mask = None if attention_mask is None else attention_mask[:, 1:]
