@@ -139,6 +139,9 @@ def test_heads_refuse_a_config_of_another_kind(family):
         CLASSES[family, "token"](make_config(family, num_labels=1))
     with pytest.raises(ValueError, match="num_labels=1"):
         CLASSES[family, "sequence"](make_config(family, score_activation="sigmoid", num_labels=3))
+    several = {"problem_type": "multi_label_classification", "num_labels": 1, "score_activation": "sigmoid"}
+    with pytest.raises(ValueError, match='problem_type "regression" or None, got "multi_label'):
+        CLASSES[family, "sequence"](make_config(family, **several))
 
 
 # --- attention and padding -------------------------------------------------------------------------------------------
@@ -199,6 +202,21 @@ def test_rows_of_padding_only_stay_finite(family, implementation):
 
 
 @every_family
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_row_of_the_lowest_numbers_stays_finite_in_bfloat16(family, implementation, autocast):
+    """There they are -inf, since bfloat16 rounds the lowest number of float32 away from zero."""
+    model, ids = make((family, "model")), make_ids()
+    model.set_attn_implementation(implementation)
+    mask = torch.zeros(3, 1, 20, 20)
+    mask[1, :, 5] = torch.finfo(torch.float32).min
+    exact = model(ids, attention_mask=mask).last_hidden_state
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        states = (model if autocast else model.bfloat16())(ids, attention_mask=mask).last_hidden_state
+    assert F.cosine_similarity(states.float().flatten(), exact.flatten(), dim=0) > 0.98
+
+
+@every_family
 def test_four_dimensional_masks(family):
     model, ids = make((family, "model")), make_ids()
     mask = torch.ones_like(ids)
@@ -211,6 +229,18 @@ def test_four_dimensional_masks(family):
     for wrong in (mask[:, :5], mask[:, None], full[..., :7]):
         with pytest.raises(ValueError, match="attention_mask"):
             model(ids, attention_mask=wrong)
+
+
+@every_family
+def test_positions_of_a_wrong_shape_are_refused(family):
+    model, ids = make((family, "masked"), critic_layers=1), make_ids(4, 20)
+    positions = torch.arange(20)
+    expected = model(ids, head="both", position_ids=positions)
+    for given in (positions[None], positions.expand(4, 20)):
+        assert torch.equal(model(ids, head="both", position_ids=given).critic_logits, expected.critic_logits)
+    for wrong in (positions.expand(2, 20), positions[:7]):
+        with pytest.raises(ValueError, match=r"position_ids is .*expected"):
+            model(ids, position_ids=wrong)
 
 
 @every_family
@@ -417,6 +447,16 @@ def test_token_classification(family):
         model(ids, labels=torch.full_like(ids, -100))
 
 
+@every_family
+def test_an_empty_text_has_empty_scores_of_the_critic(family):
+    model, ids = make((family, "masked"), critic_layers=1), torch.empty(2, 0, dtype=torch.long)
+    critic = model(ids, attention_mask=torch.empty(2, 0), head="critic")
+    both = model(ids, head="both")
+    assert both.logits.shape == (2, 0, VOCAB)
+    for scores in (critic.logits, critic.origin_logits, both.critic_logits, both.origin_logits):
+        assert scores.shape == (2, 0)
+
+
 @pytest.mark.parametrize(
     "key", [key for key in CLASSES if key[1] in ("masked", "causal", "token")], ids="-".join
 )
@@ -465,6 +505,14 @@ def test_sequence_problems_are_inferred_per_call(family):
 def test_sequence_labels_that_contradict_are_refused(family, changes, labels):
     with pytest.raises(ValueError, match="label"):
         make((family, "sequence"), **changes)(make_ids(), labels=labels)
+
+
+@every_family
+def test_a_sequence_has_no_ignored_label(family):
+    with pytest.raises(ValueError, match=r"label -100 is not one of the 3 classes$"):
+        make((family, "sequence"), num_labels=3)(make_ids(), labels=torch.tensor([0, -100, 1]))
+    with pytest.raises(ValueError, match=r"label 3 is not one of the 3 classes \(or -100\)$"):
+        make((family, "token"), num_labels=3)(make_ids(), labels=torch.full((3, 20), 3))
 
 
 @every_family

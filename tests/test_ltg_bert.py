@@ -127,11 +127,6 @@ def test_inputs_longer_than_the_buckets_are_read():
     assert not torch.equal(model(changed).last_hidden_state[0, 99], long[0, 99])
 
 
-def test_position_ids_of_a_wrong_shape_are_refused():
-    with pytest.raises(ValueError, match="position_ids"):
-        make(("ltg", "model"))(make_ids(3, 20), position_ids=torch.arange(7))
-
-
 def test_initial_spread_is_as_published():
     torch.manual_seed(0)
     model = LtgBertModel(LtgBertConfig.published("xs", num_hidden_layers=3)).requires_grad_(False)

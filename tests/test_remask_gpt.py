@@ -230,6 +230,8 @@ def test_generation_with_and_without_cache():
     torch.testing.assert_close(second.logits, model(ids[1:]).logits[:, 5:], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="bidirectional"):
         make("masked").model(ids, use_cache=True)
+    with pytest.raises(ValueError, match="static key/value cache is not supported"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static", pad_token_id=0)
 
 
 # --- classifiers -----------------------------------------------------------------------------------------------------

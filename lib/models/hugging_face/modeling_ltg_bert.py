@@ -35,6 +35,7 @@ from .shared_modeling import (
     TokenHead,
     add_conditioning,
     check_head,
+    check_positions,
     class_loss,
     embed_tokens,
     error_loss,
@@ -393,9 +394,8 @@ class LtgBertPreTrainedModel(PreTrainedModel):
             mask = unblock_empty_rows(expand_mask(attention_mask, batch, length, length), hidden.dtype)
         if position_ids is None:
             position_ids = torch.arange(length, device=hidden.device)
-        elif position_ids.shape not in ((length,), (1, length), (batch, length)):
-            shape = tuple(position_ids.shape)
-            raise ValueError(f"position_ids is {shape}, expected ({length},) or ({batch}, {length})")
+        else:
+            check_positions(position_ids, batch, length)
         return bucket_index(self.config, position_ids), mask
 
 
@@ -446,7 +446,7 @@ class LtgBertCritic(nn.Module):
 
     def forward(self, hidden: Tensor, relative: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """States (B, T, D) for `score` and `origin`, from the backbone's hidden states (B, T, D)."""
-        for layer in self.layers:
+        for layer in self.layers if hidden.shape[1] else ():  # an empty text skips attention
             hidden, _ = layer(hidden, relative, index, mask)
         return hidden
 

@@ -15,7 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,6 +37,7 @@ from .shared_modeling import (
     TokenHead,
     add_conditioning,
     check_head,
+    check_positions,
     class_loss,
     embed_tokens,
     error_loss,
@@ -495,12 +496,13 @@ class RemaskGptPreTrainedModel(PreTrainedModel):
         return unblock_empty_rows(mask, like.dtype), False
 
     def _pick_positions(
-        self, position_ids: Tensor | None, length: int, past: int, device: torch.device
+        self, position_ids: Tensor | None, batch: int, length: int, past: int, device: torch.device
     ) -> Tensor:
-        """Positions (T,) or (B, T). Raises ValueError beyond `max_position_embeddings`."""
+        """Positions (T,) or (B, T). Raises ValueError for another shape, or beyond `max_position_embeddings`."""
         limit = self.config.max_position_embeddings
         highest = past + length - 1
         if position_ids is not None:
+            check_positions(position_ids, batch, length)
             if not may_read(position_ids) or position_ids.numel() == 0:
                 return position_ids
             highest = int(position_ids.max())
@@ -557,7 +559,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
             are the normalised embeddings and every block's output; the last one is `last_hidden_state`.
 
         Raises:
-            ValueError: ids outside the vocabulary, too long inputs, masks of a wrong shape.
+            ValueError: ids outside the vocabulary, too long inputs, masks or positions of a wrong shape, a static cache.
         """
         if inputs_embeds is None:
             inputs_embeds = embed_tokens(input_ids, self.embed_tokens)
@@ -576,7 +578,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         if self.training and config.dropout:
             hidden = F.dropout(hidden, config.dropout)
         mask, is_causal = self._pick_mask(attention_mask, batch, length, past, hidden)
-        positions = self._pick_positions(position_ids, length, past, hidden.device)
+        positions = self._pick_positions(position_ids, batch, length, past, hidden.device)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta, hidden.dtype)
 
         all_hidden, all_attentions = [hidden], []
@@ -611,6 +613,10 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
                     "a bidirectional model has no key/value cache: every token sees the later ones"
                 )
             return None
+        if isinstance(past_key_values, StaticCache):
+            raise ValueError(
+                "a static key/value cache is not supported: leave cache_implementation out, or give a DynamicCache"
+            )
         if past_key_values is None and use_cache is None:
             use_cache = self.config.use_cache and not self.training and not is_tracing()
         if past_key_values is None and use_cache and not (self.training and self.is_gradient_checkpointing):
@@ -663,7 +669,7 @@ class RemaskGptCritic(nn.Module):
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Normalised states (B, T, D) for `score` and `origin`, from the backbone's hidden states (B, T, D)."""
-        for layer in self.layers:
+        for layer in self.layers if hidden.shape[1] else ():  # an empty text skips attention
             hidden, _ = layer(hidden, rotary, mask)
         return rms_norm(hidden, self.eps) if len(self.layers) else hidden
 
@@ -775,7 +781,7 @@ class RemaskGptForMaskedLM(_LanguageModelHead):
         """The critic's states (B, T, D) of the backbone's hidden states (B, T, D)."""
         batch, length, _ = hidden.shape
         mask, _ = self._pick_mask(attention_mask, batch, length, 0, hidden)
-        positions = self._pick_positions(position_ids, length, 0, hidden.device)
+        positions = self._pick_positions(position_ids, batch, length, 0, hidden.device)
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         return critic(hidden, rotary, mask)
 

@@ -135,7 +135,7 @@ def sequence_config(config: AnyConfig) -> AnyConfig:
     config is not changed.
 
     Raises:
-        ValueError: scores in [0, 1] are asked for, with more than one label.
+        ValueError: scores in [0, 1] are asked for, with more than one label or as another problem than a regression.
     """
     if config.score_activation != "sigmoid":
         return config
@@ -144,4 +144,8 @@ def sequence_config(config: AnyConfig) -> AnyConfig:
     if config.problem_type is None:
         config = copy.copy(config)
         config.problem_type = "regression"
+    if config.problem_type != "regression":  # its loss would apply a second sigmoid
+        raise ValueError(
+            f'score_activation="sigmoid" needs problem_type "regression" or None, got "{config.problem_type}"'
+        )
     return config

@@ -3,7 +3,6 @@
 Shapes in comments: B batch, T tokens, S tokens including cached ones, D hidden size, H heads, C classes, N chosen rows.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,12 +78,21 @@ def expand_mask(attention_mask: Tensor, batch: int, length: int, total: int) -> 
 def unblock_empty_rows(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask with no query left without a key: a query that may attend to nothing attends to everything.
 
-    The output of such a query has no meaning, but it is finite. A float mask is returned in `dtype`.
+    The output of such a query has no meaning, but it is finite. A float mask is returned in `dtype`. The lowest numbers of
+    a float mask block too: in a narrower type, also later under autocast, they become -inf.
     """
     if mask.dtype == torch.bool:
         return mask | ~mask.any(dim=-1, keepdim=True)
-    is_empty = mask.amax(dim=-1, keepdim=True) == -math.inf
-    return mask.masked_fill(is_empty, 0.0).to(dtype)
+    mask = mask.to(dtype)
+    is_empty = mask.amax(dim=-1, keepdim=True) <= torch.finfo(torch.bfloat16).min
+    return mask.masked_fill(is_empty, 0.0)
+
+
+def check_positions(position_ids: Tensor, batch: int, length: int) -> None:
+    """Raise ValueError for positions whose shape is not (T,), (1, T) or (B, T)."""
+    if position_ids.shape not in ((length,), (1, length), (batch, length)):
+        shape = tuple(position_ids.shape)
+        raise ValueError(f"position_ids is {shape}, expected ({length},) or ({batch}, {length})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,16 +223,17 @@ def labelled_rows(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"no position has a label: all {counts.numel()} are ignored ({IGNORED})")
     rows = rows.index_select(0, where)
     if not labels.is_floating_point():
-        _refuse_classes_outside(rows, num_classes)
+        _refuse_classes_outside(rows, num_classes, f" (or {IGNORED})")
     return where, rows
 
 
-def _refuse_classes_outside(labels: Tensor, num_classes: int) -> None:
+def _refuse_classes_outside(labels: Tensor, num_classes: int, or_else: str = "") -> None:
+    """Raise ValueError for a label that is no class. `or_else`: what the message names beside the classes."""
     if may_read(labels) and labels.numel():
         low, high = (int(value) for value in labels.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(
-                f"label {low if low < 0 else high} is not one of the {num_classes} classes (or {IGNORED})"
+                f"label {low if low < 0 else high} is not one of the {num_classes} classes{or_else}"
             )
 
 
