@@ -293,14 +293,20 @@ def test_adapters_of_a_rounded_backbone_stay_exact(folders, tmp_path):
         assert p.dtype == (torch.float32 if name.startswith("adapter.") else torch.bfloat16), name
         if name.startswith("adapter."):
             nn.init.normal_(p, std=0.3)
-    ids = some_ids(opened, 2)
+    # 1. Weights of both types learn together
+    ids, optimizer = some_ids(opened, 2), Optimizer(model, settings(optimizer="normuon"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     model(ids, labels=ids % 3).loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.adapter.parameters())
+    optimizer.clip_gradients()
+    optimizer.step(0)
+    for name, value in before.items():
+        assert not torch.equal(model.get_parameter(name), value), name
+    # 2. Merged
     merged = model.merged()
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     name, added = model.adapter.names[0], model.adapter[0]
-    before, after = (m.backbone.base_model.get_submodule(name).weight for m in (model, merged))
-    assert torch.equal(after, (before.float() + added.product()).bfloat16())
+    plain, summed = (m.backbone.base_model.get_submodule(name).weight for m in (model, merged))
+    assert torch.equal(summed, (plain.float() + added.product()).bfloat16())
 
 
 @torch.no_grad()

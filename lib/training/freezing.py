@@ -1,7 +1,8 @@
 """Which weights are trained at which step: the backbone may stay frozen until its new head has settled.
 
-A head is everything outside the backbone. The adapter of a pretrained backbone is part of the backbone. What belongs to the backbone is known from the family's tensor names, from a
-wrapper's `backbone_names`, or from the `base_model_prefix` of any other transformers model.
+A head is everything outside the backbone. What belongs to the backbone is known from the family's tensor names, from a
+wrapper's `backbone_names`, or from the `base_model_prefix` of any other transformers model. The adapter of a pretrained
+backbone belongs to it, too.
 """
 
 from typing import Any
@@ -60,7 +61,7 @@ class Freezing:
         heads = head_parameters(model)
         if self.until and not any(p.requires_grad for n, p in model.named_parameters() if n in heads):
             raise BadConfig(
-                "training.freeze_backbone is true, but this model has no head, so nothing would learn. Set it only for "
+                "training.freeze_backbone is true, but this model has no head that learns, so nothing would learn. Set it only for "
                 "models with a head, such as token classifiers"
             )
         # Skip permanently frozen parameters, such as those under LoRA adapters

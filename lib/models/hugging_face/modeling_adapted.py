@@ -220,7 +220,7 @@ class Adapters(nn.ModuleList):
 def refuse_unread(arguments: dict[str, Any]) -> None:
     """Raise ValueError for arguments of other models that would have no effect here. None and False ask for nothing.
 
-    A caller of a text without framing tokens cannot place positions, embeddings or states among them.
+    The caller's text has no framing tokens, so its positions, embeddings and states are not those of the backbone.
     """
     given = [name for name in UNREAD if arguments.get(name) is not None and arguments[name] is not False]
     if given:
