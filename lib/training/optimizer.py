@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.errors import BadConfig
-from lib.models.hugging_face.modeling_adapted import LowRank
 from lib.sections.models import TrainingConfig
 from lib.training.freezing import head_parameters
 from lib.training.muon import Muon, NorMuon
@@ -150,9 +149,10 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     A linear layer is recognised by its class, `nn.Linear` or GPT-2's transposed `Conv1D`. Names of layers differ from
     family to family. Transformer blocks inside a head, such as a critic's, count as hidden.
 
-    With LoRA adapters these are the matrices A and B, those of peft and `LowRank` alike. Weight decay draws their product
+    With LoRA adapters of peft these are the matrices A and B, which are linear layers too. Weight decay draws their product
     to 0, and so the layer to its pretrained weights. The frozen layers under the adapters are named as well, but have
-    no gradient, so no optimizer updates them.
+    no gradient, so no optimizer updates them. `LowRank` adapters of a pretrained masked LM are parameters without a
+    layer: AdamW updates them, without weight decay. The published figures of critics with an adapter were measured so.
     """
     linear: set[int] = set()
     in_blocks: set[int] = set()
@@ -160,8 +160,6 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             linear.add(id(module.weight))
-        elif isinstance(module, LowRank):
-            linear |= {id(module.down), id(module.up)}
         elif isinstance(module, nn.Embedding):
             embeddings.add(id(module.weight))
         elif isinstance(module, nn.ModuleList):
