@@ -12,11 +12,11 @@ A seed is that of the splits, of all trainings after the masked LM's own, of the
     cost        of the critic, and of the interface, in forward passes of the masked LM
 
 Everything is in OUT_DIR. What is trained or measured there is not done again, so an interrupted benchmark continues, and
---seeds and --critics measure a part. Processes with seeds of their own share the work. --samples makes more samples than 48, which
-narrows their intervals.
+--seeds, --critics and --policies measure a part. Processes with seeds of their own share the work. --samples makes more samples
+than 48, which narrows their intervals.
 
 python -m benchmarks.pretrained_critic OUT_DIR
-python -m benchmarks.pretrained_critic OUT_DIR --critics head --samples 96
+python -m benchmarks.pretrained_critic OUT_DIR --critics head --policies ancestral critic_origin --samples 96
 python -m benchmarks.pretrained_critic OUT_DIR --quick
 """
 
@@ -59,6 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
 LOOK_BACK = {"": 0.0, "+look_back": 0.25}
 WITHOUT_CRITIC = ("ancestral", "confidence_order", "random_remask", "confidence_remask", "remdm_conf")
 WITH_CRITIC = ("critic", "critic_blend", "critic_partial", "critic_origin")
+POLICIES = WITHOUT_CRITIC + WITH_CRITIC
 SHORT = ("critic", "critic_origin")  # policies for critics that share their generator with the first one
 AGAINST = "ancestral"
 MASKED_SHARE = 0.6
@@ -95,6 +96,7 @@ class Runs:
     out: Path
     model: Path
     size: Size
+    only: tuple[str, ...] = ()  # the policies that are measured; empty: those of `policies_of`
 
     def text(self) -> Path:
         """The end of the novels, which the masked LM has not learned from."""
@@ -148,12 +150,15 @@ class Runs:
     def measured(self, seed: int, name: str) -> dict[str, Any]:
         """The figures of a critic. Measured once, unless the size of the benchmark or its masked LM has changed."""
         file = self.out / f"seed_{seed}" / f"{name.replace('+', '_')}_{self.size.samples}.json"
-        of = {"size": json.loads(json.dumps(asdict(self.size))), "model": str(self.model)}
+        policies = [p for p in policies_of(name, self.size.critics[0]) if p in (self.only or POLICIES)]
+        of = {
+            "policies": policies,
+            "size": json.loads(json.dumps(asdict(self.size))),
+            "model": str(self.model),
+        }
         if file.exists() and (stored := json.loads(file.read_text())) | of == stored:
             return stored["figures"]
         trained = self.trained(seed, name)
-        first = self.size.critics[0]
-        policies = policies_of(name, first)
         found = {
             "detection": detection(trained, self.size.texts),
             "samples": samples(trained, policies, self.size),
@@ -169,7 +174,7 @@ class Runs:
 def policies_of(critic: str, first: str) -> tuple[str, ...]:
     """The policies that are measured with a critic. Frozen critics share their generator, so one of them has them all."""
     if critic == first:
-        return *WITHOUT_CRITIC, *WITH_CRITIC
+        return POLICIES
     return (AGAINST, *SHORT) if critic.startswith("joint") else SHORT
 
 
@@ -190,7 +195,7 @@ def detection(trained: Trained, texts: int) -> dict[str, Any]:
     return found
 
 
-def samples(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, Any]:
+def samples(trained: Trained, policies: Sequence[str], size: Size) -> dict[str, Any]:
     """Policy -> NFE -> NLL per character at the 4-gram entropy of real text, and the passes that were counted."""
     real = metrics.ngram_entropy(characters(trained.texts(trained.held_out[: size.samples])), 4)
     found: dict[str, Any] = {"real": {"fourgram_entropy": real}}
@@ -218,7 +223,7 @@ def _at_entropy(points: Sequence[dict[str, Any]], bound: str, real: float) -> fl
     return found if np.isfinite(found) else None
 
 
-def gaps(trained: Trained, policies: tuple[str, ...], size: Size) -> dict[str, Any]:
+def gaps(trained: Trained, policies: Sequence[str], size: Size) -> dict[str, Any]:
     """NFE -> policy -> share of correct tokens in sticky gaps of 60 % of held-out texts."""
     lines = {policy: (policy, {}) for policy in policies}
     return {
@@ -379,6 +384,9 @@ def main() -> None:
         choices=SIZES[False].critics,
         help=f"only these, of {', '.join(SIZES[False].critics)}",
     )
+    parser.add_argument(
+        "--policies", nargs="+", metavar="POLICY", choices=POLICIES, default=(), help="only these"
+    )
     parser.add_argument("--samples", type=int, metavar="COUNT", help="of each policy; also texts with gaps")
     result_files.add_out(parser)
     options = parser.parse_args()
@@ -393,11 +401,11 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     model = options.model or make(options.folder / "english_mlm", size.lm)
     figures = measure(
-        Runs(options.folder, model.resolve(), size),
+        Runs(options.folder, model.resolve(), size, tuple(options.policies)),
         options.seeds or size.seeds,
         critics,
     )
-    result_files.write(options.out, result, figures)
+    result_files.write(options.out, options.out.stem if options.out else result, figures)
 
 
 if __name__ == "__main__":

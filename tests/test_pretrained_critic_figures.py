@@ -112,6 +112,23 @@ def test_what_was_measured_is_kept_until_the_size_or_the_masked_lm_changes(tmp_p
     assert len(trained) == 3
 
 
+def test_chosen_policies_are_measured_alone_and_again_when_the_choice_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Runs, "trained", lambda self, seed, name: None)
+    for name in ("detection", "cost"):
+        monkeypatch.setattr(pretrained_critic, name, lambda trained, *others: {})
+    for name in ("samples", "gaps"):
+        monkeypatch.setattr(pretrained_critic, name, lambda trained, policies, size: list(policies))
+
+    def policies(critic: str, *only: str) -> list[str]:
+        return Runs(tmp_path, tmp_path / "model", SIZES[True], only).measured(1, critic)["samples"]
+
+    assert policies("head", "critic_origin", "ancestral") == ["ancestral", "critic_origin"]
+    assert policies("lora", "critic_origin", "ancestral") == [
+        "critic_origin"
+    ]  # its generator is that of the first critic
+    assert policies("head") == list(pretrained_critic.POLICIES)
+
+
 def test_more_samples_have_a_result_of_their_own(tmp_path, monkeypatch):
     """A table of 96 samples never replaces that of 48."""
     made = []
