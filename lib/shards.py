@@ -5,7 +5,7 @@ shard is a function of the seed, its number and the outputs of stages 01 and 02.
 the same to the bit. So shards that the trainer has used are deleted.
 
     02_stream/shard_000012/     candidates.parquet, rewards.parquet, manifest.json; the folder appears when it is complete
-    02_stream/cursor.json       the shard that the trainer reads
+    02_stream/cursor.json       the shards that the trainer reads: the first and the last one of its request
     02_stream/producer.alive    contains the key of the shards, and is touched while a producer runs; trainer.alive likewise
 
 lib/candidates/producer.py makes the shards.
@@ -77,7 +77,7 @@ class ShardStore:
 
     Attributes:
         key: digest of everything that a shard depends on except its number. Shards with another key count as missing.
-        backlog: number of shards that are kept ready, from the cursor on.
+        backlog: number of shards that are kept ready, from the cursor on. A request of the trainer may need more.
     """
 
     folder: Path
@@ -101,11 +101,12 @@ class ShardStore:
         return found if isinstance(found, dict) and found.get("key") == self.key else None
 
     def missing(self) -> list[int]:
-        """The wanted shards that are absent: from the cursor on, as many as `backlog`.
+        """The wanted shards that are absent: from the cursor on, as many as `backlog`, or all that the trainer waits for.
 
         Shards outside of this window are deleted. The first shards stay, since the next model starts with them.
         """
-        wanted = range(self.cursor, self.cursor + self.backlog)
+        request = self.request
+        wanted = range(request.start, request.start + max(self.backlog, len(request)))
         for number in self.numbers():
             if number not in wanted and number >= self.backlog:
                 self.remove(number)
@@ -156,14 +157,25 @@ class ShardStore:
 
     @property
     def cursor(self) -> int:
-        try:
-            return int(durable.read_json(self.folder / "cursor.json")["shard"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
+        """The first shard that the trainer reads."""
+        return self.request.start
 
-    def move_cursor(self, number: int) -> None:
+    @property
+    def request(self) -> range:
+        """The shards that the trainer reads together."""
+        try:
+            found = durable.read_json(self.folder / "cursor.json")
+            first = int(found["shard"])
+            return range(first, max(first, int(found.get("last", first))) + 1)
+        except (OSError, ValueError, KeyError, TypeError):
+            return range(1)
+
+    def move_cursor(self, first: int, last: int | None = None) -> None:
+        """Ask the producer for the shards from `first` to `last`, by default for one, and for those behind it."""
         self.folder.mkdir(exist_ok=True)
-        durable.write_json(self.folder / "cursor.json", {"shard": number})
+        durable.write_json(
+            self.folder / "cursor.json", {"shard": first, "last": first if last is None else last}
+        )
 
     # --- heartbeats --------------------------------------------------------------------------------------------------
 
@@ -188,7 +200,8 @@ class ShardStore:
 
         def beat() -> None:
             while not stop.is_set():
-                file.touch()
+                with contextlib.suppress(OSError):  # a disk that fails once must not end the heartbeats
+                    file.touch()
                 stop.wait(HEARTBEAT_SECONDS)
 
         thread = threading.Thread(target=beat, daemon=True)

@@ -1,11 +1,18 @@
 """The bytes of tensors that are alive while code runs, on any device: what an allocator would hold, without its waste."""
 
+import os
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def resident_bytes() -> int:
+    """The memory of this process now. Its peak would be that of whatever ran before."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class LiveBytes(TorchDispatchMode):

@@ -57,7 +57,7 @@ class Store:
 
     folder = SimpleNamespace(parent="run")
 
-    def move_cursor(self, number: int) -> None: ...
+    def move_cursor(self, first: int, last: int) -> None: ...
 
     def read(self, number: int):
         rows = pa.table({"row": [number * 50 + i for i in range(50)]})

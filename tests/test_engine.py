@@ -1,8 +1,6 @@
 """The parts of a batch, the tree in which they are added, and what one process does of it."""
 
 import ctypes
-import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +17,7 @@ from lib.engine.processes import Processes, _join, _pack, _unpack
 from lib.errors import BadConfig
 from lib.training import loop
 from lib.training.objectives.base import TrainingContext
+from tests.live_bytes import resident_bytes
 from tests.trainings import CPU, MeanOfRows, settings
 
 # --- the tree --------------------------------------------------------------------------------------------------------
@@ -212,14 +211,11 @@ def test_parts_have_the_gradients_of_the_whole_batch_in_less_memory(tmp_path, mo
 def test_memory_between_kept_results_goes_back_to_the_system():
     """Blocks are freed between blocks that stay, so that the heap cannot shrink from its end."""
 
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     blocks = [
         bytearray(b"x" * 100_000) for _ in range(2000)
     ]  # below the size from which glibc maps each block alone
     kept = blocks[::20]
-    before = resident()
+    before = resident_bytes()
     del blocks
     release_free_memory()
-    assert before - resident() > 0.8 * 1900 * 100_000 and len(kept) == 100
+    assert before - resident_bytes() > 0.8 * 1900 * 100_000 and len(kept) == 100

@@ -39,7 +39,7 @@ class StreamingDataset:
         self.seconds_waited, self.shards_read = 0.0, 0
         self._first_request = self._last_request = 0.0  # seconds of the monotonic clock
         self._tables: dict[int, pa.Table] = {}
-        self._cursor = -1
+        self._requested: tuple[int, int] | None = None  # the first and the last shard
         self._warned = False  # that no producer is running
 
     @property
@@ -59,9 +59,10 @@ class StreamingDataset:
         self._first_request = self._first_request or self._last_request
         shards, within = self.cut.find(np.arange(rows.start, rows.stop))
         self._tables = {number: table for number, table in self._tables.items() if number >= shards[0]}
-        if self._cursor != shards[0]:
-            self._cursor = int(shards[0])
-            self.store.move_cursor(self._cursor)
+        request = int(shards[0]), int(shards[-1])
+        if self._requested != request:
+            self._requested = request
+            self.store.move_cursor(*request)
         parts = []
         for number in np.unique(shards):
             table = self._table(int(number))
