@@ -6,8 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,8 +20,9 @@ from lib import durable, schema
 from lib.artifacts import Stage
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, Busy, MissingInput, ProcessLost
-from lib.executors import Work, open_executor, ray_actors
+from lib.executors import Work, open_executor, ray_actors, worker_processes
 from lib.executors.ray_actors import RayExecutor
+from lib.executors.worker_processes import ProcessExecutor
 from lib.runs import RunArgs, load_manifest
 from lib.stage.parts import Parts
 from tests.conftest import manifest_of
@@ -257,6 +261,103 @@ def test_an_error_of_a_part_arrives_as_it_is(executor, running, parts):
         list(opened.make([2]))
     if executor != "local":  # the traceback of the worker
         assert "tests/killed.py" in str(raised.value) and "ValueError" in str(raised.value)
+    with (
+        pytest.raises(OSError, match="part 2 is wrong") as raised,
+        open_executor(settings, NumbersWork(parts, 2, OSError)) as opened,
+    ):
+        list(opened.make([2]))
+    if executor != "local":
+        assert "tests/killed.py" in "".join(raised.value.__notes__)
+
+
+def test_a_worker_takes_the_gpu_of_the_lost_one_that_it_replaces(parts, monkeypatch):
+    class OnGpu(NumbersWork):
+        uses_device = True
+
+    def started(work, threads, gpu):
+        return SimpleNamespace(gpu=gpu, number=None, send=lambda number: True, end=lambda: None)
+
+    monkeypatch.setattr(worker_processes, "_Worker", started)
+    executor = ProcessExecutor(OnGpu(parts), 3)
+    executor._assign(deque(range(3)))
+    assert [worker.gpu for worker in executor._crew] == [0, 1, 2]
+    executor._replace(executor._crew[1], deque())
+    executor._assign(deque(range(3)))
+    assert [worker.gpu for worker in executor._crew] == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "threads", "on_gpus", "expected"),
+    [
+        ([(32, 0)] * 3, 10, 9, False, (9, 9, 0.0)),  # three on each machine; the tenth would wait for ever
+        ([(8, 0)] * 4, 2, 16, False, (2, 8, 0.0)),  # no machine has 16 cores
+        ([(2, 0)], 5, 1, False, (2, 1, 0.0)),
+        ([(16, 2)], 3, 5, True, (3, 5, 0.5)),  # two on one GPU; 2/3 of a GPU would place only two
+        ([(16, 4)], 2, 8, True, (2, 8, 1.0)),
+        ([(16, 1)], 3, 5, True, (3, 5, 0.3333)),
+        ([(64, 0), (8, 1), (8, 1)], 4, 20, True, (2, 8, 0.5)),  # none goes to the machine without a GPU
+        ([(64, 0), (8, 1), (8, 1)], 4, 20, False, (3, 20, 0.0)),
+        ([(0, 0), (8, 0)], 2, 4, True, (2, 4, 0.0)),  # the first machine only leads
+    ],
+)
+def test_ray_can_place_every_worker_that_is_started(nodes, workers, threads, on_gpus, expected):
+    assert ray_actors.place(nodes, workers, threads, on_gpus) == expected
+
+
+def test_a_cluster_without_cores_is_refused():
+    with pytest.raises(BadConfig, match="no machine of the Ray cluster has a core"):
+        ray_actors.place([(0, 0), (0, 1)], 2, 1, False)
+
+
+class RayOfThree:
+    """A cluster of three machines with 32 cores each, as far as an executor asks for it."""
+
+    def __init__(self):
+        self.options: dict[str, Any] = {}
+        self.answers: list[list[int]] = []
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        lost = {"Alive": False, "Resources": {"CPU": 64.0}}
+        return [lost] + [{"Alive": True, "Resources": {"CPU": 32.0, "memory": 1e9}}] * 3
+
+    def remote(self, **options: Any):
+        self.options = options
+        return lambda actor: SimpleNamespace(remote=lambda work, threads: object())
+
+    def wait(self, futures: list[int], num_returns: int, timeout: float | None):
+        return self.answers.pop(0), futures
+
+
+@pytest.fixture
+def on_cluster(parts, monkeypatch) -> RayExecutor:
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    executor = RayExecutor(NumbersWork(parts), 10)
+    executor._ray = RayOfThree()
+    return executor
+
+
+def test_actors_are_added_as_parts_need_them_and_machines_have_room(on_cluster, capsys):
+    found = []
+    for num_parts in (0, 2, 1, 6, 50):
+        on_cluster._add_actors(num_parts)
+        found.append(len(on_cluster._actors))
+    assert found == [0, 2, 2, 6, 9]
+    assert on_cluster._ray.options["num_cpus"] == 9 and on_cluster._ray.options["num_gpus"] == 0
+    said = capsys.readouterr().err
+    assert "executor.workers is 10, but Ray has 96 cores on 3 machines; at most 9 workers of 9 cores" in said
+    assert said.count("executor.workers") == 1
+
+
+def test_a_line_says_that_actors_may_have_no_room(on_cluster, capsys):
+    on_cluster._add_actors(1)
+    on_cluster._ray.answers = [[], [4], [5]]
+    capsys.readouterr()
+    assert [on_cluster._first_done([4, 5]), on_cluster._first_done([5])] == [4, 5]
+    said = capsys.readouterr().err
+    assert said.count("no room for a worker, which needs 9 cores: `ray status`") == 1
 
 
 def test_without_ray_one_message_says_what_to_do(parts, monkeypatch):

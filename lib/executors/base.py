@@ -56,10 +56,14 @@ def answer_of(make: Make, number: int) -> tuple[int, Exception | None]:
 
 
 def portable(error: Exception) -> Exception:
-    """The error as another process can receive it. Of a bug it has the traceback of the worker as text."""
-    if isinstance(error, RemaskError | OSError):
+    """The error as another process can receive it. Unless it is for a user, it has the traceback of the worker as text."""
+    if isinstance(error, RemaskError):
         return error
-    return RuntimeError("in a worker:\n" + "".join(traceback.format_exception(error)))
+    text = "in a worker:\n" + "".join(traceback.format_exception(error))
+    if isinstance(error, OSError):  # its number decides about the message and the exit code
+        error.add_note(text)
+        return error
+    return RuntimeError(text)
 
 
 def lost(number: int | None) -> ProcessLost:

@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lib.errors import BadConfig, Interrupted, MissingInput, ProcessLost
 from lib.executors.base import MAX_LOSSES, Make, Work, answer_of, lost, portable, threads_of_each
@@ -26,12 +26,45 @@ from lib.log import say, silence
 VERSION = "2.60.0"  # as in requirements-cluster.txt
 SERVERS = {"gcs_server", "raylet"}  # of a Ray of our own; without them nothing goes on
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_OF_SILENCE = 120  # without a complete part; then a line says why that may be
 SECONDS_OF_ABSENCE = 45  # of a cluster's server, which may restart; after 60, Ray ends the process
 ADVICE = "run `pip install -r requirements-cluster.txt`, or set executor.type to local or processes"
 
 
+class Placement(NamedTuple):
+    """What the actors are, and how many of them Ray can place at the same time."""
+
+    count: int
+    threads: int  # cores of each actor
+    gpu: float  # share of a GPU of each actor
+
+
+def place(nodes: Sequence[tuple[int, int]], workers: int, threads: int, uses_device: bool) -> Placement:
+    """How Ray can place the workers. It divides an actor neither among machines nor among GPUs.
+
+    Args:
+        nodes: cores and GPUs of each machine.
+        threads: that each worker should have; fewer if no machine has as many cores.
+        uses_device: the workers share the GPUs, if there are any.
+
+    Raises:
+        BadConfig: no machine has a core.
+    """
+    gpus = sum(node_gpus for _, node_gpus in nodes) if uses_device else 0
+    per_gpu = math.ceil(workers / gpus) if gpus else 0
+    usable = [(cores, node_gpus) for cores, node_gpus in nodes if cores > 0 and (node_gpus or not gpus)]
+    if not usable:
+        raise BadConfig(
+            "no machine of the Ray cluster has a core for a worker; set executor.type to local or processes"
+        )
+    threads = min(threads, max(cores for cores, _ in usable))
+    room = sum(min(cores // threads, node_gpus * per_gpu if gpus else cores) for cores, node_gpus in usable)
+    share = math.floor(1e4 / per_gpu) / 1e4 if gpus else 0.0  # Ray counts GPUs in steps of 1e-4
+    return Placement(min(workers, room), threads, share)
+
+
 class RayExecutor:
-    """Makes parts in `workers` actors. They start with the first part, and end with the block.
+    """Makes parts in up to `workers` actors. They start when there is work, and end with the block.
 
     A Ray that runs already in this process is used, and stays. One that is started here listens on the loopback address only,
     and ends with the block.
@@ -40,6 +73,8 @@ class RayExecutor:
     def __init__(self, work: Work, workers: int):
         self._work, self._workers = work, workers
         self._actors: list[Any] = []
+        self._placement: Placement | None = None
+        self._has_said_silence = False
         self._owns_ray = False
         self._watch: _ServerWatch | None = None
 
@@ -60,15 +95,14 @@ class RayExecutor:
 
     def make(self, numbers: Iterable[int]) -> Iterator[int]:
         waiting = deque(numbers)
-        if waiting and not self._actors:
-            self._start(min(self._workers, len(waiting)))
+        self._add_actors(len(waiting))
         running: dict[Any, tuple[Any, int]] = {}  # future -> actor and part
         idle = list(self._actors)
         while waiting or running:
             while waiting and idle:
                 actor, number = idle.pop(), waiting.popleft()
                 running[actor.make.remote(number)] = (actor, number)
-            (done,), _ = self._ray.wait(list(running), num_returns=1)
+            done = self._first_done(list(running))
             actor, number = running.pop(done)
             idle.append(actor)
             try:
@@ -79,34 +113,57 @@ class RayExecutor:
                 raise error
             yield number
 
-    def _start(self, count: int) -> None:
-        """Join or start Ray, and start the actors."""
+    def _first_done(self, futures: list[Any]) -> Any:
+        """The first part that is complete. Says once if none is for long: an actor that finds no room waits without an error."""
+        timeout = None if self._has_said_silence else SECONDS_OF_SILENCE
+        done, _ = self._ray.wait(futures, num_returns=1, timeout=timeout)
+        if not done:
+            assert self._placement is not None
+            _, threads, gpu = self._placement
+            share = f" and {gpu:g} of a GPU" if gpu else ""
+            say(f"no part was completed for {SECONDS_OF_SILENCE} s. Either a part takes that long, or Ray has no room for a "
+                f"worker, which needs {threads} cores{share}: `ray status` lists what other programs use")  # fmt: skip
+            self._has_said_silence = True
+            return self._first_done(futures)
+        return done[0]
+
+    def _add_actors(self, num_parts: int) -> None:
+        """Start actors until there is one for each part, or as many as fit."""
+        if num_parts == 0:
+            return
+        if self._placement is None:
+            self._placement = self._join()
+        count, threads, gpu = self._placement
+        options = {
+            "num_cpus": threads,
+            "num_gpus": gpu,
+            "max_restarts": -1,
+            "max_task_retries": MAX_LOSSES - 1,
+        }
+        actor_class = self._ray.remote(**options)(_Actor)
+        for _ in range(len(self._actors), min(count, num_parts)):
+            self._actors.append(actor_class.remote(self._work, threads))
+
+    def _join(self) -> Placement:
+        """Join or start Ray, and find out how many actors fit."""
         ray = self._ray
         if not ray.is_initialized():
             self._watch = _ServerWatch(ray)
             self._watch.start()
             _init(ray, self._workers)
             self._owns_ray = True
-        resources = ray.cluster_resources()
-        cores, gpus = int(resources.get("CPU", 1)), resources.get("GPU", 0)
-        if "RAY_ADDRESS" in os.environ:
-            threads = max(1, cores // self._workers)
-        else:
-            threads = threads_of_each(self._workers)
-        if count * threads > cores:  # an actor without a core would wait, and a part with it
-            count = max(1, cores // threads)
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [(int(found.get("CPU", 0)), int(found.get("GPU", 0))) for found in resources]
+        cores = sum(node_cores for node_cores, _ in nodes)
+        on_cluster = "RAY_ADDRESS" in os.environ
+        threads = max(1, cores // self._workers) if on_cluster else threads_of_each(self._workers)
+        placement = place(nodes, self._workers, threads, self._work.uses_device)
+        if placement.count < self._workers:
             say(
-                f"executor.workers is {self._workers}, but Ray has {cores} cores; {count} workers are started"
+                f"executor.workers is {self._workers}, but Ray has {cores} cores on {len(nodes)} machines; at most "
+                f"{placement.count} workers of {placement.threads} cores are started"
             )
-        share = math.floor(min(1.0, gpus / self._workers) * 1e4) / 1e4 if self._work.uses_device else 0
-        options = {
-            "num_cpus": threads,
-            "num_gpus": share,
-            "max_restarts": -1,
-            "max_task_retries": MAX_LOSSES - 1,
-        }
-        actor_class = ray.remote(**options)(_Actor)
-        self._actors = [actor_class.remote(self._work, threads) for _ in range(count)]
+        return placement
 
 
 class _Actor:

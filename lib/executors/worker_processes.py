@@ -53,7 +53,8 @@ class ProcessExecutor:
     def _assign(self, waiting: deque[int]) -> None:
         idle = [worker for worker in self._crew if worker.number is None]
         while len(idle) < len(waiting) and len(self._crew) < self._workers:
-            gpu = len(self._crew) if self._work.uses_device else None
+            taken = {worker.gpu for worker in self._crew}  # a new worker takes that of a lost one
+            gpu = next(n for n in range(self._workers) if n not in taken) if self._work.uses_device else None
             try:
                 idle.append(_Worker(self._work, self._threads, gpu))
             except (ConnectionError, EOFError):  # it, or the server that forks workers, was ended meanwhile
@@ -95,9 +96,13 @@ class ProcessExecutor:
 
 
 class _Worker:
-    """One process, and the number of the part that it makes; None if it is idle."""
+    """One process, and the number of the part that it makes; None if it is idle.
+
+    `gpu`: the number that chooses its GPU; None if its work uses none.
+    """
 
     def __init__(self, work: Work, threads: int, gpu: int | None):
+        self.gpu = gpu
         context = _context(work)
         self.pipe, other = context.Pipe()
         self.process: BaseProcess = context.Process(
