@@ -84,6 +84,10 @@ class Runtime:
             "precision": self.precision,
         }
 
+    def of_parts(self) -> dict[str, str]:
+        """The fingerprint for the manifest of a part. Threads are left out: the executor chooses them, and the bytes are the same."""
+        return {name: str(value) for name, value in self.fingerprint().items() if name != "threads"}
+
 
 def release_memory() -> None:
     """Free the memory of models that nobody uses any more, before another one is loaded.

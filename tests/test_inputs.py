@@ -17,7 +17,9 @@ from lib.artifacts import Stage
 from lib.config import Config, load_config
 from lib.errors import BadConfig, BadData, Busy, MissingInput
 from lib.runs import STAGES, RunArgs, existing_runs, find_run, load_manifest
+from lib.stage.unfinished import Dependencies
 from lib.training import checkpoint
+from lib.training.model_plans import plan_models
 from lib.units import Unit
 from tests.conftest import undeclared
 from tests.trainings import Killed
@@ -274,6 +276,24 @@ def test_a_setting_that_changes_no_result_refuses_nothing(tmp_path):
     assert not enter(allowed, "01_prepare_dataset").finished
 
 
+@pytest.mark.parametrize(
+    ("setting", "changes_results"),
+    [
+        ("stream.timeout_seconds=3600", False), ("stream.max_backlog=9", False), ("training.tracker=wandb", False),
+        ("training.allow_inexact_resume=true", False), ("stream.ramp_epochs=9", True),
+        ("stream.shard_examples=9", True), ("models.judge.training.steps=9", True),
+    ],
+)  # fmt: skip
+def test_only_settings_that_change_results_make_a_model_again(setting, changes_results):
+    configs = [load_config(overrides=["stream.enabled=true", *more]) for more in ([], [setting])]
+    before, after = (
+        Dependencies(config.slice(plan_models(config)["judge"].uses), {}, {}) for config in configs
+    )
+    assert before.config != after.config
+    assert bool(after.changes_since(before.config, {})) == changes_results
+    assert (before.digest != after.digest) == changes_results  # by it, parts are kept
+
+
 # ------------------------------------------------------------------------------------------------- code and versions
 
 
@@ -379,6 +399,36 @@ def test_work_that_was_begun_by_other_code_is_said_and_recorded_wherever_it_is_r
     enter(tmp_path, "01_prepare_dataset", reads=("00_check_data",))
     differs = code_of(tmp_path, "01_prepare_dataset")["upstream_differs"]
     assert differs == {"00_check_data": {"files": ["lib/a.py", "lib/b.py"]}}
+
+
+@pytest.mark.parametrize(
+    ("files", "outcome", "mixed"),
+    [
+        (["log_0_of_4.txt"], None, False),
+        (["parts/part_00000.json", "facts/part_00000.parquet"], "parts that it made are made again", False),
+        (["parts/tokenizer.json", "tokenizer/tokenizer.json"], "parts that it made are made again", False),
+        (["parts/part_00000.json", "generator/metrics.jsonl"],
+         "trained models are kept, and parts that it made are made again", True),
+        (["generator/metrics.jsonl"], "what is already complete is kept", True),
+    ],
+)  # fmt: skip
+def test_code_counts_as_mixed_only_where_its_work_is_kept(tmp_path, code, capsys, files, outcome, mixed):
+    with (
+        pytest.raises(Killed),
+        Stage("00_check_data.py", CONFIG, RunArgs(run_dir=tmp_path), uses=("seed",)) as s,
+    ):
+        for file in files:
+            (s.folder / file).parent.mkdir(exist_ok=True)
+            (s.folder / file).touch()
+        raise Killed
+    code["lib/a.py"] = "1" * 64
+    capsys.readouterr()
+    enter(tmp_path, "00_check_data")
+    said = [
+        line.partition("; ")[2] for line in capsys.readouterr().err.splitlines() if "different code" in line
+    ]
+    assert said == ([] if outcome is None else [outcome])
+    assert code_of(tmp_path, "00_check_data")["mixed"] == (["lib/a.py"] if mixed else [])
 
 
 def test_a_manifest_that_does_not_say_its_code_counts_as_of_other_code(tmp_path, code, capsys):

@@ -23,7 +23,7 @@ from lib.errors import BadConfig, BadData, Busy, MissingInput, ProcessLost
 from lib.executors import Work, open_executor, ray_actors, worker_processes
 from lib.executors.ray_actors import RayExecutor
 from lib.executors.worker_processes import ProcessExecutor
-from lib.runs import RunArgs, load_manifest
+from lib.runs import RunArgs, load_manifest, versions
 from lib.stage.parts import Parts
 from tests.conftest import manifest_of
 from tests.killed import AlwaysKilled, KilledWork, NumbersWork, numbers
@@ -200,6 +200,33 @@ def test_a_stage_continues_with_the_missing_parts(tmp_path, capsys):
     assert "4 of 6 parts are complete already" in capsys.readouterr().err
     assert before.items() <= hashes(s.folder).items()
     assert all(p.stat().st_mtime_ns == time for p, time in times.items())  # they were not made again
+
+
+def test_parts_of_different_environments_are_said_and_recorded(tmp_path, capsys):
+    class OnTwoMachines(NumbersWork):
+        def _make(self, number: int) -> None:
+            with self.parts.writing(number) as part:
+                part.write("rewards", numbers(10 * number, 10))
+                part.environment = {"device": "cpu" if number < 2 else "a GPU", "torch": "2.13"}
+
+    with stage(tmp_path) as s:
+        make(s, 4, OnTwoMachines)
+    assert "made in different environments (device: a GPU, cpu), so" in capsys.readouterr().err
+    assert manifest_of(s.folder)["environment"]["different_in_parts"] == {"device": ["a GPU", "cpu"]}
+    with stage(tmp_path / "one") as s:
+        make(s, 4)
+    assert "different_in_parts" not in manifest_of(s.folder)["environment"]
+
+
+def test_parts_that_models_made_name_their_environment(quick_run):
+    names = {"02_generate_candidates", "06_sample"}
+    for name in ("01_prepare_dataset", "02_generate_candidates", "03_build_rewards", "06_sample"):
+        files = sorted((quick_run / name / "parts").glob("part_*.json"))
+        assert files and all(("environment" in durable.read_json(f)) == (name in names) for f in files), name
+    made = manifest_of(quick_run / "06_sample")["environment"]
+    assert durable.read_json(files[0])["environment"] == {
+        k: made[k] for k in (*versions(), "device", "precision")
+    }
 
 
 # ------------------------------------------------------------------------------------------- executors

@@ -58,6 +58,7 @@ class SampleWork:
         with self.parts.writing(number) as part:
             part.write("samples", results.samples())
             part.write("trace", results.trace())
+            part.environment = self.evaluator.runtime.of_parts()
             part.counters = {"policies": results.policies, "best_of": results.best_of}
 
 

@@ -32,6 +32,7 @@ class PartsMaker(ABC):
     config: Config
     args: RunArgs
     finished: bool
+    environment: dict[str, Any]
     _final_folder: Path
     _dependencies: Dependencies
     _locks: StageLocks
@@ -80,8 +81,16 @@ class PartsMaker(ABC):
         return MadeParts(parts, count)
 
     def add_parts(self, made: MadeParts) -> None:
-        """Declare the tables of complete parts as outputs. Raises BadData if two rows of a table have the same key."""
+        """Declare the tables of complete parts as outputs. Raises BadData if two rows of a table have the same key.
+
+        If models made the parts in different environments, that is said, and stands in the manifest: their bits may differ.
+        """
         made.remove_others()
+        if different := made.different_environments():
+            each = "; ".join(f"{name}: {', '.join(values)}" for name, values in different.items())
+            say(f"WARNING: parts of {self.name} were made in different environments ({each}), so another run may give "
+                "other bits; --overwrite makes all of them again")  # fmt: skip
+            self.environment["different_in_parts"] = different
         for table in made.parts.schemas:
             self._outputs[table] = made.record(table)
 

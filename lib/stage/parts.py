@@ -89,6 +89,8 @@ class Parts:
             yield part
         tables = {name: describe(self.path(name, number), writer) for name, writer in writers.items()}
         content = {"part": number, "key": self.key, "tables": tables, "counters": plain(part.counters)}
+        if part.environment:
+            content["environment"] = part.environment
         durable.write_json(manifest, content)
 
     def _manifest_path(self, number: int) -> Path:
@@ -100,11 +102,13 @@ class PartWriter:
 
     Attributes:
         counters: figures of the part for its manifest, as JSON can hold them.
+        environment: of the models that made the part, if any did: device, precision, versions; see `Runtime.of_parts`.
     """
 
     def __init__(self, writers: Mapping[str, TableWriter]):
         self._writers = writers
         self.counters: dict[str, Any] = {}
+        self.environment: dict[str, str] = {}
 
     def write(self, table: str, rows: "pa.Table") -> None:
         """Append rows to one of the tables, as a row group."""
@@ -146,6 +150,14 @@ class MadeParts:
         """The counters of every part, in order."""
         for number in range(self.count):
             yield self.manifest(number)["counters"]
+
+    def different_environments(self) -> dict[str, list[str]]:
+        """In what the environments differ in which models made the parts: `device` -> the devices, for example."""
+        found: dict[str, set[str]] = {}
+        for number in range(self.count):
+            for name, value in self.manifest(number).get("environment", {}).items():
+                found.setdefault(name, set()).add(value)
+        return {name: sorted(values) for name, values in found.items() if len(values) > 1}
 
     def manifest(self, number: int) -> dict[str, Any]:
         found = self.parts.manifest(number)

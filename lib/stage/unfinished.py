@@ -11,15 +11,30 @@ from lib import code_version, durable
 from lib.errors import BadConfig, BadData, CannotCreate
 from lib.log import say
 from lib.runs import changes
+from lib.stage.parts import MANIFESTS
 
 MARKER = "unfinished.json"
 LOG_FILE = "log.txt"
-NO_RESULT = (".allow_inexact_resume",)  # settings that change no result, and may differ
+TRAINING_LOG = "metrics.jsonl"  # of every model that has begun to learn
+# Ends of the names of settings that change no result, and may differ
+NO_RESULT = (".allow_inexact_resume", ".tracker", "stream.max_backlog", "stream.timeout_seconds")
 
 
 def config_changes(old: Any, new: Any) -> list[str]:
     """The settings that differ and may change a result, one line each."""
-    return [line for line in changes(old, new) if not line.split(":")[0].endswith(NO_RESULT)]
+    return changes(result_settings(old), result_settings(new))
+
+
+def result_settings(config: Any, path: str = "") -> Any:
+    """A slice of the config without the settings that change no result."""
+    if not isinstance(config, Mapping):
+        return config
+    full = {key: f"{path}.{key}" if path else key for key in config}
+    return {
+        key: result_settings(value, full[key])
+        for key, value in config.items()
+        if not full[key].endswith(NO_RESULT)
+    }
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Dependencies:
     @property
     def digest(self) -> str:
         """One hash of everything: what was made under it is the same."""
-        content = json.dumps([self.config, self.inputs, self.code], sort_keys=True)
+        content = json.dumps([result_settings(self.config), self.inputs, self.code], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
@@ -73,7 +88,7 @@ class UnfinishedWork:
     """The file `unfinished.json` of a stage's folder: it is there from the start of the work until it is complete.
 
     Attributes:
-        mixed_code: files of code that changed while the stage was being made.
+        mixed_code: files of code that changed while the stage was being made, and of which results are kept.
     """
 
     def __init__(self, folder: Path, dependencies: Dependencies):
@@ -93,7 +108,7 @@ class UnfinishedWork:
             raise self._not_writable(error) from None
 
     def resume(self, stage: str) -> None:
-        """Continue the work. If the code has changed since, say so and record which files did.
+        """Continue the work. If the code has changed since and something is kept, say so and record which files did.
 
         `stage` is its name for messages. Raises BadConfig if the work was begun with another config or other inputs.
         """
@@ -110,16 +125,28 @@ class UnfinishedWork:
 
     def _note_changed_code(self, record: dict[str, Any], stage: str) -> None:
         changed = code_version.changed_files(record.get("code", {}), self._dependencies.code)
-        kept = [p for p in self.folder.iterdir() if p.name not in (MARKER, LOG_FILE) and p.suffix != ".tmp"]
-        if changed and kept:
+        kept, has_parts = self._is_something_kept(), (self.folder / MANIFESTS).exists()
+        if changed and (kept or has_parts):
+            outcomes = ["what is already complete is kept"] if kept and not has_parts else []
+            outcomes += ["trained models are kept"] if kept and has_parts else []
+            outcomes += ["parts that it made are made again"] if has_parts else []
             files = code_version.name_files(changed)
-            say(f"{stage} was begun with different code ({files}); what is already complete is kept")
-            self.mixed_code = sorted({*record.get("mixed", []), *changed})
-        else:
-            self.mixed_code = record.get("mixed", []) if kept else []
+            say(f"{stage} was begun with different code ({files}); {', and '.join(outcomes)}")
+        self.mixed_code = sorted({*record.get("mixed", []), *changed}) if kept else []
         content = self._content(self.mixed_code, record.get("overwrite", False))
         if content != record:
             durable.write_json(self.path, content)
+
+    def _is_something_kept(self) -> bool:
+        """Whether the folder has work that other code would continue.
+
+        The key of a part has the hashes of the code, and so has that of what all parts need. So of a stage that makes parts, only
+        models that learn are kept.
+        """
+        if (self.folder / MANIFESTS).exists():
+            return any((path / TRAINING_LOG).exists() for path in self.folder.iterdir())
+        own = (MARKER, *(path.name for path in self.folder.glob("log*.txt")))
+        return any(path.name not in own and path.suffix != ".tmp" for path in self.folder.iterdir())
 
     def _not_writable(self, error: OSError) -> CannotCreate:
         return CannotCreate(f"cannot write into {self.folder}: {error.strerror}")
@@ -176,7 +203,7 @@ class Attempt:
 
     def __init__(self, folder: Path, chosen: tuple[str, ...], dependencies: Dependencies):
         code = {} if dependencies.allow_inexact_resume else dependencies.code
-        key = json.dumps([chosen, dependencies.config, dependencies.inputs, code])
+        key = json.dumps([chosen, result_settings(dependencies.config), dependencies.inputs, code])
         self.path = folder / f"overwrite_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         try:
             self.done = set(durable.read_json(self.path))
