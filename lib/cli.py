@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.config import Config, load_config
-from lib.engine.processes import current, start
+from lib.engine.processes import current, start, world_size
 from lib.errors import (
     BadConfig,
     CannotCreate,
@@ -297,8 +297,13 @@ def as_remask_error(error: BaseException) -> RemaskError | None:
 
 
 def _join_processes(allowed: bool) -> None:
-    """Join the other processes of a launcher. Raises UsageError for a script that runs in one process."""
-    if not allowed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Join the other processes of a launcher.
+
+    Raises:
+        UsageError: the script runs in one process.
+        BadConfig: the launcher's variables are incomplete or wrong.
+    """
+    if not allowed and world_size(os.environ) > 1:
         raise UsageError(
             "this script runs in one process; torchrun is for 04_train.py and 05_train_critic.py. Start it with python"
         )

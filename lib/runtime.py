@@ -38,7 +38,10 @@ class Runtime:
 
     @classmethod
     def detect(cls, config: Config, code: Mapping[str, str] | None = None) -> "Runtime":
-        """Resolve `device: auto` and `precision: auto`. Raises BadConfig for a device that this machine does not have."""
+        """Resolve `device: auto` and `precision: auto`, and choose the GPU of this process.
+
+        Raises BadConfig for a device that this machine does not have.
+        """
         cuda = torch.cuda.is_available()
         if config.device == "cuda" and not cuda:
             raise BadConfig("device is cuda, but torch sees no CUDA device here; set device: cpu or auto")
@@ -48,6 +51,8 @@ class Runtime:
             if cuda and config.device != "cpu"
             else torch.device("cpu")
         )
+        if device.type == "cuda":
+            _choose_gpu(processes)
         native = has_native_bf16(device)
         precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
         torch.set_flush_denormal(True)  # denormals are 40 times slower and do not matter here
@@ -104,6 +109,17 @@ def release_memory() -> None:
 def _keep_imports() -> None:
     """Once, before the first model is made. Modules live to the end, so `release_memory` need not visit them each time."""
     gc.freeze()
+
+
+def _choose_gpu(processes: Processes) -> None:
+    """Give this process the GPU of its number. Raises BadConfig if the machine has fewer."""
+    count = torch.cuda.device_count()
+    if processes.local_rank >= count:
+        raise BadConfig(
+            f"process {processes.local_rank} of this machine has no GPU: torch sees {count}; start at most {count} processes on "
+            "each machine, or set device=cpu"
+        )
+    torch.cuda.set_device(processes.local_rank)
 
 
 def _make_deterministic() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lib.cli import make_parser, run_stage
 from lib.config import ROOT
-from lib.errors import Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
+from lib.errors import BadConfig, Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
 from tests.process_runs import run_jobs
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("0[0-9]_*.py"))
@@ -48,6 +48,16 @@ def test_the_flags_of_each_script_are_frozen(script, monkeypatch):
     runpy.run_path(str(ROOT / script), run_name="__main__")
     flags = {f for action in made[0]._actions for f in action.option_strings}
     assert flags == COMMON | OWN.get(script, set())
+
+
+@pytest.mark.parametrize("with_processes", [False, True])
+def test_a_wrong_number_of_processes_is_a_message(with_processes, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["01_prepare_dataset.py"])
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with pytest.raises(SystemExit) as ended:
+        run_stage(lambda config, args: None, "test", with_processes=with_processes)
+    assert ended.value.code == BadConfig.exit_code
+    assert "WORLD_SIZE='' is no number of processes" in capsys.readouterr().err
 
 
 def test_mode_reaches_the_stage_under_its_own_name_and_an_alias(monkeypatch):

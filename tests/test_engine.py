@@ -1,6 +1,7 @@
 """The parts of a batch, the tree in which they are added, and what one process does of it."""
 
 import ctypes
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from lib.engine.allocator import release_free_memory
 from lib.engine.gradients import GradientSum, PairwiseSum, pairwise_sum
 from lib.engine.parts import Parts, check_parts, good_sizes
-from lib.engine.processes import Processes, _join, _pack, _unpack
-from lib.errors import BadConfig
+from lib.engine.processes import Processes, _join, _pack, _unpack, exchange
+from lib.errors import BadConfig, ProcessLost
 from lib.training import loop
 from lib.training.objectives.base import TrainingContext
 from tests.live_bytes import resident_bytes
@@ -104,13 +105,46 @@ def test_sums_over_parts_are_those_of_all_parts():
     [
         ({"WORLD_SIZE": "2"}, "RANK=''"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "no number below another"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "torchrun"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two' is no number of processes.*torchrun"),
+        ({"WORLD_SIZE": "", "RANK": "0"}, "WORLD_SIZE='' is no number of processes"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE='0' is no number of processes"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT must be set for 2 processes"),
     ],
 )
 def test_a_launcher_that_sets_too_little_is_named(variables, message):
     with pytest.raises(BadConfig, match=message):
         _join(variables)
+
+
+LOSSES = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9",
+    "NCCL error in: ProcessGroupNCCL.cpp:94, remote process exited or there was a network error\nncclRemoteError",
+    "wait timeout after 1800000ms, keys: /default_pg/0//cuda//0",
+    "The client socket has timed out after 600000ms while trying to connect to (127.0.0.1, 9)",
+    "failed to recv, got 0 bytes. Connection was likely closed",
+)
+FAULTS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "NCCL error in: x.cpp:94, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed",
+    "NCCL error in: x.cpp:94, invalid usage\nncclInvalidUsage: This usually reflects invalid usage of NCCL library",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4",
+    "output tensor size must be equal to world_size times input tensor size",
+)
+
+
+def test_a_lost_process_is_told_from_a_fault_of_this_one(monkeypatch):
+    """A fault keeps its traceback; a launcher that starts lost trainings again must not repeat it for ever."""
+
+    def failing(text: str) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("torch.distributed.broadcast", failing)
+    for text in LOSSES:
+        with pytest.raises(ProcessLost, match="another process of this training has ended"):
+            exchange("broadcast", text)
+    for text in FAULTS:
+        with pytest.raises(RuntimeError, match=re.escape(text)):
+            exchange("broadcast", text)
 
 
 def test_without_a_launcher_there_is_one_process():

@@ -10,15 +10,24 @@ import torch
 from lib.cli import as_remask_error
 from lib.config import load_config
 from lib.diffusion.categorical import draw, running_sum
+from lib.engine.processes import Processes
 from lib.errors import BadConfig
 from lib.runtime import FIXED_WORKSPACES, Runtime
 
 
 @pytest.fixture
-def cuda(monkeypatch) -> list[tuple[Any, ...]]:
+def chosen() -> list[int]:
+    """The GPUs that processes have taken."""
+    return []
+
+
+@pytest.fixture
+def cuda(monkeypatch, chosen) -> list[tuple[Any, ...]]:
     """A machine with a GPU, as far as `Runtime.detect` checks. Returns the calls that set determinism."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: chosen.append(number))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(
         torch,
@@ -33,6 +42,19 @@ def test_a_gpu_uses_deterministic_kernels_and_refuses_others(cuda, monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in FIXED_WORKSPACES  # set before CUDA can start
     assert Runtime.detect(load_config()).device.type == "cuda"
     assert cuda == [(True, False)] and not torch.backends.cudnn.benchmark
+
+
+def test_each_process_takes_its_gpu_and_one_without_a_gpu_is_refused(cuda, chosen, monkeypatch):
+    for number in range(3):
+        monkeypatch.setattr("lib.runtime.current", lambda number=number: Processes(number, 3, number, 3))
+        assert Runtime.detect(load_config(overrides=["device=cpu"])).device.type == "cpu"
+        if number < 2:
+            assert Runtime.detect(load_config()).device == torch.device("cuda", number)
+    with pytest.raises(
+        BadConfig, match=r"process 2 .* torch sees 2; start at most 2 processes .* device=cpu"
+    ):
+        Runtime.detect(load_config())
+    assert chosen == [0, 1]
 
 
 @pytest.mark.parametrize("value", [":0:0", None])

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.engine.allocator import release_free_memory
@@ -30,7 +30,9 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ITEMS_PER_RELEASE = 8  # forward passes of an evaluation: more would let memory grow, fewer would cost time
 ALL_GATHER = "all_gather_single"
 OLDER_NAMES = {ALL_GATHER: "all_gather_into_tensor"}  # before torch 2.13
-SIGN_OF_LOSS = r"gloo/|NCCL|closed by peer|reset by peer"  # in messages of torch, when a process has ended
+# In messages of torch: when another process has ended, and when this one has a fault of its own
+SIGN_OF_LOSS = r"gloo/|NCCL|(closed|reset) by peer|Broken pipe|[Tt]imed? ?out|failed to recv"
+SIGN_OF_FAULT = r"out of memory|ncclUnhandledCudaError|ncclInvalid|preamble\.length"
 # Keys of the store that the processes share
 _FAILED = "remask/failed"  # number of processes
 _FAILURE = "remask/failure"  # the first message
@@ -212,12 +214,23 @@ def start() -> Processes:
     return _current
 
 
-def _join(environment: Any) -> Processes:
+def world_size(environment: Mapping[str, str]) -> int:
+    """How many processes a launcher has started; 1 without a launcher. Raises BadConfig if WORLD_SIZE is no such number."""
+    text = environment.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise BadConfig(
+            f"WORLD_SIZE={text!r} is no number of processes; start the script with torchrun, or unset it"
+        )
+    return int(text)
+
+
+def _join(environment: Mapping[str, str]) -> Processes:
+    size = world_size(environment)
     if "WORLD_SIZE" not in environment:
         return Processes()
     values = {name: environment.get(name, "") for name in VARIABLES}
     try:
-        rank, size = int(values["RANK"]), int(values["WORLD_SIZE"])
+        rank = int(values["RANK"])
         local_rank = int(environment.get("LOCAL_RANK", 0))
         local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
         if not 0 <= rank < size:
@@ -243,8 +256,6 @@ def _join(environment: Any) -> Processes:
     if values["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's host name may have no address
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
     try:
         dist.init_process_group(backend, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
@@ -264,22 +275,21 @@ def exchange(name: str, *arguments: Any) -> Any:
     import torch.distributed as dist
 
     operation = getattr(dist, name if hasattr(dist, name) else OLDER_NAMES[name])
-    with exchanging(only=""):
+    with exchanging():
         return operation(*arguments)
 
 
 @contextlib.contextmanager
-def exchanging(only: str = SIGN_OF_LOSS) -> Iterator[None]:
+def exchanging() -> Iterator[None]:
     """Around code that exchanges something with other processes. Raises ProcessLost if another process has ended.
 
-    Args:
-        only: a pattern of the messages of torch that mean this.
+    Other errors pass: too little memory, tensors of another shape, a bug.
     """
     try:
         yield
     except RuntimeError as error:
         text = str(error)
-        if not re.search(only, text):
+        if not re.search(SIGN_OF_LOSS, text) or re.search(SIGN_OF_FAULT, text):
             raise
         reason = (
             "connection closed" if re.search("(closed|reset) by peer", text) else " ".join(text.split())[:200]
