@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def fsync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`. If the block ends without an error, the file is synced and replaces `path`."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    # Two processes may write the same file, also on two machines, where their numbers may be the same
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -172,7 +174,8 @@ def sha256_folder(folder: Path) -> str:
     """The hash of the relative names and hashes of all files below `folder`, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n".encode())
+        name = os.fsencode(path.relative_to(folder).as_posix())  # it need not be UTF-8
+        digest.update(name + f" {sha256_file(path)}\n".encode())
     return digest.hexdigest()
 
 

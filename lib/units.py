@@ -232,7 +232,8 @@ class StageOfUnits(Stage):
             log_to(self.folder / LOG_FILE)
             content = describe_units(self.name, made, units)
             manifest = make_manifest(self.name, self.run_dir, self.args, Clock(), content)
-            durable.remove_temporaries(self.folder, "*.tmp")
+            # Unless this process has the whole stage, others may write theirs at this moment, such as that of an attempt
+            durable.remove_temporaries(self.folder, "*.tmp" if self._replaces_all else "manifest.json.*.tmp")
             durable.write_json(self.folder / "manifest.json", manifest)
             self._work.finish()
             self._replace()

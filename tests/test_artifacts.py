@@ -161,6 +161,17 @@ def test_a_disk_that_fills_up_at_any_write_of_a_stage_never_makes_it_complete(tm
     assert done and number > 3
 
 
+def test_two_machines_may_write_the_same_file_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # numbers of processes are unique on one machine only
+    with durable.replacing(tmp_path / "a") as one, durable.replacing(tmp_path / "a") as other:
+        one.write_text("the same")
+        other.write_text("the same")
+        assert one != other
+        left = {path.name for path in tmp_path.glob("a.*.tmp")}
+        assert left == {one.name, other.name}  # as the clean-up finds them
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_folder_is_replaced_whole_and_recovered(tmp_path):
     folder = tmp_path / "model"
     for text in ("one", "two"):

@@ -1,5 +1,7 @@
 """Hashes of folders and files: everything in them counts, and nothing but that."""
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +51,20 @@ def add_empty(root: Path) -> None:
 
 def remove(root: Path) -> None:
     (root / "inner" / "vocab").unlink()
+
+
+def test_a_name_that_is_not_utf_8_is_hashed_and_names_in_utf_8_as_before(folder):
+    (folder / "größe").write_text("1")
+    lines = sorted(
+        f"{path.relative_to(folder)} {sha256_file(path)}\n" for path in folder.rglob("*") if path.is_file()
+    )
+    assert sha256_folder(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
+    found = []
+    for name in (b"w\xff", b"w\xfe"):
+        (folder / os.fsdecode(name)).write_text("1")
+        found.append(sha256_folder(folder))
+        (folder / os.fsdecode(name)).unlink()
+    assert len(set(found)) == 2
 
 
 @pytest.mark.parametrize("change", [rewrite, rewrite_inside, rename, swap, move_up, add_empty, remove])

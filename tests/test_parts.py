@@ -1,11 +1,13 @@
 """Tables in parts: readers see one table, a part is complete or absent, and every executor writes the same bytes."""
 
+import fcntl
 import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -474,6 +476,16 @@ def test_a_plain_command_completes_what_shares_began(tmp_path, capsys):
     with stage(tmp_path) as s:
         assert make(s, 5)
     assert "2 of 5 parts are complete already" in capsys.readouterr().err
+
+
+def test_the_last_command_waits_for_a_doctor_who_tries_its_lock(tmp_path):
+    with stage(tmp_path, part=(0, 1)) as s, open(tmp_path / "run" / ".locks" / s.name) as doctor:
+        fcntl.flock(doctor, fcntl.LOCK_SH)
+        timer = threading.Timer(0.2, lambda: fcntl.flock(doctor, fcntl.LOCK_UN))
+        timer.start()
+        assert make(s, 2)
+        timer.join()
+    assert manifest_of(s.folder)["outputs"]["rewards"]["rows"] == 20
 
 
 def test_shares_run_at_the_same_time_and_exclude_whole_commands(tmp_path, capsys):

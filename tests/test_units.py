@@ -19,6 +19,7 @@ from lib.artifacts import Stage
 from lib.config import Config, load_config
 from lib.errors import BadConfig, BadData, Busy, MissingInput, UsageError
 from lib.runs import RunArgs, inspect, load_manifest, validate_manifest
+from lib.stage.unfinished import Attempt, Dependencies
 from lib.training.model_plans import choose_models, plan_models, unit_of
 from lib.units import StageOfUnits, Unit
 from tests.trainings import Killed
@@ -646,6 +647,24 @@ def test_a_kill_while_the_first_file_of_a_unit_is_written_does_no_harm(run, trai
     (unit / "unfinished.json.123.tmp").write_bytes(b"{")
     make(run)
     assert trainings.made == NAMES and summary(run) is not None and not list(unit.glob("*.tmp"))
+
+
+def test_the_summary_removes_its_own_temporaries_and_nobody_else_s(run, trainings):
+    folder = run / "04_train"
+    folder.mkdir()
+    other = folder / "overwrite_0123456789abcdef.json.9.tmp"  # another command with --overwrite writes it now
+    for file in (other, folder / "manifest.json.9.tmp"):
+        file.touch()
+    make(run)
+    assert summary(run) is not None and [path.name for path in folder.glob("*.tmp")] == [other.name]
+
+
+def test_an_attempt_removes_what_its_killed_processes_left(tmp_path):
+    attempt = Attempt(tmp_path, ("judge",), Dependencies({}, {}, {}))
+    attempt.add("judge")
+    attempt.path.with_name(f"{attempt.path.name}.9.tmp").touch()
+    attempt.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_an_earlier_version_is_refused_with_what_to_do(run, trainings):

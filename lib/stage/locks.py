@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,7 @@ from lib.log import say
 from lib.runs import display_path, stage_of
 from lib.stage.unfinished import MARKER
 
+SECONDS_FOR_THE_DOCTOR = 1.0  # which tries a lock and gives it up at once
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -64,14 +66,19 @@ class StageLocks:
         """Turn a shared lock into an exclusive one. Raises Busy, and gives up the lock, if others hold it, too.
 
         The lock is released in between. So of several processes that do this at the end of their work, the last one
-        succeeds: at that time nobody else holds the lock.
+        succeeds: at that time nobody else holds the lock, except the doctor, for a moment.
         """
         handle = self._files[stage_name]
         fcntl.flock(handle, fcntl.LOCK_UN)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another process is at work on {stage_name}") from None
+        end = time.monotonic() + SECONDS_FOR_THE_DOCTOR
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise Busy(f"another process is at work on {stage_name}") from None
+            time.sleep(0.02)
 
     def close(self) -> None:
         """Release all locks."""

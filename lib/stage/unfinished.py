@@ -217,4 +217,5 @@ class Attempt:
     def finish(self) -> None:
         """Remove the file: the next command makes all units again."""
         if self.path.exists():  # otherwise a run that can only be read would refuse
+            durable.remove_temporaries(self.path.parent, f"{self.path.name}.*.tmp")
             self.path.unlink(missing_ok=True)
