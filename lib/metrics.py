@@ -144,18 +144,25 @@ def _pooled(values: np.ndarray, num_units: int) -> np.ndarray:
     return values if len(values) <= num_units else np.bincount(np.arange(len(values)) % num_units, values)
 
 
-def r2_estimate(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray) -> Estimate:
-    """R² of (N,) predictions: 1 - squared error / squared deviation from the mean target. Groups are resampled."""
+def r2_estimate(
+    predicted: np.ndarray, target: np.ndarray, groups: np.ndarray, other: np.ndarray | None = None
+) -> Estimate:
+    """R² of (N,) predictions, or the R² minus that of `other` (N,) predictions. Groups are resampled.
+
+    R² is 1 - squared error / squared deviation from the mean target.
+    """
     predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
-    centred = target - target.mean()
+    centred, squared = target - target.mean(), (predicted - target) ** 2
+    perfect = 1.0 if other is None else 0.0  # the value if the sum of `squared` is 0
+    if other is not None:
+        squared = squared - (np.asarray(other, np.float64) - target) ** 2
     e, y, q, m = (
-        _pooled(x, MAX_UNITS)
-        for x in sum_by(groups, (predicted - target) ** 2, centred, centred**2, np.ones_like(target))
+        _pooled(x, MAX_UNITS) for x in sum_by(groups, squared, centred, centred**2, np.ones_like(target))
     )
     size, spread = len(e), q.sum()
     if not spread > 0:
         return Estimate(math.nan, math.nan, math.nan)
-    value = float(1 - e.sum() / spread)
+    value = float(perfect - e.sum() / spread)
     if size < 2:
         return Estimate(value, math.nan, math.nan)
 
@@ -163,7 +170,7 @@ def r2_estimate(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray) -
         return e / (q - y**2 / m)
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        without = 1 - unexplained(*(x.sum() - x for x in (e, y, q, m)))
+        without = perfect - unexplained(*(x.sum() - x for x in (e, y, q, m)))
         counts = _counts(size, RESAMPLES)
         drawn = (counts @ np.stack([e, y, q, m], 1)).T
         share, mean = unexplained(*drawn), drawn[1] / drawn[3]  # (R,)
@@ -173,7 +180,8 @@ def r2_estimate(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray) -
         influence = (e - share[:, None] * around) / (drawn[2] - drawn[1] ** 2 / drawn[3])[:, None]
         squares = (counts * influence**2).sum(1)
         errors = _spread(squares, share**2, size)
-    return _interval(value, without, q, 1 - share - value, errors, (-math.inf, 1.0))
+    limits = _UNLIMITED if other is not None else (-math.inf, 1.0)
+    return _interval(value, without, q, perfect - share - value, errors, limits)
 
 
 def auroc_estimate(

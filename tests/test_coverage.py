@@ -157,3 +157,18 @@ def test_r2_is_that_of_the_formula_and_its_limit_is_1():
     assert found.low < found.value < found.high <= 1
     shifted = metrics.r2_estimate(predicted + 1e3, target + 1e3, np.arange(200) % 20)
     np.testing.assert_allclose(shifted, found, rtol=1e-6)
+
+
+def test_a_difference_of_r2_is_paired():
+    """Errors that two predictions share do not widen the interval of their difference."""
+    rng = np.random.default_rng(8)
+    target, groups = rng.random(200), np.arange(200) % 20
+    one = target + rng.normal(0, 0.2, 200)
+    other = one + rng.normal(0, 0.02, 200)
+    found = metrics.r2_estimate(one, target, groups, other)
+    values = [metrics.regression(predicted, target)["r2"] for predicted in (one, other)]
+    assert found.value == pytest.approx(values[0] - values[1]) and found.low < found.value < found.high
+    assert found.half_width < 0.3 * metrics.r2_estimate(one, target, groups).half_width
+    turned = metrics.r2_estimate(other, target, groups, one)
+    np.testing.assert_allclose(turned, [-found.value, -found.high, -found.low])
+    assert metrics.r2_estimate(one, target, groups, one) == pytest.approx((0, 0, 0))

@@ -17,6 +17,7 @@ from torch import nn
 
 from lib.config import load_config
 from lib.errors import BadData
+from lib.metrics import auroc_estimate
 from lib.sections.masking import RandomMasking
 from lib.training.data import Rows, Sequences, Splits, Windows
 from lib.training.objectives.base import batch_losses, result_row
@@ -399,6 +400,12 @@ def test_suspicion_of_changed_tokens_is_compared_with_the_generator_s_confidence
     doubt = roc_auc_score(changed, -np.concatenate(confidence))
     assert rows[1].baseline_value == pytest.approx(doubt) and doubt > 0.8 and not rows[1].lower_is_better
     assert rows[0].lower_is_better
+    groups = np.repeat(np.arange(20), [len(row) for row in labels])
+    paired = auroc_estimate(1 - chance[:, 0], changed, groups, -np.concatenate(confidence))
+    assert (rows[1].difference_low, rows[1].difference_high) == pytest.approx((paired.low, paired.high))
+    assert rows[1].difference_low < rows[1].value - doubt < rows[1].difference_high
+    assert rows[0].difference_low < rows[0].value - rows[0].baseline_value < rows[0].difference_high
+    assert report(classes_of(), ClassOf())[1][1].difference_low is None  # chance is a number
     prior = np.bincount(np.concatenate(classified(0, 12, [0.7, 0.2, 0.1])[1]), minlength=C)
     constant = -np.log(prior / prior.sum())[np.concatenate(labels)].mean()
     assert values["constant_cross_entropy"] == pytest.approx(constant) == rows[0].baseline_value
@@ -470,11 +477,15 @@ def test_a_scorer_is_compared_with_the_mean_of_the_training_targets():
     values, (mse, r2) = report(target, MeanToken())
     constant = texts_and_means(0, 12)[1].mean()
     assert values["constant_mse"] == pytest.approx(((held_out - constant) ** 2).mean()) == mse.baseline_value
-    error = ((means - held_out) ** 2).mean()
+    constant_mse, error = mse.baseline_value, ((means - held_out) ** 2).mean()
     assert mse.value == pytest.approx(error, rel=1e-4) and mse.low < mse.value < mse.high
     # R2 is relative to the best constant, the mean of the held-out targets, not of the training ones
     assert r2.value == pytest.approx(1 - error / held_out.var(), rel=1e-4) == values["r2"]
     assert r2.low < r2.value < r2.high and mse.lower_is_better and not r2.lower_is_better
+    assert r2.difference_low is None and mse.difference_low < mse.value - constant_mse < mse.difference_high
+    told = score_of(held_out_targets=held_out, confidence=[np.array([mean]) for mean in held_out])
+    values, (_, r2) = report(told, MeanToken())
+    assert r2.difference_low < r2.value - values["confidence"]["r2"] < r2.difference_high
 
 
 def test_intervals_of_a_scorer_are_over_whole_groups():
@@ -547,6 +558,7 @@ def test_classes_of_sequences_are_compared_with_the_training_shares():
     assert values["cross_entropy"] == pytest.approx(costs.mean(), rel=1e-5) == row.value
     shares = np.bincount(truth[0], minlength=C) / 12
     assert row.baseline_value == pytest.approx(-np.log(np.maximum(shares, 1e-9))[held_out].mean())
+    assert row.difference_low < row.value - row.baseline_value < row.difference_high
     hits = ((truth[1] == 0) & (held_out == 0)).sum()
     assert values["recall_0"] == pytest.approx(hits / (held_out == 0).sum())
     assert values["precision_0"] == pytest.approx(hits / (truth[1] == 0).sum())
@@ -621,6 +633,23 @@ def test_a_baseline_is_beaten_by_the_whole_interval_alone(lower_is_better, basel
 
     row = result_row("m", "x", Estimate(1.0, 0.8, 1.2), "b", baseline, lower_is_better=lower_is_better)
     assert row.beats_baseline == beats and row.as_dict()["beats_baseline"] == beats
+    assert row.as_dict()["difference_low"] is row.as_dict()["difference_high"] is None
+
+
+@pytest.mark.parametrize(
+    ("lower_is_better", "difference", "beats"),
+    [(True, (-0.3, -0.1), True), (True, (-0.3, 0.1), False), (True, (0.1, 0.3), False),
+     (False, (0.1, 0.3), True), (False, (-0.1, 0.3), False), (False, (-0.3, -0.1), False)],
+)  # fmt: skip
+def test_a_paired_difference_decides_whatever_the_interval_of_the_value_says(
+    lower_is_better, difference, beats
+):
+    from lib.metrics import Estimate
+
+    for baseline in (0.5, 1.0, 1.5):
+        paired = Estimate(1.0 - baseline, *difference)
+        row = result_row("m", "x", Estimate(1.0, 0.8, 1.2), "b", baseline, lower_is_better=lower_is_better, difference=paired)  # fmt: skip
+        assert row.beats_baseline == beats and row.as_dict()["difference_low"] == difference[0]
 
 
 # --- from tables to objectives -------------------------------------------------------------------------------------------

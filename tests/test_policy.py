@@ -150,3 +150,6 @@ def test_a_gain_is_the_method_s_accuracy_less_that_of_its_start():
     assert [(r.model, r.value, r.baseline_value, r.lower_is_better) for r in rows] == [
         ("ppo", 0.75, 0.25, False), ("exact", 0.0, 0.25, False)
     ]  # fmt: skip
+    for row in rows:
+        assert {"low": row.difference_low, "high": row.difference_high}.items() <= gains[row.model].items()
+    assert [row.beats_baseline for row in rows] == [True, False]  # the interval of the value is 0 to 1

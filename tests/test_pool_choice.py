@@ -401,6 +401,8 @@ def test_the_rival_is_the_best_that_is_no_control(tokenizer):
     assert row.baseline == "trees" and row.baseline_value == 1.0
     assert row.metric == "accuracy" and not row.lower_is_better
     assert row.value == values["accuracy"]["value"] and (row.low, row.high) != (row.value, row.value)
+    lead = values["others"]["trees"]["lead"]
+    assert (row.difference_low, row.difference_high) == (lead["low"], lead["high"])
     weak = replace(table, baselines={"weak": -table.rewards}, controls=table.texts)
     _, (row,) = choice_of(tokenizer, held_out=weak).report(Stub(reads_prompt))
     assert row.baseline in (RANDOM, FIRST) and row.beats_baseline

@@ -196,6 +196,20 @@ def test_the_verdict_is_that_of_the_interval(changes, expected):
     assert verdict(row | changes) == expected
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "beats", "expected"),
+    [(0.01, 0.03, True, "better"), (-0.01, 0.02, False, "not significant"), (-0.03, -0.01, False, "worse")],
+)
+def test_the_verdict_is_that_of_the_paired_difference_where_there_is_one(low, high, beats, expected):
+    """Intervals of two detectors on the same text overlap, or lie apart, whatever their difference is."""
+    row = made_data().results[0] | {"baseline_value": 0.5, "lower_is_better": False, "beats_baseline": beats}
+    for ends in ({"low": 0.4, "high": 0.6}, {"low": 0.6, "high": 0.8}, {"low": 0.1, "high": 0.4}):
+        found = row | ends | {"difference_low": low, "difference_high": high}
+        assert verdict(found) == expected
+        assert f"{low:.3f} – {high:.3f}" in results_html([found])
+        assert f"{low:.3f} .. {high:.3f}" in results_table([found])
+
+
 def test_columns_of_numbers_are_aligned_to_the_right():
     html = table(["name", "share", "interval", "bands"], [["a", "12.5%", interval("0 – 1"), "0.25 to 0.50"], ["b", "–", "", "–"]])  # fmt: skip
     assert re.findall(r'<th class="(\w+)">', html) == ["text", "number", "text", "text"]
@@ -703,7 +717,16 @@ def test_labels_of_close_marks_stand_apart():
 def test_one_group_alone_has_no_interval_and_the_tables_say_so():
     row = {"model": "m", "metric": "NLL", "value": 1.0, "low": None, "high": None, "baseline": "b", "baseline_value": 2.0,
            "lower_is_better": True, "beats_baseline": False}  # fmt: skip
-    assert results_table([row]).splitlines()[-1].split() == ["m", "NLL", "1.000", "-", "b", "2.000", "NO"]
+    assert results_table([row]).splitlines()[-1].split() == [
+        "m",
+        "NLL",
+        "1.000",
+        "-",
+        "b",
+        "2.000",
+        "-",
+        "NO",
+    ]
     known = row | {"low": 0.5, "high": 1.25}
     assert "0.500 .. 1.250" in results_table([known])
     data = made_data(results=[row])
@@ -726,6 +749,7 @@ def test_a_metric_without_a_value_is_shown_as_a_dash(nothing):
         "-",
         "-",
         "confidence",
+        "-",
         "-",
         "NO",
     ]

@@ -147,9 +147,9 @@ def _facts_of_foreign(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return facts if is_masked else facts | {"own_class": classes[0]}
 
 
-def _interval(row: dict) -> str:
-    """The interval of a row; there is none for a single group of held-out text."""
-    return "–" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
+def _interval(low: float | None, high: float | None) -> str:
+    """The ends of an interval; there is none for a single group of held-out text."""
+    return "–" if low is None else f"{low:.4g} to {high:.4g}"
 
 
 def card(
@@ -186,8 +186,8 @@ def card(
     use = usage(config, kind, _prompt_of(manifest["config"], settings), own_labels)
     source = _source_of(data["config"])
     table = "\n".join(
-        f"| {r['metric']} ({'less' if r['lower_is_better'] else 'more'} is better) | {r['value']:.4g} | {_interval(r)} | {r['baseline']}: "
-        f"{r['baseline_value']:.4g} | {'yes' if r['beats_baseline'] else 'NO'} |"
+        f"| {r['metric']} ({'less' if r['lower_is_better'] else 'more'} is better) | {r['value']:.4g} | {_interval(r['low'], r['high'])} | "
+        f"{r['baseline']}: {r['baseline_value']:.4g} | {_interval(r.get('difference_low'), r.get('difference_high'))} | {'yes' if r['beats_baseline'] else 'NO'} |"
         for r in rows
     )
     prepared, versions = data["stats"], manifest["environment"]
@@ -226,11 +226,12 @@ passages, vocabulary {prepared["vocabulary"]:,}. Held out: {prepared["tokens"]["
 
 ## Held-out quality
 
-| metric | value | 95 % interval | baseline | better than the baseline |
-|---|---|---|---|---|
+| metric | value | 95 % interval | baseline | interval of the difference | better than the baseline |
+|---|---|---|---|---|---|
 {table}
 
-The baseline is computed on the same held-out data. "yes" means that the whole interval is better than it.{rounded}
+The baseline is computed on the same held-out data. "yes" means that the whole interval of the difference is better than 0.
+Where the baseline is a number, such as chance, it means that the whole interval of the value is better than it.{rounded}
 
 ## Training
 

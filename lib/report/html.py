@@ -6,7 +6,7 @@ from lib.report.data import ReportData
 from lib.report.detection import detection_html
 from lib.report.page import Section, figure, page, report_body
 from lib.report.provenance import data_section, facts, provenance_section
-from lib.report.results import results_html
+from lib.report.results import VERDICT_CAPTION, results_html
 from lib.report.samples import samples_parts
 from lib.report.table import INTERVALS
 from lib.report.trace import sampling_parts
@@ -15,7 +15,7 @@ from lib.report.trace import sampling_parts
 def build_report(data: ReportData) -> str:
     """The whole page. All text of the run is escaped: it may hold anything."""
     sections = [
-        Section("Results", f"Each trained model against its baseline. The model is better if the whole 95 % interval lies on the better side of the baseline. {INTERVALS}", results_html(data.results)),
+        Section("Results", f"Each trained model against its baseline. {VERDICT_CAPTION} {INTERVALS}", results_html(data.results)),
         Section("Samples", "What the policies generate, and how good it is.", samples_parts(data)),
         Section("Sampling", "How the samples were made, and what they cost.", sampling_parts(data)),
         Section("Critic and other scorers", "How well the models find errors and score text.", scorer_parts(data)),

@@ -10,7 +10,7 @@ from lib.report.html_table import interval, table
 from lib.report.page import Section, figure, page, part, report_body
 from lib.report.pools import pools_html
 from lib.report.provenance import data_section, facts, provenance_section
-from lib.report.results import results_html
+from lib.report.results import VERDICT_CAPTION, results_html
 from lib.report.table import INTERVALS, aligned
 
 STYLE = Path(__file__).with_name("ranking.css")
@@ -38,7 +38,7 @@ def ranking_page(data: RankingReportData) -> str:
         "All rankers and baselines", MODELS_CAPTION, _models(data.models, data.results, chance)
     )
     sections = [
-        Section("Results", f"Each trained model against the best baseline. The model is better if the whole 95 % interval lies on the better side of the baseline. {INTERVALS}", results),
+        Section("Results", f"Each trained model against the best baseline. {VERDICT_CAPTION} {INTERVALS}", results),
         Section("Accuracy by kind", "Small counts have wide intervals. The dashed line is chance.", _breakdowns(data.breakdowns, chance)),
         Section("Choices", "Candidates by score, each with its probability, reward and kind. The probability is the softmax of the scores; the bar shows it. ▶ is the model's choice, ★ has the best reward.", pools_html(data.pools)),
         Section("Training", "Training loss, and accuracy on the selection split, which chose the best step.", _curves(data.curves, chance)),

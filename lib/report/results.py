@@ -3,19 +3,27 @@
 from html import escape
 
 from lib.report.html_table import interval, table
-from lib.report.table import has_interval, interval_text, value_text
+from lib.report.table import difference_of, has_interval, interval_text, value_text
 
 WORSE, NOT_SIGNIFICANT, BETTER = "worse", "not significant", "better"
+VERDICT_CAPTION = (
+    "The verdict is better if the whole 95 % interval of the difference to the baseline lies on the better side of 0. Model "
+    "and baseline are measured on the same groups, so their difference is resampled as one. Where the baseline is a number, "
+    "such as chance, the interval of the value decides."
+)
 
 
 def verdict(row: dict) -> str:
-    """What the 95 % interval of a result says about its baseline. `row`: a row of the results table."""
+    """What a result says about its baseline, see `VERDICT_CAPTION`. `row`: a row of the results table."""
     if row["beats_baseline"]:
         return BETTER
-    if not has_interval(row):
+    found, limit = difference_of(row), 0.0
+    if not has_interval(found):
+        found, limit = row, row["baseline_value"]
+    if not has_interval(found):
         return NOT_SIGNIFICANT
-    base = row["baseline_value"]
-    return WORSE if (row["low"] > base if row["lower_is_better"] else row["high"] < base) else NOT_SIGNIFICANT
+    is_worse = found["low"] > limit if row["lower_is_better"] else found["high"] < limit
+    return WORSE if is_worse else NOT_SIGNIFICANT
 
 
 def results_html(rows: list[dict]) -> str:
@@ -33,9 +41,10 @@ def results_html(rows: list[dict]) -> str:
             interval(interval_text(row, between=" – ")),
             escape(row["baseline"]),
             value_text(row["baseline_value"]),
+            interval(interval_text(difference_of(row), between=" – ")),
             f"<b>{found}</b>" if found == WORSE else found,
         ]
         for row, found in zip(rows, verdicts, strict=True)
     ]
-    head = ["model", "metric", "value", "95 % interval", "baseline", "its value", "verdict"]
+    head = ["model", "metric", "value", "95 % interval", "baseline", "its value", "difference", "verdict"]
     return f'<p class="verdicts">{escape(sentence)}</p>' + table(head, lines)

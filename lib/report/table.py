@@ -45,6 +45,11 @@ def interval_text(estimate: Mapping[str, Any], percent: bool = False, between: s
     )
 
 
+def difference_of(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The ends of the paired interval of a result minus its baseline; None if it was not measured, as in old manifests."""
+    return {"low": row.get("difference_low"), "high": row.get("difference_high")}
+
+
 def detection_label(name: str) -> str:
     """The plain name of a score that stage 05 compares."""
     return DETECTION_LABELS.get(name, name)
@@ -52,7 +57,7 @@ def detection_label(name: str) -> str:
 
 def results_table(rows: list[dict]) -> str:
     """Every model and metric beside its baseline. `rows`: lib.training.objectives.base.ResultRow as dictionaries."""
-    head = ("model", "metric", "value", "95 % interval", "baseline", "", "beats it")
+    head = ("model", "metric", "value", "95 % interval", "baseline", "", "difference", "beats it")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         lines.append(
@@ -63,6 +68,7 @@ def results_table(rows: list[dict]) -> str:
                 interval_text(row),
                 row["baseline"],
                 value_text(row["baseline_value"]),
+                interval_text(difference_of(row)),
                 "yes" if row["beats_baseline"] else "NO",
             )
         )

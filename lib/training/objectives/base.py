@@ -73,7 +73,12 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A line of the results table: a metric of a model, its 95 % interval, and the trivial baseline."""
+    """A line of the results table: a metric of a model, its 95 % interval, and the baseline.
+
+    Attributes:
+        difference_low, difference_high: ends of the 95 % interval of `value - baseline_value`, where the items are the
+            same and model and baseline are resampled together. None for a baseline that is a number, such as chance.
+    """
 
     model: str
     metric: str
@@ -83,11 +88,16 @@ class ResultRow:
     baseline: str
     baseline_value: float
     lower_is_better: bool
+    difference_low: float | None = None
+    difference_high: float | None = None
 
     @property
     def beats_baseline(self) -> bool:
-        """Whether the whole interval is better than the baseline."""
-        return self.high < self.baseline_value if self.lower_is_better else self.low > self.baseline_value
+        """Whether the whole interval of the difference, or else of the value, is on the better side of the baseline."""
+        low, high, limit = self.low, self.high, self.baseline_value
+        if self.difference_low is not None and self.difference_high is not None:
+            low, high, limit = self.difference_low, self.difference_high, 0.0
+        return high < limit if self.lower_is_better else low > limit
 
     def as_dict(self) -> dict:
         return asdict(self) | {"beats_baseline": self.beats_baseline}
@@ -141,8 +151,15 @@ def result_row(
     baseline_value: float,
     *,
     lower_is_better: bool,
+    difference: Estimate | None = None,
 ) -> ResultRow:
-    return ResultRow(model, metric, *estimate, baseline, float(baseline_value), lower_is_better)
+    """A line of the results table.
+
+    Args:
+        difference: `value - baseline_value`, estimated on the same items; None for a baseline that is a number.
+    """
+    ends = (None, None) if difference is None else (difference.low, difference.high)
+    return ResultRow(model, metric, *estimate, baseline, float(baseline_value), lower_is_better, *ends)
 
 
 def tensor(array: np.ndarray, runtime: Runtime) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lib import metrics
 from lib.diffusion.calibration import BANDS, Calibration, Observed, Reading, band_edges, band_of
+from lib.metrics import Estimate
 
 MIN_TOKENS = 100  # a band with fewer tokens is not measured
 READINGS: tuple[Reading, ...] = ("filled", "partial")  # those for which the masked share is known
@@ -58,10 +59,8 @@ def fit_calibration(scored: ScoredTokens) -> Calibration:
     return Calibration.fit(readings, 1 - scored.confidence[scored.generated])
 
 
-def detection(scored: ScoredTokens, calibration: Calibration) -> dict[str, dict]:
-    """Score -> {"auroc" as an estimate, "average_precision", "ece", "brier"}.
-
-    Scores are measured on the generated tokens, with two exceptions:
+def _scores(scored: ScoredTokens, calibration: Calibration) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> (score, indices of the tokens that it is measured on): the generated ones, with two exceptions.
 
     - `critic_partial`: those that are visible in the partial view. `confidence_visible` is measured on the same tokens.
     - `whole_text_*`: all tokens, without knowing which were generated.
@@ -76,7 +75,7 @@ def detection(scored: ScoredTokens, calibration: Calibration) -> dict[str, dict]
     calibrated = calibration(of_generated.critic, "filled", of_generated.share)
     blended = calibration.blended(of_generated.critic, 1 - of_generated.confidence)
     partial = calibration(of_visible.partial, "partial", of_visible.partial_share)
-    scores = {
+    return {
         "critic": (of_generated.critic, generated),
         "critic_calibrated": (calibrated, generated),
         "critic_unknown": (of_generated.unknown, generated),
@@ -90,8 +89,12 @@ def detection(scored: ScoredTokens, calibration: Calibration) -> dict[str, dict]
         "whole_text_critic": (calibration(scored.unknown), every),
         "whole_text_fresh_confidence": (scored.fresh, every),
     }
+
+
+def detection(scored: ScoredTokens, calibration: Calibration) -> dict[str, dict]:
+    """Score, see `_scores` -> {"auroc" as an estimate, "average_precision", "ece", "brier"}."""
     found = {}
-    for name, (score, index) in scores.items():
+    for name, (score, index) in _scores(scored, calibration).items():
         wrong = scored.wrong[index]
         if not len(index):  # a short text whose generated tokens are all masked again
             unknown = float("nan")
@@ -105,6 +108,15 @@ def detection(scored: ScoredTokens, calibration: Calibration) -> dict[str, dict]
             "brier": brier(score, wrong),
         }
     return found
+
+
+def auroc_difference(scored: ScoredTokens, calibration: Calibration, name: str, other: str) -> Estimate:
+    """The AUROC of a score of `detection` minus that of another one, which is measured on the same tokens."""
+    scores = _scores(scored, calibration)
+    (score, index), (reference, same) = scores[name], scores[other]
+    if not np.array_equal(index, same):
+        raise ValueError(f"{name} and {other} are measured on different tokens")
+    return metrics.auroc_estimate(score, scored.wrong[index], scored.group[index], reference)
 
 
 def brier(probability: np.ndarray, happened: np.ndarray) -> float:

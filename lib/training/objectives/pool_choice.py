@@ -254,7 +254,7 @@ class PoolChoice:
         rival = max((n for n in others if n not in CONTROLS), key=lambda n: others[n]["accuracy"]["value"])
         row = result_row(
             self.label, "accuracy", Estimate(**values["accuracy"]), rival, others[rival]["accuracy"]["value"],
-            lower_is_better=False,
+            lower_is_better=False, difference=Estimate(**others[rival]["lead"]),
         )  # fmt: skip
         return values, [row]
 

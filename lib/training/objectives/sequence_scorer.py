@@ -213,16 +213,27 @@ class SequenceScore:
         values |= self._oracle_error()
         by_document, detected = self._report_documents(model, predicted)
         values |= by_document
-        mse = metrics.ratio(squared, count)
-        row = result_row(self.label, "MSE", mse, "constant", values["constant_mse"], lower_is_better=True)
+        mse, paired = metrics.ratio(squared, count), metrics.ratio(squared - base, count)
+        row = result_row(
+            self.label,
+            "MSE",
+            mse,
+            "constant",
+            values["constant_mse"],
+            lower_is_better=True,
+            difference=paired,
+        )
         if not np.ptp(target):
             return values, [row, *detected]  # R2 is undefined
         r2 = metrics.r2_estimate(predicted, target, groups)
-        baseline, value = "constant", 0.0
+        baseline, value, paired = "constant", 0.0, None
         if self.splits.confidence is not None:
-            values["confidence"] = self._confidence_baseline(self.splits.confidence, untouched)
+            mean = np.array([row.mean() for row in self.splits.confidence])
+            by_confidence = self._predict_from_confidence(mean)
+            values["confidence"] = self._confidence_baseline(mean, by_confidence, untouched)
             baseline, value = "mean confidence", values["confidence"]["r2"]
-        r2_row = result_row(self.label, "R2", r2, baseline, value, lower_is_better=False)
+            paired = metrics.r2_estimate(predicted, target, groups, by_confidence)
+        r2_row = result_row(self.label, "R2", r2, baseline, value, lower_is_better=False, difference=paired)
         return values, [row, r2_row, *detected]
 
     def _report_documents(
@@ -283,13 +294,12 @@ class SequenceScore:
         """Metrics of joined predictions."""
         return metrics.regression(predicted, target)
 
-    def _confidence_baseline(self, confidence: list[np.ndarray], untouched: np.ndarray) -> dict[str, float]:
-        """How well the generator's mean log-probability of a sequence predicts its target.
+    def _predict_from_confidence(self, mean: np.ndarray) -> np.ndarray:
+        """(N,) predictions of the held-out targets from the generator's (N,) mean log-probabilities of the sequences.
 
-        The prediction is an isotonic (rising) function, fitted on one half of the groups and measured on the other.
+        They are an isotonic (rising) function, fitted on one half of the groups and applied to the other.
         """
         target = self.splits.held_out.targets
-        mean = np.array([row.mean() for row in confidence])
         half = np.unique(self.splits.groups, return_inverse=True)[1] % 2
         predicted = np.full(len(mean), target.mean())
         if len(np.unique(half)) == 2:
@@ -297,6 +307,13 @@ class SequenceScore:
                 other = half != fold
                 model = IsotonicRegression(out_of_bounds="clip").fit(mean[other], target[other])
                 predicted[half == fold] = model.predict(mean[half == fold])
+        return predicted
+
+    def _confidence_baseline(
+        self, mean: np.ndarray, predicted: np.ndarray, untouched: np.ndarray
+    ) -> dict[str, float]:
+        """How well the generator's (N,) mean log-probabilities, and the predictions from them, fit the targets."""
+        target = self.splits.held_out.targets
         found = metrics.regression(predicted, target)
         ranks = metrics.regression(mean, target)
         values = {"mse": found["mse"], "r2": found["r2"], "spearman": ranks["spearman"]}
@@ -376,6 +393,8 @@ class SequenceClasses(SequenceScore):
         prior = -np.log(np.maximum(share, 1e-9))[held_out.targets.astype(np.int64)]
         total, base, count = metrics.sum_by(self.splits.groups, ce, prior, np.ones_like(ce))
         estimate, constant = metrics.ratio(total, count), float(base.sum() / count.sum())
-        name = "cross-entropy, nats"
-        row = result_row(self.label, name, estimate, "class shares", constant, lower_is_better=True)
+        name, paired = "cross-entropy, nats", metrics.ratio(total - base, count)
+        row = result_row(
+            self.label, name, estimate, "class shares", constant, lower_is_better=True, difference=paired
+        )
         return values, [row, *detected]

@@ -195,19 +195,26 @@ class TokenClasses:
             "confusion": confusion.tolist(),
             **metrics.classification(confusion),
         }
-        estimate, name = metrics.ratio(total, count), "cross-entropy, nats/token"
-        rows = [result_row(self.label, name, estimate, "class shares", constant, lower_is_better=True)]
+        estimate, paired = metrics.ratio(total, count), metrics.ratio(total - base, count)
+        name = "cross-entropy, nats/token"
+        rows = [
+            result_row(
+                self.label, name, estimate, "class shares", constant, lower_is_better=True, difference=paired
+            )
+        ]
         changed, suspicion = classes > 0, 1 - np.exp(scores[:, 0])
         if changed.all() or not changed.any():
             return values, rows  # AUROC is undefined
         auroc = metrics.auroc_estimate(suspicion, changed, groups[owners])
         values["auroc_changed"] = auroc.value
-        baseline, value = "chance", 0.5
+        baseline, value, paired = "chance", 0.5, None
         if self.splits.confidence is not None:
             doubt = -np.concatenate([self.splits.confidence[i] for i in some])
             baseline, value = "generator's confidence", metrics.auroc(doubt, changed)
             values["auroc_changed_of_confidence"] = value
+            paired = metrics.auroc_estimate(suspicion, changed, groups[owners], doubt)
+        name = "AUROC, changed tokens"
         rows.append(
-            result_row(self.label, "AUROC, changed tokens", auroc, baseline, value, lower_is_better=False)
+            result_row(self.label, name, auroc, baseline, value, lower_is_better=False, difference=paired)
         )
         return values, rows

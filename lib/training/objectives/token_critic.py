@@ -42,7 +42,13 @@ from lib.training.objectives.base import (
     some_of,
     tensor,
 )
-from lib.training.objectives.error_detection import ScoredTokens, bands, detection, fit_calibration
+from lib.training.objectives.error_detection import (
+    ScoredTokens,
+    auroc_difference,
+    bands,
+    detection,
+    fit_calibration,
+)
 from lib.training.objectives.fills import Filled, Filler
 from lib.training.objectives.language_model import MaskedDiffusion
 
@@ -244,21 +250,27 @@ class TokenCritic:
             "auroc": found["critic"]["auroc"]["value"],
             "auroc_confidence": found["confidence"]["auroc"]["value"],
         }
-        return values, self._rows(found), calibration
+        return values, self._rows(found, scored, calibration), calibration
 
-    def _rows(self, found: dict[str, dict]) -> list[ResultRow]:
-        confidence = found["confidence"]["auroc"]["value"]
-        fresh = found["whole_text_fresh_confidence"]["auroc"]["value"]
-
-        def row(metric: str, score: str, baseline: str, value: float) -> ResultRow:
+    def _rows(
+        self, found: dict[str, dict], scored: ScoredTokens, calibration: Calibration
+    ) -> list[ResultRow]:
+        def row(metric: str, score: str, baseline: str, other: str | None) -> ResultRow:
+            """The AUROC of a score beside that of `other`, or beside chance."""
             estimate = metrics.Estimate(**found[score]["auroc"])
-            return result_row(self.label, metric, estimate, baseline, value, lower_is_better=False)
+            value = 0.5 if other is None else found[other]["auroc"]["value"]
+            paired = None if other is None else auroc_difference(scored, calibration, score, other)
+            return result_row(
+                self.label, metric, estimate, baseline, value, lower_is_better=False, difference=paired
+            )
 
         return [
-            row("AUROC, wrong tokens", "critic", "chance", 0.5),
-            row("AUROC, wrong tokens", "critic", "confidence", confidence),
-            row("AUROC, critic and confidence", "critic_blend", "confidence", confidence),
-            row("AUROC, external text", "whole_text_critic", "fresh confidence", fresh),
+            row("AUROC, wrong tokens", "critic", "chance", None),
+            row("AUROC, wrong tokens", "critic", "confidence", "confidence"),
+            row("AUROC, critic and confidence", "critic_blend", "confidence", "confidence"),
+            row(
+                "AUROC, external text", "whole_text_critic", "fresh confidence", "whole_text_fresh_confidence"
+            ),
         ]
 
     def score_fills(
