@@ -161,7 +161,7 @@ def measure(chosen: Scored, reported: Scored) -> dict[str, Any]:
 
 def _share(alarm: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     hits, count = metrics.sum_by(groups, alarm, np.ones(len(alarm)))
-    return metrics.share(hits, count)._asdict()
+    return metrics.ratio(hits, count, limits=metrics.SHARE)._asdict()
 
 
 def log_odds(probability: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ MAX_AUROC_UNITS = 256  # the time for AUROC grows with the square of this number
 MIN_GROUPS = 10  # with fewer groups too few resamples differ, and Student's t replaces their quantiles
 SHARE = (0.0, 1.0)  # limits of a fraction, an accuracy or an AUROC
 _UNLIMITED = (-math.inf, math.inf)
+_ROUNDING = 1e-12  # values this close to a limit are at the limit
 
 
 class Estimate(NamedTuple):
@@ -91,18 +92,19 @@ def _spread(squares: np.ndarray, scale: np.ndarray, size: int) -> np.ndarray:
     return np.sqrt(np.where(squares > 1e-10 * scale, squares, 0.0) * size / (size - 1))
 
 
-def share(hits: np.ndarray, counts: np.ndarray) -> Estimate:
-    """The share of hits, from (G,) hits and (G,) counts of independent groups.
+def _exact_at_limit(value: float, trials: int, limits: tuple[float, float]) -> Estimate | None:
+    """The interval of a value at one of its limits, on which all groups agree; None for any other value.
 
-    If all groups agree on 0 or on 1, resampling them shows no spread. Then the exact interval holds, with a group as one trial
-    (Clopper and Pearson, 1934).
+    Resampling such groups shows no spread. The exact interval holds instead, with a group as one trial (Clopper and
+    Pearson, 1934): a group that was not seen may lie at the other limit.
     """
-    found, size = ratio(hits, counts, limits=SHARE), int(np.count_nonzero(counts))
-    if found.value not in (0.0, 1.0):
-        return found
-    furthest = (1 - LEVEL) / 2
-    reach = 1 - furthest ** (1 / size)
-    return Estimate(0.0, 0.0, reach) if found.value == 0.0 else Estimate(1.0, 1 - reach, 1.0)
+    low, high = limits
+    if not trials or not math.isfinite(high - low):
+        return None
+    reach = (high - low) * (1 - ((1 - LEVEL) / 2) ** (1 / trials))
+    if math.isclose(value, high, abs_tol=_ROUNDING):
+        return Estimate(value, high - reach, high)
+    return Estimate(value, low, low + reach) if math.isclose(value, low, abs_tol=_ROUNDING) else None
 
 
 def ratio(
@@ -116,11 +118,14 @@ def ratio(
 
     Args:
         numerators, denominators: (G,) sums of each group, see `sum_by`. Groups where both are 0 are ignored.
-        limits: `SHARE` if the ratio is a fraction.
+        limits: the smallest and the largest possible ratio of a group: `SHARE` if it is a fraction. A ratio at a limit has the
+            exact interval.
     """
     n = np.asarray(numerators, np.float64)
     d = np.ones_like(n) if denominators is None else np.asarray(denominators, np.float64)
     value = float(n.sum() / max(d.sum(), 1e-12))
+    if (exact := _exact_at_limit(value, int(np.count_nonzero(d)), limits)) is not None:
+        return exact
     nonzero = (n != 0) | (d != 0)
     n, d = _pooled(n[nonzero], MAX_UNITS), _pooled(d[nonzero], MAX_UNITS)
     size, total = len(d), d.sum()
@@ -189,7 +194,8 @@ def auroc_estimate(
 ) -> Estimate:
     """AUROC of (N,) scores, or the AUROC minus that of `other` (N,) scores of the same items. Groups are resampled.
 
-    More than MAX_AUROC_UNITS groups are pooled into that many units, which are still independent of each other.
+    More than MAX_AUROC_UNITS groups are pooled into that many units, which are still independent of each other. An AUROC of
+    0 or 1 has the exact interval, with a pair of a positive and a negative unit as one trial.
     """
     happened = np.asarray(happened, bool)
     _, unit = np.unique(groups, return_inverse=True)
@@ -198,6 +204,9 @@ def auroc_estimate(
     ones, counts = np.ones((1, size)), _counts(size, RESAMPLES)
     found = _auroc_by_unit(score, happened, unit)
     value, _ = found.resampled(ones)
+    trials = min(int(np.count_nonzero(kind)) for kind in (found.positive, found.negative))
+    if other is None and size > 1 and (exact := _exact_at_limit(float(value[0]), trials, SHARE)) is not None:
+        return exact
     resampled, influence = found.resampled(counts)
     without, limits = found.without(), SHARE
     if other is not None:

@@ -172,3 +172,13 @@ def test_a_difference_of_r2_is_paired():
     turned = metrics.r2_estimate(other, target, groups, one)
     np.testing.assert_allclose(turned, [-found.value, -found.high, -found.low])
     assert metrics.r2_estimate(one, target, groups, one) == pytest.approx((0, 0, 0))
+
+
+def test_a_perfect_auroc_has_the_exact_interval():
+    """The trials are disjoint pairs of a positive and a negative group: here three, whatever the number of negatives."""
+    groups, happened = np.arange(12), np.arange(12) < 3
+    low = stats.binomtest(3, 3).proportion_ci(0.95, "exact").low
+    score = happened + np.arange(12) / 100
+    assert metrics.auroc_estimate(score, happened, groups) == pytest.approx((1, low, 1))
+    assert metrics.auroc_estimate(-score, happened, groups) == pytest.approx((0, 0, 1 - low))
+    assert metrics.auroc_estimate(score, happened, groups, 2 * score) == pytest.approx((0, 0, 0))

@@ -33,7 +33,7 @@ from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
 from lib.evaluation.labelled_documents import LabelledDocuments, _count_documents, _groups
 from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
 from lib.evaluation.text_scores import about_windows, documents_of, measured_rates, read_user_texts, windows
-from lib.metrics import SHARE, ratio, share
+from lib.metrics import SHARE, ratio
 from lib.models.publish import publish
 from lib.report.detection import detection_html, detection_tables, thresholds_in_words
 from lib.report.text_scores import verdict
@@ -357,9 +357,8 @@ def test_rates_of_none_and_all_have_intervals():
         assert [rates[name][k] for k in ("value", "low", "high")] == pytest.approx(
             [value, exact.low, exact.high]
         )
-    grouped = share(np.zeros(2), np.array([10.0, 10.0]))  # two authors, not twenty texts
+    grouped = ratio(np.zeros(2), np.array([10.0, 10.0]), limits=SHARE)  # two authors, not twenty texts
     assert grouped.high == pytest.approx(binomtest(0, 2).proportion_ci(0.95, "exact").high)
-    assert share(np.array([1.0, 0.0]), np.ones(2)) == ratio(np.array([1.0, 0.0]), np.ones(2), limits=SHARE)
 
 
 def test_labels_of_a_scored_file_belong_to_their_rows(tmp_path):

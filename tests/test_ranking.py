@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kendalltau
+from scipy.stats import binomtest, kendalltau
 
 from lib.ranking import metrics
 from lib.ranking.losses import LOSSES
@@ -551,3 +551,31 @@ def test_kinds_of_wrong_candidates():
         "share_of_errors": pytest.approx(0.25),
         "rate": 0.5 / 7,
     }
+
+
+def test_winners_of_tied_scores_are_a_random_choice_among_them():
+    """The best candidate is often listed first: a choice of the first one would be right by position."""
+    rewards, present = (
+        np.array([[1.0, 0, 0, 0.6], [1, 0, 1, 0]]),
+        np.array([[True, True, True, False], [True] * 4]),
+    )
+    terms = {"length": np.array([[4.0, 2, 0, np.nan], [8, 0, 2, 0]])}
+    found = metrics.winners(np.zeros((2, 4)), rewards, present, terms)
+    for values in found.values():
+        assert values["winner"] == pytest.approx(values["random"])
+    per_pool = metrics.ranking_metrics(np.zeros((2, 4)), rewards, present)
+    assert found["reward"]["winner"] == pytest.approx(per_pool["average_reward"].mean())
+    assert found["reward"]["best"] == 1 and found["length"]["best"] == pytest.approx((4 + 5) / 2)
+
+
+def test_a_ranker_that_is_right_in_every_pool_has_the_exact_interval():
+    """Three of three pools say little about the next one. Kendall's tau runs from -1 to 1, so it reaches twice as far."""
+    rewards = np.array([[0.0, 0.5, 1.0]] * 3)
+    per_pool = metrics.ranking_metrics(rewards, rewards, np.ones((3, 3), bool), gold=np.full(3, 2))
+    found = metrics.summarise(per_pool, np.arange(3), 0)
+    low = binomtest(3, 3).proportion_ci(0.95, "exact").low
+    for name in ("accuracy", "gold_accuracy", "ndcg", "pairwise_accuracy", "reward_ratio"):
+        assert found[name] == pytest.approx({"value": 1, "low": low, "high": 1}), name
+    assert found["kendall_tau"] == pytest.approx({"value": 1, "low": 2 * low - 1, "high": 1})
+    lead = metrics.paired_difference(np.ones(3), np.zeros(3), np.arange(3), 0)
+    assert lead == pytest.approx({"value": 1, "low": 2 * low - 1, "high": 1}) and lead["low"] < 0

@@ -77,7 +77,7 @@ class Measurements:
         """Mean judge score, mean probability of error of the generated tokens, and share of correct fills."""
         accuracy = None
         if self.num_correct is not None and self.num_known is not None and self.num_known.any():
-            accuracy = metrics.share(self.num_correct, self.num_known)._asdict()
+            accuracy = metrics.ratio(self.num_correct, self.num_known, limits=metrics.SHARE)._asdict()
         errors = [e[f] for e, f in zip(self.errors, self.free, strict=True)]
         return {
             "judge_score": None if self.judge_scores is None else float(self.judge_scores.mean()),

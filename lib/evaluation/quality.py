@@ -104,7 +104,7 @@ def valid_words(texts: list[str], known: set[str]) -> metrics.Estimate | None:
         words = _WORD.findall(text.lower())[1:-1]
         pairs.append((sum(w in known for w in words), len(words)))
     valid, total = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    return metrics.share(valid, total) if total.sum() else None
+    return metrics.ratio(valid, total, limits=metrics.SHARE) if total.sum() else None
 
 
 def characters(texts: list[str]) -> list[np.ndarray]:

@@ -136,7 +136,9 @@ def measured_rates(
     for target in (rates["target"] for rates in figures["thresholds"]):
         alarm = np.array([(at := d["alarm_at"]) is not None and at <= target for d in known], bool)
         rates = {
-            name: metrics.share(alarm[of].astype(float), np.ones(int(of.sum())))._asdict()
+            name: metrics.ratio(
+                alarm[of].astype(float), np.ones(int(of.sum())), limits=metrics.SHARE
+            )._asdict()
             if of.any()
             else None
             for name, of in (("fpr", ~truth), ("tpr", truth))

@@ -279,16 +279,18 @@ def winners(
     """Mean over pools of the reward and of each of its terms (N, K).
 
     Returns:
-        name -> {winner, random, best}: the mean of the candidates with the highest score (the first of them), of
-        all candidates, and of the candidates with the highest reward.
+        name -> {winner, random, best}: the mean of the candidates with the highest score, of all candidates, and of the
+        candidates with the highest reward. Ties count as the expectation of a uniform draw among them.
     """
-    chosen = np.where(present, scores, -np.inf).argmax(1)[:, None]
-    best = np.where(present, rewards, -np.inf).argmax(1)[:, None]
+    choices = {
+        "winner": _choice(np.where(present, scores, -np.inf)),
+        "random": present / present.sum(1, keepdims=True),
+        "best": _choice(np.where(present, rewards, -np.inf)),
+    }
     return {
         name: {
-            "winner": float(np.take_along_axis(value, chosen, 1).mean()),
-            "random": float((value.sum(1, where=present) / present.sum(1)).mean()),
-            "best": float(np.take_along_axis(value, best, 1).mean()),
+            who: float((choice * np.where(choice > 0, value, 0.0)).sum(1).mean())
+            for who, choice in choices.items()
         }
         for name, value in ({"reward": rewards} | terms).items()
     }
