@@ -611,6 +611,23 @@ def test_the_best_candidate_of_a_pool_is_learned_and_reported_where_there_is_one
     )
 
 
+@pytest.mark.parametrize("informative", [True, False])
+def test_a_ranker_is_compared_with_the_generator_s_mean_confidence_where_that_beats_chance(informative):
+    sequences = Sequences(lists([[4 + i % 10, 5] for i in range(60)]), 8, PAD)
+    rows = np.arange(60).reshape(20, 3)
+    rewards = np.random.default_rng(0).permuted(np.tile([0.0, 0.5, 1.0], (20, 1)), axis=1)
+    confidence = np.where(np.arange(20)[:, None] < 16, rewards, -rewards) * (1 if informative else -1)
+    plain = TokenPools(rows, rewards, {}, np.arange(20))
+    pools = Splits(plain, plain, replace(plain, confidence=confidence))
+    target = BestCandidate(context("ranker", evaluation_examples=1000), sequences, pools, cls_id=CLS)
+    values, (row,) = report(target, FirstToken())
+    assert values["confidence"]["accuracy"]["value"] == pytest.approx(0.8 if informative else 0.2)
+    assert row.baseline == ("mean confidence" if informative else "chance")
+    assert row.baseline_value == pytest.approx(0.8 if informative else 1 / 3)
+    assert row.difference_low < row.value - row.baseline_value < row.difference_high
+    assert pools.held_out.subset(np.array([3])).confidence.tolist() == confidence[[3]].tolist()
+
+
 def test_a_row_of_no_sequence_is_empty_and_others_are_whole_or_refused():
     sequences = Sequences(lists([[4, 5], [7], [8, 9]]), 2, PAD)
     ids, valid = sequences.batch(np.array([[0, -1], [2, 1]]))
@@ -686,7 +703,7 @@ def stage_inputs():
             "example_id": [f"{split}{i // 3}" for i in range(6)], "group": [f"{split}{i // 3}" for i in range(6)],
             "token_ids": pa.chunked_array([pa.array(ids, pa.list_(pa.int32()))]),
             "token_labels": pa.chunked_array([pa.array([[0, 1, 2]] * 6, pa.list_(pa.int8()))]),
-            "token_confidence": pa.chunked_array([pa.array([[-0.5] * 3] * 6, pa.list_(pa.float32()))]),
+            "token_confidence": pa.chunked_array([pa.array([[0.0, -i, -i] for i in range(6)], pa.list_(pa.float32()))]),
             "changed_fraction": [0.5, 0.1, 0.2, 0.3, 0.4, 0.6], "reward": REWARDS[split],
         })  # fmt: skip
 
@@ -712,6 +729,8 @@ def test_a_ranker_s_pools_hold_the_candidates_of_their_own_split(stage_inputs):
         ]
         assert [text[0] for text in read] == list(LETTERS[split])
         assert pools.rewards.reshape(-1).tolist() == REWARDS[split]
+    means = target.splits.held_out.confidence
+    assert means.reshape(-1) == pytest.approx(-np.arange(6) * 2 / 3)
 
 
 def test_rewards_become_equal_bands_of_classes(stage_inputs):

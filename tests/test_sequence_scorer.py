@@ -1,10 +1,13 @@
 """The oracle and the confidence baseline in a sequence scorer's report."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from lib.report.critic import _classifiers
 from lib.training.data import Sequences
 from lib.training.objectives.candidates import CandidateSplits
 from lib.training.objectives.sequence_scorer import ScoredSequences, SequenceScore
@@ -45,7 +48,7 @@ def test_the_generators_mean_confidence_is_a_baseline():
     target = np.round(rng.uniform(0.2, 1, 400), 2)
     target[:80] = 1
     telling = [np.full(5, -3 + 2 * t) + rng.normal(0, 0.01, 5) for t in target]
-    values, rows = objective(target, None, telling).report(Constant())
+    values, rows = objective(target, 1 - target, telling).report(Constant())
     assert values["confidence"]["r2"] > 0.95 and values["confidence"]["auroc_untouched"] > 0.95
     assert rows[1].baseline == "mean confidence" and rows[1].baseline_value == values["confidence"]["r2"]
     silent, _ = objective(target, None, [rng.normal(-1, 1, 5) for _ in target]).report(Constant())
@@ -59,5 +62,22 @@ def test_no_r2_is_claimed_where_all_targets_are_the_same():
 
 def test_rewritten_sequences_are_judged_alone_too():
     target = np.concatenate([np.ones(20), np.linspace(0.2, 0.8, 60)])
-    values, _ = objective(target, None).report(Constant())
+    values, _ = objective(target, 1 - target).report(Constant())
+    assert values["auroc_untouched"] == 0.5
     assert values["rewritten"]["mse"] == pytest.approx(((target[20:] - 0.5) ** 2).mean())
+
+
+def test_scores_of_a_user_s_own_are_not_called_unchanged_and_rewritten():
+    """The highest of any scores says nothing about the original text. The report names neither."""
+    target = np.concatenate([np.ones(20), np.linspace(0.2, 0.8, 60)])
+    telling = [np.full(5, t) for t in target]
+    values, _ = objective(target, None, telling).report(Constant())
+    assert (
+        not {"auroc_untouched", "rewritten"} & values.keys() and "auroc_untouched" not in values["confidence"]
+    )
+    known, _ = objective(target, 1 - target, telling).report(Constant())
+    for held_out, is_known in ((values, False), (known, True)):
+        manifests = {"04_train": {"stats": {"judge": {"held_out": held_out}}}}
+        (html,) = _classifiers(SimpleNamespace(manifests=manifests))
+        for words in ("AUROC, unchanged", "rewritten texts only", "unchanged text scores higher"):
+            assert (words in html) == is_known, words

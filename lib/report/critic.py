@@ -21,9 +21,10 @@ BANDS_CAPTION = (
     "(partial). Raw probabilities, one calibration curve for all shares, and a curve per band."
 )
 CLASSES_CAPTION = "Held-out tokens. A row is the true class, a column the predicted one."
-SCORES_CAPTION = (
-    "Held-out texts. A constant score has R2 0. R2 1 is out of reach: synthetic tokens that equal the original ones leave "
-    "no trace. AUROC: probability that an unchanged text scores higher than a rewritten one."
+SCORES_CAPTION = "Held-out texts. A constant score has R2 0."
+ORIGINALS_CAPTION = (
+    " R2 1 is out of reach: synthetic tokens that equal the original ones leave no trace. AUROC: probability that an "
+    "unchanged text scores higher than a rewritten one."
 )
 CHOICES_CAPTION = "Mean of each reward term on held-out examples, for the ranker's choice, a random choice and the best choice."
 
@@ -89,7 +90,8 @@ def _classifiers(data: ReportData) -> list[str]:
         if "confusion" in held_out:
             parts.append(part(f"Classes of {name}", CLASSES_CAPTION, classes_table(held_out)))
         if "reliability" in held_out:
-            parts.append(part(f"Scores of {name}", SCORES_CAPTION, scores_table(held_out)))
+            caption = SCORES_CAPTION + (ORIGINALS_CAPTION if _knows_originals(held_out) else "")
+            parts.append(part(f"Scores of {name}", caption, scores_table(held_out)))
     return parts
 
 
@@ -106,12 +108,18 @@ def classes_table(held_out: dict[str, Any]) -> str:
     return table(["class", *(f"predicted as {name}" for name in names), "precision", "recall", "F1"], lines)
 
 
+def _knows_originals(held_out: dict[str, Any]) -> bool:
+    """Whether figures of a judge say how well it separates untouched texts from rewritten ones."""
+    return "auroc_untouched" in held_out
+
+
 def scores_table(held_out: dict[str, Any]) -> str:
     """The judge beside the generator's mean confidence, a constant and the oracle, and its reliability diagram."""
+    columns = {"mse": "MSE", "r2": "R2", "spearman": "Spearman"}
+    columns |= {"auroc_untouched": "AUROC, unchanged"} if _knows_originals(held_out) else {}
 
     def cells(name: str, values: dict[str, Any]) -> list[str]:
-        keys = ("mse", "r2", "spearman", "auroc_untouched")
-        return [escape(name), *("–" if values.get(k) is None else f"{values[k]:.3f}" for k in keys)]
+        return [escape(name), *("–" if values.get(k) is None else f"{values[k]:.3f}" for k in columns)]
 
     lines = [cells("this model", held_out)]
     if "rewritten" in held_out:
@@ -123,9 +131,7 @@ def scores_table(held_out: dict[str, Any]) -> str:
         oracle = {"mse": held_out["irreducible_mse"], "r2": held_out["best_r2"]}
         lines.append(cells("oracle that knows the changed tokens", oracle))
     picture = plots.reliability(held_out["reliability"], "reliability", "predicted score", "mean target")
-    return table(["", "MSE", "R2", "Spearman", "AUROC, unchanged"], lines) + figure(
-        picture, "reliability diagram"
-    )
+    return table(["", *columns.values()], lines) + figure(picture, "reliability diagram")
 
 
 def _choices(data: ReportData) -> str:

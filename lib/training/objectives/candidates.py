@@ -38,7 +38,7 @@ class CandidateSplits(Splits[T]):
             read(tables.selection),
             read(held_out),
             groups=np.asarray(held_out["group"].to_pylist()),
-            confidence=_confidence_of(held_out["token_confidence"]),
+            confidence=confidence_of(held_out["token_confidence"]),
         )
 
 
@@ -54,7 +54,8 @@ def whole_sequences(
     return sequences
 
 
-def _confidence_of(column: pa.ChunkedArray) -> list[np.ndarray] | None:
+def confidence_of(column: pa.ChunkedArray) -> list[np.ndarray] | None:
+    """The log-probabilities of each candidate's tokens; None if they are not known of all candidates."""
     if column.null_count or not len(column):
         return None
     return [np.asarray(row, np.float32) for row in column.to_pylist()]

@@ -7,6 +7,7 @@ Legend: N pools, K candidates, T positions.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from lib import randomness
 from lib.engine.parts import Part
 from lib.metrics import Estimate
 from lib.ranking.losses import cross_entropy
-from lib.ranking.metrics import ranking_metrics, summarise, winners
+from lib.ranking.metrics import paired_difference, ranking_metrics, summarise, winners
 from lib.sections.models import ModelSpec
 from lib.training.data import Rows, Sequences, Splits
 from lib.training.lengths import WholeTexts
@@ -30,6 +31,7 @@ from lib.training.objectives.base import (
     tensor,
     with_cls,
 )
+from lib.training.objectives.candidates import confidence_of
 from lib.training.pool_table import decided_pools, say_skipped, terms_of
 from lib.training.stage_inputs import SELECTION, StageInputs, explained
 
@@ -46,6 +48,7 @@ class TokenPools:
         terms: name -> (N, K), each term of the reward.
         groups: (N,) group of each pool. Intervals resample whole groups.
         skipped: number of pools left out because all their rewards are equal.
+        confidence: (N, K) the generator's mean log-probability of each sequence; None if it is not known.
     """
 
     rows: np.ndarray
@@ -53,6 +56,7 @@ class TokenPools:
     terms: dict[str, np.ndarray]
     groups: np.ndarray
     skipped: int = 0
+    confidence: np.ndarray | None = None
 
     @property
     def present(self) -> np.ndarray:
@@ -61,7 +65,10 @@ class TokenPools:
 
     def subset(self, index: np.ndarray) -> "TokenPools":
         terms = {name: values[index] for name, values in self.terms.items()}
-        return TokenPools(self.rows[index], self.rewards[index], terms, self.groups[index])
+        confidence = None if self.confidence is None else self.confidence[index]
+        return TokenPools(
+            self.rows[index], self.rewards[index], terms, self.groups[index], confidence=confidence
+        )
 
 
 def ranker_objective(
@@ -78,7 +85,10 @@ def ranker_objective(
         terms = {term: table[f"term_{term}"].to_numpy()[rows] for term in terms_of(table)}
         groups = np.asarray(table["group"].to_pylist())[rows[:, 0]]
         sequence_idx = np.where(rows >= 0, rows + first_row, -1)
-        pools.append(TokenPools(sequence_idx, table["reward"].to_numpy()[rows], terms, groups, skipped))
+        found = confidence_of(table["token_confidence"]) if split == "held_out" else None  # a baseline
+        confidence = None if found is None else np.array([row.mean() for row in found])[rows]
+        rewards = table["reward"].to_numpy()[rows]
+        pools.append(TokenPools(sequence_idx, rewards, terms, groups, skipped, confidence))
         columns.append(table["token_ids"])
         first_row += table.num_rows
     # One list of sequences for the three splits
@@ -154,14 +164,21 @@ class BestCandidate:
         return {"loss": loss} | {n: float(per_pool[n].mean()) for n in ("accuracy", "average_reward", "mrr")}
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
-        """All held-out pools, against a random choice."""
+        """All held-out pools, against a random choice or the generator's mean confidence, whichever is better."""
         pools = self.splits.held_out
         scores, loss = self._predict(model, pools)
-        values = summarise(ranking_metrics(scores, pools.rewards, pools.present), pools.groups, self.seed)
-        accuracy, chance = values["accuracy"], values["chance"]
-        assert isinstance(accuracy, dict) and isinstance(chance, float)
+        per_pool = ranking_metrics(scores, pools.rewards, pools.present)
+        values: dict[str, Any] = summarise(per_pool, pools.groups, self.seed)
+        others = {"chance": per_pool["chance"]}  # name -> (N,) accuracy
+        if pools.confidence is not None:
+            of_confidence = ranking_metrics(pools.confidence, pools.rewards, pools.present)
+            values["confidence"] = summarise(of_confidence, pools.groups, self.seed)
+            others["mean confidence"] = of_confidence["accuracy"]
+        rival = max(others, key=lambda name: others[name].mean())
+        lead = paired_difference(per_pool["accuracy"], others[rival], pools.groups, self.seed)
         row = result_row(
-            self.label, "accuracy", Estimate(**accuracy), "chance", chance, lower_is_better=False
-        )
+            self.label, "accuracy", Estimate(**values["accuracy"]), rival, others[rival].mean(),
+            lower_is_better=False, difference=Estimate(**lead),
+        )  # fmt: skip
         terms = winners(scores, pools.rewards, pools.present, pools.terms)
         return {"loss": loss, **values, "terms": terms}, [row]

@@ -192,7 +192,8 @@ class SequenceScore:
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
         """All held-out sequences, against the mean of the training targets as a constant prediction.
 
-        `rewritten` has the figures without the untouched sequences, which are the easiest to recognise.
+        `rewritten` has the figures without the untouched sequences, which are the easiest to recognise. It is left out
+        where it is not known which tokens were changed.
         """
         sequences, target, groups = (
             self.splits.held_out.sequences,
@@ -206,7 +207,8 @@ class SequenceScore:
         values: dict[str, Any] = metrics.regression(predicted, target)
         values |= {"constant_mse": float(base.sum() / count.sum())}
         values["reliability"] = metrics.reliability(predicted, target)
-        untouched = target == target.max()
+        # Rewards of the user's own labels do not say which texts are untouched
+        untouched = (target == target.max()) & (self.splits.held_out.changed_fraction is not None)
         if 0 < untouched.sum() < len(target):
             values["auroc_untouched"] = metrics.auroc(predicted, untouched)
             values["rewritten"] = metrics.regression(predicted[~untouched], target[~untouched])
