@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from lib import durable, schema
 from lib.artifacts import Stage
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.evaluation import sampling
+from lib.evaluation.infilling import UNKNOWN, Start
 from lib.evaluation.quality import SamplingCost, describe, from_first_gap, lexicon, valid_words
 from lib.evaluation.sample_evaluator import roles
+from lib.evaluation.sample_parts import SampleWork
 from lib.metrics import ngram_entropy
 from lib.report import plots
 from lib.report.data import ReportData
@@ -239,6 +243,45 @@ def test_a_policy_without_a_reference_model_has_no_likelihood():
     assert " - " in sampling_table(data.policies)
 
 
+def test_less_real_text_than_samples_is_said_beside_the_number_of_texts():
+    one, few = made_data().policies[0] | {"samples": 64}, {"policy": "real text", "nfe": 0, "passes": 0}
+    for count, is_said in ((10, True), (64, False)):
+        rows = [one, one | few | {"samples": count}]
+        text = Page(build_report(made_data(policies=rows))).text
+        for shown in (text, sampling_table(rows)):
+            assert f"only {count} texts of this length, beside 64 samples" in shown or not is_said
+            assert ("cannot" in shown or "too low here" in shown) == is_said
+        assert (
+            " 64 " in sampling_table(rows).splitlines()[2]
+            and f" {count} " in sampling_table(rows).splitlines()[3]
+        )
+
+
+def test_dropped_real_text_is_said(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(sampling, "say", said.append)
+    ids = np.zeros((2, 3), int)
+    without = Start(ids, ids == 0, np.arange(2), ["a", "b"])
+    known, partly = (
+        replace(without, truth=ids + 5),
+        replace(without, truth=np.array([[5] * 3, [UNKNOWN] * 3])),
+    )
+    real = sampling._real_starts(None, [known])
+    assert (real[0].ids == 5).all() and not said
+    assert not sampling._real_starts(None, [without]) and not said  # nobody gave a target
+    for starts in ([known, without], [partly]):
+        assert not sampling._real_starts(None, starts)
+        assert "have no target" in said.pop()
+
+
+def test_the_size_of_samples_counts_every_sample():
+    starts = [
+        Start(np.zeros(shape, int), np.ones(shape, bool), np.arange(shape[0])) for shape in ((64, 8), (3, 20))
+    ]
+    work = SampleWork(None, starts, [("critic", 4), ("critic", 8)], None)
+    assert work.num_bytes == 16 * 3 * (64 * 8 + 3 * 20) + 3_000_000
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +325,32 @@ def test_a_policys_budgets_are_one_line_and_no_two_policies_look_alike(monkeypat
     assert all(a.get_ylim()[0] < min(y) and max(y) < a.get_ylim()[1] for a, y in axes)  # nothing is cut off
     drawn.clear()
     assert build_report(made_data(policies=rows[:9])) != html and len(drawn) == 9  # one budget: no panels
+
+
+def test_quality_is_drawn_at_the_forward_passes_that_samples_took(monkeypatch):
+    """Not at the budget, which is per block, and which samples may not spend."""
+    drawn, plain = [], plots.over_passes
+    monkeypatch.setattr(
+        plots, "over_passes", lambda panels, label: drawn.append(panels) or plain(panels, label)
+    )
+    (one,) = made_data().policies
+    build_report(made_data(policies=[one | {"nfe": 8, "passes": 32.0}, one | {"nfe": 16, "passes": 40.5}]))
+    (panels,) = drawn
+    assert [list(line) for lines in panels.values() for line in lines.values()] == [[32.0, 40.5]] * 2
+    assert plots._ticks({32, 31.5, 64, 8, 63}) == [8, 31.5, 63]
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_a_figure_draws_a_value_without_an_interval(nothing):
+    assert plots._ends({"value": 1.5, "low": nothing, "high": nothing}) == (1.5, 1.5)
+    assert plots._ends({"value": 1.5, "low": 1.0, "high": 2.0}) == (1.0, 2.0)
+
+
+def test_text_from_right_to_left_has_its_own_direction():
+    """Arabic in a page in English: the browser takes the direction of each text from its letters."""
+    html = build_report(made_data())
+    (rule,) = (line for line in html.splitlines() if "unicode-bidi:plaintext" in line)
+    assert {"pre", "td", ".asked", "h3", "h4"} <= set(rule.split(" {")[0].split(", "))
 
 
 def test_tables_on_the_screen_are_aligned():

@@ -41,7 +41,7 @@ class SampleWork:
     @property
     def num_bytes(self) -> int:
         """What the tables and the report take on the disk, estimated from above."""
-        tokens = len(self) * len(self.starts) * self.evaluator.context
+        tokens = len(self) * sum(start.ids.size for start in self.starts)
         return BYTES_OF_A_TOKEN * tokens + BYTES_OF_A_REPORT
 
     def open(self, threads: int | None):

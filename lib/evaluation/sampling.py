@@ -16,6 +16,7 @@ from lib.evaluation.infilling import UNKNOWN, Start
 from lib.evaluation.measurements import Measurements
 from lib.evaluation.quality import SamplingCost, describe, from_first_gap
 from lib.evaluation.sample_evaluator import SampleEvaluator
+from lib.log import say
 from lib.tokenization import forbidden_ids
 
 TRACED_SAMPLES = 2  # per policy and budget
@@ -160,6 +161,8 @@ def _real_starts(evaluator: SampleEvaluator, starts: list[Start]) -> list[Start]
     if starts[0].names is not None:
         known = [s for s in starts if s.truth is not None and (s.truth != UNKNOWN).all()]
         complete = len(known) == len(starts)
+        if not complete and any(s.truth is not None for s in starts):
+            say("real text is not measured: some rows of sampler.infill_file have no target")
         return [replace(s, ids=s.truth) for s in known if s.truth is not None] if complete else []
     # As many texts as samples, since the n-gram entropy grows with their number
     real = evaluator.real_text(len(starts[0].ids))[:, : starts[0].ids.shape[1]]

@@ -5,7 +5,7 @@ import itertools
 import math
 from typing import Any
 
-from lib.report.table import nfe_text
+from lib.report.table import has_interval, nfe_text
 
 # Okabe and Ito's palette. Each colour has a line style and a marker, so that no meaning depends on colour alone
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
@@ -130,8 +130,8 @@ def policies(rows: list[dict]) -> str:
 
 def _ends(estimate: dict) -> tuple[float, float]:
     """(low, high) of an estimate; its value twice if there is no interval, which draws a mark without a bar."""
-    low, high, value = estimate["low"], estimate["high"], estimate["value"]
-    return (low, high) if low == low and high == high else (value, value)
+    value = estimate["value"]
+    return (estimate["low"], estimate["high"]) if has_interval(estimate) else (value, value)
 
 
 def _apart(labels: list[Any], marks: list[Any]) -> None:
@@ -184,7 +184,7 @@ def pareto(
 
 
 def over_passes(
-    panels: dict[str, dict[str, dict[int, dict[str, float]]]],
+    panels: dict[str, dict[str, dict[float, dict[str, float]]]],
     y_label: str,
     cut: bool = False,
     strong: str | None = None,
@@ -220,15 +220,24 @@ def over_passes(
             smallest, median = min(everything), sorted(everything)[len(everything) // 2]
             if median > smallest:
                 axes.set_ylim(top=min(axes.get_ylim()[1], smallest + 4 * (median - smallest)))
-        ticks = sorted({n for found in lines.values() for n in found})
+        ticks = _ticks({n for found in lines.values() for n in found})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set_xticks(ticks, [nfe_text(n) for n in ticks])
         axes.minorticks_off()
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("forward passes")
     figure.axes[0].set_ylabel(y_label)
     _legend(figure)
     return svg_of(figure)
+
+
+def _ticks(passes: set[float]) -> list[float]:
+    """The numbers of forward passes to label: labels of numbers that are less than 20 % apart would overlap."""
+    ticks: list[float] = []
+    for number in sorted(passes):
+        if not ticks or number >= 1.2 * ticks[-1]:
+            ticks.append(number)
+    return ticks
 
 
 def _style(index: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from lib.report import plots
 from lib.report.data import ReportData
 from lib.report.html_table import interval, table
 from lib.report.page import figure, part
-from lib.report.table import BEST_OF_HEAD, best_of_cells, interval_text, nfe_text
+from lib.report.table import BEST_OF_HEAD, best_of_cells, fewer_real_texts, interval_text, nfe_text
 
 SAMPLES_PER_POLICY = 3
 NO_SAMPLES = "<p>Nothing was sampled.</p>"
@@ -38,17 +38,18 @@ def quality_table(rows: list[dict]) -> str:
     for r in rows:
         judge = "–" if r["judge_score"] is None else f"{r['judge_score']:.3f}"
         lines.append(
-            [escape(r["policy"]), nfe_text(r["passes"]) or "–", *estimate_cells(r["reference_nll"]),
+            [escape(r["policy"]), nfe_text(r["passes"]) or "–", f"{r['samples']:,}", *estimate_cells(r["reference_nll"]),
              f"{r['character_entropy']:.3f}", f"{r['fourgram_entropy']:.3f}",
              *estimate_cells(r["valid_words"], percent=True), judge]
         )  # fmt: skip
-    head = ["policy", "NFE", "NLL, nats/character", "95 % interval", "character entropy", "4-gram entropy", "real words", "95 % interval", "judge score"]  # fmt: skip
+    head = ["policy", "NFE", "texts", "NLL, nats/character", "95 % interval", "character entropy", "4-gram entropy", "real words", "95 % interval", "judge score"]  # fmt: skip
     classes = ["" if r["passes"] else "reference" for r in rows]
     if any(r["reference_nll"] for r in rows):
         end = figure(plots.policies(rows), "NLL against 4-gram entropy, a mark per policy and budget")
     else:
         end = "<p>No causal model was trained on the reference split, so there is no likelihood.</p>"
-    return table(head, lines, classes) + end
+    fewer = fewer_real_texts(rows)
+    return table(head, lines, classes) + (f"<p>{escape(fewer)}</p>" if fewer else "") + end
 
 
 def _texts(data: ReportData) -> str:

@@ -162,13 +162,14 @@ def best_of_table(rows: list[dict]) -> str:
 
 def sampling_table(policies: list[dict]) -> str:
     """Quality of the samples by policy and budget; real text comes last."""
-    lines = [("policy", "NFE", "seconds", "NLL, nats/char", "95 % interval", "char entropy", "4-gram entropy", "real words")]  # fmt: skip
+    lines = [("policy", "NFE", "texts", "seconds", "NLL, nats/char", "95 % interval", "char entropy", "4-gram entropy", "real words")]  # fmt: skip
     for row in policies:
         nll, words = row["reference_nll"], row["valid_words"]
         lines.append(
             (
                 row["policy"],
                 nfe_text(row["passes"]) or "-",
+                f"{row['samples']:,}",
                 f"{row['seconds']:.1f}" if row["seconds"] else "-",
                 f"{nll['value']:.3f}" if nll else "-",
                 interval_text(nll) if nll else "-",
@@ -177,7 +178,19 @@ def sampling_table(policies: list[dict]) -> str:
                 f"{words['value']:.1%}" if words else "-",
             )
         )
-    return aligned(lines)
+    return "\n".join(filter(None, (aligned(lines), fewer_real_texts(policies))))
+
+
+def fewer_real_texts(policies: list[dict]) -> str:
+    """A sentence if there is less real text than samples, so that their entropies cannot be compared; "" otherwise."""
+    made = max((row["samples"] for row in policies if row["passes"]), default=0)
+    real = next((row["samples"] for row in policies if not row["passes"]), made)
+    if real >= made:
+        return ""
+    return (
+        f"Real text: held-out text has only {real:,} texts of this length, beside {made:,} samples. Entropy grows with the number "
+        "of texts, so the entropy of real text is too low here."
+    )
 
 
 def infilling_table(policies: list[dict]) -> str:

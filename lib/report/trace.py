@@ -35,14 +35,17 @@ def _cost(rows: list[dict]) -> str:
 
 
 def _by_budget(rows: list[dict]) -> str:
-    """Likelihood and diversity against the NFE, where policies had several budgets."""
-    nll: dict[str, dict[int, dict]] = {}
-    entropy: dict[str, dict[int, dict]] = {}
+    """Likelihood and diversity against the NFE, where policies had several budgets.
+
+    The NFE is what a sample took. A budget is per block, and samples may be complete before it is spent.
+    """
+    nll: dict[str, dict[float, dict]] = {}
+    entropy: dict[str, dict[float, dict]] = {}
     for r in rows:
         if r["passes"] and r["reference_nll"]:
-            nll.setdefault(r["policy"], {})[r["nfe"]] = r["reference_nll"]
+            nll.setdefault(r["policy"], {})[r["passes"]] = r["reference_nll"]
             value = r["fourgram_entropy"]
-            entropy.setdefault(r["policy"], {})[r["nfe"]] = {"value": value, "low": value, "high": value}
+            entropy.setdefault(r["policy"], {})[r["passes"]] = {"value": value, "low": value, "high": value}
     if max(map(len, nll.values()), default=0) < 2:
         return ""
     panels = {"NLL under the reference model, per character": nll, "4-gram entropy": entropy}
