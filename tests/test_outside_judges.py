@@ -1,6 +1,8 @@
 """Judges from outside a run: a causal LM, a trigram model, MAUVE."""
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import torch
 import transformers as hf
 
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.evaluation import outside_judges
 from lib.evaluation.outside_judges import (
     UNKNOWN_NATS,
     CausalJudge,
     frontier_area,
+    halves,
     judge,
     mauve,
     pieces,
@@ -93,14 +97,42 @@ def test_mauve_tells_equal_from_different_sets():
 def test_a_finished_run_is_judged_beside_its_own_reference_model(quick_run, causal, tmp_path):
     rows = judge(quick_run, causal, False, masked_lm_folder("bert", tmp_path))
     samples, own, real = texts_of_run(quick_run)
-    assert {row["name"] for row in rows} == {*samples, "real text"}
-    for row in rows[:-1]:
+    assert [row["name"] for row in rows] == [*samples, "real text"] and own["real text"] is not None
+    for row in rows:
         assert row["reference_nll"] == own[row["name"]] and row["causal_nll"]["value"] > 0
         assert row["mauve"] is None  # eight samples are too few
+        assert row["samples"] <= len(next(iter(samples.values())))
     assert "MAUVE" in table(rows) and "trigram" not in table(rows)
-    assert "".join(pieces(real, 50)) in " ".join(real)
+    assert "".join(pieces(real, 50)[0]) in " ".join(text for text, _ in real)
     with pytest.raises(MissingInput, match=r"run 06_sample\.py"):
         judge(tmp_path, causal, False, None)
+
+
+def test_halves_share_no_document_and_each_piece_has_its_document():
+    """A document of one half in the other would make held-out text seem closer to itself than it is."""
+    texts = [("a" * 10, "d0"), ("b" * 7, "d1"), ("a" * 5, "d0"), ("c" * 8, "d2"), ("e" * 9, "d3")]
+    one, other = halves(texts)
+    assert {group for _, group in one} == {"d0", "d2"} and {group for _, group in other} == {"d1", "d3"}
+    cut, documents = pieces(one, 4)
+    assert cut == ["aaaa", "aaaa", "aa a", "aaaa", " ccc", "cccc"]
+    assert documents.tolist() == ["d0", "d0", "d0", "d0", "d0", "d2"]
+    assert pieces([], 4)[0] == [] and halves(texts[:1])[1] == []
+
+
+def test_real_text_is_judged_by_documents_and_in_the_number_of_samples(monkeypatch):
+    samples = {"critic, 4": ["abcd"] * 30}
+    # Each document is a letter of its own, and its pieces are alike: they are one trial, not many
+    real = [(chr(97 + d) * (4 * 40), f"d{d}") for d in range(8)]
+    monkeypatch.setattr(outside_judges, "texts_of_run", lambda run: (samples, {}, real))
+    nats = SimpleNamespace(nats=lambda texts: np.array([float(ord(text[-1])) for text in texts]))
+    monkeypatch.setattr(outside_judges.CausalJudge, "open", lambda folder: nats)
+    row = outside_judges.judge(Path("run"), Path("lm"), False, None)[-1]
+    assert row["name"] == "real text" and row["samples"] == 30
+    assert (
+        row["causal_nll"]["high"] - row["causal_nll"]["low"] > 2
+    )  # over four documents; 0.4 over thirty pieces
+    alone = outside_judges.table([row | {"causal_nll": {"value": 1.0, "low": None, "high": None}}])
+    assert alone.splitlines()[-1].split() == ["real", "text", "30", "-", "1.000"]
 
 
 def test_a_missing_package_is_named(monkeypatch):

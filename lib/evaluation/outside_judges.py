@@ -8,7 +8,8 @@ python -m lib.evaluation.outside_judges outputs/run_001 --causal_lm FOLDER --mau
     MAUVE       how close samples and held-out text lie in the space of any encoder (Pillutla et al., 2021); 1: the same. It
                 depends on the number of texts, which the table states, and falls with it
 
-Real text is judged, too: one half of the held-out text, with the other half as the reference of MAUVE.
+Real text is judged, too: as many pieces as there are samples, from one half of the held-out documents. The other half is the
+reference of MAUVE. The autoregressive baseline is not judged, because stage 06 does not store its samples.
 
 Legend: N texts, T tokens, D hidden size, K clusters.
 """
@@ -26,16 +27,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib import durable, metrics, schema
+from lib import durable, metrics, randomness, schema
 from lib.errors import BadConfig, BadData, MissingInput, RemaskError
 from lib.evaluation.quality import words_of
 from lib.log import Progress
+from lib.report.table import has_interval, interval_text, value_text
 from lib.runs import load_manifest
 
 UNKNOWN_NATS = math.log(1e7)  # of a word outside the vocabulary of the trigram model
 BATCH = 32
 MAUVE_SCALE = 5.0  # of the divergences, as in the paper
 MIN_TEXTS = 20  # fewer make MAUVE meaningless
+REAL_TEXT = "real text"  # the row of held-out text
 
 
 @dataclass(frozen=True)
@@ -201,10 +204,12 @@ def _similarity(p: np.ndarray, r: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------- a finished run
 
 
-def texts_of_run(run: Path) -> tuple[dict[str, list[str]], dict[str, dict | None], list[str]]:
-    """(name -> samples, name -> NLL under the run's own reference model, held-out texts).
+def texts_of_run(
+    run: Path,
+) -> tuple[dict[str, list[str]], dict[str, dict | None], list[tuple[str, str]]]:
+    """(name -> samples, name -> NLL under the run's own reference model, held-out texts with their groups).
 
-    A name is a policy with its number of forward passes. Raises MissingInput if stage 06 is not complete.
+    A name is a policy with its number of forward passes, or `REAL_TEXT`. Raises MissingInput if stage 06 is not complete.
     """
     import pyarrow.parquet as pq
 
@@ -218,45 +223,64 @@ def texts_of_run(run: Path) -> tuple[dict[str, list[str]], dict[str, dict | None
     for row in table.to_pylist():
         samples.setdefault(f"{row['policy']}, {row['nfe']}", []).append(row["text"])
     own = {
-        f"{row['policy']}, {row['nfe']}": row.get("reference_nll") for row in manifest["stats"]["policies"]
+        row["policy"] if row["policy"] == REAL_TEXT else f"{row['policy']}, {row['nfe']}": row.get(
+            "reference_nll"
+        )
+        for row in manifest["stats"]["policies"]
     }
     prepared = load_manifest(run / "01_prepare_dataset")
     assert prepared is not None
     examples = pq.read_table(
         run / "01_prepare_dataset" / prepared["outputs"]["examples"]["path"], schema=schema.EXAMPLES.arrow,
-        columns=["target", "split"],
+        columns=["target", "split", "group"],
     )  # fmt: skip
-    real = [row["target"] for row in examples.to_pylist() if row["split"] == "held_out"]
+    real = [(row["target"], row["group"]) for row in examples.to_pylist() if row["split"] == "held_out"]
     return samples, own, real
 
 
-def pieces(texts: Sequence[str], length: int) -> list[str]:
-    """The texts, joined and cut into pieces of `length` characters."""
-    joined = " ".join(texts)
-    return [joined[start : start + length] for start in range(0, len(joined) - length + 1, length)]
+def halves(texts: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The (text, group) pairs in two halves, every other group. Halves that share a document would be alike."""
+    number = {group: i for i, group in enumerate(dict.fromkeys(group for _, group in texts))}
+    even, odd = ([pair for pair in texts if number[pair[1]] % 2 == half] for half in (0, 1))
+    return even, odd
+
+
+def pieces(texts: Sequence[tuple[str, str]], length: int) -> tuple[list[str], np.ndarray]:
+    """((text, group) pairs, joined and cut into pieces of `length` characters; the group in which each piece begins)."""
+    joined = " ".join(text for text, _ in texts)
+    starts = np.arange(0, len(joined) - length + 1, length)
+    first = np.cumsum([0, *(len(text) + 1 for text, _ in texts)])[:-1]
+    owner = np.searchsorted(first, starts, side="right") - 1
+    return [joined[start : start + length] for start in starts], np.array([g for _, g in texts])[owner]
 
 
 def judge(run: Path, causal_lm: Path | None, trigram: bool, encoder: Path | None) -> list[dict[str, Any]]:
     """A row for each policy and budget of a run, and one for real text, with what every judge says."""
     samples, own, real = texts_of_run(run)
     lengths = [len(text) for texts in samples.values() for text in texts]
-    cut = pieces(real, max(1, int(np.median(lengths))))
-    first, reference = cut[::2], cut[1::2]
-    sets = samples | {"real text": first}
+    length, count = max(1, int(np.median(lengths))), max(map(len, samples.values()))
+    judged, others = halves(real)
+    (first, documents), (reference, _) = pieces(judged, length), pieces(others, length)
+    # As many texts as samples, since MAUVE depends on their number
+    some = randomness.sample(0, "real text beside samples", len(first), count)
+    sets = {name: (texts, np.arange(len(texts))) for name, texts in samples.items()}
+    sets[REAL_TEXT] = [first[i] for i in some], documents[some]
     scorer = None if causal_lm is None else CausalJudge.open(causal_lm)
-    vectors = None if encoder is None else embed(encoder, reference)
+    vectors = None if encoder is None or len(reference) < MIN_TEXTS else embed(encoder, reference)
     rows = []
     with Progress("judging", len(sets)) as progress:
-        for number, (name, texts) in enumerate(sets.items(), start=1):
+        for number, (name, (texts, groups)) in enumerate(sets.items(), start=1):
             row: dict[str, Any] = {"name": name, "samples": len(texts), "reference_nll": own.get(name)}
             if scorer is not None:
-                row["causal_nll"] = metrics.ratio(scorer.nats(texts), _sizes(texts, len))._asdict()
+                sums = metrics.sum_by(groups, scorer.nats(texts), _sizes(texts, len))
+                row["causal_nll"] = metrics.ratio(*sums)._asdict()
             if trigram:
                 nats, words, unknown = trigram_nats(texts)
-                row["trigram_nll"] = metrics.ratio(nats, words)._asdict() if words.sum() else None
+                sums = metrics.sum_by(groups, nats, words)
+                row["trigram_nll"] = metrics.ratio(*sums)._asdict() if words.sum() else None
                 row["unknown_words"] = float(unknown.sum() / max(words.sum(), 1))
-            if encoder is not None and vectors is not None:
-                few = min(len(texts), len(reference)) < MIN_TEXTS
+            if encoder is not None:
+                few = vectors is None or len(texts) < MIN_TEXTS
                 row["mauve"] = None if few else mauve(embed(encoder, texts), vectors)
                 row["mauve_references"] = len(reference)
             rows.append(row)
@@ -276,11 +300,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     def cell(value: Any) -> str:
         if isinstance(value, dict):
-            return (
-                f"{value['value']:.3f} ({value['low']:.3f} .. {value['high']:.3f})"
-                if value["value"] is not None
-                else "-"
-            )
+            ends = f" ({interval_text(value)})" if has_interval(value) else ""
+            return value_text(value["value"]) + ends
         return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
     lines = [["samples of", "number", *used.values()]]
