@@ -483,8 +483,8 @@ def test_a_scorer_is_compared_with_the_mean_of_the_training_targets():
     assert r2.value == pytest.approx(1 - error / held_out.var(), rel=1e-4) == values["r2"]
     assert r2.low < r2.value < r2.high and mse.lower_is_better and not r2.lower_is_better
     assert r2.difference_low is None and mse.difference_low < mse.value - constant_mse < mse.difference_high
-    told = score_of(held_out_targets=held_out, confidence=[np.array([mean]) for mean in held_out])
-    values, (_, r2) = report(told, MeanToken())
+    informed = score_of(held_out_targets=held_out, confidence=[np.array([mean]) for mean in held_out])
+    values, (_, r2) = report(informed, MeanToken())
     assert r2.difference_low < r2.value - values["confidence"]["r2"] < r2.difference_high
 
 
@@ -665,7 +665,8 @@ def test_a_paired_difference_decides_whatever_the_interval_of_the_value_says(
 
     for baseline in (0.5, 1.0, 1.5):
         paired = Estimate(1.0 - baseline, *difference)
-        row = result_row("m", "x", Estimate(1.0, 0.8, 1.2), "b", baseline, lower_is_better=lower_is_better, difference=paired)  # fmt: skip
+        row = result_row("m", "x", Estimate(1.0, 0.8, 1.2), "b", baseline, lower_is_better=lower_is_better)  # fmt: skip
+        row = row.with_difference(paired)
         assert row.beats_baseline == beats and row.as_dict()["difference_low"] == difference[0]
 
 

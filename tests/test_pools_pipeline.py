@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from lib.errors import BadData, MissingInput
 from lib.evaluation.rank import Ranker
 from lib.evaluation.ranked_file import read_user_pools
 from lib.ranking.metrics import ranking_metrics
+from lib.report.user_pools import ranking_file_page
 from lib.runs import STAGES, RunArgs, load_manifest, validate_manifest
 from lib.training.pool_sampling import CandidateSampler
 from lib.training.pool_table import PoolRows
@@ -251,3 +253,9 @@ def test_only_pools_with_different_rewards_in_range_are_measured(tmp_path):
         assert user.not_measured() == (
             "2 pools have equal rewards; 2 pools lack a reward, or have one outside pools.reward_range (0 to 1)"
         )
+
+
+def test_the_page_of_a_file_says_what_bm25_counts_over_and_has_no_interval_of_one_pool():
+    row = {"accuracy": {"value": 0.5, "low": math.nan, "high": None}, "pools": 1}
+    html = ranking_file_page([], {"bm25": row}, "file", "ranker")
+    assert "bm25 counts its word frequencies over blocks of pools" in html and "0.500 (-)" in html

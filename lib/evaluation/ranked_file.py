@@ -124,6 +124,7 @@ class UserPools:
         settings = self.config.pools
         rewards = np.zeros(present.shape)
         rewards[present] = mapped(given[present], np.repeat(np.arange(len(known)), sizes), settings)
+        # Frequencies over this block alone: an index of the whole file would have to be held in memory
         lexical = bm25_scores([block[n][0].prompt for n in known], texts, present)
         for name, values in ((RANKER, own), ("random choice", np.zeros_like(own)), (BM25, lexical)):
             found = ranking_metrics(values, rewards, present, relevant=settings.relevant)

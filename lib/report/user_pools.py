@@ -8,12 +8,13 @@ from typing import Any
 from lib.report.html_table import table
 from lib.report.page import Section, page, report_body
 from lib.report.pools import softmax
-from lib.report.table import aligned
+from lib.report.table import aligned, interval_text
 
 STYLE = Path(__file__).with_name("ranking.css")
 METRICS = ("accuracy", "map", "mrr_at_10", "ndcg_at_10", "pairwise_accuracy", "reward_ratio")
 TITLES = ("accuracy", "MAP", "MRR@10", "NDCG@10", "pairs", "of the best")
 LINES = 8  # pools of the summary on the screen
+BM25_NOTE = "bm25 counts its word frequencies over blocks of pools, in the order of the file."
 WIDTH = 60  # characters of a text on the screen
 
 
@@ -22,7 +23,7 @@ def ranking_file_page(displayed: Sequence[Any], metrics: dict[str, Any], source:
     sections = []
     if metrics:
         lines = [[escape(name), *_cells(row), f"{row['pools']:,}"] for name, row in metrics.items()]
-        caption = "Pools whose candidates have different rewards. 95 % intervals resample pools."
+        caption = f"Pools whose candidates have different rewards. 95 % intervals resample pools. {BM25_NOTE}"
         sections.append(Section("Metrics", caption, table(["chosen by", *TITLES, "pools"], lines)))
     caption = f"The first {len(displayed)} pools of the file, the best candidate first. ranking.parquet has all of them."
     sections.append(
@@ -37,7 +38,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     for name in METRICS:
         value = row.get(name)
         cells.append(
-            "–" if value is None else f"{value['value']:.3f} ({value['low']:.3f} – {value['high']:.3f})"
+            "–" if value is None else f"{value['value']:.3f} ({interval_text(value, between=' – ')})"
         )
     return cells
 

@@ -193,8 +193,7 @@ def compare(found: dict[str, dict[str, Any]], groups: np.ndarray, seed: int) -> 
         result_row(
             method, "accuracy", Estimate(**values["held_out"]["accuracy"]), START,
             found[START]["held_out"]["accuracy"]["value"], lower_is_better=False,
-            difference=Estimate(**gains[method]),
-        )
+        ).with_difference(Estimate(**gains[method]))
         for method, values in found.items()
         if method != START
     ]  # fmt: skip

@@ -11,7 +11,7 @@ Legend: B rows, T positions, V vocabulary.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -99,6 +99,11 @@ class ResultRow:
             low, high, limit = self.difference_low, self.difference_high, 0.0
         return high < limit if self.lower_is_better else low > limit
 
+    def with_difference(self, difference: Estimate | None) -> "ResultRow":
+        """The row with `value - baseline_value`, estimated on the same items. None: the baseline is a number."""
+        low, high = (None, None) if difference is None else (difference.low, difference.high)
+        return replace(self, difference_low=low, difference_high=high)
+
     def as_dict(self) -> dict:
         return asdict(self) | {"beats_baseline": self.beats_baseline}
 
@@ -151,15 +156,8 @@ def result_row(
     baseline_value: float,
     *,
     lower_is_better: bool,
-    difference: Estimate | None = None,
 ) -> ResultRow:
-    """A line of the results table.
-
-    Args:
-        difference: `value - baseline_value`, estimated on the same items; None for a baseline that is a number.
-    """
-    ends = (None, None) if difference is None else (difference.low, difference.high)
-    return ResultRow(model, metric, *estimate, baseline, float(baseline_value), lower_is_better, *ends)
+    return ResultRow(model, metric, *estimate, baseline, float(baseline_value), lower_is_better)
 
 
 def tensor(array: np.ndarray, runtime: Runtime) -> Tensor:

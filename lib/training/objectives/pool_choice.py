@@ -254,9 +254,9 @@ class PoolChoice:
         rival = max((n for n in others if n not in CONTROLS), key=lambda n: others[n]["accuracy"]["value"])
         row = result_row(
             self.label, "accuracy", Estimate(**values["accuracy"]), rival, others[rival]["accuracy"]["value"],
-            lower_is_better=False, difference=Estimate(**others[rival]["lead"]),
+            lower_is_better=False,
         )  # fmt: skip
-        return values, [row]
+        return values, [row.with_difference(Estimate(**others[rival]["lead"]))]
 
     def _control_scores(self, model: nn.Module) -> dict[str, np.ndarray]:
         """name -> (N, K) scores of the ranker with inputs that hide the answer."""

@@ -178,7 +178,7 @@ class BestCandidate:
         lead = paired_difference(per_pool["accuracy"], others[rival], pools.groups, self.seed)
         row = result_row(
             self.label, "accuracy", Estimate(**values["accuracy"]), rival, others[rival].mean(),
-            lower_is_better=False, difference=Estimate(**lead),
+            lower_is_better=False,
         )  # fmt: skip
         terms = winners(scores, pools.rewards, pools.present, pools.terms)
-        return {"loss": loss, **values, "terms": terms}, [row]
+        return {"loss": loss, **values, "terms": terms}, [row.with_difference(Estimate(**lead))]

@@ -215,16 +215,9 @@ class SequenceScore:
         values |= self._oracle_error()
         by_document, detected = self._report_documents(model, predicted)
         values |= by_document
-        mse, paired = metrics.ratio(squared, count), metrics.ratio(squared - base, count)
-        row = result_row(
-            self.label,
-            "MSE",
-            mse,
-            "constant",
-            values["constant_mse"],
-            lower_is_better=True,
-            difference=paired,
-        )
+        mse = metrics.ratio(squared, count)
+        row = result_row(self.label, "MSE", mse, "constant", values["constant_mse"], lower_is_better=True)
+        row = row.with_difference(metrics.ratio(squared - base, count))
         if not np.ptp(target):
             return values, [row, *detected]  # R2 is undefined
         r2 = metrics.r2_estimate(predicted, target, groups)
@@ -235,8 +228,8 @@ class SequenceScore:
             values["confidence"] = self._confidence_baseline(mean, by_confidence, untouched)
             baseline, value = "mean confidence", values["confidence"]["r2"]
             paired = metrics.r2_estimate(predicted, target, groups, by_confidence)
-        r2_row = result_row(self.label, "R2", r2, baseline, value, lower_is_better=False, difference=paired)
-        return values, [row, r2_row, *detected]
+        r2_row = result_row(self.label, "R2", r2, baseline, value, lower_is_better=False)
+        return values, [row, r2_row.with_difference(paired), *detected]
 
     def _report_documents(
         self, model: nn.Module, predicted: np.ndarray
@@ -395,8 +388,6 @@ class SequenceClasses(SequenceScore):
         prior = -np.log(np.maximum(share, 1e-9))[held_out.targets.astype(np.int64)]
         total, base, count = metrics.sum_by(self.splits.groups, ce, prior, np.ones_like(ce))
         estimate, constant = metrics.ratio(total, count), float(base.sum() / count.sum())
-        name, paired = "cross-entropy, nats", metrics.ratio(total - base, count)
-        row = result_row(
-            self.label, name, estimate, "class shares", constant, lower_is_better=True, difference=paired
-        )
-        return values, [row, *detected]
+        name = "cross-entropy, nats"
+        row = result_row(self.label, name, estimate, "class shares", constant, lower_is_better=True)
+        return values, [row.with_difference(metrics.ratio(total - base, count)), *detected]

@@ -195,13 +195,9 @@ class TokenClasses:
             "confusion": confusion.tolist(),
             **metrics.classification(confusion),
         }
-        estimate, paired = metrics.ratio(total, count), metrics.ratio(total - base, count)
-        name = "cross-entropy, nats/token"
-        rows = [
-            result_row(
-                self.label, name, estimate, "class shares", constant, lower_is_better=True, difference=paired
-            )
-        ]
+        estimate, name = metrics.ratio(total, count), "cross-entropy, nats/token"
+        row = result_row(self.label, name, estimate, "class shares", constant, lower_is_better=True)
+        rows = [row.with_difference(metrics.ratio(total - base, count))]
         changed, suspicion = classes > 0, 1 - np.exp(scores[:, 0])
         if changed.all() or not changed.any():
             return values, rows  # AUROC is undefined
@@ -214,7 +210,6 @@ class TokenClasses:
             values["auroc_changed_of_confidence"] = value
             paired = metrics.auroc_estimate(suspicion, changed, groups[owners], doubt)
         name = "AUROC, changed tokens"
-        rows.append(
-            result_row(self.label, name, auroc, baseline, value, lower_is_better=False, difference=paired)
-        )
+        row = result_row(self.label, name, auroc, baseline, value, lower_is_better=False)
+        rows.append(row.with_difference(paired))
         return values, rows

@@ -260,9 +260,8 @@ class TokenCritic:
             estimate = metrics.Estimate(**found[score]["auroc"])
             value = 0.5 if other is None else found[other]["auroc"]["value"]
             paired = None if other is None else auroc_difference(scored, calibration, score, other)
-            return result_row(
-                self.label, metric, estimate, baseline, value, lower_is_better=False, difference=paired
-            )
+            result = result_row(self.label, metric, estimate, baseline, value, lower_is_better=False)
+            return result.with_difference(paired)
 
         return [
             row("AUROC, wrong tokens", "critic", "chance", None),
