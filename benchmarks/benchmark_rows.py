@@ -174,7 +174,7 @@ def _detection_detail(f: Figures) -> str:
 def _pretrained(f: Figures) -> str:
     """Nothing is selected by its figures: all critics, and two baselines beside the policy of the first critic."""
     name, first = next(iter(f["means"].items()))
-    at = {critic: means["detection"]["16"] for critic, means in f["means"].items() if "+" not in critic}
+    at = {critic: means["detection"]["16"] for critic, means in f["means"].items()}
     critics = ", ".join(f"{critic} {full(row['critic'])}" for critic, row in at.items())
     parts = [
         f"AUROC after 16 forward passes: {critics}; stored confidence {full(first['detection']['16']['confidence'])}"
@@ -362,6 +362,10 @@ BENCHMARKS = (
         "Means over seeds with intervals by Student's t; differences are paired. A seed is that of the splits, of the generator's tuning, of the "
         "critic and of the samples; the masked LM is the same. The critics that were measured are those in the table. A dash: in a seed, samples "
         "are less diverse than real text at every temperature. At equal NFE a critic with an adapter (lora) has half of the rounds."),
+    Row("pretrained_critic_look_back", "critics with look-back injection on a second ModernBERT of the same recipe", _pretrained, _pretrained_detail,
+        "The masked LM was trained a second time. Trainer does not repeat a training to the bit, so this is another model. The linear critic "
+        "(head) is measured on both; compare the differences to it."),
+    Row("pretrained_critic_96", "samples of that second ModernBERT with 96 samples per temperature", _pretrained, _pretrained_detail),
     Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail,
         "`continuous` trains on the bound itself. `random` draws all mask ratios from the start, with equal weights of masked "
         "tokens in a row. The last column has the steps at which phases joined, for each seed."),
