@@ -28,7 +28,7 @@ from lib.errors import (
 )
 from lib.log import printable_line, say, silence
 from lib.neighbours import share_with_neighbours
-from lib.runs import RunArgs
+from lib.runs import OUTPUTS, STAGES, RunArgs, display_path, find_run
 from lib.sections.models import MODE_ALIASES, MODES
 
 SECONDS_TO_SIGNAL = 0.05
@@ -272,6 +272,22 @@ def run_stage(
         if cause is None:
             raise
         _fail(str(cause), cause.exit_code)
+
+
+def with_run_dir(words: list[str]) -> list[str]:
+    """The words of a command line with --run_dir. If it is absent, script 00 chooses the run.
+
+    Words that script 00 refuses stay as they are: it says what is wrong with them.
+    """
+    try:
+        options = make_parser("").parse(words)
+        if options.run_dir is not None:
+            return words
+        config = load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
+        run = find_run(STAGES[0], config, RunArgs(), OUTPUTS)
+    except RemaskError:
+        return words
+    return [*words, "--run_dir", display_path(run)]
 
 
 def as_remask_error(error: BaseException) -> RemaskError | None:

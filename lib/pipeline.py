@@ -4,6 +4,9 @@ Run all numbered scripts, one after another, each with the flags that this modul
 torch and transformers take four seconds to import. They are imported once, and each script runs in a process that is
 forked afterwards. A script sees no difference from `python 04_train.py`. The first one that fails ends the pipeline,
 with its exit code.
+
+Without --run_dir, the run is chosen once, by the rule of script 00, and every script gets it as --run_dir. By their own
+rule, the others would take the newest run, which may have another config.
 """
 
 import importlib
@@ -14,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lib.cli import with_run_dir
 from lib.log import say
 from lib.neighbours import share_with_neighbours
 
@@ -28,7 +32,10 @@ PRELOADED = (
 
 def main() -> int:
     may_fork = sys.platform == "linux"  # elsewhere, system libraries may break in a forked process
-    if may_fork and "-h" not in sys.argv and "--help" not in sys.argv:
+    asks_for_help = "-h" in sys.argv or "--help" in sys.argv
+    if not asks_for_help:
+        sys.argv[1:] = with_run_dir(sys.argv[1:])
+    if may_fork and not asks_for_help:
         if (line := share_with_neighbours()) is not None:
             say(line)
         for name in PRELOADED:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from lib import cli, pipeline
 from lib.config import ROOT
 from lib.pipeline import PRELOADED
 
@@ -17,6 +18,7 @@ from lib.pipeline import PRELOADED
 def tree(tmp_path):
     """A folder with the driver, and a function that adds a script to it and that runs the pipeline."""
     (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "cli.py").write_text("def with_run_dir(words): return words", encoding="utf-8")
     (tmp_path / "lib" / "log.py").write_text("say = print", encoding="utf-8")
     (tmp_path / "lib" / "neighbours.py").write_text("def share_with_neighbours(): pass", encoding="utf-8")
     text = (
@@ -100,3 +102,39 @@ def test_help_prints_the_flags_of_the_scripts(tree):
     add(tree, "00_first.py", "print('torch' in sys.modules, file=said)")
     assert start(tree, "--help").wait(30) == 0
     assert said(tree) == ["False"], "help waits for no import"
+
+
+@pytest.fixture
+def runs_of_stages(tmp_path, monkeypatch):
+    """Run the pipeline with words, without its scripts: words -> the name of each script's run."""
+    (tmp_path / "outputs").mkdir()
+    for name in ("00_check_data.py", "01_prepare_dataset.py"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    monkeypatch.setattr(pipeline, "PRELOADED", ())
+    monkeypatch.setattr(pipeline, "share_with_neighbours", lambda: None)
+
+    def run(*words: str) -> list[str]:
+        found = []
+
+        def note(script) -> int:
+            options = cli.make_parser("").parse(sys.argv[1:])
+            found.append(options.run_dir.name if options.run_dir else "none")
+            return 0
+
+        monkeypatch.setattr(pipeline, "_forked", note)
+        monkeypatch.setattr(pipeline, "_started", note)
+        monkeypatch.setattr(sys, "argv", ["pipeline", *words])
+        assert pipeline.main() == 0
+        return found
+
+    return run
+
+
+def test_all_scripts_of_a_pipeline_work_on_the_run_with_its_config(runs_of_stages):
+    assert runs_of_stages() == ["run_001"] * 2
+    assert runs_of_stages("--set", "seed=2") == ["run_002"] * 2
+    assert runs_of_stages() == ["run_001"] * 2, "not the newest run, which has another seed"
+    assert runs_of_stages("--run_dir", "outputs/mine") == ["mine"] * 2
+    assert runs_of_stages("--set", "seed=wrong") == ["none"] * 2, "script 00 says what is wrong"
