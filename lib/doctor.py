@@ -31,7 +31,7 @@ DROPPED = (
     "--resume",
     "--stream",
 )  # flags of a recorded command that do not belong to the next stage
-DROPPED_WITH_VALUE = ("--part", "--mode", "--only", "--score", "--run_dir")
+DROPPED_WITH_VALUE = ("--part", "--mode", "--only", "--score", "--rank", "--out_dir", "--run_dir")
 HEARTBEAT_SECONDS = 5.0  # between lines about long hashing
 
 
@@ -54,16 +54,17 @@ class State:
 
 
 def examine_run(run: Path, hashes: bool = True) -> list[State]:
-    """The states of all stages of a run, of the models of stage 04, and of scored texts.
+    """The states of all stages of a run, of the models of stage 04, and of scored and ranked files.
 
     `hashes`: compare the hashes of all outputs with the manifests; otherwise only their sizes.
     """
-    scored = sorted(path.name for path in run.glob(f"{runs.SCORE}*") if path.is_dir() and not path.suffix)
     states = []
-    for name in (*runs.STAGES, *scored):
-        units = _units_of(run / name)
-        states += [_state(run, f"{name}/{unit}", hashes) for unit in units]
-        states.append(_state(run, name, hashes and not units))
+    for name in (*runs.STAGES, *runs.stages_of_files(run)):
+        units = [_state(run, f"{name}/{unit}", hashes) for unit in _units_of(run / name)]
+        whole = _state(run, name, hashes and not units)
+        if any(unit.word == "busy" for unit in units):
+            whole = _busy(name)
+        states += [*units, whole]
     return states
 
 
@@ -74,7 +75,7 @@ def next_command(run: Path, states: list[State]) -> str:
     """
     stages = {state.name: state for state in states if state.name in runs.STAGES}
     damaged = next((state for state in states if state.word == "damaged"), None)
-    if damaged is not None and not damaged.name.startswith(runs.SCORE):
+    if damaged is not None and not damaged.name.startswith((runs.SCORE, runs.RANK)):
         stage, _, unit = damaged.name.partition("/")
         return _command(run, stage, ["--overwrite", *(["--only", unit] if unit else [])])
     for name in runs.STAGES:
@@ -127,12 +128,15 @@ def _units_of(folder: Path) -> list[str]:
 
 def _state(run: Path, name: str, hashes: bool) -> State:
     folder = run / name
-    if _is_locked(run, name):
-        return State(name, "busy", "another process is at work on it")
+    if _is_locked(run, name, fcntl.LOCK_SH):
+        return _busy(name)
     try:
         manifest = runs.load_manifest(folder)
         if manifest is None:
-            return _unfinished(run, name)
+            # Commands with --part, and those that train models, share the lock of the stage with each other
+            return _busy(name) if _is_locked(run, name, fcntl.LOCK_EX) else _unfinished(run, name)
+        if changed := _changed_unit(folder, manifest.get("units", {})):
+            return State(name, "unfinished", changed)
         if problem := _damage(folder, manifest, hashes):
             return State(name, "damaged", problem)
     except RemaskError as error:
@@ -144,6 +148,10 @@ def _state(run: Path, name: str, hashes: bool) -> State:
     if durable.beside(folder, durable.NEW).exists():
         facts.append(f"--overwrite is unfinished in {name}{durable.NEW}")
     return State(name, "complete", ", ".join([*facts, *rows]))
+
+
+def _busy(name: str) -> State:
+    return State(name, "busy", "another process is at work on it")
 
 
 def _unfinished(run: Path, name: str) -> State:
@@ -175,7 +183,7 @@ def _progress(folder: Path) -> str:
 def _damage(folder: Path, manifest: Mapping[str, Any], hashes: bool) -> str:
     """The first output that is missing or differs from its manifest; empty if all are as they should be."""
     if "units" in manifest:
-        return _changed_unit(folder, manifest["units"])
+        return ""  # it describes its units, each of which has a state of its own
     check_sizes(folder, dict(manifest))
     if not hashes:
         return ""
@@ -186,10 +194,11 @@ def _damage(folder: Path, manifest: Mapping[str, Any], hashes: bool) -> str:
 
 
 def _changed_unit(folder: Path, units: Mapping[str, str]) -> str:
+    """The first unit that was made after the manifest of its stage; empty if there is none."""
     for name, sha256 in units.items():
         path = folder / name / "manifest.json"
         if not path.exists() or durable.sha256_file(path) != sha256:
-            return f"{path} is not the one that the manifest of the stage lists; run the stage again"
+            return f"{path} is not the one that the manifest of the stage lists; the next command updates it"
     return ""
 
 
@@ -215,12 +224,15 @@ def _megabytes(manifest: Mapping[str, Any]) -> float:
     return sum(record.get("bytes", 0) for record in manifest["outputs"].values()) / 1e6
 
 
-def _is_locked(run: Path, name: str) -> bool:
-    """Whether another process makes this stage or model now. The lock is tried, shared, and given up at once."""
+def _is_locked(run: Path, name: str, kind: int) -> bool:
+    """Whether another process forbids a lock of this kind on a stage or model. The lock is tried, and given up at once.
+
+    LOCK_SH: the other one makes it, alone. LOCK_EX: it makes it, perhaps with others, or reads it.
+    """
     file = run / ".locks" / name.replace("/", "--")
     try:
         with open(file, encoding="utf-8") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

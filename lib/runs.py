@@ -205,6 +205,12 @@ def score_stage(file: Path, prefix: str = SCORE) -> str:
     return f"{prefix}{readable}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
+def stages_of_files(run_dir: Path) -> list[str]:
+    """The names of the stages in a run that scored or ranked a file."""
+    found = (path for prefix in (SCORE, RANK) for path in run_dir.glob(f"{prefix}*"))
+    return sorted(path.name for path in found if path.is_dir() and not path.suffix)
+
+
 def printable(text: str | Path) -> str:
     """A name that JSON and UTF-8 can hold: bytes that are not UTF-8 become escapes."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
@@ -327,10 +333,9 @@ def inspect(run_dir: Path) -> str:
     A line also tells whether the stage is unfinished, or whether --overwrite is making it again.
     """
     lines = []
-    found = (path for prefix in (SCORE, RANK) for path in run_dir.glob(f"{prefix}*"))
-    scored = sorted(path.name for path in found if path.is_dir() and not path.suffix)
-    width = max(map(len, ("02_generate_candidates", *scored))) + 2
-    for name in (*STAGES, *scored):
+    of_files = stages_of_files(run_dir)
+    width = max(map(len, ("02_generate_candidates", *of_files))) + 2
+    for name in (*STAGES, *of_files):
         manifest = load_manifest(run_dir / name)
         if manifest is None:
             lines.append(f"{name:<{width}} {_state(run_dir / name)}")

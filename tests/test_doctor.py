@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 
 import pytest
 
@@ -72,6 +73,37 @@ def test_unfinished_work_and_a_stage_that_is_being_made(run, tmp_path):
         assert next_command(run, states) == ""  # it is being made
     os.replace(run / "00_check_data", run / "00_check_data.old")  # as a kill between two renames leaves it
     assert words(run)["00_check_data"] == "unfinished"
+
+
+def test_a_stage_whose_parts_other_commands_make_is_busy(run, tmp_path):
+    with stage(tmp_path, "01_prepare_dataset", reads=FIRST[:1], part=(0, 2)) as s:
+        states = examine_run(run)
+        assert {s.name: s.word for s in states}["01_prepare_dataset"] == "busy"
+        assert next_command(run, states) == "", "the stage itself could not be locked"
+        s.leave_incomplete("the other half is missing")
+    assert words(run)["01_prepare_dataset"] == "unfinished"
+
+
+def test_a_stage_begins_although_the_doctor_tries_its_lock(run):
+    with open(run / ".locks" / "00_check_data") as tried:
+        fcntl.flock(tried, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, lambda: fcntl.flock(tried, fcntl.LOCK_UN))
+        timer.start()
+        finish(run.parent, name="01_prepare_dataset", reads=FIRST[:1])
+        timer.join()
+    assert words(run)["01_prepare_dataset"] == "complete"
+
+
+def test_a_ranked_file_is_examined_and_is_no_stage_to_continue(run, tmp_path):
+    command = ("06_sample.py", "--rank", "my pools.jsonl", "--out_dir=beside", "--quick_test")
+    assert doctor._kept(list(command)) == ["06_sample.py", "--quick_test"]
+    finish(tmp_path, name="06_rank_pools_01234567")
+    (run / "06_rank_pools_01234567" / "rewards.parquet").unlink()
+    states = examine_run(run)
+    assert {s.name: s.word for s in states}["06_rank_pools_01234567"] == "damaged"
+    assert next_command(run, states).startswith("python 01_prepare_dataset.py"), (
+        "the file is ranked again by hand"
+    )
 
 
 def test_a_model_of_stage_04_is_made_again_by_name(run):

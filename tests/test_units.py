@@ -17,6 +17,7 @@ import pytest
 from lib import durable
 from lib.artifacts import Stage
 from lib.config import Config, load_config
+from lib.doctor import examine_run, next_command
 from lib.errors import BadConfig, BadData, Busy, MissingInput, UsageError
 from lib.runs import RunArgs, inspect, load_manifest, validate_manifest
 from lib.stage.unfinished import Attempt, Dependencies
@@ -697,3 +698,39 @@ def test_the_flag_is_read(monkeypatch):
     monkeypatch.setattr("sys.argv", ["04_train.py", "--only", "a", "--mode", "ranker"])
     with pytest.raises(SystemExit, match=re.escape("2")):
         run_stage(lambda *_: None, "test", with_mode=True)
+
+
+def diagnosis(run: Path) -> tuple[dict[str, str], str]:
+    """The words of the doctor for each stage and model, and its command."""
+    states = examine_run(run)
+    return {state.name: state.word for state in states}, next_command(run, states)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_doctor_calls_the_stage_busy_while_a_model_is_trained(run, monkeypatch, complete):
+    make_earlier(run, names=("00_check_data",))
+    make(run, only=() if complete else NAMES[:1])
+    script, seen = importlib.import_module("04_train"), []
+    train = script.train
+
+    def look(*inputs) -> None:
+        seen.append(diagnosis(run))
+        train(*inputs)
+
+    monkeypatch.setattr(script, "train", look)
+    make(run, only=("reference_lm",), overwrite=True)
+    ((words, command),) = seen
+    assert words["04_train/reference_lm"] == words["04_train"] == "busy" and command == ""
+
+
+def test_the_doctor_updates_the_summary_after_a_kill_between_a_model_and_the_summary(run):
+    make_earlier(run, names=("00_check_data",))
+    make(run)
+    before = (run / "04_train" / "manifest.json").read_bytes()
+    make(run, only=("judge",), overwrite=True)
+    (run / "04_train" / "manifest.json").write_bytes(before)
+    words, command = diagnosis(run)
+    assert words["04_train"] == "unfinished" and words["04_train/judge"] == "complete"
+    assert command == f"python 04_train.py --run_dir {run}", "it trains nothing again"
+    make(run)
+    assert diagnosis(run)[0]["04_train"] == "complete"

@@ -55,7 +55,7 @@ class StageLocks:
         self._held.enter_context(handle)
         self._files[stage_name] = handle
         try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            _take(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         except BlockingIOError:
             raise Busy(
                 f"another process is at work on {subject or stage_name} in {display_path(self._run_dir)}; "
@@ -70,15 +70,10 @@ class StageLocks:
         """
         handle = self._files[stage_name]
         fcntl.flock(handle, fcntl.LOCK_UN)
-        end = time.monotonic() + SECONDS_FOR_THE_DOCTOR
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise Busy(f"another process is at work on {stage_name}") from None
-            time.sleep(0.02)
+        try:
+            _take(handle, fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise Busy(f"another process is at work on {stage_name}") from None
 
     def close(self) -> None:
         """Release all locks."""
@@ -127,6 +122,19 @@ class StageLocks:
                 durable.replace_folder(folder, new)
             durable.recover_folder(folder)
             durable.remove(old)
+
+
+def _take(handle: IO[str], kind: int) -> None:
+    """Take a lock. Raises BlockingIOError if another process holds it for longer than the doctor does."""
+    end = time.monotonic() + SECONDS_FOR_THE_DOCTOR
+    while True:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.02)
 
 
 def _open(file: Path) -> IO[str] | None:
