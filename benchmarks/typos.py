@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from benchmarks.provenance import provenance
 from benchmarks.result_files import add_out, write
 from lib.cli import make_parser
-from lib.config import MAX_LISTED, load_config
+from lib.config import load_config
+from lib.config_files import MAX_LISTED
 from lib.errors import BadConfig, UsageError
 
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm", "_", "1234567890")

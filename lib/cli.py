@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.config import Config, load_config
+from lib.config_files import replaced_by_quick_test
 from lib.engine.processes import current, start, world_size
 from lib.errors import (
     BadConfig,
@@ -223,6 +224,11 @@ def run_stage(
         if (line := share_with_neighbours()) is not None:
             say(line)
         config = load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
+        speaks = (
+            options.quick_test and Path(sys.argv[0]).stem == STAGES[0]
+        )  # the other scripts do not repeat it
+        if speaks and (line := replaced_by_quick_test(options.config, options.overrides)):
+            say(line)
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
         part = getattr(options, "part", None)

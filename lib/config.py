@@ -1,4 +1,4 @@
-"""Merge the config files and check them. lib/sections/ has names, types and limits; configs/default.yaml has the values.
+"""Check the merged config. lib/sections/ has names, types and limits; configs/default.yaml has the values.
 
 `load_config` merges in this order, and later values win: configs/default.yaml, every --config in order, their
 `quick_test:` blocks (with --quick_test), --set. Unknown keys, wrong types and values out of range are reported together,
@@ -6,16 +6,16 @@ each with file, line and the closest known name. A loaded Config is frozen and c
 it is the same.
 """
 
-import functools
-import os
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from lib import durable, own_code
-from lib.errors import BadConfig, MissingInput, UsageError, did_you_mean
+from lib import own_code
+from lib.config_files import DEFAULTS, KINDS, MAX_LISTED, at_keys, merge_all, read
+from lib.errors import BadConfig, did_you_mean
 from lib.labels import class_names
 from lib.sections.base import Section
 from lib.sections.critic import CriticConfig
@@ -40,16 +40,13 @@ from lib.sections.models import (
 from lib.sections.pools import PoolFilesConfig
 from lib.sections.pretrained import PretrainedConfig
 from lib.sections.sampler import SamplerConfig
-from lib.strict_yaml import MAX_CHARACTERS, Location, parse_scalar, parse_yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = DEFAULTS.parent.parent
 STREAM_SOURCES = ("masked_lm", "random_tokens")  # can give the same example new candidates in each epoch
-MAX_DEPTH = 20  # parts of a key
-MAX_LISTED = 20  # problems in one message
-VERBATIM = (  # texts that keep the spaces at both ends
-    "sampler.prompt", "sampler.infill", "ranker.yes_no.question", "ranker.yes_no.yes", "ranker.yes_no.no",
-)  # fmt: skip
-DEFAULTS = ROOT / "configs" / "default.yaml"
+FOREIGN_GROUPS = {  # what a task has in place of data.group_key
+    "pools": "pools.keys={group: COLUMN}",
+    "finqa": "finqa.group=page or finqa.group=report",
+}
 
 
 class Config(Section):
@@ -112,7 +109,17 @@ class Config(Section):
         return class_names(spec.mode, spec.target_type, self.data.label_classes, self.data.span_classes)
 
     def _check_labels(self) -> None:
-        """Raises ValueError if labels beside the text do not fit to other settings."""
+        """Raises ValueError if labels and groups beside the text do not fit to other settings."""
+        if self.data.group_key is not None and self.task in FOREIGN_GROUPS:
+            raise ValueError(
+                f"data.group_key has no effect on task {self.task}: set it to null, and {FOREIGN_GROUPS[self.task]}"
+            )
+        divides = self.data.split == "contiguous" or self.data.split_unit == "block"
+        if self.data.keeps_documents_whole and divides:
+            raise ValueError(
+                "data.label_key and data.group_key keep whole documents in one split: set data.split to hash and "
+                "data.split_unit to document"
+            )
         if not self.data.has_labels:
             return
         if self.task != "text" or self.labels.path is not None:
@@ -157,13 +164,7 @@ class Config(Section):
         """
         dump = self.model_dump(mode="json")
 
-        def at(path: str) -> Any:
-            node: Any = dump
-            for key in path.split("."):
-                node = node.get(key) if isinstance(node, dict) else None
-            return node
-
-        return {path: at(path) for path in uses}
+        return {path: at_keys(dump, path.split(".")) for path in uses}
 
 
 def load_config(
@@ -176,94 +177,8 @@ def load_config(
         BadConfig: something in a file is wrong. The message lists all problems.
         UsageError: an override is not KEY=VALUE.
     """
-    files = [DEFAULTS, *(Path(os.path.expanduser(p)) for p in paths)]
-    merged: dict[str, Any] = {}
-    where: dict[tuple, Location] = {}
-    quick_blocks = []
-    for file in files:
-        whole, locations = _read(file)
-        tree = {name: value for name, value in whole.items() if name != "quick_test"}
-        block = whole.get("quick_test")
-        if isinstance(block, dict):
-            quick_blocks.append((block, {k[1:]: v for k, v in locations.items() if k[:1] == ("quick_test",)}))
-        elif block is not None:
-            raise BadConfig(
-                f"{locations['quick_test',]}: quick_test is {block!r}: expected a section with settings"
-            )
-        _merge(merged, _without_dropped_models(tree, merged))
-        where.update(locations)
-    for block, locations in quick_blocks if quick_test else []:
-        _merge(merged, _without_dropped_models(block, merged))
-        where.update(locations)
-    for text in overrides:
-        _apply_override(merged, where, text)
+    merged, where = merge_all(paths, quick_test, overrides)
     return _validate(_expand(merged), where)
-
-
-def _read(file: Path) -> tuple[dict, dict]:
-    """What `parse_yaml` says of the file. The result is shared: nobody changes it."""
-    try:
-        with open(file, "rb") if file.is_relative_to("/dev/fd") else durable.open_file(file) as opened:
-            text = opened.read(4 * MAX_CHARACTERS + 1).decode("utf-8-sig")
-    except FileNotFoundError:
-        existing = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")))
-        raise MissingInput(f"config file {file} does not exist; existing ones: {existing}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"config file {file} cannot be read: {error}") from None
-    return _parsed(text, str(file))
-
-
-# Reading the defaults takes most of the time of load_config, and one process may load many configs
-_parsed = functools.lru_cache(maxsize=16)(parse_yaml)
-
-
-def _merge(into: dict, other: dict) -> None:
-    """Deep merge. `data.fractions` and a masking block of another type replace the old block as a whole."""
-    for name, value in other.items():
-        old = into.get(name)
-        if isinstance(old, dict) and isinstance(value, dict):
-            if name == "fractions" or ("type" in value and value["type"] != old.get("type")):
-                into[name] = _copy(value)
-            else:
-                _merge(old, value)
-        else:
-            into[name] = _copy(value)
-
-
-def _without_dropped_models(block: dict, merged: dict) -> dict:
-    """The block without changes to models that an earlier config set to null. With a `mode`, such a model returns."""
-    models, earlier = block.get("models"), merged.get("models")
-    if not isinstance(models, dict) or not isinstance(earlier, dict):
-        return block
-    dropped = {name for name, spec in earlier.items() if spec is None}
-    kept = {n: s for n, s in models.items() if n not in dropped or (isinstance(s, dict) and "mode" in s)}
-    return block | {"models": kept}
-
-
-def _copy(value):
-    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _apply_override(merged: dict, where: dict, text: str) -> None:
-    path, separator, value = text.partition("=")
-    if not separator or not path.strip():
-        raise UsageError(f"--set {text}: expected KEY=VALUE, such as --set training.steps=100")
-    keys = tuple(path.strip().split("."))
-    if len(keys) > MAX_DEPTH:
-        raise UsageError(f"--set {text[:60]}...: a key has at most {MAX_DEPTH} parts")
-    node = merged
-    for k in keys[:-1]:
-        node = node.setdefault(k, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise BadConfig(f"--set {text}: '{k}' is not a section")
-    leaf = parse_scalar(value, f"--set {text}")
-    if isinstance(node.get(keys[-1]), str) and not isinstance(leaf, str | None):
-        leaf = value  # a text setting stays text: 12 and [MASK] would be a number and a list
-    if path.strip() in VERBATIM and leaf == value.strip():
-        leaf = value  # without quotes: spaces at both ends belong to the text
-    node[keys[-1]] = leaf
-    for depth in range(1, len(keys) + 1):
-        where[keys[:depth]] = Location("--set " + text, 0)
 
 
 def _expand(merged: dict) -> dict:
@@ -336,7 +251,10 @@ def _explain(problem: Any, where: dict, models: Iterable[str]) -> str:
     name = ".".join(str(p) for p in path)
     kind, given = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        return f"{prefix}{name}: unknown key{did_you_mean(str(path[-1]), _known_keys(path[:-1]))}"
+        known = _known_keys(path[:-1])
+        if path[-1] in known:  # of another type
+            return f"{prefix}{name}: type {loc[-2]} has no such setting"
+        return f"{prefix}{name}: unknown key{did_you_mean(str(path[-1]), known)}"
     if kind == "missing":
         if "stages" in path or "modifiers" in path:
             return f"{prefix}{name}: missing"
@@ -346,6 +264,9 @@ def _explain(problem: Any, where: dict, models: Iterable[str]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{prefix}{name}: {message}" if name else f"{prefix}{message}"
+    if kind == "tuple_type":
+        example = at_keys(read(DEFAULTS)[0], keys) or [given]
+        return f"{prefix}{name} is {given!r}: expected a list, such as {json.dumps(example)}"
     return f"{prefix}{name} is {given!r}: {message[0].lower()}{message[1:]}"
 
 
@@ -371,7 +292,5 @@ def _known_keys(path: tuple) -> list[str]:
         fields = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
     if fields is not None:
         return list(fields.model_fields)
-    kinds: dict[str, Any] = (
-        STAGES_OF if "stages" in parts else {"masking": MASKINGS, "ratios": RATIOS}.get(parts[-1], {})
-    )
+    kinds = STAGES_OF if "stages" in parts else KINDS.get(parts[-1], {})
     return list(dict.fromkeys(field for kind in kinds.values() for field in kind.model_fields))

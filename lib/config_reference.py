@@ -16,7 +16,8 @@ from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
 from lib import durable
-from lib.config import DEFAULTS, ROOT, Config
+from lib.config import ROOT, Config
+from lib.config_files import DEFAULTS
 from lib.sections.base import Section
 from lib.sections.masking import MASKINGS, STAGES_OF
 from lib.sections.models import ArchitectureConfig, ModelSpec, ModifiersConfig, TrainingConfig
@@ -37,7 +38,9 @@ A run's settings are merged from several sources. Later ones win:
 3. the `quick_test:` blocks of these files, with `--quick_test`;
 4. every `--set KEY=VALUE`, such as `--set training.steps=100`.
 
-An unknown key is an error that suggests the closest known key. `--set models.judge=null` removes a model."""
+An unknown key is an error that suggests the closest known key. `--set models.judge=null` removes a model. A map such as
+`--set "models.judge.training={steps: 50}"` changes only the settings that it names, as in a file. With `--quick_test`, script
+00 names the settings of your own files that a `quick_test:` block replaces."""
 
 MASKING_TEXT = """The keys `diffusion.masking` and `candidates.masking` take one of these, such as
 `{type: sticky, p1: 0.05, p2: 0.5}`. A masking of another type replaces the default as a whole."""

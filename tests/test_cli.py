@@ -68,6 +68,16 @@ def test_mode_reaches_the_stage_under_its_own_name_and_an_alias(monkeypatch):
     assert seen == ["sequence_scorer", "sequence_scorer"]
 
 
+def test_the_first_script_names_settings_that_a_quick_test_replaces(monkeypatch, capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("data: {path: mine.txt}\n")
+    said = []
+    for script, flag in (("00_check_data.py", ["--quick_test"]), ("01_prepare_dataset.py", ["--quick_test"]), ("00_check_data.py", [])):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [script, *flag, "--config", str(tmp_path / "mine.yaml")])
+        run_stage(lambda config, args: None, "test")
+        said.append("replaces data.path=mine.txt" in capsys.readouterr().err)
+    assert said == [True, False, False]
+
+
 @pytest.mark.parametrize("value", ["4/4", "1", "-1/4", "1/0", "a/b", "1/2/3"])
 def test_a_share_of_the_parts_is_i_of_n(value):
     answer = shell("03_build_rewards.py", f"--part={value}")

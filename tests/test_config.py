@@ -1,11 +1,14 @@
 """Settings: one home per knob, every typo answered, strict YAML."""
 
+import os
 import re
 
 import pytest
 from pydantic import BaseModel
 
+from lib import config_files
 from lib.config import ROOT, Config, load_config
+from lib.config_files import replaced_by_quick_test
 from lib.errors import BadConfig, MissingInput, UsageError
 from lib.sections.models import ModelSpec
 
@@ -97,7 +100,14 @@ def test_all_problems_at_once_each_with_its_line(tmp_path):
         ("sampler.best_of=2 sampler.best_of_policy=oracle sampler.infill_file=a", "cannot be oracle"),
         ("sampler.nfe=[]", "sampler.nfe"),
         ("sampler.policies=[]", "sampler.policies"),
-        ("sampler.infill_file=''", "sampler.infill_file"),
+        ("sampler.infill_file=''", "sampler.infill_file: the path is empty"),
+        ("data.path=", "data.path: the path is empty"),
+        ("task=pools data.group_key=author", "task pools: set it to null, and pools.keys={group: COLUMN}"),
+        ("task=finqa data.group_key=report", "task finqa: set it to null, and finqa.group=page"),
+        ("sampler.nfe=32", "sampler.nfe is 32: expected a list, such as [32]"),
+        ("candidates.mask_ratio=0.5", "candidates.mask_ratio is 0.5: expected a list, such as [0.1, 0.8]"),
+        ("data.drop=null text", "data.drop is 'null text': expected a list, such as [\"null text\"]"),
+        ("diffusion.masking.p1=0.1", "diffusion.masking.p1: type random has no such setting"),
         ("models.judge.start=judge", "models start from each other: judge -> judge"),
         ("models={1: {start: judge}}", "models.1: a new model needs a mode"),
         ("training.warmup_fraction=0.9", "must not exceed 1"),
@@ -106,7 +116,7 @@ def test_all_problems_at_once_each_with_its_line(tmp_path):
 )
 def test_rules_across_keys(override, message):
     with pytest.raises(BadConfig, match=re.escape(message)):
-        load_config(overrides=re.split(" (?=sampler)", override))
+        load_config(overrides=re.split(" (?=sampler|data.group)", override))
 
 
 def test_names_of_earlier_versions_are_accepted():
@@ -196,3 +206,82 @@ def test_masks_that_are_drawn_one_by_one_have_no_pattern():
         load_config(
             overrides=["diffusion.weight=inverse_t", "diffusion.masking={type: sticky, p1: 0.02, p2: 0.9}"]
         )
+
+
+def test_a_type_replaces_its_block_only_where_types_have_settings_of_their_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("executor: {type: processes}\ncandidates: {masking: {type: span, num_spans: 3}}\n")
+    config = load_config([file])
+    assert config.executor.type == "processes" and config.executor.workers == load_config().executor.workers
+    assert config.candidates.masking.model_dump() == {"type": "span", "num_spans": 3}
+
+
+def test_a_type_may_be_set_alone_and_in_any_order_with_its_settings():
+    config = load_config(overrides=["candidates.masking.type=random", "diffusion.ratios.type=uniform"])
+    assert config.candidates.masking.model_dump() == {"type": "random"}
+    assert config.diffusion.ratios.model_dump() == {"type": "uniform"}
+    spans = ["candidates.masking.num_spans=3", "candidates.masking.type=span"]
+    for overrides in (spans, spans[::-1]):
+        assert load_config(overrides=overrides).candidates.masking.model_dump() == {
+            "type": "span",
+            "num_spans": 3,
+        }
+    assert load_config(overrides=["candidates.masking.type=sticky"]) == load_config(), "the type that it has"
+    with pytest.raises(BadConfig, match=r"candidates\.masking\.p7: unknown key"):
+        load_config(overrides=["candidates.masking.p7=1", "candidates.masking.type=random"])
+
+
+def test_a_map_on_the_command_line_merges_as_in_a_file(tmp_path):
+    settings = "models: {reference_lm: null, inspector: {training: {steps: 300}}}\ndata: {fractions: {train: 0.9, held_out: 0.1}}\n"
+    (tmp_path / "mine.yaml").write_text(settings)
+    overrides = ["models.inspector.training={steps: 300}", "data.fractions={train: 0.9, held_out: 0.1}"]
+    config = load_config(overrides=[*overrides, "models.reference_lm=null"])
+    assert config == load_config([tmp_path / "mine.yaml"])
+    assert (
+        config.models["inspector"].training.learning_rate
+        == load_config().models["inspector"].training.learning_rate
+    )
+    with pytest.raises(
+        BadConfig, match=r"^the config is wrong:\n  --set models\.inspector.*: .*steps is 'many'"
+    ):
+        load_config(overrides=["models.inspector.training={steps: many}"])
+
+
+def test_changes_to_a_removed_model_are_refused_except_in_blocks_for_quick_tests(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("models: {ranker: null}\n")
+    second.write_text("models:\n  ranker: {trainin: {steps: 3}}\n")
+    message = re.escape(f"{second}:2: models.ranker was set to null by an earlier config; give it a mode")
+    with pytest.raises(BadConfig, match=message):
+        load_config([first, second])
+    second.write_text(
+        "models:\n  ranker: {mode: ranker}\nquick_test: {models: {judge: {training: {steps: 3}}}}\n"
+    )
+    assert "ranker" in load_config([first, second]).models
+    first.write_text("models: {judge: null}\n")
+    small = load_config([first, second], quick_test=True)
+    assert "judge" not in small.models
+
+
+def test_settings_of_the_user_that_a_quick_test_replaces_are_named(tmp_path):
+    file, other = tmp_path / "mine.yaml", tmp_path / "other.yaml"
+    file.write_text("data: {path: mine.txt}\nseed: 3\nsampler:\n  nfe: [4, 16]\n")
+    assert replaced_by_quick_test([file]) == (
+        f"--quick_test replaces data.path=mine.txt ({file}:1) by builtin_small, sampler.nfe=[4, 16] ({file}:4) by [8]; "
+        "--set KEY=VALUE keeps a setting"
+    )
+    assert "data.path" not in replaced_by_quick_test([file], ["data.path=mine.txt"])
+    other.write_text("quick_test: {data: {path: few.txt}, sampler: {nfe: [2]}}\n")
+    assert replaced_by_quick_test([file, other]) == "", "the user's own block"
+    assert replaced_by_quick_test(["configs/finqa.yaml"]) == "", "the project's own values"
+
+
+def test_a_config_from_a_pipe_may_be_loaded_again():
+    reading, writing = os.pipe()
+    os.write(writing, b"seed: 7\n")
+    os.close(writing)
+    try:
+        assert [load_config([f"/dev/fd/{reading}"]).seed for _ in range(2)] == [7, 7]
+    finally:
+        os.close(reading)
+        config_files._content_of_pipe.cache_clear()

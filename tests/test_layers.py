@@ -24,6 +24,7 @@ FLOORS = [
     },
     {"labels", "label_files", "label_values"},
     {"sections"},
+    {"config_files"},
     {"config"},
     {
         "config_reference",
@@ -73,6 +74,7 @@ NO_TORCH = {
     "label_values",
     "sections",
     "config",
+    "config_files",
     "config_reference",
     "schema",
     "runs",

@@ -24,6 +24,8 @@ def _user_path(text: str) -> str:
         raise ValueError(
             "the path is not UTF-8; rename the file, or give the folder that contains it"
         ) from None
+    if not text:
+        raise ValueError("the path is empty; give a path or, where the setting is optional, null")
     if "\0" in text:
         raise ValueError("a path cannot hold a zero byte")
     return os.path.expanduser(text)

@@ -59,6 +59,11 @@ class DataConfig(Section):
         """Whether labels stand beside the text."""
         return self.label_key is not None or self.spans_key is not None
 
+    @property
+    def keeps_documents_whole(self) -> bool:
+        """Whether labels or groups forbid to divide a document between two splits."""
+        return self.label_key is not None or self.group_key is not None
+
     def _check_labels(self) -> None:
         for key, names, fewest in (("label", self.label_classes, 2), ("spans", self.span_classes, 1)):
             setting = "label_classes" if key == "label" else "span_classes"
@@ -71,12 +76,6 @@ class DataConfig(Section):
         if self.has_labels and self.deduplicate != "document":
             raise ValueError(
                 "labelled documents stay whole, and equal ones must not be in two splits: set deduplicate: document"
-            )
-        if self.label_key is None and self.group_key is None:
-            return
-        if self.split == "contiguous" or self.split_unit == "block":
-            raise ValueError(
-                "label_key and group_key keep whole documents in one split: set split: hash and split_unit: document"
             )
 
 

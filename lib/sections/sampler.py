@@ -46,7 +46,7 @@ class SamplerConfig(Section):
     best_of_policy: str
     prompt: str
     infill: str
-    infill_file: Annotated[UserPath, Field(min_length=1)] | None
+    infill_file: UserPath | None
     batch_size: Positive
     compile: Literal["off", "on"]
 
