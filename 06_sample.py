@@ -55,7 +55,7 @@ def sample(config: Config, args: RunArgs) -> None:
     from lib.evaluation.detection_results import detection_results
     from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
     from lib.evaluation.sample_parts import TABLES, SampleWork, results_of
-    from lib.evaluation.starts import generator_context, sampling_starts
+    from lib.evaluation.starts import check_starts, generator_context, sampling_starts
     from lib.report.detection import detection_tables
     from lib.report.html import build_report
     from lib.report.table import samples_summary
@@ -65,7 +65,7 @@ def sample(config: Config, args: RunArgs) -> None:
     def check(stage: Stage) -> None:
         """Refuse a prompt or a file that cannot be used, while the previous samples are still there."""
         tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
-        sampling_starts(config.sampler, tokenizer, generator_context(stage))
+        check_starts(config.sampler, tokenizer, generator_context(stage))
 
     reads = (*READS, *units_of_roles(config), "05_train_critic")
     uses = ("seed", "device", "precision", "sampler", "data.label_key", "data.spans_key")
@@ -219,10 +219,10 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     from lib.runtime import Runtime
 
     # 1. Read the text, and report what cannot be read
-    if config.critic.method == "ppo":
-        raise BadConfig(
-            "--score needs the models of critic.method: token_critic; a run with ppo has no model that reads single tokens"
-        )
+    if config.critic.method != "token_critic":
+        method = config.critic.method
+        message = f"--score needs critic.method token_critic; with {method}, no model reads single tokens"
+        raise BadConfig(f"{message}; --rank FILE ranks candidates by a trained ranker")
     user = text_scores.read_user_texts(config, file)
     for problem in user.problems:
         say(f"{problem.source} {problem.location}: {problem.kind}: {problem.found}; {problem.advice}")

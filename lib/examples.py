@@ -296,5 +296,7 @@ def _advice(config: Config) -> str:
     """Settings that give more splits an example."""
     if config.task == "finqa":
         return "set a larger finqa.selection_share or another seed"
+    if config.data.keeps_documents_whole:
+        return "set another seed"
     unit = "data.split_unit=block and " if config.data.split_unit == "document" else ""
     return f"set {unit}a smaller data.block_characters, another seed"

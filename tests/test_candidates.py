@@ -146,3 +146,10 @@ def test_a_fold_s_generator_learns_from_all_groups_but_its_own(tmp_path, monkeyp
         assert train == wanted and others == [groups["selection"], groups["held_out"]], name
         assert folds == 1 or 0 < len(train) < 40
         assert folders[fold] == tmp_path / name / "best_model"
+
+
+def test_a_generator_that_is_not_loaded_is_said(capsys):
+    for source, is_said in (("random_tokens", True), ("masked_lm", False)):
+        config = load_config(overrides=[f"candidates.source={source}", "generator.checkpoint=folder"])
+        generators.masked_language_models(None, config, None, None)  # type: ignore[arg-type] - nothing is trained
+        assert ("generator.checkpoint has no effect" in capsys.readouterr().err) == is_said

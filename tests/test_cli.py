@@ -1,5 +1,6 @@
 """The command line: frozen flags, documented exit codes, help at once."""
 
+import importlib
 import resource
 import runpy
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from lib.cli import make_parser, run_stage
-from lib.config import ROOT
+from lib.config import ROOT, load_config
 from lib.errors import BadConfig, Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
+from lib.runs import RunArgs
 from tests.process_runs import run_jobs
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("0[0-9]_*.py"))
@@ -76,6 +78,16 @@ def test_the_first_script_names_settings_that_a_quick_test_replaces(monkeypatch,
         run_stage(lambda config, args: None, "test")
         said.append("replaces data.path=mine.txt" in capsys.readouterr().err)
     assert said == [True, False, False]
+
+
+@pytest.mark.parametrize("method", ["ppo", "none"])
+def test_a_run_that_only_ranks_cannot_score_a_text_and_leaves_no_folder(tmp_path, method):
+    (tmp_path / "a.txt").write_text("a text")
+    config = load_config(overrides=[f"critic.method={method}"])
+    args = RunArgs(run_dir=tmp_path / "run", score=tmp_path / "a.txt")
+    with pytest.raises(BadConfig, match=f"with {method}, no model reads single tokens; --rank FILE"):
+        importlib.import_module("06_sample").main(config, args)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("value", ["4/4", "1", "-1/4", "1/0", "a/b", "1/2/3"])

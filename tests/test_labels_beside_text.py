@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lib import schema
 from lib.config import load_config
 from lib.errors import BadConfig, BadData
+from lib.examples import ExampleCounters
 from lib.label_values import InvalidLabel, class_of, plain, spans_of
 from lib.labels import LabelCounts
 from lib.models.build import heads_of
@@ -170,6 +171,23 @@ def test_texts_without_fields_have_no_label(tmp_path):
     (tmp_path / "a.txt").write_text("Some text without a label.")
     (problem,) = checked(tmp_path / "a.txt")[1]
     assert (problem.kind, problem.severity) == ("no label", "error") and ".csv" in problem.advice
+
+
+def test_texts_without_fields_have_no_group(tmp_path):
+    (tmp_path / "a.txt").write_text("Some text without a group.")
+    no_labels = [f"data.{name}=null" for name in ("label_key", "label_classes", "spans_key", "span_classes")]
+    config = config_for(tmp_path / "a.txt", *no_labels, "models.judge=null", "data.group_key=author")
+    problem = next(p for p in check(config) if isinstance(p, Problem))
+    assert (problem.kind, problem.expected) == ("no group", "a row with text and group")
+
+
+def test_no_advice_is_a_setting_that_labels_forbid(tmp_path):
+    config = config_for(write_rows(tmp_path / "a.jsonl", [GOOD, OTHER]))
+    (problem,) = [p for p in check(config) if isinstance(p, Problem)]
+    assert (problem.kind, problem.advice) == ("too little text", "give more documents")
+    with pytest.raises(BadData, match="no examples in split train") as caught:
+        ExampleCounters(None).check(config)
+    assert "split_unit" not in str(caught.value) and "block_characters" not in str(caught.value)
 
 
 def test_rows_without_labels_can_be_dropped_and_equal_rows_are_kept_once(tmp_path):

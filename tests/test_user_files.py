@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lib.config import load_config
 from lib.errors import BadConfig, MissingInput
 from lib.evaluation.infilling import read_infill_file
-from lib.evaluation.starts import starting_ids
+from lib.evaluation.starts import check_starts, starting_ids
 from lib.tasks import Document, Problem
 from lib.tasks.text import check, sources
 from lib.tokenization import decode_batch, train_tokenizer
@@ -389,6 +389,44 @@ def test_each_fault_of_a_table_of_text_is_named(tmp_path, content, kind, found):
     _, problems = checked(tmp_path / "a.csv")
     assert problems[0].kind == kind and found in problems[0].found, problems[0]
     assert problems[0].advice and problems[0].expected
+
+
+@pytest.mark.parametrize(
+    ("column", "found"),
+    [
+        (pa.array([9, 4_000_000], pa.int32()).cast(pa.date32()), "column 'when' of type date32"),
+        (pa.array([9, 2**62], pa.duration("s")), "column 'when' of type duration"),
+        (pa.array([[9], [2**62]], pa.list_(pa.timestamp("us"))), "column 'when' of type list"),
+        (
+            pa.array([9, 9], pa.timestamp("us", "Mars/Phobos")),
+            "column 'when' of type timestamp[us, tz=Mars/Phobos]",
+        ),
+    ],
+)
+def test_a_column_that_python_cannot_hold_is_named(tmp_path, column, found):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [PROSE, NOVEL], "when": column}), path)
+    (row,) = read_rows(path)
+    assert row.fault is not None and row.fault.kind == "unreadable column" and found in row.fault.found
+    assert [row.fault for row in read_rows(path, {"text": "data.text_key"})] == [None, None], "it is not read"
+
+
+def test_files_of_one_name_are_to_be_renamed_and_equal_ids_to_be_changed(tmp_path):
+    (tmp_path / "a.txt").write_text(NOVEL)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress((NOVEL + "more").encode()))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i}{NOVEL}", "id": "x"}) + "\n" for i in range(2))
+    )
+    _, problems = checked(tmp_path, id_key="id")
+    advice = {p.found: p.advice for p in problems if p.kind == "repeated id"}
+    assert advice["a"].endswith("rename one of the files") and advice["x"].endswith("in data.id_key")
+
+
+def test_a_length_that_a_text_with_gaps_does_not_have_is_said(capsys):
+    tokenizer = train_tokenizer("character", ["abc"], 0)
+    for more, is_said in (([], False), (["sampler.length=3"], True)):
+        check_starts(load_config(overrides=["sampler.infill=a[MASK]b[MASK]", *more]).sampler, tokenizer, 32)
+        assert ("sampler.length has no effect" in capsys.readouterr().err) == is_said
 
 
 def test_a_wrong_byte_far_in_a_table_is_counted_from_the_start_of_the_file(tmp_path):

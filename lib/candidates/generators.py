@@ -8,6 +8,7 @@ import pyarrow as pa
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadConfig
+from lib.log import say
 from lib.sections.models import ModelSpec
 from lib.shards import generator_names
 from lib.tasks import cross_fit_fold
@@ -20,6 +21,10 @@ def masked_language_models(stage: Stage, config: Config, runtime, tokenizer) -> 
     """Folders of the masked LMs that generate synthetic text. They are trained here if generator.checkpoint is null."""
     rewrites = config.finqa.pools.corruption_rate * config.finqa.pools.changes.masked_lm > 0
     if config.candidates.source != "masked_lm" and not (config.candidates.source == "programs" and rewrites):
+        if config.generator.checkpoint:
+            say(
+                f"generator.checkpoint has no effect: candidates.source {config.candidates.source} loads no generator"
+            )
         return []
     if config.generator.checkpoint:
         if config.candidates.cross_fit_folds > 1:

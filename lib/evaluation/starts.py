@@ -10,6 +10,7 @@ from lib.artifacts import Stage
 from lib.diffusion.blocks import blocks_of
 from lib.errors import BadConfig, BadData
 from lib.evaluation.infilling import UNKNOWN, Start, read_infill_file
+from lib.log import say
 from lib.sections.sampler import SamplerConfig
 from lib.tokenization import describe_unknown, encode_with_masks
 from lib.user_files.decoding import clean_text
@@ -37,6 +38,13 @@ def sampling_starts(settings: SamplerConfig, tokenizer: Any, context: int) -> li
     row = starting_ids(settings, tokenizer, context)
     ids = np.tile(row, (settings.num_samples, 1))
     return [Start(ids, ids == tokenizer.mask_token_id, np.arange(len(ids)))]
+
+
+def check_starts(settings: SamplerConfig, tokenizer: Any, context: int) -> None:
+    """Say which settings have no effect on what samples start from. Raises what `sampling_starts` raises."""
+    sampling_starts(settings, tokenizer, context)
+    if settings.length is not None and (settings.infill or settings.infill_file):
+        say("sampler.length has no effect: a text with gaps keeps its own length")
 
 
 def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.ndarray:

@@ -198,7 +198,7 @@ def _parquet(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
         _check_columns(columns, file.schema_arrow.names)
         chosen = None if columns is None else list(columns)
         for batch in file.iter_batches(batch_size=64, columns=chosen):
-            for record in batch.to_pylist():
+            for record in _records(batch):
                 yield Row(number, f"row {number}", record)
                 number += 1
     except (PermissionError, FileNotFoundError):
@@ -206,3 +206,22 @@ def _parquet(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         fault = Fault("damaged", str(error)[:120], "a Parquet file that can be read", "write the file again")
         yield Row(number, f"row {number}", fault=fault)
+
+
+def _records(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch. Raises UnreadableFile for a date, a duration or a time zone that Python does not have."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.to_pylist()
+            except (OverflowError, ValueError) as error:
+                found = f"column '{name}' of type {column.type}: {str(error)[:80]}"
+                advice = "write this column as text, or leave it out"
+                raise UnreadableFile(
+                    Fault("unreadable column", found, "values that Python can hold", advice)
+                ) from None
+        raise

@@ -53,7 +53,9 @@ def check(config: Config, keeps_unlabelled: bool = False) -> Iterator[Document |
                 )
                 fault = fault or _reason_to_drop(digest, length, config, known_texts)
                 if fault is None:
-                    document_id, fault = _unique_name(_printable(raw.document_id), name_counts)
+                    has_id = config.data.id_key is not None and raw.labels is not None
+                    advice = "give unique values in data.id_key" if has_id else "rename one of the files"
+                    document_id, fault = _unique_name(_printable(raw.document_id), name_counts, advice)
                     known_texts.add(digest, document_id)
                     labelled.count(labels)
                     num_documents += 1
@@ -194,8 +196,8 @@ def _reason_to_drop(digest: bytes, length: int, config: Config, known_texts: Dig
     return None
 
 
-def _unique_name(name: str, counts: DigestTable) -> tuple[str, Fault | None]:
-    """A name that no other document has, and a warning if it is not the given one."""
+def _unique_name(name: str, counts: DigestTable, advice: str) -> tuple[str, Fault | None]:
+    """A name that no other document has, and a warning with the advice if it is not the given one."""
     unique, key = name, digest_of(name)
     while not counts.add(digest_of(unique), 1):
         number = int(counts.get(key) or 0) + 1
@@ -203,8 +205,9 @@ def _unique_name(name: str, counts: DigestTable) -> tuple[str, Fault | None]:
         unique = f"{name}~{number}"
     if unique == name:
         return unique, None
-    advice = f"it is called {unique} here; give unique values in data.id_key"
-    return unique, Fault("repeated id", name, "a unique name", advice, "warning")
+    return unique, Fault(
+        "repeated id", name, "a unique name", f"it is called {unique} here; {advice}", "warning"
+    )
 
 
 def _too_little_text(config: Config, num_characters: int, num_documents: int) -> Iterator[Fault]:
@@ -216,7 +219,8 @@ def _too_little_text(config: Config, num_characters: int, num_documents: int) ->
     if data.split == "hash" and data.split_unit == "document":
         if num_documents < 2 * len(shares):
             expected = f"at least {2 * len(shares)} documents for {len(shares)} splits"
-            advice = "set data.split_unit=block, or give more documents"
+            advice = "" if data.keeps_documents_whole else "set data.split_unit=block, or "
+            advice += "give more documents"
             yield Fault("too little text", f"{num_documents} documents", expected, advice)
     elif num_characters < need:
         expected = f"at least {need} for {len(shares)} splits"

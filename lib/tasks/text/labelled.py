@@ -76,7 +76,9 @@ def read_labels(
     faults: list[Fault] = []
     if raw is None:
         advice = "give a .jsonl, .csv, .tsv or .parquet file, or leave it out"
-        return TextLabels(), [Fault("no label", "a text without fields", "a row with text and label", advice)]
+        missing = "label" if data.has_labels else "group"
+        expected = f"a row with text and {missing}"
+        return TextLabels(), [Fault(f"no {missing}", "a text without fields", expected, advice)]
     if data.group_key is not None:
         if _is_missing(raw.group):
             faults.append(Fault("no group", "no value", f"a value under '{data.group_key}'", ADVICE))
