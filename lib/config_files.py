@@ -162,7 +162,7 @@ def _apply_override(merged: dict, where: dict, text: str) -> None:
         leaf = value  # a text setting stays text: 12 and [MASK] would be a number and a list
     if path.strip() in VERBATIM and leaf == value.strip():
         leaf = value  # without quotes: spaces at both ends belong to the text
-    if keys[-1] == "type" and len(keys) > 1:
+    if keys[-2:-1] and keys[-1] == "type":
         _drop_settings_of_other_type(keys[-2], node, leaf)
     _merge(node, {keys[-1]: leaf})
     location = Location("--set " + text, 0)
