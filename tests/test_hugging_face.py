@@ -333,6 +333,32 @@ def test_bfloat16_is_close_and_finite(key):
         assert output_of(model, ids).isfinite().all()
 
 
+@every_family
+@pytest.mark.parametrize("autocast", [True, False])
+def test_scores_are_exact_in_bfloat16(family, autocast):
+    """There the sigmoid of 6.6 is 1, and its gradient 0: a confident error could not be unlearned."""
+    model, ids = make((family, "sequence"), num_labels=1, score_activation="sigmoid"), make_ids()
+    check_exact_scores(model if autocast else model.bfloat16(), last_layer(model), ids, autocast)
+
+
+def last_layer(model) -> nn.Linear:
+    return getattr(model.classifier, "decoder", model.classifier)
+
+
+def check_exact_scores(model, last: nn.Linear, ids: torch.Tensor, autocast: bool) -> None:
+    """Scores are float32 and have a gradient at a logit of 6.6. Under autocast the last layer does not round its outputs."""
+    nn.init.zeros_(last.bias)  # on a CPU it is added in float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(ids).logits.logit()
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, 6.6)
+        scores = model(ids).logits
+    assert scores.dtype == torch.float32
+    assert not autocast or (logits - logits.bfloat16()).abs().max() > 1e-4
+    scores.square().sum().backward()
+    assert last.bias.grad > 0
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 

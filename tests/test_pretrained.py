@@ -58,6 +58,7 @@ from lib.training.optimizer import Optimizer, hidden_matrices
 from tests.conftest import manifest_of, run_stages
 from tests.pretrained_folders import KINDS, masked_lm_folder, settings_of
 from tests.test_foreign import TOKENIZERS, make
+from tests.test_hugging_face import check_exact_scores
 from tests.trainings import CPU, TOKENS, Killed, context, fingerprint, settings, splits, train_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +235,13 @@ def test_classifiers_share_the_backbone(kind, folders, tmp_path):
     for name, weight in language_model.named_parameters():
         if name.startswith(tokens.backbone_names):
             assert torch.equal(weight, dict(tokens.named_parameters())[name]), name
+
+
+def test_scores_are_exact_under_autocast(folders):
+    opened = open_pretrained(settings_of(folders("bert")))
+    judge = started(opened, "sequence_scorer")
+    front = torch.full((6, 1), opened.tokenizer.cls_token_id)
+    check_exact_scores(judge, judge.classifier, torch.cat([front, some_ids(opened, 6)], 1), autocast=True)
 
 
 @pytest.mark.parametrize("kind", ["bert", "deberta_v2", "own_code"])

@@ -48,6 +48,7 @@ from .shared_modeling import (
     error_loss,
     expand_mask,
     may_read,
+    sequence_logits,
     sequence_loss,
     token_outputs,
     unblock_empty_rows,
@@ -611,11 +612,12 @@ class AdaptedForSequenceClassification(AdaptedPreTrainedModel):
             input_ids = input_ids[:, 1:]
             attention_mask = None if attention_mask is None else attention_mask[:, 1:]
         hidden, _ = self.states(*self.frame(input_ids, attention_mask))
-        logits = linear_rows(self.dropout(hidden[:, 0]), self.classifier.weight, self.classifier.bias)
-        if self.config.score_activation == "sigmoid":
-            logits = logits.sigmoid()
+        logits = sequence_logits(self._score, hidden[:, 0], self.classifier.weight.dtype, self.config)
         loss = None if labels is None else sequence_loss(logits, labels, self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+
+    def _score(self, pooled: Tensor) -> Tensor:
+        return linear_rows(self.dropout(pooled), self.classifier.weight, self.classifier.bias)
 
 
 AdaptedForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

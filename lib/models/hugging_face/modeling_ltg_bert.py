@@ -40,6 +40,7 @@ from .shared_modeling import (
     embed_tokens,
     error_loss,
     expand_mask,
+    sequence_logits,
     sequence_loss,
     token_outputs,
     unblock_empty_rows,
@@ -615,9 +616,8 @@ class LtgBertForSequenceClassification(LtgBertPreTrainedModel):
         """
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         first = _first_real(cast(Tensor, outputs.last_hidden_state), attention_mask)  # (B, D)
-        logits = self.classifier(first)  # (B, num_labels)
-        if self.config.score_activation == "sigmoid":
-            logits = logits.sigmoid()
+        dtype = self.classifier.decoder.weight.dtype
+        logits = sequence_logits(self.classifier, first, dtype, self.config)  # (B, num_labels)
         loss = None if labels is None else sequence_loss(logits, labels, self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

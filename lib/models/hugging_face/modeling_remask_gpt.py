@@ -46,6 +46,7 @@ from .shared_modeling import (
     is_tracing,
     may_read,
     rows_at,
+    sequence_logits,
     sequence_loss,
     token_outputs,
     unblock_empty_rows,
@@ -967,15 +968,16 @@ class RemaskGptForSequenceClassification(RemaskGptPreTrainedModel):
         if pooled_at is None:
             weights = real.to(pooled.dtype).unsqueeze(-1)  # (B, T, 1)
             pooled = (pooled * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
-        logits = linear_rows(
-            self.dropout(pooled), self.classifier.weight, self.classifier.bias
-        )  # (B, num_labels)
-        if self.config.score_activation == "sigmoid":
-            logits = logits.sigmoid()
+        dtype = self.classifier.weight.dtype
+        logits = sequence_logits(self._score, pooled, dtype, self.config)  # (B, num_labels)
         loss = None if labels is None else sequence_loss(logits, labels, self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )  # pyright: ignore[reportArgumentType]
+
+    def _score(self, pooled: Tensor) -> Tensor:
+        """(B, num_labels) of pooled states (B, D)."""
+        return linear_rows(self.dropout(pooled), self.classifier.weight, self.classifier.bias)
 
     def _real_tokens(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, shape: torch.Size

@@ -250,8 +250,23 @@ def error_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses of sequences
+# Logits and losses of sequences
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def sequence_logits(
+    head: Callable[[Tensor], Tensor], pooled: Tensor, dtype: torch.dtype, config: PreTrainedConfig
+) -> Tensor:
+    """Logits (B, C) of states (B, D), or scores (B, C) in [0, 1] with `score_activation="sigmoid"`.
+
+    `dtype` is the type of the head's weights. The head computes in it, also under autocast, and the sigmoid in float32 at
+    least. In bfloat16, close scores would be equal, and scores near 0 and 1 would have no gradient.
+    """
+    with torch.autocast(pooled.device.type, enabled=False):
+        logits = head(pooled.to(dtype))
+    if config.score_activation == "sigmoid":
+        logits = logits.to(torch.promote_types(dtype, torch.float32)).sigmoid()
+    return logits
 
 
 def sequence_loss(logits: Tensor, labels: Tensor, config: PreTrainedConfig) -> Tensor:
