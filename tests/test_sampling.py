@@ -79,6 +79,15 @@ def test_schedules():
     corrected = masked_shares(settings(start_ratio=0.9, end_ratio=0.1, corrector_share=0.5), 9)
     np.testing.assert_allclose(corrected, [0.9, 0.6333, 0.3667, 0.1, 0.1, 0.1, 0.1, 0.1, 0], atol=1e-3)
     few = {"start_ratio": 0.9, "end_ratio": 0.1}
+    np.testing.assert_allclose(masked_shares(settings(**few), 3), [0.9, 0.1, 0])
+    # Neither of two rounds draws nearly all tokens
+    np.testing.assert_allclose(masked_shares(settings(**few), 2), [0.5, 0])
+    np.testing.assert_allclose(masked_shares(settings(**few, schedule="threshold"), 2), [0.5, 0])
+    assert masked_shares(settings(**few), 1).tolist() == [0]
+    np.testing.assert_allclose(masked_shares(settings(**few, schedule="cosine"), 2), [0.5**0.5, 0])
+    # Six of eight rounds are corrector steps
+    corrected = masked_shares(settings(**few, corrector_share=0.9, corrector_resampling=0.6), 8)
+    np.testing.assert_allclose(corrected, [0.5, *[0.1] * 6, 0])
     assert (
         masked_shares(settings(**few, corrector_share=0.5), 7).tolist()
         == masked_shares(settings(**few), 7).tolist()

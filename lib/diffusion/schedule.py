@@ -15,7 +15,8 @@ MIN_ROUNDS = 8  # with fewer rounds, corrector steps would leave too few rounds 
 def masked_shares(config: SamplerConfig, rounds: int, remasks: bool = True) -> np.ndarray:
     """(rounds,) share of the free tokens that is masked after each round; the last is 0.
 
-    - linear: evenly from `start_ratio` to `end_ratio`. Policies that never re-mask: evenly from 1 to 0.
+    - linear: evenly from `start_ratio` to `end_ratio`; their mean if only one round lies between the first mask and the end.
+      Policies that never re-mask: evenly from 1 to 0.
     - cosine: cos(pi/2 x done), which unmasks slowly at first (MaskGIT, Chang et al. 2022).
     - custom: `masking_ratios`, one for each round but the last. For another number of rounds they are interpolated.
     - threshold: the shares of linear, as an upper limit.
@@ -35,6 +36,8 @@ def masked_shares(config: SamplerConfig, rounds: int, remasks: bool = True) -> n
     end = min(config.end_ratio, config.corrector_resampling / steps) if steps else config.end_ratio
     if config.schedule == "cosine":
         shares = np.cos(np.pi / 2 * np.arange(1, unmasking_rounds) / unmasking_rounds)
+    elif unmasking_rounds == 2:  # `start_ratio` alone would leave nearly all tokens to one round
+        shares = [(config.start_ratio + end) / 2]
     else:
         shares = np.linspace(config.start_ratio, end, unmasking_rounds - 1)
     return np.concatenate([shares, np.full(steps, end), [0.0]])
