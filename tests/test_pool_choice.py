@@ -331,6 +331,26 @@ def test_a_batch_over_the_end_of_a_pass_takes_pools_of_two_draws(tokenizer):
     assert [len(p.prompt_ids) for p in model.read] == [8]
 
 
+def test_hard_negatives_are_those_of_the_draw_that_is_read(tokenizer):
+    own = np.arange(N) % WORDS
+    draws = []
+    for hard in range(2):  # the only wrong candidate that has the word of the prompt
+        words = np.repeat((own[:, None] + 1) % WORDS, K, 1)
+        words[:, hard] = own
+        rewards = np.zeros((N, K))
+        rewards[:, K - 1] = 1
+        texts = np.char.add("w", words.astype(str)).astype(object)
+        prompts = [f"w{word}" for word in own]
+        draws.append(replace(made_table(missing=False), prompts=prompts, texts=texts, rewards=rewards))
+    target = choice_of(tokenizer, draws, sampled_candidates=2, hard_negatives=100.0)
+    for epoch in range(2):
+        model = Stub(reads_prompt)
+        batch_losses(target, model, epoch, range(epoch * N, epoch * N + N))
+        for pools in model.read:
+            assert pools.candidate_ids.shape[1] == 2
+            assert (pools.candidate_ids[..., 0] == pools.prompt_ids[:, :1]).any(1).all()
+
+
 def test_rows_of_draws_keep_their_order(tokenizer):
     """Also where the last draw is followed by the first."""
     draws = [made_table(draw=d, missing=False) for d in range(3)]

@@ -11,7 +11,7 @@ import pytest
 
 from lib import schema
 from lib.config import ROOT, load_config
-from lib.errors import BadData, MissingInput
+from lib.errors import BadConfig, BadData, MissingInput
 from lib.evaluation.rank import Ranker
 from lib.evaluation.ranked_file import read_user_pools
 from lib.ranking.metrics import ranking_metrics
@@ -195,19 +195,26 @@ def rows_for(count: int, width: int) -> PoolRows:
     )
 
 
+ONE_DRAW = np.zeros(40, int)
+
+
 def test_large_pools_are_sampled_anew_in_every_epoch_and_keep_their_best():
     rows = rows_for(40, 30)
     sampler = CandidateSampler(8, None, 0, 40)
     index = np.arange(40)
-    first, again, second = (sampler.sample(rows, np.full(40, e), index) for e in (0, 0, 1))
+    first, again, second = (sampler.sample(rows, np.full(40, e), ONE_DRAW[index], index) for e in (0, 0, 1))
     assert first.texts.shape == (40, 8) and (first.rewards.max(1) == 1).all()
     assert (first.texts == again.texts).all() and (first.texts != second.texts).any(1).all()
     some = np.array([7, 3])
     part = PoolRows(
         *([rows.prompts[i] for i in some], *(getattr(rows, name)[some] for name in rows.arrays()))
     )
-    np.testing.assert_array_equal(sampler.sample(part, np.zeros(2, int), some).texts, first.texts[some])
-    drawn = np.concatenate([sampler.sample(rows, np.full(40, e), index).texts.ravel() for e in range(60)])
+    np.testing.assert_array_equal(
+        sampler.sample(part, np.zeros(2, int), ONE_DRAW[some], some).texts, first.texts[some]
+    )
+    drawn = np.concatenate(
+        [sampler.sample(rows, np.full(40, e), ONE_DRAW[index], index).texts.ravel() for e in range(60)]
+    )
     counts = np.unique([int(t.split("/")[1]) for t in drawn], return_counts=True)[1]
     others = np.delete(counts, 5)
     assert counts[5] == 40 * 60 and others.min() > 0.8 * others.mean()  # each of the others is as likely
@@ -215,19 +222,27 @@ def test_large_pools_are_sampled_anew_in_every_epoch_and_keep_their_best():
 
 def test_hard_negatives_are_drawn_as_often_as_their_weight_says():
     rows = rows_for(200, 12)
-    weight = np.zeros((200, 12))
-    weight[:, 2] = np.log(4)
+    weight = np.zeros((2, 200, 12))
+    weight[1, :, 2] = np.log(4)
     sampler = CandidateSampler(2, weight, 0, 200)  # the best one and one other
-    drawn = [sampler.sample(rows, np.full(200, e), np.arange(200)).texts for e in range(30)]
-    others = np.array([t.split("/")[1] for t in np.concatenate(drawn).ravel() if not t.endswith("/5")])
-    assert (others == "2").mean() == pytest.approx(4 / 14, abs=0.02)
+    for draw, share in enumerate((1 / 11, 4 / 14)):  # the weights of one draw say nothing about another
+        of_draw = np.full(200, draw)
+        drawn = [sampler.sample(rows, np.full(200, e), of_draw, np.arange(200)).texts for e in range(30)]
+        others = np.array([t.split("/")[1] for t in np.concatenate(drawn).ravel() if not t.endswith("/5")])
+        assert (others == "2").mean() == pytest.approx(share, abs=0.02)
+
+
+def test_hard_negatives_without_sampled_candidates_are_refused():
+    with pytest.raises(BadConfig, match=r"ranker.*set sampled_candidates, or hard_negatives to 0"):
+        load_config(overrides=["ranker.hard_negatives=1.0"])
+    load_config(overrides=["ranker.hard_negatives=1.0", "ranker.sampled_candidates=8"])
 
 
 def test_a_pool_with_many_best_candidates_keeps_some_of_both():
     rows = rows_for(6, 20)
     rewards = (np.arange(20) < 15).astype(float) * np.ones((6, 1))
     rows = PoolRows(rows.prompts, rows.texts, rows.present, rewards, rewards)
-    found = CandidateSampler(8, None, 0, 6).sample(rows, np.zeros(6, int), np.arange(6))
+    found = CandidateSampler(8, None, 0, 6).sample(rows, np.zeros(6, int), ONE_DRAW[:6], np.arange(6))
     assert (found.rewards.sum(1) == 4).all()
 
 

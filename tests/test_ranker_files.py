@@ -191,6 +191,19 @@ def test_hidden_words_are_drawn_by_row_and_spare_special_tokens():
         hide_words(pools, SimpleNamespace(mask_token_id=None, unk_token_id=None), 0.25, 0, np.arange(40))
 
 
+def test_the_question_of_yes_and_no_is_never_hidden():
+    tokenizer, question = make_tokenizer("bert"), " d e"
+    yes_no = {"head": "yes_no", "yes_no": YesNoConfig(question=question, yes=" f", no=" g")}
+    settings = load_config(quick_test=True).ranker.model_copy(update={"word_dropout": 0.9, **yes_no})
+    texts, present = np.array([["a b a b a b", "a"]] * 20, object), np.ones((20, 2), bool)
+    pools = PoolReader(tokenizer, settings, CPU, 0).read(["b a b"] * 20, texts, present, np.arange(20))
+    asked = tokenizer(question, add_special_tokens=False)["input_ids"]
+    for n, k in np.ndindex(20, 2):
+        ids = pools.candidate_ids[n, k][pools.candidate_mask[n, k]].tolist()
+        assert ids[-3:-1] == asked  # before [SEP]
+        assert k or tokenizer.unk_token_id in ids[:-3]
+
+
 def test_hidden_words_of_a_pool_are_the_same_alone_and_beside_wider_ones():
     tokenizer = make_tokenizer("bert")
     prompts = ["b a " * 8, "a " * 25]

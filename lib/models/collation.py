@@ -135,8 +135,12 @@ def _framed(
     return ids, column < len(before) + kept[:, None] + len(after)
 
 
-def hide_words(pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.ndarray) -> Pools:
-    """Word dropout: the pools (arrays) with a share of their tokens masked independently, without special tokens.
+def hide_words(
+    pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.ndarray, suffix: str = ""
+) -> Pools:
+    """Word dropout: the pools (arrays) with a share of their tokens masked independently.
+
+    Special tokens and the suffix behind every candidate, as in `collate`, are not masked: the suffix says what to answer.
 
     Whether a token is masked depends on the seed, `rows[b]`, the number of its candidate and its index there. It does not
     depend on the rest of the batch. Masked tokens become [MASK], or the unknown token.
@@ -157,11 +161,17 @@ def hide_words(pools: Pools, tokenizer: Any, share: float, seed: int, rows: np.n
         noise = randomness.uniform(randomness.key(seed, purpose, *number), rows, ids.shape[1])
         return np.where((noise < share) & ~np.isin(ids, special), replacement, ids)
 
-    candidates = [
-        hidden(pools.candidate_ids[:, k], "hidden words of candidates", k)
-        for k in range(pools.candidate_ids.shape[1])
-    ]
+    candidates = np.stack(
+        [
+            hidden(pools.candidate_ids[:, k], "hidden words of candidates", k)
+            for k in range(pools.candidate_ids.shape[1])
+        ],
+        1,
+    )  # (B, K, S)
+    after = _layout_with_suffix(tokenizer, suffix)[2]
+    text_length = pools.candidate_mask.sum(-1, keepdims=True) - len(after)  # (B, K, 1)
+    is_text = np.arange(candidates.shape[2]) < text_length
     return Pools(
         hidden(pools.prompt_ids, "hidden words of prompts"), pools.prompt_mask,
-        np.stack(candidates, 1), pools.candidate_mask,
+        np.where(is_text, candidates, pools.candidate_ids), pools.candidate_mask,
     )  # fmt: skip

@@ -85,6 +85,11 @@ class RankerConfig(Section):
     def _check(self):
         if self.head == "yes_no" and self.pooling != "last":
             raise ValueError("head yes_no reads the last token of a candidate; set pooling to last")
+        if self.hard_negatives > 0 and self.sampled_candidates is None:
+            raise ValueError(
+                "hard_negatives says which candidates of large pools are read, but sampled_candidates is null, so all are read; "
+                "set sampled_candidates, or hard_negatives to 0"
+            )
         if self.dtype == "bfloat16" and self.adapter == "none":
             raise ValueError(
                 "dtype bfloat16 is for an encoder that does not learn, because most updates of bfloat16 weights are lost in "

@@ -82,8 +82,9 @@ class PoolReader:
         settings = self.settings
         lengths = settings.prompt_tokens, settings.candidate_tokens
         pools = collate(self.tokenizer, prompts, candidates, *lengths, settings.suffix)
-        if hidden_by is not None and self.settings.word_dropout > 0:
-            pools = hide_words(pools, self.tokenizer, self.settings.word_dropout, self.seed, hidden_by)
+        if hidden_by is not None and settings.word_dropout > 0:
+            share, suffix = settings.word_dropout, settings.suffix
+            pools = hide_words(pools, self.tokenizer, share, self.seed, hidden_by, suffix)
         return pools.tensors()
 
     def shortened(self, table: PoolTable) -> dict[str, int]:
@@ -183,7 +184,7 @@ class PoolChoice:
         self._order = Rows(context.seed, f"{context.label} order", len(splits.train[0]))
         shuffled = randomness.permutation(context.seed, "selection pools", 0, len(splits.selection))
         self.evaluated = np.sort(shuffled[: max(1, context.settings.evaluation_examples)])
-        self._sampler = CandidateSampler.of(reader.settings, splits.train[0], context.seed)
+        self._sampler = CandidateSampler.of(reader.settings, splits.train, context.seed)
         self.tokens_per_row = reader.tokens_per_pool(splits.train[0])
 
     def _losses(self, scores: Tensor, rows: PoolRows) -> Tensor:
@@ -206,7 +207,7 @@ class PoolChoice:
         index = self._order.samples(row)
         pools = PoolRows.of_draws(tables, draw, index).narrowed()
         if self._sampler is not None:
-            pools = self._sampler.sample(pools, self._order.epochs(row), index)
+            pools = self._sampler.sample(pools, self._order.epochs(row), draw, index)
 
         def losses(totals: Mapping[str, float]) -> dict[str, Tensor]:
             scores = self.reader.scores(model, pools, hidden_by=row)
