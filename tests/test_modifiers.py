@@ -1,5 +1,6 @@
 """Loss modifiers: each compared with its formula, in combination, and refused where they do not apply."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,44 @@ def test_weights_multiply_and_have_mean_one():
         variation = float(alone.std(correction=0) / alone.mean())
         assert terms.pop(f"modifier_{name}") == pytest.approx(variation, rel=1e-4)
     assert not terms
+
+
+@pytest.mark.parametrize("name", ["entropy", "mask_ratio", "judge", "label_smoothing"])
+def test_a_row_without_masks_changes_nothing(name):
+    """`inverse_t` draws such rows. They have no loss, but would have the largest weight, so others would learn less."""
+    whole = masked_of()
+    keep = whole.row_idx < B - 2
+    ratios = np.where(np.arange(B) < B - 2, whole.ratios, 0.0)
+    flat_idx = whole.flat_idx[keep.numpy()]
+    masked = replace(
+        whole, logits=whole.logits[keep], targets=whole.targets[keep], row_idx=whole.row_idx[keep], flat_idx=flat_idx, ratios=ratios
+    )  # fmt: skip
+    alone = replace(
+        masked, ids=whole.ids[:-2], valid=whole.valid[:-2], ratios=ratios[:-2], rows=whole.rows[:-2]
+    )
+    config = {
+        "entropy": EntropyModifier(), "mask_ratio": MaskRatioModifier(), "label_smoothing": 0.1,
+        "judge": JudgeModifier(model="x", min_weight=0.2, max_weight=3, stop_step=9),
+    }  # fmt: skip
+    ce = torch.ones(len(flat_idx))
+    (_, weights, terms), (_, wanted, wanted_terms) = (
+        applied(modifiers_of(ConstantJudge(rows.ids), **{name: config[name]}), ce, rows, 0)
+        for rows in (masked, alone)
+    )
+    torch.testing.assert_close(weights, torch.cat([wanted, torch.zeros(2)]))
+    assert terms == pytest.approx(wanted_terms)
+
+
+def test_a_batch_without_masks_has_a_loss_of_zero():
+    whole = masked_of()
+    none = replace(
+        whole, logits=whole.logits[:0], targets=whole.targets[:0], row_idx=whole.row_idx[:0], flat_idx=whole.flat_idx[:0],
+        ratios=np.zeros(B),
+    )  # fmt: skip
+    modifiers = modifiers_of(mask_ratio=MaskRatioModifier(), label_smoothing=0.1)
+    _, weights, terms = modifiers.apply(torch.zeros(0), none, 0)
+    logged, factor = modifiers.finish({name: float(v.mean()) for name, v in terms.items()} | {"loss": 0.0})
+    assert not weights.any() and factor == 1 and not any(logged.values())
 
 
 class ConstantJudge(torch.nn.Module):

@@ -1,9 +1,9 @@
 """Optional modifiers of the masked-diffusion loss: other targets for tokens, and weights for rows.
 
 Each is off unless the config names it, and they can be combined. They change the training loss only; evaluation always
-measures the plain NELBO. The row weights of several modifiers are multiplied, then scaled to mean 1 over the global
-batch, so that they do not change the effective learning rate. Their mean is known after the forward passes of all parts,
-so `finish` scales the gradients.
+measures the plain NELBO. The row weights of several modifiers are multiplied, then scaled to mean 1 over the rows of the
+global batch that have masks, so that they do not change the effective learning rate. Their mean is known after the forward
+passes of all parts, so `finish` scales the gradients.
 
 Legend: B rows, T positions, N masked positions of the batch, V vocabulary, A ids of text.
 """
@@ -24,7 +24,7 @@ from lib.sections.models import EntropyModifier, JudgeModifier, MaskRatioModifie
 from lib.tokenization import num_ids
 from lib.training.objectives.base import TrainingContext, forward, tensor, with_cls
 
-_WEIGHT, _SQUARE = "row_weight", "_square"  # of terms that `Modifiers.finish` uses up
+_WEIGHT, _SQUARE, _MASKED = "row_weight", "_square", "row_masked"  # of terms that `Modifiers.finish` uses up
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class Modifiers:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """((N,) losses of the positions, (B,) weights of the rows, name -> (B,) numbers for `finish`).
 
+        A row without masks, which `diffusion.weight: inverse_t` can draw, has no loss. All its numbers are 0, and it is in
+        no mean.
+
         Args:
             ce: (N,) plain cross-entropies.
         """
@@ -88,15 +91,19 @@ class Modifiers:
             spread = uniform_cross_entropies(masked.logits, self.text_ids)
             terms["modifier_smoothing"] = _mean_by_row(spread.detach(), masked.row_idx, size)
             ce = (1 - config.label_smoothing) * ce + config.label_smoothing * spread
-        weights = torch.ones(size, device=ce.device)
+        has_masks = torch.bincount(masked.row_idx, minlength=size).clamp(max=1).float()  # (B,) 0 or 1
+        found = {}
         if config.entropy is not None:
-            weights = weights * self._log("entropy", terms, entropy_weights(masked, config.entropy, size))
+            found["entropy"] = entropy_weights(masked, config.entropy, size)
         if config.mask_ratio is not None:
             ratios = tensor(masked.ratios.astype(np.float32), self.runtime)
-            weights = weights * self._log("mask_ratio", terms, mask_ratio_weights(ratios, config.mask_ratio))
+            found["mask_ratio"] = mask_ratio_weights(ratios, config.mask_ratio)
         if config.judge is not None and config.judge.start_step <= step < config.judge.stop_step:
-            weights = weights * self._log("judge", terms, self._judge_weights(masked, config.judge))
-        terms[_WEIGHT] = weights
+            found["judge"] = self._judge_weights(masked, config.judge)
+        weights = has_masks
+        for name, own in found.items():
+            weights = weights * self._log(name, terms, own * has_masks)
+        terms |= {_WEIGHT: weights, _MASKED: has_masks}
         return ce, weights, terms
 
     @staticmethod
@@ -111,12 +118,15 @@ class Modifiers:
 
         The term of a modifier of row weights is their coefficient of variation: 0 means no effect.
         """
-        factor = 1.0 / terms[_WEIGHT]
+        masked = terms[_MASKED] or 1.0  # the share of rows with masks; without any, all terms are 0
+        factor = masked / (terms[_WEIGHT] or 1.0)
         logged = {}
         for name, value in terms.items():
+            if name.startswith("modifier_"):
+                value /= masked
             if name + _SQUARE in terms:
-                value = max(terms[name + _SQUARE] - value**2, 0.0) ** 0.5 / value
-            if name != _WEIGHT and not name.endswith(_SQUARE):
+                value = max(terms[name + _SQUARE] / masked - value**2, 0.0) ** 0.5 / (value or 1.0)
+            if name not in (_WEIGHT, _MASKED) and not name.endswith(_SQUARE):
                 logged[name] = value
         return logged | {"loss": terms["loss"] * factor}, factor
 
