@@ -44,8 +44,8 @@ def objective(coupling: str = "decoupled", **changes) -> TokenCritic:
     return TokenCritic(critic, diffusion, [0, 1, 2, 3])
 
 
-def model(critic_layers: int = 1):
-    architecture = load_config(quick_test=True).architecture
+def model(critic_layers: int = 1, **changes):
+    architecture = load_config(quick_test=True).architecture.model_copy(update=changes)
     return start_model(
         "language_model", architecture, "bidirectional", 14, 0, "t", critic_layers=critic_layers
     )[0]
@@ -238,6 +238,21 @@ def test_a_step_moves_what_it_should(coupling):
     moved = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert any(n.startswith("critic.") for n in moved)
     assert any(n.startswith("model.") for n in moved) == (coupling != "decoupled")
+
+
+@pytest.mark.parametrize("family", ["remask_gpt", "ltg_bert"])
+def test_of_a_decoupled_critic_only_its_own_blocks_have_dropout(family):
+    """A frozen backbone with dropout would give other states than in use."""
+    target, net = objective("decoupled"), model(family=family, dropout=0.5)
+    with torch.no_grad():  # zero-initialised projections would hide dropout
+        for number, p in enumerate(net.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+    exact = batch_losses(target, net.eval(), 5, range(8))["loss"]
+    part = target.part(net.train(), 5, range(8))
+    assert not torch.equal(part.losses(part.weights)["loss"], exact)
+    assert all(module.training for module in net.modules())
+    net.critic.eval()
+    assert torch.equal(part.losses(part.weights)["loss"], exact)
 
 
 def test_with_stopped_gradient_the_backbone_learns_from_the_generator_alone():

@@ -4,7 +4,7 @@ The generator fills masks of clean text, as it does when sampling (`fills.py`). 
 differs from the clean token (Lezama et al., Token-Critic, 2022). Padding counts nothing, and conditioning tokens
 count only as far as `clean_fraction` says.
 
-    decoupled      backbone and language-model head are frozen; only the critic's blocks learn
+    decoupled      backbone and language-model head are frozen, without dropout; only the critic's blocks learn
     joint          generator loss + alpha x critic loss through the shared backbone; alpha is ramped up
     stop_gradient  as joint, but the critic's loss does not reach the backbone
 
@@ -94,7 +94,12 @@ class TokenCritic:
         # 4. Losses of the critic: errors, and origin
         critic = self._critic_part(model, filled, index, "critic")
         if not self.joint:
-            return critic
+
+            def losses_of_critic(totals: Mapping[str, float]) -> dict[str, Tensor]:
+                with backbone_in_evaluation(model):
+                    return critic.losses(totals)
+
+            return Part(critic.weights, losses_of_critic)
 
         # 5. Loss of the generator on its own masks of the same rows
         generator = self.diffusion.part(model, step, rows)
@@ -336,3 +341,16 @@ def without_gradient(model: nn.Module) -> Iterator[None]:
     finally:
         for p in others:
             p.requires_grad_(True)
+
+
+@contextmanager
+def backbone_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """While active, only the critic is in training mode: a frozen backbone has the states that it has in use, without dropout."""
+    others = [m for name, m in model.named_modules() if name.split(".")[0] != "critic" and m.training]
+    for module in others:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in others:
+            module.training = True
