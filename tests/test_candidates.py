@@ -87,9 +87,10 @@ def test_the_synthetic_share_is_that_of_rewritten_text():
         ("a", "train", "masked_lm", [1, 2, 9, 4], [0, 2, 2, 0], 1),
         ("b", "train", "original", [1, 2], [0, 0], 0),
         ("b", "train", "masked_lm", [1, 3], [2, 2], 1),
+        ("b", "train", "masked_lm", [3, 3], [2, 2], 2),
     )
-    assert sum(found["synthetic_fraction_histogram"]) == 2
-    assert found["mean_synthetic_fraction"] == pytest.approx(0.75, abs=0.026)  # the middles of bins of 0.05
+    assert sum(found["synthetic_fraction_histogram"]) == 3
+    assert found["mean_synthetic_fraction"] == pytest.approx(2.5 / 3, abs=1e-9)
 
 
 def text_of(groups: list[str]) -> TokenStore:

@@ -15,7 +15,8 @@ class CandidateCounters:
     def __init__(self, labels_tell_origin: bool = True) -> None:
         self.labels_tell_origin = labels_tell_origin
         self.candidates = self.rewritten = self.unchanged = 0
-        self.histogram: np.ndarray | None = None  # (20,) of the synthetic fractions of rewritten candidates
+        self.synthetic = 0.0  # sum of the synthetic fractions of rewritten candidates
+        self.histogram: np.ndarray | None = None  # (20,) of them
         self.kinds: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self.predicted: dict[str, int] = {}
@@ -30,6 +31,7 @@ class CandidateCounters:
         fraction = table["synthetic_fraction"].to_numpy()
         original = np.asarray(table["kind"].to_pylist()) == "original"
         self.rewritten += int((~original).sum())
+        self.synthetic += float(fraction[~original].sum())
         self._add_histogram(np.histogram(fraction[~original], bins=20, range=(0, 1))[0])
         if not table["token_labels"].null_count and not table["token_ids"].null_count:
             self._compare(table, original)
@@ -45,7 +47,7 @@ class CandidateCounters:
 
     def merge(self, state: dict) -> None:
         """Add the counts of other candidates."""
-        for name in ("candidates", "rewritten", "unchanged"):
+        for name in ("candidates", "rewritten", "unchanged", "synthetic"):
             setattr(self, name, getattr(self, name) + state[name])
         for name in ("kinds", "dropped", "predicted", "correct"):
             own = getattr(self, name)
@@ -75,12 +77,11 @@ class CandidateCounters:
         if self.histogram is None:
             return counts
         histogram = self.histogram
-        bin_centre = (np.arange(20) + 0.5) / 20
         accuracy = {s: self.correct[s] / n for s, n in self.predicted.items() if n}
         return counts | {
             "rewritten": self.rewritten,
             "unchanged": self.unchanged,
-            "mean_synthetic_fraction": float((histogram * bin_centre).sum() / max(histogram.sum(), 1)),
+            "mean_synthetic_fraction": self.synthetic / max(self.rewritten, 1),
             "synthetic_fraction_histogram": histogram,
             "generator_accuracy": accuracy,
         }
