@@ -6,7 +6,7 @@ alone, not on its batch. Rows are padded to one width, and rows without padding 
 Legend: B rows, T positions, N masked positions, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lib.errors import BadConfig
 from lib.models.compiling import CompiledLayers
 from lib.models.int8 import to_int8
 from lib.models.masked_lm import argument_names, load_masked_lm
+from lib.models.pretrained_tokenizer import Framing, framing_of
 from lib.runtime import Runtime
 from lib.sections.data import CandidatesConfig
 from lib.surfaces import closed_ids
@@ -86,12 +87,14 @@ class MaskedLMEngine:
         model: forward(input_ids, attention_mask) -> .logits; models of this project also take `logits_at`.
         tokenizer: the model's own.
         width: rows are padded to this many tokens.
+        framing: special ids that the model reads around every row, beside its `width` tokens.
     """
 
     model: Any
     tokenizer: Any
     runtime: Runtime
     width: int
+    framing: Framing = field(default_factory=lambda: Framing([], []))
 
     def __post_init__(self) -> None:
         self.model.to(self.runtime.device).eval()
@@ -106,8 +109,13 @@ class MaskedLMEngine:
         width: int | None = None,
         int8: bool = False,
         compiles: str = "off",
+        run_tokenizer: Any = None,
     ) -> "MaskedLMEngine":
         """The engine of a saved folder with its tokenizer.
+
+        Args:
+            run_tokenizer: if its vocabulary is the model's, rows are texts without special tokens. So a model of transformers
+                reads those of its tokenizer around them. Models of this project read none.
 
         Raises:
             MissingInput, BadData: see `load_masked_lm`.
@@ -121,7 +129,16 @@ class MaskedLMEngine:
         if int8:
             to_int8(model)
         CompiledLayers(model, compiles, 0, learns=False, label=folder.name)
-        return cls(model, tokenizer, runtime, min(width or limit, limit))
+        engine = cls(model, tokenizer, runtime, min(width or limit, limit))
+        is_own = engine._takes_logits_at
+        if run_tokenizer is not None and not is_own and engine.has_vocabulary_of(run_tokenizer):
+            engine.framing = framing_of(tokenizer)
+            engine.width = min(engine.width, limit - engine.framing.count)
+        return engine
+
+    def has_vocabulary_of(self, tokenizer: Any) -> bool:
+        """Whether the model reads the ids of this tokenizer."""
+        return self.tokenizer.get_vocab() == tokenizer.get_vocab()
 
     # ------------------------------------------------------------------------------------------ filling masks
 
@@ -268,7 +285,9 @@ class MaskedLMEngine:
     ) -> torch.Tensor:
         """(N, V) logits of (B, T) inputs at flat positions (N,)."""
         device = self.runtime.device
-        width = width or self.width
+        width = (width or self.width) + self.framing.count
+        if self.framing.count:
+            inputs, valid, flat_idx = self._framed(inputs, valid, flat_idx)
         pad = width - inputs.shape[1]
         if pad > 0:
             inputs = np.pad(inputs, ((0, 0), (0, pad)), constant_values=self.tokenizer.pad_token_id)
@@ -284,6 +303,21 @@ class MaskedLMEngine:
             mask = torch.from_numpy(valid).to(device).long()
             logits = self.model(input_ids=torch.from_numpy(inputs).to(device), attention_mask=mask).logits
         return logits.flatten(0, 1)[where]
+
+    def _framed(
+        self, inputs: np.ndarray, valid: np.ndarray, flat_idx: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows (B, T) and their `valid` between the special ids of the framing, and the flat positions (N,) in them."""
+        (count, length), before = inputs.shape, len(self.framing.prefix)
+        total = length + self.framing.count
+        lengths = valid.sum(1, keepdims=True)  # (B, 1); padding is on the right
+        ids = np.full((count, total), self.tokenizer.pad_token_id, inputs.dtype)
+        ids[:, :before] = self.framing.prefix
+        ids[:, before : before + length] = inputs
+        for place, token in enumerate(self.framing.suffix, before):
+            np.put_along_axis(ids, lengths + place, token, 1)
+        known = np.arange(total) < lengths + self.framing.count
+        return ids, known, flat_idx // length * total + flat_idx % length + before
 
 
 def _resized(values: np.ndarray, size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from lib.models.build import make_model, model_config, save_model
 from lib.runtime import Runtime
 from lib.synthetic import MaskedLMEngine, MaskedRows
 from lib.tasks import CandidateContext
-from lib.tasks.text.rewriting import candidates
+from lib.tasks.text.rewriting import candidates, pad
 from lib.tokenization import encode_batch, train_tokenizer
 from tests.conftest import run_stages
 
@@ -322,6 +322,35 @@ def test_a_foreign_masked_lm_changes_only_its_own_stretches(tokenizer, bert_fold
         assert all(c in rest for c in kept)  # what is labelled original stands in the original in this order
         changed += r["text"] != originals[r["example_id"]]
     assert changed > 20
+
+
+def test_a_foreign_masked_lm_with_the_runs_vocabulary_reads_rows_between_its_special_tokens(bert_folder):
+    tokenizer = MaskedLMEngine.load(bert_folder, CPU).tokenizer
+    engine = MaskedLMEngine.load(bert_folder, CPU, run_tokenizer=tokenizer)
+    assert engine.width == 62
+    texts = ["the first line", "and"]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids, valid = pad(rows, tokenizer.pad_token_id)
+    inputs = np.where(np.arange(ids.shape[1]) == 0, tokenizer.mask_token_id, ids)  # the first token of each
+    found = engine._logits(inputs, valid, np.array([0, ids.shape[1]]))
+    for text, logits in zip(texts, found, strict=True):
+        framed = tokenizer(text)["input_ids"]
+        assert framed[0] == tokenizer.cls_token_id and framed[-1] == tokenizer.sep_token_id
+        framed[1] = tokenizer.mask_token_id
+        expected = engine.model(input_ids=torch.tensor([framed])).logits[0, 1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    # Rows longer than the model are read in pieces, which keep room for the special tokens
+    long = np.full((1, 70), rows[0][0])
+    masked = MaskedRows(long, long > 0, np.arange(70)[None] % 7 == 0, np.arange(1))
+    config = context(tokenizer, [engine]).config.candidates
+    filled = engine.fill(masked, config, 0)
+    assert (filled == long)[~masked.masked].all() and (filled != long).any()
+
+
+def test_models_of_this_project_read_rows_as_they_are(tokenizer, engine, tmp_path):
+    save_model(engine.model, tmp_path, tokenizer)
+    own = MaskedLMEngine.load(tmp_path, CPU, run_tokenizer=tokenizer)
+    assert own.framing.count == 0 and own.width == MaskedLMEngine.load(tmp_path, CPU).width
 
 
 @pytest.mark.slow

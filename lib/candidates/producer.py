@@ -98,7 +98,10 @@ class ShardWork:
             torch.set_num_threads(threads)
         runtime, tokenizer = Runtime.detect(self.config), load_tokenizer(self.tokenizer)
         int8 = self.config.candidates.int8
-        engines = [MaskedLMEngine.load(folder, runtime, int8=int8) for folder in self.generators]
+        engines = [
+            MaskedLMEngine.load(folder, runtime, int8=int8, run_tokenizer=tokenizer)
+            for folder in self.generators
+        ]
         examples = select_split(self.examples.batches(schema.EXAMPLES), "train")
         return Producer(
             self.store,

@@ -105,12 +105,12 @@ class CandidateWork:
         if threads is not None:
             torch.set_num_threads(threads)
         runtime = Runtime.detect(self.config)
-        settings = self.config.candidates
+        settings, tokenizer = self.config.candidates, load_tokenizer(self.tokenizer)
         engines = [
-            MaskedLMEngine.load(folder, runtime, int8=settings.int8, compiles=settings.compile)
+            MaskedLMEngine.load(folder, runtime, None, settings.int8, settings.compile, tokenizer)
             for folder in self.generators
         ]
-        return CandidateContext(self.config, load_tokenizer(self.tokenizer), engines)
+        return CandidateContext(self.config, tokenizer, engines)
 
     def _make(self, number: int, context: CandidateContext) -> None:
         counters = CandidateCounters(self.config.candidates.label_rule == "origin")

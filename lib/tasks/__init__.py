@@ -151,7 +151,7 @@ class CandidateContext:
     @cached_property
     def same_tokenizer(self) -> bool:
         """Whether the masked LM has the vocabulary of the run's tokenizer."""
-        return bool(self.engines) and self.engines[0].tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        return bool(self.engines) and self.engines[0].has_vocabulary_of(self.tokenizer)
 
     def draw_mask(
         self,
