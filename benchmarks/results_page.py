@@ -70,8 +70,8 @@ blocks of text. [The leaderboard](leaderboard.md) has the rules and says how to 
 
 REMASKING_TEXT = """**These tables were measured before later corrections. They will be measured again.** Five things have changed since. Policies
 that never re-mask now unmask evenly; here they kept 10 % of a text for the last pass, so their rows may be too high. With two
-rounds, at NFE 2 or 4, policies that re-mask now draw about half of the tokens in each; here they drew nearly all in the last one, so
-their shares of correct tokens and sentences at this NFE may be too low. Each
+rounds, at NFE 2 or 4, policies that re-mask now draw about half of the tokens in each. Here they drew nearly all in the last one, so
+their shares of correct tokens and sentences may be too low there. Each
 epoch now cuts documents into windows anew, so that each token is read once per epoch. The optimizer now selects the weights
 for Muon and weight decay by the type of their layer. Intervals now resample whole groups. [docs/remasking](remasking/README.md) says where each line comes from and has all tables.
 

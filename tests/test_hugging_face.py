@@ -356,7 +356,7 @@ def check_exact_scores(model, last: nn.Linear, ids: torch.Tensor, autocast: bool
     assert scores.dtype == torch.float32
     assert not autocast or (logits - logits.bfloat16()).abs().max() > 1e-4
     scores.square().sum().backward()
-    assert last.bias.grad > 0
+    assert last.bias.grad is not None and last.bias.grad > 0
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Optional modifiers of the masked-diffusion loss: other targets for tokens, and weights for rows.
 
 Each is off unless the config names it, and they can be combined. They change the training loss only; evaluation always
-measures the plain NELBO. The row weights of several modifiers are multiplied, then scaled to mean 1 over the rows of the
-global batch that have masks, so that they do not change the effective learning rate. Their mean is known after the forward
-passes of all parts, so `finish` scales the gradients.
+measures the plain NELBO. The row weights of several modifiers are multiplied. Then they are scaled to mean 1 over the rows
+of the global batch that have masks, so that they do not change the effective learning rate. Their mean is known after the
+forward passes of all parts, so `finish` scales the gradients.
 
 Legend: B rows, T positions, N masked positions of the batch, V vocabulary, A ids of text.
 """
