@@ -33,6 +33,7 @@ from lib.runs import OUTPUTS, STAGES, RunArgs, display_path, find_run
 from lib.sections.models import MODE_ALIASES, MODES
 
 SECONDS_TO_SIGNAL = 0.05
+STOPPED = "stopped by SIGTERM; run the same command again to continue"
 SECONDS_FOR_OTHERS = 3.0  # how long the process that reports an error waits for the others to fail, too
 
 
@@ -218,6 +219,18 @@ def run_stage(
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _deliver_again
     try:
+        _run_stage(main, description, with_processes, flags)
+    except Terminated:  # it came while the message of another error was made
+        _fail(STOPPED, 143)
+
+
+def _run_stage(
+    main: Callable[[Config, RunArgs], Any],
+    description: str | None,
+    with_processes: bool,
+    flags: dict[str, bool],
+) -> None:
+    try:
         _join_processes(with_processes)
         parser = make_parser(description or "", **flags)
         options = parser.parse(sys.argv[1:])
@@ -264,7 +277,7 @@ def run_stage(
     except RemaskError as error:
         _fail(str(error), error.exit_code)
     except Terminated:
-        _fail("stopped by SIGTERM; run the same command again to continue", 143)
+        _fail(STOPPED, 143)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to continue", 130)
     except OSError as error:

@@ -1,8 +1,10 @@
 """The command line: frozen flags, documented exit codes, help at once."""
 
 import importlib
+import os
 import resource
 import runpy
+import signal
 import subprocess
 import sys
 import tomllib
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.cli import make_parser, run_stage
+from lib.cli import STOPPED, make_parser, run_stage
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, Busy, CannotWrite, Interrupted, NonFiniteLoss, UsageError
 from lib.runs import RunArgs
@@ -190,6 +192,24 @@ def test_errors_become_exit_codes(monkeypatch, capsys, error, code):
         run_stage(main, "test")
     assert caught.value.code == code
     assert capsys.readouterr().err.startswith("stage.py: error: ")
+
+
+def test_a_signal_while_another_error_is_said_ends_with_one_line(monkeypatch, capsys):
+    """A launcher stops the other processes of a training at the moment when they notice the loss of one."""
+
+    class Lost(UsageError):
+        def __str__(self) -> str:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return "another process has ended"
+
+    def main(config, args):
+        raise Lost("x")
+
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_stage(main, "test")
+    assert caught.value.code == 143
+    assert capsys.readouterr().err == f"stage.py: error: {STOPPED}\n"
 
 
 STAGE = """

@@ -264,6 +264,9 @@ def test_each_fold_s_engine_fills_the_passages_of_its_fold_only(tokenizer, engin
         def __init__(self, letter: int):
             self.letter, self.tokenizer = letter, tokenizer
 
+        def has_vocabulary_of(self, _):
+            return True
+
         def fill(self, rows, config, seed):
             return np.where(rows.masked, self.letter, rows.ids)
 
