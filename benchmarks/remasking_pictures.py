@@ -50,7 +50,7 @@ def budget_picture(records: list[Record], base: str) -> str:
     records = [r for r in records if r["setting"]["policy"] != AUTOREGRESSIVE]  # far lower, and at one NFE
     shared = shared_seeds(records)
     read = likelihoods_at_entropy(records, JUDGES[0][0])
-    panels: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    panels: dict[str, dict[str, dict[float, dict[str, float]]]] = {}
     for (policy, nfe, step), values in read.items():
         if step:
             continue

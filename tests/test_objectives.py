@@ -625,7 +625,8 @@ def test_a_ranker_is_compared_with_the_generator_s_mean_confidence_where_that_be
     assert row.baseline == ("mean confidence" if informative else "chance")
     assert row.baseline_value == pytest.approx(0.8 if informative else 1 / 3)
     assert row.difference_low < row.value - row.baseline_value < row.difference_high
-    assert pools.held_out.subset(np.array([3])).confidence.tolist() == confidence[[3]].tolist()
+    part = pools.held_out.subset(np.array([3]))
+    assert part.confidence is not None and part.confidence.tolist() == confidence[[3]].tolist()
 
 
 def test_a_row_of_no_sequence_is_empty_and_others_are_whole_or_refused():

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -266,11 +267,12 @@ def test_dropped_real_text_is_said(monkeypatch):
         replace(without, truth=ids + 5),
         replace(without, truth=np.array([[5] * 3, [UNKNOWN] * 3])),
     )
-    real = sampling._real_starts(None, [known])
+    nobody: Any = None
+    real = sampling._real_starts(nobody, [known])
     assert (real[0].ids == 5).all() and not said
-    assert not sampling._real_starts(None, [without]) and not said  # nobody gave a target
+    assert not sampling._real_starts(nobody, [without]) and not said  # nobody gave a target
     for starts in ([known, without], [partly]):
-        assert not sampling._real_starts(None, starts)
+        assert not sampling._real_starts(nobody, starts)
         assert "have no target" in said.pop()
 
 
@@ -278,7 +280,8 @@ def test_the_size_of_samples_counts_every_sample():
     starts = [
         Start(np.zeros(shape, int), np.ones(shape, bool), np.arange(shape[0])) for shape in ((64, 8), (3, 20))
     ]
-    work = SampleWork(None, starts, [("critic", 4), ("critic", 8)], None)
+    nobody: Any = None
+    work = SampleWork(nobody, starts, [("critic", 4), ("critic", 8)], nobody)
     assert work.num_bytes == 16 * 3 * (64 * 8 + 3 * 20) + 3_000_000
 
 

@@ -1,6 +1,7 @@
 """The oracle and the confidence baseline in a sequence scorer's report."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -78,6 +79,7 @@ def test_scores_of_a_user_s_own_are_not_called_unchanged_and_rewritten():
     known, _ = objective(target, 1 - target, telling).report(Constant())
     for held_out, is_known in ((values, False), (known, True)):
         manifests = {"04_train": {"stats": {"judge": {"held_out": held_out}}}}
-        (html,) = _classifiers(SimpleNamespace(manifests=manifests))
+        data: Any = SimpleNamespace(manifests=manifests)
+        (html,) = _classifiers(data)
         for words in ("AUROC, unchanged", "rewritten texts only", "unchanged text scores higher"):
             assert (words in html) == is_known, words

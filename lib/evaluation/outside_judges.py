@@ -272,16 +272,16 @@ def judge(run: Path, causal_lm: Path | None, trigram: bool, encoder: Path | None
         for number, (name, (texts, groups)) in enumerate(sets.items(), start=1):
             row: dict[str, Any] = {"name": name, "samples": len(texts), "reference_nll": own.get(name)}
             if scorer is not None:
-                sums = metrics.sum_by(groups, scorer.nats(texts), _sizes(texts, len))
-                row["causal_nll"] = metrics.ratio(*sums)._asdict()
+                total, size = metrics.sum_by(groups, scorer.nats(texts), _sizes(texts, len))
+                row["causal_nll"] = metrics.ratio(total, size)._asdict()
             if trigram:
                 nats, words, unknown = trigram_nats(texts)
-                sums = metrics.sum_by(groups, nats, words)
-                row["trigram_nll"] = metrics.ratio(*sums)._asdict() if words.sum() else None
+                total, size = metrics.sum_by(groups, nats, words)
+                row["trigram_nll"] = metrics.ratio(total, size)._asdict() if words.sum() else None
                 row["unknown_words"] = float(unknown.sum() / max(words.sum(), 1))
             if encoder is not None:
-                few = vectors is None or len(texts) < MIN_TEXTS
-                row["mauve"] = None if few else mauve(embed(encoder, texts), vectors)
+                enough = vectors is not None and len(texts) >= MIN_TEXTS
+                row["mauve"] = mauve(embed(encoder, texts), vectors) if enough else None
                 row["mauve_references"] = len(reference)
             rows.append(row)
             progress.update(number)
