@@ -1,8 +1,6 @@
 """The table of results: every trained model beside its baseline."""
 
-from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from lib.report.html_table import interval, table
 from lib.report.table import difference_of, has_interval, interval_text, value_text
@@ -19,8 +17,7 @@ def verdict(row: dict) -> str:
     """What a result says about its baseline, see `VERDICT_CAPTION`. `row`: a row of the results table."""
     if row["beats_baseline"]:
         return BETTER
-    found: Mapping[str, Any] = difference_of(row)
-    limit = 0.0
+    found, limit = difference_of(row), 0.0
     if not has_interval(found):
         found, limit = row, row["baseline_value"]
     if not has_interval(found):

@@ -45,7 +45,7 @@ def interval_text(estimate: Mapping[str, Any], percent: bool = False, between: s
     )
 
 
-def difference_of(row: Mapping[str, Any]) -> dict[str, float | None]:
+def difference_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The ends of the paired interval of a result minus its baseline; None if it was not measured, as in old manifests."""
     return {"low": row.get("difference_low"), "high": row.get("difference_high")}
 
