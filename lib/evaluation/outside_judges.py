@@ -280,8 +280,9 @@ def judge(run: Path, causal_lm: Path | None, trigram: bool, encoder: Path | None
                 row["trigram_nll"] = metrics.ratio(total, size)._asdict() if words.sum() else None
                 row["unknown_words"] = float(unknown.sum() / max(words.sum(), 1))
             if encoder is not None:
-                enough = vectors is not None and len(texts) >= MIN_TEXTS
-                row["mauve"] = mauve(embed(encoder, texts), vectors) if enough else None
+                row["mauve"] = None
+                if vectors is not None and len(texts) >= MIN_TEXTS:
+                    row["mauve"] = mauve(embed(encoder, texts), vectors)
                 row["mauve_references"] = len(reference)
             rows.append(row)
             progress.update(number)
