@@ -365,7 +365,6 @@ BENCHMARKS = (
     Row("pretrained_critic_look_back", "critics with look-back injection on a second ModernBERT of the same recipe", _pretrained, _pretrained_detail,
         "The masked LM was trained a second time. Trainer does not repeat a training to the bit, so this is another model. The linear critic "
         "(head) is measured on both; compare the differences to it."),
-    Row("pretrained_critic_96", "samples of that second ModernBERT with 96 samples per temperature", _pretrained, _pretrained_detail),
     Row("staging", "does staged unmasking pay? 6 layers x 192, three seeds", _staging, _staging_detail,
         "`continuous` trains on the bound itself. `random` draws all mask ratios from the start, with equal weights of masked "
         "tokens in a row. The last column has the steps at which phases joined, for each seed."),
