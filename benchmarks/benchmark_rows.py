@@ -353,7 +353,7 @@ BENCHMARKS = (
         "transformers, AdamW, fp32, 2,000 steps)", _speedrun),
     Row("judge", "judge and inspector, tinyshakespeare, passages of 256 characters", _judge, _judge_detail,
         "\"Rewritten only\" leaves out the original passages, which are the easiest to recognise. Intervals are over passages of one "
-        "training. Another seed of an earlier version gave a judge R² of 0.926, so they say little about other trainings."),
+        "training, and say little about others: the seeds in LOG.md (2026-11-29, four benchmarks) differ by more."),
     Row("detection", "detection of rewritten passages of Python's documentation", _detection, _detection_detail,
         "Held-out documents, with thresholds chosen on the selection split. Intervals resample passages; an original and its rewritten "
         "version are one group. Text by another generator: passages that no stage has seen, rewritten by a generator of another size, "

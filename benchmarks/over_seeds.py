@@ -51,8 +51,8 @@ def differing_settings(runs: list[Path]) -> list[str]:
 
 
 def left_out(runs: list[Path]) -> dict[tuple[str, str], list[str]]:
-    """(model, metric) that some runs lack -> the names of these runs."""
-    per_run = {run.name: rows_of(run) for run in runs}
+    """(model, metric) that some runs lack -> these runs."""
+    per_run = {str(run): rows_of(run) for run in runs}
     keys = dict.fromkeys(key for rows in per_run.values() for key in rows)
     lacking = {key: [name for name, rows in per_run.items() if key not in rows] for key in keys}
     return {key: names for key, names in lacking.items() if names}
@@ -118,7 +118,7 @@ def main() -> int:
     for line in differing_settings(runs):
         print(f"these runs differ in more than their seed: {line}")
     for row, lacking in left_out(runs).items():
-        print(f"left out: {' '.join(row)}, which {', '.join(lacking)} does not have")
+        print(f"left out: {' '.join(row)}; it is not in {', '.join(lacking)}")
     entries = compare(runs)
     print(table(entries))
     write(options.out, options.out.stem if options.out else "over_seeds", {"seeds": seeds, "rows": entries})

@@ -398,6 +398,12 @@ def main() -> None:
     critics = [name for name in size.critics if name in (options.critics or size.critics)]
     if not critics:
         parser.error(f"--quick measures {', '.join(size.critics)} only; choose one of them with --critics")
+    for name in critics:
+        of_critic = policies_of(name, size.critics[0])
+        if options.policies and not set(options.policies) & set(of_critic):
+            parser.error(
+                f"{name} is measured with {', '.join(of_critic)}; choose one of them with --policies"
+            )
     options.folder.mkdir(parents=True, exist_ok=True)
     model = options.model or make(options.folder / "english_mlm", size.lm)
     figures = measure(

@@ -237,10 +237,12 @@ def _run_stage(
         if (line := share_with_neighbours()) is not None:
             say(line)
         config = load_config(options.config, quick_test=options.quick_test, overrides=options.overrides)
-        speaks = (
-            options.quick_test and Path(sys.argv[0]).stem == STAGES[0]
-        )  # the other scripts do not repeat it
-        if speaks and (line := replaced_by_quick_test(options.config, options.overrides)):
+        is_first = Path(sys.argv[0]).stem == STAGES[0]  # the others do not repeat it
+        if (
+            options.quick_test
+            and is_first
+            and (line := replaced_by_quick_test(options.config, options.overrides))
+        ):
             say(line)
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")

@@ -64,7 +64,11 @@ def test_plain_models_have_the_size_of_the_config():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("training.compile=on", "training.compile is on; expected off"),
+        ("training.compile=on", "compile of the generator is on; expected off"),
+        ("models.generator.training.compile=on", "compile of the generator is on; expected off"),
+        ("tokenizer.kind=bpe", "tokenizer.kind is bpe"),
+        ("data.whitespace=squeeze", "data.whitespace is squeeze"),
+        ("data.deduplicate=paragraph", "data.deduplicate is paragraph"),
         ("data.fractions={train: 0.99, held_out: 0.01}", "data.fractions is"),
         ("data.split=hash", "data.split is hash"),
         ("data.path=other.txt", "expected tinyshakespeare"),

@@ -94,6 +94,18 @@ def test_critics_that_the_quick_size_leaves_out_are_refused(tmp_path, monkeypatc
     assert "--quick measures head, head+look_back, lora only" in capsys.readouterr().err
 
 
+def test_a_critic_without_a_policy_is_refused_before_it_is_trained(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        "sys.argv", ["pretrained_critic", str(out), "--critics", "head", "lora", "--policies", "ancestral"]
+    )
+    with pytest.raises(SystemExit):
+        pretrained_critic.main()
+    assert (
+        "lora is measured with critic, critic_origin; choose" in capsys.readouterr().err and not out.exists()
+    )
+
+
 def test_what_was_measured_is_kept_until_the_size_or_the_masked_lm_changes(tmp_path, monkeypatch):
     runs = Runs(tmp_path, tmp_path / "model", SIZES[True])
     trained = []

@@ -107,7 +107,9 @@ class CandidateWork:
         runtime = Runtime.detect(self.config)
         settings, tokenizer = self.config.candidates, load_tokenizer(self.tokenizer)
         engines = [
-            MaskedLMEngine.load(folder, runtime, None, settings.int8, settings.compile, tokenizer)
+            MaskedLMEngine.load(
+                folder, runtime, int8=settings.int8, compiles=settings.compile, run_tokenizer=tokenizer
+            )
             for folder in self.generators
         ]
         return CandidateContext(self.config, tokenizer, engines)
