@@ -157,3 +157,13 @@ def test_stage_01_does_not_mind_long_texts_that_get_no_candidates():
     assert "1 of 2 texts" in (counters.whole.problem() or "") and "b has 9 tokens" in (
         counters.whole.problem() or ""
     )
+
+
+def test_parts_that_were_counted_under_another_context_are_judged_by_the_present_one():
+    """Stage 01 refuses, the user raises the context, and the parts are already complete."""
+    counted = json.loads(json.dumps(WholeTexts("judge", 4, config_of()).add(candidates()).state()))
+    for context, longer in ((LONGEST, 0), (LONGEST - 1, 1), (4, 2)):
+        texts = WholeTexts("judge", context, config_of())
+        texts.merge(counted)
+        assert (texts.longer, texts.total, texts.longest) == (longer, 8, LONGEST)
+        assert (texts.problem() is None) == (longer == 0)

@@ -5,10 +5,12 @@ the whole text. A candidate longer than their context is refused as early as its
 Language models read windows instead.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -29,15 +31,14 @@ class WholeTexts:
         model: its name in `models`.
         context: tokens that it reads, without [CLS].
         config: for the advice in the message.
-        total, longer: number of texts counted, and of those longer than the context.
+        counts: number of tokens -> number of texts counted with so many.
         longest, name: tokens of the longest text, and id of its example.
     """
 
     model: str
     context: int
     config: Config
-    total: int = 0
-    longer: int = 0
+    counts: Counter[int] = field(default_factory=Counter)
     longest: int = 0
     name: str = ""
 
@@ -57,24 +58,33 @@ class WholeTexts:
         name = min(readers, key=lambda n: readers[n])
         return cls(name, readers[name], config)
 
+    @property
+    def total(self) -> int:
+        """Number of texts counted."""
+        return self.counts.total()
+
+    @property
+    def longer(self) -> int:
+        """Number of texts that are longer than the context."""
+        return sum(count for length, count in self.counts.items() if length > self.context)
+
     def add(self, table: pa.Table) -> "WholeTexts":
         """Count a table of examples or candidates (columns example_id, token_ids)."""
         lengths = pc.list_value_length(table["token_ids"]).to_numpy()
-        self.total += len(lengths)
-        self.longer += int((lengths > self.context).sum())
+        sizes, counts = np.unique(lengths, return_counts=True)
+        self.counts.update(dict(zip(sizes.tolist(), counts.tolist(), strict=True)))
         if len(lengths) and lengths.max() > self.longest:
             self.longest = int(lengths.max())
             self.name = table["example_id"][int(lengths.argmax())].as_py()
         return self
 
-    def state(self) -> dict[str, int | str]:
-        """The counts, for `merge`."""
-        return {name: getattr(self, name) for name in ("total", "longer", "longest", "name")}
+    def state(self) -> dict[str, Any]:
+        """The counts, for `merge`. They do not depend on the context, which may change before a stage is complete."""
+        return {"counts": sorted(self.counts.items()), "longest": self.longest, "name": self.name}
 
     def merge(self, state: dict[str, Any]) -> None:
         """Add the counts of other texts, which come after these."""
-        self.total += state["total"]
-        self.longer += state["longer"]
+        self.counts.update(dict(state["counts"]))
         if state["longest"] > self.longest:
             self.longest, self.name = state["longest"], state["name"]
 
