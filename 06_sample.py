@@ -7,12 +7,12 @@ sampler.infill_file fills a table of texts. An independent causal model measures
 
 With critic.method ppo or none, the stage ranks the candidates of the splits held_out and test instead, by every ranker,
 policy and baseline. It answers each question with the best candidate.
+With labels beside the text, it compares detectors of synthetic documents; with critic.method none, it does nothing else.
 
 With --rank FILE it ranks the candidates of a file of yours, in any layout of task pools; rewards are not needed.
 
 With --score FILE it scores a text of yours: per token by the critic, the inspector and the reference model, as a whole
-by the judge. Its verdict uses thresholds that the selection split chose. With labels beside the text, the stage also compares
-the judge with other detectors of synthetic documents.
+by the judge. Its verdict uses thresholds that the selection split chose.
 
 reads   01_prepare_dataset: examples, tokenizer; 04_train: judges and baselines; 05_train_critic: generator and critic
 writes  samples/ and trace/, tables in parts; metrics.json, report.html
@@ -33,7 +33,6 @@ from lib.config import Config
 from lib.log import Progress, say
 from lib.runs import RunArgs, printable, score_stage
 
-RANKING = ("ppo", "none")  # critic.method of runs that rank candidates
 READS = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
 
 
@@ -42,34 +41,31 @@ def main(config: Config, args: RunArgs) -> None:
         score_text(config, args, args.score)
     elif args.rank is not None:
         rank_file(config, args, args.rank)
-    elif config.critic.method in RANKING:
-        rank(config, args)
-    else:
+    elif config.critic.method == "none" and config.data.has_labels:
+        detect(config, args)
+    elif config.critic.method == "token_critic":
         sample(config, args)
+    else:
+        rank(config, args)
 
 
 def sample(config: Config, args: RunArgs) -> None:
     """Sample by every policy, measure the samples, and write the report."""
-    from lib import durable, outside
+    from lib import outside
     from lib.evaluation.collect import collect_samples
     from lib.evaluation.detection_results import detection_results
-    from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
+    from lib.evaluation.run_models import units_of_roles
+    from lib.evaluation.sample_evaluator import SampleEvaluator
     from lib.evaluation.sample_parts import TABLES, SampleWork, results_of
-    from lib.evaluation.starts import check_starts, generator_context, sampling_starts
+    from lib.evaluation.starts import check_starts_of, sampling_starts
     from lib.report.detection import detection_tables
     from lib.report.html import build_report
     from lib.report.table import samples_summary
     from lib.runtime import Runtime
-    from lib.tokenization import load_tokenizer
 
-    def check(stage: Stage) -> None:
-        """Refuse a prompt or a file that cannot be used, while the previous samples are still there."""
-        tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
-        check_starts(config.sampler, tokenizer, generator_context(stage))
-
-    reads = (*READS, *units_of_roles(config), "05_train_critic")
+    reads = (*READS, *units_of_roles(config))
     uses = ("seed", "device", "precision", "sampler", "data.label_key", "data.spans_key")
-    files = outside.of_samples(config)
+    files, check = outside.of_samples(config), check_starts_of
     with Stage(
         __file__, config, args, uses=uses, reads=reads, files=files, restarts=True, check=check
     ) as stage:
@@ -106,19 +102,42 @@ def sample(config: Config, args: RunArgs) -> None:
             "detection": detection,
         }
         stage.write_json("metrics", metrics)
-        data = collect_samples(stage, config, evaluator, results)
-        data.detection = detection
-        durable.write_text(stage.folder / "report.html", build_report(data))
-        stage.add_file("report", stage.folder / "report.html")
+        data = collect_samples(stage, config, evaluator, results, detection)
+        stage.write_page("report", "report.html", build_report(data))
         say(samples_summary(metrics))
         if detection is not None:
             say(f"{detection_tables(detection)}\n")
         say(f"report: {stage.display_path(stage.folder / 'report.html')}")
 
 
+def detect(config: Config, args: RunArgs) -> None:
+    """Compare the judge with other detectors of synthetic documents, and write the report. Nothing is sampled."""
+    from lib.evaluation.collect import collect_samples
+    from lib.evaluation.detection_results import detection_results
+    from lib.evaluation.run_models import RunModels, units_of_roles
+    from lib.report.detection import detection_tables
+    from lib.report.html import build_report
+    from lib.runtime import Runtime
+
+    uses = ("seed", "device", "precision", "data.label_key", "data.spans_key")
+    with Stage(__file__, config, args, uses=uses, reads=(*READS, *units_of_roles(config))) as stage:
+        if stage.finished:
+            return
+        runtime = Runtime.detect(config, stage.code)
+        stage.environment |= runtime.fingerprint()
+        models = RunModels(stage, config, runtime)
+        detection = detection_results(models)
+        stage.write_json("metrics", {"results": models.results, "detection": detection})
+        data = collect_samples(stage, config, models, None, detection)
+        stage.write_page("report", "report.html", build_report(data))
+        if detection is not None:
+            say(f"\n{detection_tables(detection)}\n")
+        say(f"report: {stage.display_path(stage.folder / 'report.html')}")
+
+
 def rank(config: Config, args: RunArgs) -> None:
     """Rank the pools by every ranker, policy and baseline, and write the report."""
-    from lib import durable, outside, schema
+    from lib import outside, schema
     from lib.evaluation.collect import collect_ranking
     from lib.evaluation.ranking_evaluator import RankingEvaluator, units_of_rankers
     from lib.report.ranking import ranking_page, ranking_table
@@ -150,8 +169,7 @@ def rank(config: Config, args: RunArgs) -> None:
         stage.write_json("metrics", metrics)
         stage.stats |= metrics | {"shortened": evaluator.shortened}
         page = ranking_page(collect_ranking(stage, config, evaluator))
-        durable.write_text(stage.folder / "report.html", page)
-        stage.add_file("report", stage.folder / "report.html")
+        stage.write_page("report", "report.html", page)
         for split, pools in evaluator.tables.items():
             say(f"\n{split}: {len(pools):,} pools\n{ranking_table(evaluator.summary(split))}")
         say(f"\nreport: {stage.display_path(stage.folder / 'report.html')}")
@@ -159,7 +177,7 @@ def rank(config: Config, args: RunArgs) -> None:
 
 def rank_file(config: Config, args: RunArgs, file: Path) -> None:
     """Rank a user's candidates by a model of a finished run."""
-    from lib import durable, schema
+    from lib import schema
     from lib.errors import BadData
     from lib.evaluation.ranked_file import open_scorer, read_user_pools, reads_of, score_pools
     from lib.report.user_pools import ranking_file_page, ranking_summary
@@ -199,8 +217,7 @@ def rank_file(config: Config, args: RunArgs, file: Path) -> None:
                 stage.stats["not_measured"] = not_measured
                 say(f"not measured: {not_measured}")
             page = ranking_file_page(user.displayed, metrics, printable(file.name), scorer.name)
-            durable.write_text(stage.folder / "ranking.html", page)
-            stage.add_file("page", stage.folder / "ranking.html")
+            stage.write_page("page", "ranking.html", page)
             say(f"\n{ranking_summary(user.displayed, metrics)}\n")
             say(f"all scores:         {stage.display_path(stage.folder / 'ranking.parquet')}")
             say(f"pools as a page:    {stage.display_path(stage.folder / 'ranking.html')}")
@@ -210,27 +227,20 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     """Score a user's text by the models of a finished run."""
     import pyarrow as pa
 
-    from lib import durable, schema
-    from lib.errors import BadConfig, BadData
+    from lib import schema
     from lib.evaluation import text_scores
-    from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
+    from lib.evaluation.run_models import units_of_roles
+    from lib.evaluation.sample_evaluator import open_models
     from lib.report.detection import rates_in_words, thresholds_in_words
     from lib.report.text_scores import MAX_LINES, scores_page, scores_table
     from lib.runtime import Runtime
 
     # 1. Read the text, and report what cannot be read
-    if config.critic.method != "token_critic":
-        method = config.critic.method
-        message = f"--score needs critic.method token_critic; with {method}, no model reads single tokens"
-        raise BadConfig(f"{message}; --rank FILE ranks candidates by a trained ranker")
     user = text_scores.read_user_texts(config, file)
     for problem in user.problems:
         say(f"{problem.source} {problem.location}: {problem.kind}: {problem.found}; {problem.advice}")
-    if not user.texts:
-        raise BadData(f"--score {file}: there is no text to score")
     uses, script = ("seed", "device", "precision", "sampler", "data"), f"{score_stage(file)}.py"
-    reads = (*READS, *units_of_roles(config), "05_train_critic")
-    ignores = ("data.text_key", "data.id_key", "data.drop")  # the user's file may have other columns
+    reads, ignores = (*READS, *units_of_roles(config)), text_scores.IGNORED
     with Stage(
         script, config, args, uses=uses, reads=reads, files=user.files, restarts=True, ignores=ignores
     ) as stage:
@@ -240,17 +250,8 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         # 2. Load the models, and cut the text into windows that all of them can read
         runtime = Runtime.detect(config, stage.code)
         stage.environment |= runtime.fingerprint()
-        evaluator = SampleEvaluator(stage, config, runtime)
-        context, tokenizer = evaluator.min_context, evaluator.tokenizer
-        characters = config.data.passage_characters if config.data.has_labels else None
-        unknown_as = config.tokenizer.unknown
-        parts = list(text_scores.windows(user.texts, tokenizer, context, unknown_as, characters))
-        unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
-        if unknown:
-            say(f"tokens of {file} outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
-        judge = evaluator.judge_figures
-        if said := text_scores.about_windows(parts, len(user.texts), evaluator):
-            say(said)
+        evaluator = open_models(stage, config, runtime)
+        judge, parts = evaluator.judge_figures, text_scores.cut(user, evaluator)
 
         # 3. Score the text, and two known texts to compare with
         rows = text_scores.score(parts, evaluator)
@@ -261,8 +262,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         # 4. Write the table and the page
         stage.write("scores", pa.Table.from_pylist(rows, schema.SCORES.arrow), schema.SCORES)
         page = scores_page(rows, documents, known, evaluator.token_text, printable(file.name), words)
-        durable.write_text(stage.folder / "scores.html", page)
-        stage.add_file("page", stage.folder / "scores.html")
+        stage.write_page("page", "scores.html", page)
         stage.stats |= {"scored": printable(file), "documents": documents[:1000], "known": known}
         say("\n".join(["", scores_table(documents[:MAX_LINES] + known), "", *words]))
         if words:

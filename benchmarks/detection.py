@@ -6,7 +6,11 @@ and rewritten passages become a CSV file with labels and spans. Stages 00 to 06 
 `--score` reads passages that no stage has seen, and their rewritten versions by another generator. How many of the originals does
 the judge flag, at the thresholds that the selection split chose? An interrupted benchmark continues where it stopped.
 
+With --pretrained, judge and inspector start from a pretrained model (configs/your_labels_pretrained.yaml). The passages and their
+splits are the same. An encoder without an output layer for masked tokens gets a new one, which judge and inspector do not read.
+
 python -m benchmarks.detection
+python -m benchmarks.detection --pretrained /path/to/all-MiniLM-L6-v2
 python -m benchmarks.detection --quick      # a few steps, for trying out
 """
 
@@ -22,7 +26,7 @@ import pyarrow.parquet as pq
 from benchmarks.prepared import RESULTS
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
-from lib import randomness
+from lib import durable, randomness
 from lib.config import Config, load_config
 from lib.report.detection import detection_tables
 from lib.runs import STAGES, RunArgs, load_manifest, score_stage
@@ -39,13 +43,15 @@ QUICK = [
     "architecture.hidden_size=32",
     "architecture.num_attention_heads=2",
 ]
-QUICK_STEPS = ("models.generator", "models.inspector", "models.judge", "models.reference_lm", "models.ar_baseline", "critic")  # fmt: skip
-LEARNING = [  # from the passages; the critic and the samples are not measured here
+LEARNERS = ("generator", "inspector", "judge", "reference_lm", "ar_baseline")
+LEARNING = [  # from the passages
     "data.id_key=id", "data.group_key=source", "data.selection_fraction=0.4",
     "data.fractions={train: 0.63, held_out: 0.27, reference: 0.1}", "data.passage_characters=192", "architecture.context=192",
-    "architecture.num_hidden_layers=3", "architecture.hidden_size=96", "training.compile=off",
-    "models.generator.training.steps=200", "models.inspector.training.steps=160", "models.judge.training.steps=90", "models.reference_lm.training.steps=100", "models.ar_baseline.training.steps=120",
-    "critic.training.steps=20", "sampler.policies=[ancestral]", "sampler.num_samples=16",
+    "training.compile=off", "models.reference_lm.training.steps=100", "models.ar_baseline.training.steps=120",
+]  # fmt: skip
+FROM_SCRATCH = [
+    "architecture.num_hidden_layers=3", "architecture.hidden_size=96", "models.generator.training.steps=200",
+    "models.inspector.training.steps=160", "models.judge.training.steps=90",
 ]  # fmt: skip
 SHARE_OF_NEW = 0.2  # of the passages: those of the new text
 MIN_CHARACTERS = 150
@@ -104,6 +110,19 @@ def write_files(
     return files
 
 
+def as_masked_lm(model: Path, folder: Path) -> Path:
+    """The model with an output layer for masked tokens, a new one if it has none, saved in a folder."""
+    import torch
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    if not folder.exists():
+        torch.manual_seed(SEED)
+        with durable.replacing_folder(folder) as temporary:
+            AutoModelForMaskedLM.from_pretrained(model, local_files_only=True).save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(model, local_files_only=True).save_pretrained(temporary)
+    return folder
+
+
 def on_new_text(folder: Path, file: Path) -> list[dict[str, Any]]:
     """The rates of the judge on the new text at each threshold, as `--score` measured them."""
     manifest, judge = load_manifest(folder / score_stage(file)), load_manifest(folder / STAGES[4])
@@ -121,13 +140,18 @@ def main() -> None:
     )
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--quick", action="store_true", help="a few steps of small models, for trying out")
+    parser.add_argument(
+        "--pretrained",
+        type=Path,
+        metavar="FOLDER",
+        help="masked LM or encoder from which judge and inspector start",
+    )
     add_out(parser)
     options = parser.parse_args()
     say_provenance()
-    kind = "detection_quick" if options.quick else "detection"
-    folder = RESULTS / kind
+    folder = RESULTS / ("detection_quick" if options.quick else "detection")
     few = [*QUICK, "generator.training.steps=8"] if options.quick else []
-    small = [*few, *(f"{owner}.training.steps=8" for owner in QUICK_STEPS)] if options.quick else []
+    short = [f"models.{name}.training.steps=8" for name in LEARNERS] if options.quick else []
 
     # 1. Passages, rewritten by two generators that differ in size, seed, masking and temperature
     run(folder / "making", load_config(overrides=[*MAKING, *few]), STAGES[:3])
@@ -139,19 +163,24 @@ def main() -> None:
     labelled, new = write_files(passages(folder / "making"), passages(folder / "making_other"), folder)
 
     # 2. All stages, with labels beside the text
-    given = [f"data.path={labelled}", *LEARNING]
-    config = load_config(["configs/your_labels.yaml"], overrides=[*given, *small, *options.overrides])
-    run(folder / "run", config, STAGES)
-    results = json.loads((folder / "run" / STAGES[6] / "metrics.json").read_text(encoding="utf-8"))
+    given, configs = [f"data.path={labelled}", *LEARNING], ["configs/your_labels.yaml"]
+    if options.pretrained is None:
+        name, given = "run", [*given, *FROM_SCRATCH, *few, *short]
+    else:
+        name, configs = "run_pretrained", [*configs, "configs/your_labels_pretrained.yaml"]
+        given += [f"pretrained.model={as_masked_lm(options.pretrained, folder / 'masked_lm')}", *short[1:]]
+    config = load_config(configs, overrides=[*given, *options.overrides])
+    run(folder / name, config, STAGES)
+    results = json.loads((folder / name / STAGES[6] / "metrics.json").read_text(encoding="utf-8"))
 
     # 3. The judge on new text
-    run(folder / "run", config, STAGES[6:], score=new)
-    figures = {"detection": results["detection"], "new_text": on_new_text(folder / "run", new)}
+    run(folder / name, config, STAGES[6:], score=new)
+    figures = {"detection": results["detection"], "new_text": on_new_text(folder / name, new)}
     print("\n" + detection_tables(figures["detection"]))
     for line in figures["new_text"]:
         print(f"new text, target {line['target']:.0%}: FPR {line['fpr']['value']:.1%} of {line['originals']:,} originals, "
               f"TPR {line['tpr']['value']:.1%}")  # fmt: skip
-    write(options.out, "detection", figures)
+    write(options.out, "detection" if options.pretrained is None else "detection_pretrained", figures)
 
 
 if __name__ == "__main__":

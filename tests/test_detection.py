@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from lib.detection import (
     measure,
     threshold_for,
 )
+from lib.errors import BadConfig
 from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
 from lib.evaluation.labelled_documents import LabelledDocuments, _count_documents, _groups
 from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
@@ -37,7 +39,7 @@ from lib.metrics import SHARE, ratio
 from lib.models.publish import publish
 from lib.report.detection import detection_html, detection_tables, thresholds_in_words
 from lib.report.text_scores import verdict
-from lib.runs import RunArgs, load_manifest, score_stage
+from lib.runs import STAGES, RunArgs, load_manifest, score_stage
 from lib.runtime import Runtime
 from lib.tokenization import train_tokenizer
 from lib.training.objectives.sequence_scorer import documents_of as documents_of_table
@@ -415,6 +417,7 @@ def labelled(tmp_path_factory):
         "models.judge.training.steps=60",
         "models.inspector.training.steps=60",
         "sampler.policies=[ancestral]",
+        "critic.method=token_critic",
     ]
     config = load_config(["configs/your_labels.yaml"], quick_test=True, overrides=small)
     run_stages(folder, config)
@@ -470,6 +473,39 @@ def test_documents_are_reported_beside_windows_and_detectors(labelled):
     )
     page = (folder / "06_sample" / "report.html").read_text(encoding="utf-8")
     assert "Fast-DetectGPT" in page and detection_html(found) in page
+
+
+def test_a_run_without_generator_finds_the_same(labelled, tmp_path):
+    """Judge and inspector are those of the other run. The generator and the critic are gone, so nothing can read them."""
+    folder, config = labelled
+    alone = config.model_copy(update={"critic": config.critic.model_copy(update={"method": "none"})})
+    run = shutil.copytree(folder, tmp_path / "run_001")
+    for gone in (run / "04_train" / "generator", run / "05_train_critic", *run.glob("06_sample*")):
+        shutil.rmtree(gone)
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Some text that is to be examined. " * 20)
+    run_stages(run, alone, STAGES[5:])
+    found, other = (
+        json.loads((r / "06_sample" / "metrics.json").read_text())["detection"] for r in (run, folder)
+    )
+    assert found == other
+    page = (run / "06_sample" / "report.html").read_text(encoding="utf-8")
+    assert (
+        detection_html(found) in page
+        and ". Samples</h2>" not in page
+        and ". Samples</h2>" in (folder / "06_sample" / "report.html").read_text(encoding="utf-8")
+    )
+    rows = []
+    for of, settings_of in ((run, alone), (folder, config)):
+        run_stages(of, settings_of, STAGES[6:], score=mine)
+        rows.append(pq.read_table(of / score_stage(mine) / "scores.parquet"))
+    assert rows[0]["critic_error"].null_count == len(rows[0]) and rows[1]["critic_error"].null_count == 0
+    for column in ("token_ids", "inspector_changed", "reference_nll", "judge_score"):
+        assert rows[0][column].equals(rows[1][column])
+    with pytest.raises(
+        BadConfig, match=r"--score needs critic\.method token_critic, or labels beside the text"
+    ):
+        read_user_texts(load_config(["configs/pools.yaml"], overrides=["data.path=x.jsonl"]), mine)
 
 
 def test_a_users_text_gets_a_verdict_in_words(labelled, capsys):

@@ -26,7 +26,7 @@ from lib.errors import BadConfig, BadData, MissingInput
 from lib.evaluation import sampling
 from lib.evaluation.infilling import UNKNOWN, Start
 from lib.evaluation.quality import SamplingCost, describe, from_first_gap, lexicon, valid_words
-from lib.evaluation.sample_evaluator import roles
+from lib.evaluation.run_models import roles
 from lib.evaluation.sample_parts import SampleWork
 from lib.metrics import ngram_entropy
 from lib.report import plots

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lib import schema
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.evaluation.ranking_evaluator import RankingEvaluator
-from lib.evaluation.sample_evaluator import SampleEvaluator
+from lib.evaluation.run_models import RunModels
 from lib.evaluation.sampling import SamplingResults
 from lib.report.data import RankedPool, RankingReportData, ReportData
 from lib.runs import STAGES, load_manifest
@@ -22,15 +23,16 @@ DETAILED = METHODS[0]  # the policy whose pools the ranking report shows
 
 
 def collect_samples(
-    stage: Stage, config: Config, evaluator: SampleEvaluator, results: SamplingResults
+    stage: Stage, config: Config, models: RunModels, results: SamplingResults | None, detection: dict | None
 ) -> ReportData:
-    """The data of the report on samples."""
+    """The data of the report on samples, or of a run without a generator (`results` None) on detectors."""
     curves = {name: _lines(stage.run_dir / "04_train" / name / "metrics.jsonl") for name in config.models}
     curves["critic"] = _lines(stage.run_dir / "05_train_critic" / "metrics.jsonl")
     generator_alone = _lines(stage.run_dir / "02_generate_candidates" / "generator" / "metrics.jsonl")
     if generator_alone:
         curves = {"generator (stage 02)": generator_alone} | curves
-    architecture = config.models[config.critic.generator].architecture
+    described = next(iter(config.models)) if results is None else config.critic.generator
+    architecture = config.models[described].architecture
     settings = (
         f"data: {config.data.path}, {config.tokenizer.kind} tokens; backbone: {architecture.num_hidden_layers} layers, "
         f"hidden size {architecture.hidden_size}, context {architecture.context}; seed {config.seed}"
@@ -40,14 +42,15 @@ def collect_samples(
         settings=settings,
         manifests=_manifests(stage, config),
         curves=curves,
-        results=evaluator.results,
-        policies=results.policies,
-        best_of=results.best_of,
-        samples=results.samples(),
-        trace=results.trace(),
-        token_text=evaluator.token_text,
-        mask_id=evaluator.tokenizer.mask_token_id,
+        results=models.results,
+        policies=[] if results is None else results.policies,
+        best_of=[] if results is None else results.best_of,
+        samples=schema.SAMPLES.arrow.empty_table() if results is None else results.samples(),
+        trace=schema.TRACE.arrow.empty_table() if results is None else results.trace(),
+        token_text=models.token_text,
+        mask_id=models.tokenizer.mask_token_id,
         explain=getattr(get_task(config.task), "explain", None),
+        detection=detection,
     )
 
 

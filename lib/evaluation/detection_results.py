@@ -13,7 +13,7 @@ from lib.detection import Scored, choose_join, measure
 from lib.evaluation import detectors
 from lib.evaluation.labelled_documents import LabelledDocuments, read_documents
 from lib.evaluation.parts_of_text import measure_parts
-from lib.evaluation.sample_evaluator import SampleEvaluator
+from lib.evaluation.run_models import RunModels
 from lib.log import Progress, say
 from lib.tokenization import TEXTS_AT_A_TIME
 
@@ -22,7 +22,7 @@ JUDGE, WORDS = "judge", "TF-IDF, words"
 STEPS = 7
 
 
-def detection_results(evaluator: SampleEvaluator) -> dict[str, Any] | None:
+def detection_results(evaluator: RunModels) -> dict[str, Any] | None:
     """The figures of all detectors; None if documents of one kind are missing in a split, which a line says.
 
     Returns:
@@ -42,7 +42,7 @@ def detection_results(evaluator: SampleEvaluator) -> dict[str, Any] | None:
 class _Detection:
     """The documents of three splits, and what the models say about them."""
 
-    def __init__(self, evaluator: SampleEvaluator, progress: Progress):
+    def __init__(self, evaluator: RunModels, progress: Progress):
         self.evaluator, self.progress, self.done = evaluator, progress, 0
         self.train, self.chosen, self.reported = (
             read_documents(evaluator.stage, evaluator.config, split, limit) for split, limit in LIMITS.items()

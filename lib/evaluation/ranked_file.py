@@ -17,7 +17,8 @@ from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadData, MissingInput, RemaskError
 from lib.evaluation.rank import Ranker, say_shortened, softmax
-from lib.evaluation.sample_evaluator import SampleEvaluator, units_of_roles
+from lib.evaluation.run_models import units_of_roles
+from lib.evaluation.sample_evaluator import SampleEvaluator
 from lib.evaluation.text_scores import documents_of, score, windows
 from lib.ranking.bm25 import bm25_scores
 from lib.ranking.metrics import ranking_metrics, summarise
@@ -197,7 +198,7 @@ def read_user_pools(config: Config, path: Path) -> UserPools:
 def reads_of(config: Config) -> tuple[str, ...]:
     """The stages and units that a run's scorer reads."""
     if config.critic.method == "token_critic":
-        return ("01_prepare_dataset", *units_of_roles(config), "05_train_critic")
+        return ("01_prepare_dataset", *units_of_roles(config))
     return ("01_prepare_dataset", unit_of(ranker_name(config)))
 
 

@@ -12,7 +12,7 @@ from lib.errors import BadConfig, BadData
 from lib.evaluation.infilling import UNKNOWN, Start, read_infill_file
 from lib.log import say
 from lib.sections.sampler import SamplerConfig
-from lib.tokenization import describe_unknown, encode_with_masks
+from lib.tokenization import describe_unknown, encode_with_masks, load_tokenizer
 from lib.user_files.decoding import clean_text
 
 MAX_LISTED = 10  # row names in one message
@@ -45,6 +45,12 @@ def check_starts(settings: SamplerConfig, tokenizer: Any, context: int) -> None:
     sampling_starts(settings, tokenizer, context)
     if settings.length is not None and (settings.infill or settings.infill_file):
         say("sampler.length has no effect: a text with gaps keeps its own length")
+
+
+def check_starts_of(stage: Stage) -> None:
+    """The same for a run, while its previous samples are still there."""
+    tokenizer = load_tokenizer(stage.folder_of("01_prepare_dataset", "tokenizer"))
+    check_starts(stage.config.sampler, tokenizer, generator_context(stage))
 
 
 def starting_ids(settings: SamplerConfig, tokenizer: Any, context: int) -> np.ndarray:

@@ -21,8 +21,10 @@ from lib.config import Config
 from lib.detection import JOINS, Calibration, Windows, log_odds
 from lib.diffusion.policies import POLICIES
 from lib.diffusion.samples import MaskedTexts
-from lib.errors import MissingInput, RemaskError
+from lib.errors import BadConfig, BadData, MissingInput, RemaskError
 from lib.evaluation.quality import sequence_scores
+from lib.evaluation.run_models import only_detects
+from lib.log import say
 from lib.tasks import Document, Problem, get_task
 from lib.tasks.text.check import check
 from lib.tokenization import decode_batch, encode_batch
@@ -35,6 +37,12 @@ BATCH = 64
 NO_LABEL = "no label"
 LABEL_PROBLEMS = (NO_LABEL, "unknown class", "label not a number", "label not finite", "label out of range")
 HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same text, half of it rewritten)"
+
+IGNORED = (
+    "data.text_key",
+    "data.id_key",
+    "data.drop",
+)  # the user's file may have other columns than the run's
 
 # Settings under which every text is read whole. The minimum amounts are for training
 READ_WHOLE: dict[str, Any] = {
@@ -72,8 +80,15 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
     """Read the texts of a file or folder, as task text does, whatever the run's task is.
 
     Raises:
+        BadConfig: the run has no models that score text.
+        BadData: no text is left.
         MissingInput: there is no such file or folder.
     """
+    if config.critic.method != "token_critic" and not only_detects(config):
+        raise BadConfig(
+            f"--score needs critic.method token_critic, or labels beside the text; with {config.critic.method}, no model reads "
+            "single tokens; --rank FILE ranks candidates by a trained ranker"
+        )
     if not path.exists():
         raise MissingInput(f"--score {path}: there is no such file or folder")
     # A file whose name begins with "builtin" is a file, not a text that the project ships
@@ -97,6 +112,8 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
     found = ((d.document_id, d.label) for d in documents if d.label is not None and not d.piece)
     named = config.data.label_classes is not None
     synthetic = {name: label != 0 if named else label < 1 for name, label in found}
+    if not texts:
+        raise BadData(f"--score {path}: there is no text to score")
     return UserTexts(texts, problems, files, synthetic)
 
 
@@ -181,6 +198,19 @@ def windows(
             yield Window(document_id, number, ids[start:end])
 
 
+def cut(user: UserTexts, evaluator: Any) -> list[Window]:
+    """The windows of a user's texts, as long as the models of the run can read. Says what the user must know about them."""
+    config, tokenizer = evaluator.config, evaluator.tokenizer
+    characters = config.data.passage_characters if config.data.has_labels else None
+    parts = list(windows(user.texts, tokenizer, evaluator.min_context, config.tokenizer.unknown, characters))
+    unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
+    if unknown:
+        say(f"tokens outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
+    if said := about_windows(parts, len(user.texts), evaluator):
+        say(said)
+    return parts
+
+
 def about_windows(parts: Sequence[Window], texts: int, evaluator: Any) -> str | None:
     """What a user must know about texts of several windows; None if there are none. `texts`: how many there are."""
     context, join = evaluator.min_context, evaluator.judge_figures.get("join", "mean")
@@ -214,9 +244,12 @@ def score(parts: list[Window], evaluator: Any) -> list[dict]:
 def known_texts(evaluator: Any, count: int = BATCH) -> list[Window]:
     """Texts to compare a score with: held-out text of the run, and the same text with half of it rewritten.
 
-    Up to `count` windows of each. On average every second token is masked and sampled again by the generator.
+    Up to `count` windows of each. On average every second token is masked and sampled again by the generator. A run without a
+    generator has held-out text only.
     """
     real = evaluator.real_text(count)[:, : evaluator.min_context]
+    if evaluator.sampler is None:
+        return [Window(HELD_OUT, number, ids) for number, ids in enumerate(real)]
     rows = np.arange(len(real))
     free = (
         randomness.uniform(randomness.key(evaluator.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5
@@ -236,7 +269,7 @@ def _score_equal(ids: np.ndarray, evaluator: Any) -> dict[str, np.ndarray]:
     """Scores of (B, T) ids: (B, T) per token, (B,) of the judge. Models that the run lacks are skipped."""
     runtime, cls_id = evaluator.runtime, evaluator.tokenizer.cls_token_id
     valid = np.ones_like(ids, bool)
-    found = {"critic_error": evaluator.sampler.critic_error(ids)}
+    found = {} if evaluator.sampler is None else {"critic_error": evaluator.sampler.critic_error(ids)}
     if evaluator.inspector is not None:
         probabilities = torch.softmax(forward(evaluator.inspector, runtime, ids, valid).logits.float(), -1)
         found["inspector_changed"] = (1 - probabilities[..., 0]).cpu().numpy()

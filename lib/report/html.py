@@ -13,12 +13,15 @@ from lib.report.trace import sampling_parts
 
 
 def build_report(data: ReportData) -> str:
-    """The whole page. All text of the run is escaped: it may hold anything."""
-    sections = [
-        Section("Results", f"Each trained model against its baseline. {VERDICT_CAPTION} {INTERVALS}", results_html(data.results)),
+    """The whole page. All text of the run is escaped: it may hold anything. A run that sampled nothing has no such sections."""
+    sampling = [
         Section("Samples", "What the policies generate, and how good it is.", samples_parts(data)),
         Section("Sampling", "How the samples were made, and what they cost.", sampling_parts(data)),
         Section("Critic and other scorers", "How well the models find errors and score text.", scorer_parts(data)),
+    ] if data.policies else []  # fmt: skip
+    sections = [
+        Section("Results", f"Each trained model against its baseline. {VERDICT_CAPTION} {INTERVALS}", results_html(data.results)),
+        *sampling,
         *([] if data.detection is None else [Section("Detection", "How well the run finds synthetic documents, beside other detectors.", detection_html(data.detection))]),
         Section("Training", "Training loss, and the metric on the selection split that chose the best step. All reported figures are of held-out text, which chose nothing.", _curves(data)),
         data_section(data.manifests),

@@ -59,6 +59,13 @@ class OutputWriter:
         durable.write_json(self.folder / f"{name}.json", plain(value))
         self.add_file(name, self.folder / f"{name}.json")
 
+    def write_page(self, name: str, file: str, html: str) -> None:
+        """Write an HTML page into the stage's folder and declare it as the output `name`."""
+        if not self.processes.is_main:
+            return
+        durable.write_text(self.folder / file, html)
+        self.add_file(name, self.folder / file)
+
     def output_sha256(self, name: str) -> str:
         """The hash of an output that this stage has declared."""
         return self._outputs[name]["sha256"]

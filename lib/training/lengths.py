@@ -31,7 +31,7 @@ class WholeTexts:
         model: its name in `models`.
         context: tokens that it reads, without [CLS].
         config: for the advice in the message.
-        counts: number of tokens -> number of texts counted with so many.
+        counts: number of tokens -> number of texts of this length.
         longest, name: tokens of the longest text, and id of its example.
     """
 
