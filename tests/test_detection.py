@@ -506,6 +506,9 @@ def test_a_run_without_generator_finds_the_same(labelled, tmp_path):
         BadConfig, match=r"--score needs critic\.method token_critic, or labels beside the text"
     ):
         read_user_texts(load_config(["configs/pools.yaml"], overrides=["data.path=x.jsonl"]), mine)
+    no_readers = [f"models.{name}=null" for name in ("judge", "inspector", "reference_lm")]
+    with pytest.raises(BadConfig, match="needs a judge, an inspector or a reference model"):
+        read_user_texts(load_config(["configs/your_labels.yaml"], overrides=no_readers), mine)
 
 
 def test_a_users_text_gets_a_verdict_in_words(labelled, capsys):

@@ -23,7 +23,7 @@ from lib.diffusion.policies import POLICIES
 from lib.diffusion.samples import MaskedTexts
 from lib.errors import BadConfig, BadData, MissingInput, RemaskError
 from lib.evaluation.quality import sequence_scores
-from lib.evaluation.run_models import only_detects
+from lib.evaluation.run_models import only_detects, roles_of
 from lib.log import say
 from lib.tasks import Document, Problem, get_task
 from lib.tasks.text.check import check
@@ -88,6 +88,12 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
         raise BadConfig(
             f"--score needs critic.method token_critic, or labels beside the text; with {config.critic.method}, no model reads "
             "single tokens; --rank FILE ranks candidates by a trained ranker"
+        )
+    if only_detects(config) and not any(
+        roles_of(config)[role] for role in ("reference", "inspector", "judge")
+    ):
+        raise BadConfig(
+            "--score needs a judge, an inspector or a reference model, and models has none of them"
         )
     if not path.exists():
         raise MissingInput(f"--score {path}: there is no such file or folder")
