@@ -43,15 +43,16 @@ QUICK = [
     "architecture.hidden_size=32",
     "architecture.num_attention_heads=2",
 ]
-LEARNERS = ("generator", "inspector", "judge", "reference_lm", "ar_baseline")
+LEARNERS = ("inspector", "judge", "generator", "reference_lm", "ar_baseline")
 LEARNING = [  # from the passages
     "data.id_key=id", "data.group_key=source", "data.selection_fraction=0.4",
     "data.fractions={train: 0.63, held_out: 0.27, reference: 0.1}", "data.passage_characters=192", "architecture.context=192",
-    "training.compile=off", "models.reference_lm.training.steps=100", "models.ar_baseline.training.steps=120",
+    "training.compile=off",
 ]  # fmt: skip
 FROM_SCRATCH = [
     "architecture.num_hidden_layers=3", "architecture.hidden_size=96", "models.generator.training.steps=200",
-    "models.inspector.training.steps=160", "models.judge.training.steps=90",
+    "models.inspector.training.steps=160", "models.judge.training.steps=90", "models.reference_lm.training.steps=100",
+    "models.ar_baseline.training.steps=120",
 ]  # fmt: skip
 SHARE_OF_NEW = 0.2  # of the passages: those of the new text
 MIN_CHARACTERS = 150
@@ -168,7 +169,7 @@ def main() -> None:
         name, given = "run", [*given, *FROM_SCRATCH, *few, *short]
     else:
         name, configs = "run_pretrained", [*configs, "configs/your_labels_pretrained.yaml"]
-        given += [f"pretrained.model={as_masked_lm(options.pretrained, folder / 'masked_lm')}", *short[1:]]
+        given += [f"pretrained.model={as_masked_lm(options.pretrained, folder / 'masked_lm')}", *short[:2]]
     config = load_config(configs, overrides=[*given, *options.overrides])
     run(folder / name, config, STAGES)
     results = json.loads((folder / name / STAGES[6] / "metrics.json").read_text(encoding="utf-8"))
