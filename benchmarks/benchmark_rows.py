@@ -358,6 +358,8 @@ BENCHMARKS = (
         "Held-out documents, with thresholds chosen on the selection split. Intervals resample passages; an original and its rewritten "
         "version are one group. Text by another generator: passages that no stage has seen, rewritten by a generator of another size, "
         "seed, masking and temperature."),
+    Row("detection_pretrained", "detection of the same passages from a pretrained encoder of 22 million weights", _detection,
+        _detection_detail, "The same passages and splits. The encoder, MiniLM, was pretrained to compare sentences."),
     Row("pretrained_critic", "critics on a frozen ModernBERT that Hugging Face's Trainer made from novels", _pretrained, _pretrained_detail,
         "Means over seeds with intervals by Student's t; differences are paired. A seed is that of the splits, of the generator's tuning, of the "
         "critic and of the samples; the masked LM is the same. The critics that were measured are those in the table. A dash: in a seed, samples "
