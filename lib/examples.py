@@ -104,9 +104,12 @@ class ExampleWork:
         ids = encode_batch(tokenizer, texts, self.config.tokenizer.unknown)
         counters = ExampleCounters(WholeTexts.of(self.config), tokenizer.unk_token_id)
         if self.config.pretrained.model is not None:
+            has_spans, given = self.config.data.spans_key is not None, texts
+            if has_spans and self.config.pretrained.text == "normalise":
+                texts, ids = without_unknown(tokenizer, texts, ids)
             known = as_written(tokenizer, texts, ids, self.config.pretrained.text)
-            counters.rewritten = sum(a != b for a, b in zip(texts, known, strict=True))
-            if self.config.data.spans_key is not None:
+            counters.rewritten = sum(a != b for a, b in zip(given, known, strict=True))
+            if has_spans:
                 records = spans_as_written(tokenizer, examples["record"].to_pylist(), texts, known)
                 examples = _with(examples, "record", records)
             examples = _with(examples, "target", known)
@@ -126,6 +129,28 @@ def _with(table: pa.Table, name: str, values: list) -> pa.Table:
     return table.set_column(
         place, table.schema.field(place), pa.array(values, table.schema.field(place).type)
     )
+
+
+def without_unknown(tokenizer: Any, texts: list[str], ids: list) -> tuple[list[str], list]:
+    """(texts, their ids) with spaces in the place of what the tokenizer reads as [UNK].
+
+    A stored [UNK] would be read as ordinary text, and spans would lose their place. All positions in the texts stay the same.
+    """
+    unknown = tokenizer.unk_token_id
+    texts, ids = list(texts), list(ids)
+    for i, (text, of_text) in enumerate(zip(texts, ids, strict=True)):
+        if unknown is None or unknown not in of_text:
+            continue
+        coded = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        characters = list(text)
+        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+            if token == unknown:
+                characters[start:end] = " " * (end - start)
+        texts[i] = "".join(characters)
+        ids[i] = encode_batch(tokenizer, [texts[i]], "unk")[0]
+    return texts, ids
 
 
 def as_written(tokenizer: Any, texts: list[str], ids: list, policy: str) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -126,7 +127,7 @@ def make_data(root: Path) -> None:
 
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
     from lib.config import load_config
@@ -172,14 +173,13 @@ def make_data(root: Path) -> None:
     for split, names in (("train", set(pages[:48])), ("dev", set(pages[48:]))):
         part = [r for r in records if r["filename"] in names]
         (root / "finqa_data" / f"{split}.json").write_text(json.dumps(part), encoding="utf-8")
-    words = [
-        *"abcdefghijklmnopqrstuvwxyz0123456789().,$%",
-        *("##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
-        *("total", "annual", "margin"),
-    ]
+    characters = sorted({c.lower() for c in string.printable if not c.isspace()})
+    words = [*characters, *("##" + c for c in characters), "total", "annual", "margin"]
     vocabulary = {t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
     torch.manual_seed(0)
     shape: Any = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                  max_position_embeddings=512)  # fmt: skip

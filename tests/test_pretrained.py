@@ -27,7 +27,7 @@ from lib.diffusion.sampler import Sampler
 from lib.diffusion.samples import MaskedTexts
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.evaluation.lm_eval import Harness
-from lib.examples import as_written, spans_as_written
+from lib.examples import as_written, spans_as_written, without_unknown
 from lib.models.build import (
     Checkpoint,
     PretrainedStart,
@@ -816,6 +816,30 @@ def test_spans_move_with_a_text_that_is_normalised(tmp_path):
     ]
     with pytest.raises(BadData, match="has other tokens, so its spans"):
         spans_as_written(tokenizer, [record], [text], ["the fox"])
+
+
+def test_what_a_tokenizer_does_not_know_leaves_spans_in_place(tmp_path):
+    """A stored [UNK] would be other tokens when it is read again. Such words become spaces, and no position changes."""
+    make("word_piece_uncased").save_pretrained(tmp_path)
+    tokenizer, _ = open_tokenizer(tmp_path)
+    text = "The \U0001f600 quick \u4e00fox\u4e00 jumps \U0001f600"
+    ids = encode_batch(tokenizer, [text, "the dog"], "unk")
+    assert tokenizer.unk_token_id in ids[0]
+    (plain, other), found = without_unknown(tokenizer, [text, "the dog"], ids)
+    assert len(plain) == len(text) and other == "the dog" and np.array_equal(found[1], ids[1])
+    assert tokenizer.unk_token_id not in found[0] and plain.index("jumps") == text.index("jumps")
+    (written,) = as_written(tokenizer, [plain], found[:1], "normalise")
+    assert np.array_equal(encode_batch(tokenizer, [written], "unk")[0], found[0])
+    record = json.dumps(
+        {"spans": [[text.index("quick"), text.index(" jumps"), 1], [text.index("jumps"), len(text), 2]]}
+    )
+    (moved,) = spans_as_written(tokenizer, [record], [plain], [written])
+    assert moved is not None
+    assert [written[a:b] for a, b, _ in json.loads(moved)["spans"]][-1] == "jumps"
+    with pytest.raises(BadData, match="has no token for 1 passages"):
+        as_written(
+            tokenizer, *without_unknown(tokenizer, ["\U0001f600"], [[tokenizer.unk_token_id]]), "normalise"
+        )
 
 
 def test_what_a_tokenizer_loses_is_named(tmp_path):
