@@ -5,9 +5,8 @@ Every policy starts from the same masked texts and gets the same budget of forwa
 count too. The default is unconditional text. sampler.prompt continues a text, sampler.infill fills its [MASK] tokens,
 sampler.infill_file fills a table of texts. An independent causal model measures the samples.
 
-With critic.method ppo or none, the stage ranks the candidates of the splits held_out and test instead, by every ranker,
-policy and baseline. It answers each question with the best candidate.
-With labels beside the text, it compares detectors of synthetic documents; with critic.method none, it does nothing else.
+With critic.method ppo or none, the stage ranks the candidates of held_out and test instead, by every ranker, policy and
+baseline, and answers with the best ones. With labels beside the text, it compares detectors; none then means: only that.
 
 With --rank FILE it ranks the candidates of a file of yours, in any layout of task pools; rewards are not needed.
 
@@ -120,7 +119,8 @@ def detect(config: Config, args: RunArgs) -> None:
     from lib.runtime import Runtime
 
     uses = ("seed", "device", "precision", "data.label_key", "data.spans_key")
-    with Stage(__file__, config, args, uses=uses, reads=(*READS, *units_of_roles(config))) as stage:
+    reads = (*READS, *units_of_roles(config))
+    with Stage(__file__, config, args, uses=uses, reads=reads, restarts=True) as stage:
         if stage.finished:
             return
         runtime = Runtime.detect(config, stage.code)

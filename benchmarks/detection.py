@@ -168,8 +168,10 @@ def main() -> None:
     if options.pretrained is None:
         name, given = "run", [*given, *FROM_SCRATCH, *few, *short]
     else:
-        name, configs = "run_pretrained", [*configs, "configs/your_labels_pretrained.yaml"]
-        given += [f"pretrained.model={as_masked_lm(options.pretrained, folder / 'masked_lm')}", *short[:2]]
+        digest = durable.sha256_folder(options.pretrained)[:8]
+        name, configs = f"run_{digest}", [*configs, "configs/your_labels_pretrained.yaml"]
+        model = as_masked_lm(options.pretrained, folder / f"masked_lm_{digest}")
+        given += [f"pretrained.model={model}", *short[:2]]
     config = load_config(configs, overrides=[*given, *options.overrides])
     run(folder / name, config, STAGES)
     results = json.loads((folder / name / STAGES[6] / "metrics.json").read_text(encoding="utf-8"))

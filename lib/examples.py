@@ -105,8 +105,8 @@ class ExampleWork:
         counters = ExampleCounters(WholeTexts.of(self.config), tokenizer.unk_token_id)
         if self.config.pretrained.model is not None:
             has_spans, given = self.config.data.spans_key is not None, texts
-            if has_spans and self.config.pretrained.text == "normalise":
-                texts, ids = without_unknown(tokenizer, texts, ids)
+            if leaves_out_unknown(self.config):
+                texts, ids, counters.unread = without_unknown(tokenizer, texts, ids)
             known = as_written(tokenizer, texts, ids, self.config.pretrained.text)
             counters.rewritten = sum(a != b for a, b in zip(given, known, strict=True))
             if has_spans:
@@ -131,12 +131,18 @@ def _with(table: pa.Table, name: str, values: list) -> pa.Table:
     )
 
 
-def without_unknown(tokenizer: Any, texts: list[str], ids: list) -> tuple[list[str], list]:
-    """(texts, their ids) with spaces in the place of what the tokenizer reads as [UNK].
+def leaves_out_unknown(config: Config) -> bool:
+    """Whether the models of a run never read [UNK], see `without_unknown`."""
+    has_spans = config.data.spans_key is not None
+    return has_spans and config.pretrained.model is not None and config.pretrained.text == "normalise"
+
+
+def without_unknown(tokenizer: Any, texts: list[str], ids: list) -> tuple[list[str], list, int]:
+    """(texts, their ids, number of words) with spaces in the place of the words that the tokenizer reads as [UNK].
 
     A stored [UNK] would be read as ordinary text, and spans would lose their place. All positions in the texts stay the same.
     """
-    unknown = tokenizer.unk_token_id
+    unknown, words = tokenizer.unk_token_id, 0
     texts, ids = list(texts), list(ids)
     for i, (text, of_text) in enumerate(zip(texts, ids, strict=True)):
         if unknown is None or unknown not in of_text:
@@ -148,9 +154,10 @@ def without_unknown(tokenizer: Any, texts: list[str], ids: list) -> tuple[list[s
         for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
             if token == unknown:
                 characters[start:end] = " " * (end - start)
+                words += 1
         texts[i] = "".join(characters)
         ids[i] = encode_batch(tokenizer, [texts[i]], "unk")[0]
-    return texts, ids
+    return texts, ids, words
 
 
 def as_written(tokenizer: Any, texts: list[str], ids: list, policy: str) -> list[str]:
@@ -237,7 +244,7 @@ class ExampleCounters:
         self.examples: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
-        self.characters = self.unknown = self.shortened = self.rewritten = 0
+        self.characters = self.unknown = self.unread = self.shortened = self.rewritten = 0
 
     def add(self, table: pa.Table) -> None:
         """Count a table of schema.EXAMPLES."""
@@ -266,7 +273,7 @@ class ExampleCounters:
         """Add the counts of other examples, which come after these."""
         for name in ("examples", "tokens", "dropped"):
             _add(getattr(self, name), state[name])
-        for name in ("characters", "unknown", "shortened", "rewritten"):
+        for name in ("characters", "unknown", "unread", "shortened", "rewritten"):
             setattr(self, name, getattr(self, name) + state[name])
         if self.whole is not None:
             self.whole.merge(state["whole"])
@@ -293,6 +300,7 @@ class ExampleCounters:
             "dropped": self.dropped,
             "shortened_prompts": self.shortened,
             "rewritten_passages": self.rewritten,
+            "unknown_words_left_out": self.unread,
             "vocabulary": vocabulary,
             "unknown_share": self.unknown / max(total, 1),
             "characters_per_token": self.characters / max(total, 1),
@@ -306,6 +314,8 @@ class ExampleCounters:
             line += f"; {self.shortened:,} prompts were shortened to ranker.prompt_tokens"
         if self.rewritten:
             line += f"; {self.rewritten:,} passages are stored as the tokenizer writes them (pretrained.text)"
+        if self.unread:
+            line += f"; {self.unread:,} words that the tokenizer does not know are left out, because passages have spans"
         return line
 
     def left_out(self) -> str:

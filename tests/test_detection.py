@@ -39,7 +39,7 @@ from lib.metrics import SHARE, ratio
 from lib.models.publish import publish
 from lib.report.detection import detection_html, detection_tables, thresholds_in_words
 from lib.report.text_scores import verdict
-from lib.runs import STAGES, RunArgs, load_manifest, score_stage
+from lib.runs import RANK, STAGES, RunArgs, load_manifest, score_stage
 from lib.runtime import Runtime
 from lib.tokenization import train_tokenizer
 from lib.training.objectives.sequence_scorer import documents_of as documents_of_table
@@ -502,6 +502,13 @@ def test_a_run_without_generator_finds_the_same(labelled, tmp_path):
     assert rows[0]["critic_error"].null_count == len(rows[0]) and rows[1]["critic_error"].null_count == 0
     for column in ("token_ids", "inspector_changed", "reference_nll", "judge_score"):
         assert rows[0][column].equals(rows[1][column])
+    candidates = tmp_path / "mine.jsonl"
+    candidates.write_text(json.dumps({"prompt": "", "candidates": ["Some text.", "Some other text."]}) + "\n")
+    ranked = []
+    for of, settings_of in ((run, alone), (folder, config)):
+        run_stages(of, settings_of, STAGES[6:], rank=candidates)
+        ranked.append(pq.read_table(of / score_stage(candidates, RANK) / "ranking.parquet"))
+    assert ranked[0].equals(ranked[1]) and len(ranked[0]) == 2
     with pytest.raises(
         BadConfig, match=r"--score needs critic\.method token_critic, or labels beside the text"
     ):

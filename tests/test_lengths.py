@@ -126,7 +126,8 @@ def test_a_model_reads_what_its_start_reads(tmp_path):
         problem = WholeTexts(model, 8, config).add(candidates()).problem() or ""
         assert "architecture.context=9 or more" in problem and ("alone" in problem) == bool(advice)
         assert advice in problem
-    assert WholeTexts.of(load_config(["configs/nelbo.yaml"])) is None
+    no_limit = WholeTexts.of(load_config(["configs/nelbo.yaml"]))
+    assert no_limit is not None and no_limit.add(candidates()).problem() is None
     assert WholeTexts.of(load_config(["configs/finqa.yaml"])) is None
 
 
@@ -167,3 +168,16 @@ def test_parts_that_were_counted_under_another_context_are_judged_by_the_present
         texts.merge(counted)
         assert (texts.longer, texts.total, texts.longest) == (longer, 8, LONGEST)
         assert (texts.problem() is None) == (longer == 0)
+
+
+def test_parts_that_were_made_before_a_model_reads_whole_texts_are_counted():
+    """Stage 01 is stopped, then a judge is added to the config, and the stage goes on."""
+    none = config_of("models.inspector=null", "models.judge=null", "models.ranker=null")
+    table = pa.table({"example_id": ["a"], "split": ["train"], "target": ["x" * 9], "tags": pa.array([None], pa.list_(pa.string())),
+                      "token_ids": pa.array([[4] * 99], pa.list_(pa.int32()))})  # fmt: skip
+    counters = ExampleCounters(WholeTexts.of(none))
+    counters.add(table)
+    assert counters.whole is not None and counters.whole.problem() is None
+    later = ExampleCounters(WholeTexts.of(config_of()))
+    later.merge(json.loads(json.dumps(counters.state())))
+    assert later.whole is not None and "1 of 1 texts" in (later.whole.problem() or "")

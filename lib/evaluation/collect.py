@@ -31,12 +31,8 @@ def collect_samples(
     generator_alone = _lines(stage.run_dir / "02_generate_candidates" / "generator" / "metrics.jsonl")
     if generator_alone:
         curves = {"generator (stage 02)": generator_alone} | curves
-    described = next(iter(config.models)) if results is None else config.critic.generator
-    architecture = config.models[described].architecture
-    settings = (
-        f"data: {config.data.path}, {config.tokenizer.kind} tokens; backbone: {architecture.num_hidden_layers} layers, "
-        f"hidden size {architecture.hidden_size}, context {architecture.context}; seed {config.seed}"
-    )
+    described = next(iter(config.models), None) if results is None else config.critic.generator
+    settings = f"data: {config.data.path}, {_backbone(config, described)}; seed {config.seed}"
     return ReportData(
         run=stage.run_dir.name,
         settings=settings,
@@ -51,6 +47,24 @@ def collect_samples(
         mask_id=models.tokenizer.mask_token_id,
         explain=getattr(get_task(config.task), "explain", None),
         detection=detection,
+    )
+
+
+def _backbone(config: Config, model: str | None) -> str:
+    """The tokens of a run and the backbone of one of its models, in words."""
+    tokens = (
+        f"{config.tokenizer.kind} tokens"
+        if config.pretrained.model is None
+        else "tokens of the pretrained model"
+    )
+    if model is None:
+        return tokens
+    architecture = config.models[model].architecture
+    if architecture.family == "pretrained":
+        return f"{tokens}; backbone: {config.pretrained.model}, context {architecture.context}"
+    return (
+        f"{tokens}; backbone: {architecture.num_hidden_layers} layers, hidden size {architecture.hidden_size}, "
+        f"context {architecture.context}"
     )
 
 

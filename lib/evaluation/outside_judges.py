@@ -214,6 +214,10 @@ def texts_of_run(
     import pyarrow.parquet as pq
 
     manifest = load_manifest(run / "06_sample")
+    if manifest is not None and "report" in manifest["outputs"] and "samples" not in manifest["outputs"]:
+        raise BadData(
+            f"{run}: stage 06 made no samples there; runs with critic.method token_critic make some"
+        )
     if manifest is None or "samples" not in manifest["outputs"]:
         raise MissingInput(f"{run} has no complete stage 06; run 06_sample.py --run_dir {run}")
     table = pq.read_table(

@@ -17,8 +17,8 @@ from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadData, MissingInput, RemaskError
 from lib.evaluation.rank import Ranker, say_shortened, softmax
-from lib.evaluation.run_models import units_of_roles
-from lib.evaluation.sample_evaluator import SampleEvaluator
+from lib.evaluation.run_models import RunModels, only_detects, roles_of, units_of_roles
+from lib.evaluation.sample_evaluator import open_models
 from lib.evaluation.text_scores import documents_of, score, windows
 from lib.ranking.bm25 import bm25_scores
 from lib.ranking.metrics import ranking_metrics, summarise
@@ -197,23 +197,29 @@ def read_user_pools(config: Config, path: Path) -> UserPools:
 
 def reads_of(config: Config) -> tuple[str, ...]:
     """The stages and units that a run's scorer reads."""
-    if config.critic.method == "token_critic":
+    if ranks_texts(config):
         return ("01_prepare_dataset", *units_of_roles(config))
     return ("01_prepare_dataset", unit_of(ranker_name(config)))
+
+
+def ranks_texts(config: Config) -> bool:
+    """Whether candidates are scored as texts by themselves, by the judge or the critic."""
+    by_judge = only_detects(config) and roles_of(config)["judge"] is not None
+    return by_judge or config.critic.method == "token_critic"
 
 
 def ranker_name(config: Config) -> str:
     """The ranker of the run: the one called `ranker`, or the first one. Raises BadData if there is none."""
     names = [name for name, spec in config.models.items() if spec.mode == "ranker"]
     if not names:
-        raise BadData("--rank needs a model of mode ranker, and the config has none")
+        raise BadData("--rank needs a judge or a model of mode ranker, and the config has none")
     return "ranker" if "ranker" in names else names[0]
 
 
 def open_scorer(stage: Stage, config: Config, runtime: Runtime) -> Scorer:
     """The scorer of a run."""
-    if config.critic.method == "token_critic":
-        return TextScorer(SampleEvaluator(stage, config, runtime))
+    if ranks_texts(config):
+        return TextScorer(open_models(stage, config, runtime))
     name = ranker_name(config)
     ranker = Ranker.load(stage.folder_of(unit_of(name), "best_model"), runtime=runtime)
     return PromptScorer(name, ranker)
@@ -236,7 +242,7 @@ class PromptScorer:
 class TextScorer:
     """Scores each candidate by itself, as `--score` does. Prompts are not read."""
 
-    def __init__(self, evaluator: SampleEvaluator):
+    def __init__(self, evaluator: RunModels):
         self.evaluator = evaluator
         self.key, self.sign = (
             ("judge_score", 1.0) if evaluator.judge is not None else ("critic_error_mean", -1.0)

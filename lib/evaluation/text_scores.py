@@ -24,6 +24,7 @@ from lib.diffusion.samples import MaskedTexts
 from lib.errors import BadConfig, BadData, MissingInput, RemaskError
 from lib.evaluation.quality import sequence_scores
 from lib.evaluation.run_models import only_detects, roles_of
+from lib.examples import leaves_out_unknown, without_unknown
 from lib.log import say
 from lib.tasks import Document, Problem, get_task
 from lib.tasks.text.check import check
@@ -208,7 +209,14 @@ def cut(user: UserTexts, evaluator: Any) -> list[Window]:
     """The windows of a user's texts, as long as the models of the run can read. Says what the user must know about them."""
     config, tokenizer = evaluator.config, evaluator.tokenizer
     characters = config.data.passage_characters if config.data.has_labels else None
-    parts = list(windows(user.texts, tokenizer, evaluator.min_context, config.tokenizer.unknown, characters))
+    texts = user.texts
+    if leaves_out_unknown(config):
+        contents = [text for _, text in texts]
+        contents, _, left_out = without_unknown(tokenizer, contents, encode_batch(tokenizer, contents, "unk"))
+        texts = [(name, text) for (name, _), text in zip(texts, contents, strict=True)]
+        if left_out:
+            say(f"words that the tokenizer does not know: {left_out:,}; they are left out, as in training")
+    parts = list(windows(texts, tokenizer, evaluator.min_context, config.tokenizer.unknown, characters))
     unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
     if unknown:
         say(f"tokens outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
@@ -250,12 +258,12 @@ def score(parts: list[Window], evaluator: Any) -> list[dict]:
 def known_texts(evaluator: Any, count: int = BATCH) -> list[Window]:
     """Texts to compare a score with: held-out text of the run, and the same text with half of it rewritten.
 
-    Up to `count` windows of each. On average every second token is masked and sampled again by the generator. A run without a
-    generator has held-out text only.
+    Up to `count` windows of each. On average every second token is masked and sampled again by the generator. Nothing for a run
+    without a generator.
     """
-    real = evaluator.real_text(count)[:, : evaluator.min_context]
     if evaluator.sampler is None:
-        return [Window(HELD_OUT, number, ids) for number, ids in enumerate(real)]
+        return []
+    real = evaluator.real_text(count)[:, : evaluator.min_context]
     rows = np.arange(len(real))
     free = (
         randomness.uniform(randomness.key(evaluator.config.seed, "half rewritten"), rows, real.shape[1]) < 0.5

@@ -50,7 +50,8 @@ def scores_page(
     sections = [
         Section(
             "Whole texts",
-            "Means over the tokens of each text. The last two lines are texts of this run, to compare with.",
+            "Means over the tokens of each text."
+            + (f" The last {len(known)} lines are texts of this run, to compare with." if known else ""),
             table(list(HEAD), lines) + rest,
         )
     ]

@@ -5,6 +5,7 @@ the whole text. A candidate longer than their context is refused as early as its
 Language models read windows instead.
 """
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,10 @@ class WholeTexts:
 
     @classmethod
     def of(cls, config: Config) -> "WholeTexts | None":
-        """Counter for the configured model with the shortest context; None if no model reads texts as a whole."""
+        """Counter for the configured model with the shortest context; None if all candidates have prompts.
+
+        Without such a model it counts, too, since one may be added before the stage is complete.
+        """
         if config.candidates.source in WITH_PROMPTS:  # ranker.*_tokens limit what rankers with prompts read
             return None
         contexts = contexts_of(config)
@@ -54,7 +58,7 @@ class WholeTexts:
             if spec.mode in WHOLE_READERS and (context := contexts[name]) is not None
         }
         if not readers:
-            return None
+            return cls("", sys.maxsize, config)
         name = min(readers, key=lambda n: readers[n])
         return cls(name, readers[name], config)
 
