@@ -13,12 +13,12 @@ from lib.report.trace import sampling_parts
 
 
 def build_report(data: ReportData) -> str:
-    """The whole page. All text of the run is escaped: it may hold anything. A run that sampled nothing has no such sections."""
+    """The whole page. All text of the run is escaped: it may hold anything. Runs that only compare detectors have no samples."""
     sampling = [
         Section("Samples", "What the policies generate, and how good it is.", samples_parts(data)),
         Section("Sampling", "How the samples were made, and what they cost.", sampling_parts(data)),
         Section("Critic and other scorers", "How well the models find errors and score text.", scorer_parts(data)),
-    ] if data.policies else []  # fmt: skip
+    ] if data.policies or data.detection is None else []  # fmt: skip
     sections = [
         Section("Results", f"Each trained model against its baseline. {VERDICT_CAPTION} {INTERVALS}", results_html(data.results)),
         *sampling,
