@@ -153,8 +153,8 @@ def _finqa(files: dict[str, ResultFile]) -> list[str]:
     """The sections of the task FinQA."""
     parts = [
         "## FinQA: which of eight programs answers the question",
-        "Measured with `finqa.pools.near_misses=0`; add it to SET for the same pools. A whole run with the near misses that "
-        "configs/finqa.yaml puts into training pools today has not been measured.",
+        "Measured with `finqa.pools.near_misses=0 ranker.candidate_tokens=64`; add both to SET for the same run. A ranker with the settings of "
+        "configs/finqa.yaml today is in LOG.md (2026-11-30, near misses from the first step).",
     ]
     for name, heading in FINQA.items():
         if (file := files.get(name)) is None:
