@@ -347,6 +347,34 @@ def _memory_detail(f: Figures) -> str:
     return markdown(["stage", f"{few} MB of text", f"{many} MB of text", "ratio"], rows)
 
 
+def _programs(f: Figures) -> str:
+    parts = []
+    for run in f["runs"]:
+        of, wanted = run["methods"], ("ranker", "majority vote", "ranker with votes")
+        each = ", ".join(f"{name} {full(of[name]['differ'], 1, percent=True)}" for name in wanted)
+        every = ", ".join(f"{name} {full(of[name]['all'], 1, percent=True)}" for name in wanted)
+        parts.append(f"seed {run['seed']}: where answers differ {each}; all questions {every}")
+    return ". ".join(parts)
+
+
+def _programs_detail(f: Figures) -> str:
+    rows = []
+    for run in f["runs"]:
+        start = [str(run["seed"]), number(run["near_misses"], 1)]
+        rows.append([*start, "ranker, pools without shortcuts", full(run["pools"], 1, percent=True), ""])
+        rows += [
+            [
+                *start,
+                name,
+                *(full(cells[key], 1, percent=True) if cells[key] else "–" for key in ("all", "differ")),
+            ]
+            for name, cells in run["methods"].items()
+        ]
+    return markdown(
+        ["seed", "near misses", "chosen by", "right, all questions", "right, where answers differ"], rows
+    )
+
+
 BENCHMARKS = (
     Row("nelbo", "masked diffusion on tinyshakespeare characters, contiguous 90/10 split", _nelbo),
     Row("causal_speedrun", "training time of a causal model on tinyshakespeare, against the plain recipe (GPT-2 of "
@@ -386,5 +414,8 @@ BENCHMARKS = (
     Row("memory", "300 MB of text against 30 MB", _memory, _memory_detail),
     Row("memory_candidates", "30 MB of text against 3 MB", _memory, _memory_detail,
         "Stage 00 has caches of fixed size, which 3 MB of text do not fill."),
+    Row("finqa_programs", "FinQA: programs that four simulated systems wrote for held-out questions", _programs, _programs_detail,
+        "Intervals resample pages. Weights of scores and votes are fitted on the split selection. lib/tasks/finqa/simulated_systems.py "
+        "describes the systems."),
     Row("finqa_leak", "FinQA: gold programs found without the question", _leak),
 )  # fmt: skip

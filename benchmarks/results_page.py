@@ -154,7 +154,7 @@ def _finqa(files: dict[str, ResultFile]) -> list[str]:
     parts = [
         "## FinQA: which of eight programs answers the question",
         "Measured with `finqa.pools.near_misses=0 ranker.candidate_tokens=64`; add both to SET for the same run. A ranker with the settings of "
-        "configs/finqa.yaml today is in LOG.md (2026-11-30, near misses from the first step).",
+        "configs/finqa.yaml today is in the table of benchmarks below, under programs of simulated systems.",
     ]
     for name, heading in FINQA.items():
         if (file := files.get(name)) is None:
