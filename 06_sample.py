@@ -40,7 +40,7 @@ def main(config: Config, args: RunArgs) -> None:
         score_text(config, args, args.score)
     elif args.rank is not None:
         rank_file(config, args, args.rank)
-    elif config.critic.method == "none" and config.data.has_labels:
+    elif config.only_detects:
         detect(config, args)
     elif config.critic.method == "token_critic":
         sample(config, args)

@@ -104,6 +104,11 @@ class Config(Section):
         """Whether judge and inspector learn from labels of the user."""
         return self.labels.path is not None or self.data.has_labels
 
+    @property
+    def only_detects(self) -> bool:
+        """Whether a run has labels beside the text, and no generator that samples: stage 06 then compares detectors."""
+        return self.data.has_labels and self.critic.method == "none"
+
     def class_names(self, spec: ModelSpec) -> tuple[str, ...] | None:
         """The names that the user gave to the classes of a model; None if there are none."""
         return class_names(spec.mode, spec.target_type, self.data.label_classes, self.data.span_classes)

@@ -17,7 +17,7 @@ from lib.artifacts import Stage
 from lib.config import Config
 from lib.errors import BadData, MissingInput, RemaskError
 from lib.evaluation.rank import Ranker, say_shortened, softmax
-from lib.evaluation.run_models import RunModels, only_detects, roles_of, units_of_roles
+from lib.evaluation.run_models import RunModels, roles_of, units_of_roles
 from lib.evaluation.sample_evaluator import open_models
 from lib.evaluation.text_scores import documents_of, score, windows
 from lib.ranking.bm25 import bm25_scores
@@ -204,7 +204,7 @@ def reads_of(config: Config) -> tuple[str, ...]:
 
 def ranks_texts(config: Config) -> bool:
     """Whether candidates are scored as texts by themselves, by the judge or the critic."""
-    by_judge = only_detects(config) and roles_of(config)["judge"] is not None
+    by_judge = config.only_detects and roles_of(config)["judge"] is not None
     return by_judge or config.critic.method == "token_critic"
 
 

@@ -3,20 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from lib.artifacts import Stage
 from lib.config import Config
 from lib.diffusion.sampler import Sampler
 from lib.models.build import load_model
-from lib.randomness import Permutation
 from lib.runtime import Runtime
 from lib.sections.models import ModelSpec
 from lib.tokenization import decode_batch, load_tokenizer
-from lib.training.data import Windows
 from lib.training.model_plans import trained_models, unit_of
-from lib.training.objectives.base import chunks
-from lib.training.stage_inputs import open_text
 from lib.units_summary import stats_of
 
 
@@ -27,7 +21,6 @@ class RunModels:
         reference, autoregressive, inspector, judge, ranker: models of stage 04, None where the config has none; see
             `roles`.
         min_context: tokens that the model reads which reads fewest, without [CLS].
-        held_out: windows of held-out text.
         models: figures of all trained models, and their rows of the results table.
         results: rows of the results table.
         sampler: the generator with its calibrated critic; None without them.
@@ -43,7 +36,6 @@ class RunModels:
         )
         readers = [m for m in (self.reference, self.inspector, self.judge) if m is not None]
         self.min_context = self._shortest(readers)
-        self.held_out = self._windows(self.min_context)
         self.models = stats_of(trained_models(stage, config))
         self.results = self.models["table"]
 
@@ -59,16 +51,6 @@ class RunModels:
             return self.tokenizer.convert_ids_to_tokens(token_id)
         return decode_batch(self.tokenizer, [[token_id]])[0]
 
-    def real_text(self, count: int) -> np.ndarray:
-        """(up to `count`, T) full windows of held-out text; every call returns the same windows."""
-        order, found = Permutation(self.config.seed, "real text", 0, self.held_out.count), []
-        for part in chunks(self.held_out.count, max(count, 64)):
-            ids, valid = self.held_out.batch(order[part], np.zeros(len(part)))
-            found.append(ids[valid.all(1)])
-            if sum(map(len, found)) >= count:
-                break
-        return np.concatenate(found)[:count]
-
     def _load(self, name: str) -> Any:
         return load_model(self.stage.folder_of(unit_of(name), "best_model")).to(self.runtime.device)
 
@@ -77,20 +59,11 @@ class RunModels:
         """Tokens that the model reads which reads fewest, without [CLS]. Without a model: 1."""
         return min((m.config.max_position_embeddings for m in readers), default=2) - 1
 
-    def _windows(self, length: int) -> Windows:
-        """Windows of held-out text of that length."""
-        return Windows(open_text(self.stage, "held_out"), length, self.tokenizer.pad_token_id).tiled()
-
-
-def only_detects(config: Config) -> bool:
-    """Whether a run has labels beside the text, and no generator that samples: stage 06 then compares detectors."""
-    return config.data.has_labels and config.critic.method == "none"
-
 
 def units_of_roles(config: Config) -> list[str]:
     """What stage 06 reads of the models that have a role: units of stage 04, and stage 05 if it trains a token critic."""
     units = [unit_of(name) for name in dict.fromkeys(roles_of(config).values()) if name is not None]
-    return units if only_detects(config) else [*units, "05_train_critic"]
+    return units if config.only_detects else [*units, "05_train_critic"]
 
 
 def roles_of(config: Config) -> dict[str, str | None]:

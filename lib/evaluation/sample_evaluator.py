@@ -8,13 +8,17 @@ from lib.config import Config
 from lib.diffusion.calibration import Calibration
 from lib.diffusion.sampler import Sampler
 from lib.evaluation.quality import lexicon
-from lib.evaluation.run_models import RunModels, only_detects
+from lib.evaluation.run_models import RunModels
 from lib.evaluation.starts import generator_context
 from lib.models.build import load_model
 from lib.models.compiling import CompiledLayers
+from lib.randomness import Permutation
 from lib.runtime import Runtime
 from lib.synthetic import MaskedLMEngine
 from lib.tokenization import forbidden_ids
+from lib.training.data import Windows
+from lib.training.objectives.base import chunks
+from lib.training.stage_inputs import open_text
 
 
 class SampleEvaluator(RunModels):
@@ -48,7 +52,8 @@ class SampleEvaluator(RunModels):
         )
         readers = [m for m in (model, self.reference, self.inspector, self.judge) if m is not None]
         self.min_context = self._shortest(readers)
-        self.held_out = self._windows(max(self.context, config.sampler.length or 0))
+        length = max(self.context, config.sampler.length or 0)  # of a sample
+        self.held_out = Windows(open_text(stage, "held_out"), length, self.tokenizer.pad_token_id).tiled()
         self.words = self._words()
         self.results = self.models["table"] + stage.upstream_stats("05_train_critic")["table"]
 
@@ -68,6 +73,16 @@ class SampleEvaluator(RunModels):
         everything = np.ones(ids.shape, bool)
         return engine.confidence(ids, everything, self.config.seed, rows, self.config.sampler.batch_size)
 
+    def real_text(self, count: int) -> np.ndarray:
+        """(up to `count`, T) full windows of held-out text; every call returns the same windows."""
+        order, found = Permutation(self.config.seed, "real text", 0, self.held_out.count), []
+        for part in chunks(self.held_out.count, max(count, 64)):
+            ids, valid = self.held_out.batch(order[part], np.zeros(len(part)))
+            found.append(ids[valid.all(1)])
+            if sum(map(len, found)) >= count:
+                break
+        return np.concatenate(found)[:count]
+
     def _words(self) -> set[str]:
         """The words of all splits but held-out."""
         words: set[str] = set()
@@ -82,5 +97,5 @@ class SampleEvaluator(RunModels):
 def open_models(stage: Stage, config: Config, runtime: Runtime) -> RunModels:
     """The models of a run: a `SampleEvaluator`, or those that read text alone if the run has no generator."""
     return (
-        RunModels(stage, config, runtime) if only_detects(config) else SampleEvaluator(stage, config, runtime)
+        RunModels(stage, config, runtime) if config.only_detects else SampleEvaluator(stage, config, runtime)
     )

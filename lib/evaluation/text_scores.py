@@ -23,7 +23,7 @@ from lib.diffusion.policies import POLICIES
 from lib.diffusion.samples import MaskedTexts
 from lib.errors import BadConfig, BadData, MissingInput, RemaskError
 from lib.evaluation.quality import sequence_scores
-from lib.evaluation.run_models import only_detects, roles_of
+from lib.evaluation.run_models import roles_of
 from lib.examples import leaves_out_unknown, without_unknown
 from lib.log import say
 from lib.tasks import Document, Problem, get_task
@@ -85,12 +85,12 @@ def read_user_texts(config: Config, path: Path) -> UserTexts:
         BadData: no text is left.
         MissingInput: there is no such file or folder.
     """
-    if config.critic.method != "token_critic" and not only_detects(config):
+    if config.critic.method != "token_critic" and not config.only_detects:
         raise BadConfig(
             f"--score needs critic.method token_critic, or labels beside the text; with {config.critic.method}, no model reads "
             "single tokens; --rank FILE ranks candidates by a trained ranker"
         )
-    if only_detects(config) and not any(
+    if config.only_detects and not any(
         roles_of(config)[role] for role in ("reference", "inspector", "judge")
     ):
         raise BadConfig(
