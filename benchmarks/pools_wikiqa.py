@@ -11,6 +11,8 @@ The ranker with `full` attention is also exported: CrossEncoder reads the folder
 
 The folder has train.jsonl and dev.jsonl, or the same as .jsonl.xz.
 
+With --work FOLDER, every finished training is kept there, and the same command goes on after the last one.
+
 python -m benchmarks.pools_wikiqa /path/to/wikiqa --encoder /path/to/all-MiniLM-L6-v2           # about an hour on two cores
 python -m benchmarks.pools_wikiqa /path/to/wikiqa --encoder /path/to/all-MiniLM-L6-v2 --short   # one seed, one epoch, 120 questions
 """
@@ -22,15 +24,17 @@ import lzma
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.provenance import say_provenance
+from benchmarks.provenance import provenance, say_provenance
 from benchmarks.result_files import add_out, write
 from lib.config import ROOT, Config, load_config
+from lib.durable import write_json
 from lib.evaluation.rank import Ranker
 from lib.log import say
 from lib.metrics import ratio
@@ -45,6 +49,51 @@ PEER_LOSSES = ("BinaryCrossEntropyLoss", "ListNetLoss", "LambdaLoss")
 POOLS_PER_STEP, PAIRS_PER_STEP = 8, 32
 LEARNING_RATE = 5e-5
 METRICS = ("map", "mrr_at_10", "ndcg_at_10", "accuracy")
+
+
+class Trained(NamedTuple):
+    """What is kept of one training.
+
+    Attributes:
+        selection: MAP of the selection part, which chooses among models and epochs.
+        seconds: of training steps.
+        dev: metrics of each question of dev that has answers and others.
+        exported: how far CrossEncoder's scores are from those of the ranker; `pairs` is 0 where it was not compared.
+    """
+
+    selection: float
+    seconds: float
+    dev: dict[str, np.ndarray]
+    pairs: int = 0
+    largest_difference: float = 0.0
+
+
+class Kept:
+    """Results of finished trainings in a folder, for the same options and code alone."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace):
+        chosen = {
+            k: str(v)
+            for k, v in vars(options).items()
+            if k not in ("work", "out", "seeds", "losses", "attention")
+        }
+        key = {"options": chosen, "peer": bool(options.losses), "code": provenance()["code"]}
+        self.folder, path = folder, folder / "key.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != key:
+            raise SystemExit(f"{folder} holds results of other options or other code; choose another --work")
+        write_json(path, key)
+
+    def result(self, name: str, train: Callable[[], Trained]) -> Trained:
+        """The kept result of this name, or a new one."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Trained(**found | {"dev": {k: np.array(v, float) for k, v in found["dev"].items()}})
+        found = train()
+        dev = {key: found.dev[key].tolist() for key in METRICS}
+        write_json(path, found._asdict() | {"dev": dev})
+        return found
 
 
 def unpacked(source: Path, folder: Path, questions: int | None) -> Path:
@@ -99,10 +148,8 @@ class Stopwatch:
         setattr(self.owner, self.name, self._plain)
 
 
-def train_ours(
-    options: argparse.Namespace, work: Path, seed: int, attention: str
-) -> tuple[Path, float, Path]:
-    """(run, seconds of training steps, folder of the data)."""
+def train_ours(options: argparse.Namespace, work: Path, seed: int, attention: str) -> tuple[Path, float]:
+    """(run, seconds of training steps)."""
     import lib.training.train_model as training
 
     data = unpacked(options.data, work / "data", options.questions)
@@ -113,8 +160,8 @@ def train_ours(
     steps = math.ceil(options.epochs * stats["examples"]["train"] / POOLS_PER_STEP)
     config = config_of(options, data, seed, attention, steps)
     with Stopwatch(training, "train") as whole, Stopwatch(PoolChoice, "evaluate") as evaluation:
-        importlib.import_module("04_train").main(config, RunArgs(run_dir=run))
-    return run, whole.seconds - evaluation.seconds, data
+        importlib.import_module("04_train").main(config, RunArgs(run_dir=run, overwrite=True))  # all is timed
+    return run, whole.seconds - evaluation.seconds
 
 
 def pools_of(run: Path, split: str) -> list[dict[str, Any]]:
@@ -171,10 +218,8 @@ def export_difference(
     return {"pairs": len(pairs), "largest_difference": largest}
 
 
-def train_peer(
-    options: argparse.Namespace, run: Path, seed: int, loss_name: str
-) -> tuple[float, float, dict[str, np.ndarray]]:
-    """(best MAP of the selection part, seconds of training steps, metrics on dev of the best epoch)."""
+def train_peer(options: argparse.Namespace, run: Path, seed: int, loss_name: str) -> Trained:
+    """Train CrossEncoder; metrics are those of the epoch with the best MAP of the selection part."""
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from sentence_transformers.cross_encoder import (  # pyright: ignore[reportMissingImports]
         CrossEncoder,
@@ -235,16 +280,37 @@ def train_peer(
         CrossEncoderTrainer(
             model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[epochs]
         ).train()
-    return epochs.best[0], epochs.seconds, epochs.best[1]
+    return Trained(epochs.best[0], epochs.seconds, epochs.best[1])
 
 
-def summary(name: str, per_seed: list[dict[str, np.ndarray]], seconds: list[float]) -> dict[str, Any]:
+def our_result(
+    options: argparse.Namespace, work: Path, seed: int, attention: str, runtime: Runtime
+) -> Trained:
+    """Train the ranker, measure it, and compare the exported one, which has to be of `full` attention."""
+    run, seconds = train_ours(options, work, seed, attention)
+    selection, dev = (pools_of(run, split) for split in ("selection", "held_out"))
+    chosen_by = float(np.nanmean(measured(selection, scores_of_ours(run, selection, runtime))["map"]))
+    found = Trained(chosen_by, seconds, measured(dev, scores_of_ours(run, dev, runtime)))
+    if attention == "full" and options.losses:
+        return found._replace(**export_difference(run, work / f"exported_{seed}", dev, runtime.device))
+    return found
+
+
+def say_result(name: str, found: Trained) -> None:
+    exported = f"; exported: scores of {found.pairs:,} pairs differ by at most {found.largest_difference:.1e}"
+    say(f"{name}: MAP {np.nanmean(found.dev['map']):.4f}, selection {found.selection:.4f}, {found.seconds:.1f} s"
+        + (exported if found.pairs else ""))  # fmt: skip
+
+
+def summary(name: str, per_seed: list[Trained]) -> dict[str, Any]:
     """Means over seeds, with intervals over questions."""
-    row: dict[str, Any] = {"name": name, "seconds": float(np.mean(seconds))}
+    row: dict[str, Any] = {"name": name}
+    for key in ("seconds", "selection"):
+        row[key] = float(np.mean([getattr(found, key) for found in per_seed]))
     for metric in METRICS:
-        values = np.nanmean([found[metric] for found in per_seed], 0)
+        values = np.nanmean([found.dev[metric] for found in per_seed], 0)
         row[metric] = ratio(values, limits=(0, 1))._asdict()
-        row[f"{metric}_by_seed"] = [float(np.nanmean(found[metric])) for found in per_seed]
+        row[f"{metric}_by_seed"] = [float(np.nanmean(found.dev[metric])) for found in per_seed]
     return row
 
 
@@ -271,7 +337,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="use only this many questions of train")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
-        "--work", type=Path, help="folder of the runs, which are kept; default: a temporary one"
+        "--work", type=Path, help="folder of runs and results, which are kept; default: a temporary one"
     )
     parser.add_argument("--short", action="store_true", help="one seed, one epoch, 120 questions, two losses")
     add_out(parser)
@@ -287,47 +353,34 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     runtime = Runtime(Runtime.detect(load_config()).device, "fp32")
-    ours: dict[str, list] = {attention: [] for attention in options.attention}
-    peers: dict[str, list] = {loss: [] for loss in options.losses}
-    exported = []
+    kept = Kept(work / "results", options)
+    ours: dict[str, list[Trained]] = {attention: [] for attention in options.attention}
+    peers: dict[str, list[Trained]] = {loss: [] for loss in options.losses}
     for seed in range(1, options.seeds + 1):
-        run = None
         for attention in options.attention:
-            run, seconds, _ = train_ours(options, work, seed, attention)
-            selection, dev = (pools_of(run, split) for split in ("selection", "held_out"))
-            chosen_by = float(np.nanmean(measured(selection, scores_of_ours(run, selection, runtime))["map"]))
-            found = measured(dev, scores_of_ours(run, dev, runtime))
-            ours[attention].append((chosen_by, seconds, found))
-            say(
-                f"seed {seed}, {attention}: MAP {np.nanmean(found['map']):.4f}, selection {chosen_by:.4f}, {seconds:.1f} s"
+            found = kept.result(
+                f"{attention}_{seed}", lambda a=attention, s=seed: our_result(options, work, s, a, runtime)
             )
-            if attention == "full" and options.losses:
-                exported.append(export_difference(run, work / f"exported_{seed}", dev, runtime.device))
-                say(f"seed {seed}, exported: scores of {exported[-1]['pairs']:,} pairs differ by at most "
-                    f"{exported[-1]['largest_difference']:.1e}")  # fmt: skip
+            ours[attention].append(found)
+            say_result(f"seed {seed}, {attention}", found)
+        run = work / f"{options.attention[-1]}_{seed}"  # every run has the same pools
         for loss in options.losses:
-            assert run is not None
-            peers[loss].append(train_peer(options, run, seed, loss))
-            chosen_by, seconds, found = peers[loss][-1]
-            say(
-                f"seed {seed}, {loss}: MAP {np.nanmean(found['map']):.4f}, selection {chosen_by:.4f}, {seconds:.1f} s"
-            )
-    rows, named = (
-        [],
-        {f"ours, {name}": found for name, found in ours.items()}
-        | {f"CrossEncoder, {name}": found for name, found in peers.items()},
-    )
-    for name, found in named.items():
-        rows.append(
-            summary(name, [f[2] for f in found], [f[1] for f in found])
-            | {"selection": float(np.mean([f[0] for f in found]))}
-        )
+            found = kept.result(f"{loss}_{seed}", lambda n=loss, s=seed, r=run: train_peer(options, r, s, n))
+            peers[loss].append(found)
+            say_result(f"seed {seed}, {loss}", found)
+    named = {f"ours, {name}": found for name, found in ours.items()}
+    named |= {f"CrossEncoder, {name}": found for name, found in peers.items()}
+    rows = [summary(name, found) for name, found in named.items()]
     figures: dict[str, Any] = {
         "rows": rows,
         "seeds": options.seeds,
         "epochs": options.epochs,
         "questions": options.questions,
-        "exported": exported,
+        "exported": [
+            {"pairs": f.pairs, "largest_difference": f.largest_difference}
+            for f in ours.get("full", [])
+            if f.pairs
+        ],
     }
     head = ("model", "seconds", "MAP", "95 % interval", "MRR@10", "NDCG@10", "accuracy", "selection MAP")
     lines = [
@@ -337,18 +390,20 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     ]  # fmt: skip
     print(aligned([head, *lines]))
     if peers:
-        best_ours = max(ours, key=lambda name: np.mean([f[0] for f in ours[name]]))
-        best_peer = max(peers, key=lambda name: np.mean([f[0] for f in peers[name]]))
+        best_ours, best_peer = (
+            max(group, key=lambda name: np.mean([f.selection for f in group[name]]))
+            for group in (ours, peers)
+        )
         figures["chosen"] = {"ours": best_ours, "peer": best_peer}
         for metric in ("map", "mrr_at_10"):
             own, other = (
-                np.nanmean([f[2][metric] for f in found], 0) for found in (ours[best_ours], peers[best_peer])
+                np.nanmean([f.dev[metric] for f in found], 0) for found in (ours[best_ours], peers[best_peer])
             )
             figures[f"difference_{metric}"] = gain = paired_difference(own, other, np.arange(len(own)), 0)
             print(
                 f"{metric}: {best_ours} less {best_peer}: {gain['value']:+.4f} ({gain['low']:+.4f} .. {gain['high']:+.4f})"
             )
-        times = [np.mean([f[1] for f in found]) for found in (ours[best_ours], peers[best_peer])]
+        times = [np.mean([f.seconds for f in found]) for found in (ours[best_ours], peers[best_peer])]
         figures["time_ratio"] = float(times[0] / times[1])
         print(f"training time: {figures['time_ratio']:.2f} of that of {best_peer}")
     return figures
