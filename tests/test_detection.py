@@ -483,7 +483,7 @@ def test_a_run_without_generator_finds_the_same(labelled, tmp_path):
     for gone in (run / "04_train" / "generator", run / "05_train_critic", *run.glob("06_sample*")):
         shutil.rmtree(gone)
     mine = tmp_path / "mine.txt"
-    mine.write_text("Some text that is to be examined. " * 20)
+    mine.write_text(" ".join(["Some text that is to be examined."] * 20))
     run_stages(run, alone, STAGES[5:])
     found, other = (
         json.loads((r / "06_sample" / "metrics.json").read_text())["detection"] for r in (run, folder)
@@ -503,12 +503,18 @@ def test_a_run_without_generator_finds_the_same(labelled, tmp_path):
     for column in ("token_ids", "inspector_changed", "reference_nll", "judge_score"):
         assert rows[0][column].equals(rows[1][column])
     candidates = tmp_path / "mine.jsonl"
-    candidates.write_text(json.dumps({"prompt": "", "candidates": ["Some text.", "Some other text."]}) + "\n")
+    pool = {"prompt": "", "candidates": [mine.read_text(), "Some other text."]}
+    candidates.write_text(json.dumps(pool) + "\n")
     ranked = []
     for of, settings_of in ((run, alone), (folder, config)):
         run_stages(of, settings_of, STAGES[6:], rank=candidates)
         ranked.append(pq.read_table(of / score_stage(candidates, RANK) / "ranking.parquet"))
     assert ranked[0].equals(ranked[1]) and len(ranked[0]) == 2
+    judge = (load_manifest(run / "04_train") or {})["stats"]["judge"]["held_out"]
+    (document,) = documents_of(rows[0].to_pylist(), judge)
+    assert len(rows[0]) > 1, "windows, which --rank joins as --score does"
+    long = next(row for row in ranked[0].to_pylist() if row["candidate_id"] == 0)
+    assert long["score"] == pytest.approx(document["judge_score"], abs=1e-6)
     with pytest.raises(
         BadConfig, match=r"--score needs critic\.method token_critic, or labels beside the text"
     ):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from lib.diffusion.sampler import Sampler
 from lib.diffusion.samples import MaskedTexts
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.evaluation.lm_eval import Harness
+from lib.evaluation.text_scores import windows_for
 from lib.examples import as_written, spans_as_written, without_unknown
 from lib.models.build import (
     Checkpoint,
@@ -840,6 +842,16 @@ def test_what_a_tokenizer_does_not_know_leaves_spans_in_place(tmp_path):
     only = without_unknown(tokenizer, ["\U0001f600"], [[tokenizer.unk_token_id]])
     with pytest.raises(BadData, match="has no token for 1 passages"):
         as_written(tokenizer, *only[:2], "normalise")
+    section = SimpleNamespace(spans_key="spans", passage_characters=64, has_labels=True)
+    pretrained = SimpleNamespace(model="a folder", text="normalise")
+    config = SimpleNamespace(data=section, pretrained=pretrained, tokenizer=SimpleNamespace(unknown="unk"))
+    evaluator = SimpleNamespace(config=config, tokenizer=tokenizer, min_context=16)
+    parts, left_out = windows_for([("fox", text), ("smile", "\U0001f600")], evaluator)
+    assert left_out == words + 1 and [part.document_id for part in parts] == ["fox", "smile"]
+    assert parts[0].ids.tolist() == found[0].tolist()
+    assert parts[1].ids.tolist() == [tokenizer.unk_token_id], (
+        "a text of unknown words alone still has a score"
+    )
 
 
 def test_what_a_tokenizer_loses_is_named(tmp_path):

@@ -19,7 +19,7 @@ from lib.errors import BadData, MissingInput, RemaskError
 from lib.evaluation.rank import Ranker, say_shortened, softmax
 from lib.evaluation.run_models import RunModels, roles_of, units_of_roles
 from lib.evaluation.sample_evaluator import open_models
-from lib.evaluation.text_scores import documents_of, score, windows
+from lib.evaluation.text_scores import documents_of, say_left_out, score, windows_for
 from lib.ranking.bm25 import bm25_scores
 from lib.ranking.metrics import ranking_metrics, summarise
 from lib.runtime import Runtime
@@ -44,6 +44,10 @@ class Scorer(Protocol):
 
     def scores(self, prompts: list[str], candidates: list[list[str]]) -> list[np.ndarray]:
         """(K,) scores of each pool; higher is better."""
+        ...
+
+    def say_what_was_not_read(self) -> None:
+        """Log which parts of the texts so far did not reach the model."""
         ...
 
 
@@ -238,6 +242,9 @@ class PromptScorer:
         self.cut = (self.cut[0] + found[0], self.cut[1] + found[1])
         return [ranking.scores for ranking in self.ranker.rank_all(prompts, candidates)]
 
+    def say_what_was_not_read(self) -> None:
+        say_shortened(self.cut, self.ranker)
+
 
 class TextScorer:
     """Scores each candidate by itself, as `--score` does. Prompts are not read."""
@@ -248,18 +255,21 @@ class TextScorer:
             ("judge_score", 1.0) if evaluator.judge is not None else ("critic_error_mean", -1.0)
         )
         self.name = "judge" if evaluator.judge is not None else "critic"
+        self.left_out = 0
 
     def scores(self, prompts: list[str], candidates: list[list[str]]) -> list[np.ndarray]:
         evaluator = self.evaluator
         named = [(f"{n}/{k}", text) for n, texts in enumerate(candidates) for k, text in enumerate(texts)]
-        parts = windows(named, evaluator.tokenizer, evaluator.min_context, evaluator.config.tokenizer.unknown)
-        found = {
-            row["document_id"]: self.sign * row[self.key]
-            for row in documents_of(score(list(parts), evaluator))
-        }
+        parts, left_out = windows_for(named, evaluator)
+        self.left_out += left_out
+        rows = documents_of(score(parts, evaluator), evaluator.judge_figures)
+        found = {row["document_id"]: self.sign * row[self.key] for row in rows}
         return [
             np.array([found[f"{n}/{k}"] for k in range(len(texts))]) for n, texts in enumerate(candidates)
         ]
+
+    def say_what_was_not_read(self) -> None:
+        say_left_out(self.left_out)
 
 
 def score_pools(user: UserPools, scorer: Scorer) -> Iterator[pa.Table]:
@@ -288,5 +298,4 @@ def score_pools(user: UserPools, scorer: Scorer) -> Iterator[pa.Table]:
                 )
         user.measure(block, scores)
         yield pa.Table.from_pylist(rows, schema.RANKING.arrow)
-    if isinstance(scorer, PromptScorer):
-        say_shortened(scorer.cut, scorer.ranker)
+    scorer.say_what_was_not_read()

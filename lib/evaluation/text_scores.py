@@ -205,19 +205,34 @@ def windows(
             yield Window(document_id, number, ids[start:end])
 
 
-def cut(user: UserTexts, evaluator: Any) -> list[Window]:
-    """The windows of a user's texts, as long as the models of the run can read. Says what the user must know about them."""
+def windows_for(texts: Sequence[tuple[str, str]], evaluator: Any) -> tuple[list[Window], int]:
+    """(the windows of (document id, text) pairs, as long as the models of the run read them; words left out).
+
+    Words are left out as in training, see `leaves_out_unknown`. A text of such words alone keeps them, as [UNK].
+    """
     config, tokenizer = evaluator.config, evaluator.tokenizer
     characters = config.data.passage_characters if config.data.has_labels else None
-    texts = user.texts
+    left_out = 0
     if leaves_out_unknown(config):
-        contents = [text for _, text in texts]
-        contents, _, left_out = without_unknown(tokenizer, contents, encode_batch(tokenizer, contents, "unk"))
-        texts = [(name, text) for (name, _), text in zip(texts, contents, strict=True)]
-        if left_out:
-            say(f"words that the tokenizer does not know: {left_out:,}; they are left out, as in training")
-    parts = list(windows(texts, tokenizer, evaluator.min_context, config.tokenizer.unknown, characters))
-    unknown = sum(int((part.ids == tokenizer.unk_token_id).sum()) for part in parts)
+        names, contents = [name for name, _ in texts], [text for _, text in texts]
+        known, ids, left_out = without_unknown(tokenizer, contents, encode_batch(tokenizer, contents, "unk"))
+        kept = [text if len(i) else whole for whole, text, i in zip(contents, known, ids, strict=True)]
+        texts = list(zip(names, kept, strict=True))
+    return list(
+        windows(texts, tokenizer, evaluator.min_context, config.tokenizer.unknown, characters)
+    ), left_out
+
+
+def say_left_out(words: int) -> None:
+    if words:
+        say(f"words that the tokenizer does not know: {words:,}; they are left out, as in training")
+
+
+def cut(user: UserTexts, evaluator: Any) -> list[Window]:
+    """The windows of a user's texts. Says what the user must know about them."""
+    parts, left_out = windows_for(user.texts, evaluator)
+    say_left_out(left_out)
+    unknown = sum(int((part.ids == evaluator.tokenizer.unk_token_id).sum()) for part in parts)
     if unknown:
         say(f"tokens outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
     if said := about_windows(parts, len(user.texts), evaluator):
