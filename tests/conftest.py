@@ -13,10 +13,11 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 
 from lib.config import ROOT, Config, load_config
@@ -45,6 +46,7 @@ LONG_FILES = (
     "test_hugging_face",
     "test_finqa_pools",
     "test_pretrained",
+    "test_pretrained_text",
     "test_pools_task",
     "test_sharding",
     "test_memory",
@@ -226,3 +228,46 @@ def quick_reads(quick_run) -> dict[str, set[str]]:
     return {
         name: set(keys) for name, keys in json.loads((quick_run.parent / "reads.json").read_text()).items()
     }
+
+
+@pytest.fixture(scope="session")
+def pretrained_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """kind -> the folder of a small pretrained model (tests/pretrained_folders.py), made once."""
+    from tests.pretrained_folders import masked_lm_folder
+
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = masked_lm_folder(kind, tmp_path_factory.mktemp("models") / kind)
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory) -> Path:
+    """A text of words that the tokenizers of tests/test_foreign.py know."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    rng = np.random.default_rng(1)
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "wizards",
+        "brew",
+        "potion",
+        "near",
+        "old",
+        "stone",
+    ]
+    lines = [" ".join(rng.choice(words, 9)) + "." for _ in range(120)]
+    file.write_text("\n\n".join(lines))
+    return file

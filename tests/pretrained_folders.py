@@ -1,16 +1,23 @@
-"""Small masked LMs with random weights in folders, as a user has them: of transformers, of this project, with code of their own."""
+"""Small masked LMs with random weights in folders, as a user has them: of transformers, of this project, with code of their own.
 
+And models and small runs that start from them.
+"""
+
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from lib.config import load_config
-from lib.models.build import make_model, model_config, save_model
+from lib.models.build import PretrainedStart, heads_of, make_model, model_config, save_model, start_model
 from lib.own_code import hashes_of, version_of
-from lib.sections.pretrained import PretrainedConfig
-from lib.tokenization import train_tokenizer
+from lib.sections.pretrained import AdapterConfig, PretrainedConfig
+from lib.tokenization import forbidden_ids, num_ids, train_tokenizer
 from tests.test_foreign import FAMILIES, LETTERS, SIGNS, WORDS, make, save
 
 # A bidirectional decoder in the way of LLaDA: its code lies in the folder, its backbone computes the logits itself
@@ -131,3 +138,63 @@ def settings_of(folder: Path, **changes: Any) -> PretrainedConfig:
     digest = version_of(hashes_of(folder)) if (folder / "modeling_tiny_diffusion.py").exists() else None
     base = load_config().pretrained.model_dump()
     return PretrainedConfig.model_validate(base | {"model": str(folder), "code_sha256": digest} | changes)
+
+
+LORA = AdapterConfig(rank=3, alpha=6.0, targets="all-linear")
+
+
+TEXT_LENGTH, ROWS = 11, 64
+
+
+def started(opened: Any, mode: str = "language_model", adapter: Any = None, **choices: Any) -> Any:
+    """A model of a mode that starts from a pretrained one, in evaluation mode, with every new weight random."""
+    heads = heads_of(mode) | choices
+    model, _ = start_model(
+        mode,
+        PretrainedStart(opened, 60, 0.0, adapter=adapter),
+        "bidirectional",
+        num_ids(opened.tokenizer),
+        0,
+        "x",
+        **heads,
+    )
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if not name.startswith("backbone."):
+            nn.init.normal_(weight, std=0.3)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def some_ids(opened: Any, rows: int, length: int = TEXT_LENGTH) -> torch.Tensor:
+    known = np.setdiff1d(np.arange(num_ids(opened.tokenizer)), forbidden_ids(opened.tokenizer))
+    return torch.from_numpy(np.random.default_rng(0).choice(known, (rows, length)))
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+
+MODELS = ("generator", "reference_lm", "inspector", "judge", "ranker")
+
+
+def small_config(folder: Path, text: Path, *more: str) -> Any:
+    given = settings_of(folder)
+    overrides = [
+        f"pretrained.model={folder}", f"data.path={text}", "data.passage_characters=48", "data.block_characters=256",
+        "data.selection_fraction=0.1", "tokenizer.unknown=unk", "architecture.context=64", "candidates.per_example=2",
+        "generator.training.steps=2", "training.batch_size=8", "training.evaluate_every=2", "training.evaluation_examples=8",
+        "training.steps=2", "critic.training.steps=2", "models.ar_baseline=null", "models.ranker.training.batch_size=4",
+        "sampler.num_samples=2", "sampler.nfe=[4]", "sampler.policies=[ancestral, critic, critic_origin]",
+        *(f"models.{name}.training.steps=2" for name in MODELS), *more,
+    ]  # fmt: skip
+    if given.code_sha256:
+        overrides.append(f"pretrained.code_sha256={given.code_sha256}")
+    return load_config(["configs/pretrained.yaml"], quick_test=True, overrides=overrides)
