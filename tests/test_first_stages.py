@@ -62,9 +62,9 @@ def test_errors_leave_their_list_and_no_manifest_and_fixed_data_starts_again(fol
 
 
 def test_a_model_that_starts_from_an_unknown_one_is_refused_before_any_work(folder):
-    with pytest.raises(BadConfig, match="models.judge.start is 'inspecter'.*did you mean 'inspector'"):
+    with pytest.raises(BadConfig, match=r"models.judge.start is 'inspecter'.*did you mean 'inspector'"):
         run("00_check_data", folder, "models.judge.start=inspecter")
-    with pytest.raises(BadConfig, match="models.inspector.start is 'generator', which is not"):
+    with pytest.raises(BadConfig, match=r"models.inspector.start is 'generator', which is not"):
         run("00_check_data", folder, "models.generator=null")
     assert not (folder / "run" / "00_check_data").exists()
 
