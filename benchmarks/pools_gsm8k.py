@@ -50,7 +50,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def final_answer(solution: str) -> str:
     """The last number of a solution, as text; "" if it has none."""
     found = _ANSWER.findall(solution)
-    return f"{float(found[-1].replace(',', '') or 0):g}" if found else ""
+    return f"{float(found[-1].replace(',', '') or 0):.15g}" if found else ""
 
 
 def chosen_reward(scores: np.ndarray, rewards: np.ndarray) -> float:

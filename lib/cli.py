@@ -244,6 +244,10 @@ def _run_stage(
             and (line := replaced_by_quick_test(options.config, options.overrides))
         ):
             say(line)
+        if is_first:
+            from lib.training.model_plans import refuse_unknown_starts
+
+            refuse_unknown_starts(config)  # before stages 01 to 03 have worked for nothing
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
         part = getattr(options, "part", None)

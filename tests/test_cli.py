@@ -82,6 +82,22 @@ def test_the_first_script_names_settings_that_a_quick_test_replaces(monkeypatch,
     assert said == [True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("models.judge.start=inspecter", "models.judge.start is 'inspecter'"),
+        ("models.generator=null", "models.inspector.start is 'generator', which is not scratch"),
+    ],
+)
+def test_a_model_that_starts_from_an_unknown_one_is_refused_before_any_work(
+    monkeypatch, capsys, setting, said
+):
+    monkeypatch.setattr(sys, "argv", ["00_check_data.py", "--set", setting])
+    with pytest.raises(SystemExit) as ended:
+        run_stage(lambda config, args: pytest.fail("it has begun"), "test")
+    assert ended.value.code == BadConfig.exit_code and said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["ppo", "none"])
 def test_a_run_that_only_ranks_cannot_score_a_text_and_leaves_no_folder(tmp_path, method):
     (tmp_path / "a.txt").write_text("a text")

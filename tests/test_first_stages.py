@@ -12,7 +12,7 @@ import pytest
 
 from lib.artifacts import Stage
 from lib.config import Config, load_config
-from lib.errors import BadConfig, BadData, MissingInput
+from lib.errors import BadData, MissingInput
 from lib.runs import RunArgs, load_manifest
 from lib.table_writer import KeyHashes
 from lib.tasks import Dropped, Example
@@ -59,14 +59,6 @@ def test_errors_leave_their_list_and_no_manifest_and_fixed_data_starts_again(fol
     manifest = run("00_check_data", folder)
     assert manifest["stats"]["documents"] == 1 and manifest["stats"]["characters"] == len(NOVEL.strip())
     assert pq.read_table(stage / "problems.parquet").num_rows == 0
-
-
-def test_a_model_that_starts_from_an_unknown_one_is_refused_before_any_work(folder):
-    with pytest.raises(BadConfig, match=r"models.judge.start is 'inspecter'.*did you mean 'inspector'"):
-        run("00_check_data", folder, "models.judge.start=inspecter")
-    with pytest.raises(BadConfig, match=r"models.inspector.start is 'generator', which is not"):
-        run("00_check_data", folder, "models.generator=null")
-    assert not (folder / "run" / "00_check_data").exists()
 
 
 def test_raw_data_that_changed_after_the_check_is_refused(folder):

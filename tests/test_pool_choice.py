@@ -398,6 +398,30 @@ def test_regret_is_what_the_choices_earn_less_than_the_best_and_chooses_the_best
     assert target.selection == "regret"  # the loop minimises it
 
 
+@pytest.mark.parametrize(
+    ("relevant", "count", "selection"),
+    [(2.0, 0, "regret"), (0.0, 0, "regret"), (0.9, N, "map_regret"), (0.5, None, "map_regret")],
+)
+def test_pools_without_an_average_precision_do_not_choose_the_best_step(
+    tokenizer, capsys, relevant, count, selection
+):
+    """All rewards are below or above pools.relevant: average precision is the same for every order."""
+    table = replace(made_table(), relevant=relevant)
+    right = (table.rewards >= relevant) & table.present
+    known = right.any(1) & (~right & table.present).any(1)
+    target = choice_of(tokenizer, selection=table, best_by="map")
+    said = capsys.readouterr().err
+    assert target.selection == selection and (count is None or known.sum() == count)
+    assert (f"{known.sum()} of {N} selection pools have rewards on both sides" in said) == (not known.all())
+    found = target.evaluate(Stub(reads_candidate))
+    if selection == "map_regret":
+        scores = target.reader.all_scores(Stub(reads_candidate), table)
+        per_pool = ranking_metrics(scores, table.rewards, table.present, relevant=relevant)["map"]
+        assert found["map_regret"] == pytest.approx(1 - per_pool[known].mean())
+    else:
+        assert "map_regret" not in found and found["regret"] > 0
+
+
 def test_an_evaluation_takes_the_same_pools_each_time_and_as_many_as_asked(tokenizer):
     splits = PoolSplits([made_table()], made_table(), made_table())
     target = PoolChoice(context("r", seed=0, evaluation_examples=10), splits, reader_of(tokenizer))
@@ -486,4 +510,5 @@ def test_a_ranker_that_the_config_calls_blind_reads_no_prompts(tokenizer, monkey
         accuracy = setup.objective.evaluate(setup.model)["accuracy"]
         assert (accuracy == 1) != blind and len(setup.objective.splits.train) == 2
         assert setup.objective.splits.selection.prompts == made_table(2).prompts
+        assert setup.model.blind == blind, "what the saved ranker records"
         assert setup.facts["blind"] == blind and setup.facts["packs"] is False

@@ -13,7 +13,7 @@ from lib import schema
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.evaluation.rank import Ranker
-from lib.evaluation.ranked_file import read_user_pools
+from lib.evaluation.ranked_file import ranker_name, read_user_pools
 from lib.ranking.metrics import ranking_metrics
 from lib.report.user_pools import ranking_file_page
 from lib.runs import STAGES, RunArgs, load_manifest, validate_manifest
@@ -143,6 +143,23 @@ def test_a_file_is_ranked_with_and_without_rewards(run, tmp_path, capsys):
     expected = ranking_metrics(scores, rewards, np.ones((12, 3), bool))
     for name in ("accuracy", "map"):
         assert found["stats"]["metrics"]["ranker"][name]["value"] == pytest.approx(expected[name].mean())
+    partly = tmp_path / "partly.jsonl"
+    rewards = [[1, None, 0], None, *[[1, 0, 0]] * 10]
+    lines = [json.dumps(row | {"rewards": r}) for row, r in zip(rows, rewards, strict=True)]
+    partly.write_text(
+        "\n".join(
+            [
+                *lines,
+                json.dumps({"id": "x", "prompt": "p", "candidates": ["a", "b", "a"], "rewards": [0, 0.5, 1]}),
+            ]
+        )
+    )
+    found = rank(run, partly)
+    assert found["stats"]["pools"] == 13, "rewards are not needed"
+    assert (
+        found["stats"]["metrics"]["ranker"]["pools"] == 10
+        and "2 pools lack a reward" in found["stats"]["not_measured"]
+    )
     with pytest.raises(MissingInput, match=r"--rank nowhere\.jsonl"):
         rank(run, Path("nowhere.jsonl"))
 
@@ -159,6 +176,12 @@ def test_a_run_of_task_text_ranks_by_its_judge(quick_run, tmp_path):
     rows = pq.read_table(folder / "ranking.parquet").to_pylist()
     assert {r["text"] for r in rows} == set(texts) and stats_of(quick_run, folder.name)["scorer"] == "judge"
     assert all(0 <= r["score"] <= 1 for r in rows)
+
+
+def test_a_ranker_that_reads_prompts_comes_before_a_blind_one():
+    models = load_config([POOLS]).models
+    both = {"no_prompt": models["ranker"].model_copy(update={"blind": True}), "reader": models["ranker"]}
+    assert ranker_name(load_config([POOLS]).model_copy(update={"models": both})) == "reader"
 
 
 @pytest.mark.slow
@@ -262,11 +285,12 @@ def test_only_pools_with_different_rewards_in_range_are_measured(tmp_path):
     with read_user_pools(load_config(quick_test=True), file) as user:
         assert user.num_pools == 6 and not user.problems
         for block in user.blocks():
-            user.measure(block, [np.arange(len(entries), 0.0, -1) for _, entries in block])
+            user.measure(block, [np.arange(len(entries), 0.0, -1) for _, entries in block], "mine")
+        assert set(user.metrics(0)) == {"mine", "random choice", "bm25"}
         assert user.done == 6 and {m["pools"] for m in user.metrics(0).values()} == {1}
         assert (user.undecided, user.incomplete) == (2, 2)
         assert user.not_measured() == (
-            "2 pools have equal rewards; 2 pools lack a reward, or have one outside pools.reward_range (0 to 1)"
+            "2 pools have equal rewards; 2 pools lack a reward, or have contradicting ones or one outside pools.reward_range (0 to 1)"
         )
 
 

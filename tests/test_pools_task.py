@@ -6,7 +6,10 @@ Content is planted: each test knows what a row, a fault or a shortcut must becom
 import gzip
 import importlib
 import json
+import os
+import re
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from lib.config import ROOT, Config, load_config
-from lib.errors import BadConfig, BadData
+from lib.errors import BadConfig, BadData, MissingInput
 from lib.ranking.bm25 import bm25_scores
 from lib.runs import RunArgs
 from lib.tasks import Document, Problem
@@ -26,6 +29,7 @@ from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import check
 from lib.tasks.pools.examples import prepare
 from lib.tasks.pools.near_duplicates import SAME_PROMPT, SIMILAR_PROMPT, PromptGroups, minima, similarity
+from lib.tasks.pools.review import _report
 from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, frequent, overlap, pools_of
 from lib.tokenization import train_tokenizer
 from tests.conftest import table_of
@@ -135,6 +139,111 @@ def test_every_layout_gives_the_same_documents(tmp_path, layout):
     found, problems = checked(write(tmp_path / f"{layout}.jsonl.gz", rows_of(layout)))
     assert found == expected and len(found) == 60 and not none and not problems
     assert found[7]["rewards"] == [1.0, 0.0, 0.0] and found[7]["candidates"] == texts(content()[7])
+
+
+def test_negatives_of_any_name_are_numbered(tmp_path):
+    rows = [
+        {"ask": row["prompt"], "good": row["right"]} | {f"bad_{k}": t for k, t in enumerate(row["wrong"], 1)}
+        for row in content()
+    ]
+    keys = "pools.keys={prompt: ask, positive: good, negative: bad_1}"
+    found, problems = checked(write(tmp_path / "mine.jsonl", rows), keys)
+    assert found == checked(write(tmp_path / "pools.jsonl", rows_of("pools")))[0] and not problems
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("rewards: qualty", "the rewards of pools.keys.*did you mean 'quality'"),
+        ("group: pagee", "the group of pools.keys.*did you mean 'page'"),
+    ],
+)
+def test_a_column_that_is_named_and_absent_is_an_error_and_no_other_one_is_read(tmp_path, keys, said):
+    row = {"candidates": ["a", "b"], "scores": [0.1, 0.9], "quality": [1, 0], "page": "P"}
+    path = write(tmp_path / "mine.jsonl", [{"prompt": f"number {n}", **row} for n in range(3)])
+    found, problems = checked(path, f"pools.keys={{{keys}}}")
+    (absent,) = [p for p in problems if p.kind == "no such column"]
+    assert absent.severity == "error" and re.search(said, f"{absent.expected} {absent.advice}")
+    assert all(document["rewards"] != [0.1, 0.9] for document in found) == keys.startswith("rewards")
+
+
+def test_a_chat_behind_another_prompt_keeps_its_question(tmp_path):
+    row = {
+        "prompt": "Answer politely.",
+        "chosen": user("capital of Peru?") + answer("Lima"),
+        "rejected": user("capital of Peru?") + answer("Quito"),
+    }
+    (found,), _ = checked(write(tmp_path / "mine.jsonl", [row]))
+    assert found["prompt"] == "Answer politely.\ncapital of Peru?", "the question is part of it"
+    assert found["candidates"] == [
+        "Lima",
+        "Quito",
+    ]
+
+
+def test_what_later_rows_say_about_a_pool_counts(tmp_path):
+    rows = [
+        {"prompt": "one", "candidate": "a", "reward": 1, "split": "dev"},
+        {"prompt": "one", "candidate": "b", "reward": 0, "split": "validation", "group": "G", "tag": "hard"},
+        {"prompt": "two", "candidate": "a", "reward": 1, "group": "G"},
+        {"prompt": "two", "candidate": "b", "reward": 0, "tag": ["x", "y"]},
+    ]
+    found, problems = checked(write(tmp_path / "rows.jsonl", rows))
+    assert not kinds(problems)
+    assert [f["tags"] for f in found] == [["hard"], ["x", "y"]] and len({f["group"] for f in found}) == 1
+    assert [f["split"] for f in found] == ["held_out", "held_out"], "pools of one group have one split"
+    rows[1]["group"] = "H"
+    rows[0]["group"] = "G"
+    assert kinds(checked(write(tmp_path / "two.jsonl", rows))[1]) == {"contradicting groups"}
+
+
+def test_two_splits_of_one_prompt_are_named_by_file_and_line(tmp_path):
+    row = {"prompt": "the same", "candidates": ["a", "b"], "rewards": [1, 0]}
+    write(tmp_path / "train.jsonl", [{"id": "t", **row}])
+    write(tmp_path / "dev.jsonl", [{"id": "other", **row, "prompt": "x"}, {"id": "d", **row}])
+    (fault,) = [p for p in checked(tmp_path)[1] if p.kind == "prompt in two splits"]
+    both = f"{fault.source} {fault.location} {fault.found}"
+    assert "train.jsonl" in both and "dev.jsonl" in both and "line 2" in both and "line 1" in both
+
+
+def test_a_pool_is_as_large_as_its_different_candidates(tmp_path):
+    answers = [f"answer {k}" for k in range(15)]
+    pairs = [
+        {"prompt": "which", "chosen": a, "rejected": b}
+        for n, a in enumerate(answers)
+        for b in answers[n + 1 :]
+    ]
+    path = write(tmp_path / "pairs.jsonl", pairs)
+    (found,), problems = checked(path, "pools.max_candidates=15")
+    assert len(found["candidates"]) == 15 and not kinds(problems)
+    assert kinds(checked(path, "pools.max_candidates=14")[1]) == {"too many candidates"}
+
+
+def test_a_folder_says_what_it_does_not_read(tmp_path, monkeypatch):
+    write(tmp_path / "train.jsonl", rows_of("pools", 3))
+    (tmp_path / "more.txt").write_text("text")
+    (tmp_path / "info.json").write_text('{"name": "no rows"}')
+    closed = write(tmp_path / "closed.jsonl", rows_of("pools", 3))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    found, problems = checked(tmp_path)
+    assert len(found) == 3
+    assert {(Path(p.source).name, p.kind, p.severity) for p in problems} == {
+        ("more.txt", "other file", "warning"),
+        ("info.json", "other file", "warning"),
+        ("closed.jsonl", "unreadable", "error"),
+    }
+    with pytest.raises(MissingInput, match=r"closed\.jsonl cannot be read; check its permissions"):
+        checked(closed)
+
+
+def test_rewards_of_databases_and_names_that_are_no_text(tmp_path):
+    rewards = pa.array([[Decimal("1.00"), Decimal("0.25")]], pa.list_(pa.decimal128(5, 2)))
+    path = tmp_path / os.fsdecode(b"caf\xe9.parquet")
+    with path.open("wb") as file:  # pyarrow opens no such name
+        pq.write_table(pa.table({"prompt": ["p"], "candidates": [["a", "b"]], "rewards": rewards}), file)
+    (found,), problems = checked(tmp_path)
+    assert found["rewards"] == [1.0, 0.25] and not kinds(problems)
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "json"])
@@ -272,13 +381,13 @@ def test_several_shared_turns_are_the_prompt_and_none_is_a_fault(tmp_path):
     text = "Human: hello\n\nAssistant: hi\n\nHuman: is it big?\n\nAssistant: "
     apart = {"chosen": user("yes?") + answer("yes"), "rejected": user("no?") + answer("no")}
     rows = [
-        pairs, pairs | {"prompt": "how big is it?"}, pairs | {"prompt": "be brief. how big?"},
+        pairs, pairs | {"prompt": "how big is it?"}, pairs | {"prompt": "be brief: how big is it?"},
         {"chosen": text + "yes", "rejected": text + "no"}, apart, apart | {"id": "apart"},
         {"prompt": "go on", "chosen": answer("so") + answer("yes"), "rejected": answer("so") + answer("no")},
     ]  # fmt: skip
     found, problems = checked(write(tmp_path / "turns.jsonl", rows))
     assert [d["prompt"] for d in found] == [
-        "system: be brief\nuser: how big is it?", "be brief. how big?", "user: hello\nassistant: hi\nuser: is it big?", "",
+        "system: be brief\nuser: how big is it?", "be brief: how big is it?", "user: hello\nassistant: hi\nuser: is it big?", "",
         "go on",
     ]  # fmt: skip
     assert [d["candidates"][0] for d in found] == [
@@ -437,7 +546,7 @@ def test_a_group_in_two_given_splits_is_an_error(tmp_path):
     ]
     path = write(tmp_path / "groups.jsonl", rows)
     errors = [p for p in checked(path)[1] if p.severity == "error"]
-    assert [(p.kind, p.location) for p in errors] == [("group in two splits", "p2")]
+    assert [(p.kind, p.location) for p in errors] == [("group in two splits", "line 3 (p2)")]
     found, problems = checked(path, "data.drop=[group in two splits]")
     assert [d["id"] for d in found] == ["p0", "p1", "p3"] and not kinds(problems)
 
@@ -485,6 +594,23 @@ def test_similar_prompts_are_in_one_split(tmp_path):
         splits.setdefault(example.example_id.split("-")[0], set()).add(example.split)
     assert all(len(found) == 1 for found in splits.values())
     assert set().union(*splits.values()) == {"train", "selection", "held_out"}
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.6, 0.8])
+def test_pairs_at_the_threshold_are_found_and_others_are_not(threshold):
+    """Pairs of prompts with common words at their beginning: their Jaccard index is above, or far below the threshold."""
+    found = {}
+    for where, wanted in (("above", threshold + 0.02), ("below", threshold - 0.25)):
+        found[where] = 0
+        with PromptGroups(threshold) as groups:
+            for n in range(60):
+                words = [f"w{n}x{k}" for k in range(60)]
+                common = next(c for c in range(61) if (2 * c - 1) / (2 * 119 - 2 * c + 1) >= wanted)
+                groups.add(" ".join(words))
+                found[where] += bool(
+                    groups.add(" ".join([*words[:common], *(w + "y" for w in words[common:])]))
+                )
+    assert found["above"] >= 54 and found["below"] <= 3
 
 
 def test_minhash_estimates_the_jaccard_index():
@@ -657,3 +783,14 @@ def test_the_leak_limit_ends_stage_02(tmp_path):
         importlib.import_module(name).main(config, args)
     with pytest.raises(BadData, match=r"scorer '\w+' chooses up to 100.0%.*pools.leak_limit \(60.0%\)"):
         importlib.import_module(FIRST_STAGES[2]).main(config, args)
+
+
+def test_a_limit_does_not_silence_the_warning_and_bm25_is_no_shortcut(capsys):
+    def row(scorer: str, accuracy: float, reads_prompt: bool) -> dict[str, Any]:
+        known = {"low": accuracy - 0.05, "high": accuracy + 0.05, "chance": 0.1}
+        return {"scorer": scorer, "accuracy": accuracy, "reads_prompt": reads_prompt, **known}
+
+    _report([row("candidate_linear", 0.5, False), row("bm25", 0.9, True)], 0.6)
+    assert "WARNING: candidate_linear find more right candidates than chance" in capsys.readouterr().err
+    with pytest.raises(BadData, match="scorer 'overlap' chooses up to 75"):
+        _report([row("overlap", 0.7, True), row("bm25", 0.9, True)], 0.6)

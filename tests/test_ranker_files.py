@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,12 +144,33 @@ def test_what_is_cut_is_counted(capsys):
 def test_the_question_behind_a_candidate_takes_room_in_training_and_in_use():
     tokenizer, question = make_tokenizer("bert"), " d e"
     yes_no = {"head": "yes_no", "yes_no": YesNoConfig(question=question, yes=" f", no=" g")}
-    settings = load_config(quick_test=True).ranker.model_copy(update={"candidate_tokens": 4, **yes_no})
+    settings = load_config(quick_test=True).ranker.model_copy(update={"candidate_tokens": 3, **yes_no})
     table: Any = SimpleNamespace(prompts=["a"], texts=np.array([["b", "b c"]]), present=np.ones((1, 2), bool))
     assert PoolReader(tokenizer, settings, CPU, 0).shortened(table)["candidates"] == 1
-    model: Any = SimpleNamespace(suffix=question)
-    ranker = Ranker(model, tokenizer, CPU, prompt_tokens=8, candidate_tokens=4)
+    model: Any = SimpleNamespace(suffix=question, blind=False)
+    ranker = Ranker(model, tokenizer, CPU, prompt_tokens=8, candidate_tokens=3)
     assert ranker.shortened(["a"], [["b", "b c"]]) == (0, 1)
+
+
+def test_a_blind_ranker_reads_no_prompt_in_use_either(tmp_path):
+    model, tokenizer = ranker_of(saved_encoder(tmp_path / "base", "bert"), lora=False)
+    for blind in (False, True):
+        model.blind = blind
+        save_ranker(model, tmp_path / str(blind), tokenizer)
+        ranker = Ranker.load(tmp_path / str(blind), runtime=CPU)
+        scores = [ranker.rank(prompt, ["b", "b c"]).scores for prompt in ("a", "a b c d", "")]
+        assert np.allclose(scores[0], scores[2]) == np.allclose(scores[1], scores[2]) == blind
+        assert ranker.shortened(["a " * 999], [["b"]])[0] == (not blind)
+
+
+def test_no_end_token_follows_the_question():
+    """A model that answers behind an end token would answer nothing."""
+    tokenizer = make_tokenizer("bert")
+    assert tokens(collate(tokenizer, ["a"], [["b"]], 8, 8), 0, 0)[-1] in tokenizer.all_special_ids
+    assert tokens(collate(tokenizer, ["a"], [["b"]], 8, 8, " d e"), 0, 0)[-2:] == [
+        WORDS.index("d"),
+        WORDS.index("e"),
+    ]
 
 
 def test_a_trained_ranker_packs_as_it_did_in_training(tmp_path):
@@ -200,8 +222,8 @@ def test_the_question_of_yes_and_no_is_never_hidden():
     asked = tokenizer(question, add_special_tokens=False)["input_ids"]
     for n, k in np.ndindex(20, 2):
         ids = pools.candidate_ids[n, k][pools.candidate_mask[n, k]].tolist()
-        assert ids[-3:-1] == asked  # before [SEP]
-        assert k or tokenizer.unk_token_id in ids[:-3]
+        assert ids[-2:] == asked
+        assert k or tokenizer.unk_token_id in ids[:-2]
 
 
 def test_hidden_words_of_a_pool_are_the_same_alone_and_beside_wider_ones():
@@ -486,6 +508,12 @@ def test_a_causal_language_model_scores_by_yes_and_no_without_new_weights(tmp_pa
     torch.testing.assert_close(again(pools), scores)
     long = collate(own, ["a"], [["1 " * 40]], 8, 8, model.suffix)
     assert tokens(long, 0, 0)[-2:] == [WORDS.index("d"), WORDS.index("e")]  # the question is not truncated
+    shutil.copytree(tmp_path / "lm", tmp_path / "me@host")
+    rows = (
+        answer_rows(str(tmp_path / name), tokenizer, YesNoConfig(question=" d e", yes=" f", no=" g"))
+        for name in ("lm", "me@host")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True)), "a folder may have any name"
     # Only the first token behind the question counts
     for yes, no, message in (
         (" f", " f g", "begin with the same token"),

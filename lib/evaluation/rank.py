@@ -47,7 +47,7 @@ class Ranking:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """(K,) softmax of the scores: how likely each candidate is the best one of its pool."""
+        """(K,) softmax of the scores. With `ranker.loss: cross_entropy`: how likely each candidate is the best one of its pool."""
         return softmax(self.scores)
 
     @property
@@ -121,12 +121,15 @@ class Ranker:
         """(prompts, candidates) that are longer than the ranker reads."""
         flat = [text for texts in candidates for text in texts]
         lengths = self.prompt_tokens, self.candidate_tokens
+        prompts = [] if self.model.blind else prompts
         return too_long(self.tokenizer, prompts, flat, *lengths, self.model.suffix)
 
     @torch.inference_mode()
     def _scores(self, prompts: list[str], candidates: list[Sequence[str]]) -> np.ndarray:
         """(B, K) scores; -inf beyond the candidates of a pool."""
         lengths = self.prompt_tokens, self.candidate_tokens
+        if self.model.blind:
+            prompts = [""] * len(prompts)
         pools = collate(self.tokenizer, prompts, candidates, *lengths, self.model.suffix)
         with self.runtime.autocast():
             return self.model(pools.tensors()).float().cpu().numpy()

@@ -34,7 +34,7 @@ from lib.training.model_plans import unit_of
 
 BLOCK = 512  # pools that are read and scored at a time
 SHOWN = 24  # pools on the page
-RANKER, BM25 = "ranker", "bm25"
+BM25 = "bm25"
 
 
 class Scorer(Protocol):
@@ -108,7 +108,9 @@ class UserPools:
         if block:
             yield block
 
-    def measure(self, block: list[tuple[FoundPool, list[Entry]]], scores: list[np.ndarray]) -> None:
+    def measure(
+        self, block: list[tuple[FoundPool, list[Entry]]], scores: list[np.ndarray], scorer: str
+    ) -> None:
         """Keep the metrics of the pools of a block that have different rewards, and some pools for the page."""
         self.done += len(block)
         for (pool, entries), row in list(zip(block, scores, strict=True))[
@@ -116,7 +118,7 @@ class UserPools:
         ]:
             texts, rewards = [e.text for e in entries], [e.reward for e in entries]
             self.displayed.append(ShownPool(pool.pool_id, pool.prompt, texts, row, rewards))
-        known = [n for n, (_, entries) in enumerate(block) if self._decided(entries)]
+        known = [n for n, of_pool in enumerate(block) if self._decided(*of_pool)]
         if not known:
             return
         sizes = [len(block[n][1]) for n in known]
@@ -131,16 +133,17 @@ class UserPools:
         rewards[present] = mapped(given[present], np.repeat(np.arange(len(known)), sizes), settings)
         # Frequencies over this block alone: an index of the whole file would have to be held in memory
         lexical = bm25_scores([block[n][0].prompt for n in known], texts, present)
-        for name, values in ((RANKER, own), ("random choice", np.zeros_like(own)), (BM25, lexical)):
+        for name, values in ((scorer, own), ("random choice", np.zeros_like(own)), (BM25, lexical)):
             found = ranking_metrics(values, rewards, present, relevant=settings.relevant)
             kept = self._per_pool.setdefault(name, {})
             for metric, value in found.items():
                 kept.setdefault(metric, []).append(value)
 
-    def _decided(self, entries: list[Entry]) -> bool:
-        """Whether a pool can be measured: all rewards are known and in range, and not all are equal."""
+    def _decided(self, pool: FoundPool, entries: list[Entry]) -> bool:
+        """Whether a pool can be measured: all rewards are known, in range and without contradiction, and not all are equal."""
         rewards = [entry.reward for entry in entries if entry.reward is not None]
         faults = [reward_fault(entry, *self.config.pools.reward_range) for entry in entries]
+        faults += [fault for _, fault in merged(pool, self.config.pools)[1] if fault.severity == "error"]
         if len(rewards) < len(entries) or any(faults):
             self.incomplete += bool(rewards)
             return False
@@ -152,7 +155,7 @@ class UserPools:
         low, high = self.config.pools.reward_range
         reasons = {
             "have equal rewards": self.undecided,
-            f"lack a reward, or have one outside pools.reward_range ({low:g} to {high:g})": self.incomplete,
+            f"lack a reward, or have contradicting ones or one outside pools.reward_range ({low:g} to {high:g})": self.incomplete,
         }
         return "; ".join(f"{count:,} pools {reason}" for reason, count in reasons.items() if count)
 
@@ -186,7 +189,7 @@ def read_user_pools(config: Config, path: Path) -> UserPools:
     store = PoolStore()
     try:
         files = sources(config)
-        problems = list(read_into(store, config))
+        problems = list(read_into(store, config, all_keys=False))
         user = UserPools(config, files, store, problems)
         for pool in store.pools():
             faults = [*pool_faults(pool, config.pools, with_rewards=False), *merged(pool, config.pools)[1]]
@@ -213,8 +216,12 @@ def ranks_texts(config: Config) -> bool:
 
 
 def ranker_name(config: Config) -> str:
-    """The ranker of the run: the one called `ranker`, or the first one. Raises BadData if there is none."""
-    names = [name for name, spec in config.models.items() if spec.mode == "ranker"]
+    """The ranker of the run: the one called `ranker`, or the first one that reads prompts, or the first one.
+
+    Raises BadData if there is none.
+    """
+    rankers = {name: spec for name, spec in config.models.items() if spec.mode == "ranker"}
+    names = sorted(rankers, key=lambda name: rankers[name].blind)
     if not names:
         raise BadData("--rank needs a judge or a model of mode ranker, and the config has none")
     return "ranker" if "ranker" in names else names[0]
@@ -296,6 +303,6 @@ def score_pools(user: UserPools, scorer: Scorer) -> Iterator[pa.Table]:
                         "reward": entry.reward,
                     }
                 )
-        user.measure(block, scores)
+        user.measure(block, scores, scorer.name)
         yield pa.Table.from_pylist(rows, schema.RANKING.arrow)
     scorer.say_what_was_not_read()

@@ -95,9 +95,12 @@ def pair_layout(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
 
 
 def _layout_with_suffix(tokenizer: Any, suffix: str) -> tuple[list[int], list[int], list[int]]:
-    """`pair_layout` with the suffix's ids in front of those after the texts. They are not truncated either."""
+    """`pair_layout`; with a suffix, its ids are all that is after the texts. They are not truncated either.
+
+    A suffix is a question that the model answers next, so no end token follows it.
+    """
     before, between, after = pair_layout(tokenizer)
-    return before, between, [*(_encode(tokenizer, [suffix])[0] if suffix else ()), *after]
+    return before, between, _encode(tokenizer, [suffix])[0] if suffix else after
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

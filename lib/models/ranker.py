@@ -110,6 +110,7 @@ class CandidateRanker(nn.Module):
         is_causal: whether the backbone's tokens attend only to earlier ones.
         prompt_tokens, candidate_tokens: the lengths that it was trained with, for its record; None if not known.
         suffix: the text behind every candidate that it was trained with.
+        blind: it was trained with empty prompts, as a control, and reads no other ones.
         segments: whether candidates are the second segment of the backbone's token types, as in BERT.
 
     Raises:
@@ -152,6 +153,7 @@ class CandidateRanker(nn.Module):
         self.prompt_tokens: int | None = None
         self.candidate_tokens: int | None = None
         self.suffix = ""
+        self.blind = False
         self.one_pass = (
             False  # with ranker.shard: processes compute together, so each has one forward pass per batch
         )

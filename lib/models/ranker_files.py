@@ -51,6 +51,7 @@ def save_ranker(model: CandidateRanker, folder: Path, tokenizer: Any) -> None:
         "prompt_tokens": model.prompt_tokens,
         "candidate_tokens": model.candidate_tokens,
         "suffix": model.suffix,
+        "blind": model.blind,
         "backbone": base.config.model_type,
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "lora": has_lora,
@@ -91,7 +92,7 @@ def load_ranker(folder: Path, learning: bool = False) -> tuple[CandidateRanker, 
         attention=record["attention"], seed=0, packs=record.get("packs"),
     )  # fmt: skip
     model.prompt_tokens, model.candidate_tokens = record.get("prompt_tokens"), record.get("candidate_tokens")
-    model.suffix = record.get("suffix", "")
+    model.suffix, model.blind = record.get("suffix", ""), record.get("blind", False)
     try:
         model.head.load_state_dict(load_file(folder / HEAD_FILE))
     except (RuntimeError, SafetensorError) as error:

@@ -66,7 +66,7 @@ def answer_rows(source: str, tokenizer: Any, settings: YesNoConfig) -> tuple[Ten
     Raises BadConfig if the encoder is no causal language model, if the two answers begin with the same token, or if an
     answer changes the tokens of the question.
     """
-    name, _, revision = source.partition("@")
+    name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
     yes, no = (_first_token(tokenizer, settings.question, word) for word in (settings.yes, settings.no))
     if yes == no:
         raise BadConfig(

@@ -279,7 +279,7 @@ def set_up_prompt_ranker(
     refuse_longer_than_positions(model, config)
     on_a_gpu(config.ranker.mask, model, runtime.device)
     model.prompt_tokens, model.candidate_tokens = config.ranker.prompt_tokens, config.ranker.candidate_tokens
-    model.suffix = config.ranker.suffix
+    model.suffix, model.blind = config.ranker.suffix, spec.blind
     splits = PoolSplits(
         stage_inputs.draws(spec.split, with_equal=learns_from_equal(config, spec, stage_inputs)),
         stage_inputs.pools_for_selection(),

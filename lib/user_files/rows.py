@@ -193,7 +193,7 @@ def _parquet(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
 
     number = 0
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path if _is_text(path) else path.open("rb"))
         _refuse_bomb(file.metadata, path.stat().st_size)
         _check_columns(columns, file.schema_arrow.names)
         chosen = None if columns is None else list(columns)
@@ -206,6 +206,11 @@ def _parquet(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         fault = Fault("damaged", str(error)[:120], "a Parquet file that can be read", "write the file again")
         yield Row(number, f"row {number}", fault=fault)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the name of a file is UTF-8, which pyarrow needs to open it by name."""
+    return str(path).encode("utf-8", "replace").decode() == str(path)
 
 
 def _records(batch: Any) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@
 | not text, null text, not a list, not a number, wrong length | a value has another type than the layout says    |
 | contradicting prompts  | one id has two prompts                                                               |
 | prompt in two splits   | the same prompt is in two splits that the files give                                 |
+| contradicting groups   | one prompt has two groups                                                            |
 | group in two splits    | pools of the same `group` have different splits in the files                         |
 | unknown split          | a split is neither train, selection, held_out nor test, nor one of their usual names |
 | empty candidate        | a candidate has no visible character                                                 |
@@ -15,6 +16,7 @@
 | not finite, reward out of range | a reward is NaN or infinite, or outside pools.reward_range                  |
 | contradicting rewards  | a pool has the same candidate twice, with different rewards                          |
 | too many candidates    | a pool has more than pools.max_candidates                                            |
+| no such column         | no row has a column that pools.keys names                                            |
 | repeated candidate     | a pool has the same candidate twice, with the same reward: the first one is kept     |
 | no wrong candidate, no right candidate | all rewards of a pool are equal: a ranker cannot be measured on it   |
 | one candidate          | a pool has one candidate                                                             |
@@ -39,8 +41,8 @@ from lib.tasks import Document, Problem
 from lib.tasks.pools.given_splits import GivenSplits
 from lib.tasks.pools.layouts import PREFERRED, SAME, Entry, reward_fault
 from lib.tasks.pools.near_duplicates import SAME_GROUP, SAME_PROMPT, PromptGroups
-from lib.tasks.pools.reading import SPLITS, problem, read_into
-from lib.tasks.pools.store import FoundPool, PoolStore
+from lib.tasks.pools.reading import problem, read_into
+from lib.tasks.pools.store import SPLITS, FoundPool, PoolStore, split_name
 from lib.tasks.pools.values import identity, is_visible
 from lib.tasks.text.check import DROPPABLE as UNREADABLE
 from lib.user_files.faults import Fault
@@ -48,7 +50,7 @@ from lib.user_files.faults import Fault
 DROPPABLE = (
     *UNREADABLE, "unknown layout", "not a record", "no prompt", "no candidates", "no candidate", "no rewards", "no reward",
     "no teacher", "no chosen", "no rejected", "no positive", "not a list", "not a number", "wrong length", "contradicting prompts",
-    "prompt in two splits", "group in two splits", "unknown split", "empty candidate", "not finite", "reward out of range", "contradicting rewards",
+    "prompt in two splits", "contradicting groups", "group in two splits", "no such column", "unknown split", "empty candidate", "not finite", "reward out of range", "contradicting rewards",
     "too many candidates",
 )  # fmt: skip
 LARGEST_GROUP = 0.5  # share of the pools above which one group is reported
@@ -84,14 +86,14 @@ def _check(config: Config) -> Iterator[Document | Problem]:
         yield from read_into(store, config)
         given, wrong_splits = GivenSplits(groups), set()
         for number, prompt, split, group in store.prompts():
-            for other, how, *splits in given.add(prompt, _split_name(split), group):
+            for other, how, *splits in given.add(prompt, split_name(split), group):
                 if how == SAME_GROUP or (how == SAME_PROMPT and prompt):
                     wrong_splits.add(number)
-                yield _two_splits(prompt, (store.id_of(number), store.id_of(other)), splits, how)
+                yield _two_splits(prompt, store, (number, other), splits, how)
         given.settle()
         yield from _few_groups(config, store, groups)
         # A teacher scores a whole split or none of it. Pools without a split may come into train
-        taught = {_split_name(split) or "train" for split in store.splits_with_teacher()}
+        taught = {split_name(split) or "train" for split in store.splits_with_teacher()}
         for pool in store.pools():
             split = given.of(pool.number)
             faults = list(pool_faults(pool, settings, with_rewards=True))
@@ -111,14 +113,14 @@ def _check(config: Config) -> Iterator[Document | Problem]:
                 yield Document(pool.pool_id, as_json(pool, entries, split, group, bool(taught)), pool.source)
 
 
-def _split_name(given: str | None) -> str | None:
-    """The project's name of a split; an unknown name as it is."""
-    return None if given is None else SPLITS.get(given.lower(), given)
-
-
-def _two_splits(prompt: str, names: tuple[str, str], splits: list[str], how: str) -> Problem:
-    """The problem of two pools of one group. `names` and `splits`: of the later and of the earlier one."""
-    found = f"{names[0]} of {splits[0]} and {names[1]} of {splits[1]}: {prompt[:_SHOWN]!r}"
+def _two_splits(
+    prompt: str, store: PoolStore, numbers: tuple[int, int], splits: list[str], how: str
+) -> Problem:
+    """The problem of two pools of one group. `numbers` and `splits`: of the later and of the earlier one."""
+    (source, location), (its_source, its_location) = map(store.place_of, numbers)
+    ids = [store.id_of(number) for number in numbers]
+    earlier = " ".join(filter(None, (its_source if its_source != source else "", its_location)))
+    found = f"{ids[0]} of {splits[0]} and {ids[1]} of {splits[1]} ({earlier}): {prompt[:_SHOWN]!r}"
     if how == SAME_GROUP:
         advice = "give its pools one split, or another group"
         fault = Fault("group in two splits", found, "one split per group", advice)
@@ -127,7 +129,7 @@ def _two_splits(prompt: str, names: tuple[str, str], splits: list[str], how: str
     else:
         advice = "results may be too good; remove one of them"
         fault = Fault("similar prompts in two splits", found, "different prompts", advice, "warning")
-    return problem(fault, "", names[0])
+    return problem(fault, source, f"{location} ({ids[0]})")
 
 
 def _few_groups(config: Config, store: PoolStore, groups: PromptGroups) -> Iterator[Problem]:
@@ -146,8 +148,11 @@ def pool_faults(
     pool: FoundPool, settings: PoolFilesConfig, with_rewards: bool
 ) -> Iterator[tuple[str, Fault]]:
     """(place, fault) of the candidates of a pool. `with_rewards`: every candidate needs a reward in pools.reward_range."""
-    if len(pool.entries) > settings.max_candidates:
-        found = f"{len(pool.entries)} candidates"
+    different = len(
+        {identity(entry.text) for entry in pool.entries}
+    )  # a text counts once, in however many pairs it is
+    if different > settings.max_candidates:
+        found = f"{different} candidates"
         advice = "remove some, or raise pools.max_candidates"
         yield pool.location, Fault("too many candidates", found, f"at most {settings.max_candidates}", advice)
     if not is_visible(pool.prompt):

@@ -13,8 +13,9 @@ are lists, `rewardbench`. Rows of the same id, or without ids of the same prompt
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from lib.errors import did_you_mean
@@ -55,8 +56,10 @@ NEEDED = {  # by which a layout is recognised, in this order
     "rows": ("candidate",),
 }
 ALIASES = {"lists": "pools", "rewardbench": "pairs"}
+ONE_OR_ALL = {"reward": "rewards", "rewards": "reward", "candidate": "candidates", "candidates": "candidate"}
 ONCE, SAME, PREFERRED = 0, 1, 2
 _NUMBERED = re.compile(r"(negative|neg)_\d+")
+_NUMBER = re.compile(r"_?\d+$")
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,8 @@ class Layout:
 
     def _tuple(self, record: Mapping[str, Any]) -> list[Entry]:
         """Negatives are in the order of the file: a column `negative` before `negative_1`."""
-        columns = [self.columns["negative"]] if "negative" in self.columns else []
-        columns += [name for name in record if _NUMBERED.fullmatch(name) and name not in columns]
+        first = self.columns["negative"]
+        columns = [first, *(name for name in record if is_numbered(name, first) and name != first)]
         entries = [
             Entry(self._text(text, "positive", k), 1.0, repeats=SAME)
             for k, text in enumerate(self._side(record, "positive"))
@@ -254,9 +257,7 @@ class Layout:
 
     def _beside(self, record: Mapping[str, Any], role: str, count: int) -> Sequence[Any]:
         """The list of a role with one value for each of `count` candidates; all None where the file has no such column."""
-        if role not in self.columns or (
-            role in ("kind", "teacher") and record.get(self.columns[role]) is None
-        ):
+        if role not in self.columns or record.get(self.columns[role], "") is None:
             return [None] * count
         values = self._list(record, role)
         if len(values) != count:
@@ -266,8 +267,6 @@ class Layout:
                     "one value per candidate", "fix the row",
                 )
             )  # fmt: skip
-        if role == "rewards" and any(value is None for value in values):
-            raise RowFault(self._no_number(None, role, list(values).index(None)))
         return values
 
     def _text(self, value: Any, role: str, index: int | None = None, column: str | None = None) -> str:
@@ -282,7 +281,7 @@ class Layout:
     def _number(self, value: Any, role: str, index: int | None = None) -> float | None:
         if value is None:
             return None
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float | Decimal):
             raise RowFault(self._no_number(value, role, index))
         try:
             number = float(value)
@@ -302,6 +301,24 @@ class Layout:
         return f"under '{column}'" + ("" if index is None else f", place {index}")
 
 
+def is_numbered(name: str, negative: str = "negative") -> bool:
+    """Whether a column holds further negatives: negative_1, or as the column `negative` is called, with another number."""
+    own = re.compile(re.escape(_NUMBER.sub("", negative)) + r"_?\d+")
+    return _NUMBERED.fullmatch(name) is not None or own.fullmatch(name) is not None
+
+
+def absent_columns(columns: Collection[str], keys: Mapping[str, str]) -> list[Fault]:
+    """A fault for each column of `pools.keys` that no row has. `columns`: those that some row has."""
+    return [
+        Fault(
+            "no such column", f"columns {str(sorted(columns))[:160]}", f"a column '{column}', the {role} of pools.keys",
+            f"correct pools.keys.{role}{did_you_mean(column, sorted(columns))}",
+        )
+        for role, column in keys.items()
+        if column not in columns and not (role == "negative" and any(is_numbered(n, column) for n in columns))
+    ]  # fmt: skip
+
+
 def _is_blank(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
 
@@ -319,12 +336,15 @@ def recognise(record: Any, keys: Mapping[str, str], name: str = "auto") -> Layou
     if not isinstance(record, Mapping):
         raise RowFault(Fault("not a record", described(record), "one record per row", "fix or remove it"))
     columns = {role: column for role, column in keys.items() if column in record}
+    stated = {*keys, *(ONE_OR_ALL[role] for role in keys if role in ONE_OR_ALL)}  # these have no other name
     for role, names in NAMES.items():
         found = next((n for n in names if n in record and n not in columns.values()), None)
-        if role not in columns and found is not None:
+        if role not in stated and found is not None:
             columns[role] = found
-    if "negative" not in columns and (numbered := next((n for n in record if _NUMBERED.fullmatch(n)), None)):
-        columns["negative"] = numbered
+    if "negative" not in columns:
+        named = keys.get("negative", "negative")
+        numbered = next((n for n in record if is_numbered(n, named)), None)
+        columns |= {} if numbered is None else {"negative": numbered}
     if "candidate" in columns and "candidates" not in columns:
         columns = _one_value(columns, record, keys)
     name = ALIASES.get(name, name)

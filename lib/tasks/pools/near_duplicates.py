@@ -13,7 +13,16 @@ from lib import randomness
 from lib.digest_table import DigestTable, digest
 from lib.ranking.words import words_of
 
-NUMBERS, ROWS = 100, 5  # minima per prompt, and minima per band: 20 bands
+NUMBERS = 120  # minima per prompt
+ROWS = (
+    6,
+    5,
+    4,
+    3,
+    2,
+    1,
+)  # minima per band, of which the first one that finds `FOUND` of the pairs at the threshold is taken
+FOUND, ERROR = 0.99, 0.05  # ERROR: the standard error of an estimate is at most this
 PIECE = 2048  # words and pairs that are hashed at a time
 SAME_PROMPT, SIMILAR_PROMPT, SAME_GROUP = (
     "same prompt",
@@ -40,21 +49,29 @@ def minima(prompt: str) -> np.ndarray:
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> float:
-    """The estimated Jaccard index of two prompts. Its standard error is at most 0.05."""
+    """The estimated Jaccard index of two prompts. Its standard error is at most `ERROR`."""
     return float((one == other).mean())
+
+
+def rows_per_band(threshold: float) -> int:
+    """The largest number of minima per band by which a pair of this similarity has an equal band in `FOUND` of the cases."""
+    misses = ((1 - threshold**rows) ** (NUMBERS // rows) for rows in ROWS)
+    return next((r for r, miss in zip(ROWS, misses, strict=True) if miss <= 1 - FOUND), ROWS[-1])
 
 
 class PromptGroups:
     """Unites prompts that are similar, by number. Prompts are added in order, from 0.
 
     Args:
-        threshold: prompts of at least this similarity are united; None unites only prompts with the same words.
+        threshold: prompts of at least this similarity are united, as far as an estimate can tell: those of an estimate that is
+            lower by up to its standard error, too. None unites only prompts with the same words.
 
     Memory holds 8 bytes per prompt. The minima are in temporary files.
     """
 
     def __init__(self, threshold: float | None):
         self.threshold = threshold
+        self._rows = rows_per_band(threshold or 1.0)
         self._parent = array("q")
         self._tables = tuple(DigestTable() for _ in range(5))
         self._bands, self._minima, self._exact, self._words, self._named = self._tables
@@ -102,15 +119,15 @@ class PromptGroups:
         own = minima(prompt)
         self._minima.set(number.to_bytes(8, "little"), own.tobytes())
         found: set[int] = set()
-        for band in range(NUMBERS // ROWS):
-            key = band.to_bytes(2, "little") + own[band * ROWS : (band + 1) * ROWS].tobytes()
+        for band in range(NUMBERS // self._rows):
+            key = band.to_bytes(2, "little") + own[band * self._rows : (band + 1) * self._rows].tobytes()
             earlier = self._bands.get(key)
             if earlier is None:
                 self._bands.set(key, number)
             elif int(earlier) not in found:
                 stored = self._minima.get(int(earlier).to_bytes(8, "little"))
                 other = np.frombuffer(bytes(stored or b""), np.uint32)
-                if similarity(own, other) >= (self.threshold or 0):
+                if similarity(own, other) >= (self.threshold or 0) - ERROR:
                     found.add(int(earlier))
         return sorted(found)
 

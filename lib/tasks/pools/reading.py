@@ -1,5 +1,6 @@
 """Read files with candidates and rewards into a store of pools. Every row that cannot be read is a problem."""
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,8 +13,8 @@ from lib.log import Progress
 from lib.sections.pools import PoolFilesConfig
 from lib.tasks import Problem
 from lib.tasks.pools import builtin
-from lib.tasks.pools.layouts import Layout, PoolRow, recognise
-from lib.tasks.pools.store import PoolStore
+from lib.tasks.pools.layouts import Layout, PoolRow, absent_columns, recognise
+from lib.tasks.pools.store import SPLITS, PoolStore
 from lib.tasks.pools.values import RowFault
 from lib.tasks.text import raw
 from lib.user_files.decoding import SURROGATE, clean_text
@@ -22,6 +23,7 @@ from lib.user_files.folders import find_files
 from lib.user_files.rows import read_rows
 
 TEXTS_ONLY = (".csv", ".tsv")  # files whose values are all texts
+WITH_ROWS = "a file with rows"
 REPORTED_EVERY = 2000  # rows
 MAX_COLUMN_SETS = 64  # of a file whose rows differ in their columns, that are remembered
 
@@ -30,35 +32,53 @@ def sources(config: Config) -> list[Path]:
     """The files that are read. Raises MissingInput when there are none."""
     if config.data.path in builtin.BUILTIN:
         return [builtin.SOURCE]
-    found = [path for path in raw.sources(config) if not kind_of(path).startswith(".txt")]
+    found = [path for path in raw.sources(config) if has_rows(path)]
     if not found:
+        path = Path(config.data.path)
+        closed = path.is_file() and has_rows(path)
         raise MissingInput(
-            f"data.path: {config.data.path} holds no file with rows; give a .jsonl, .json, .parquet, .csv or .tsv file, "
+            f"data.path: {path} cannot be read; check its permissions"
+            if closed
+            else f"data.path: {path} holds no file with rows that can be read; give a .jsonl, .json, .parquet, .csv or .tsv file, "
             "all but .parquet also as .gz, or a folder of them"
         )
     return found
 
 
-def read_into(store: PoolStore, config: Config) -> Iterator[Problem]:
-    """Add all rows of the sources to the store. Yields what is wrong with files and rows."""
+def has_rows(path: Path) -> bool:
+    """Whether the file's ending says that it has rows."""
+    return bool(kind_of(path)) and not kind_of(path).startswith(".txt")
+
+
+def read_into(store: PoolStore, config: Config, all_keys: bool = True) -> Iterator[Problem]:
+    """Add all rows of the sources to the store. Yields what is wrong with files and rows.
+
+    Args:
+        all_keys: a column that `pools.keys` names and no row has is an error. A file to rank may lack some.
+    """
     if config.data.path in builtin.BUILTIN:
         rows = builtin.pool_rows(config.data.path)
         for number, row in enumerate(rows):
             store.add(row, builtin.NAME, f"record {number}")
         return
     files = sources(config)
-    if (root := Path(config.data.path)).is_dir():
-        yield from _not_read(root)
+    root = Path(config.data.path)
+    if root.is_dir():
+        yield from _not_read(root, files)
     with Progress("bytes of the files", sum(path.stat().st_size for path in files)) as progress:
-        before = 0
+        before, columns = 0, set[str]()
         for path in files:
-            reader = _FileReader(path, config.pools, one_file=len(files) == 1)
+            reader = _FileReader(path, config.pools, len(files) == 1, columns)
             for faults in reader.rows(store):
+                if root.is_dir():
+                    faults = [(where, _in_folder(fault)) for where, fault in faults]
                 yield from (problem(fault, str(path), location) for location, fault in faults)
                 if not reader.count % REPORTED_EVERY:
                     progress.update(min(before + reader.characters, progress.total))
             before += path.stat().st_size
             progress.update(before)
+    for fault in absent_columns(columns, config.pools.keys) if columns and all_keys else ():
+        yield problem(fault, config.data.path, "")
 
 
 def problem(fault: Fault, source: str, location: str) -> Problem:
@@ -66,27 +86,38 @@ def problem(fault: Fault, source: str, location: str) -> Problem:
     return Problem(*(word.encode("utf-8", "backslashreplace").decode() for word in words))
 
 
-def _not_read(root: Path) -> Iterator[Problem]:
-    """What a folder holds beside files with rows."""
+def _not_read(root: Path, files: list[Path]) -> Iterator[Problem]:
+    """What a folder holds beside the files with rows that are read."""
     contents = find_files(root)
-    for path in contents.others:
-        fault = Fault(
-            "other file", f"the ending '{path.suffix}'", "a file with rows", "it is not read", "warning"
+    found = list(raw.faults_of_folder(contents))
+    for path in sorted({*contents.files} - {*files}):
+        closed = OSError(errno.EACCES, os.strerror(errno.EACCES))
+        found.append(
+            (path, raw.unreadable(closed) if has_rows(path) else raw.other_file("a text", WITH_ROWS))
         )
+    for path, fault in found:
         yield problem(fault, str(path), "")
-    for path, fault in contents.faults:
-        yield problem(fault, str(path), "")
+
+
+def _in_folder(fault: Fault) -> Fault:
+    """The fault of a file in a folder: one without rows may lie beside the others."""
+    return (
+        raw.other_file("JSON that is not a list of records", WITH_ROWS) if fault.kind == "no list" else fault
+    )
 
 
 class _FileReader:
     """Reads the rows of one file. Its first row decides the layout.
 
+    Args:
+        seen: gets the columns of all rows, of `MAX_COLUMN_SETS` different rows at most.
+
     Attributes:
         count, characters: of the rows read so far.
     """
 
-    def __init__(self, path: Path, settings: PoolFilesConfig, one_file: bool):
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, settings: PoolFilesConfig, one_file: bool, seen: set[str]):
+        self.path, self.settings, self.seen = path, settings, seen
         self.texts_only = kind_of(path).removesuffix(".gz") in TEXTS_ONLY
         # train.jsonl, dev.jsonl, test.jsonl: the names of several files give the split
         self.split = None if one_file else split_in_name(path)
@@ -109,6 +140,9 @@ class _FileReader:
         columns = tuple(record) if isinstance(record, dict) else ()
         if columns in self._by_columns:
             return self._by_columns[columns]
+        if len(self._by_columns) < MAX_COLUMN_SETS:
+            self.seen.update(columns)
+        self.seen.update(c for c in self.settings.keys.values() if c in columns)
         if self.layout is None or not columns:
             found = recognise(record, self.settings.keys, self.settings.layout)
             self.layout = self.layout or found
@@ -132,7 +166,8 @@ class _FileReader:
         self.characters += len(row.prompt or "") + sum(len(entry.text) for entry in row.entries)
         if row.split is None and self.split is not None:
             row = replace(row, split=self.split)
-        fault = store.add(row, str(self.path), location)
+        source = str(self.path).encode("utf-8", "backslashreplace").decode()  # a name may be no text
+        fault = store.add(row, source, location)
         return [*faults, *([fault] if fault is not None else [])]
 
 
@@ -159,16 +194,6 @@ def clean(row: PoolRow) -> tuple[PoolRow, list[Fault]]:
     tags = tuple(named(tag) or "" for tag in row.tags)
     names = {field: named(getattr(row, field)) for field in ("pool_id", "split", "group")}
     return replace(row, prompt=prompt, entries=entries, tags=tags, **names), list(found.values())
-
-
-# Names of splits in files -> splits of the project. `test` is reported beside held_out
-SPLITS = {
-    "train": "train", "training": "train",
-    "selection": "selection",
-    "held_out": "held_out", "dev": "held_out", "validation": "held_out", "valid": "held_out", "val": "held_out",
-    "eval": "held_out",
-    "test": "test",
-}  # fmt: skip
 
 
 def split_in_name(path: Path) -> str | None:

@@ -13,7 +13,15 @@ from lib.log import say
 from lib.randomness import hash_fraction
 from lib.tasks import CandidateContext
 from lib.tasks.pools.candidates import mapped
-from lib.tasks.pools.shortcuts import FIRST, MOST_CANDIDATES, Shortcuts, SimpleScorers, SomePools, pools_of
+from lib.tasks.pools.shortcuts import (
+    BM25,
+    FIRST,
+    MOST_CANDIDATES,
+    Shortcuts,
+    SimpleScorers,
+    SomePools,
+    pools_of,
+)
 
 TESTED = ("selection", "held_out", "test")
 BLOCK = 1024  # pools that are scored at a time
@@ -68,14 +76,16 @@ def _report(rows: list[dict[str, Any]], limit: float | None) -> None:
     ordered = [row for row in rows if row["scorer"] == FIRST and row["accuracy"] == 1]
     if ordered:
         say("the files list the best candidate first in every pool; no model of this project reads the order")
-    counted = [row for row in rows if row not in ordered]
+    # BM25 is a ranker of its own, no shortcut
+    counted = [row for row in rows if row not in ordered and row["scorer"] != BM25]
+    blind = [row["scorer"] for row in counted if not row["reads_prompt"] and row["low"] > row["chance"]]
+    if blind:
+        more = "" if limit is not None else ". pools.leak_limit makes this an error"
+        say(
+            f"WARNING: {', '.join(blind)} find more right candidates than chance without reading the prompt. A ranker may "
+            f"learn this shortcut instead of the task: compare it with these rows{more}"
+        )
     if limit is None:
-        blind = [row["scorer"] for row in counted if not row["reads_prompt"] and row["low"] > row["chance"]]
-        if blind:
-            say(
-                f"WARNING: {', '.join(blind)} find more right candidates than chance without reading the prompt. A ranker may "
-                "learn this shortcut instead of the task: compare it with these rows. pools.leak_limit makes this an error"
-            )
         return
     worst = max(counted, key=lambda row: _bound(row), default=None)
     if worst is not None and _bound(worst) > limit:

@@ -20,7 +20,20 @@ _TABLES = (
     "CREATE TABLE entry (pool INTEGER, row INTEGER, text TEXT, reward REAL, kind TEXT, teacher REAL, repeats INTEGER,"
     " location TEXT)",
 )
+# Names of splits in files -> splits of the project. `test` is reported beside held_out
+SPLITS = {
+    "train": "train", "training": "train",
+    "selection": "selection",
+    "held_out": "held_out", "dev": "held_out", "validation": "held_out", "valid": "held_out", "val": "held_out",
+    "eval": "held_out",
+    "test": "test",
+}  # fmt: skip
 _ENTRIES = "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+def split_name(given: str | None) -> str | None:
+    """The project's name of a split; an unknown name as it is."""
+    return None if given is None else SPLITS.get(given.lower(), given)
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,9 @@ class PoolStore:
         named = f"id/{row.pool_id}" if row.pool_id is not None else f"prompt/{row.prompt}"
         key = digest(named)
         prompt_key = None if row.prompt is None else digest(row.prompt)
-        known = self._run("SELECT number, prompt_key, split FROM pool WHERE key = ?", (key,)).fetchone()
+        known = self._run(
+            "SELECT number, prompt_key, split, grp, tags FROM pool WHERE key = ?", (key,)
+        ).fetchone()
         if known is None:
             number, self.num_pools = self.num_pools, self.num_pools + 1
             pool_id = row.pool_id if row.pool_id is not None else f"pool-{key.hex()[:16]}"
@@ -81,19 +96,25 @@ class PoolStore:
             )
             self._run("INSERT INTO pool VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, source, location))
         else:
-            number, its_prompt, split = known
+            number, its_prompt, split, group, tags = known
             if its_prompt is not None and prompt_key is not None and its_prompt != prompt_key:
                 found = f"{(row.prompt or '')[:60]!r} for id {row.pool_id}, which has another prompt in an earlier row"
                 return Fault(
                     "contradicting prompts", found, "one prompt per id", "give each prompt an id of its own"
                 )
-            if row.split != split:
-                found = (
-                    f"split {row.split}, and {split} in an earlier row of {row.pool_id or 'the same prompt'}"
-                )
+            of = row.pool_id or "the same prompt"
+            if None not in (row.split, split) and split_name(row.split) != split_name(split):
+                found = f"split {row.split}, and {split} in an earlier row of {of}"
                 return Fault(
                     "prompt in two splits", found, "one split per prompt", "remove it from one of them"
                 )
+            if None not in (row.group, group) and row.group != group:
+                found = f"group {row.group}, and {group} in an earlier row of {of}"
+                return Fault("contradicting groups", found, "one group per prompt", "keep one of them")
+            all_tags = json.dumps(list(dict.fromkeys([*json.loads(tags), *row.tags]))) if row.tags else tags
+            stated = (split or row.split, group or row.group, all_tags)
+            if stated != (split, group, tags):
+                self._run("UPDATE pool SET split = ?, grp = ?, tags = ? WHERE number = ?", (*stated, number))
             if its_prompt is None and prompt_key is not None:
                 self._run(
                     "UPDATE pool SET prompt = ?, prompt_key = ? WHERE number = ?",
@@ -123,6 +144,10 @@ class PoolStore:
 
     def id_of(self, number: int) -> str:
         return self._run("SELECT id FROM pool WHERE number = ?", (number,)).fetchone()[0]
+
+    def place_of(self, number: int) -> tuple[str, str]:
+        """(file, location in it) of the first row of a pool."""
+        return self._run("SELECT source, location FROM pool WHERE number = ?", (number,)).fetchone()
 
     def pools(self) -> Iterator[FoundPool]:
         """The pools in the order of the files. SQLite sorts the entries on the disk."""

@@ -70,8 +70,9 @@ def turns_of(text: str) -> list[dict[str, str]] | None:
 def without_shared_turns(prompt: str | None, sides: list[list[Any]]) -> tuple[str | None, list[list[Any]]]:
     """(prompt, sides) where the turns that all chats of the sides begin with are the prompt, as in TRL's implicit prompts.
 
-    A prompt that the row states stays, unless it is only one of several shared turns. Sides that are not chats stay as they
-    are, and so do chats that continue the prompt with a turn of the assistant.
+    A prompt that the row states stays where it holds these turns, is replaced where it is only one of several, and else stands
+    before them. Sides that are not chats stay as they are, and so do chats that continue the prompt with a turn of the
+    assistant.
     """
     read: list[list[Any]] = [[(isinstance(v, str) and turns_of(v)) or v for v in side] for side in sides]
     chats = [chat for side in read for chat in side]
@@ -85,12 +86,17 @@ def without_shared_turns(prompt: str | None, sides: list[list[Any]]) -> tuple[st
         return prompt, read
     if prompt is None or any(prompt.strip() == _content(turn).strip() for turn in turns):
         prompt = chat_text(turns)
+    elif not all(_content(turn).strip() in prompt for turn in turns):
+        prompt = f"{prompt}\n{chat_text(turns)}"
     return prompt, [[chat[shared:] for chat in side] for side in read]
 
 
 def is_visible(text: str) -> bool:
-    """Whether a text has a character that tokenizers keep: none of controls, formats, white space and lone marks."""
-    return any(unicodedata.category(character)[0] not in "CZM" for character in text)
+    """Whether a text has a character that tokenizers keep: none of controls, formats, white space and lone marks.
+
+    Nor the sign that stands for a damaged character.
+    """
+    return any(unicodedata.category(c)[0] not in "CZM" and c != "\ufffd" for c in text)
 
 
 def identity(text: str) -> str:

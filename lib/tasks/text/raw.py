@@ -105,17 +105,22 @@ def read(config: Config) -> Iterator[RawText]:
         try:
             for raw in _texts(path, name, data):
                 if in_folder and raw.fault is not None and raw.fault.kind == "no list":
-                    raw = replace(raw, fault=_other_file("JSON that is not a list of records"))
+                    raw = replace(raw, fault=other_file("JSON that is not a list of records"))
                 yield raw
         except OSError as error:
             yield RawText(name, str(path), "", None, unreadable(error))
+    for path, fault in faults_of_folder(contents):
+        yield RawText(path.name, str(path), "", None, fault)
+
+
+def faults_of_folder(contents: FolderContents) -> Iterator[tuple[Path, Fault]]:
+    """What a folder holds beside the files of known endings, with the reason why it is not read."""
     for path in contents.others:
-        fault = _other_file(f"the ending '{path.suffix}'")
+        fault = other_file(f"the ending '{path.suffix}'")
         if command := UNPACK_COMMANDS.get(path.suffix.lower()):
             fault = fault._replace(kind="packed", advice=f"{command} {path}")
-        yield RawText(path.name, str(path), "", None, fault)
-    for path, fault in contents.faults:
-        yield RawText(path.name, str(path), "", None, fault)
+        yield path, fault
+    yield from contents.faults
 
 
 def unreadable(error: OSError) -> Fault:
@@ -123,8 +128,8 @@ def unreadable(error: OSError) -> Fault:
     return Fault("unreadable", str(error.strerror or error), "a file that can be read", advice)
 
 
-def _other_file(found: str) -> Fault:
-    return Fault("other file", found, KINDS_IN_WORDS, "it is not read", "warning")
+def other_file(found: str, expected: str = KINDS_IN_WORDS) -> Fault:
+    return Fault("other file", found, expected, "it is not read", "warning")
 
 
 def _builtin(small: bool) -> Iterator[RawText]:

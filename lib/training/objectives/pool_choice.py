@@ -184,8 +184,24 @@ class PoolChoice:
         self._order = Rows(context.seed, f"{context.label} order", len(splits.train[0]))
         shuffled = randomness.permutation(context.seed, "selection pools", 0, len(splits.selection))
         self.evaluated = np.sort(shuffled[: max(1, context.settings.evaluation_examples)])
+        self._decided = decided(splits.selection)[self.evaluated]
+        if self.selection == "map_regret" and self._decided.mean() < 1:
+            self._say_undecided(len(self.evaluated), int(self._decided.sum()))
         self._sampler = CandidateSampler.of(reader.settings, splits.train, context.seed)
         self.tokens_per_row = reader.tokens_per_pool(splits.train[0])
+
+    def _say_undecided(self, pools: int, count: int) -> None:
+        """Say how many selection pools have a mean average precision. Without one, the best step has the lowest regret."""
+        relevant = self.splits.selection.relevant
+        said = (
+            f"{self.label}: {count:,} of {pools:,} selection pools have rewards on both sides of pools.relevant ({relevant:g}), "
+            "which ranker.best_by=map needs"
+        )
+        if count:
+            say(f"{said}; the others do not count")
+            return
+        self.selection = "regret"
+        say(f"WARNING: {said}. The best step is chosen by reward in its place; or set pools.relevant")
 
     def _losses(self, scores: Tensor, rows: PoolRows) -> Tensor:
         """(B,) the configured loss of each pool."""
@@ -236,8 +252,7 @@ class PoolChoice:
         values = {n: float(per_pool[n].mean()) for n in ("accuracy", "average_reward", "mrr")}
         regret = float((per_pool["best_reward"] - per_pool["average_reward"]).mean())
         if self.selection == "map_regret":  # the lowest value is chosen
-            known = per_pool["map"][~np.isnan(per_pool["map"])]
-            values["map_regret"] = 1 - float(known.mean() if len(known) else 0.0)
+            values["map_regret"] = 1 - float(per_pool["map"][self._decided].mean())
         return {"loss": float(np.concatenate(losses).mean()), "regret": regret} | values
 
     def report(self, model: nn.Module) -> tuple[dict, list[ResultRow]]:
@@ -271,6 +286,13 @@ class PoolChoice:
         if table.controls is not None:
             found[OFF_PAGE] = score(model, table, texts=table.controls)
         return found
+
+
+def decided(table: PoolTable) -> np.ndarray:
+    """(N,) whether a pool has relevant candidates and others, so that its average precision depends on the order."""
+    relevant = table.rewards >= table.relevant
+    right, wrong = (np.any(which & table.present, 1) for which in (relevant, ~relevant))
+    return np.logical_and(right, wrong)
 
 
 def simple_scores(table: PoolTable) -> dict[str, np.ndarray]:
