@@ -2,7 +2,8 @@
 GSM8K: choose the right one of the solutions that several language models wrote, over five folds of the problems.
 
 The file has rows with prompt, candidates, rewards and writers. Each fold is held out once. Recognising the writer is a shortcut,
-since the models differ in strength; its rows show how far it leads. The majority is over the final answers of the solutions.
+since the models differ in strength; its rows show how far it leads. The majority is over the final answers of the solutions. An
+epoch is a pass over the problems with right and wrong solutions that are not kept apart to choose the best step.
 
 python -m benchmarks.pools_gsm8k /path/to/solutions.jsonl --encoder /path/to/all-MiniLM-L6-v2
 python -m benchmarks.pools_gsm8k /path/to/solutions.jsonl --encoder /path/to/all-MiniLM-L6-v2 --short   # two folds, few problems
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
 from lib import randomness
-from lib.config import ROOT, load_config
+from lib.config import ROOT, Config, load_config
 from lib.evaluation.rank import Ranker
 from lib.log import say
 from lib.metrics import ratio
@@ -32,13 +34,7 @@ from lib.report.table import aligned
 from lib.runs import RunArgs
 from lib.tasks.pools.shortcuts import SimpleScorers, SomePools, pools_of
 
-FIRST_STAGES = (
-    "00_check_data",
-    "01_prepare_dataset",
-    "02_generate_candidates",
-    "03_build_rewards",
-    "04_train",
-)
+FIRST_STAGES = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
 _ANSWER = re.compile(r"-?[\d,]*\.?\d+")
 
 
@@ -103,20 +99,31 @@ def ranker_choices(
     data.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("dev", held_out)):
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    steps = max(1, options.epochs * len(train) // options.pools_per_step)
+    config = config_of(options, data, 1)
+    for stage in FIRST_STAGES:
+        importlib.import_module(stage).main(config, RunArgs(run_dir=work / "run"))
+    table = pq.read_table(
+        work / "run" / "01_prepare_dataset" / "examples", columns=["split", "record"]
+    ).to_pylist()
+    learned = sum(
+        len(set(json.loads(row["record"])["rewards"])) > 1 for row in table if row["split"] == "train"
+    )
+    config = config_of(options, data, max(1, options.epochs * learned // options.pools_per_step))
+    importlib.import_module("04_train").main(config, RunArgs(run_dir=work / "run"))
+    ranker = Ranker.load(work / "run")
+    found = ranker.rank_all([r["prompt"] for r in held_out], [r["candidates"] for r in held_out])
+    return [ranking.scores.tolist() for ranking in found]
+
+
+def config_of(options: argparse.Namespace, data: Path, steps: int) -> Config:
     settings = [
-        f"data.path={data}", f"ranker.encoder={options.encoder}", "ranker.prompt_tokens=192", "ranker.candidate_tokens=256",
+        f"data.path={data}", f"seed={options.seed}", f"ranker.encoder={options.encoder}", "ranker.prompt_tokens=192", "ranker.candidate_tokens=256",
         f"ranker.loss={options.loss}", "ranker.best_by=reward", f"models.ranker.training.steps={steps}",
         f"models.ranker.training.batch_size={options.pools_per_step}",
         f"models.ranker.training.evaluate_every={max(1, steps // options.epochs)}",
         f"models.ranker.training.checkpoint_every={steps}",
     ]  # fmt: skip
-    config = load_config([ROOT / "configs" / "pools.yaml"], overrides=[*settings, *options.set])
-    for stage in FIRST_STAGES:
-        importlib.import_module(stage).main(config, RunArgs(run_dir=work / "run"))
-    ranker = Ranker.load(work / "run")
-    found = ranker.rank_all([r["prompt"] for r in held_out], [r["candidates"] for r in held_out])
-    return [ranking.scores.tolist() for ranking in found]
+    return load_config([ROOT / "configs" / "pools.yaml"], overrides=[*settings, *options.set])
 
 
 def main() -> None:
@@ -134,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="folder of the runs, which are kept; default: a temporary one"
     )
-    parser.add_argument("--short", action="store_true", help="two folds of 60 problems, one epoch")
+    parser.add_argument("--short", action="store_true", help="60 problems in two folds, one epoch")
     add_out(parser)
     options = parser.parse_args()
     records = read(options.solutions)

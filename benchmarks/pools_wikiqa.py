@@ -4,7 +4,8 @@ WikiQA: the ranker of task pools beside the CrossEncoder of sentence-transformer
 Both train on the same part of the train file. Both choose their best epoch by the MAP of another part. Results are those of
 the dev file.
 
-sentence-transformers has three losses, and the one with the highest MAP of that other part is reported. The time is that of
+Both train in the precision of `precision: auto`, unless --peer_precision names another one for sentence-transformers, which
+has three losses, and the one with the highest MAP of that other part is reported. The time is that of
 training steps, without evaluations, on the same machine. Differences are paired by question; intervals resample questions.
 
 The ranker with `full` attention is also exported: CrossEncoder reads the folder and scores the questions of the dev file.
@@ -19,6 +20,7 @@ python -m benchmarks.pools_wikiqa /path/to/wikiqa --encoder /path/to/all-MiniLM-
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import lzma
 import math
@@ -34,7 +36,7 @@ import torch
 from benchmarks.provenance import provenance, say_provenance
 from benchmarks.result_files import add_out, write
 from lib.config import ROOT, Config, load_config
-from lib.durable import write_json
+from lib.durable import sha256, write_json
 from lib.evaluation.rank import Ranker
 from lib.log import say
 from lib.metrics import ratio
@@ -69,7 +71,7 @@ class Trained(NamedTuple):
 
 
 class Kept:
-    """Results of finished trainings in a folder, for the same options and code alone."""
+    """Results of finished trainings in a folder, for the same options, code, configs, data, encoder, libraries and machine alone."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         chosen = {
@@ -77,11 +79,26 @@ class Kept:
             for k, v in vars(options).items()
             if k not in ("work", "out", "seeds", "losses", "attention")
         }
-        key = {"options": chosen, "peer": bool(options.losses), "code": provenance()["code"]}
+        measured_by = provenance()
+        files = [
+            *(ROOT / "configs").glob("*.yaml"),
+            *Path(options.encoder).glob("*.*"),
+            *options.data.glob("*.jsonl*"),
+        ]
+        key = {
+            "options": chosen, "peer": bool(options.losses), "files": {path.name: sha256(path) for path in sorted(files) if path.is_file()},
+            **{name: measured_by[name] for name in ("code", "versions", "machine")},
+            "peer_versions": {name: version_of(name) for name in ("sentence-transformers", "datasets")},
+        }  # fmt: skip
         self.folder, path = folder, folder / "key.json"
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != key:
-            raise SystemExit(f"{folder} holds results of other options or other code; choose another --work")
+            differ = [
+                name
+                for name, value in key.items()
+                if value != json.loads(path.read_text(encoding="utf-8")).get(name)
+            ]
+            raise SystemExit(f"{folder} holds results of other {', '.join(differ)}; choose another --work")
         write_json(path, key)
 
     def result(self, name: str, train: Callable[[], Trained]) -> Trained:
@@ -94,6 +111,14 @@ class Kept:
         dev = {key: found.dev[key].tolist() for key in METRICS}
         write_json(path, found._asdict() | {"dev": dev})
         return found
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; None if the package is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def unpacked(source: Path, folder: Path, questions: int | None) -> Path:
@@ -227,9 +252,10 @@ def train_peer(options: argparse.Namespace, run: Path, seed: int, loss_name: str
         CrossEncoderTrainingArguments,
         losses,
     )
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, set_seed
 
     train, selection, dev = (pools_of(run, split) for split in ("train", "selection", "held_out"))
+    set_seed(seed)  # the head's weights are drawn before the trainer has a seed
     model = CrossEncoder(options.encoder, num_labels=1, local_files_only=True, max_length=256)
     if loss_name == "BinaryCrossEntropyLoss":
         rows = [
@@ -328,7 +354,10 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--peer_learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument(
-        "--peer_precision", choices=["fp32", "bf16"], default="fp32", help="of sentence-transformers"
+        "--peer_precision",
+        choices=["fp32", "bf16"],
+        default=Runtime.detect(load_config()).precision,
+        help="of sentence-transformers; default: that of the ranker",
     )
     parser.add_argument("--attention", nargs="+", default=["prefix", "full"])
     parser.add_argument(
@@ -375,6 +404,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "rows": rows,
         "seeds": options.seeds,
         "epochs": options.epochs,
+        "precision": {"ours": Runtime.detect(load_config()).precision, "peer": options.peer_precision},
         "questions": options.questions,
         "exported": [
             {"pairs": f.pairs, "largest_difference": f.largest_difference}

@@ -18,7 +18,7 @@ from lib.tasks.finqa.near_misses import near_misses, with_near_misses
 from lib.tasks.finqa.numbers import PageNumbers
 from lib.tasks.finqa.page import Page
 from lib.tasks.finqa.pools import Candidate
-from lib.tasks.finqa.program import execute
+from lib.tasks.finqa.program import DECIMALS, execute
 from lib.tasks.finqa.programs_of_systems import Written, program_text, read_written
 from lib.tasks.finqa.record import Record
 from lib.tasks.finqa.simulated_systems import ACCURACY, SimulatedSystems, _choices
@@ -138,6 +138,7 @@ def test_programs_of_equal_value_are_one_answer():
         ONE, {"A": "divide(6, 3)", "B": "subtract(3, 1)", "C": "add(6, 3)", "D": "add(6, 3)", "E": None}
     )
     answers = answers_of(written, [0.5, 2.0, 1.0])
+    assert answers.programs == ["subtract(3, 1)", "add(6, 3)"], "those that have the scores"
     assert answers.values == [2.0, 9.0]
     assert answers.scores.tolist() == [2.0, 1.0] and answers.votes.tolist() == [2, 2]
     assert answers.right.tolist() == [True, False]
@@ -259,6 +260,10 @@ def test_near_misses_replace_templates_only():
     count = sum(c.kind == "near_miss" for one in mixed for c in one)
     assert 0 < count < 12
     assert all(len({c.value for c in one}) == len(one) for one in whole)
+    right = [c.program for c in whole[0] if c.kind == "near_miss"]
+    (other,) = with_near_misses([pool], record, Page(record), 1.0, 0, also_right=right)
+    values = {round(float(c.value), DECIMALS) for c in whole[0][2:]}
+    assert not values & {round(float(c.value), DECIMALS) for c in other if c.kind == "near_miss"}
 
 
 # --- simulated systems ------------------------------------------------------------------------------------------------

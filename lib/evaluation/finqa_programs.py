@@ -170,10 +170,9 @@ def errors_of(answers: Sequence[Answers]) -> dict[str, float]:
 
 def _choice(answers: Answers, weights: VoteWeights) -> dict[str, Any]:
     chosen, alone = int(weights.utilities(answers).argmax()), int(answers.scores.argmax())
-    programs = dict(zip(answers.written.votes(), answers.written.values(), strict=True))
     return {
         "id": answers.written.record.id,
-        "program": next(p for p, value in programs.items() if value == answers.values[chosen]),
+        "program": answers.programs[chosen],
         "value": answers.values[chosen],
         "right": bool(answers.right[chosen]),
         "score": float(answers.scores[chosen]),

@@ -83,13 +83,16 @@ def plan_candidates(tables: Iterable[pa.Table], context: CandidateContext) -> No
         rewriter(context) if context.engines else None,
     )
     pages: dict[tuple[str, str], list[str]] = {}
+    golds: dict[tuple[str, str], list[str]] = {}  # of records with the same question about the same page
     for name, record in plan.records.items():
         pages.setdefault((plan.splits[name], record.filename), []).append(name)
+        if record.program:
+            golds.setdefault((record.filename, record.question_key), []).append(record.program)
     for names in with_progress("pools of each page", list(pages.values())):
         found = maker.pools([plan.records[name] for name in names], groups[names[0]])
         plan.pools.update(zip(names, found, strict=True))
         if plan.splits[names[0]] == "train":
-            _add_near_misses(plan, names, context)
+            _add_near_misses(plan, names, golds, context)
     for split in set(plan.splits.values()):
         plan.off_page.update(
             _off_page_records(plan, [page for page in pages if page[0] == split], pages, context)
@@ -97,14 +100,18 @@ def plan_candidates(tables: Iterable[pa.Table], context: CandidateContext) -> No
     context.plan = plan
 
 
-def _add_near_misses(plan: Plan, names: list[str], context: CandidateContext) -> None:
+def _add_near_misses(
+    plan: Plan, names: list[str], golds: dict[tuple[str, str], list[str]], context: CandidateContext
+) -> None:
     """Training pools with near misses for the questions of one page, if the config asks for them."""
     share = context.config.finqa.pools.near_misses
     page = Page(plan.records[names[0]])
     for name in names if share > 0 else ():
         pools = plan.pools[name]
         if not isinstance(pools, Unfilled):
-            plan.training[name] = with_near_misses(pools, plan.records[name], page, share, context.seed)
+            record = plan.records[name]
+            also_right = golds.get((record.filename, record.question_key), ())
+            plan.training[name] = with_near_misses(pools, record, page, share, context.seed, also_right)
 
 
 def _off_page_records(

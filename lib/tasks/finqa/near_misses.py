@@ -5,7 +5,7 @@ to it. Pools that are reported contain none of them (`pools`).
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from lib import randomness
 from lib.tasks.finqa.bank import value_of
@@ -24,13 +24,15 @@ SECOND = 0.2  # share of the near misses with two edits
 _TRIALS = 12  # for each near miss
 
 
-def near_misses(record: Record, page: Page, count: int, draw: random.Random) -> Iterator[tuple[str, float]]:
+def near_misses(
+    record: Record, page: Page, count: int, draw: random.Random, also_right: Collection[str] = ()
+) -> Iterator[tuple[str, float]]:
     """Up to `count` near misses of the record's gold program with their values, no two of the same value.
 
-    The gold program must run. All values differ from the gold value.
+    The gold program must run. All values differ from those of the gold program and of the programs in `also_right`.
     """
     gold = record.program or ""
-    values = {_rounded(value_of(gold, record))}
+    values = {_rounded(value_of(program, record)) for program in (gold, *also_right)}
     found = 0
     for _ in range(count * _TRIALS):
         if found == count:
@@ -44,11 +46,17 @@ def near_misses(record: Record, page: Page, count: int, draw: random.Random) -> 
 
 
 def with_near_misses(
-    pools: Sequence[Pool], record: Record, page: Page, share: float, seed: int
+    pools: Sequence[Pool],
+    record: Record,
+    page: Page,
+    share: float,
+    seed: int,
+    also_right: Collection[str] = (),
 ) -> list[Pool]:
     """The pools of a question, with near misses in the place of a share of the programs from templates.
 
-    A near miss that has the value of another candidate of the pool does not replace anything.
+    A near miss that has the value of another candidate of the pool does not replace anything. `also_right`: the gold programs
+    of other records of the same question.
     """
     mixed = []
     for number, pool in enumerate(pools):
@@ -56,7 +64,7 @@ def with_near_misses(
         places = [i for i, c in enumerate(pool) if c.kind == "template" and draw.random() < share]
         pool = list(pool)
         for place, (program, value) in zip(
-            places, near_misses(record, page, len(places), draw), strict=False
+            places, near_misses(record, page, len(places), draw, also_right), strict=False
         ):
             if all(c.value != value for c in pool):
                 pool[place] = Candidate(program, value, "near_miss")

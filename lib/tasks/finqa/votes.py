@@ -27,6 +27,7 @@ class Answers:
     """The answers of one question. `values`, `scores`, `votes`, `right`: (A,); A is 0 where no program runs.
 
     Attributes:
+        programs: for each answer the program that has its score, the highest one of all with this value.
         systems: system -> whether its answer is right.
     """
 
@@ -36,6 +37,7 @@ class Answers:
     votes: np.ndarray
     right: np.ndarray
     systems: dict[str, bool]
+    programs: list[str]
 
     @property
     def differ(self) -> bool:
@@ -54,7 +56,11 @@ def answers_of(written: Written, scores: Sequence[float] | np.ndarray) -> Answer
     np.add.at(count, index, np.array(list(votes.values()), float))
     right = np.array([value == gold for value in distinct], bool)
     systems = {s: p is not None and of_program[p] == gold for s, p in written.systems.items()}
-    return Answers(written, distinct, best, count, right, systems)
+    each = zip(index, scores, votes, strict=True)
+    programs = {place: program for place, score, program in sorted(each, key=lambda one: one[1])}
+    return Answers(
+        written, distinct, best, count, right, systems, [programs[n] for n in range(len(distinct))]
+    )
 
 
 @dataclass(frozen=True)
