@@ -2,8 +2,8 @@
 How well do the rankers of finished FinQA runs choose among programs that other systems wrote? Beside votes, and beside pools without shortcuts.
 
 The programs are those of four simulated systems, for the held-out questions (`lib.tasks.finqa.simulated_systems`). The weights of scores
-and votes are fitted on the split selection. The systems learn from the candidates of the run itself: runs of another seed or of other
-settings of `finqa.pools` are tested on other programs, so compare methods within a run. Intervals are 95 % intervals; pages are resampled.
+and votes are fitted on the split selection. The systems learn from the candidates of the run itself. So runs of another seed or of
+other settings of `finqa.pools` are tested on other programs: compare methods within a run. Intervals are 95 % intervals; pages are resampled.
 
 python -m benchmarks.finqa_programs outputs/seed_1 outputs/seed_2
 """

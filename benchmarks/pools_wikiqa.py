@@ -4,8 +4,9 @@ WikiQA: the ranker of task pools beside the CrossEncoder of sentence-transformer
 Both train on the same part of the train file. Both choose their best epoch by the MAP of another part. Results are those of
 the dev file.
 
-Both train in the precision of `precision: auto`, unless --peer_precision names another one for sentence-transformers, which
-has three losses, and the one with the highest MAP of that other part is reported. The time is that of
+Both train in the precision of `precision: auto`, unless --peer_precision names another one for sentence-transformers.
+
+sentence-transformers has three losses, and the one with the highest MAP of that other part is reported. The time is that of
 training steps, without evaluations, on the same machine. Differences are paired by question; intervals resample questions.
 
 The ranker with `full` attention is also exported: CrossEncoder reads the folder and scores the questions of the dev file.
