@@ -228,7 +228,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     import pyarrow as pa
 
     from lib import schema
-    from lib.evaluation import text_scores
+    from lib.evaluation import text_scores, user_texts
     from lib.evaluation.run_models import units_of_roles
     from lib.evaluation.sample_evaluator import open_models
     from lib.report.detection import rates_in_words, thresholds_in_words
@@ -236,11 +236,11 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
     from lib.runtime import Runtime
 
     # 1. Read the text, and report what cannot be read
-    user = text_scores.read_user_texts(config, file)
+    user = user_texts.read_user_texts(config, file)
     for problem in user.problems:
         say(f"{problem.source} {problem.location}: {problem.kind}: {problem.found}; {problem.advice}")
     uses, script = ("seed", "device", "precision", "sampler", "data"), f"{score_stage(file)}.py"
-    reads, ignores = (*READS, *units_of_roles(config)), text_scores.IGNORED
+    reads, ignores = (*READS, *units_of_roles(config)), user_texts.IGNORED
     with Stage(
         script, config, args, uses=uses, reads=reads, files=user.files, restarts=True, ignores=ignores
     ) as stage:
@@ -256,7 +256,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
         # 3. Score the text, and two known texts to compare with
         rows = text_scores.score(parts, evaluator)
         known_rows = text_scores.score(text_scores.known_texts(evaluator), evaluator)
-        documents, known = (text_scores.documents_of(some, judge) for some in (rows, known_rows))
+        documents, known = text_scores.documents_of(rows, judge), text_scores.documents_of(known_rows)
         words = thresholds_in_words(judge["detection"]) if "detection" in judge else []
 
         # 4. Write the table and the page
@@ -269,7 +269,7 @@ def score_text(config: Config, args: RunArgs, file: Path) -> None:
             flagged = sum(document["alarm_at"] is not None for document in documents)
             say(f"documents above a threshold: {flagged:,} of {len(documents):,}")
         if words and user.synthetic:
-            rates = text_scores.measured_rates(documents, user.synthetic, judge["detection"])
+            rates = text_scores.measured_rates(documents, user.synthetic, judge["detection"], user.groups)
             stage.stats["by_labels"] = rates
             say("\n".join(rates_in_words(rates)))
         say(f"\nscores of every token: {stage.display_path(stage.folder / 'scores.parquet')}")

@@ -122,7 +122,7 @@ class Config(Section):
         divides = self.data.split == "contiguous" or self.data.split_unit == "block"
         if self.data.keeps_documents_whole and divides:
             raise ValueError(
-                "data.label_key and data.group_key keep whole documents in one split: set data.split to hash and "
+                "data.label_key, data.spans_key and data.group_key keep whole documents in one split: set data.split to hash and "
                 "data.split_unit to document"
             )
         if not self.data.has_labels:
@@ -141,6 +141,12 @@ class Config(Section):
             if spec.mode == "token_classifier" and self.data.spans_key is None:
                 raise ValueError(
                     f"models.{name} learns classes of tokens, and data.spans_key is null: set models.{name} to null"
+                )
+            scores = self.data.label_key is not None and self.data.label_classes is None
+            if scores and spec.mode == "sequence_scorer" and spec.target_type == "classification":
+                raise ValueError(
+                    f"models.{name} learns classes of documents, and without data.label_classes the labels are scores: set "
+                    f"models.{name}.target_type to score, or name the classes in data.label_classes"
                 )
             names = self.class_names(spec)
             if names is not None and spec.num_classes != len(names):

@@ -24,6 +24,7 @@ from lib.tokenization import decode_batch, encode_batch, load_tokenizer
 from lib.training.lengths import WholeTexts
 
 MAX_LISTED = 12  # characters in one message
+NO_TOKEN = "the tokenizer of pretrained.model has no token for it"
 FOLDER = "cut"  # of the cut texts, in the stage's folder
 
 
@@ -107,6 +108,10 @@ class ExampleWork:
             has_spans, given = self.config.data.spans_key is not None, texts
             if leaves_out_unknown(self.config):
                 texts, ids, counters.unread = without_unknown(tokenizer, texts, ids)
+            if self.config.pretrained.text == "normalise" and not all(map(len, ids)):
+                kept, examples, dropped = _without_tokens(ids, examples, dropped)
+                given, texts = [given[n] for n in kept], [texts[n] for n in kept]
+                ids = [ids[n] for n in kept]
             known = as_written(tokenizer, texts, ids, self.config.pretrained.text)
             counters.rewritten = sum(a != b for a, b in zip(given, known, strict=True))
             if has_spans:
@@ -122,6 +127,18 @@ class ExampleWork:
             counters.add(table)
             counters.drop(dropped["reason"].to_pylist())
             part.counters = counters.state()
+
+
+def _without_tokens(ids: list, examples: pa.Table, dropped: pa.Table) -> tuple[list[int], pa.Table, pa.Table]:
+    """(numbers of the examples that have tokens, these examples, the dropped rows with the others)."""
+    kept = [n for n, of_text in enumerate(ids) if len(of_text)]
+    gone = [n for n, of_text in enumerate(ids) if not len(of_text)]
+    names, texts = (examples[name].to_pylist() for name in ("example_id", "target"))
+    rows = [{"example_id": names[n], "reason": NO_TOKEN, "text": texts[n]} for n in gone]
+    more = pa.Table.from_pylist(rows, dropped.schema)
+    behind = {n + 1 for n in gone}  # they continue nothing any more
+    continues = [value and n not in behind for n, value in enumerate(examples["continues"].to_pylist())]
+    return kept, _with(examples, "continues", continues).take(kept), pa.concat_tables([dropped, more])
 
 
 def _with(table: pa.Table, name: str, values: list) -> pa.Table:

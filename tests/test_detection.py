@@ -34,7 +34,8 @@ from lib.errors import BadConfig
 from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
 from lib.evaluation.labelled_documents import LabelledDocuments, _count_documents, _groups
 from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
-from lib.evaluation.text_scores import about_windows, documents_of, measured_rates, read_user_texts, windows
+from lib.evaluation.text_scores import about_windows, documents_of, measured_rates, windows
+from lib.evaluation.user_texts import read_user_texts
 from lib.metrics import SHARE, ratio
 from lib.models.publish import publish
 from lib.report.detection import detection_html, detection_tables, thresholds_in_words
@@ -257,6 +258,19 @@ def test_likelihoods_follow_the_formulas_of_the_papers(contexts):
     assert "Binoculars" not in likelihoods(performer, None, runtime, docs, tokenizer).detectors(docs)
 
 
+def test_a_batch_of_parts_of_one_token_has_likelihoods():
+    """A context of three divides windows of four tokens into three and one, and the short parts come in batches of their own."""
+    ids = [np.array([4, 5, 6, 4])] * 70
+    names, number = [str(n) for n in range(70)], np.arange(70)
+    docs = LabelledDocuments(names, np.array(names), number % 2 == 0, ["wxyz"] * 70, ids, ids, number)
+    runtime = Runtime.detect(load_config(overrides=["device=cpu", "precision=fp32"]))
+    tokenizer = SimpleNamespace(pad_token_id=0, cls_token_id=2)
+    found = likelihoods(Fixed(1, 3), None, runtime, docs, tokenizer)
+    table = Fixed(1, 3).table
+    wanted = [-float(table[before, token]) for before, token in ((2, 4), (4, 5), (5, 6), (2, 4))]
+    assert all(nats == pytest.approx(wanted) for nats in found.nll)
+
+
 def test_the_sign_of_a_detector_is_chosen_on_the_chosen_texts():
     synthetic = np.array([True, True, False, False])
     first, second = with_sign(np.array([0.0, 1, 2, 3]), np.array([5.0, 6]), synthetic)
@@ -326,7 +340,10 @@ def test_verdicts_of_documents():
          "inspector_changed_mean": None, "reference_nll_mean": None}
         for d, n, s in (("a", 3, 0.1), ("a", 1, 0.9), ("b", 2, 0.6), ("c", 2, 0.01))
     ]  # fmt: skip
-    thresholds = [{"target": 0.01, "threshold": 1.0}, {"target": 0.05, "threshold": 0.0}]
+    thresholds = [
+        {"target": target, "threshold": at, "enough_originals": True}
+        for target, at in ((0.01, 1.0), (0.05, 0.0))
+    ]
     judge = {
         "join": "max",
         "detection": {"thresholds": thresholds, "calibration": {"slope": 1.0, "offset": 0.0}},
@@ -336,6 +353,11 @@ def test_verdicts_of_documents():
     assert [d["judge_score"] for d in found] == pytest.approx([0.1, 0.4, 0.99])
     assert [d["synthetic_probability"] for d in found] == pytest.approx([0.9, 0.6, 0.01])
     assert [verdict(d) for d in found] == ["synthetic (at 1% FPR)", "synthetic (at 5% FPR)", "not flagged"]
+    thresholds[0]["enough_originals"] = False
+    known = [verdict(d) for d in documents_of(rows, judge)]
+    assert known == ["synthetic (at 5% FPR)", "synthetic (at 5% FPR)", "not flagged"], (
+        "too few originals for 1 %"
+    )
     mean = documents_of(rows)
     assert mean[0]["judge_score"] == pytest.approx((0.9 * 3 + 0.1) / 4) and verdict(mean[0]) == "-"
 
@@ -348,6 +370,18 @@ def test_rates_on_labelled_documents():
     assert (one["originals"], one["synthetic"]) == (1, 3)
     assert [r[k]["value"] for r in (one, five) for k in ("fpr", "tpr")] == pytest.approx([0, 1 / 3, 1, 2 / 3])
     assert measured_rates(rows, {"0": True}, {"thresholds": [{"target": 0.01}]})[0]["fpr"] is None
+
+
+def test_rates_have_intervals_over_groups():
+    """Five authors with twenty texts each, one of them always flagged: that is one of five, not twenty of a hundred."""
+    rows = [{"document_id": str(i), "alarm_at": 0.01 if i < 20 else None} for i in range(100)]
+    truth, figures = {str(i): False for i in range(100)}, {"thresholds": [{"target": 0.01}]}
+    alone, grouped = (
+        measured_rates(rows, truth, figures, groups)[0]["fpr"]
+        for groups in (None, {str(i): f"author {i // 20}" for i in range(100)})
+    )
+    assert alone["value"] == grouped["value"] == pytest.approx(0.2)
+    assert grouped["high"] - grouped["low"] > 3 * (alone["high"] - alone["low"])
 
 
 def test_rates_of_none_and_all_have_intervals():
@@ -386,10 +420,26 @@ def test_labels_of_a_scored_file_belong_to_their_rows(tmp_path):
     )
 
 
+def test_a_bad_first_row_and_a_folder_do_not_hide_labels_and_groups(tmp_path):
+    config = load_config(
+        ["configs/your_labels.yaml"], overrides=["data.path=unused.jsonl", "data.group_key=author"]
+    )
+    (tmp_path / "x.csv").write_text("text,label,author\nhello, there,human,A\nfine,human,A\nmade,machine,B\n")
+    for path in (tmp_path / "x.csv", tmp_path):
+        found = read_user_texts(config, path)
+        by_text = {text: (found.synthetic.get(name), found.groups.get(name)) for name, text in found.texts}
+        assert by_text["fine"] == (False, "A") and by_text["made"] == (True, "B")
+
+
 def test_too_few_originals_are_said():
     figures = measure(scored(1, 40, 1.0), scored(2, 40, 1.0))
     one, five = thresholds_in_words(figures)
     assert "has only 20 originals, and 1% needs 99" in one and "has only" not in five
+    found = {"detectors": {"judge": figures}}
+    for output in (detection_tables(found), detection_html(found)):
+        assert "has only 20 original documents, and 1% needs 99" in output and "up to 4.8%" in output
+    enough = {"detectors": {"judge": measure(scored(1, 400, 1.0), scored(2, 40, 1.0))}}
+    assert "has only" not in detection_tables(enough) + detection_html(enough)
 
 
 def test_windows_are_as_long_as_those_that_the_judge_learned_from():
@@ -520,7 +570,7 @@ def test_a_run_without_generator_finds_the_same(labelled, tmp_path):
     ):
         read_user_texts(load_config(["configs/pools.yaml"], overrides=["data.path=x.jsonl"]), mine)
     no_readers = [f"models.{name}=null" for name in ("judge", "inspector", "reference_lm")]
-    with pytest.raises(BadConfig, match="needs a judge, an inspector or a reference model"):
+    with pytest.raises(BadConfig, match="needs a judge whose score says how synthetic a text is"):
         read_user_texts(load_config(["configs/your_labels.yaml"], overrides=no_readers), mine)
 
 

@@ -361,6 +361,18 @@ def test_contradictions_are_found_behind_the_message_and_not_in_white_space(tmp_
     assert "contradicting labels" not in kinds
 
 
+def test_a_contradiction_names_both_files_and_the_key(tmp_path):
+    for name, label in (("a.jsonl", "human"), ("b.jsonl", "machine")):
+        (tmp_path / name).write_text(
+            json.dumps({"text": "The same text.", "label": label, "spans": []}) + "\n"
+        )
+    (fault,) = [
+        p for p in check(config_for(tmp_path)) if isinstance(p, Problem) and p.kind == "contradicting labels"
+    ]
+    assert fault.source.endswith("b.jsonl") and "a.jsonl, line 1, has the same text" in fault.found
+    assert "under 'label' and 'spans'" in fault.expected
+
+
 def test_the_advice_names_the_setting_and_the_column(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "A text.", "label": "human", "spans": [[0, 1, "alien"]]}\n')
     problem = next(p for p in check(config_for(tmp_path / "x.jsonl")) if isinstance(p, Problem))
@@ -376,6 +388,12 @@ def test_the_advice_names_the_setting_and_the_column(tmp_path):
         (["data.deduplicate=paragraph"], "deduplicate: document"),
         (["data.split_unit=block"], "split_unit to document"),
         (["data.split=contiguous"], r"data\.split to hash"),
+        (
+            ["data.split=contiguous", "data.label_key=null", "data.label_classes=null", "models.judge=null"],
+            r"data\.split to hash",
+        ),
+        (["data.passages=paragraph"], "set passages: fixed"),
+        (["data.label_classes=null"], r"set models\.judge\.target_type to score"),
         (["data.label_key=null"], "label_classes names the classes"),
         (["data.label_classes=[human]"], "at least 2 different names"),
         (["data.label_classes=[a, a]"], "at least 2 different names"),

@@ -116,6 +116,34 @@ def test_what_a_tokenizer_loses_is_named(tmp_path):
         as_written(tokenizer, texts, encode_batch(tokenizer, texts, "unk"), "exact")
 
 
+@pytest.mark.parametrize("with_spans", [False, True])
+def test_passages_without_tokens_are_dropped_by_name(pretrained_folder, tmp_path, with_spans):
+    """White space alone has no token. With spans, words that the tokenizer does not know become white space."""
+    text = "the quick brown fox jumps over the lazy dog " * 2
+    rows = [{"id": f"d{n}", "text": text + str(n), "label": n % 2, "spans": []} for n in range(40)]
+    rows[3]["text"] = text + " " * 300 + text
+    rows[5] |= {"text": "\U0001f642" * 60}
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = ["data.label_key=label", "data.id_key=id", "data.deduplicate=document", "data.split_unit=document", "data.whitespace=keep",
+              "candidates.source=original_only", "candidates.per_example=1", "models.ranker=null", "models.judge.target_type=score",
+              "pretrained.text=normalise"]  # fmt: skip
+    spans = (
+        ["data.spans_key=spans", "models.inspector.num_classes=2"]
+        if with_spans
+        else ["models.inspector=null", "models.judge.start=scratch"]
+    )
+    config = small_config(pretrained_folder("bert"), data, *labels, *spans)
+    run_stages(tmp_path / "run", config, ["00_check_data", "01_prepare_dataset"])
+    stage = tmp_path / "run" / "01_prepare_dataset"
+    dropped = pq.read_table(stage / "dropped").to_pylist()
+    gone = {row["example_id"].split(":")[0] for row in dropped if "has no token for it" in row["reason"]}
+    assert gone == ({"d3", "d5"} if with_spans else {"d3"})
+    examples = pq.read_table(stage / "examples").to_pylist()
+    assert all(row["token_ids"] for row in examples) and not gone & {"d0", "d1"}
+    assert {"d0", "d3"} <= {row["example_id"].split(":")[0] for row in examples}
+
+
 @pytest.mark.parametrize("name", ["word_piece", "byte_level", "unigram_always", "characters"])
 def test_masks_in_a_users_text(name, tmp_path):
     make(name).save_pretrained(tmp_path)

@@ -167,7 +167,7 @@ def likelihoods(
     window_of = np.array([window for window, _ in parts], np.int64)
     order: list[tuple[int, np.ndarray]] = []
     for rows, ids, valid in batches([ids for _, ids in parts], tokenizer.pad_token_id):
-        inputs, seen = with_cls(ids[:, :-1], valid[:, :-1], tokenizer.cls_token_id)
+        inputs, seen = (found[:, :-1] for found in with_cls(ids, valid, tokenizer.cls_token_id))
         logs = _log_probabilities(performer, runtime, inputs, seen)  # (B, T, V)
         of_token = logs.gather(-1, tensor(ids, runtime)[..., None])[..., 0]  # (B, T)
         probability = logs.exp()

@@ -7,145 +7,37 @@ Legend: B windows, T tokens.
 """
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from lib import metrics, randomness
-from lib.config import Config
 from lib.detection import JOINS, Calibration, Windows, log_odds
 from lib.diffusion.policies import POLICIES
 from lib.diffusion.samples import MaskedTexts
-from lib.errors import BadConfig, BadData, MissingInput, RemaskError
+from lib.errors import BadData
 from lib.evaluation.quality import sequence_scores
-from lib.evaluation.run_models import roles_of
+from lib.evaluation.user_texts import UserTexts
 from lib.examples import leaves_out_unknown, without_unknown
 from lib.log import say
-from lib.tasks import Document, Problem, get_task
-from lib.tasks.text.check import check
 from lib.tokenization import decode_batch, encode_batch
 from lib.training.objectives.base import chunks, forward
 from lib.training.objectives.next_token import causal_nll
-from lib.user_files.faults import kind_of
-from lib.user_files.rows import read_rows
 
 BATCH = 64
-NO_LABEL = "no label"
-LABEL_PROBLEMS = (NO_LABEL, "unknown class", "label not a number", "label not finite", "label out of range")
 HELD_OUT, REWRITTEN = "(held-out text of this run)", "(the same text, half of it rewritten)"
 
-IGNORED = (
-    "data.text_key",
-    "data.id_key",
-    "data.drop",
-)  # the user's file may have other columns than the run's
-
-# Settings under which every text is read whole. The minimum amounts are for training
-READ_WHOLE: dict[str, Any] = {
-    "min_document_characters": 1,
-    "passage_characters": 1,
-    "split": "contiguous",
-    "fractions": {"train": 1.0},
-    "deduplicate": "none",
-    "label_key": None,
-    "label_classes": None,
-    "spans_key": None,
-    "span_classes": None,
-    "group_key": None,
-}
-
-
-@dataclass(frozen=True)
-class UserTexts:
-    """What a user gave to --score.
-
-    Attributes:
-        texts: (document id, text) of each document.
-        problems: what could not be read, or was changed.
-        files: the files that were read.
-        synthetic: document id -> whether its label is that of a synthetic document, where the file has the run's label column.
-    """
-
-    texts: list[tuple[str, str]]
-    problems: list[Problem]
-    files: list[Path]
-    synthetic: dict[str, bool]
-
-
-def read_user_texts(config: Config, path: Path) -> UserTexts:
-    """Read the texts of a file or folder, as task text does, whatever the run's task is.
-
-    Raises:
-        BadConfig: the run has no models that score text.
-        BadData: no text is left.
-        MissingInput: there is no such file or folder.
-    """
-    if config.critic.method != "token_critic" and not config.only_detects:
-        raise BadConfig(
-            f"--score needs critic.method token_critic, or labels beside the text; with {config.critic.method}, no model reads "
-            "single tokens; --rank FILE ranks candidates by a trained ranker"
-        )
-    if config.only_detects and not any(
-        roles_of(config)[role] for role in ("reference", "inspector", "judge")
-    ):
-        raise BadConfig(
-            "--score needs a judge, an inspector or a reference model, and models has none of them"
-        )
-    if not path.exists():
-        raise MissingInput(f"--score {path}: there is no such file or folder")
-    # A file whose name begins with "builtin" is a file, not a text that the project ships
-    name = os.path.join(".", path) if str(path).startswith("builtin") else str(path)
-    of_labels = {k: getattr(config.data, k) for k in ("label_key", "label_classes")}
-    changes = {"path": name, **READ_WHOLE} | (of_labels if _may_have(path, config.data.label_key) else {})
-    config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
-    try:
-        files, items = get_task("text").sources(config), list(check(config, keeps_unlabelled=True))
-    except RemaskError as error:  # the message names the setting, but the user gave the flag
-        raise type(error)(str(error).replace("data.path", "--score")) from None
-    documents = [item for item in items if isinstance(item, Document)]
-    texts = [
-        (name, "".join(piece.content for piece in pieces))
-        for name, pieces in itertools.groupby(documents, key=lambda document: document.document_id)
-    ]
-    problems = [
-        p for p in items if isinstance(p, Problem) and p.kind not in ("too little text", *LABEL_PROBLEMS)
-    ]
-    problems += _of_labels([p for p in items if isinstance(p, Problem) and p.kind in LABEL_PROBLEMS])
-    found = ((d.document_id, d.label) for d in documents if d.label is not None and not d.piece)
-    named = config.data.label_classes is not None
-    synthetic = {name: label != 0 if named else label < 1 for name, label in found}
-    if not texts:
-        raise BadData(f"--score {path}: there is no text to score")
-    return UserTexts(texts, problems, files, synthetic)
-
-
-def _of_labels(problems: list[Problem]) -> list[Problem]:
-    """One problem for all labels that cannot be used. A row without a label is none: only some may have one."""
-    wrong = [p for p in problems if p.kind != NO_LABEL]
-    if not wrong:
-        return []
-    found = f"{len(wrong):,} labels cannot be used, the first one {wrong[0].found}"
-    advice = f"expected {wrong[0].expected}; these texts get scores, but do not count in the rates"
-    return [replace(wrong[0], severity="warning", kind="label", found=found, advice=advice)]
-
-
-def _may_have(path: Path, key: str | None) -> bool:
-    """Whether rows of a file may have a value under a key. The rows of a table have the columns of the first one."""
-    if key is None or not path.is_file() or (kind := kind_of(path).removesuffix(".gz")) in ("", ".txt"):
-        return False
-    if kind in (".json", ".jsonl"):
-        return True
-    row = next(read_rows(path, wanted=[key]), None)
-    return row is not None and isinstance(row.value, dict) and key in row.value
+NO_VERDICT = {"synthetic_probability": None, "alarm_at": None, "known_rate": None}
 
 
 def measured_rates(
-    documents: list[dict], synthetic: Mapping[str, bool], figures: Mapping[str, Any]
+    documents: list[dict],
+    synthetic: Mapping[str, bool],
+    figures: Mapping[str, Any],
+    groups: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """The judge's rates on labelled documents at each threshold: {"target", "fpr", "tpr", "originals", "synthetic"}.
 
@@ -153,20 +45,20 @@ def measured_rates(
         documents: rows of `documents_of`.
         synthetic: document id -> its label; documents without one do not count.
         figures: of the judge, see `documents_of`. A rate of no documents is None.
+        groups: document id -> its group; intervals resample groups. A document without one is a group of its own.
     """
     known = [d for d in documents if d["document_id"] in synthetic]
     truth = np.array([synthetic[d["document_id"]] for d in known], bool)
+    names = [d["document_id"] for d in known]
+    group = np.array([f"group {groups[n]}" if groups and n in groups else f"document {n}" for n in names])
     found = []
     for target in (rates["target"] for rates in figures["thresholds"]):
         alarm = np.array([(at := d["alarm_at"]) is not None and at <= target for d in known], bool)
-        rates = {
-            name: metrics.ratio(
-                alarm[of].astype(float), np.ones(int(of.sum())), limits=metrics.SHARE
-            )._asdict()
-            if of.any()
-            else None
-            for name, of in (("fpr", ~truth), ("tpr", truth))
-        }
+        rates: dict[str, Any] = {"fpr": None, "tpr": None}
+        for name, of in (("fpr", ~truth), ("tpr", truth)):
+            if of.any():
+                flagged, count = metrics.sum_by(group[of], alarm[of], np.ones(int(of.sum())))
+                rates[name] = metrics.ratio(flagged, count, limits=metrics.SHARE)._asdict()
         found.append(
             {"target": target, "originals": int((~truth).sum()), "synthetic": int(truth.sum()), **rates}
         )
@@ -232,6 +124,13 @@ def cut(user: UserTexts, evaluator: Any) -> list[Window]:
     """The windows of a user's texts. Says what the user must know about them."""
     parts, left_out = windows_for(user.texts, evaluator)
     say_left_out(left_out)
+    scored = {part.document_id for part in parts}
+    if empty := [name for name, _ in user.texts if name not in scored]:
+        say(
+            f"texts without a token that the models can read: {len(empty):,}, the first one {empty[0]}; they have no scores"
+        )
+    if not parts:
+        raise BadData("--score: no text has a token that the models can read")
     unknown = sum(int((part.ids == evaluator.tokenizer.unk_token_id).sum()) for part in parts)
     if unknown:
         say(f"tokens outside the run's vocabulary: {unknown:,}; the models read them as [UNK]")
@@ -335,6 +234,7 @@ def documents_of(rows: list[dict], judge: Mapping[str, Any] | None = None) -> li
     Args:
         judge: held-out figures of the judge, which say how its windows are joined. With `detection`, rows have a
             `synthetic_probability`, and `alarm_at`: the lowest rate of false alarms at which the document is flagged, or None.
+            `known_rate` is the same among the rates that the selection split has enough originals for, where there is one.
     """
     judge = judge or {}
     how, figures = judge.get("join", JOINS[0]), judge.get("detection")
@@ -358,13 +258,21 @@ def _judged(
 ) -> dict[str, Any]:
     """What the judge says of a document: its score and, with `figures`, a probability and the verdict at the thresholds."""
     if these[0]["judge_score"] is None:
-        return {"judge_score": None, "synthetic_probability": None, "alarm_at": None}
+        return {"judge_score": None, **NO_VERDICT}
     suspicion = np.array([row["judge_suspicion"] for row in these])
     of = Windows(np.zeros(len(these), np.int64), np.maximum(weights, 1))
     score = float(of.join(np.array([row["judge_score"] for row in these]), suspicion, how)[0])
     if figures is None:
-        return {"judge_score": score, "synthetic_probability": None, "alarm_at": None}
+        return {"judge_score": score, **NO_VERDICT}
     odds = float(log_odds(of.join(suspicion, suspicion, how))[0])
-    alarms = [rates["target"] for rates in figures["thresholds"] if odds > rates["threshold"]]
+    alarms = [rates for rates in figures["thresholds"] if odds > rates["threshold"]]
+    at, known = (
+        [rates["target"] for rates in some] for some in (alarms, [r for r in alarms if r["enough_originals"]])
+    )
     probability = float(Calibration(**figures["calibration"])(np.array(odds)))
-    return {"judge_score": score, "synthetic_probability": probability, "alarm_at": min(alarms, default=None)}
+    found = {
+        "synthetic_probability": probability,
+        "alarm_at": min(at, default=None),
+        "known_rate": min(known, default=None),
+    }
+    return {"judge_score": score, **found}

@@ -63,17 +63,33 @@ def _parts(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
+def too_few_originals(found: Mapping[str, Any]) -> str:
+    """What the columns of a target are where the selection split has too few originals for it; empty if it has enough."""
+    judge = found["detectors"]["judge"]
+    few = [rates["target"] for rates in judge["thresholds"] if not rates["enough_originals"]]
+    if not few:
+        return ""
+    needed = ", ".join(f"{target:.0%} needs {round(1 / target) - 1:,}" for target in few)
+    return (
+        f"The selection split has only {judge['originals']:,} original documents, and {needed}. The threshold is then the most "
+        f"suspicious of them, and a new original exceeds it with a probability of up to {1 / (judge['originals'] + 1):.1%}."
+    )
+
+
 def detection_tables(found: Mapping[str, Any]) -> str:
     """The tables as aligned text."""
     tables = [_figures(found)] + ([_parts(found)] if found.get("parts") else [])
-    return "\n\n".join(aligned([tuple(head), *(tuple(line) for line in lines)]) for head, lines in tables)
+    texts = [aligned([tuple(head), *(tuple(line) for line in lines)]) for head, lines in tables]
+    few = too_few_originals(found)
+    return "\n\n".join([texts[0] + (f"\n{few}" if few else ""), *texts[1:]])
 
 
 def detection_html(found: Mapping[str, Any] | None) -> str:
     """The same tables as HTML."""
     if found is None:
         return "<p>Not measured: the run has no labels beside the text, or a split lacks documents of one kind.</p>"
-    captions = (("Documents", CAPTION, _figures), ("Parts of texts", PARTS_CAPTION, _parts))
+    about = f"{CAPTION} {too_few_originals(found)}".strip()
+    captions = (("Documents", about, _figures), ("Parts of texts", PARTS_CAPTION, _parts))
     return "".join(
         part(title, caption, table(head, [[escape(cell) for cell in line] for line in lines]))
         for title, caption, make in captions

@@ -94,7 +94,9 @@ def verdict(document: dict) -> str:
         return "-"
     if document["alarm_at"] is None:
         return "not flagged"
-    return f"synthetic (at {document['alarm_at']:.0%} FPR)"
+    if document["known_rate"] is None:
+        return "synthetic (FPR not known)"
+    return f"synthetic (at {document['known_rate']:.0%} FPR)"
 
 
 def _heat_map(row: dict, key: str, token_text: Callable[[int], str]) -> str:

@@ -62,7 +62,7 @@ class DataConfig(Section):
     @property
     def keeps_documents_whole(self) -> bool:
         """Whether labels or groups forbid to divide a document between two splits."""
-        return self.label_key is not None or self.group_key is not None
+        return self.has_labels or self.group_key is not None
 
     def _check_labels(self) -> None:
         for key, names, fewest in (("label", self.label_classes, 2), ("spans", self.span_classes, 1)):
@@ -76,6 +76,10 @@ class DataConfig(Section):
         if self.has_labels and self.deduplicate != "document":
             raise ValueError(
                 "labelled documents stay whole, and equal ones must not be in two splits: set deduplicate: document"
+            )
+        if self.has_labels and self.passages != "fixed":
+            raise ValueError(
+                "labelled documents are read whole, in windows of equal length: set passages: fixed"
             )
 
 

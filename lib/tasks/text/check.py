@@ -47,7 +47,7 @@ def check(config: Config, keeps_unlabelled: bool = False) -> Iterator[Document |
             if text is not None and (keeps_unlabelled or not wrong):
                 digest, length = text_digest(text)
                 fault = (
-                    labelled.contradiction(digest, raw.location or raw.document_id, labels)
+                    labelled.contradiction(digest, raw.source, raw.location or raw.document_id, labels)
                     if length and not keeps_unlabelled
                     else None
                 )

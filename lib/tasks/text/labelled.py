@@ -180,18 +180,21 @@ class LabelledTexts:
     known: DigestTable
     counts: Counter[int] = field(default_factory=Counter)
 
-    def contradiction(self, digest: bytes, name: str, labels: TextLabels) -> Fault | None:
-        """The fault of a text that occurred before with other labels. `digest`: of the text."""
+    def contradiction(self, digest: bytes, source: str, place: str, labels: TextLabels) -> Fault | None:
+        """The fault of a text that occurred before with other labels. `digest`: of the text; `place`: in its `source`."""
         words, whole = self.in_words(labels), repr((labels.label, labels.visible))
-        if not self.data.has_labels or self.known.add(digest, json.dumps([name, words, whole])):
+        if not self.data.has_labels or self.known.add(digest, json.dumps([source, place, words, whole])):
             return None
-        other, other_words, other_whole = json.loads(str(self.known.get(digest)))
+        its_source, other, other_words, other_whole = json.loads(str(self.known.get(digest)))
         if other_whole == whole:
             return None
+        other = other if its_source == source else f"{its_source}, {other},"
         found = f"{words}, but {other} has the same text with {other_words}"
-        return Fault(
-            "contradicting labels", found, "the same label for the same text", "fix one, or leave one row out"
+        keys = " and ".join(
+            f"'{key}'" for key in (self.data.label_key, self.data.spans_key) if key is not None
         )
+        expected = f"the same label under {keys} for the same text"
+        return Fault("contradicting labels", found, expected, "fix one, or leave one row out")
 
     def count(self, labels: TextLabels) -> None:
         """Count a document that is kept."""
