@@ -33,7 +33,7 @@ from lib.detection import (
 from lib.errors import BadConfig
 from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
 from lib.evaluation.labelled_documents import LabelledDocuments, _count_documents, _groups
-from lib.evaluation.parts_of_text import LabelledTokens, measure_parts
+from lib.evaluation.parts_of_text import LabelledTokens, measure_parts, tokens_of
 from lib.evaluation.text_scores import about_windows, documents_of, measured_rates, windows
 from lib.evaluation.user_texts import read_user_texts
 from lib.metrics import SHARE, ratio
@@ -120,11 +120,13 @@ def test_the_windows_of_a_document_are_found_by_its_name():
 def test_a_sample_of_documents_is_counted_in_documents():
     """Not in their windows: a detector that learns from fewer documents than the judge would look worse than it is."""
     names = [f"d{n}:{window}" for n in range(40) for window in range(10)]
-    rows = pa.table({"example_id": names, "group": names, "split": ["train"] * 400})
+    records = [json.dumps({"label": 0, "behind_space": True}) if n % 10 else None for n in range(400)]
+    rows = pa.table({"example_id": names, "group": names, "split": ["train"] * 400, "record": records})
     stage: Any = SimpleNamespace(tables=lambda *arguments: [rows[:155], rows[155:]])
     labelled = load_config(["configs/your_labels.yaml"], overrides=["data.path=x.jsonl"])
     assert _count_documents(stage, labelled, "train") == 40
-    assert set(_groups(stage, labelled, "train", lambda name: name == "d7")) == set(names[70:80])
+    groups, behind_space = _groups(stage, labelled, "train", lambda name: name == "d7")
+    assert set(groups) == set(names[70:80]) and behind_space == set(names[71:80])
     every = load_config(overrides=["candidates.per_example=3"])
     assert _count_documents(stage, every, "train") == 1200
 
@@ -269,6 +271,18 @@ def test_a_batch_of_parts_of_one_token_has_likelihoods():
     table = Fixed(1, 3).table
     wanted = [-float(table[before, token]) for before, token in ((2, 4), (4, 5), (5, 6), (2, 4))]
     assert all(nats == pytest.approx(wanted) for nats in found.nll)
+
+
+def test_words_at_the_border_of_windows_stay_apart():
+    """A tokenizer dropped the space between the first two windows; the third begins inside a word."""
+    texts, ids = ["the dog", "runs aw", "ay"], [np.array([4, 5])] * 3
+    classes = [np.array([0, 0]), np.array([0, 1]), np.array([1])]
+    docs = LabelledDocuments(["a"], np.array(["a"]), np.array([True]), texts, [*ids[:2], ids[2][:1]], classes,
+                             np.zeros(3, int), ["", " ", ""])  # fmt: skip
+    assert docs.whole_texts == ["the dog runs away"]
+    bounds = [np.array([[0, 3], [4, 7]]), np.array([[0, 4], [5, 7]]), np.array([[0, 2]])]
+    (found,) = tokens_of(docs, [np.zeros(len(c)) for c in classes], lambda texts: bounds)
+    assert [found.text[a:b] for a, b in found.bounds] == ["the", "dog", "runs", "aw", "ay"]
 
 
 def test_the_sign_of_a_detector_is_chosen_on_the_chosen_texts():

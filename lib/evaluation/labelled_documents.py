@@ -6,6 +6,7 @@ Legend: D documents, W windows.
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ class LabelledDocuments:
         synthetic: (D,) bool, whether the label is not that of original text.
         texts: (W,) of the windows; ids: (W,) their tokens; classes: (W,) the class of each token, 0 outside of spans.
         document: (W,) number of the document of each window.
+        gaps: (W,) what is between a window and the one before: a space where the tokenizer dropped it. None: nothing.
     """
 
     names: list[str]
@@ -39,6 +41,7 @@ class LabelledDocuments:
     ids: list[np.ndarray]
     classes: list[np.ndarray]
     document: np.ndarray
+    gaps: list[str] | None = None
 
     @cached_property
     def windows(self) -> Windows:
@@ -48,9 +51,14 @@ class LabelledDocuments:
     def whole_texts(self) -> list[str]:
         """(D,) the texts of the documents."""
         found: list[list[str]] = [[] for _ in self.names]
-        for text, document in zip(self.texts, self.document.tolist(), strict=True):
-            found[document].append(text)
+        for window, document in enumerate(self.document.tolist()):
+            found[document].append(self.gap(window) + self.texts[window])
         return ["".join(parts) for parts in found]
+
+    def gap(self, window: int) -> str:
+        """What is between a window and the one before it in its document."""
+        is_first = window == 0 or self.document[window - 1] != self.document[window]
+        return "" if self.gaps is None or is_first else self.gaps[window]
 
     def of_document(self, number: int) -> range:
         """The windows of a document."""
@@ -69,7 +77,7 @@ def read_documents(stage: Stage, config: Config, split: str, limit: int) -> Labe
     def is_chosen(name: str) -> bool:
         return share >= 1 or randomness.hash_fraction(config.seed, "documents for detection", name) < share
 
-    groups = _groups(stage, config, split, is_chosen)
+    groups, behind_space = _groups(stage, config, split, is_chosen)
     number: dict[str, int] = {}
     group_of: list[str] = []
     synthetic: list[bool] = []
@@ -77,6 +85,7 @@ def read_documents(stage: Stage, config: Config, split: str, limit: int) -> Labe
     ids: list[np.ndarray] = []
     classes: list[np.ndarray] = []
     document: list[int] = []
+    gaps: list[str] = []
     for row in _rows(stage, split):
         name = _name(row, config)
         if not is_chosen(name):
@@ -90,6 +99,8 @@ def read_documents(stage: Stage, config: Config, split: str, limit: int) -> Labe
         ids.append(np.asarray(row["token_ids"], np.int64))
         classes.append(np.asarray(row["token_labels"], np.int64))
         document.append(number[name])
+        dropped = row["example_id"] in behind_space and texts[-1][:1].strip() == texts[-1][:1]
+        gaps.append(" " if dropped and not (len(texts) > 1 and texts[-2][-1:].isspace()) else "")
     if share < 1:
         say(f"detection reads a random sample of {len(number):,} documents of the split {split}")
     return LabelledDocuments(
@@ -100,6 +111,7 @@ def read_documents(stage: Stage, config: Config, split: str, limit: int) -> Labe
         ids,
         classes,
         np.array(document, np.int64),
+        gaps,
     )
 
 
@@ -110,23 +122,27 @@ def _rows(stage: Stage, split: str) -> Iterator[dict]:
                 yield row
 
 
-def _examples(stage: Stage, split: str) -> Iterator[tuple[str, str]]:
-    """(id, group) of the examples of a split, in order."""
-    columns = ["example_id", "group", "split"]
+def _examples(stage: Stage, split: str) -> Iterator[tuple[str, str, bool]]:
+    """(id, group, whether white space is before it in its document) of the examples of a split, in order."""
+    columns = ["example_id", "group", "split", "record"]
     for table in stage.tables("01_prepare_dataset", "examples", schema.EXAMPLES, columns):
         rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
-        yield from ((example, group) for example, group, of in rows if of == split)
+        for example, group, of, record in rows:
+            if of == split:
+                yield example, group, bool(record and json.loads(record).get("behind_space"))
 
 
 def _count_documents(stage: Stage, config: Config, split: str) -> int:
     """The windows of a document follow each other."""
     if not config.data.has_labels:
         return sum(1 for _ in _examples(stage, split)) * config.candidates.per_example
-    return sum(1 for _ in itertools.groupby(_document_of(example) for example, _ in _examples(stage, split)))
+    return sum(1 for _ in itertools.groupby(_document_of(example) for example, *_ in _examples(stage, split)))
 
 
-def _groups(stage: Stage, config: Config, split: str, is_chosen: Callable[[str], bool]) -> dict[str, str]:
-    """The groups of the examples of which a document is chosen."""
+def _groups(
+    stage: Stage, config: Config, split: str, is_chosen: Callable[[str], bool]
+) -> tuple[dict[str, str], set[str]]:
+    """(the groups of the examples of which a document is chosen, those of them behind white space)."""
     numbers = range(config.candidates.per_example)
 
     def is_needed(example: str) -> bool:
@@ -134,7 +150,9 @@ def _groups(stage: Stage, config: Config, split: str, is_chosen: Callable[[str],
             return is_chosen(_document_of(example))
         return any(is_chosen(f"{example}/{number}") for number in numbers)
 
-    return {example: group for example, group in _examples(stage, split) if is_needed(example)}
+    needed = [found for found in _examples(stage, split) if is_needed(found[0])]
+    groups = {example: group for example, group, _ in needed}
+    return groups, {example for example, _, behind_space in needed if behind_space}
 
 
 def _document_of(example: str) -> str:

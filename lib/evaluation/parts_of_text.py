@@ -76,6 +76,7 @@ def tokens_of(
     for number in range(len(documents)):
         windows, start, found = documents.of_document(number), 0, []
         for window in windows:
+            start += len(documents.gap(window))
             found.append(bounds[window] + start)
             start += len(documents.texts[window])
         classes = np.concatenate([documents.classes[w] for w in windows]) > 0

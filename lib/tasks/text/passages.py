@@ -68,7 +68,8 @@ def prepare(config: Config, documents: Iterable[Document]) -> Iterator[Example |
                         continue
                     continues = place.start + a == place.end and split == place.split
                     full_group = f"{group}/{split}" if total else group
-                    record = _labels(document, place.start + a, place.start + b)
+                    behind_space = a > 0 and text[a - 1 : a + 1].strip() != text[a - 1 : a + 1]
+                    record = _labels(document, place.start + a, place.start + b, behind_space)
                     yield Example(
                         f"{name}:{place.examples}", "", text[a:b], split, full_group, continues, record
                     )
@@ -222,8 +223,11 @@ def _group(document: Document, block: int, data: DataConfig) -> str:
     return f"{document.document_id}:{block}"
 
 
-def _labels(document: Document, start: int, end: int) -> str | None:
-    """The labels of the passage [start, end) of a document, as JSON for `Example.record`; None without labels."""
+def _labels(document: Document, start: int, end: int, behind_space: bool) -> str | None:
+    """The labels of the passage [start, end) of a document, as JSON for `Example.record`; None without labels.
+
+    `behind_space`: white space is at the border to the passage before, which a pretrained tokenizer may drop on both sides.
+    """
     if document.label is None and document.spans is None:
         return None
     spans = None
@@ -233,7 +237,9 @@ def _labels(document: Document, start: int, end: int) -> str | None:
             for s in document.spans
             if s["start"] < end and s["end"] > start
         ]
-    return json.dumps({"label": document.label, "spans": spans})
+    return json.dumps(
+        {"label": document.label, "spans": spans} | ({"behind_space": True} if behind_space else {})
+    )
 
 
 def _contiguous(data: DataConfig, start: int, total: int) -> str:
