@@ -115,7 +115,9 @@ class ExampleWork:
             known = as_written(tokenizer, texts, ids, self.config.pretrained.text)
             counters.rewritten = sum(a != b for a, b in zip(given, known, strict=True))
             if has_spans:
-                records = spans_as_written(tokenizer, examples["record"].to_pylist(), texts, known)
+                stated = examples["record"].to_pylist()
+                records = spans_as_written(tokenizer, stated, texts, known)
+                counters.lost_spans = _num_spans(stated) - _num_spans(records)
                 examples = _with(examples, "record", records)
             examples = _with(examples, "target", known)
         position = schema.EXAMPLES.arrow.names.index("token_ids")
@@ -127,6 +129,10 @@ class ExampleWork:
             counters.add(table)
             counters.drop(dropped["reason"].to_pylist())
             part.counters = counters.state()
+
+
+def _num_spans(records: list[str | None]) -> int:
+    return sum(len(json.loads(record)["spans"] or ()) for record in records if record is not None)
 
 
 def _without_tokens(ids: list, examples: pa.Table, dropped: pa.Table) -> tuple[list[int], pa.Table, pa.Table]:
@@ -261,7 +267,7 @@ class ExampleCounters:
         self.examples: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
-        self.characters = self.unknown = self.unread = self.shortened = self.rewritten = 0
+        self.characters = self.unknown = self.unread = self.lost_spans = self.shortened = self.rewritten = 0
 
     def add(self, table: pa.Table) -> None:
         """Count a table of schema.EXAMPLES."""
@@ -290,7 +296,7 @@ class ExampleCounters:
         """Add the counts of other examples, which come after these."""
         for name in ("examples", "tokens", "dropped"):
             _add(getattr(self, name), state[name])
-        for name in ("characters", "unknown", "unread", "shortened", "rewritten"):
+        for name in ("characters", "unknown", "unread", "lost_spans", "shortened", "rewritten"):
             setattr(self, name, getattr(self, name) + state[name])
         if self.whole is not None:
             self.whole.merge(state["whole"])
@@ -318,6 +324,7 @@ class ExampleCounters:
             "shortened_prompts": self.shortened,
             "rewritten_passages": self.rewritten,
             "unknown_words_left_out": self.unread,
+            "spans_left_out": self.lost_spans,
             "vocabulary": vocabulary,
             "unknown_share": self.unknown / max(total, 1),
             "characters_per_token": self.characters / max(total, 1),
@@ -333,6 +340,8 @@ class ExampleCounters:
             line += f"; {self.rewritten:,} passages are stored as the tokenizer writes them (pretrained.text)"
         if self.unread:
             line += f"; {self.unread:,} words that the tokenizer does not know are left out, because passages have spans"
+        if self.lost_spans:
+            line += f"; {self.lost_spans:,} spans are left out with them"
         return line
 
     def left_out(self) -> str:

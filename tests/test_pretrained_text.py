@@ -123,6 +123,7 @@ def test_passages_without_tokens_are_dropped_by_name(pretrained_folder, tmp_path
     rows = [{"id": f"d{n}", "text": text + str(n), "label": n % 2, "spans": []} for n in range(40)]
     rows[3]["text"] = text + " " * 300 + text
     rows[5] |= {"text": "\U0001f642" * 60}
+    rows[7] |= {"text": text + "\U0001f642 dog", "spans": [[0, 3, 1], [len(text), len(text) + 1, 1]]}
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     labels = ["data.label_key=label", "data.id_key=id", "data.deduplicate=document", "data.split_unit=document", "data.whitespace=keep",
@@ -141,6 +142,7 @@ def test_passages_without_tokens_are_dropped_by_name(pretrained_folder, tmp_path
     assert gone == ({"d3", "d5"} if with_spans else {"d3"})
     examples = pq.read_table(stage / "examples").to_pylist()
     assert all(row["token_ids"] for row in examples) and not gone & {"d0", "d1"}
+    assert manifest_of(stage)["stats"]["spans_left_out"] == int(with_spans), "that of the unknown word alone"
     assert {"d0", "d3"} <= {row["example_id"].split(":")[0] for row in examples}
 
 
