@@ -375,6 +375,22 @@ def _programs_detail(f: Figures) -> str:
     )
 
 
+def _gsm8k(f: Figures) -> str:
+    right = {name: full(row["right"], 1, percent=True) for name, row in f["rows"].items()}
+    others = ", ".join(
+        f"{name} {right[name]}" for name in ("random", "majority of answers", "best single writer")
+    )
+    return f"right solutions, {f['folds']} folds of {f['problems']} problems: ranker **{right['ranker']}**, {others}"
+
+
+def _gsm8k_detail(f: Figures) -> str:
+    rows = [
+        [name, full(row["right"], 1, percent=True), "" if name == "ranker" else full(row["lead_of_ranker"], 1, percent=True)]
+        for name, row in f["rows"].items()
+    ]  # fmt: skip
+    return markdown(["chosen by", "right", "lead of the ranker"], rows)
+
+
 BENCHMARKS = (
     Row("nelbo", "masked diffusion on tinyshakespeare characters, contiguous 90/10 split", _nelbo),
     Row("causal_speedrun", "training time of a causal model on tinyshakespeare, against the plain recipe (GPT-2 of "
@@ -414,6 +430,9 @@ BENCHMARKS = (
     Row("memory", "300 MB of text against 30 MB", _memory, _memory_detail),
     Row("memory_candidates", "30 MB of text against 3 MB", _memory, _memory_detail,
         "Stage 00 has caches of fixed size, which 3 MB of text do not fill."),
+    Row("pools_gsm8k", "GSM8K: the right one of the solutions that four language models wrote", _gsm8k, _gsm8k_detail,
+        "Intervals resample problems. The ranker does not see who wrote a solution. \"Recognised writer\": a classifier tells who "
+        "wrote it, and the strongest writer is chosen."),
     Row("finqa_programs", "FinQA: programs that four simulated systems wrote for held-out questions", _programs, _programs_detail,
         "Intervals resample pages. Weights of scores and votes are fitted on the split selection. lib/tasks/finqa/simulated_systems.py "
         "describes the systems."),
