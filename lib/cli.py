@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lib import outside
 from lib.config import Config, load_config
 from lib.config_files import replaced_by_quick_test
 from lib.engine.processes import current, start, world_size
@@ -245,9 +246,7 @@ def _run_stage(
         ):
             say(line)
         if is_first:
-            from lib.training.model_plans import refuse_unknown_starts
-
-            refuse_unknown_starts(config)  # before stages 01 to 03 have worked for nothing
+            outside.refuse_unknown_starts(config)  # before stages 01 to 03 have worked for nothing
         if options.overwrite and options.resume:
             raise UsageError("--overwrite and --resume contradict each other; give one of them")
         part = getattr(options, "part", None)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lib import durable
 from lib.config import Config
-from lib.errors import BadConfig, MissingInput
+from lib.errors import BadConfig, MissingInput, did_you_mean
+from lib.runs import STAGES
 from lib.sections.models import ModelSpec
 
 WEIGHTS = (
@@ -197,3 +198,16 @@ def _adapted_by(folder: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [base] if base is not None and base.is_dir() else []
+
+
+def refuse_unknown_starts(config: Config) -> None:
+    """Raises BadConfig for a start that looks like the name of a model, but is neither a model nor a folder."""
+    candidates = STAGES[2]
+    known = ["scratch", candidates, *config.models]
+    for name, spec in config.models.items():
+        start = spec.start
+        if start not in known and start.isidentifier() and not Path(start).exists():
+            raise BadConfig(
+                f"models.{name}.start is '{start}', which is not scratch, {candidates}, a model of `models` or a folder"
+                f"{did_you_mean(start, known)}"
+            )

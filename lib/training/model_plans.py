@@ -1,12 +1,11 @@
 """The models of stage 04 as units: what each of them uses and reads, and in which order they are trained."""
 
 from functools import partial
-from pathlib import Path
 
 from lib import outside
 from lib.artifacts import Stage
 from lib.config import Config
-from lib.errors import BadConfig, UsageError, did_you_mean
+from lib.errors import UsageError, did_you_mean
 from lib.runs import RunArgs, load_manifest
 from lib.sections.models import ModelSpec, dependency_order
 from lib.stage.unfinished import config_changes
@@ -18,7 +17,7 @@ EXAMPLES, CANDIDATES, REWARDS = "01_prepare_dataset", "02_generate_candidates", 
 
 def plan_models(config: Config) -> dict[str, UnitPlan]:
     """Name of each model -> its plan, in the order of the config. Raises BadConfig for an unknown start."""
-    refuse_unknown_starts(config)
+    outside.refuse_unknown_starts(config)
     return {
         name: UnitPlan(
             _uses(name, spec, config), _reads(spec, config), partial(outside.of_model, spec, config)
@@ -85,15 +84,3 @@ def _reads(spec: ModelSpec, config: Config) -> tuple[str, ...]:
     elif spec.start == CANDIDATES and CANDIDATES not in reads:
         reads.append(CANDIDATES)
     return tuple(reads)
-
-
-def refuse_unknown_starts(config: Config) -> None:
-    """Raises BadConfig for a start that looks like the name of a model, but is neither a model nor a folder."""
-    known = ["scratch", CANDIDATES, *config.models]
-    for name, spec in config.models.items():
-        start = spec.start
-        if start not in known and start.isidentifier() and not Path(start).exists():
-            raise BadConfig(
-                f"models.{name}.start is '{start}', which is not scratch, {CANDIDATES}, a model of `models` or a folder"
-                f"{did_you_mean(start, known)}"
-            )
