@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from benchmarks.pools_wikiqa import FIRST_STAGES
+from benchmarks.pools_wikiqa import pools_of as stored_pools
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, write
 from lib import randomness
@@ -34,7 +35,6 @@ from lib.report.table import aligned
 from lib.runs import RunArgs
 from lib.tasks.pools.shortcuts import SimpleScorers, SomePools, pools_of
 
-FIRST_STAGES = ("00_check_data", "01_prepare_dataset", "02_generate_candidates", "03_build_rewards")
 _ANSWER = re.compile(r"-?[\d,]*\.?\d+")
 
 
@@ -102,12 +102,7 @@ def ranker_choices(
     config = config_of(options, data, 1)
     for stage in FIRST_STAGES:
         importlib.import_module(stage).main(config, RunArgs(run_dir=work / "run"))
-    table = pq.read_table(
-        work / "run" / "01_prepare_dataset" / "examples", columns=["split", "record"]
-    ).to_pylist()
-    learned = sum(
-        len(set(json.loads(row["record"])["rewards"])) > 1 for row in table if row["split"] == "train"
-    )
+    learned = sum(len(set(pool["rewards"])) > 1 for pool in stored_pools(work / "run", "train"))
     config = config_of(options, data, max(1, options.epochs * learned // options.pools_per_step))
     importlib.import_module("04_train").main(config, RunArgs(run_dir=work / "run"))
     ranker = Ranker.load(work / "run")

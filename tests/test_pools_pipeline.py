@@ -276,6 +276,17 @@ def test_a_file_is_read_whatever_the_task(tmp_path):
         assert user.num_pools == 1 and not user.problems
 
 
+def test_a_file_to_rank_may_have_the_usual_names_in_place_of_the_runs_own(tmp_path):
+    config = load_config(
+        quick_test=True, overrides=["pools.keys={prompt: ask, candidates: answers, rewards: marks}"]
+    )
+    for names in (("ask", "answers"), ("prompt", "candidates")):
+        file = tmp_path / f"{names[0]}.jsonl"
+        file.write_text(json.dumps(dict(zip(names, ("which?", ["this", "that"]), strict=True))))
+        with read_user_pools(config, file) as user:
+            assert user.num_pools == 1 and not user.problems
+
+
 def test_only_pools_with_different_rewards_in_range_are_measured(tmp_path):
     file = tmp_path / "rewards.jsonl"
     rewards = {"a": [1, 0], "b": [1, 1], "c": [12.3, 0], "d": [1, None], "e": [1], "f": [None, None]}

@@ -122,14 +122,12 @@ def _rows(stage: Stage, split: str) -> Iterator[dict]:
                 yield row
 
 
-def _examples(stage: Stage, split: str) -> Iterator[tuple[str, str, bool]]:
-    """(id, group, whether white space is before it in its document) of the examples of a split, in order."""
+def _examples(stage: Stage, split: str) -> Iterator[tuple[str, str, str | None]]:
+    """(id, group, record) of the examples of a split, in order."""
     columns = ["example_id", "group", "split", "record"]
     for table in stage.tables("01_prepare_dataset", "examples", schema.EXAMPLES, columns):
         rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
-        for example, group, of, record in rows:
-            if of == split:
-                yield example, group, bool(record and json.loads(record).get("behind_space"))
+        yield from ((example, group, record) for example, group, of, record in rows if of == split)
 
 
 def _count_documents(stage: Stage, config: Config, split: str) -> int:
@@ -150,9 +148,14 @@ def _groups(
             return is_chosen(_document_of(example))
         return any(is_chosen(f"{example}/{number}") for number in numbers)
 
-    needed = [found for found in _examples(stage, split) if is_needed(found[0])]
-    groups = {example: group for example, group, _ in needed}
-    return groups, {example for example, _, behind_space in needed if behind_space}
+    groups: dict[str, str] = {}
+    behind_space: set[str] = set()
+    for example, group, record in _examples(stage, split):
+        if is_needed(example):
+            groups[example] = group
+            if record is not None and json.loads(record).get("behind_space"):
+                behind_space.add(example)
+    return groups, behind_space
 
 
 def _document_of(example: str) -> str:

@@ -63,13 +63,17 @@ def _parts(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
+def _needed(target: float) -> str:
+    return f"{target:.0%} needs {round(1 / target) - 1:,}"
+
+
 def too_few_originals(found: Mapping[str, Any]) -> str:
     """What the columns of a target are where the selection split has too few originals for it; empty if it has enough."""
     judge = found["detectors"]["judge"]
     few = [rates["target"] for rates in judge["thresholds"] if not rates["enough_originals"]]
     if not few:
         return ""
-    needed = ", ".join(f"{target:.0%} needs {round(1 / target) - 1:,}" for target in few)
+    needed = ", ".join(map(_needed, few))
     return (
         f"The selection split has only {judge['originals']:,} original documents, and {needed}. The threshold is then the most "
         f"suspicious of them, and a new original exceeds it with a probability of up to {1 / (judge['originals'] + 1):.1%}."
@@ -108,8 +112,8 @@ def thresholds_in_words(figures: Mapping[str, Any]) -> list[str]:
         )
         if not rates["enough_originals"]:
             line += (
-                f"; the selection split has only {figures['originals']:,} originals, and {rates['target']:.0%} needs "
-                f"{round(1 / rates['target']) - 1:,}, so it is the most suspicious of them"
+                f"; the selection split has only {figures['originals']:,} originals, and {_needed(rates['target'])}, so "
+                f"it is the most suspicious of them"
             )
         lines.append(line)
     return lines

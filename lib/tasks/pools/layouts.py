@@ -307,6 +307,15 @@ def is_numbered(name: str, negative: str = "negative") -> bool:
     return _NUMBERED.fullmatch(name) is not None or own.fullmatch(name) is not None
 
 
+def keys_of(columns: Collection[str], keys: Mapping[str, str]) -> dict[str, str]:
+    """Those of `pools.keys` whose columns there are. Numbered negatives stand for the one that is named."""
+    return {
+        role: column
+        for role, column in keys.items()
+        if column in columns or (role == "negative" and any(is_numbered(n, column) for n in columns))
+    }
+
+
 def absent_columns(columns: Collection[str], keys: Mapping[str, str]) -> list[Fault]:
     """A fault for each column of `pools.keys` that no row has. `columns`: those that some row has."""
     return [
@@ -315,7 +324,7 @@ def absent_columns(columns: Collection[str], keys: Mapping[str, str]) -> list[Fa
             f"correct pools.keys.{role}{did_you_mean(column, sorted(columns))}",
         )
         for role, column in keys.items()
-        if column not in columns and not (role == "negative" and any(is_numbered(n, column) for n in columns))
+        if role not in keys_of(columns, keys)
     ]  # fmt: skip
 
 

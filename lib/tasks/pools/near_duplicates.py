@@ -14,14 +14,9 @@ from lib.digest_table import DigestTable, digest
 from lib.ranking.words import words_of
 
 NUMBERS = 120  # minima per prompt
-ROWS = (
-    6,
-    5,
-    4,
-    3,
-    2,
-    1,
-)  # minima per band, of which the first one that finds `FOUND` of the pairs at the threshold is taken
+ROWS = range(
+    6, 0, -1
+)  # minima per band: the first number that finds `FOUND` of the pairs at the threshold is taken
 FOUND, ERROR = 0.99, 0.05  # ERROR: the standard error of an estimate is at most this
 PIECE = 2048  # words and pairs that are hashed at a time
 SAME_PROMPT, SIMILAR_PROMPT, SAME_GROUP = (

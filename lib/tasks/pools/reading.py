@@ -13,7 +13,7 @@ from lib.log import Progress
 from lib.sections.pools import PoolFilesConfig
 from lib.tasks import Problem
 from lib.tasks.pools import builtin
-from lib.tasks.pools.layouts import Layout, PoolRow, absent_columns, recognise
+from lib.tasks.pools.layouts import Layout, PoolRow, absent_columns, keys_of, recognise
 from lib.tasks.pools.store import SPLITS, PoolStore
 from lib.tasks.pools.values import RowFault
 from lib.tasks.text import raw
@@ -54,7 +54,8 @@ def read_into(store: PoolStore, config: Config, all_keys: bool = True) -> Iterat
     """Add all rows of the sources to the store. Yields what is wrong with files and rows.
 
     Args:
-        all_keys: a column that `pools.keys` names and no row has is an error. A file to rank may lack some.
+        all_keys: a column that `pools.keys` names and no row has is an error. A file to rank may lack some, and have the usual
+            names in their place.
     """
     if config.data.path in builtin.BUILTIN:
         rows = builtin.pool_rows(config.data.path)
@@ -68,7 +69,7 @@ def read_into(store: PoolStore, config: Config, all_keys: bool = True) -> Iterat
     with Progress("bytes of the files", sum(path.stat().st_size for path in files)) as progress:
         before, columns = 0, set[str]()
         for path in files:
-            reader = _FileReader(path, config.pools, len(files) == 1, columns)
+            reader = _FileReader(path, config.pools, len(files) == 1, columns, all_keys)
             for faults in reader.rows(store):
                 if root.is_dir():
                     faults = [(where, _in_folder(fault)) for where, fault in faults]
@@ -116,8 +117,8 @@ class _FileReader:
         count, characters: of the rows read so far.
     """
 
-    def __init__(self, path: Path, settings: PoolFilesConfig, one_file: bool, seen: set[str]):
-        self.path, self.settings, self.seen = path, settings, seen
+    def __init__(self, path: Path, settings: PoolFilesConfig, one_file: bool, seen: set[str], all_keys: bool):
+        self.path, self.settings, self.seen, self.all_keys = path, settings, seen, all_keys
         self.texts_only = kind_of(path).removesuffix(".gz") in TEXTS_ONLY
         # train.jsonl, dev.jsonl, test.jsonl: the names of several files give the split
         self.split = None if one_file else split_in_name(path)
@@ -143,12 +144,13 @@ class _FileReader:
         if len(self._by_columns) < MAX_COLUMN_SETS:
             self.seen.update(columns)
         self.seen.update(c for c in self.settings.keys.values() if c in columns)
+        keys = self.settings.keys if self.all_keys else keys_of(columns, self.settings.keys)
         if self.layout is None or not columns:
-            found = recognise(record, self.settings.keys, self.settings.layout)
+            found = recognise(record, keys, self.settings.layout)
             self.layout = self.layout or found
         else:
             try:
-                found = recognise(record, self.settings.keys, self.layout.name)
+                found = recognise(record, keys, self.layout.name)
             except RowFault:
                 return self.layout  # it says what the row lacks
         if len(self._by_columns) < MAX_COLUMN_SETS:
