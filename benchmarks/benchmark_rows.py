@@ -281,7 +281,10 @@ def _ranker(f: Figures) -> str:
         f"{row['no_dropout']:.2f} s without its attention dropout"
     )
     if peer := f.get("peer"):
-        text += f"; CrossEncoderTrainer with ListNet {peer['theirs']:.2f} s, ours {peer['ours']:.2f} s"
+        text += (
+            f"; with {peer['prompt']} prompt tokens in {peer['precision']}, CrossEncoderTrainer with ListNet "
+            f"{peer['theirs']:.2f} s, ours {peer['ours']:.2f} s"
+        )
     return text
 
 

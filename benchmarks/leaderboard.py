@@ -9,7 +9,7 @@ python -m benchmarks.leaderboard gpt2_causal       # nanoGPT's recipe for a CPU
 python -m benchmarks.leaderboard bert_diffusion    # masked diffusion with BERT and AdamW
 python -m benchmarks.leaderboard remask_causal
 python -m benchmarks.leaderboard remask_diffusion
-python -m benchmarks.leaderboard my_row --config configs/nelbo.yaml --set training.muon_learning_rate=0.03
+python -m benchmarks.leaderboard my_row --config configs/nelbo.yaml --set models.generator.training.muon_learning_rate=0.03
 python -m benchmarks.leaderboard my_row --config configs/nelbo.yaml --model benchmarks.plain_models:bert
 """
 

@@ -140,7 +140,7 @@ def make_parser(
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="change one setting, such as --set training.steps=100; may be given several times",
+        help="change one setting, such as --set models.judge.training.steps=100; may be given several times",
     )
     add(
         "--overwrite",

@@ -148,7 +148,7 @@ def _copy(value):
 def _apply_override(merged: dict, where: dict, text: str) -> None:
     path, separator, value = text.partition("=")
     if not separator or not path.strip():
-        raise UsageError(f"--set {text}: expected KEY=VALUE, such as --set training.steps=100")
+        raise UsageError(f"--set {text}: expected KEY=VALUE, such as --set models.judge.training.steps=100")
     keys = tuple(path.strip().split("."))
     if len(keys) > MAX_DEPTH:
         raise UsageError(f"--set {text[:60]}...: a key has at most {MAX_DEPTH} parts")

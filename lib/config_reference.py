@@ -36,7 +36,10 @@ A run's settings are merged from several sources. Later ones win:
 1. `configs/default.yaml`, which holds every setting;
 2. every `--config FILE`, in order: such a file states only what it changes;
 3. the `quick_test:` blocks of these files, with `--quick_test`;
-4. every `--set KEY=VALUE`, such as `--set training.steps=100`.
+4. every `--set KEY=VALUE`, such as `--set models.judge.training.steps=100`.
+
+The sections `training` and `architecture` hold for every model that does not set a value of its own. In `default.yaml`, every
+model has its own `steps`.
 
 An unknown key is an error that suggests the closest known key. `--set models.judge=null` removes a model. A map such as
 `--set "models.judge.training={steps: 50}"` changes only the settings that it names, as in a file. With `--quick_test`, script
