@@ -1,9 +1,9 @@
 """
 A row of docs/leaderboard.md: tinyshakespeare, five minutes of training on two CPU cores.
 
-Two short trainings measure the time of a step. Then a training of as many steps as fit into the budget is measured. Its time
+A short training measures the time of a step. Then a training of as many steps as fit into the budget is measured. Its time
 is all that `train` takes: steps, and the evaluation and the writing of the model at the end. No layers are compiled, since the
-short trainings would fill the cache of compiled code. The figure is the likelihood of all held-out text.
+short training would fill the cache of compiled code. The figure is the likelihood of all held-out text.
 
 python -m benchmarks.leaderboard gpt2_causal       # nanoGPT's recipe for a CPU
 python -m benchmarks.leaderboard bert_diffusion    # masked diffusion with BERT and AdamW
@@ -15,6 +15,7 @@ python -m benchmarks.leaderboard my_row --config configs/nelbo.yaml --model benc
 
 import argparse
 import importlib
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from benchmarks.prepared import prepare, shakespeare, stage_inputs_of, train_in_
 from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, full, write
 from benchmarks.results_tables import BUDGET, THREADS, TOLERANCE
+from benchmarks.step_clock import StepClock
 from lib.config import Config
 from lib.models.build import start_model
 from lib.runs import plain
@@ -36,7 +38,7 @@ from lib.training.train_model import context_of, make_objective
 DATA = {  # of the section `data`: all of the text, and the usual split
     "split": "contiguous", "fractions": {"train": 0.9, "held_out": 0.1}, "whitespace": "keep", "deduplicate": "none",
 }  # fmt: skip
-TRIALS = (10, 40)  # steps of the two trainings that measure the time of a step
+TRIAL = 40  # steps of the training that measures the time of a step
 MARGIN = 0.96  # of the budget that is planned for
 
 
@@ -67,14 +69,14 @@ ROWS = {
 
 def run(row: Row, budget: float, name: str) -> dict[str, Any]:
     """Train the row within the budget of seconds. Returns its figures."""
-    overrides = ["training.compile=off", f"data.path={shakespeare()}", *row.overrides]
+    overrides = ["training.compile=off", "device=cpu", f"data.path={shakespeare()}", *row.overrides]
     config, folder = prepare(f"leaderboard_{name}", list(row.configs), overrides)
     if budget >= BUDGET and (broken := broken_rules(config)):
         raise SystemExit(
             f"this is no row of the leaderboard: {'; '.join(broken)}; see docs/leaderboard.md, Rules"
         )
     with stage_inputs_of(config, folder) as stage_inputs:
-        steps = _steps_within(budget, lambda n: _trained(row, config, stage_inputs, n)["seconds"])
+        steps = _steps_within(budget, lambda n: _trained(row, config, stage_inputs, n))
         found = _trained(row, config, stage_inputs, steps, report=True)
     a = config.models["generator"].architecture
     return {
@@ -90,7 +92,12 @@ def run(row: Row, budget: float, name: str) -> dict[str, Any]:
 def broken_rules(config: Config) -> list[str]:
     """What in a config breaks the rules of docs/leaderboard.md, in words."""
     found = []
-    compiles = config.models["generator"].training.compile  # a model may have a setting of its own
+    spec = config.models["generator"]
+    if config.device != "cpu":
+        found.append(f"device is {config.device}; expected cpu")
+    if spec.split != "train":
+        found.append(f"split of the generator is {spec.split}; expected train")
+    compiles = spec.training.compile  # a model may have a setting of its own
     if compiles != "off":
         found.append(f"training.compile of the generator is {compiles}; expected off")
     if config.tokenizer.kind != "character":
@@ -104,16 +111,15 @@ def broken_rules(config: Config) -> list[str]:
     return found
 
 
-def _steps_within(budget: float, seconds_of: Callable[[int], float]) -> int:
-    """Steps that fit into the budget, by the times of two short trainings.
+def _steps_within(budget: float, trained: Callable[[int], dict[str, Any]]) -> int:
+    """Steps that fit into the budget, by the time of a short training and of its steps.
 
     Raises SystemExit if it has no room for any.
     """
-    few, many = TRIALS
-    seconds_of(2)  # the first one fills caches
-    first, second = seconds_of(few), seconds_of(many)
-    step = max((second - first) / (many - few), 1e-6)
-    start = max(first - few * step, 0.0)
+    trained(StepClock.FIRST + 2)  # the first one fills caches
+    trial = trained(TRIAL)
+    step = trial["seconds_per_step"]
+    start = trial["seconds"] - TRIAL * step
     steps = int((MARGIN * budget - start) / step)
     print(
         f"{step:.3f} s a step, {start:.1f} s for start and end: {steps:,} steps in {budget:.0f} s", flush=True
@@ -126,7 +132,7 @@ def _steps_within(budget: float, seconds_of: Callable[[int], float]) -> int:
 def _trained(
     row: Row, config: Config, stage_inputs: StageInputs, steps: int, *, report: bool = False
 ) -> dict[str, Any]:
-    """A training of that many steps: its seconds and, with `report`, its likelihood of all held-out text."""
+    """A training of that many steps: its seconds, those of a step and, with `report`, its likelihood of all held-out text."""
     spec = config.models["generator"]
     changed = {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps}
     spec = spec.model_copy(update={"training": spec.training.model_copy(update=changed)})
@@ -139,34 +145,49 @@ def _trained(
         model, _ = start_model(
             "language_model", spec.architecture, attention, vocabulary, config.seed, "generator"
         )
+    clock = StepClock.of(objective)
     begin = time.perf_counter()
     train_in_memory(model, objective, replace(context, label="leaderboard"))
     seconds = time.perf_counter() - begin
-    found: dict[str, Any] = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
-    if report:
-        with torch.no_grad():
-            values, rows = objective.report(model.eval())
-        figure = rows[0].as_dict()
-        found |= {
-            "kind": "NELBO" if "nelbo" in values else "NLL",
-            "value": {key: figure[key] for key in ("value", "low", "high")},
-            "train_nelbo": values.get("train_nelbo"),
-        }
-    return found
+    if not report:
+        return {"seconds": seconds, "seconds_per_step": clock.seconds_per_step()}
+    with torch.no_grad():
+        values, rows = objective.report(model.eval())
+    figure = rows[0].as_dict()
+    return {
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "kind": "NELBO" if "nelbo" in values else "NLL",
+        "value": {key: figure[key] for key in ("value", "low", "high")},
+        "train_nelbo": values.get("train_nelbo"),
+    }
 
 
 def _built(row: Row, config: Config, vocabulary: int) -> nn.Module | None:
     """The model of the row's own function; None if it has none."""
     if row.model is None:
         return None
-    module, _, name = row.model.partition(":")
+    model = _function_of(row.model)(config, vocabulary)
+    causal = config.models["generator"].effective_attention == "causal"
+    needed = {"input_ids", "attention_mask", "use_cache" if causal else "logits_at"}
+    accepted = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if (missing := sorted(needed - accepted.keys())) and not takes_all:
+        raise SystemExit(
+            f"--model {row.model}: forward of {type(model).__name__} takes no {', '.join(missing)}; see docs/leaderboard.md, Add a row"
+        )
+    return model
+
+
+def _function_of(name: str) -> Callable[..., nn.Module]:
+    """The function `package.module:name`. Raises SystemExit."""
+    module, _, function = name.partition(":")
     try:
-        build = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise SystemExit(
-            f"--model {row.model}: {error}; give PACKAGE.MODULE:FUNCTION, a function (config, vocabulary) -> model"
+            f"--model {name}: {error}; give PACKAGE.MODULE:FUNCTION, a function (config, vocabulary) -> model"
         ) from None
-    return build(config, vocabulary)
 
 
 def main() -> None:
@@ -192,6 +213,8 @@ def main() -> None:
     row = replace(row, overrides=(*row.overrides, *options.overrides), model=options.model or row.model)
     if options.budget >= BUDGET and torch.get_num_threads() > THREADS:
         parser.error(f"torch has {torch.get_num_threads()} threads; set OMP_NUM_THREADS={THREADS}")
+    if row.model:
+        _function_of(row.model)  # its code is part of the provenance
     say_provenance()
     found = run(row, options.budget, options.name)
     print(f"training             {found['steps']:,} steps, {found['seconds']:.0f} of {found['budget']:.0f} s")

@@ -16,8 +16,8 @@ from lib.runs import STAGES, versions
 def provenance() -> dict[str, Any]:
     """The provenance of a figure that this process measures now.
 
-    `code` is one hash of the scripts, this benchmark and all modules of lib/ that they can import, without comments and
-    docstrings. It is the same for equal code, whatever the commit.
+    `code` is one hash of the scripts, this benchmark, the modules of benchmarks/ that are loaded, and all modules of lib/ that
+    they can import, without comments and docstrings. It is the same for equal code, whatever the commit.
     """
     return code_version.commit() | {
         "code": code_version.digest(files()),
@@ -32,7 +32,11 @@ def files() -> dict[str, str]:
     """Hashes of the code that this process can run; see lib.code_version."""
     found: dict[str, str] = {}
     script = Path(sys.argv[0]).resolve()
-    for entry in (*(f"{name}.py" for name in STAGES), str(script)):
+    loaded = [
+        Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
+    ]
+    own = sorted(str(path) for path in loaded if path.is_relative_to(ROOT / "benchmarks"))
+    for entry in (*(f"{name}.py" for name in STAGES), str(script), *own):
         if (ROOT / entry).is_relative_to(ROOT):
             found |= code_version.code_files(entry, "text") | code_version.code_files(entry, "finqa")
     return found

@@ -30,8 +30,10 @@ from benchmarks.speed_neighbours import compare_neighbours
 from benchmarks.speed_precisions import compare_precisions
 from benchmarks.speed_sampling import compare_sampling
 from benchmarks.speed_setup import ROUNDS, median_seconds, objective_of, settings, tokenizer_of_size
+from benchmarks.step_clock import StepClock
 from lib import durable, randomness
 from lib.config import Config, load_config
+from lib.devices import synchronize
 from lib.diffusion.masking import BatchDraw, draw_mask, masked_counts
 from lib.diffusion.nelbo import mask_batch
 from lib.models.build import make_model, model_config, save_model
@@ -56,13 +58,7 @@ def ours(steps: int, vocabulary: int, compiled: bool) -> float:
     objective: Any = objective_of(config, vocabulary, architecture.context, context)
     model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
     tokenizer = tokenizer_of_size(vocabulary)
-    clock, part = StepClock(), objective.part
-
-    def timed_part(model: Any, step: int, rows: range) -> Any:
-        clock.step_begins()
-        return part(model, step, rows)
-
-    objective.part = timed_part
+    clock = StepClock.of(objective)
     with tempfile.TemporaryDirectory() as folder:
         train(model, objective, context, Path(folder), lambda m, p: save_model(m, p, tokenizer))
     return training.batch_size * architecture.context / clock.seconds_per_step()
@@ -111,21 +107,6 @@ def hugging_face(steps: int, vocabulary: int, compiled: bool) -> float:
     return training.batch_size * architecture.context / clock.seconds_per_step()
 
 
-class StepClock:
-    """When the steps of a training began. The first ones do not count: they compile code and fill caches."""
-
-    FIRST = 3
-
-    def __init__(self) -> None:
-        self.begins: list[float] = []
-
-    def step_begins(self) -> None:
-        self.begins.append(time.perf_counter())
-
-    def seconds_per_step(self) -> float:
-        return (self.begins[-1] - self.begins[self.FIRST]) / (len(self.begins) - 1 - self.FIRST)
-
-
 def compare_trainer(steps: int) -> Figures:
     """Three rounds of both, each plain and compiled, after one short round that does not count."""
     kinds = [(name, run, compiled) for compiled in (False, True) for name, run in (("ours", ours), ("trainer", hugging_face))]  # fmt: skip
@@ -161,9 +142,13 @@ def compare_logits() -> Figures:
     objective = objective_of(config, vocabulary, architecture.context, context)
     index, ids, valid = objective.windows(range(training.batch_size))
     batch = mask_batch(config.diffusion, valid, BatchDraw(0, "speed", index, training.batch_size))
-    targets, at = torch.from_numpy(ids).flatten(), torch.from_numpy(np.flatnonzero(batch.masked))
-    weights = torch.from_numpy(batch.weights).flatten()
-    inputs = torch.from_numpy(np.where(batch.masked, 1, ids))
+    arrays = (
+        ids.reshape(-1),
+        np.flatnonzero(batch.masked),
+        batch.weights.reshape(-1),
+        np.where(batch.masked, 1, ids),
+    )
+    targets, at, weights, inputs = (torch.from_numpy(a).to(runtime.device) for a in arrays)
 
     def loss_of(model, method: str):
         with runtime.autocast():
@@ -177,6 +162,7 @@ def compare_logits() -> Figures:
 
     methods = ("masked", "everywhere", "plain")
     model = make_model("language_model", model_config(architecture, "bidirectional", vocabulary), 0, "speed")
+    model.to(runtime.device)
     optimizer = Optimizer(model, training, runtime.matrix_dtype)
     with torch.no_grad():
         runtime, kept = Runtime(runtime.device, "fp32"), runtime
@@ -188,6 +174,7 @@ def compare_logits() -> Figures:
             begin = time.perf_counter()
             loss_of(model, method).backward()
             optimizer.step(0)
+            synchronize(runtime.device)
             if number:
                 times[method].append(time.perf_counter() - begin)
     masked, everywhere, plain = (statistics.median(times[method]) for method in methods)
@@ -222,7 +209,8 @@ def compare_generation() -> Figures:
     def bare() -> None:
         for start in range(0, len(ids), size):
             with runtime.autocast():
-                model(input_ids=torch.from_numpy(ids[start : start + size]))
+                model(input_ids=torch.from_numpy(ids[start : start + size]).to(runtime.device))
+        synchronize(runtime.device)
 
     speeds: dict[str, list[float]] = {"bare": [], "fill": []}
     for _ in range(ROUNDS + 1):
@@ -332,6 +320,8 @@ def main() -> None:
     if options.what == "int8":
         figures = compare_precisions(options.run or parser.error("int8 needs --run RUN_DIR"))
     elif options.what == "trainer":
+        if options.steps < StepClock.FIRST + 2:
+            parser.error(f"--steps {options.steps} is too few to time: at least {StepClock.FIRST + 2}")
         figures = compare_trainer(options.steps)
     elif options.what == "neighbours":
         figures = compare_neighbours(options.steps)

@@ -54,7 +54,7 @@ def compare_neighbours(steps: int) -> dict[str, Any]:
                 with busy(nice):
                     folder = _train(model, run, flags)
                 speed = json.loads((folder / "speed.jsonl").read_text().splitlines()[-1])
-                seconds[model][name].append(speed["seconds"] / speed["steps"])
+                seconds[model][name].append(speed["seconds"] / speed["step"])  # made in one process
         print(f"round {number + 1} of {ROUNDS} is measured", file=sys.stderr, flush=True)
     found: dict[str, Any] = {"steps": steps, "rounds": ROUNDS, "modes": {}}
     for model, times in seconds.items():

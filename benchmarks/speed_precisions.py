@@ -28,30 +28,33 @@ def compare_precisions(run: Path, texts: int = 256) -> dict[str, Any]:
         for name, precision in (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "fp32"), ("int8, rest bf16", "bf16"))
     }  # fmt: skip
     width = engines["fp32"].width
-    ids = np.array([row[:width] for row in held_out if len(row) >= width][:texts])
-    masked = lowest_k(randomness.uniform(7, np.arange(len(ids)), width), np.ones(ids.shape, bool),
-                    np.full(len(ids), width // 2))  # fmt: skip
+    rows = [row[:width] for row in held_out if len(row) > 1][:texts]
+    width = max(map(len, rows))
+    valid = np.arange(width) < np.array([len(row) for row in rows])[:, None]
+    ids = np.full(valid.shape, engines["fp32"].tokenizer.pad_token_id)
+    ids[valid] = np.concatenate(rows)
+    masked = lowest_k(randomness.uniform(7, np.arange(len(ids)), width), valid, valid.sum(1) // 2)
     targets = torch.from_numpy(ids[masked])
     found: dict[str, tuple[list[float], float]] = {name: ([], 0.0) for name in engines}
     for number in range(ROUNDS + 1):
         for name, engine in engines.items():
             begin = time.perf_counter()
             with torch.no_grad():
-                logits = torch.cat([_read(engine, ids[i : i + 64], masked[i : i + 64]) for i in range(0, len(ids), 64)])  # fmt: skip
+                logits = torch.cat([_read(engine, ids[i : i + 64], valid[i : i + 64], masked[i : i + 64]) for i in range(0, len(ids), 64)])  # fmt: skip
             times = found[name][0]
             if number:
                 times.append(time.perf_counter() - begin)
             found[name] = (times, float(F.cross_entropy(logits.float(), targets)))
-    print(f"{folder}: {len(ids)} x {width} held-out tokens, half of them masked")
+    print(f"{folder}: {valid.sum():,} held-out tokens in {len(ids)} texts, half of them masked")
     precisions = {}
     for name, (times, nats) in found.items():
-        speed = ids.size / statistics.median(times)
+        speed = int(valid.sum()) / statistics.median(times)
         print(f"{name:16}{speed:9,.0f} tokens/s   {nats:.4f} nats per masked token")
         precisions[name] = {"tokens_per_second": speed, "nats": nats}
     return {"precisions": precisions}
 
 
-def _read(engine: MaskedLMEngine, ids: np.ndarray, masked: np.ndarray) -> torch.Tensor:
+def _read(engine: MaskedLMEngine, ids: np.ndarray, valid: np.ndarray, masked: np.ndarray) -> torch.Tensor:
     """(N, V) logits at the masked positions."""
     inputs = np.where(masked, engine.tokenizer.mask_token_id, ids)
-    return engine._logits(inputs, np.ones(ids.shape, bool), np.flatnonzero(masked))
+    return engine._logits(inputs, valid, np.flatnonzero(masked))

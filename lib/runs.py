@@ -38,7 +38,7 @@ SCORE, RANK = (
     "06_score_",
     "06_rank_",
 )  # prefixes of the stages that score a user's text, or rank a user's candidates
-LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "pyarrow", "numpy")
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "pyarrow", "numpy", "scipy", "scikit-learn")
 MANIFEST_SCHEMA = Path(__file__).with_name("manifest.schema.json")
 
 

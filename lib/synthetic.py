@@ -6,6 +6,7 @@ alone, not on its batch. Rows are padded to one width, and rows without padding 
 Legend: B rows, T positions, N masked positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class MaskedLMEngine:
         tokenizer: the model's own.
         width: rows are padded to this many tokens.
         framing: special ids that the model reads around every row, beside its `width` tokens.
+        layers: those of the model, if they may be compiled.
     """
 
     model: Any
@@ -95,6 +97,7 @@ class MaskedLMEngine:
     runtime: Runtime
     width: int
     framing: Framing = field(default_factory=lambda: Framing([], []))
+    layers: CompiledLayers | None = None
 
     def __post_init__(self) -> None:
         self.model.to(self.runtime.device).eval()
@@ -128,13 +131,17 @@ class MaskedLMEngine:
         model, tokenizer, limit = load_masked_lm(folder)
         if int8:
             to_int8(model)
-        CompiledLayers(model, compiles, 0, learns=False, label=folder.name)
-        engine = cls(model, tokenizer, runtime, min(width or limit, limit))
+        layers = CompiledLayers(model, compiles, 0, learns=False, label=folder.name)
+        engine = cls(model, tokenizer, runtime, min(width or limit, limit), layers=layers)
         is_own = engine._takes_logits_at
         if run_tokenizer is not None and not is_own and engine.has_vocabulary_of(run_tokenizer):
             engine.framing = framing_of(tokenizer)
             engine.width = min(engine.width, limit - engine.framing.count)
         return engine
+
+    def environment(self) -> dict[str, str]:
+        """What the bits of its texts depend on beside the code, for the manifest of a part."""
+        return self.runtime.of_parts() | (self.layers.of_parts() if self.layers else {})
 
     def has_vocabulary_of(self, tokenizer: Any) -> bool:
         """Whether the model reads the ids of this tokenizer."""
@@ -330,3 +337,15 @@ def _scattered(values: np.ndarray, flat_idx: np.ndarray, shape: tuple[int, ...])
     result = np.zeros(shape, np.float32)
     result.reshape(-1)[flat_idx] = values
     return result
+
+
+def load_engines(
+    folders: Sequence[Path], settings: CandidatesConfig, runtime: Runtime, run_tokenizer: Any
+) -> list[MaskedLMEngine]:
+    """The engines of saved folders, as the section `candidates` wants them. Raises what `MaskedLMEngine.load` does."""
+    return [
+        MaskedLMEngine.load(
+            folder, runtime, int8=settings.int8, compiles=settings.compile, run_tokenizer=run_tokenizer
+        )
+        for folder in folders
+    ]

@@ -26,7 +26,7 @@ def compiler() -> Iterator[None]:
         patch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
         # No processes of a compiler of their own: each would import torch first
         patch.setattr(torch._inductor.config, "compile_threads", 1)
-        if not can_compile():
+        if not can_compile(torch.device("cpu")):
             pytest.skip("torch finds no C++ compiler here")
         yield
 
@@ -140,6 +140,26 @@ def test_on_compiles_a_short_run_even_if_that_is_slower(monkeypatch):
     assert decision("on", 1).compiled is True
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_a_part_records_whether_compiled_layers_made_it(monkeypatch, works):
+    """A machine without a compiler falls back to plain layers, whose bits differ."""
+    Clock(monkeypatch, plain=0.1, compiled=0.05)
+    if not works:
+        monkeypatch.setattr(compiling._Trial, "run", lambda trial, function: 1 / 0)
+    layers = decision("on", 1)
+    assert layers.of_parts() == {"compiled": str(works)}
+    assert CompiledLayers(new_model(), "on", 1, learns=False, label="model").of_parts() == {}, "no call yet"
+    assert CompiledLayers(new_model(), "off", 1, learns=False, label="model").of_parts() == {}
+
+
+def test_a_resumed_training_tests_the_compiler_of_its_own_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function: asked.append)
+    layers = CompiledLayers(new_model().to("meta"), "on", 1, learns=True, label="model")
+    layers.follow(True)
+    assert layers.compiled and [given.device.type for given in asked] == ["meta"]
+
+
 def test_off_leaves_the_layers_alone():
     model = new_model()
     layers = CompiledLayers(model, "off", 10**9, learns=True, label="model")
@@ -163,7 +183,10 @@ def test_without_a_compiler_training_goes_on_and_says_so(tmp_path, monkeypatch, 
 def train_once(folder, fault=None, **changes):
     chosen = settings(**changes)
     objective = MaskedDiffusion(context(**changes), splits(), load_config().diffusion, TOKENS)
-    return train_tiny(new_model(), objective, chosen, folder, fault)
+    one_layer = new_model(
+        num_hidden_layers=1
+    )  # a further one would be other code: only the last computes some rows alone
+    return train_tiny(one_layer, objective, chosen, folder, fault)
 
 
 @pytest.mark.usefixtures("compiler")

@@ -136,6 +136,29 @@ def test_plain_cross_entropy_is_trained_whatever_the_ranker_s_loss_and_the_best_
     assert training.before()["accuracy"].mean() == 1  # the start reads the prompt
 
 
+@pytest.mark.parametrize(("method", "compiles"), [("ppo", "off"), ("exact", "off"), ("cross_entropy", "on")])
+def test_ppo_learns_with_the_plain_layers_that_score_its_rollouts(
+    training, tokenizer, monkeypatch, method, compiles
+):
+    """Compiled layers round differently, so ratios would not begin at 1."""
+    caught: dict[str, Any] = {}
+
+    def train(model, objective, context, folder, save) -> Result:
+        caught.update(compile=context.settings.compile)
+        return Result(3, 2, {}, {}, {})
+
+    monkeypatch.setattr(policy, "train", train)
+    monkeypatch.setattr(policy, "load_ranker", lambda path, learning=False: (Ranker(path), tokenizer))
+    monkeypatch.setattr(Ranker, "base", None, raising=False)
+    monkeypatch.setattr(policy, "width_of", lambda base: 1)
+    monkeypatch.setattr(PolicyTraining, "_policy_gradient", lambda self, method, ranker, reader: None)
+    critic = training.config.critic
+    on = critic.model_copy(update={"training": critic.training.model_copy(update={"compile": "on"})})
+    training.config = training.config.model_copy(update={"critic": on})
+    training.run(method)
+    assert caught["compile"] == compiles
+
+
 def test_a_gain_is_the_method_s_accuracy_less_that_of_its_start():
     def figures(hits) -> dict[str, Any]:
         estimate = {"value": float(np.mean(hits)), "low": 0.0, "high": 1.0}

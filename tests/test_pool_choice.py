@@ -132,6 +132,14 @@ def choice_of(tokenizer, train=None, selection=None, held_out=None, blind=False,
     return PoolChoice(made, splits, reader_of(tokenizer, blind, **changes))
 
 
+def test_the_logged_speed_counts_the_tokens_that_the_model_reads(tokenizer):
+    """A copy of the prompt for every candidate without packing, and only the candidates that a step samples."""
+    table = made_table(missing=False)  # a prompt of one token, and four candidates of one token
+    for attention, most, tokens in (("prefix", None, 1 + 4), ("full", None, 4 * 2), ("full", 2, 2 * 2)):
+        choice = choice_of(tokenizer, [table], attention=attention, sampled_candidates=most)
+        assert choice.tokens_per_row == tokens
+
+
 def accuracy_of(table: PoolTable, scores: np.ndarray) -> float:
     return float(ranking_metrics(scores, table.rewards, table.present)["accuracy"].mean())
 

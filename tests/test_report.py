@@ -12,6 +12,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -724,6 +725,19 @@ def test_sampling_that_was_stopped_continues_at_its_part(sampled, capsys):
         for row in metrics["policies"]:
             row["seconds"] = 0
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_layers_are_compiled_before_the_time_of_a_policy_begins(mode):
+    sampled = []
+    nobody: Any = None
+    evaluator: Any = SimpleNamespace(
+        config=load_config(overrides=[f"sampler.compile={mode}"]),
+        sampler=SimpleNamespace(sample=lambda texts, policy, nfe: sampled.append((texts.ids.shape, nfe))),
+    )
+    starts = [Start(np.zeros((5, 8), int), np.ones((5, 8), bool), np.arange(5))]
+    SampleWork(evaluator, starts, [("critic", 4)], nobody).open(None)
+    assert sampled == ([((2, 8), 2)] if mode == "on" else [])
 
 
 def test_the_reference_model_is_causal():

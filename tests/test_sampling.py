@@ -341,6 +341,14 @@ def test_stable_samples_are_finished_early(name):
             assert (passes[1] == 20).all() and (ids[0] == ids[1]).all()
 
 
+@pytest.mark.parametrize(
+    "without", ["sampler.corrector_share=0", "sampler.schedule=custom sampler.masking_ratios=[0.5]"]
+)
+def test_stable_rounds_need_corrector_steps(without):
+    with pytest.raises(BadConfig, match="stable_rounds ends a sample during its corrector steps, but"):
+        load_config(overrides=["sampler.stable_rounds=2", *without.split()])
+
+
 def test_sure_drafts_come_first():
     class Graded(Oracle):
         """Sure of low positions, unsure of high ones."""

@@ -293,11 +293,17 @@ class ByTable:
     """A reader that always scores the first candidate higher."""
 
     settings, runtime = (
-        SimpleNamespace(loss="cross_entropy", word_dropout=0.0, best_by="reward", sampled_candidates=None),
+        SimpleNamespace(
+            loss="cross_entropy",
+            word_dropout=0.0,
+            best_by="reward",
+            sampled_candidates=None,
+            attention="full",
+        ),
         CPU,
     )
 
-    def tokens_per_pool(self, table):
+    def tokens_per_pool(self, table, packs=True, most=None):
         return 1
 
     def scores(self, model, rows, **_):

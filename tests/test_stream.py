@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +22,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.candidates.producer import Producer, at_epoch
+from lib.candidates.producer import Producer, ShardWork, at_epoch
 from lib.config import Config, load_config
 from lib.errors import BadConfig, BadData, Interrupted, MissingInput, UsageError
 from lib.shards import Cut, ShardStore
+from lib.synthetic import MaskedLMEngine
 from lib.tasks import CandidateContext
 from lib.tokenization import load_tokenizer
 from lib.training import streaming_dataset
@@ -348,6 +351,19 @@ def test_a_shard_that_comes_back_different_is_refused(make_producer, tmp_path):
     (tmp_path / "shards.json").write_text(json.dumps({"0": hashlib.sha256(b"other").hexdigest()}))
     with pytest.raises(BadData, match="shard 0 has changed since judge used it"):
         reader(producer, tmp_path).rows(range(7))
+
+
+def test_the_producers_masked_lm_is_loaded_as_the_candidates_section_says(tmp_path, quick_run, monkeypatch):
+    """Shards need most of all forward passes, so `candidates.compile` holds for them too."""
+    changed = load_config(quick_test=True, overrides=["stream.enabled=true", "candidates.compile=on"])
+    given: list[dict] = []
+    monkeypatch.setattr(MaskedLMEngine, "load", lambda folder, runtime, **options: given.append(options))
+    table = pq.read_table(quick_run / "01_prepare_dataset" / "examples")
+    examples: Any = SimpleNamespace(batches=lambda schema: iter(table.to_batches()))
+    tokenizer = quick_run / "01_prepare_dataset" / "tokenizer"
+    store = ShardStore(tmp_path, "key", 3)
+    ShardWork(changed, store, examples, tokenizer, [tmp_path / "generator"]).open(None)
+    assert [(options["compiles"], options["int8"]) for options in given] == [("on", False)]
 
 
 def test_a_damaged_record_of_shards_is_not_taken_for_none(make_producer, tmp_path):

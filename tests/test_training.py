@@ -126,6 +126,20 @@ def test_sigterm_finishes_the_step_commits_and_says_143(tmp_path, undisturbed):
     assert fingerprint(tmp_path) == undisturbed
 
 
+def test_a_stop_while_a_step_waits_for_its_data_loses_no_step(tmp_path, undisturbed):
+    """As with a shard that no producer has made yet."""
+
+    def fault(step):
+        if step == 5:
+            raise Interrupted("stopped while waiting", 143)
+
+    with pytest.raises(Interrupted, match="while waiting"):
+        start(tmp_path, fault=fault, checkpoint_every=100)
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 5
+    start(tmp_path)
+    assert fingerprint(tmp_path) == undisturbed
+
+
 def test_the_last_metrics_are_synced_before_the_training_counts_as_complete(tmp_path, monkeypatch):
     """A replayed loss of power found a training that was complete and had lost its last lines."""
     synced: dict[int, int] = {}

@@ -14,7 +14,7 @@ from lib.runs import load_manifest
 from lib.runtime import Runtime
 from lib.shards import ShardStore, cut_of
 from lib.stage.table_files import TableFiles
-from lib.synthetic import MaskedLMEngine
+from lib.synthetic import load_engines
 from lib.tasks import CandidateContext, get_task
 from lib.tokenization import load_tokenizer
 from lib.training.data import Rows, select_split
@@ -97,11 +97,7 @@ class ShardWork:
         if threads is not None:
             torch.set_num_threads(threads)
         runtime, tokenizer = Runtime.detect(self.config), load_tokenizer(self.tokenizer)
-        int8 = self.config.candidates.int8
-        engines = [
-            MaskedLMEngine.load(folder, runtime, int8=int8, run_tokenizer=tokenizer)
-            for folder in self.generators
-        ]
+        engines = load_engines(self.generators, self.config.candidates, runtime, tokenizer)
         examples = select_split(self.examples.batches(schema.EXAMPLES), "train")
         return Producer(
             self.store,

@@ -18,7 +18,7 @@ from lib.candidates.counters import CandidateCounters
 from lib.config import Config
 from lib.stage.parts import Parts
 from lib.stage.table_files import TableFiles
-from lib.synthetic import MaskedLMEngine
+from lib.synthetic import load_engines
 from lib.tasks import CandidateContext, get_task
 from lib.training.lengths import WholeTexts
 
@@ -105,13 +105,8 @@ class CandidateWork:
         if threads is not None:
             torch.set_num_threads(threads)
         runtime = Runtime.detect(self.config)
-        settings, tokenizer = self.config.candidates, load_tokenizer(self.tokenizer)
-        engines = [
-            MaskedLMEngine.load(
-                folder, runtime, int8=settings.int8, compiles=settings.compile, run_tokenizer=tokenizer
-            )
-            for folder in self.generators
-        ]
+        tokenizer = load_tokenizer(self.tokenizer)
+        engines = load_engines(self.generators, self.config.candidates, runtime, tokenizer)
         return CandidateContext(self.config, tokenizer, engines)
 
     def _make(self, number: int, context: CandidateContext) -> None:
@@ -126,7 +121,7 @@ class CandidateWork:
                 if lengths is not None:
                     lengths.add(table)
             if context.engines:
-                part.environment = context.engines[0].runtime.of_parts()
+                part.environment = context.engines[0].environment()
             counters.drop(context.dropped)
             dropped = [vars(d) for d in context.dropped]
             part.write("dropped", pa.Table.from_pylist(dropped, schema.DROPPED.arrow))

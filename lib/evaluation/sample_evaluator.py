@@ -26,6 +26,7 @@ class SampleEvaluator(RunModels):
 
     Attributes:
         sampler: the generator with its calibrated critic.
+        layers: those of the sampler's model, which may be compiled.
         context: tokens that the generator reads, without [CLS].
         min_context: the same of the model that reads fewest.
         held_out: windows of held-out text, as long as the samples.
@@ -34,11 +35,12 @@ class SampleEvaluator(RunModels):
     """
 
     sampler: Sampler
+    layers: CompiledLayers
 
     def __init__(self, stage: Stage, config: Config, runtime: Runtime):
         super().__init__(stage, config, runtime)
         model = load_model(stage.folder_of("05_train_critic", "best_model")).to(runtime.device)
-        CompiledLayers(model, config.sampler.compile, 0, learns=False, label="sampler")
+        self.layers = CompiledLayers(model, config.sampler.compile, 0, learns=False, label="sampler")
         self.context = generator_context(stage)
         self.sampler = Sampler(
             model,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib import schema
+from lib.diffusion.policies import POLICIES
+from lib.diffusion.samples import MaskedTexts
 from lib.evaluation.infilling import Start
 from lib.evaluation.sample_evaluator import SampleEvaluator
 from lib.evaluation.sampling import SamplingResults, add_baselines, choose_best_of, sample_policy
@@ -45,7 +47,11 @@ class SampleWork:
         return BYTES_OF_A_TOKEN * tokens + BYTES_OF_A_REPORT
 
     def open(self, threads: int | None):
-        """Returns a function that makes the part of a number."""
+        """Returns a function that makes the part of a number. Layers are compiled here, outside of the time of a policy."""
+        if self.evaluator.config.sampler.compile == "on":
+            some = self.starts[0].first(2)
+            texts = MaskedTexts(some.ids, some.free, some.number, some.truth)
+            self.evaluator.sampler.sample(texts, POLICIES["ancestral"], 2)
         return self._make
 
     def _make(self, number: int) -> None:
@@ -58,7 +64,7 @@ class SampleWork:
         with self.parts.writing(number) as part:
             part.write("samples", results.samples())
             part.write("trace", results.trace())
-            part.environment = self.evaluator.runtime.of_parts()
+            part.environment = self.evaluator.runtime.of_parts() | self.evaluator.layers.of_parts()
             part.counters = {"policies": results.policies, "best_of": results.best_of}
 
 

@@ -1,7 +1,8 @@
 """Transformer layers compiled by `torch.compile`, where that pays back within the run.
 
 All layers of a model share one compiled function, and it takes any number of rows and tokens. So one compilation, of 10
-to 25 seconds, serves a whole training. torch keeps the result on disk, and a later process reads it in 2 seconds.
+to 25 seconds, serves a whole training. Batches with padding are compiled besides, and so is the last layer, which may compute some positions alone. Each
+takes about a quarter of that time. The results are kept on disk, from which a later process reads each in 2 seconds.
 
     on      compile, if torch can do it on this machine
     auto    compile if the rest of the run will gain more time than it costs, as measured with the first batch
@@ -72,7 +73,11 @@ class CompiledLayers:
     def follow(self, compiled: bool | None) -> None:
         """Use the decision of a checkpoint. If torch cannot compile here, layers stay plain whatever it says."""
         if self.compiled is None and compiled is not None:
-            self._settle(compiled and can_compile())
+            self._settle(compiled and can_compile(next(self._layers[0].parameters()).device))
+
+    def of_parts(self) -> dict[str, str]:
+        """For the manifest of a part of a table: whether compiled code made it. Empty where layers were to stay plain."""
+        return {} if self.mode == "off" or self.compiled is None else {"compiled": str(self.compiled)}
 
     def _settle(self, compiled: bool) -> None:
         self.compiled = compiled
@@ -218,10 +223,10 @@ def _kind(x: Any) -> str:
     return repr(x) if isinstance(x, bool | int | float | str | None) else type(x).__name__
 
 
-def can_compile() -> bool:
-    """Whether torch can compile a small function here. For the CPU it needs a C++ compiler."""
+def can_compile(device: torch.device) -> bool:
+    """Whether torch can compile a small function for the device. For the CPU it needs a C++ compiler."""
     try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(4))
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(4, device=device))
     except Exception:  # see `_decide`
         return False
     return True

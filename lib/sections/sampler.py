@@ -77,6 +77,11 @@ class SamplerConfig(Section):
             raise ValueError(
                 "give only one of prompt (to continue), infill (to fill its [MASK]s) and infill_file"
             )
+        if self.stable_rounds and (self.schedule == "custom" or not self.corrector_share):
+            why = "schedule custom has none" if self.schedule == "custom" else "corrector_share is 0"
+            raise ValueError(
+                f"stable_rounds ends a sample during its corrector steps, but {why}; set stable_rounds to null"
+            )
         self._check_policies()
         return self
 

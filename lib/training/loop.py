@@ -37,8 +37,8 @@ from lib.training.metrics_log import MetricsLog
 from lib.training.objectives.base import Objective, ScaledObjective, StatefulObjective, TrainingContext
 from lib.training.optimizer import Optimizer
 from lib.training.preemption import StopRequest
-from lib.training.prefetch import Prefetcher
-from lib.training.step_terms import SETTLE_EVERY, StepNumbers, UnreadSteps
+from lib.training.prefetch import Prefetcher, may_draw_ahead
+from lib.training.step_terms import SETTLE_EVERY, StepNumbers, UnreadSteps, may_read_later
 from lib.training.trackers import open_tracker
 
 BEST = "best_model"
@@ -100,7 +100,11 @@ def train(
         run.data() as data,
     ):
         while run.state.step < settings.steps:
-            stopping = run.step(data, progress, stop)
+            try:
+                stopping = run.step(data, progress, stop)
+            except Interrupted:  # while the step waited for its data
+                run.save_between_steps(first)
+                raise
             if run.due(settings.evaluate_every):
                 run.evaluate()
             if stopping or (run.due(settings.checkpoint_every) and run.state.step < settings.steps):
@@ -111,21 +115,6 @@ def train(
                 )
                 raise Interrupted(message, 128 + (stop.signal or signal.SIGTERM))
     return run.finish()
-
-
-def may_read_later(device: torch.device, objective: Objective) -> bool:
-    """Whether the losses of many steps may be read together, because the program would otherwise wait for a GPU."""
-    scales = isinstance(objective, ScaledObjective) and getattr(objective, "scales", True)
-    return device.type == "cuda" and not scales
-
-
-def may_draw_ahead(device: torch.device, objective: Objective) -> bool:
-    """Whether a thread draws the data of the next step. On the CPU it would take time from the model.
-
-    Data may depend on the state of an objective, and an evaluation between two steps may change it.
-    """
-    changes = isinstance(objective, StatefulObjective)
-    return device.type == "cuda" and getattr(objective, "draws_ahead", False) and not changes
 
 
 class _Run:
@@ -323,6 +312,13 @@ class _Run:
         If they are divided among the processes, all processes ask for it together the first time.
         """
         return checkpoint.frozen_digest(self.model, self.optimizer.parameters)
+
+    def save_between_steps(self, first: int) -> None:
+        """A checkpoint before a step that has not begun, if this process has made any since its `first`."""
+        if self.unread is not None:
+            self._settle(self.unread)
+        if self.state.step > first:
+            self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         if not self.processes.is_main:

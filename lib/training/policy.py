@@ -91,6 +91,9 @@ class PolicyTraining:
             )
             objective: Any = self._choice(method, reader)
         else:
+            # Rollouts are scored without gradients, by plain layers. Compiled ones round differently, and ratios would not begin at 1
+            plainly = context.settings.model_copy(update={"compile": "off"})
+            context = replace(context, settings=plainly)
             value = ValueHead(width_of(ranker.base), seed=config.seed).to(self.runtime.device)
             model = ActorCritic(ranker, value)
             objective = self._policy_gradient(method, ranker, reader)

@@ -5,7 +5,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
+import torch
+
+from lib.training.objectives.base import Objective, StatefulObjective
+
 Data = TypeVar("Data")
+
+
+def may_draw_ahead(device: torch.device, objective: Objective) -> bool:
+    """Whether a thread draws the data of the next step. On the CPU it would take time from the model.
+
+    Data may depend on the state of an objective, and an evaluation between two steps may change it.
+    """
+    changes = isinstance(objective, StatefulObjective)
+    return device.type == "cuda" and getattr(objective, "draws_ahead", False) and not changes
 
 
 class Prefetcher(Generic[Data]):

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from lib.engine.parts import Parts
+from lib.training.objectives.base import Objective, ScaledObjective
 
 SETTLE_EVERY = 16  # steps, at most, whose numbers are read together
+
+
+def may_read_later(device: torch.device, objective: Objective) -> bool:
+    """Whether the losses of many steps may be read together, because the program would otherwise wait for a GPU."""
+    scales = isinstance(objective, ScaledObjective) and getattr(objective, "scales", True)
+    return device.type == "cuda" and not scales
 
 
 @dataclass(frozen=True)

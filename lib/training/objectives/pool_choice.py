@@ -100,10 +100,15 @@ class PoolReader:
             "of_candidates": len(texts),
         }
 
-    def tokens_per_pool(self, table: PoolTable, packs: bool = True) -> int:
-        """Mean over some pools, for the logged speed. Without packing each candidate has its own copy of the prompt."""
+    def tokens_per_pool(self, table: PoolTable, packs: bool = True, most: int | None = None) -> int:
+        """Mean over some pools, for the logged speed. Without packing each candidate has its own copy of the prompt.
+
+        Args:
+            most: of the candidates that are read of a pool.
+        """
         some = np.unique(np.linspace(0, len(table) - 1, min(len(table), 64)).astype(int))
-        pools = self.read([table.prompts[i] for i in some], table.texts[some], table.present[some])
+        texts, present = table.texts[some][:, :most], table.present[some][:, :most]
+        pools = self.read([table.prompts[i] for i in some], texts, present)
         copies = 1 if packs else pools.candidate_mask.any(-1).sum(1)
         return int(((pools.prompt_mask.sum(1) * copies).sum() + pools.candidate_mask.sum()) / len(some))
 
@@ -188,7 +193,10 @@ class PoolChoice:
         if self.selection == "map_regret" and self._decided.mean() < 1:
             self._say_undecided(len(self.evaluated), int(self._decided.sum()))
         self._sampler = CandidateSampler.of(reader.settings, splits.train, context.seed)
-        self.tokens_per_row = reader.tokens_per_pool(splits.train[0])
+        packs = reader.settings.attention == "prefix"
+        self.tokens_per_row = reader.tokens_per_pool(
+            splits.train[0], packs, reader.settings.sampled_candidates
+        )
 
     def _say_undecided(self, pools: int, count: int) -> None:
         """Say how many selection pools have a mean average precision. Without one, the best step has the lowest regret."""
