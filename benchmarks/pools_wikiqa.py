@@ -13,7 +13,8 @@ The ranker with `full` attention is also exported: CrossEncoder reads the folder
 
 The folder has train.jsonl and dev.jsonl, or the same as .jsonl.xz.
 
-With --work FOLDER, every finished training is kept there, and the same command goes on after the last one.
+With --work FOLDER, every finished training is kept there, and the same command goes on after the last one. Other settings of the
+ranker need another folder for its results alone: those of sentence-transformers are kept in `results/peers` and may be copied.
 
 python -m benchmarks.pools_wikiqa /path/to/wikiqa --encoder /path/to/all-MiniLM-L6-v2           # about an hour on two cores
 python -m benchmarks.pools_wikiqa /path/to/wikiqa --encoder /path/to/all-MiniLM-L6-v2 --short   # one seed, one epoch, 120 questions
@@ -72,35 +73,40 @@ class Trained(NamedTuple):
 
 
 class Kept:
-    """Results of finished trainings in a folder, for the same options, code, configs, data, encoder, libraries and machine alone."""
+    """Results of finished trainings in a folder, for the same key alone."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace):
-        chosen = {
-            k: str(v)
-            for k, v in vars(options).items()
-            if k not in ("work", "out", "seeds", "losses", "attention")
-        }
-        measured_by = provenance()
+    def __init__(self, folder: Path, key: dict[str, Any]):
+        self.folder, path = folder, folder / "key.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else key
+        if differ := [name for name, value in key.items() if value != before.get(name)]:
+            raise SystemExit(f"{folder} holds results of other {', '.join(differ)}; choose another --work")
+        write_json(path, key)
+
+    @classmethod
+    def both(cls, folder: Path, options: argparse.Namespace) -> "tuple[Kept, Kept]":
+        """(those of the ranker, those of sentence-transformers). The ranker's own settings do not change the latter."""
         files = [
             *(ROOT / "configs").glob("*.yaml"),
             *Path(options.encoder).glob("*.*"),
             *options.data.glob("*.jsonl*"),
         ]
-        key = {
-            "options": chosen, "peer": bool(options.losses), "files": {path.name: sha256(path) for path in sorted(files) if path.is_file()},
+        measured_by = provenance()
+        common = {
+            "files": {path.name: sha256(path) for path in sorted(files) if path.is_file()},
             **{name: measured_by[name] for name in ("code", "versions", "machine")},
-            "peer_versions": {name: version_of(name) for name in ("sentence-transformers", "datasets")},
-        }  # fmt: skip
-        self.folder, path = folder, folder / "key.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != key:
-            differ = [
-                name
-                for name, value in key.items()
-                if value != json.loads(path.read_text(encoding="utf-8")).get(name)
-            ]
-            raise SystemExit(f"{folder} holds results of other {', '.join(differ)}; choose another --work")
-        write_json(path, key)
+            **{name: getattr(options, name) for name in ("epochs", "questions")},
+        }
+        ours = {"loss": options.loss, "learning_rate": options.learning_rate, "settings": options.set}
+        peers = {
+            "learning_rate": options.peer_learning_rate,
+            "precision": options.peer_precision,
+            "settings": [s for s in options.set if not s.startswith(("ranker.", "models.ranker."))],
+            "versions of peers": {name: version_of(name) for name in ("sentence-transformers", "datasets")},
+        }
+        # Whether the exported ranker is compared is part of a result of the ranker
+        ours["exported"] = bool(options.losses)
+        return cls(folder / "ranker", common | ours), cls(folder / "peers", common | peers)
 
     def result(self, name: str, train: Callable[[], Trained]) -> Trained:
         """The kept result of this name, or a new one."""
@@ -383,7 +389,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     runtime = Runtime(Runtime.detect(load_config()).device, "fp32")
-    kept = Kept(work / "results", options)
+    kept, kept_of_peers = Kept.both(work / "results", options)
     ours: dict[str, list[Trained]] = {attention: [] for attention in options.attention}
     peers: dict[str, list[Trained]] = {loss: [] for loss in options.losses}
     for seed in range(1, options.seeds + 1):
@@ -395,7 +401,9 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             say_result(f"seed {seed}, {attention}", found)
         run = work / f"{options.attention[-1]}_{seed}"  # every run has the same pools
         for loss in options.losses:
-            found = kept.result(f"{loss}_{seed}", lambda n=loss, s=seed, r=run: train_peer(options, r, s, n))
+            found = kept_of_peers.result(
+                f"{loss}_{seed}", lambda n=loss, s=seed, r=run: train_peer(options, r, s, n)
+            )
             peers[loss].append(found)
             say_result(f"seed {seed}, {loss}", found)
     named = {f"ours, {name}": found for name, found in ours.items()}
