@@ -195,16 +195,19 @@ def _joined(text: str) -> Iterator[tuple[int, str]]:
 # ----------------------------------------------------------------------------------------- flags and keys
 
 
-def messages() -> Iterator[tuple[str, str]]:
+@cache
+def messages() -> list[tuple[str, str]]:
     """(where, text) of every string literal of the code; what an f-string fills in is `<x>`."""
+    found = []
     for file in SOURCES:
+        name = relative(file)
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield where, node.value
+                found.append((f"{name}:{node.lineno}", node.value))
             elif isinstance(node, ast.JoinedStr):
                 parts = [v.value if isinstance(v, ast.Constant) else "<x>" for v in node.values]
-                yield where, "".join(str(p) for p in parts)
+                found.append((f"{name}:{node.lineno}", "".join(str(p) for p in parts)))
+    return found
 
 
 def documents() -> Iterator[tuple[str, str]]:

@@ -101,7 +101,7 @@ def _refrain_offences(path: str, text: str) -> Iterator[Offence]:
 
 def _identifiers(text: str) -> Iterator[tuple[int, str]]:
     """(line, identifier) of the code, those inside f-strings too."""
-    for node in ast.walk(_parsed(text)):
+    for node in _nodes(text):
         line = getattr(node, "lineno", 1)
         if isinstance(node, ast.Name):
             yield line, node.id
@@ -124,11 +124,16 @@ def _parsed(text: str) -> ast.Module:
         return ast.Module([], [])
 
 
+@lru_cache(maxsize=4)
+def _nodes(text: str) -> list[ast.AST]:
+    """All nodes of the syntax tree."""
+    return list(ast.walk(_parsed(text)))
+
+
 def _without_seeds(text: str, lines: list[str]) -> list[str]:
     """The lines with the purposes of random draws blanked: changing one would change the draw."""
-    tree = _parsed(text)
     lines = list(lines)
-    for node in ast.walk(tree):
+    for node in _nodes(text):
         if not isinstance(node, ast.Call):
             continue
         function = ast.unparse(node.func)
@@ -189,9 +194,8 @@ def sentence_offences(path: str, text: str) -> Iterator[Offence]:
 
 def _docstrings(text: str) -> list[tuple[int, str]]:
     """(line where it begins, docstring) of a module, its classes and its functions."""
-    tree = _parsed(text)
     found = []
-    for node in ast.walk(tree):
+    for node in _nodes(text):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[0] if node.body else None
             if (

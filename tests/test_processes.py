@@ -56,7 +56,9 @@ def flags_of(kind: str, precision: str, folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """(kind, precision) -> a run with the stages before training."""
-    own = [key for key in MADE if key[0] not in ("decoupled", "lora")]  # these two differ only in later stages
+    own = [
+        key for key in MADE if key[0] not in ("decoupled", "lora")
+    ]  # these two differ only in later stages
     keys = {f"{kind}_{precision}": (kind, precision) for kind, precision in own}
     folder = tmp_path_factory.mktemp("processes")
     saved_encoder(folder / "encoder", "llama")
