@@ -19,6 +19,7 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from benchmarks.provenance import say_provenance
 from benchmarks.result_files import add_out, full, write
 from benchmarks.results_tables import BUDGET, THREADS, TOLERANCE
 from benchmarks.step_clock import StepClock
-from lib.config import Config
+from lib.config import ROOT, Config
 from lib.models.build import start_model
 from lib.runs import plain
 from lib.training.stage_inputs import StageInputs
@@ -132,7 +133,7 @@ def _steps_within(budget: float, trained: Callable[[int], dict[str, Any]]) -> in
 def _trained(
     row: Row, config: Config, stage_inputs: StageInputs, steps: int, *, report: bool = False
 ) -> dict[str, Any]:
-    """A training of that many steps: its seconds, those of a step and, with `report`, its likelihood of all held-out text."""
+    """A training of that many steps: its seconds, and those of a step or, with `report`, its likelihood of all held-out text."""
     spec = config.models["generator"]
     changed = {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps}
     spec = spec.model_copy(update={"training": spec.training.model_copy(update=changed)})
@@ -181,13 +182,20 @@ def _built(row: Row, config: Config, vocabulary: int) -> nn.Module | None:
 
 def _function_of(name: str) -> Callable[..., nn.Module]:
     """The function `package.module:name`. Raises SystemExit."""
-    module, _, function = name.partition(":")
+    name_of_module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        module = importlib.import_module(name_of_module)
+        found = getattr(module, function)
     except (ImportError, AttributeError, ValueError) as error:
         raise SystemExit(
             f"--model {name}: {error}; give PACKAGE.MODULE:FUNCTION, a function (config, vocabulary) -> model"
         ) from None
+    file = Path(module.__file__ or "/").resolve()
+    if not file.is_relative_to(ROOT) or ".venv" in file.parts:
+        raise SystemExit(
+            f"--model {name}: {file} is not in this repository; put the function into benchmarks/, so that the result has its hash"
+        )
+    return found
 
 
 def main() -> None:

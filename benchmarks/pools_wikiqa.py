@@ -84,8 +84,8 @@ class Kept:
         write_json(path, key)
 
     @classmethod
-    def both(cls, folder: Path, options: argparse.Namespace) -> "tuple[Kept, Kept]":
-        """(those of the ranker, those of sentence-transformers). The ranker's own settings do not change the latter."""
+    def both(cls, folder: Path, options: argparse.Namespace) -> "tuple[Kept, Kept | None]":
+        """(those of the ranker, those of sentence-transformers or None without its losses). The ranker's own settings do not change the latter."""
         files = [
             *(ROOT / "configs").glob("*.yaml"),
             *Path(options.encoder).glob("*.*"),
@@ -97,15 +97,20 @@ class Kept:
             **{name: measured_by[name] for name in ("code", "versions", "machine")},
             **{name: getattr(options, name) for name in ("epochs", "questions")},
         }
-        ours = {"loss": options.loss, "learning_rate": options.learning_rate, "settings": options.set}
-        peers = {
+        ours: dict[str, Any] = {
+            "loss": options.loss,
+            "learning_rate": options.learning_rate,
+            "settings": options.set,
+        }
+        peers: dict[str, Any] = {
             "learning_rate": options.peer_learning_rate,
             "precision": options.peer_precision,
             "settings": [s for s in options.set if not s.startswith(("ranker.", "models.ranker."))],
             "versions of peers": {name: version_of(name) for name in ("sentence-transformers", "datasets")},
         }
-        # Whether the exported ranker is compared is part of a result of the ranker
-        ours["exported"] = bool(options.losses)
+        if not options.losses:
+            return cls(folder / "ranker", common | ours), None
+        ours["exported"] = peers["versions of peers"]  # CrossEncoder also reads the exported ranker
         return cls(folder / "ranker", common | ours), cls(folder / "peers", common | peers)
 
     def result(self, name: str, train: Callable[[], Trained]) -> Trained:
@@ -401,6 +406,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             say_result(f"seed {seed}, {attention}", found)
         run = work / f"{options.attention[-1]}_{seed}"  # every run has the same pools
         for loss in options.losses:
+            assert kept_of_peers is not None
             found = kept_of_peers.result(
                 f"{loss}_{seed}", lambda n=loss, s=seed, r=run: train_peer(options, r, s, n)
             )

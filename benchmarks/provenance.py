@@ -16,7 +16,7 @@ from lib.runs import STAGES, versions
 def provenance() -> dict[str, Any]:
     """The provenance of a figure that this process measures now.
 
-    `code` is one hash of the scripts, this benchmark, the modules of benchmarks/ that are loaded, and all modules of lib/ that
+    `code` is one hash of the scripts, this benchmark, the modules of this repository that are loaded, and all modules of lib/ that
     they can import, without comments and docstrings. It is the same for equal code, whatever the commit.
     """
     return code_version.commit() | {
@@ -35,7 +35,8 @@ def files() -> dict[str, str]:
     loaded = [
         Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
     ]
-    own = sorted(str(path) for path in loaded if path.is_relative_to(ROOT / "benchmarks"))
+    within = [path for path in loaded if path.is_relative_to(ROOT)]
+    own = sorted(str(path) for path in within if path.relative_to(ROOT).parts[0] not in (".venv", "tests"))
     for entry in (*(f"{name}.py" for name in STAGES), str(script), *own):
         if (ROOT / entry).is_relative_to(ROOT):
             found |= code_version.code_files(entry, "text") | code_version.code_files(entry, "finqa")

@@ -1,5 +1,6 @@
 """The leaderboard plans steps that fit into a budget; the plain models are what they are said to be."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -137,6 +138,13 @@ def test_a_model_whose_forward_takes_no_argument_that_training_gives_is_refused(
         leaderboard._built(leaderboard.Row((), model="mine:build"), config, 20)
 
 
-def test_the_code_of_a_models_function_is_part_of_the_provenance():
+def test_the_code_of_a_models_function_is_part_of_the_provenance(monkeypatch):
+    monkeypatch.delitem(sys.modules, "benchmarks.plain_models")
+    assert "benchmarks/plain_models.py" not in provenance.files()
     leaderboard._function_of("benchmarks.plain_models:bert")
     assert "benchmarks/plain_models.py" in provenance.files()
+
+
+def test_a_models_function_of_another_place_is_refused():
+    with pytest.raises(SystemExit, match="is not in this repository; put the function into benchmarks/"):
+        leaderboard._function_of("json:dumps")

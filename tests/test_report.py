@@ -19,10 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from lib import durable, schema
 from lib.artifacts import Stage
 from lib.config import load_config
+from lib.diffusion.sampler import Sampler
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.evaluation import sampling
 from lib.evaluation.infilling import UNKNOWN, Start
@@ -37,6 +39,8 @@ from lib.report.html_table import interval, table
 from lib.report.results import results_html, verdict
 from lib.report.table import aligned, results_table, sampling_table
 from lib.runs import RunArgs, check_stage_name, inspect, load_manifest, score_stage
+from lib.runtime import Runtime
+from tests.test_sampling import Oracle
 
 VOID = {"meta", "input", "br", "hr", "img", "path", "rect", "use", "line", "circle"}
 HOSTILE = '<script>alert("x")</script>&"\''
@@ -729,15 +733,16 @@ def test_sampling_that_was_stopped_continues_at_its_part(sampled, capsys):
 
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_layers_are_compiled_before_the_time_of_a_policy_begins(mode):
-    sampled = []
+    """With a policy that will be sampled: the schedule `threshold` refuses those that estimate no errors."""
+    policies = ["sampler.schedule=threshold", "sampler.policies=[critic]"]
+    config = load_config(overrides=[f"sampler.compile={mode}", *policies])
+    model = Oracle(np.full(8, 5))
     nobody: Any = None
-    evaluator: Any = SimpleNamespace(
-        config=load_config(overrides=[f"sampler.compile={mode}"]),
-        sampler=SimpleNamespace(sample=lambda texts, policy, nfe: sampled.append((texts.ids.shape, nfe))),
-    )
-    starts = [Start(np.zeros((5, 8), int), np.ones((5, 8), bool), np.arange(5))]
+    sampler = Sampler(model, 1, [0, 1, 2, 3], Runtime(torch.device("cpu"), "fp32"), config.sampler, seed=5)
+    evaluator: Any = SimpleNamespace(config=config, sampler=sampler)
+    starts = [Start(np.ones((5, 8), int), np.ones((5, 8), bool), np.arange(5))]
     SampleWork(evaluator, starts, [("critic", 4)], nobody).open(None)
-    assert sampled == ([((2, 8), 2)] if mode == "on" else [])
+    assert (model.passes > 0) == (mode == "on")
 
 
 def test_the_reference_model_is_causal():

@@ -120,8 +120,8 @@ class CandidateWork:
                 counters.add(table)
                 if lengths is not None:
                     lengths.add(table)
-            if context.engines:
-                part.environment = context.engines[0].environment()
+            for engine in context.engines:
+                part.environment |= engine.environment()
             counters.drop(context.dropped)
             dropped = [vars(d) for d in context.dropped]
             part.write("dropped", pa.Table.from_pylist(dropped, schema.DROPPED.arrow))

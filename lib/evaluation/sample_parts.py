@@ -49,9 +49,9 @@ class SampleWork:
     def open(self, threads: int | None):
         """Returns a function that makes the part of a number. Layers are compiled here, outside of the time of a policy."""
         if self.evaluator.config.sampler.compile == "on":
-            some = self.starts[0].first(2)
+            some, (policy, nfe) = self.starts[0].first(2), self.plan[0]
             texts = MaskedTexts(some.ids, some.free, some.number, some.truth)
-            self.evaluator.sampler.sample(texts, POLICIES["ancestral"], 2)
+            self.evaluator.sampler.sample(texts, POLICIES[policy], nfe)
         return self._make
 
     def _make(self, number: int) -> None:

@@ -83,7 +83,8 @@ def train(
     Raises:
         NonFiniteLoss: a loss or gradient is NaN or infinite. Nothing is saved after that step. On the CPU, the weights are
             those before it; on a GPU it is noticed up to `SETTLE_EVERY` steps later.
-        Interrupted: SIGINT or SIGTERM arrived. The current step was finished and a checkpoint committed.
+        Interrupted: SIGINT or SIGTERM arrived. The current step was finished and a checkpoint committed. A step that waited for
+            its data has not begun; the checkpoint has the steps before it, if this process made any.
     """
     settings = context.settings
     if context.runtime.processes.is_main:

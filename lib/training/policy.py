@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
+from lib.log import say
 from lib.metrics import Estimate
 from lib.models.block_attention import on_a_gpu
 from lib.models.ranker import CandidateRanker, width_of
@@ -92,6 +93,8 @@ class PolicyTraining:
             objective: Any = self._choice(method, reader)
         else:
             # Rollouts are scored without gradients, by plain layers. Compiled ones round differently, and ratios would not begin at 1
+            if context.settings.compile == "on":
+                say(f"{method}: layers are not compiled, because plain ones score the rollouts")
             plainly = context.settings.model_copy(update={"compile": "off"})
             context = replace(context, settings=plainly)
             value = ValueHead(width_of(ranker.base), seed=config.seed).to(self.runtime.device)
@@ -150,7 +153,7 @@ class PolicyTraining:
                 seed=self.config.seed,
                 batch_size=self.config.critic.training.batch_size,
                 selection=choice.selection,
-                tokens_per_row=reader.tokens_per_pool(table),
+                tokens_per_row=reader.tokens_per_pool(table, ranker.packs),
                 label=method,
                 parts=self.config.critic.training.parts,
                 processes=self.runtime.processes,

@@ -119,7 +119,7 @@ class StreamingDataset:
         if used.get(str(number), digest) != digest:
             raise BadData(
                 f"shard {number} has changed since {self.label} used it before the interruption: it was made with other "
-                "code, or with another torch, thread count or precision. Run 04_train.py --overwrite to start again"
+                "code, with compiled layers on one side only, or with another torch, thread count or precision. Run 04_train.py --overwrite to start again"
             )
         if str(number) not in used:
             used[str(number)] = digest
