@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.pools_wikiqa import METRICS, Kept, Trained
 SOURCE = {"code": "1", "versions": {"torch": "2"}, "machine": {"cores": 2}}
 
 
-def kept(folder: Path, monkeypatch, source=SOURCE, **changes) -> tuple[Kept, Kept]:
+def kept(folder: Path, monkeypatch, source=SOURCE, **changes) -> tuple[Kept, Any]:
     monkeypatch.setattr(pools_wikiqa, "provenance", lambda: source)
     options = argparse.Namespace(
         data=folder, encoder=str(folder), epochs=3, questions=None, loss="cross_entropy", learning_rate=1e-5, set=[],
