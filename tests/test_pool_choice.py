@@ -152,6 +152,7 @@ CONFIGURED = [
     ("regression", {}, {}),
     ("listwise", {"temperature": 0.7}, {"temperature": 0.7}),
     ("pairwise", {"margin": 0.6}, {"margin": 0.6}),
+    ("bradley_terry", {"margin": 0.6}, {"margin": 0.6}),
 ]
 
 

@@ -4,6 +4,8 @@ import importlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +14,8 @@ import pytest
 from lib import schema
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.evaluation.rank import Ranker
+from lib.evaluation import ranked_file
+from lib.evaluation.rank import Ranker, Ranking
 from lib.evaluation.ranked_file import ranker_name, read_user_pools
 from lib.ranking.metrics import ranking_metrics
 from lib.report.user_pools import ranking_file_page
@@ -309,3 +312,35 @@ def test_the_page_of_a_file_says_what_bm25_counts_over_and_has_no_interval_of_on
     row = {"accuracy": {"value": 0.5, "low": math.nan, "high": None}, "pools": 1}
     html = ranking_file_page([], {"bm25": row}, "file", "ranker")
     assert "bm25 counts its word frequencies over blocks of pools" in html and "0.500 (-)" in html
+
+
+def test_the_best_candidate_has_the_highest_score_and_the_largest_share():
+    ranking = Ranking(["a", "b", "c"], np.array([0.0, math.log(3), 0.0]))
+    assert ranking.order == [1, 0, 2] and ranking.best == "b"  # ties stay in order
+    np.testing.assert_allclose(ranking.probabilities, [0.2, 0.6, 0.2])
+
+
+@pytest.mark.parametrize(("judge", "best"), [(None, 1), (object(), 0)])
+def test_without_a_judge_the_candidate_with_fewest_likely_errors_is_best(monkeypatch, judge, best):
+    value = {"0/0": 0.9, "0/1": 0.1}
+    monkeypatch.setattr(ranked_file, "windows_for", lambda named, _: ([name for name, _ in named], 0))
+    monkeypatch.setattr(ranked_file, "score", lambda parts, _: parts)
+    rows = [{"document_id": n, "critic_error_mean": v, "judge_score": v} for n, v in value.items()]
+    monkeypatch.setattr(ranked_file, "documents_of", lambda scored, _: rows)
+    evaluator: Any = SimpleNamespace(judge=judge, judge_figures={})
+    assert ranked_file.TextScorer(evaluator).scores([""], [["a", "b"]])[0].argmax() == best
+
+
+@pytest.mark.parametrize(("relevant", "precision"), [(0.5, 1 / 3), (0.4, (1 + 2 / 3) / 2)])
+def test_rewards_of_a_ranked_file_are_mapped_as_in_training(tmp_path, relevant, precision):
+    """From the range 0 to 10; a reward at the limit is relevant."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"prompt": "which?", "candidates": ["a", "b", "c"], "rewards": [10, 4, 0]}))
+    changes = ["pools.reward_range=[0,10]", f"pools.relevant={relevant}"]
+    config = load_config(quick_test=True, overrides=changes)
+    with read_user_pools(config, file) as user:
+        for block in user.blocks():
+            user.measure(block, [np.array([0.0, 2.0, 1.0])], "mine")
+        found = user.metrics(0)["mine"]
+    assert found["map"]["value"] == pytest.approx(precision)
+    assert found["average_reward"]["value"] == pytest.approx(0.4)

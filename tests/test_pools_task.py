@@ -27,8 +27,9 @@ from lib.tasks import Document, Problem
 from lib.tasks.pools.bi_encoder import BiEncoder
 from lib.tasks.pools.candidates import mapped
 from lib.tasks.pools.check import check
-from lib.tasks.pools.examples import prepare
+from lib.tasks.pools.examples import prepare, split_of
 from lib.tasks.pools.near_duplicates import SAME_PROMPT, SIMILAR_PROMPT, PromptGroups, minima, similarity
+from lib.tasks.pools.reading import split_in_name
 from lib.tasks.pools.review import _report
 from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, frequent, overlap, pools_of
 from lib.tokenization import train_tokenizer
@@ -554,6 +555,35 @@ def test_a_group_in_two_given_splits_is_an_error(tmp_path):
 def test_an_unknown_kind_in_drop_is_refused(tmp_path):
     with pytest.raises(BadConfig, match="not a kind of problem that can be dropped"):
         checked(write(tmp_path / "a.jsonl", [pool(0)]), "data.drop=[bad luck]")
+
+
+def test_the_split_of_a_taught_pool_is_that_of_its_group(tmp_path):
+    """Both pools of dev have a teacher, one by its group; train has none."""
+    rows = [
+        pool(0, split="train"), pool(1, split="dev", group="g", teacher=[2, -3]), pool(2, group="g", teacher=[1, 0]),
+    ]  # fmt: skip
+    found, problems = checked(write(tmp_path / "a.jsonl", rows), "pools.near_duplicates=null")
+    assert len(found) == 3 and not kinds(problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("validation-00000-of-1.parquet", "held_out"), ("training.jsonl", "train"), ("val.csv", "held_out"),
+        ("selection.json", "selection"), ("evaluation.jsonl", None), ("testimonials.jsonl", None),
+    ],
+)  # fmt: skip
+def test_a_split_is_a_whole_word_at_the_beginning_of_a_file_name(name, split):
+    assert split_in_name(Path(name)) == split
+
+
+def test_splits_that_the_files_give_are_kept(tmp_path):
+    def splits(split, *given):
+        return {split_of(split, f"g{n}", set(given), config_of(tmp_path)) for n in range(200)}
+
+    assert splits("train", "train", "selection", "held_out") == {"train"}
+    assert splits(None, "", "train", "held_out") == {"train", "selection"}
+    assert splits("train", "train") == {"train", "selection", "held_out"}
 
 
 def test_a_teacher_scores_all_candidates_of_a_split_or_none(tmp_path):

@@ -93,7 +93,7 @@ def _check(config: Config) -> Iterator[Document | Problem]:
         given.settle()
         yield from _few_groups(config, store, groups)
         # A teacher scores a whole split or none of it. Pools without a split may come into train
-        taught = {split_name(split) or "train" for split in store.splits_with_teacher()}
+        taught = {given.of(number) or "train" for number in store.numbers_with_teacher()}
         for pool in store.pools():
             split = given.of(pool.number)
             faults = list(pool_faults(pool, settings, with_rewards=True))

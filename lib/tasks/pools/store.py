@@ -135,12 +135,10 @@ class PoolStore:
         ):
             yield number, prompt or "", split, group
 
-    def splits_with_teacher(self) -> set[str | None]:
-        """The splits, as the files name them, of pools with a candidate that has a teacher's score."""
-        found = self._run(
-            "SELECT DISTINCT pool.split FROM entry JOIN pool ON pool.number = entry.pool WHERE entry.teacher IS NOT NULL"
-        )
-        return {split for (split,) in found}
+    def numbers_with_teacher(self) -> Iterator[int]:
+        """The numbers of the pools with a candidate that has a teacher's score."""
+        for (number,) in self._run("SELECT DISTINCT pool FROM entry WHERE teacher IS NOT NULL"):
+            yield number
 
     def id_of(self, number: int) -> str:
         return self._run("SELECT id FROM pool WHERE number = ?", (number,)).fetchone()[0]
