@@ -69,8 +69,8 @@ def class_of(value: Any, names: Sequence[str]) -> int:
         return plain_names.index(text)
     expected = f"one of {', '.join(names)}"
     if not any(_NUMBER.fullmatch(name) for name in names):
-        if text.isascii() and text.isdigit() and int(text[:9]) < len(names):
-            return int(text[:9])
+        if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(names):
+            return int(text)
         expected += f", or a number from 0 to {len(names) - 1}"
     raise InvalidLabel("unknown class", repr(value), expected)
 

@@ -88,6 +88,15 @@ def test_thresholds_and_calibration_come_from_the_chosen_texts_alone():
     again = measure(chosen, other)
     assert [t["threshold"] for t in again["thresholds"]] == [t["threshold"] for t in found["thresholds"]]
     assert again["thresholds"][0]["fpr"]["value"] == 1.0, "shifted text is flagged: nothing was chosen on it"
+    assert again["calibration"] == found["calibration"], "the calibration, too"
+
+
+def test_texts_at_the_threshold_are_no_alarm():
+    """19 originals that all look alike are enough for 5 %, and none of them is flagged."""
+    flat = Scored(np.zeros(38), np.arange(38) % 2 == 1, np.arange(38))
+    one, five = measure(flat, flat)["thresholds"]
+    assert [rates[key]["value"] for rates in (one, five) for key in ("fpr", "tpr")] == [0, 0, 0, 0]
+    assert not one["enough_originals"] and five["enough_originals"]
 
 
 def test_a_calibration_without_a_signal_gives_the_share():
