@@ -24,12 +24,11 @@ def measure(name: str, overrides: list[str]) -> dict[str, Any]:
     speed = json.loads(lines[-1])
     held_out, row = record["held_out"], record["table"][0]
     tokens = spec.training.steps * spec.training.batch_size * spec.architecture.context
+    seconds = tokens / speed["tokens_per_second"]  # those of speed.jsonl count since the last interruption
     return {
         "parameters": record["parameters"],
         "tokens": tokens,
-        "minutes": tokens
-        / speed["tokens_per_second"]
-        / 60,  # `seconds` counts only since the last interruption
+        "minutes": seconds / 60,
         "tokens_per_second": speed["tokens_per_second"],
         "nelbo": {key: row[key] for key in ("value", "low", "high")},
         "train_nelbo": held_out["train_nelbo"],

@@ -85,7 +85,10 @@ class Kept:
 
     @classmethod
     def both(cls, folder: Path, options: argparse.Namespace) -> "tuple[Kept, Kept | None]":
-        """(those of the ranker, those of sentence-transformers or None without its losses). The ranker's own settings do not change the latter."""
+        """(those of the ranker, those of sentence-transformers; None without its losses).
+
+        The ranker's own settings do not change the latter.
+        """
         files = [
             *(ROOT / "configs").glob("*.yaml"),
             *Path(options.encoder).glob("*.*"),

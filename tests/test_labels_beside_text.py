@@ -98,6 +98,7 @@ OTHER = {"text": "Some text of a machine.", "label": "machine", "spans": []}
     [
         ({"label": "alien"}, "unknown class", "human, machine"),
         ({"label": 2}, "unknown class", "from 0 to 1"),
+        ({"label": "0000000001"}, "unknown class", "from 0 to 1"),
         ({"label": 0.5}, "unknown class", "from 0 to 1"),
         ({"label": None}, "no label", "label"),
         ({"label": " "}, "no label", "label"),

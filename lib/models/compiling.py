@@ -1,8 +1,9 @@
 """Transformer layers compiled by `torch.compile`, where that pays back within the run.
 
 All layers of a model share one compiled function, and it takes any number of rows and tokens. So one compilation, of 10
-to 25 seconds, serves a whole training. Batches with padding are compiled besides, and so is the last layer, which may compute some positions alone. Each
-takes about a quarter of that time. The results are kept on disk, from which a later process reads each in 2 seconds.
+to 25 seconds, serves a whole training. Batches with padding are compiled besides, and so is the last layer, which
+may compute some positions alone. Each takes about a quarter of that time. The results are kept on disk, from which a
+later process reads each in 2 seconds.
 
     on      compile, if torch can do it on this machine
     auto    compile if the rest of the run will gain more time than it costs, as measured with the first batch

@@ -94,7 +94,7 @@ class PolicyTraining:
         else:
             # Rollouts are scored without gradients, by plain layers. Compiled ones round differently, and ratios would not begin at 1
             if context.settings.compile == "on":
-                say(f"{method}: layers are not compiled, because plain ones score the rollouts")
+                say(f"{method}: layers are not compiled: plain ones give the scores that it compares with")
             plainly = context.settings.model_copy(update={"compile": "off"})
             context = replace(context, settings=plainly)
             value = ValueHead(width_of(ranker.base), seed=config.seed).to(self.runtime.device)
