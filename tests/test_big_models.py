@@ -316,6 +316,7 @@ def test_a_policy_leaves_before_its_best_state_is_loaded(training, tokenizer, mo
     monkeypatch.setattr(policy, "ValueHead", lambda width, seed: ValueHead(4))
     monkeypatch.setattr(policy, "width_of", lambda base: 4)
     monkeypatch.setattr(Ranker, "base", None, raising=False)
+    monkeypatch.setattr(Ranker, "packs", True, raising=False)
     monkeypatch.setattr(policy, "train", lambda model, *rest: Result(3, 2, {}, {}, {}))
     alive = watch_loads(monkeypatch, policy, "load_ranker", Ranker)
     training.before()
