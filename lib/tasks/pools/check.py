@@ -38,7 +38,7 @@ from lib.config import Config
 from lib.errors import BadConfig, did_you_mean
 from lib.sections.pools import PoolFilesConfig
 from lib.tasks import Document, Problem
-from lib.tasks.pools.given_splits import GivenSplits
+from lib.tasks.pools.given_splits import Conflict, GivenSplits
 from lib.tasks.pools.layouts import PREFERRED, SAME, Entry, reward_fault
 from lib.tasks.pools.near_duplicates import SAME_GROUP, SAME_PROMPT, PromptGroups
 from lib.tasks.pools.reading import problem, read_into
@@ -86,10 +86,10 @@ def _check(config: Config) -> Iterator[Document | Problem]:
         yield from read_into(store, config)
         given, wrong_splits = GivenSplits(groups), set()
         for number, prompt, split, group in store.prompts():
-            for other, how, *splits in given.add(prompt, split_name(split), group):
-                if how == SAME_GROUP or (how == SAME_PROMPT and prompt):
+            for conflict in given.add(prompt, split_name(split), group):
+                if conflict.how == SAME_GROUP or (conflict.how == SAME_PROMPT and prompt):
                     wrong_splits.add(number)
-                yield _two_splits(prompt, store, (number, other), splits, how)
+                yield _two_splits(prompt, store, number, conflict)
         given.settle()
         yield from _few_groups(config, store, groups)
         # A teacher scores a whole split or none of it. Pools without a split may come into train
@@ -113,14 +113,14 @@ def _check(config: Config) -> Iterator[Document | Problem]:
                 yield Document(pool.pool_id, as_json(pool, entries, split, group, bool(taught)), pool.source)
 
 
-def _two_splits(
-    prompt: str, store: PoolStore, numbers: tuple[int, int], splits: list[str], how: str
-) -> Problem:
-    """The problem of two pools of one group. `numbers` and `splits`: of the later and of the earlier one."""
+def _two_splits(prompt: str, store: PoolStore, number: int, conflict: Conflict) -> Problem:
+    """The problem of two pools that belong together and have different splits. `number`: of the later one."""
+    numbers = number, conflict.earlier
     (source, location), (its_source, its_location) = map(store.place_of, numbers)
-    ids = [store.id_of(number) for number in numbers]
+    ids = [store.id_of(n) for n in numbers]
+    how = conflict.how
     earlier = " ".join(filter(None, (its_source if its_source != source else "", its_location)))
-    found = f"{ids[0]} of {splits[0]} and {ids[1]} of {splits[1]} ({earlier}): {prompt[:_SHOWN]!r}"
+    found = f"{ids[0]} of {conflict.split} and {ids[1]} of {conflict.other} ({earlier}): {prompt[:_SHOWN]!r}"
     if how == SAME_GROUP:
         advice = "give its pools one split, or another group"
         fault = Fault("group in two splits", found, "one split per group", advice)

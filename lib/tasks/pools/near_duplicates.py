@@ -4,14 +4,13 @@ The similarity of two prompts is the Jaccard index of their sets of words and of
 it (Broder, 1997), and bands of its numbers find prompts that may be similar (locality-sensitive hashing).
 """
 
-from array import array
-
 import numpy as np
 import pandas as pd
 
 from lib import randomness
 from lib.digest_table import DigestTable, digest
 from lib.ranking.words import words_of
+from lib.tasks.pools.disjoint_sets import DisjointSets
 
 NUMBERS = 120  # minima per prompt
 ROWS = range(
@@ -61,13 +60,13 @@ class PromptGroups:
         threshold: prompts of at least this similarity are united, as far as an estimate can tell: those of an estimate that is
             lower by up to its standard error, too. None unites only prompts with the same words.
 
-    Memory holds 8 bytes per prompt. The minima are in temporary files.
+    Memory holds 4 bytes per prompt. The minima are in temporary files.
     """
 
     def __init__(self, threshold: float | None):
         self.threshold = threshold
         self._rows = rows_per_band(threshold or 1.0)
-        self._parent = array("q")
+        self._sets = DisjointSets()
         self._tables = tuple(DigestTable() for _ in range(5))
         self._bands, self._minima, self._exact, self._words, self._named = self._tables
 
@@ -85,14 +84,13 @@ class PromptGroups:
         white space may differ. `SIMILAR_PROMPT`: the words are the same or nearly so. `SAME_GROUP`: it is the first prompt of
         the given group.
         """
-        number = len(self._parent)
-        self._parent.append(number)
+        number = self._sets.add()
         found: list[tuple[int, str]] = []
         if group is not None and not self._named.add(key := digest(group), number):
             found.append((int(self._named.get(key) or 0), SAME_GROUP))
         found += self._alike(number, prompt)
         for other, _ in found:
-            self._unite(number, other)
+            self._sets.unite(number, other)
         return found
 
     def _alike(self, number: int, prompt: str) -> list[tuple[int, str]]:
@@ -126,25 +124,17 @@ class PromptGroups:
                     found.add(int(earlier))
         return sorted(found)
 
-    def _unite(self, one: int, other: int) -> None:
-        a, b = self.root(one), self.root(other)
-        self._parent[max(a, b)] = min(a, b)
-
     def root(self, number: int) -> int:
         """The first prompt of the group of a prompt."""
-        parent = self._parent
-        while parent[number] != number:
-            parent[number] = parent[parent[number]]
-            number = parent[number]
-        return number
+        return self._sets.root(number)
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return len(self._sets)
 
     def roots(self) -> np.ndarray:
         """(prompts,) the first prompt of the group of each."""
-        return np.fromiter(map(self.root, range(len(self._parent))), np.int64, len(self._parent))
+        return self._sets.roots()
 
     def sizes(self) -> np.ndarray:
         """(prompts,) size of each group at its root; 0 elsewhere."""
-        return np.bincount(self.roots(), minlength=len(self._parent))
+        return np.bincount(self.roots(), minlength=len(self))
