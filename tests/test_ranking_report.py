@@ -9,7 +9,7 @@ from lib.report.data import RankedPool, RankingReportData
 from lib.report.page import page
 from lib.report.pools import HEADINGS, choose_pools, softmax
 from lib.report.ranking import ranking_page, ranking_table
-from tests.test_report import HOSTILE, Page
+from tests.report_page import HOSTILE, Page
 
 
 def made_pool(name: str, margin: float, group: str = "", **changes) -> RankedPool:
