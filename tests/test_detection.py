@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,12 +32,14 @@ from lib.detection import (
     threshold_for,
 )
 from lib.errors import BadConfig
-from lib.evaluation.detectors import bag_of_words, likelihoods, with_sign
+from lib.evaluation import detectors
+from lib.evaluation.detection_results import JUDGE, _Detection
+from lib.evaluation.detectors import STRENGTHS, bag_of_words, likelihoods, with_sign
 from lib.evaluation.labelled_documents import LabelledDocuments, _count_documents, _groups
 from lib.evaluation.parts_of_text import LabelledTokens, measure_parts, tokens_of
 from lib.evaluation.text_scores import about_windows, documents_of, measured_rates, windows
 from lib.evaluation.user_texts import read_user_texts
-from lib.metrics import SHARE, ratio
+from lib.metrics import SHARE, auroc, ratio
 from lib.models.publish import publish
 from lib.report.detection import detection_html, detection_tables, thresholds_in_words
 from lib.report.text_scores import verdict
@@ -213,6 +216,28 @@ def test_a_bag_of_words_finds_a_planted_word_and_nothing_else():
             assert value > 0.8 if planted else 0.35 < value < 0.65
 
 
+def test_the_strength_of_regularisation_is_the_best_one_for_the_chosen_texts(monkeypatch):
+    """Also where another one is the best for the reported texts."""
+    draws = np.random.default_rng(6)
+
+    def made(count: int) -> LabelledDocuments:
+        synthetic = np.arange(count) % 2 == 1
+        words = [draws.integers(0, 40 - 10 * s, 12) for s in synthetic]
+        return documents([" ".join(f"w{j}" for j in of) for of in words], synthetic)
+
+    train, one, other = (made(count) for count in (60, 40, 40))
+    alone = []
+    for strength in STRENGTHS:
+        monkeypatch.setattr(detectors, "STRENGTHS", (strength,))
+        alone.append(bag_of_words(train, one, other, "word"))
+    monkeypatch.setattr(detectors, "STRENGTHS", STRENGTHS)
+    quality = [[auroc(on, d.synthetic) for on, d in zip(found, (one, other), strict=True)] for found in alone]
+    best = np.argmax(quality, 0)
+    assert best[0] != best[1]
+    np.testing.assert_array_equal(bag_of_words(train, one, other, "word"), alone[best[0]])
+    np.testing.assert_array_equal(bag_of_words(train, other, one, "word"), alone[best[1]][::-1])
+
+
 class Fixed(torch.nn.Module):
     """A causal model whose distribution depends on the previous token only: `table` (V, V) of log-probabilities."""
 
@@ -298,6 +323,64 @@ def test_the_sign_of_a_detector_is_chosen_on_the_chosen_texts():
     synthetic = np.array([True, True, False, False])
     first, second = with_sign(np.array([0.0, 1, 2, 3]), np.array([5.0, 6]), synthetic)
     assert first.tolist() == [0, -1, -2, -3] and second.tolist() == [-5, -6]
+
+
+class ReadsFirstToken(torch.nn.Module):
+    """A judge whose (B, C) logits are those of the token behind [CLS]: `table` (V, C)."""
+
+    def __init__(self, table: torch.Tensor):
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids, attention_mask=None):
+        return SimpleNamespace(logits=self.table[input_ids[:, 1]])
+
+
+def detection_of(**evaluator: Any) -> Any:
+    """The work of stage 06 on two documents of two windows and one, which are both chosen and reported."""
+    ids = [np.array([4, 5, 6]), np.array([5]), np.array([6, 4])]
+    docs = LabelledDocuments(["a", "b"], np.array(["a", "b"]), np.array([True, False]), ["abc", "d", "ef"], ids, ids,
+                             np.array([0, 0, 1]))  # fmt: skip
+    runtime = Runtime.detect(load_config(overrides=["device=cpu", "precision=fp32"]))
+    tokenizer = SimpleNamespace(pad_token_id=0, cls_token_id=2)
+    models = SimpleNamespace(runtime=runtime, tokenizer=tokenizer, **evaluator)
+    return SimpleNamespace(chosen=docs, reported=docs, suspicions={}, evaluator=models)
+
+
+def test_an_inspector_suspects_the_text_whose_tokens_it_takes_for_changed():
+    inspector = Fixed(3, 9)
+    work = detection_of(inspector=inspector)
+    of_tokens, _ = _Detection._of_inspector(work)
+    unchanged = inspector.table.exp()[:, 0].numpy()
+    changed = [1 - unchanged[ids] for ids in work.chosen.ids]
+    for found, wanted in zip(of_tokens, changed, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-6)
+    shares = np.array([np.concatenate(changed[:2]).mean(), changed[2].mean()])
+    assert work.suspicions["inspector"][1] == pytest.approx(np.log(shares / (1 - shares)), abs=1e-4)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_judge_suspects_the_text_to_which_it_gives_a_low_score(classes):
+    """Or a low probability of its first class."""
+    table = torch.rand(7, classes, generator=torch.Generator().manual_seed(0))
+    work = detection_of(judge=ReadsFirstToken(table), judge_figures={"join": "max"})
+    work.chosen = work.reported = replace(work.chosen, synthetic=np.array([True, False]))
+    assert _Detection._judge(work)["join"] == "max"
+    score = (table if classes == 1 else torch.softmax(table, -1))[[4, 5, 6], 0].numpy()
+    suspicion = np.array([max(1 - score[0], 1 - score[1]), 1 - score[2]])
+    assert work.suspicions[JUDGE][1] == pytest.approx(np.log(suspicion / (1 - suspicion)), abs=1e-4)
+
+
+def test_the_lead_of_the_judge_is_positive_where_it_separates_better():
+    count = 40
+    synthetic = np.arange(count) % 2 == 1
+    scores = {JUDGE: synthetic * 1.0, "length": np.arange(count) % 7 * 1.0}
+    reported = SimpleNamespace(synthetic=synthetic, groups=np.arange(count))
+    work: Any = SimpleNamespace(
+        suspicions={n: (np.zeros(count), s) for n, s in scores.items()}, reported=reported
+    )
+    lead = _Detection._difference(work, "length")
+    assert lead["value"] == pytest.approx(1 - auroc(scores["length"], synthetic)) and lead["low"] > 0
 
 
 def letters(text: str) -> np.ndarray:
@@ -441,6 +524,25 @@ def test_labels_of_a_scored_file_belong_to_their_rows(tmp_path):
         ).synthetic
         == {}
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels"),
+    [
+        (["data.label_classes=[human, machine, edited]", "models.judge.num_classes=3"], ["human", "machine", "edited"]),
+        (["data.label_classes=null", "models.judge.target_type=score"], [1, 0, 0.9]),
+    ],
+    ids=["classes", "scores"],
+)  # fmt: skip
+def test_every_label_but_that_of_an_original_is_synthetic(tmp_path, settings, labels):
+    """The first class, or a score of 1."""
+    rows = [{"text": f"Text number {n}.", "label": label} for n, label in enumerate(labels)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config(["configs/your_labels.yaml"], overrides=["data.path=unused.jsonl", *settings])
+    found = read_user_texts(config, tmp_path / "x.jsonl")
+    assert [found.synthetic[name] for name, _ in found.texts] == [False, True, True] and not found.problems
+    (tmp_path / "x.jsonl").write_text(json.dumps(rows[0]))
+    assert not read_user_texts(config, tmp_path / "x.jsonl").problems, "there may be texts of one kind only"
 
 
 def test_a_bad_first_row_and_a_folder_do_not_hide_labels_and_groups(tmp_path):
