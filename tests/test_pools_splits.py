@@ -114,6 +114,20 @@ def test_the_split_of_a_taught_pool_is_that_of_its_group(tmp_path):
     assert len(found) == 3 and not kinds(problems)
 
 
+def test_names_of_several_files_give_the_split_unless_a_row_does(tmp_path):
+    """The name of a single file says nothing about its rows."""
+    apart = "pools.near_duplicates=null"
+    for name in ("dev.jsonl", "test.jsonl"):
+        path = write(tmp_path / name, [pool(0), pool(1, split="train")])
+        for source in (path, tmp_path):
+            assert [d.get("split") for d in checked(source, apart)[0]] == [None, "train"]
+        path.unlink()
+    write(tmp_path / "dev.jsonl", [pool(0), pool(1, split="train")])
+    write(tmp_path / "test.jsonl", [pool(2), pool(3, split="dev")])
+    found, problems = checked(tmp_path, apart)
+    assert [d["split"] for d in found] == ["held_out", "train", "test", "held_out"] and not problems
+
+
 def test_splits_that_the_files_give_are_kept(tmp_path):
     def splits(split, *given):
         return {split_of(split, f"g{n}", set(given), config_of(tmp_path)) for n in range(200)}
@@ -141,6 +155,15 @@ def test_similar_prompts_are_in_one_split(tmp_path):
         splits.setdefault(example.example_id.split("-")[0], set()).add(example.split)
     assert all(len(found) == 1 for found in splits.values())
     assert set().union(*splits.values()) == {"train", "selection", "held_out"}
+
+
+@pytest.mark.parametrize(("pools", "largest", "said"), [(10, 6, True), (10, 5, False), (9, 9, False)])
+def test_most_pools_in_one_group_are_a_warning(tmp_path, pools, largest, said):
+    """More than half of ten or more. The splits of few pools are small anyway."""
+    rows = [pool(n, group=f"g{max(n - largest + 1, 0)}") for n in range(pools)]
+    found, problems = checked(write(tmp_path / "groups.jsonl", rows), "pools.near_duplicates=null")
+    assert len(found) == pools and not kinds(problems)
+    assert [(p.kind, p.found.split(" prompts")[0]) for p in problems] == [("few groups", "6 of 10")] * said
 
 
 @pytest.mark.parametrize("threshold", [0.4, 0.6, 0.8])

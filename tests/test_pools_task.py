@@ -16,19 +16,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import BertConfig, BertModel
 
 from lib.errors import BadConfig, BadData, MissingInput
+from lib.models.encoders import open_encoder
 from lib.runs import RunArgs
+from lib.tasks import CandidateContext
+from lib.tasks.pools import bi_encoder, review
 from lib.tasks.pools.bi_encoder import BiEncoder
-from lib.tasks.pools.candidates import mapped
+from lib.tasks.pools.candidates import candidates, mapped
 from lib.tasks.pools.reading import split_in_name
-from lib.tasks.pools.review import _report
+from lib.tasks.pools.review import _report, _train_pools
 from lib.tasks.pools.shortcuts import Shortcuts, SimpleScorers, frequent, pools_of
 from lib.tokenization import train_tokenizer
 from tests.conftest import table_of
 from tests.pool_files import FIRST_STAGES, POOLS, checked, config_of, kinds, pool, write
-from tests.test_ranker import HEADS
+from tests.test_ranker import HEADS, make_backbone
 from tests.trainings import CPU
 
 # --- layouts ---------------------------------------------------------------------------------------------------------------
@@ -444,6 +448,26 @@ def test_the_untrained_encoder_reads_no_more_tokens_than_it_has_positions(tmp_pa
     assert encoder.max_tokens == 16 and np.isfinite(scores).all()
 
 
+def test_the_untrained_encoder_gives_cosines_of_mean_states(tmp_path, monkeypatch):
+    """Texts of different lengths are read together, in several passes, as each would be read alone."""
+    make_backbone("bert", torch.float32).save_pretrained(tmp_path)
+    train_tokenizer("character", ["abc"], 0).save_pretrained(tmp_path)
+    model, tokenizer = open_encoder(tmp_path, torch.float32)
+
+    @torch.no_grad()
+    def vector(text: str) -> np.ndarray:
+        mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+        return mean / np.linalg.norm(mean)
+
+    prompts, present = ["abcab", "c" * 12], np.array([[True, True], [False, True]])
+    texts = np.array([["ab", "cabcabcab"], ["absent", "bbac"]], object)
+    monkeypatch.setattr(bi_encoder, "TOKENS_PER_PASS", 24)
+    found = BiEncoder(str(tmp_path), 96, CPU).scores(prompts, texts, present)
+    wanted = [[vector(p) @ vector(t) for t in row] for p, row in zip(prompts, texts, strict=True)]
+    assert found == pytest.approx(np.where(present, wanted, 0), abs=1e-5)
+    assert np.ptp(found[present]) > 0.01
+
+
 def test_pools_that_teach_little_are_warnings_and_stay(tmp_path):
     rows = [
         pool(0, rewards=(1, 1)), pool(1, rewards=(0, 0)), pool(2, ("yes",), (1,)), pool(3, ("yes", "no", "yes"), (1, 0, 1)),
@@ -521,6 +545,28 @@ def test_rewards_are_mapped_by_rule():
     np.testing.assert_allclose(mapped(given, pools, ranked), [0, 1, 0.5, 0.25, 0.25, 1])
 
 
+def examples_of(records: list[dict], splits: list[str] | None = None) -> pa.Table:
+    """The columns of stage 01 that stage 02 reads."""
+    columns = {"example_id": [r["id"] for r in records], "split": splits or ["train"] * len(records)}
+    return pa.table(columns | {"record": [json.dumps(r) for r in records]})
+
+
+def test_the_order_of_the_candidates_depends_on_their_texts_alone():
+    """Otherwise equal scores would favour a place in the file. The number of a candidate is its place."""
+    names = [f"answer {k}" for k in range(12)]
+    context = CandidateContext(config_of(POOLS), None, [])
+    rows = [
+        candidates(examples_of([pool(0, listed, range(12))]), context).to_pylist()
+        for listed in (names, names[::-1])
+    ]
+    one, other = ([row["text"] for row in found] for found in rows)
+    assert one == other and one not in (names, names[::-1]) and sorted(one) == sorted(names)
+    for found, listed in zip(rows, (names, names[::-1]), strict=True):
+        assert all(
+            listed[r["candidate_id"]] == r["text"] and r["given_reward"] == r["candidate_id"] for r in found
+        )
+
+
 def planted(count: int, seed: int, shortcut: str = "") -> Any:
     """Pools of four candidates; with a shortcut, the right one differs from the others by it in nine of ten pools."""
     rng = np.random.default_rng(seed)
@@ -535,6 +581,10 @@ def planted(count: int, seed: int, shortcut: str = "") -> Any:
                 candidates[right] += " " + " ".join(rng.choice(words, 8))
             if shortcut == "candidate_linear":
                 candidates[right] += " therefore"
+            if shortcut == "short":
+                candidates[right] = " ".join(candidates[right].split()[:6])
+            if shortcut == "candidate_trees":
+                candidates[right] = candidates[right].title()  # words are compared without case
             if shortcut == "first":
                 right = 0
             if shortcut in ("kind", "recognised_kind"):
@@ -553,7 +603,18 @@ def planted(count: int, seed: int, shortcut: str = "") -> Any:
 
 
 @pytest.mark.parametrize(
-    "shortcut", ["length", "candidate_linear", "first", "kind", "recognised_kind", "overlap", ""]
+    "shortcut",
+    [
+        "length",
+        "short",
+        "candidate_linear",
+        "candidate_trees",
+        "first",
+        "kind",
+        "recognised_kind",
+        "overlap",
+        "",
+    ],
 )
 def test_a_planted_shortcut_is_found_and_none_where_there_is_none(shortcut):
     pools = (80, 60) if shortcut else (200, 150)  # what is there is found in few pools
@@ -564,10 +625,36 @@ def test_a_planted_shortcut_is_found_and_none_where_there_is_none(shortcut):
     rows = {row["scorer"]: row for row in shortcuts.rows()}
     assert all(row["chance"] == 0.25 for row in rows.values()) and len(rows) == 8
     for name, row in rows.items():
-        if name == shortcut:
+        if name == {"short": "length"}.get(shortcut, shortcut):
             assert row["low"] > 0.7, name
         elif not shortcut:
             assert row["low"] < 0.3 and row["accuracy"] < 0.37, name
+
+
+def test_shortcuts_are_measured_on_pools_of_different_rewards():
+    """In a pool of equal rewards, every choice is right."""
+    records = [pool(n) | {"group": f"g{n}"} for n in range(4)]
+    decided = pools_of(records, [np.array([1.0, 0.0])] * 2 + [np.array([0.0, 1.0])] + [np.ones(2)])
+    equal = pools_of(records, [np.ones(2)] * 4)
+    shortcuts = Shortcuts()
+    shortcuts.add(equal, {"mine": np.zeros((4, 2))})
+    assert not list(shortcuts.rows())
+    shortcuts.add(decided, {"mine": np.array([[2.0, 1.0]] * 4)})
+    (row,) = shortcuts.rows()
+    assert (row["pools"], row["chance"], row["accuracy"]) == (3, 0.5, pytest.approx(2 / 3))
+
+
+def test_simple_scorers_learn_from_train_pools_alone(monkeypatch):
+    """The pools of other splits are not counted either, where those of train are more than scorers learn from."""
+    splits = ["held_out", "selection", "train", "test"] * 6
+    records = [pool(n) | {"group": f"g{n}"} for n in range(24)]
+    of_train = [record["id"] for record, split in zip(records, splits, strict=True) if split == "train"]
+    context = CandidateContext(config_of(POOLS), None, [], examples=[examples_of(records, splits)])
+    monkeypatch.setattr(review, "MOST_CANDIDATES", 12)  # two of each train pool
+    assert _train_pools(context).ids == of_train
+    monkeypatch.setattr(review, "MOST_CANDIDATES", 3)
+    some = _train_pools(context).ids
+    assert set(some) < set(of_train) and 0 < len(some) <= 3
 
 
 def test_many_writers_need_no_more_memory_than_few():
@@ -609,11 +696,25 @@ def test_the_leak_limit_ends_stage_02(tmp_path):
         importlib.import_module(FIRST_STAGES[2]).main(config, args)
 
 
-def test_a_limit_does_not_silence_the_warning_and_bm25_is_no_shortcut(capsys):
-    def row(scorer: str, accuracy: float, reads_prompt: bool) -> dict[str, Any]:
-        known = {"low": accuracy - 0.05, "high": accuracy + 0.05, "chance": 0.1}
-        return {"scorer": scorer, "accuracy": accuracy, "reads_prompt": reads_prompt, **known}
+def row(scorer: str, accuracy: float, reads_prompt: bool) -> dict[str, Any]:
+    """What `Shortcuts.rows` says about a scorer."""
+    known = {"low": accuracy - 0.05, "high": accuracy + 0.05, "chance": 0.1}
+    return {"scorer": scorer, "accuracy": accuracy, "reads_prompt": reads_prompt, **known}
 
+
+def test_files_that_list_the_best_candidate_first_say_so_and_have_no_shortcut(capsys):
+    """Only if every pool does, and only of the place in the file: a model reads everything else."""
+    _report([row("first", 1.0, False), row("length", 0.1, False)], 0.6)
+    said = capsys.readouterr().err
+    assert "list the best candidate first in every pool" in said and "WARNING" not in said
+    for scorer, accuracy in (("first", 0.9), ("length", 1.0)):
+        with pytest.raises(BadData, match=f"scorer '{scorer}' chooses up to"):
+            _report([row(scorer, accuracy, False)], 0.6)
+        said = capsys.readouterr().err
+        assert "list the best candidate first" not in said and f"WARNING: {scorer} find" in said
+
+
+def test_a_limit_does_not_silence_the_warning_and_bm25_is_no_shortcut(capsys):
     _report([row("candidate_linear", 0.5, False), row("bm25", 0.9, True)], 0.6)
     assert "WARNING: candidate_linear find more right candidates than chance" in capsys.readouterr().err
     with pytest.raises(BadData, match="scorer 'overlap' chooses up to 75"):
