@@ -31,6 +31,7 @@ from lib.training.objectives.pool_choice import (
     PoolChoice,
     PoolReader,
     PoolSplits,
+    decided,
     measure,
     simple_scores,
 )
@@ -429,6 +430,27 @@ def test_pools_without_an_average_precision_do_not_choose_the_best_step(
         assert found["map_regret"] == pytest.approx(1 - per_pool[known].mean())
     else:
         assert "map_regret" not in found and found["regret"] > 0
+
+
+def test_a_candidate_of_the_reward_that_is_relevant_is_relevant():
+    """A pool is decided by such candidates and others. Absent ones do not count."""
+    rewards = np.array(
+        [[0.6, 0.2, 0, 0], [0.6, 0.9, 1, 0.6], [0.5, 0.2, 0, 0], [0.6, 0.6, 1, 0], [0.2, 0, 0, 0.6]]
+    )
+    present = np.arange(4) < np.array([4, 4, 4, 3, 3])[:, None]
+    table = replace(made_table(count=5), rewards=rewards, present=present, relevant=0.6)
+    assert decided(table).tolist() == [True, False, False, False, False]
+
+
+def test_the_report_counts_as_relevant_what_the_table_says():
+    """The best candidate is third: of those that are relevant from 0.9, it is the only one."""
+    table = made_table(count=2, missing=False)
+    rewards, scores = np.array([[0.6, 0.2, 0.9, 0.1]] * 2), np.array([[4.0, 3, 2, 1]] * 2)
+    found = [
+        measure(replace(table, rewards=rewards, relevant=relevant), scores, 0, short=True)["map"]["value"]
+        for relevant in (0.5, 0.9)
+    ]
+    assert found == pytest.approx([(1 + 2 / 3) / 2, 1 / 3])
 
 
 def test_an_evaluation_takes_the_same_pools_each_time_and_as_many_as_asked(tokenizer):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from lib.runs import STAGES, RunArgs, load_manifest, validate_manifest
 from lib.training.pool_sampling import CandidateSampler
 from lib.training.pool_table import PoolRows
 from tests.conftest import run_stages, run_stages_recorded, table_of, undeclared
+from tests.test_pool_choice import made_table
 
 POOLS = ROOT / "configs" / "pools.yaml"
 
@@ -270,6 +272,39 @@ def test_a_pool_with_many_best_candidates_keeps_some_of_both():
     rows = PoolRows(rows.prompts, rows.texts, rows.present, rewards, rewards)
     found = CandidateSampler(8, None, 0, 6).sample(rows, np.zeros(6, int), ONE_DRAW[:6], np.arange(6))
     assert (found.rewards.sum(1) == 4).all()
+
+
+def test_further_best_candidates_take_only_the_places_that_others_leave():
+    """And each of them is as likely. An absent candidate takes no place."""
+    rows, epochs = rows_for(40, 20), 40
+    place = np.arange(20) * np.ones((40, 1), int)
+    rows = replace(rows, present=place > 0, rewards=(place > 2) * 1.0)
+    sampler, index = CandidateSampler(8, None, 0, 40), np.arange(40)
+    drawn = [sampler.sample(rows, np.full(40, e), ONE_DRAW, index) for e in range(epochs)]
+    assert all(found.present.all() for found in drawn)
+    of = [int(text.split("/")[1]) for found in drawn for text in found.texts.ravel()]
+    counts = np.bincount(of, minlength=20)
+    assert counts[:3].tolist() == [0, 40 * epochs, 40 * epochs]  # absent, and the two others
+    assert counts[3:].min() > 0.85 * counts[3:].mean()
+
+
+def test_weights_of_hard_negatives_are_the_scores_of_bm25_within_a_pool():
+    """From 0 to `hard_negatives`. An absent candidate scores 0 in BM25, and is no lowest score."""
+    texts = np.array(
+        [["red apple", "red car", "red apple tart", ""], ["sky", "sea blue", "blue", "boat"]], object
+    )
+    table = replace(
+        made_table(count=2), prompts=["red apple tart", "blue sea"], texts=texts, present=texts != ""
+    )
+    settings = load_config(quick_test=True).ranker
+    made = {"sampled_candidates": 3, "hard_negatives": 2.5}
+    sampler = CandidateSampler.of(settings.model_copy(update=made), [table], 0)
+    assert sampler is not None and sampler.log_weight is not None
+    (weights,) = sampler.log_weight
+    assert weights[0, [2, 1]].tolist() == pytest.approx([2.5, 0]) and 0 < weights[0, 0] < 2.5
+    assert weights[1, [1, 0, 3]].tolist() == pytest.approx([2.5, 0, 0]) and 0 < weights[1, 2] < 2.5
+    for changes in ({"sampled_candidates": 4}, {"sampled_candidates": None}):
+        assert CandidateSampler.of(settings.model_copy(update=made | changes), [table], 0) is None
 
 
 def test_a_file_is_read_whatever_the_task(tmp_path):

@@ -433,6 +433,30 @@ def test_rows_have_little_padding_and_each_candidate_is_there_once():
         assert own.tolist() == ids[pool, candidate][mask[pool, candidate]].tolist()
 
 
+@pytest.mark.parametrize(
+    ("device", "lengths", "wanted"),
+    [
+        ("cpu", [10, 10, 9, 4], [[10, 10, 9], [4]]),  # 9 is similar to 10
+        ("cpu", [10, 10, 8, 4], [[10, 10, 8], [4]]),
+        ("cpu", [10, 10, 7, 4], [[10, 10], [7, 4]]),
+        ("cpu", [10, 4, 4, 3], [[10, 4], [4, 3]]),  # a row of 10 is no 20 tokens
+        ("other", [10, 10, 9, 4], [[10, 10, 9], [4]]),  # as many as 30 tokens hold
+        ("other", [10, 4, 4, 3], [[10, 4, 4], [3]]),
+        ("other", [40, 10, 4], [[40], [10, 4]]),  # a row is read, however long
+        ("other", [7, 7, 7, 7], [[7, 7, 7, 7]]),
+    ],
+)
+def test_a_pass_is_as_long_as_the_device_needs_and_as_memory_allows(monkeypatch, device, lengths, wanted):
+    """At least 20 tokens on the CPU, before shorter rows get a pass of their own. At most 30 tokens."""
+    monkeypatch.setattr(packing, "PASS_TOKENS", {"cpu": 20})
+    monkeypatch.setattr(packing, "MAX_PASS_TOKENS", 30)
+    size = np.array(lengths)[::-1, None, None] - 2  # of pools of one candidate, behind prompts of two tokens
+    mask = np.arange(max(lengths)) < size
+    pools = Pools(np.ones((len(size), 2), int), np.ones((len(size), 2), bool), mask * 5, mask)
+    found = [p.separate() for p in by_length(pools, device)]
+    assert [sorted((p.candidate_mask.sum((1, 2)) + 2).tolist(), reverse=True) for p in found] == wanted
+
+
 def test_full_attention_reads_rows_of_similar_length_together(monkeypatch):
     monkeypatch.setattr(packing, "PASS_TOKENS", {"cpu": 40})
     model, pools = make("bert", attention="full", pooling="cls"), make_pools((12, 7, 0, 16))

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from lib.config import load_config
 from lib.errors import BadConfig, BadData, MissingInput
-from lib.evaluation.rank import Ranker
+from lib.evaluation.rank import DEFAULT_TOKENS, Ranker
 from lib.models.collation import collate, hide_words, too_long
 from lib.models.encoders import open_encoder, with_lora
 from lib.models.packing import Pools
@@ -161,6 +161,16 @@ def test_a_blind_ranker_reads_no_prompt_in_use_either(tmp_path):
         scores = [ranker.rank(prompt, ["b", "b c"]).scores for prompt in ("a", "a b c d", "")]
         assert np.allclose(scores[0], scores[2]) == np.allclose(scores[1], scores[2]) == blind
         assert ranker.shortened(["a " * 999], [["b"]])[0] == (not blind)
+
+
+def test_a_loaded_ranker_cuts_texts_where_training_did(tmp_path):
+    model, tokenizer = ranker_of(saved_encoder(tmp_path / "base", "bert"), lora=False)
+    for name, lengths in {"known": (5, 3), "unknown": (None, None)}.items():
+        model.prompt_tokens, model.candidate_tokens = lengths
+        save_ranker(model, tmp_path / name, tokenizer)
+        ranker = Ranker.load(tmp_path / name, runtime=CPU)
+        wanted = tuple(length or DEFAULT_TOKENS for length in lengths)
+        assert (ranker.prompt_tokens, ranker.candidate_tokens) == wanted
 
 
 def test_no_end_token_follows_the_question():
