@@ -430,3 +430,5 @@ def test_labels_by_number_count_selection_as_a_part_of_train():
     labels = Labels({("train", 0): Label(0.1), ("train", 1): Label(0.2), ("held_out", 0): Label(0.9)})
     found = labels.of(["a", "b", "c"], ["selection", "held_out", "train"])
     assert [label.score for label in found] == [0.1, 0.9, 0.2]
+    alone = labels.of(["a", "b"], ["held_out", "selection"])
+    assert [label.score for label in alone] == [0.9, 0.1], "also without an example of train"

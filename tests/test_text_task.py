@@ -70,6 +70,34 @@ def test_each_fault_is_a_problem_with_its_place(tmp_path, name, content, severit
     assert match[0].expected and match[0].advice
 
 
+@pytest.mark.parametrize(("split", "least"), [("hash", 2 * 100 * 4), ("contiguous", 2 * 30 * 4)])
+def test_text_is_enough_if_the_smallest_split_gets_two_blocks(tmp_path, split, least):
+    """Or two passages, where no blocks are divided among the splits. A split without a share gets nothing."""
+    shares = {"train": 0.75, "held_out": 0.25, "reference": 0.0}
+    path = tmp_path / "a.txt"
+    for length, wanted in ((least, []), (least - 1, ["too little text"])):
+        path.write_text("x" * length)
+        _, problems = checked(
+            path,
+            split=split,
+            block_characters=100,
+            passage_characters=30,
+            fractions=shares,
+            split_unit="block",
+        )
+        assert [p.kind for p in problems] == wanted
+
+
+def test_documents_are_enough_if_there_are_two_for_each_split(tmp_path):
+    """Each is as long as it must be, and no longer."""
+    shares = {"train": 0.75, "held_out": 0.25, "reference": 0.0}
+    for count, wanted in ((4, []), (3, ["too little text"])):
+        rows = [json.dumps({"text": f"{n} {'x' * 18}"}) for n in range(count)]
+        (tmp_path / "a.jsonl").write_text("\n".join(rows))
+        found, problems = checked(tmp_path / "a.jsonl", split_unit="document", split="hash", fractions=shares)
+        assert len(found) == count and [p.kind for p in problems] == wanted
+
+
 def test_all_problems_of_a_folder_at_once(tmp_path):
     (tmp_path / "a.jsonl").write_text("{oops\n" + json.dumps({"txt": 1}) + "\n")
     (tmp_path / "b.txt").write_bytes(b"\xff" * 50)
