@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -364,7 +363,6 @@ def test_a_judge_suspects_the_text_to_which_it_gives_a_low_score(classes):
     """Or a low probability of its first class."""
     table = torch.rand(7, classes, generator=torch.Generator().manual_seed(0))
     work = detection_of(judge=ReadsFirstToken(table), judge_figures={"join": "max"})
-    work.chosen = work.reported = replace(work.chosen, synthetic=np.array([True, False]))
     assert _Detection._judge(work)["join"] == "max"
     score = (table if classes == 1 else torch.softmax(table, -1))[[4, 5, 6], 0].numpy()
     suspicion = np.array([max(1 - score[0], 1 - score[1]), 1 - score[2]])
