@@ -7,8 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lib.config import load_config
+from lib.errors import BadConfig
+from lib.models.build import Checkpoint, start_model
 from lib.models.hugging_face import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
 from lib.models.hugging_face import modeling_remask_gpt as modeling
+from lib.models.ranker import CandidateRanker
 from tests import test_hugging_face as common
 from tests.test_hugging_face import VOCAB, make_ids, output_of
 
@@ -35,6 +39,9 @@ def make(name: str, seed: int = 0, **changes):
         ({"critic_layers": -1}, "critic_layers"),
         ({"rope_theta": 0.0}, "rope_theta"),
         ({"pooling": "median"}, "pooling"),
+        ({"conv_width": 4}, "odd"),
+        ({"conv_width": -3}, "conv_width"),
+        ({"conv_width": 3, "attention": "causal"}, "reads later tokens"),
     ],
 )
 def test_config_refuses(changes, message):
@@ -47,6 +54,97 @@ def test_classes_refuse_a_config_of_another_kind():
         RemaskGptForMaskedLM(make_config(attention="causal"))
     with pytest.raises(ValueError, match="causal"):
         RemaskGptForCausalLM(make_config())
+
+
+# --- the convolution -----------------------------------------------------------------------------------------------------
+
+
+def with_convolution(width: int = 5, **changes) -> RemaskGptForMaskedLM:
+    """A model whose convolution has weights that are not zero."""
+    model = make("masked", conv_width=width, **changes)
+    torch.nn.init.normal_(model.model.conv.linear.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_the_convolution_is_that_of_torch(width):
+    model = with_convolution(width).double()
+    size = model.config.hidden_size
+    hidden, conv = torch.randn(2, 9, size, dtype=torch.float64), model.model.conv
+    assert conv is not None
+    weight = conv.linear.weight.view(size, width, size).transpose(1, 2)  # (out, in, width)
+    expected = hidden + F.conv1d(hidden.transpose(1, 2), weight, padding=width // 2).transpose(1, 2)
+    torch.testing.assert_close(conv(hidden, None), expected)
+
+
+def test_a_token_changes_its_neighbours_and_no_others():
+    model = with_convolution(5, num_hidden_layers=0)
+    ids = make_ids(1, 12)
+    changed = ids.clone()
+    changed[0, 6] = 4 + (ids[0, 6] - 3) % (VOCAB - 4)
+    differs = (model(ids).logits != model(changed).logits).any(-1)[0]
+    assert differs.nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
+
+
+def test_padding_is_no_neighbour():
+    model, ids = with_convolution(), make_ids(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 7:] = 0
+    mask[1, :3] = 0  # padding before a text
+    logits = model(ids, attention_mask=mask).logits
+    alone = model(ids[:1, :7]).logits
+    torch.testing.assert_close(logits[:1, :7], alone, rtol=1e-4, atol=1e-5)
+    other = ids.clone()
+    other[mask == 0] = 4
+    torch.testing.assert_close(model(other, attention_mask=mask).logits[mask == 1], logits[mask == 1])
+
+
+def test_a_new_convolution_changes_nothing_and_learns():
+    plain, model = make("masked"), make("masked", conv_width=5)
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == ["model.conv.linear.weight"]
+    with torch.no_grad():
+        model.model.conv.linear.weight.zero_()
+    ids = make_ids()
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    model(ids, labels=ids).loss.backward()
+    assert model.model.conv.linear.weight.grad.abs().sum() > 0
+    new = RemaskGptForMaskedLM(make_config(conv_width=5))
+    assert new.model.conv is not None and not new.model.conv.linear.weight.any()
+
+
+def test_the_bits_of_a_row_with_a_convolution_do_not_depend_on_the_batch():
+    model = with_convolution(hidden_size=96, num_attention_heads=3, max_position_embeddings=64)
+    ids = make_ids(64, 64)
+    with torch.no_grad():
+        everything = model(ids).logits
+        for rows in (slice(1), slice(5), slice(40, 41)):
+            assert torch.equal(model(ids[rows]).logits, everything[rows])
+
+
+def test_a_mask_that_does_not_say_who_is_near_is_refused():
+    model, ids = with_convolution(), make_ids(1, 6)
+    with pytest.raises(ValueError, match="conv_width 5 takes a mask"):
+        model(ids, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
+    with pytest.raises(BadConfig, match=r"cannot be a prefix-LM.*conv_width.*Set ranker.attention to full"):
+        CandidateRanker(model.model, seed=0)
+    assert not CandidateRanker(model.model, attention="full", seed=0).packs
+
+
+def test_architectures_give_bidirectional_models_a_convolution_and_causal_ones_none(tmp_path):
+    architecture = load_config(quick_test=True, overrides=["architecture.conv_width=3"]).architecture
+    masked, _ = start_model("language_model", architecture, "bidirectional", 44, 0, "m")
+    causal, _ = start_model("language_model", architecture, "causal", 44, 0, "m")
+    assert masked.model.conv.width == 3 and causal.model.conv is None
+    masked.save_pretrained(tmp_path)
+    start = Checkpoint(tmp_path, 0.0)
+    again, _ = start_model("token_classifier", start, "bidirectional", 44, 0, "t", num_labels=2)
+    assert torch.equal(again.model.conv.linear.weight, masked.model.conv.linear.weight)
+    with pytest.raises(BadConfig, match="convolution that reads later tokens"):
+        start_model("language_model", start, "causal", 44, 0, "m")
+    for wrong in ("architecture.conv_width=4", "architecture={conv_width: 3, family: ltg_bert}"):
+        with pytest.raises(BadConfig, match="conv_width"):
+            load_config(quick_test=True, overrides=[wrong])
 
 
 # --- the backbone -------------------------------------------------------------------------------------------------------

@@ -204,6 +204,11 @@ def start_model(
     family = FAMILIES[source.model_type]
     _require_attention(family, attention)
     if "causal_lm" in family.heads:
+        if attention == "causal" and getattr(source, "conv_width", 0):
+            raise BadConfig(
+                f"{start} has a convolution that reads later tokens (architecture.conv_width {source.conv_width}), so no causal "
+                "model can start from it: set start to scratch, or train a bidirectional model"
+            )
         heads["attention"] = attention
     is_adapted, adapter = family.name == "remask_adapted", backbone.adapter
     if adapter is not None and is_adapted:

@@ -63,6 +63,7 @@ def _remask_gpt(
         attention=attention,
         dropout=architecture.dropout,
         bias=architecture.bias,
+        conv_width=architecture.conv_width if attention == "bidirectional" else 0,
         **_with_own_ids(heads),
     )
 
@@ -106,7 +107,7 @@ FAMILIES = {
             },
             backbone=("model.",),
             shape=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                   "max_position_embeddings", "bias", "rope_theta", "logit_softcap", "rms_norm_eps",
+                   "max_position_embeddings", "bias", "conv_width", "rope_theta", "logit_softcap", "rms_norm_eps",
                    "tie_word_embeddings"),
             dropouts=("dropout",),
         ),

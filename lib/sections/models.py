@@ -39,6 +39,7 @@ class ArchitectureConfig(Section):
     context: Annotated[int, Field(ge=2, le=2**24)]
     dropout: BelowOne
     bias: bool
+    conv_width: Annotated[int, Field(ge=0)]
     position_buckets: Annotated[int, Field(ge=2)]
     dtype: DTYPES
 
@@ -47,6 +48,11 @@ class ArchitectureConfig(Section):
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of 2 x num_attention_heads ({2 * self.num_attention_heads}): RoPE rotates pairs of dimensions"
+            )
+        if self.conv_width and (self.conv_width % 2 == 0 or self.family != "remask_gpt"):
+            raise ValueError(
+                f"conv_width ({self.conv_width}) must be odd, so that a token has as many neighbours before as after it, or 0, and "
+                f"family remask_gpt alone has it (this is {self.family})"
             )
         if self.family == "ltg_bert" and self.context <= self.position_buckets // 2:
             raise ValueError(

@@ -26,6 +26,8 @@ class RemaskGptConfig(PreTrainedConfig):
         attention: "bidirectional" (masked LM, classifiers) or "causal" (ordinary language model).
         dropout: probability of dropping an element of the embeddings and of each block's two outputs.
         bias: whether the linear layers of the blocks and the language-model head have biases.
+        conv_width: number of neighbouring embeddings, the token's own included, that a convolution before the first block
+            reads; an odd number, or 0 for no convolution. Only for bidirectional models.
         rope_theta: base of the rotary frequencies.
         initializer_range: standard deviation of the initial matrices; None means 1/sqrt(fan-in), and 0.02 for the
             embeddings. Output projections of the blocks start at zero in any case.
@@ -59,6 +61,7 @@ class RemaskGptConfig(PreTrainedConfig):
         attention: str = "bidirectional",
         dropout: float = 0.0,
         bias: bool = False,
+        conv_width: int = 0,
         rope_theta: float = 10000.0,
         initializer_range: float | None = None,
         logit_softcap: float = 0.0,
@@ -88,6 +91,7 @@ class RemaskGptConfig(PreTrainedConfig):
         self.attention = attention
         self.dropout = dropout
         self.bias = bias
+        self.conv_width = conv_width
         self.rope_theta = rope_theta
         self.initializer_range = initializer_range
         self.logit_softcap = logit_softcap
@@ -136,6 +140,14 @@ class RemaskGptConfig(PreTrainedConfig):
                 f"hidden_size {size} / num_attention_heads {heads} = {size // heads}: rotary needs it even",
             )
             problems.token_ids("pad", "mask", "cls", "unk")
+        problems.integers(conv_width=0)
+        if not problems.messages:
+            width = self.conv_width
+            problems.need(width == 0 or width % 2 == 1, f"conv_width must be odd or 0, got {width}")
+            problems.need(
+                width == 0 or not self.is_causal,
+                f"conv_width {width} reads later tokens; set it to 0 in a causal model",
+            )
         problems.choice("attention", ATTENTION_TYPES)
         problems.choice("score_activation", SCORE_ACTIVATIONS)
         problems.choice("pooling", (None, *POOLINGS))

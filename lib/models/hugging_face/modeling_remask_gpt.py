@@ -404,6 +404,27 @@ class RemaskGptMLP(nn.Module):
         return self.down_proj(squared_relu(self.up_proj(hidden)))
 
 
+class RemaskGptConvolution(nn.Module):
+    """Adds to every embedding a linear function of its neighbours': features of short strings, before the first block.
+
+    Attention has to learn which token is the next one. A convolution has it from the first step. Byte-level models add such
+    features by hashing (Pagnoni et al. 2024). The weights start at zero, so a new model is as one without them.
+    """
+
+    def __init__(self, config: RemaskGptConfig):
+        super().__init__()
+        self.width = config.conv_width
+        size = config.hidden_size
+        self.linear = make_linear(self.width * size, size, bias=False, initial_std=0.0)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, D) to the same. `mask`: None or (B, T), 1 for real tokens; others are no neighbours."""
+        length, side = hidden.shape[1], self.width // 2
+        near = hidden if mask is None else hidden * (mask != 0).to(hidden.dtype)[..., None]
+        near = F.pad(near, (0, 0, side, side))
+        return hidden + self.linear(torch.cat([near[:, k : k + length] for k in range(self.width)], dim=-1))
+
+
 class RemaskGptLayer(GradientCheckpointingLayer):
     """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -525,6 +546,8 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         super().__init__(config)
         # No padding_idx: it would freeze a row, while resizing and tying treat all rows alike.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # CODEPATH: checkpoints trained with architecture.conv_width have the convolution; the others, and causal ones, have none.
+        self.conv = RemaskGptConvolution(config) if config.conv_width else None
         self.layers = nn.ModuleList(
             [RemaskGptLayer(config, index) for index in range(config.num_hidden_layers)]
         )
@@ -560,7 +583,8 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
             are the normalised embeddings and every block's output; the last one is `last_hidden_state`.
 
         Raises:
-            ValueError: ids outside the vocabulary, too long inputs, masks or positions of a wrong shape, a static cache.
+            ValueError: ids outside the vocabulary, too long inputs, masks or positions of a wrong shape, a static cache, a
+                mask (B, 1, T, S) with `conv_width`.
         """
         if inputs_embeds is None:
             inputs_embeds = embed_tokens(input_ids, self.embed_tokens)
@@ -576,6 +600,13 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         )
 
         hidden = rms_norm(inputs_embeds, config.rms_norm_eps)  # (B, T, D)
+        if self.conv is not None:
+            if attention_mask is not None and attention_mask.dim() != 2:
+                raise ValueError(
+                    f"a model with conv_width {config.conv_width} takes a mask (B, T), which says who the neighbours of a token "
+                    f"are; got {attention_mask.dim()} dimensions"
+                )
+            hidden = self.conv(hidden, attention_mask)
         if self.training and config.dropout:
             hidden = F.dropout(hidden, config.dropout)
         mask, is_causal = self._pick_mask(attention_mask, batch, length, past, hidden)
