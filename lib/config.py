@@ -87,6 +87,7 @@ class Config(Section):
             )
         self._check_labels()
         self._check_pretrained()
+        self._check_convolution()
         dependency_order(self.models)  # refuses models that start from each other
         for name, spec in self.models.items():
             if not name.isidentifier():
@@ -167,6 +168,19 @@ class Config(Section):
                 f"{', '.join(causal)}: a pretrained masked LM is bidirectional and cannot be causal; give this model "
                 "architecture: {family: remask_gpt}"
             )
+
+    def _check_convolution(self) -> None:
+        """Raise ValueError if a ranker would read several candidates in a row through a convolution, which would mix them."""
+        if self.candidates.source not in ("programs", "file") or self.ranker.attention != "prefix":
+            return
+        for name, spec in self.models.items():
+            own = spec.mode == "ranker" and self.ranker.encoder is None
+            if own and spec.attention == "bidirectional" and spec.architecture.conv_width:
+                raise ValueError(
+                    f"models.{name} has a convolution (architecture.conv_width {spec.architecture.conv_width}), which would mix the "
+                    "candidates of a prompt: set ranker.attention to full, or "
+                    f"models.{name}.architecture.conv_width to 0"
+                )
 
     def slice(self, uses: Iterable[str]) -> dict[str, Any]:
         """The named sections, or single keys such as `ranker.prompt`, as plain data.

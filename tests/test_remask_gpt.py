@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.config import load_config
+from lib.config import ROOT, load_config
 from lib.errors import BadConfig
 from lib.models.build import Checkpoint, start_model
 from lib.models.hugging_face import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
@@ -145,6 +145,19 @@ def test_architectures_give_bidirectional_models_a_convolution_and_causal_ones_n
     for wrong in ("architecture.conv_width=4", "architecture={conv_width: 3, family: ltg_bert}"):
         with pytest.raises(BadConfig, match="conv_width"):
             load_config(quick_test=True, overrides=[wrong])
+
+
+def test_a_ranker_that_would_mix_candidates_is_refused_before_any_stage():
+    pools = [ROOT / "configs" / "pools.yaml"]
+    for settings in (
+        ["ranker.attention=full"],
+        ["models.ranker.architecture.conv_width=0"],
+        ["models.ranker.attention=causal"],
+        ["ranker.encoder=some/encoder"],
+    ):
+        load_config(pools, quick_test=True, overrides=["architecture.conv_width=3", *settings])
+    with pytest.raises(BadConfig, match=r"models.ranker has a convolution .* would mix the candidates"):
+        load_config(pools, quick_test=True, overrides=["architecture.conv_width=3"])
 
 
 # --- the backbone -------------------------------------------------------------------------------------------------------
