@@ -47,6 +47,7 @@ FOREIGN_GROUPS = {  # what a task has in place of data.group_key
     "pools": "pools.keys={group: COLUMN}",
     "finqa": "finqa.group=page or finqa.group=report",
 }
+WITH_PROMPTS = ("programs", "file")  # sources of candidates whose examples have prompts
 
 
 class Config(Section):
@@ -170,16 +171,35 @@ class Config(Section):
             )
 
     def _check_convolution(self) -> None:
-        """Raise ValueError if a ranker would read several candidates in a row through a convolution, which would mix them."""
-        if self.candidates.source not in ("programs", "file") or self.ranker.attention != "prefix":
-            return
-        for name, spec in self.models.items():
-            own = spec.mode == "ranker" and self.ranker.encoder is None
-            if own and spec.attention == "bidirectional" and spec.architecture.conv_width:
+        """Raise ValueError if a model cannot have the convolution of the backbone that it gets.
+
+        It reads later tokens, so no causal model can start from it. It would mix candidates that a ranker reads in a row. Stage 04
+        looks at folders that models start from.
+        """
+        with_prompts, widths = self.candidates.source in WITH_PROMPTS, {}
+        for name in dependency_order(self.models):
+            spec = self.models[name]
+            ranks_texts = spec.mode == "ranker" and with_prompts
+            if spec.start == "scratch":
+                has_own = spec.effective_attention == "bidirectional" and not (
+                    ranks_texts and self.ranker.encoder
+                )
+                widths[name] = spec.architecture.conv_width if has_own else 0
+            elif spec.start == "02_generate_candidates":
+                widths[name] = 0 if self.generator.checkpoint else self.generator.architecture.conv_width
+            else:
+                widths[name] = widths.get(spec.start, 0)
+            if not widths[name]:
+                continue
+            said = f"the backbone of models.{name} has a convolution (conv_width {widths[name]})"
+            if ranks_texts and self.ranker.attention == "prefix":
                 raise ValueError(
-                    f"models.{name} has a convolution (architecture.conv_width {spec.architecture.conv_width}), which would mix the "
-                    "candidates of a prompt: set ranker.attention to full, or "
-                    f"models.{name}.architecture.conv_width to 0"
+                    f"{said}, which would mix the candidates of a prompt: set ranker.attention to full, or conv_width to 0"
+                )
+            if spec.effective_attention == "causal" and not ranks_texts:
+                raise ValueError(
+                    f"{said}, which reads later tokens, and the model is causal: set models.{name}.start to scratch, or conv_width "
+                    f"to 0 where {spec.start} is made"
                 )
 
     def slice(self, uses: Iterable[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Splits of task pools: those that files give, and prompts that must not be divided."""
 
+import itertools
 import json
 import tracemalloc
 
@@ -66,6 +67,9 @@ def linked(number: int, prompt: str, **other: str) -> dict:
 LONG = " ".join(f"word{n}" for n in range(40))
 
 
+DROP = "data.drop=[group in two splits, prompt in two splits]"
+
+
 def test_a_group_is_not_divided_by_a_pool_without_a_split_in_between(tmp_path):
     """p1 is of group g, which is of train, and has the prompt of p2, which is of test: no pair of splits in one place."""
     rows = [
@@ -74,35 +78,55 @@ def test_a_group_is_not_divided_by_a_pool_without_a_split_in_between(tmp_path):
         linked(2, "two", split="test"),
         linked(3, "three", group="g", split="train"),
     ]
-    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (0, 3, 1, 2), (2, 3, 0, 1)):
+    for order in itertools.permutations(range(4)):
         path = write(tmp_path / "linked.jsonl", [rows[n] for n in order])
-        errors = [p for p in checked(path, "pools.near_duplicates=null")[1] if p.severity == "error"]
-        assert len(errors) == 1 and errors[0].kind in ("group in two splits", "prompt in two splits"), order
-        assert "of train" in errors[0].found and "of test" in errors[0].found
-    drop = "data.drop=[group in two splits, prompt in two splits]"
-    found, _ = checked(write(tmp_path / "linked.jsonl", rows[::-1]), "pools.near_duplicates=null", drop)
-    assert {d["id"]: d["split"] for d in found} == {
-        "p3": "train",
-        "p2": "test",
-        "p0": "train",
-    }  # without the link
+        (error,) = (p for p in checked(path, "pools.near_duplicates=null")[1] if p.severity == "error")
+        assert error.kind == "group in two splits" and "link them" in error.found, order
+        assert "of train" in error.found and "of test" in error.found
+        found, _ = checked(path, "pools.near_duplicates=null", DROP)
+        later = "p2" if order.index(3) < order.index(2) else "p3"  # the first split holds for all
+        split = "train" if later == "p2" else "test"
+        assert {d["id"]: d["split"] for d in found} == {f"p{n}": split for n in range(4) if f"p{n}" != later}
 
 
-def test_similar_prompts_in_two_splits_are_a_warning_also_by_one_in_between(tmp_path):
+def test_a_pool_that_is_left_out_takes_no_others_with_it(tmp_path):
+    rows = [
+        linked(0, "a", group="g", split="train"),
+        linked(1, "b", group="g", split="test"),
+        linked(2, "b", split="train"),
+        linked(3, "b"),
+    ]
+    found, problems = checked(write(tmp_path / "left_out.jsonl", rows), "pools.near_duplicates=null", DROP)
+    assert {d["id"]: d["split"] for d in found} == {"p0": "train", "p2": "train", "p3": "train"}
+    assert [p.location for p in problems] == ["line 2 (p1)"]
+
+
+def test_similar_prompts_in_two_splits_are_a_warning_in_every_order(tmp_path):
+    """p1 is similar to p0 and has the split of p2 by its group."""
     rows = [
         linked(0, LONG, split="train"),
-        linked(1, LONG + " a b c d e f g h"),  # similar to both of its neighbours
-        linked(2, LONG + " a b c d e f g h i j k l m n o p q r", split="test", group="h"),
-        linked(3, "another one", group="h"),
+        linked(1, LONG + " a b c d e f g h", group="h"),
+        linked(2, "another one", split="test", group="h"),
     ]
-    found, problems = checked(write(tmp_path / "similar.jsonl", rows), "pools.near_duplicates=0.8")
-    assert [(p.kind, p.severity) for p in problems] == [("similar prompts in two splits", "warning")]
-    assert [d["split"] for d in found] == [
-        "train",
-        "train",
-        "test",
-        "test",
-    ]  # a group counts more than similarity
+    for order in itertools.permutations(range(3)):
+        path = write(tmp_path / "similar.jsonl", [rows[n] for n in order])
+        found, problems = checked(path, "pools.near_duplicates=0.8")
+        assert [(p.kind, p.severity) for p in problems] == [("similar prompts in two splits", "warning")]
+        assert {d["id"]: d["split"] for d in found} == {"p0": "train", "p1": "test", "p2": "test"}
+
+
+def test_a_pool_takes_the_split_of_the_similar_prompt_and_not_that_of_a_chain(tmp_path):
+    near = LONG + " a b c d e f g h"
+    rows = [
+        linked(0, LONG, split="train"),
+        linked(1, near, split="test"),
+        linked(2, near + " i j k l m n o p q r"),  # similar to p1 alone
+    ]
+    for order in itertools.permutations(range(3)):
+        found, _ = checked(
+            write(tmp_path / "chain.jsonl", [rows[n] for n in order]), "pools.near_duplicates=0.8"
+        )
+        assert {d["id"]: d["split"] for d in found} == {"p0": "train", "p1": "test", "p2": "test"}
 
 
 def test_the_split_of_a_taught_pool_is_that_of_its_group(tmp_path):

@@ -41,6 +41,7 @@ def make(name: str, seed: int = 0, **changes):
         ({"pooling": "median"}, "pooling"),
         ({"conv_width": 4}, "odd"),
         ({"conv_width": -3}, "conv_width"),
+        ({"conv_width": 999_999_999}, "up to 255"),
         ({"conv_width": 3, "attention": "causal"}, "reads later tokens"),
     ],
 )
@@ -142,22 +143,67 @@ def test_architectures_give_bidirectional_models_a_convolution_and_causal_ones_n
     assert torch.equal(again.model.conv.linear.weight, masked.model.conv.linear.weight)
     with pytest.raises(BadConfig, match="convolution that reads later tokens"):
         start_model("language_model", start, "causal", 44, 0, "m")
-    for wrong in ("architecture.conv_width=4", "architecture={conv_width: 3, family: ltg_bert}"):
-        with pytest.raises(BadConfig, match="conv_width"):
-            load_config(quick_test=True, overrides=[wrong])
-
-
-def test_a_ranker_that_would_mix_candidates_is_refused_before_any_stage():
-    pools = [ROOT / "configs" / "pools.yaml"]
-    for settings in (
-        ["ranker.attention=full"],
-        ["models.ranker.architecture.conv_width=0"],
-        ["models.ranker.attention=causal"],
-        ["ranker.encoder=some/encoder"],
+    for wrong, said in (
+        (["architecture.conv_width=4"], "must be odd"),
+        (["architecture.conv_width=1000000001"], "conv_width"),
+        (
+            [CONV, "models.judge={start: scratch, architecture: {family: ltg_bert}}"],
+            "ltg_bert has no convolution",
+        ),
     ):
-        load_config(pools, quick_test=True, overrides=["architecture.conv_width=3", *settings])
-    with pytest.raises(BadConfig, match=r"models.ranker has a convolution .* would mix the candidates"):
-        load_config(pools, quick_test=True, overrides=["architecture.conv_width=3"])
+        with pytest.raises(BadConfig, match=said):
+            load_config(quick_test=True, overrides=wrong)
+
+
+CONV = "architecture.conv_width=3"
+
+
+def test_a_ranker_that_would_mix_candidates_is_refused_before_any_stage(tmp_path):
+    def pools(*settings: str) -> None:
+        load_config([ROOT / "configs" / "pools.yaml"], quick_test=True, overrides=[CONV, *settings])
+
+    pools("ranker.attention=full")
+    pools("models.ranker.architecture.conv_width=0")
+    pools("models.ranker.attention=causal")
+    pools("ranker.encoder=some/encoder")
+    pools(f"models.ranker.start={tmp_path}")  # its backbone is that of the folder, at which stage 04 looks
+    generator = "models.generator={mode: language_model, attention: bidirectional, start: scratch}"
+    from_generator = (generator, "models.ranker.start=generator", "models.ranker.architecture.conv_width=0")
+    for settings in ((), from_generator, (*from_generator, "ranker.encoder=some/encoder")):
+        with pytest.raises(BadConfig, match=r"models.ranker has a convolution .* would mix the candidates"):
+            pools(*settings)
+
+
+def test_a_causal_model_that_starts_from_a_convolution_is_refused_before_any_stage():
+    load_config(quick_test=True, overrides=[CONV])  # causal models from scratch have none
+    for settings in (
+        ["models.ar_baseline.start=generator"],
+        ["models.ar_baseline.start=02_generate_candidates"],
+        ["models.ar_baseline.start=judge", "models.judge.start=generator"],
+    ):
+        with pytest.raises(BadConfig, match=r"models.ar_baseline has a convolution .* reads later tokens"):
+            load_config(quick_test=True, overrides=[CONV, *settings])
+        load_config(quick_test=True, overrides=settings)
+
+
+def test_a_mask_of_another_length_is_refused_in_the_same_words():
+    for model in (make("masked"), with_convolution()):
+        with pytest.raises(ValueError, match="expected"):
+            model(make_ids(2, 12), attention_mask=torch.ones(2, 13))
+
+
+def test_a_convolution_is_exported_and_keeps_to_half_precision():
+    model, ids = with_convolution(), make_ids(2, 16)
+    mask = torch.ones_like(ids)
+    mask[0, 10:] = 0
+    exported = torch.export.export(common.Plain(model), (ids, mask)).module()
+    wanted = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(exported(ids, mask), wanted, rtol=0, atol=1e-4)
+    at = torch.tensor([0, 9, 20])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half, some = model(ids).logits, model(ids, logits_at=at).logits
+    assert torch.equal(some, half.flatten(0, 1)[at])
+    torch.testing.assert_close(half.float(), model(ids).logits, rtol=0.1, atol=0.1)
 
 
 # --- the backbone -------------------------------------------------------------------------------------------------------

@@ -116,9 +116,15 @@ def check_weights(model: nn.Module, training: Any, found: Account) -> None:
 # --- own backbones -----------------------------------------------------------------------------------------------------
 
 
-def own(family: str, layers: int, dropout: float) -> Any:
+def own(family: str, layers: int, dropout: float, conv_width: int = 0) -> Any:
     config = load_config(quick_test=True)
-    changes = {"family": family, "num_hidden_layers": layers, "hidden_size": 128, "dropout": dropout}
+    changes = {
+        "family": family,
+        "num_hidden_layers": layers,
+        "hidden_size": 128,
+        "dropout": dropout,
+        "conv_width": conv_width,
+    }
     architecture = config.architecture.model_copy(update=changes | {"context": 64})
     model, _ = start_model(
         "language_model", architecture, "bidirectional", 500, 0, "m", **heads_of("language_model")
@@ -138,6 +144,17 @@ def test_a_layer_of_an_own_backbone_keeps_what_the_formula_says(monkeypatch, fam
     plan = Plan("fp32", False, 1, dropout=dropout > 0, mask_bytes=4)
     expected = kept_by_layer(backbone_of(model, load_config()), Batch(8, 64), plan)
     assert (held[1] - held[0]) / 2 == pytest.approx(expected, rel=0.05)
+
+
+def test_a_convolution_keeps_what_the_formula_says():
+    ids, held, kept = torch.randint(4, 500, (8, 64)), [], []
+    for width in (0, 9):
+        model = own("remask_gpt", 2, 0.0, width)
+        held.append(held_after(model, lambda model=model: model(input_ids=ids).logits))
+        backbone = backbone_of(model, load_config())
+        found = account(weights_of(model, settings()), backbone, Batch(8, 64), Plan("fp32", False, 1))
+        kept.append(found.moments["step"]["kept activations"])
+    assert kept[1] > kept[0] and held[1] - held[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -39,7 +39,7 @@ class ArchitectureConfig(Section):
     context: Annotated[int, Field(ge=2, le=2**24)]
     dropout: BelowOne
     bias: bool
-    conv_width: Annotated[int, Field(ge=0)]
+    conv_width: Annotated[int, Field(ge=0, le=255)]
     position_buckets: Annotated[int, Field(ge=2)]
     dtype: DTYPES
 
@@ -49,10 +49,13 @@ class ArchitectureConfig(Section):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of 2 x num_attention_heads ({2 * self.num_attention_heads}): RoPE rotates pairs of dimensions"
             )
-        if self.conv_width and (self.conv_width % 2 == 0 or self.family != "remask_gpt"):
+        if self.conv_width and self.family != "remask_gpt":
             raise ValueError(
-                f"conv_width ({self.conv_width}) must be odd, so that a token has as many neighbours before as after it, or 0, and "
-                f"family remask_gpt alone has it (this is {self.family})"
+                f"conv_width is {self.conv_width}, and family {self.family} has no convolution: set conv_width to 0 here"
+            )
+        if self.conv_width and self.conv_width % 2 == 0:
+            raise ValueError(
+                f"conv_width ({self.conv_width}) must be odd, so that a token has as many neighbours before as after it, or 0"
             )
         if self.family == "ltg_bert" and self.context <= self.position_buckets // 2:
             raise ValueError(

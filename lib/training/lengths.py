@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import durable
-from lib.config import Config
+from lib.config import WITH_PROMPTS, Config
 from lib.errors import BadData
 from lib.sections.models import dependency_order
 
-WITH_PROMPTS = ("programs", "file")  # sources of candidates whose examples have prompts
 WHOLE_READERS = ("token_classifier", "sequence_scorer", "ranker")
 
 

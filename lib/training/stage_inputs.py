@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from lib import schema
 from lib.artifacts import Stage
-from lib.config import Config
+from lib.config import WITH_PROMPTS, Config
 from lib.errors import BadConfig, BadData, MissingInput
 from lib.log import say
 from lib.runtime import Runtime
@@ -20,7 +20,7 @@ from lib.shards import open_store as open_shards
 from lib.token_store import TokenStore, of_table, open_store
 from lib.tokenization import load_tokenizer
 from lib.training.data import Splits, select_rows, select_split
-from lib.training.lengths import WHOLE_READERS, WITH_PROMPTS, WholeTexts, contexts_of
+from lib.training.lengths import WHOLE_READERS, WholeTexts, contexts_of
 from lib.training.pool_table import PoolTable
 from lib.training.reward_join import with_rewards
 from lib.training.streaming_dataset import StreamingDataset

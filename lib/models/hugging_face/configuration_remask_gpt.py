@@ -9,6 +9,7 @@ from .shared_configuration import SCORE_ACTIVATIONS, ConfigProblems, is_number, 
 
 ATTENTION_TYPES = ("bidirectional", "causal")
 POOLINGS = ("first", "last", "mean")
+MAX_CONV_WIDTH = 255
 
 
 # trf-ignore: TRF010  (check() refuses more than types, all problems at once)
@@ -143,7 +144,10 @@ class RemaskGptConfig(PreTrainedConfig):
         problems.integers(conv_width=0)
         if not problems.messages:
             width = self.conv_width
-            problems.need(width == 0 or width % 2 == 1, f"conv_width must be odd or 0, got {width}")
+            problems.need(
+                width == 0 or (width % 2 == 1 and width <= MAX_CONV_WIDTH),
+                f"conv_width must be 0 or an odd number up to {MAX_CONV_WIDTH}, got {width}",
+            )
             problems.need(
                 width == 0 or not self.is_causal,
                 f"conv_width {width} reads later tokens; set it to 0 in a causal model",

@@ -580,7 +580,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
 
         Returns:
             `last_hidden_state` (B, T, D) after the final norm, or (N, D) with `states_at`. `hidden_states`, when asked for,
-            are the normalised embeddings and every block's output; the last one is `last_hidden_state`.
+            are the first block's input and every block's output; the last one is `last_hidden_state`.
 
         Raises:
             ValueError: ids outside the vocabulary, too long inputs, masks or positions of a wrong shape, a static cache, a
@@ -600,6 +600,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         )
 
         hidden = rms_norm(inputs_embeds, config.rms_norm_eps)  # (B, T, D)
+        mask, is_causal = self._pick_mask(attention_mask, batch, length, past, hidden)
         if self.conv is not None:
             if attention_mask is not None and attention_mask.dim() != 2:
                 raise ValueError(
@@ -609,7 +610,6 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
             hidden = self.conv(hidden, attention_mask)
         if self.training and config.dropout:
             hidden = F.dropout(hidden, config.dropout)
-        mask, is_causal = self._pick_mask(attention_mask, batch, length, past, hidden)
         positions = self._pick_positions(position_ids, batch, length, past, hidden.device)
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta, hidden.dtype)
 

@@ -40,7 +40,7 @@ from lib.sections.pools import PoolFilesConfig
 from lib.tasks import Document, Problem
 from lib.tasks.pools.given_splits import Conflict, GivenSplits
 from lib.tasks.pools.layouts import PREFERRED, SAME, Entry, reward_fault
-from lib.tasks.pools.near_duplicates import SAME_GROUP, SAME_PROMPT, PromptGroups
+from lib.tasks.pools.near_duplicates import PromptGroups, same_prompt
 from lib.tasks.pools.reading import problem, read_into
 from lib.tasks.pools.store import SPLITS, FoundPool, PoolStore, split_name
 from lib.tasks.pools.values import identity, is_visible
@@ -85,12 +85,12 @@ def _check(config: Config) -> Iterator[Document | Problem]:
     with PoolStore() as store, PromptGroups(settings.near_duplicates) as groups:
         yield from read_into(store, config)
         given, wrong_splits = GivenSplits(groups), set()
-        for number, prompt, split, group in store.prompts():
-            for conflict in given.add(prompt, split_name(split), group):
-                if conflict.how == SAME_GROUP or (conflict.how == SAME_PROMPT and prompt):
-                    wrong_splits.add(number)
-                yield _two_splits(prompt, store, number, conflict)
-        given.settle()
+        for prompt, split, group in store.prompts():
+            given.add(prompt, split_name(split), group)
+        for conflict in given.settle():
+            if not conflict.similar:
+                wrong_splits.add(conflict.number)
+            yield _two_splits(store, conflict)
         yield from _few_groups(config, store, groups)
         # A teacher scores a whole split or none of it. Pools without a split may come into train
         taught = {given.of(number) or "train" for number in store.numbers_with_teacher()}
@@ -113,22 +113,26 @@ def _check(config: Config) -> Iterator[Document | Problem]:
                 yield Document(pool.pool_id, as_json(pool, entries, split, group, bool(taught)), pool.source)
 
 
-def _two_splits(prompt: str, store: PoolStore, number: int, conflict: Conflict) -> Problem:
-    """The problem of two pools that belong together and have different splits. `number`: of the later one."""
-    numbers = number, conflict.earlier
+def _two_splits(store: PoolStore, conflict: Conflict) -> Problem:
+    """The problem of two pools that belong together and have different splits."""
+    numbers = conflict.number, conflict.earlier
     (source, location), (its_source, its_location) = map(store.place_of, numbers)
     ids = [store.id_of(n) for n in numbers]
-    how = conflict.how
+    (prompt, group), (its_prompt, its_group) = map(store.prompt_and_group_of, numbers)
     earlier = " ".join(filter(None, (its_source if its_source != source else "", its_location)))
     found = f"{ids[0]} of {conflict.split} and {ids[1]} of {conflict.other} ({earlier}): {prompt[:_SHOWN]!r}"
-    if how == SAME_GROUP:
-        advice = "give its pools one split, or another group"
-        fault = Fault("group in two splits", found, "one split per group", advice)
-    elif how == SAME_PROMPT and prompt:
-        fault = Fault("prompt in two splits", found, "one split per prompt", "remove it from one of them")
-    else:
+    if conflict.similar:
         advice = "results may be too good; remove one of them"
         fault = Fault("similar prompts in two splits", found, "different prompts", advice, "warning")
+    elif same_prompt(prompt, its_prompt):
+        fault = Fault("prompt in two splits", found, "one split per prompt", "remove it from one of them")
+    elif group is not None and group == its_group:
+        advice = "give its pools one split, or another group"
+        fault = Fault("group in two splits", found, "one split per group", advice)
+    else:
+        found += "; other pools, of the group or prompt of each, link them"
+        advice = "give linked pools one split, or other groups"
+        fault = Fault("group in two splits", found, "one split for groups that share a prompt", advice)
     return problem(fault, source, f"{location} ({ids[0]})")
 
 

@@ -42,6 +42,16 @@ def minima(prompt: str) -> np.ndarray:
     return (lowest >> np.uint64(32)).astype(np.uint32)
 
 
+def plain(prompt: str) -> str:
+    """The prompt without differences of case and white space."""
+    return " ".join(prompt.lower().split())
+
+
+def same_prompt(one: str, other: str) -> bool:
+    """Whether two prompts have a text, and differ at most in case and white space."""
+    return plain(one) == plain(other) != ""
+
+
 def similarity(one: np.ndarray, other: np.ndarray) -> float:
     """The estimated Jaccard index of two prompts. Its standard error is at most `ERROR`."""
     return float((one == other).mean())
@@ -95,7 +105,7 @@ class PromptGroups:
 
     def _alike(self, number: int, prompt: str) -> list[tuple[int, str]]:
         """Earlier prompts that are the same or similar, each with the reason."""
-        text = " ".join(prompt.lower().split())
+        text = plain(prompt)
         if not text:
             return []
         if not self._exact.add(key := digest(text), number):

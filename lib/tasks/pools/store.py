@@ -128,12 +128,10 @@ class PoolStore:
         self._run_many(rows)
         return None
 
-    def prompts(self) -> Iterator[tuple[int, str, str | None, str | None]]:
-        """(number, prompt, split, the user's group) of every pool, in the order of the files."""
-        for number, prompt, split, group in self._run(
-            "SELECT number, prompt, split, grp FROM pool ORDER BY number"
-        ):
-            yield number, prompt or "", split, group
+    def prompts(self) -> Iterator[tuple[str, str | None, str | None]]:
+        """(prompt, split, the user's group) of every pool, by number."""
+        for prompt, split, group in self._run("SELECT prompt, split, grp FROM pool ORDER BY number"):
+            yield prompt or "", split, group
 
     def numbers_with_teacher(self) -> Iterator[int]:
         """The numbers of the pools with a candidate that has a teacher's score."""
@@ -142,6 +140,11 @@ class PoolStore:
 
     def id_of(self, number: int) -> str:
         return self._run("SELECT id FROM pool WHERE number = ?", (number,)).fetchone()[0]
+
+    def prompt_and_group_of(self, number: int) -> tuple[str, str | None]:
+        """The prompt of a pool and the group that the user gave it."""
+        prompt, group = self._run("SELECT prompt, grp FROM pool WHERE number = ?", (number,)).fetchone()
+        return prompt or "", group
 
     def place_of(self, number: int) -> tuple[str, str]:
         """(file, location in it) of the first row of a pool."""

@@ -85,6 +85,7 @@ class Backbone:
         residual_bytes: of one value of a layer's input.
         adapted: inputs of the adapted linear layers of one transformer layer, all together.
         adapter_outputs: rank x number of the adapted linear layers of one transformer layer.
+        conv_width: embeddings that a convolution before the first layer joins for each token.
     """
 
     kind: str
@@ -95,6 +96,7 @@ class Backbone:
     residual_bytes: int
     adapted: int = 0
     adapter_outputs: int = 0
+    conv_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,11 @@ def account(weights: Weights, backbone: Backbone, batch: Batch, plan: Plan) -> A
     copies = 1 + (plan.parts.bit_length() - 1) + (4 if plan.processes > 1 else 0)
     layer = kept_by_layer(backbone, batch, plan)
     inputs = batch.rows * batch.tokens * backbone.width * backbone.residual_bytes
+    joined = batch.rows * batch.tokens * backbone.width * backbone.conv_width * size
     step = {
         f"gradients ({copies} copies)": float(copies * trained),
         "weights in bfloat16 for products": 2.0 * weights.matrices * (plan.precision == "bf16"),
-        "kept activations": backbone.layers * (inputs if plan.checkpointed else layer) + 3 * inputs,
+        "kept activations": backbone.layers * (inputs if plan.checkpointed else layer) + 3 * inputs + joined,
     }
     gathered = {"gathered weights": weights.gathered} if plan.sharded else {}
     at_work = layer * plan.checkpointed + moment_of_layer(backbone, batch, plan, batch.rows)

@@ -183,6 +183,7 @@ def backbone_of(model: nn.Module, config: Config) -> Backbone:
     return Backbone(
         kind, layers, shape.hidden_size, shape.intermediate_size, shape.num_attention_heads,
         embedding.weight.element_size(), adapted, sum(m.out_features for m in adapters) // layers,
+        getattr(shape, "conv_width", 0),
     )  # fmt: skip
 
 
