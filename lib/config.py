@@ -173,33 +173,33 @@ class Config(Section):
     def _check_convolution(self) -> None:
         """Raise ValueError if a model cannot have the convolution of the backbone that it gets.
 
-        It reads later tokens, so no causal model can start from it. It would mix candidates that a ranker reads in a row. Stage 04
-        looks at folders that models start from.
+        Its weights belong to neighbours on both sides, or to those before a token alone. It would mix candidates that a ranker reads in a
+        row. Stage 04 looks at folders that models start from.
         """
-        with_prompts, widths = self.candidates.source in WITH_PROMPTS, {}
+        with_prompts, made = self.candidates.source in WITH_PROMPTS, {}
         for name in dependency_order(self.models):
             spec = self.models[name]
             ranks_texts = spec.mode == "ranker" and with_prompts
             if spec.start == "scratch":
-                has_own = spec.effective_attention == "bidirectional" and not (
-                    ranks_texts and self.ranker.encoder
-                )
-                widths[name] = spec.architecture.conv_width if has_own else 0
+                has_own = not (ranks_texts and self.ranker.encoder)
+                made[name] = (spec.architecture.conv_width if has_own else 0, spec.effective_attention)
             elif spec.start == "02_generate_candidates":
-                widths[name] = 0 if self.generator.checkpoint else self.generator.architecture.conv_width
+                width = 0 if self.generator.checkpoint else self.generator.architecture.conv_width
+                made[name] = (width, "bidirectional")
             else:
-                widths[name] = widths.get(spec.start, 0)
-            if not widths[name]:
+                made[name] = made.get(spec.start, (0, spec.effective_attention))
+            width, attention = made[name]
+            if not width:
                 continue
-            said = f"the backbone of models.{name} has a convolution (conv_width {widths[name]})"
-            if ranks_texts and self.ranker.attention == "prefix":
+            said = f"the backbone of models.{name} has a convolution (conv_width {width})"
+            if ranks_texts and self.ranker.attention == "prefix" and attention == "bidirectional":
                 raise ValueError(
                     f"{said}, which would mix the candidates of a prompt: set ranker.attention to full, or conv_width to 0"
                 )
-            if spec.effective_attention == "causal" and not ranks_texts:
+            if spec.effective_attention != attention and not ranks_texts:
                 raise ValueError(
-                    f"{said}, which reads later tokens, and the model is causal: set models.{name}.start to scratch, or conv_width "
-                    f"to 0 where {spec.start} is made"
+                    f"{said} of a model that is {attention}, and the model is {spec.effective_attention}: set models.{name}.start to "
+                    f"scratch, or conv_width to 0 where {spec.start} is made"
                 )
 
     def slice(self, uses: Iterable[str]) -> dict[str, Any]:

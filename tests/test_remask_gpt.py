@@ -6,6 +6,7 @@ It tests the public behaviour of `lib.models.hugging_face.modeling_remask_gpt`.
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from lib.config import ROOT, load_config
 from lib.errors import BadConfig
@@ -42,7 +43,6 @@ def make(name: str, seed: int = 0, **changes):
         ({"conv_width": 4}, "odd"),
         ({"conv_width": -3}, "conv_width"),
         ({"conv_width": 999_999_999}, "up to 255"),
-        ({"conv_width": 3, "attention": "causal"}, "reads later tokens"),
     ],
 )
 def test_config_refuses(changes, message):
@@ -132,16 +132,65 @@ def test_a_mask_that_does_not_say_who_is_near_is_refused():
     assert not CandidateRanker(model.model, attention="full", seed=0).packs
 
 
-def test_architectures_give_bidirectional_models_a_convolution_and_causal_ones_none(tmp_path):
+def causal_convolution(width: int = 5):
+    model = make("causal", conv_width=width)
+    torch.nn.init.normal_(model.model.conv.linear.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+@pytest.mark.parametrize("width", [3, 5, 9])
+def test_the_convolution_of_a_causal_model_reads_only_earlier_tokens(width):
+    conv = causal_convolution(width).double().model.conv
+    size = conv.linear.out_features
+    hidden = torch.randn(2, 12, size, dtype=torch.float64)
+    weight = conv.linear.weight.view(size, width, size).transpose(1, 2)  # (out, in, width)
+    before = F.pad(hidden.transpose(1, 2), (width - 1, 0))
+    torch.testing.assert_close(conv(hidden, None), hidden + F.conv1d(before, weight).transpose(1, 2))
+    model, ids = causal_convolution(width), make_ids(2, 14)
+    other = ids.clone()
+    other[:, 9:] = (ids[:, 9:] + 1) % 20 + 4
+    with torch.no_grad():
+        one, two = (model(x, use_cache=False).logits for x in (ids, other))
+    assert torch.equal(one[:, :9], two[:, :9]) and not torch.equal(one[:, 9], two[:, 9])
+
+
+@pytest.mark.parametrize("pieces", [[1] * 14, [4, 1, 1, 8], [2, 12], [13, 1]], ids=str)
+@pytest.mark.parametrize("of_config", [True, False])
+def test_a_cache_keeps_the_embeddings_that_a_convolution_reads(pieces, of_config):
+    model, ids, at, found = causal_convolution(), make_ids(3, 14), 0, []
+    cache = DynamicCache(config=model.config) if of_config else DynamicCache()
+    with torch.no_grad():
+        for size in pieces:
+            found.append(model(ids[:, at : at + size], past_key_values=cache).logits)
+            at += size
+        wanted = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(found, dim=1), wanted, rtol=0, atol=1e-5)
+    cache.crop(-4)  # as assisted generation does
+    with torch.no_grad():
+        again = model(ids[:, 10:], past_key_values=cache).logits
+    torch.testing.assert_close(again, wanted[:, 10:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_convolution_generates_the_same_text_with_a_cache_and_beside_padding(beams):
+    model, ids = causal_convolution(), make_ids(1, 6)
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    wanted = model.generate(ids, use_cache=False, **settings)
+    assert torch.equal(model.generate(ids, **settings), wanted)
+    padded, mask = F.pad(ids, (4, 0)), F.pad(torch.ones_like(ids), (4, 0))
+    assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 4:], wanted)
+
+
+def test_architectures_give_models_a_convolution_of_their_attention(tmp_path):
     architecture = load_config(quick_test=True, overrides=["architecture.conv_width=3"]).architecture
     masked, _ = start_model("language_model", architecture, "bidirectional", 44, 0, "m")
     causal, _ = start_model("language_model", architecture, "causal", 44, 0, "m")
-    assert masked.model.conv.width == 3 and causal.model.conv is None
+    assert masked.model.conv.width == causal.model.conv.width == 3
     masked.save_pretrained(tmp_path)
     start = Checkpoint(tmp_path, 0.0)
     again, _ = start_model("token_classifier", start, "bidirectional", 44, 0, "t", num_labels=2)
     assert torch.equal(again.model.conv.linear.weight, masked.model.conv.linear.weight)
-    with pytest.raises(BadConfig, match="convolution that reads later tokens"):
+    with pytest.raises(BadConfig, match="belong to other neighbours in a model that is causal"):
         start_model("language_model", start, "causal", 44, 0, "m")
     for wrong, said in (
         (["architecture.conv_width=4"], "must be odd"),
@@ -175,13 +224,15 @@ def test_a_ranker_that_would_mix_candidates_is_refused_before_any_stage(tmp_path
 
 
 def test_a_causal_model_that_starts_from_a_convolution_is_refused_before_any_stage():
-    load_config(quick_test=True, overrides=[CONV])  # causal models from scratch have none
+    load_config(quick_test=True, overrides=[CONV])  # models from scratch have their own
     for settings in (
         ["models.ar_baseline.start=generator"],
         ["models.ar_baseline.start=02_generate_candidates"],
         ["models.ar_baseline.start=judge", "models.judge.start=generator"],
     ):
-        with pytest.raises(BadConfig, match=r"models.ar_baseline has a convolution .* reads later tokens"):
+        with pytest.raises(
+            BadConfig, match=r"models.ar_baseline has a convolution .* bidirectional, and the model is causal"
+        ):
             load_config(quick_test=True, overrides=[CONV, *settings])
         load_config(quick_test=True, overrides=settings)
 

@@ -204,10 +204,10 @@ def start_model(
     family = FAMILIES[source.model_type]
     _require_attention(family, attention)
     if "causal_lm" in family.heads:
-        if attention == "causal" and getattr(source, "conv_width", 0):
+        if getattr(source, "conv_width", 0) and source.attention != attention:
             raise BadConfig(
-                f"{start} has a convolution that reads later tokens (architecture.conv_width {source.conv_width}), so no causal "
-                "model can start from it: set start to scratch, or train a bidirectional model"
+                f"{start} is {source.attention} and has a convolution (architecture.conv_width {source.conv_width}), whose weights belong "
+                f"to other neighbours in a model that is {attention}: set start to scratch, or attention to {source.attention}"
             )
         heads["attention"] = attention
     is_adapted, adapter = family.name == "remask_adapted", backbone.adapter

@@ -63,7 +63,7 @@ def _remask_gpt(
         attention=attention,
         dropout=architecture.dropout,
         bias=architecture.bias,
-        conv_width=architecture.conv_width if attention == "bidirectional" else 0,
+        conv_width=architecture.conv_width,
         **_with_own_ids(heads),
     )
 

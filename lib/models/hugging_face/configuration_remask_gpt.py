@@ -28,7 +28,7 @@ class RemaskGptConfig(PreTrainedConfig):
         dropout: probability of dropping an element of the embeddings and of each block's two outputs.
         bias: whether the linear layers of the blocks and the language-model head have biases.
         conv_width: number of neighbouring embeddings, the token's own included, that a convolution before the first block
-            reads; an odd number, or 0 for no convolution. Only for bidirectional models.
+            reads; an odd number, or 0 for no convolution. A causal model reads the token and those before it.
         rope_theta: base of the rotary frequencies.
         initializer_range: standard deviation of the initial matrices; None means 1/sqrt(fan-in), and 0.02 for the
             embeddings. Output projections of the blocks start at zero in any case.
@@ -147,10 +147,6 @@ class RemaskGptConfig(PreTrainedConfig):
             problems.need(
                 width == 0 or (width % 2 == 1 and width <= MAX_CONV_WIDTH),
                 f"conv_width must be 0 or an odd number up to {MAX_CONV_WIDTH}, got {width}",
-            )
-            problems.need(
-                width == 0 or not self.is_causal,
-                f"conv_width {width} reads later tokens; set it to 0 in a causal model",
             )
         problems.choice("attention", ATTENTION_TYPES)
         problems.choice("score_activation", SCORE_ACTIVATIONS)

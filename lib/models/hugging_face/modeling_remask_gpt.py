@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -414,15 +414,34 @@ class RemaskGptConvolution(nn.Module):
     def __init__(self, config: RemaskGptConfig):
         super().__init__()
         self.width = config.conv_width
+        self.is_causal = config.is_causal
+        self.num_layers = config.num_hidden_layers
         size = config.hidden_size
         self.linear = make_linear(self.width * size, size, bias=False, initial_std=0.0)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, D) to the same. `mask`: None or (B, T), 1 for real tokens; others are no neighbours."""
-        length, side = hidden.shape[1], self.width // 2
-        near = hidden if mask is None else hidden * (mask != 0).to(hidden.dtype)[..., None]
-        near = F.pad(near, (0, 0, side, side))
+    def forward(self, hidden: Tensor, mask: Tensor | None, past_key_values: Cache | None = None) -> Tensor:
+        """(B, T, D) to the same. `mask`: None or (B, S), 1 for real tokens; others are no neighbours.
+
+        A bidirectional model reads as many embeddings before a token as after it. A causal one reads the `width` - 1 before it. The
+        cache keeps those of earlier tokens as one more layer, so what transformers does to a cache happens to them as well.
+        """
+        length = hidden.shape[1]
+        near = hidden if mask is None else hidden * (mask[:, -length:] != 0).to(hidden.dtype)[..., None]
+        before = self.width - 1 if self.is_causal else self.width // 2
+        if past_key_values is not None:
+            near = self._with_earlier(near, past_key_values)[:, -(length + before) :]
+        near = F.pad(near, (0, 0, length + before - near.shape[1], self.width - 1 - before))
         return hidden + self.linear(torch.cat([near[:, k : k + length] for k in range(self.width)], dim=-1))
+
+    def _with_earlier(self, near: Tensor, past_key_values: Cache) -> Tensor:
+        """The embeddings (B, S, D) of all tokens up to these, which the cache keeps after the last layer."""
+        if (
+            past_key_values.layer_class_to_replicate is None
+            and len(past_key_values.layers) == self.num_layers
+        ):
+            past_key_values.layers.append(DynamicLayer())  # a cache that was made for this config
+        no_values = near[:, None, :, :0]
+        return past_key_values.update(near[:, None], no_values, self.num_layers)[0][:, 0]
 
 
 class RemaskGptLayer(GradientCheckpointingLayer):
@@ -546,7 +565,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
         super().__init__(config)
         # No padding_idx: it would freeze a row, while resizing and tying treat all rows alike.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # CODEPATH: checkpoints trained with architecture.conv_width have the convolution; the others, and causal ones, have none.
+        # CODEPATH: checkpoints trained with architecture.conv_width have the convolution; the others have none.
         self.conv = RemaskGptConvolution(config) if config.conv_width else None
         self.layers = nn.ModuleList(
             [RemaskGptLayer(config, index) for index in range(config.num_hidden_layers)]
@@ -607,7 +626,7 @@ class RemaskGptModel(RemaskGptPreTrainedModel):
                     f"a model with conv_width {config.conv_width} takes a mask (B, T), which says who the neighbours of a token "
                     f"are; got {attention_mask.dim()} dimensions"
                 )
-            hidden = self.conv(hidden, attention_mask)
+            hidden = self.conv(hidden, attention_mask, past_key_values)
         if self.training and config.dropout:
             hidden = F.dropout(hidden, config.dropout)
         positions = self._pick_positions(position_ids, batch, length, past, hidden.device)
