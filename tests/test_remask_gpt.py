@@ -3,6 +3,7 @@
 It tests the public behaviour of `lib.models.hugging_face.modeling_remask_gpt`.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from lib.errors import BadConfig
 from lib.models.build import Checkpoint, start_model
 from lib.models.hugging_face import RemaskGptConfig, RemaskGptForCausalLM, RemaskGptForMaskedLM
 from lib.models.hugging_face import modeling_remask_gpt as modeling
+from lib.models.packing import Pools
 from lib.models.ranker import CandidateRanker
 from tests import test_hugging_face as common
 from tests.test_hugging_face import VOCAB, make_ids, output_of
@@ -235,6 +237,29 @@ def test_a_causal_model_that_starts_from_a_convolution_is_refused_before_any_sta
         ):
             load_config(quick_test=True, overrides=[CONV, *settings])
         load_config(quick_test=True, overrides=settings)
+
+
+def test_no_model_starts_from_a_convolution_over_other_neighbours(tmp_path):
+    for attention, other in (("causal", "bidirectional"), ("bidirectional", "causal")):
+        folder = tmp_path / attention
+        make({"causal": "causal", "bidirectional": "masked"}[attention], conv_width=3).save_pretrained(folder)
+        with pytest.raises(
+            BadConfig, match=f"is {attention} .* start from scratch, or from a model that is {other}"
+        ):
+            start_model("language_model", Checkpoint(folder, 0.0), other, VOCAB, 0, "m")
+
+
+def test_a_causal_ranker_with_a_convolution_scores_candidates_one_by_one():
+    """In one row, the convolution would mix them."""
+    model = CandidateRanker(causal_convolution().model, seed=0).eval()
+    assert model.is_causal and not model.packs
+    everything = np.ones((2, 3, 4), bool)
+    ids = make_ids(2, 6).numpy(), make_ids(6, 4, seed=1).view(2, 3, 4).numpy()
+    scores = model(Pools(ids[0], everything[:, 0, :1].repeat(6, 1), ids[1], everything))
+    for row, place in np.ndindex(2, 3):
+        text = torch.tensor(np.concatenate((ids[0][row], ids[1][row, place])))[None]
+        state = model.base(text).last_hidden_state[:, -1]
+        torch.testing.assert_close(scores[row, place], model.head(state).squeeze(), rtol=0, atol=1e-5)
 
 
 def test_a_mask_of_another_length_is_refused_in_the_same_words():

@@ -207,7 +207,7 @@ def start_model(
         if getattr(source, "conv_width", 0) and source.attention != attention:
             raise BadConfig(
                 f"{start} is {source.attention} and has a convolution (architecture.conv_width {source.conv_width}), whose weights belong "
-                f"to other neighbours in a model that is {attention}: set start to scratch, or attention to {source.attention}"
+                f"to other neighbours in a model that is {attention}: start from scratch, or from a model that is {attention}"
             )
         heads["attention"] = attention
     is_adapted, adapter = family.name == "remask_adapted", backbone.adapter

@@ -77,9 +77,8 @@ class GivenSplits:
 
         # 1. Pools of classes without a split
         both_ways = np.concatenate([pairs, pairs[:, ::-1]])
-        both_ways = both_ways[
-            np.argsort(-both_ways[:, 1], kind="stable")
-        ]  # the first pool with a split is written last
+        order = np.argsort(-both_ways[:, 1], kind="stable")  # the first pool with a split is written last
+        both_ways = both_ways[order]
         to, by = both_ways[(of_class[both_ways[:, 0]] == 0) & (of_class[both_ways[:, 1]] > 0)].T
         near = of_class.copy()  # of the class of a root
         near[roots[to]] = of_class[by]
